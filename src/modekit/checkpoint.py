@@ -1,0 +1,219 @@
+"""A finished checkpoint: modekit.json, the router file, and where every expert's tensors lie.
+
+    OUT/config.json, model-*.safetensors, index, tokenizer   what plain transformers reads
+    OUT/model-router.safetensors                              the gates, a file of their own: a re-fit rewrites only it
+    OUT/modekit.json                                          recipe, sources with hashes, experts, router status
+    OUT/router/<domain>.safetensors                           kept statistics of a fit
+    OUT/results/                                              what `modekit eval` found
+
+Shape legend: L layers, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from modekit.errors import CheckpointError
+from modekit.families import LAYER, Family, family_of
+from modekit.numeric import to_bytes
+from modekit.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.recipe import Recipe, Router
+from modekit.sources import TensorRef, read_header
+from modekit.writer import safetensors_header, write_atomically, write_json
+
+RECORD_FILE = "modekit.json"
+STATISTICS_FOLDER = "router"
+FORMAT = 1
+
+Gates = npt.NDArray[np.float32]
+"""(L, E, D) float32: the gate of every layer."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A source file as it was when it was read."""
+
+    size: int
+    sha256: str
+
+
+class SourceRecord(_Record):
+    """A model that the mixture was made from; `folder` is relative to the checkpoint."""
+
+    label: str
+    spec: str
+    revision: str | None
+    folder: str
+    files: dict[str, FileRecord]
+
+
+class RouterRecord(_Record):
+    """How the router was set."""
+
+    status: Literal["unfitted", "fitted", "trained"]
+    settings: Router | None
+    sha256: str
+    text: dict[str, dict[str, Any]]
+    report: dict[str, Any]
+
+
+class Record(_Record):
+    """modekit.json."""
+
+    format: Literal[1]
+    modekit_version: str
+    recipe: Recipe
+    recipe_digest: str
+    recipe_folder: str
+    dense_config: dict[str, Any]
+    native_type: str
+    expert_sources: list[int]
+    sources: list[SourceRecord]
+    router: RouterRecord
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder (or one in the making)."""
+
+    folder: Path
+    record: Record
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The native config.json."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    @cached_property
+    def family(self) -> Family:
+        """The row of the families table that this checkpoint was written by."""
+        return family_of(self.record.native_type, str(self.record.dense_config["model_type"]))
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRef]:
+        """All tensors by name, read from the headers of the files that the index names."""
+        index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+        tensors: dict[str, TensorRef] = {}
+        for file in sorted(set(index["weight_map"].values())):
+            tensors.update(read_header(self.folder / Path(file).name, where=str(self.folder)))
+        return tensors
+
+    @property
+    def names(self) -> list[str]:
+        """Experts in recipe order."""
+        return self.record.recipe.names
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def recipe_root(self) -> Path:
+        """The folder that the recipe's paths are relative to."""
+        return (self.folder / self.record.recipe_folder).resolve()
+
+    def router_names(self) -> list[str]:
+        """Names of the gates, layer by layer."""
+        return [LAYER.format(layer=layer) + self.family.router for layer in range(self.layers)]
+
+    def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
+        """Write new gates, then the top_k in config.json, then modekit.json; nothing else is touched."""
+        dtype = self.tensors[self.router_names()[0]].dtype
+        sha256 = write_router_file(self.folder / ROUTER_FILE, self.router_names(), gates, dtype)
+        config = {**self.config, self.family.top_k_key: recipe.top_k}
+        write_json(self.folder / "config.json", config)
+        record = self.record.model_copy(
+            update={
+                "router": router.model_copy(update={"sha256": sha256}),
+                "recipe": recipe,
+                "recipe_digest": recipe.digest(),
+            }
+        )
+        write_json(self.folder / RECORD_FILE, record.model_dump(mode="json"))
+        return Checkpoint(self.folder, record)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's record. Raises CheckpointError when the folder is none, or of another format."""
+    path = folder / RECORD_FILE
+    try:
+        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        partial = folder.with_name(folder.name + ".partial")
+        remedy = (
+            f"the build of it was cut short ({partial.name} is there): run the same `modekit build` again to finish it"
+            if partial.exists()
+            else "give the folder that `modekit build` wrote"
+        )
+        raise CheckpointError("not a modekit checkpoint: modekit.json is missing", where=str(folder), remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError("modekit.json cannot be read", where=str(folder), found=error) from None
+    except ValidationError as error:
+        raise CheckpointError(
+            "modekit.json is damaged or of another version", where=str(folder), found=str(error).splitlines()[0],
+            remedy="build the mixture again with this version of modekit",
+        ) from None  # fmt: skip
+    return Checkpoint(folder, record)
+
+
+def write_router_file(path: Path, names: list[str], gates: Gates, dtype: str) -> str:
+    """Write the gates (L, E, D) in a safetensors dtype; returns the file's sha256."""
+    data = [to_bytes(gate.ravel(), dtype) for gate in gates]
+    header = safetensors_header(
+        (name, dtype, tuple(gate.shape), len(view)) for name, gate, view in zip(names, gates, data, strict=True)
+    )
+    content = header + b"".join(data)
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_index(plan: Plan, folder: Path) -> None:
+    """Write the index that tells transformers which file holds which tensor."""
+    weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    weight_map.update({tensor.name: ROUTER_FILE for tensor in plan.router})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": plan.bytes_written}, "weight_map": weight_map})
+
+
+def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRecord) -> Record:
+    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes."""
+    unique = list(dict.fromkeys(plan.sources))
+    sources = [
+        SourceRecord(
+            label=source.label,
+            spec=source.spec,
+            revision=source.revision,
+            folder=os.path.relpath(source.folder, out),
+            files={
+                file.name: FileRecord(size=file.stat().st_size, sha256=hashes[str(file)]) for file in source.files
+            },
+        )
+        for source in unique
+    ]  # fmt: skip
+    return Record(
+        format=1,
+        modekit_version=version("modekit"),
+        recipe=plan.recipe,
+        recipe_digest=plan.recipe.digest(),
+        recipe_folder=os.path.relpath(plan.root, out),
+        dense_config=plan.family.dense_config(plan.sources[0].config),
+        native_type=plan.family.native_type,
+        expert_sources=[unique.index(source) for source in plan.sources[1:]],
+        sources=sources,
+        router=router,
+    )

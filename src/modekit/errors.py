@@ -1,0 +1,81 @@
+"""The error tree. Every message says what failed, where, what was found, what was expected and what to do.
+
+    ModekitError            exit code 2 at the command line
+    ├── RecipeError         the recipe itself: unknown key, wrong value, a setting without effect
+    ├── SourceError         a model that cannot be read: missing, truncated, pickle, remote code, NaN
+    ├── MismatchError       an expert that does not fit the base model: shape, family, rope, tokenizer
+    ├── UnsupportedError    a mixture that no native architecture can say exactly
+    ├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
+    ├── OutputError         the result folder: exists, disk full, not writable
+    ├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
+    └── InterruptError      the user pressed Ctrl-C
+"""
+
+from __future__ import annotations
+
+
+class ModekitError(Exception):
+    """Base of all errors that a user can cause and mend.
+
+    `what` is one sentence. The keyword parts are printed on lines of their own, each only when given.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        found: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, value in (
+            ("where", self.where),
+            ("found", self.found),
+            ("expected", self.expected),
+            ("to do", self.remedy),
+        ):
+            if value is not None:
+                lines.append(f"  {label + ':':<10}{value}")
+        return "\n".join(lines)
+
+
+class RecipeError(ModekitError):
+    """The recipe is wrong; all problems are reported together with their place."""
+
+
+class SourceError(ModekitError):
+    """A base model or expert cannot be read or must not be used."""
+
+
+class MismatchError(ModekitError):
+    """An expert cannot be mixed with this base model."""
+
+
+class UnsupportedError(ModekitError):
+    """No native architecture says this mixture exactly."""
+
+
+class TextError(ModekitError):
+    """Text of a domain cannot be used."""
+
+
+class OutputError(ModekitError):
+    """The result folder cannot be written."""
+
+
+class CheckpointError(ModekitError):
+    """The folder is not a whole modekit checkpoint, or no longer what modekit.json says."""
+
+
+class InterruptError(ModekitError):
+    """The user interrupted the command."""

@@ -1,0 +1,507 @@
+"""Dense families and the native MoE architecture that says their mixture exactly: one row of data each.
+
+A row names where a dense decoder keeps its FFN, where the native architecture keeps experts and router, and how the
+native config follows from the dense one. `choose_family` returns the first row whose rules all hold, or refuses with
+every reason. A new pair is a new row; the oracle tests in tests/test_families.py run over `FAMILIES`.
+
+What makes a row exact is written in its rules and `fixed` settings: the native block must renormalise the weights of
+the chosen experts to one, attention, norms and rotary embedding must be the same code, and every default that differs
+between the two configs must be written out (`defaults` are the dense family's, for config.json files that are silent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from modekit.errors import UnsupportedError
+
+Config = Mapping[str, Any]
+Rule = tuple[Callable[[Config], bool], str]
+"""(holds for this dense config, reason shown when it does not)."""
+
+LAYER = "model.layers.{layer}."
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the native architecture wants and the dense family lacks: zeros, so that it adds nothing.
+
+    `shape` is given in the letters D hidden, F expert hidden, E experts, or digits.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One dense family and its native partner.
+
+    Attributes:
+        model_type: `model_type` of the dense config.
+        native_type: `model_type` of the result.
+        native_class: `architectures[0]` of the result.
+        mlp: name under the layer of the dense gate, up and down projections, each (F, D), (F, D), (D, F).
+        experts: native name per projection with `{expert}`; None when the native layout fuses experts in one tensor.
+        fused: native names of the fused (E, 2F, D) and (E, D, F) tensors; None when experts are tensors of their own.
+        router: native name under the layer of the (E, D) gate.
+        router_module: attribute path under the loaded decoder layer of the module that returns (logits, weights, index).
+        mlp_module: attribute path of the block in a loaded dense layer; its input is what the router will read.
+        block_module: attribute path of the block in a loaded native layer.
+        num_experts_key, top_k_key: config keys of the native architecture.
+        expert_hidden_key: native config key of F when it is not `intermediate_size`.
+        score: what turns logits into weights. Both renormalise over the chosen experts.
+        head_dim: the dense default when config.json is silent; None means hidden / heads.
+        rope_theta: the dense default.
+        defaults: other dense defaults to write out.
+        fixed: native settings that make the row exact.
+        dropped: dense keys that mean nothing to the native architecture.
+        constants: see `Constant`.
+        rules: what must hold.
+        serves: where the result runs besides transformers.
+    """
+
+    model_type: str
+    native_type: str
+    native_class: str
+    router: str = "mlp.gate.weight"
+    mlp: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "gate": "mlp.gate_proj.weight",
+            "up": "mlp.up_proj.weight",
+            "down": "mlp.down_proj.weight",
+        }
+    )
+    experts: Mapping[str, str] | None = field(
+        default_factory=lambda: {
+            "gate": "mlp.experts.{expert}.gate_proj.weight",
+            "up": "mlp.experts.{expert}.up_proj.weight",
+            "down": "mlp.experts.{expert}.down_proj.weight",
+        }
+    )
+    fused: tuple[str, str] | None = None
+    router_module: str = "mlp.gate"
+    mlp_module: str = "mlp"
+    block_module: str = "mlp"
+    num_experts_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+    expert_hidden_key: str | None = None
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    head_dim: int | None = None
+    writes_head_dim: bool = True
+    rope_theta: float = 10_000.0
+    rope_per_layer_type: bool = False
+    defaults: Config = field(default_factory=dict)
+    fixed: Config = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    constants: tuple[Constant, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    serves: str = "vLLM"
+
+    @property
+    def label(self) -> str:
+        """Row name for messages and tests."""
+        return f"{self.model_type}->{self.native_type}"
+
+    def refusals(self, config: Config) -> list[str]:
+        """Why this row does not fit a dense config; empty when it does."""
+        return [reason for holds, reason in self.rules if not holds(config)]
+
+    def dense_config(self, config: Config) -> dict[str, Any]:
+        """The dense config with every default written out and rope in one form."""
+        full: dict[str, Any] = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+        full.setdefault("num_key_value_heads", full["num_attention_heads"])
+        if self.head_dim is not None:
+            full.setdefault("head_dim", self.head_dim)
+        else:
+            full.setdefault("head_dim", int(full["hidden_size"]) // int(full["num_attention_heads"]))
+        full["rope_parameters"] = rope_parameters(config, self.rope_theta)
+        full.pop("rope_theta", None)
+        full.pop("rope_scaling", None)
+        return full
+
+    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, Any]:
+        """The native config.json: the dense one, renamed and completed.
+
+        `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
+        """
+        native = self.dense_config(config)
+        for key in (*self.dropped, *_NOT_ARCHITECTURE):
+            native.pop(key, None)
+        if not self.writes_head_dim:
+            native.pop("head_dim", None)
+        if self.rope_per_layer_type:
+            rope = native["rope_parameters"]
+            native["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
+        native.update(self.fixed)
+        native.update(
+            {
+                "architectures": [self.native_class],
+                "model_type": self.native_type,
+                "dtype": dtype,
+                self.num_experts_key: experts,
+                self.top_k_key: top_k,
+                "intermediate_size": expert_hidden,
+            }
+        )
+        if self.expert_hidden_key is not None:
+            native[self.expert_hidden_key] = expert_hidden
+        if self.native_type == "granitemoe" and self.model_type != "granite":
+            native["attention_multiplier"] = int(native["hidden_size"] // native["num_attention_heads"]) ** -0.5
+        return native
+
+
+_NOT_ARCHITECTURE = (
+    "_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type",
+)  # fmt: skip
+
+
+def rope_parameters(config: Config, default_theta: float) -> dict[str, Any]:
+    """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    rope.setdefault("rope_type", "default")
+    rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
+    return rope
+
+
+def _silu(config: Config) -> bool:
+    return config.get("hidden_act", "silu") in {"silu", "swish"}
+
+
+def _whole_heads(config: Config) -> bool:
+    heads = int(config["num_attention_heads"])
+    head_dim = config.get("head_dim")
+    return int(config["hidden_size"]) % heads == 0 and head_dim in {None, int(config["hidden_size"]) // heads}
+
+
+def _one_attention_kind(config: Config) -> bool:
+    kinds = set(config.get("layer_types") or [])
+    if kinds:
+        return len(kinds) == 1
+    return not config.get("use_sliding_window") or int(config.get("max_window_layers", 28)) in {
+        0,
+        int(config["num_hidden_layers"]),
+    }
+
+
+def _no_window(config: Config) -> bool:
+    return not (config.get("use_sliding_window") and config.get("sliding_window")) and "sliding_attention" not in (
+        config.get("layer_types") or []
+    )
+
+
+_NO_MLP_BIAS: Rule = (lambda c: not c.get("mlp_bias"), "the FFN has biases (mlp_bias), the native experts have none")
+_SILU: Rule = (_silu, "the activation is not SiLU, which the native architecture's engines assume")
+
+_MIXTRAL: dict[str, Any] = {
+    "native_type": "mixtral",
+    "native_class": "MixtralForCausalLM",
+    "router": "block_sparse_moe.gate.weight",
+    "experts": {
+        "gate": "block_sparse_moe.experts.{expert}.w1.weight",
+        "up": "block_sparse_moe.experts.{expert}.w3.weight",
+        "down": "block_sparse_moe.experts.{expert}.w2.weight",
+    },
+    "num_experts_key": "num_local_experts",
+    "fixed": {"output_router_logits": False, "router_jitter_noise": 0.0},
+    "dropped": frozenset({"attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window"}),
+    "serves": "vLLM, llama.cpp",
+}
+_GRANITE_MOE: dict[str, Any] = {
+    "native_type": "granitemoe",
+    "native_class": "GraniteMoeForCausalLM",
+    "router": "block_sparse_moe.router.layer.weight",
+    "experts": None,
+    "fused": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "router_module": "block_sparse_moe.router",
+    "block_module": "block_sparse_moe",
+    "num_experts_key": "num_local_experts",
+    "writes_head_dim": False,
+    "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
+    "serves": "vLLM, llama.cpp",
+}
+_TOKENS_OF_LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "hidden_act": "silu"}
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        model_type="llama",
+        **_MIXTRAL,
+        defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
+        rules=(
+            (lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"),
+            _NO_MLP_BIAS,
+            _SILU,
+        ),
+    ),
+    Family(
+        model_type="llama",
+        **_GRANITE_MOE,
+        fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
+        defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False},
+        rules=(
+            _NO_MLP_BIAS,
+            _SILU,
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
+        ),
+    ),
+    Family(
+        model_type="mistral",
+        **_MIXTRAL,
+        defaults={
+            **_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072, "num_key_value_heads": 8,
+        },
+        rules=(
+            _SILU,
+            (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike"),
+        ),
+    ),
+    Family(
+        model_type="qwen2",
+        native_type="qwen2_moe",
+        native_class="Qwen2MoeForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        defaults={
+            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
+            "use_sliding_window": False, "max_window_layers": 28,
+        },
+        fixed={
+            "norm_topk_prob": True, "qkv_bias": True, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "output_router_logits": False,
+        },
+        constants=(
+            Constant("mlp.shared_expert.gate_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.up_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
+            Constant("mlp.shared_expert_gate.weight", ("1", "D")),
+        ),
+        rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Qwen2-MoE assumes")),
+    ),
+    Family(
+        model_type="qwen3",
+        native_type="qwen3_moe",
+        native_class="Qwen3MoeForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        head_dim=128,
+        defaults={
+            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
+            "use_sliding_window": False, "attention_bias": False,
+        },
+        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False},
+        dropped=frozenset({"layer_types", "max_window_layers"}),
+        rules=(
+            _SILU,
+            (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
+        ),
+        serves="vLLM, llama.cpp",
+    ),
+    Family(
+        model_type="qwen3",
+        native_type="mellum",
+        native_class="MellumForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        head_dim=128,
+        rope_per_layer_type=True,
+        defaults={
+            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
+            "attention_bias": False, "sliding_window": 4096,
+        },
+        fixed={"norm_topk_prob": True, "output_router_logits": False},
+        dropped=frozenset({"max_window_layers", "use_sliding_window"}),
+        rules=(_SILU, (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Mellum cannot copy it")),
+    ),
+    Family(
+        model_type="granite",
+        **_GRANITE_MOE,
+        defaults={
+            **_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False,
+            "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": 1.0,
+        },
+        rules=(
+            _NO_MLP_BIAS,
+            _SILU,
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
+        ),
+    ),
+    Family(
+        model_type="olmo2",
+        native_type="flex_olmo",
+        native_class="FlexOlmoForCausalLM",
+        writes_head_dim=False,
+        defaults={
+            "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50_279, "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu", "attention_bias": False,
+        },
+        fixed={"norm_topk_prob": True, "output_router_logits": False},
+        rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which FlexOlmo assumes")),
+    ),
+    Family(
+        model_type="cohere2",
+        native_type="cohere2_moe",
+        native_class="Cohere2MoeForCausalLM",
+        defaults={
+            "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255_001, "tie_word_embeddings": True,
+            "layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu", "attention_bias": False,
+            "logit_scale": 0.0625, "sliding_window": 4096,
+        },
+        fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
+        rules=(
+            _SILU,
+            (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Cohere2-MoE cannot copy it"),
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
+        ),
+    ),
+    Family(
+        model_type="ernie4_5",
+        native_type="ernie4_5_moe",
+        native_class="Ernie4_5_MoeForCausalLM",
+        num_experts_key="moe_num_experts",
+        top_k_key="moe_k",
+        expert_hidden_key="moe_intermediate_size",
+        head_dim=128,
+        rope_theta=500_000.0,
+        defaults={
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072, "hidden_act": "silu", "use_bias": False, "num_key_value_heads": 2,
+        },
+        fixed={
+            "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+            "output_router_logits": False,
+        },
+        constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
+        rules=(_SILU, (lambda c: not c.get("use_bias"), "layers have biases (use_bias), the experts' are not copied")),
+    ),
+    Family(
+        model_type="hunyuan_v1_dense",
+        native_type="hunyuan_v1_moe",
+        native_class="HunYuanMoEV1ForCausalLM",
+        router="mlp.gate.wg.weight",
+        top_k_key="moe_topk",
+        defaults={
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048, "hidden_act": "silu", "attention_bias": False,
+        },
+        fixed={"output_router_logits": False},
+        constants=(
+            Constant("mlp.shared_mlp.gate_proj.weight", ("F", "D")),
+            Constant("mlp.shared_mlp.up_proj.weight", ("F", "D")),
+            Constant("mlp.shared_mlp.down_proj.weight", ("D", "F")),
+        ),
+        rules=(_SILU,),
+    ),
+    Family(
+        model_type="qwen3_5_text",
+        native_type="qwen3_5_moe_text",
+        native_class="Qwen3_5MoeForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        head_dim=256,
+        defaults={
+            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
+            "attention_bias": False, "num_key_value_heads": 4,
+        },
+        fixed={"shared_expert_intermediate_size": 0, "output_router_logits": False},
+        constants=(
+            Constant("mlp.shared_expert.gate_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.up_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
+            Constant("mlp.shared_expert_gate.weight", ("1", "D")),
+        ),
+        rules=(
+            _SILU,
+            (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Qwen3.5-MoE cannot copy it"),
+        ),
+    ),
+    Family(
+        model_type="lfm2",
+        native_type="lfm2_moe",
+        native_class="Lfm2MoeForCausalLM",
+        router="feed_forward.gate.weight",
+        mlp={"gate": "feed_forward.w1.weight", "up": "feed_forward.w3.weight", "down": "feed_forward.w2.weight"},
+        experts={
+            "gate": "feed_forward.experts.{expert}.w1.weight",
+            "up": "feed_forward.experts.{expert}.w3.weight",
+            "down": "feed_forward.experts.{expert}.w2.weight",
+        },
+        router_module="feed_forward.gate",
+        mlp_module="feed_forward",
+        block_module="feed_forward",
+        expert_hidden_key="moe_intermediate_size",
+        score="sigmoid",
+        writes_head_dim=False,
+        rope_theta=1_000_000.0,
+        defaults={
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True, "norm_eps": 1e-5,
+            "max_position_embeddings": 128_000, "conv_bias": False, "conv_L_cache": 3, "num_key_value_heads": 8,
+        },
+        fixed={
+            "num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+            "output_router_logits": False,
+        },
+        dropped=frozenset({
+            "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "full_attn_idxs", "block_ff_dim",
+        }),
+        rules=(
+            (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so LFM2-MoE cannot copy it"),
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which LFM2 assumes"),
+        ),
+    ),
+)  # fmt: skip
+
+_WITHOUT_PARTNER = {
+    "gemma2": "GeGLU experts and sandwich norms",
+    "gemma3_text": "GeGLU experts and sandwich norms",
+    "phi3": "fused projections",
+    "olmo3": "a window that differs between layers",
+    "smollm3": "layers without rotary embedding",
+    "exaone4": "norms after the block",
+    "glm4": "four norms per layer and interleaved partial rotary embedding",
+    "starcoder2": "an FFN without a gate",
+}
+
+
+def choose_family(config: Config, *, where: str) -> Family:
+    """The first row that says a mixture of this dense config exactly.
+
+    Raises UnsupportedError with the reason of every row that was tried.
+    """
+    model_type = str(config.get("model_type"))
+    rows = [row for row in FAMILIES if row.model_type == model_type]
+    if not rows:
+        known = sorted({row.model_type for row in FAMILIES})
+        reason = _WITHOUT_PARTNER.get(model_type)
+        raise UnsupportedError(
+            f"no native architecture says a mixture of '{model_type}' models exactly" + (f": {reason}" if reason else ""),
+            where=where,
+            expected=f"a family of {', '.join(known)}",
+            remedy="choose a base model of one of these families",
+        )
+    tried = []
+    for row in rows:
+        refusals = row.refusals(config)
+        if not refusals:
+            return row
+        tried.append(f"{row.native_type}: {'; '.join(refusals)}")
+    raise UnsupportedError(
+        f"no native architecture says a mixture of this '{model_type}' model exactly",
+        where=where,
+        found=" | ".join(tried),
+        remedy="choose a base model without these features",
+    )
+
+
+def family_of(native_type: str, model_type: str) -> Family:
+    """The row of a finished checkpoint."""
+    return next(row for row in FAMILIES if (row.native_type, row.model_type) == (native_type, model_type))
+
+
+CONFIG_MUST_MATCH = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rms_norm_eps", "norm_eps", "layer_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
+    "tie_word_embeddings", "sliding_window", "use_sliding_window", "layer_types", "vocab_size", "intermediate_size",
+    "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier", "logit_scale",
+)  # fmt: skip
+"""Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

@@ -1,0 +1,59 @@
+"""Raw tensor bytes as numbers: casts between the three float formats, and a fast exact test for NaN and Inf.
+
+numpy has no bfloat16; ml_dtypes supplies it. Blocks keep memory flat whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+BLOCK = 2**21
+"""Elements per block: 8 MiB in float32."""
+
+# An IEEE float is NaN or Inf when all exponent bits are set. Seen as integers, those patterns are the largest of each
+# sign, so two maxima (signed for positive values, unsigned for negative ones) decide it without a temporary array.
+_BITS: dict[str, tuple[type[np.signedinteger[npt.NBitBase]], type[np.unsignedinteger[npt.NBitBase]], int, int]] = {
+    "F32": (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    "F16": (np.int16, np.uint16, 0x7C00, 0xFC00),
+    "BF16": (np.int16, np.uint16, 0x7F80, 0xFF80),
+}
+
+
+def is_finite(view: memoryview, dtype: str) -> bool:
+    """Whether every value of a block of F32, F16 or BF16 bytes is finite."""
+    if len(view) == 0:
+        return True
+    signed, unsigned, positive, negative = _BITS[dtype]
+    return int(np.frombuffer(view, signed).max()) < positive and int(np.frombuffer(view, unsigned).max()) < negative
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Slices of at most BLOCK elements that cover `count` elements."""
+    for start in range(0, count, BLOCK):
+        yield slice(start, min(start + BLOCK, count))
+
+
+def as_array(view: memoryview, dtype: str) -> npt.NDArray[np.generic]:
+    """The bytes as a flat array of their own dtype, without a copy."""
+    return np.frombuffer(view, DTYPES[dtype])
+
+
+def to_float32(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    """Values in float32 (exact from all three formats)."""
+    return array.astype(np.float32)
+
+
+def to_bytes(array: npt.NDArray[np.floating[npt.NBitBase]], dtype: str) -> memoryview:
+    """Values rounded (to nearest, ties to even) to the named dtype, as bytes."""
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
+    return memoryview(converted.view(np.uint8)).cast("B")

@@ -1,0 +1,94 @@
+"""Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem).
+
+Every fit ends in one bias-free linear gate per layer, because that is what native architectures hold; the temperature
+is folded into it. Domains count equally, however much text each had.
+
+Shape legend: L layers, D hidden, E experts, N kept tokens of all domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from modekit.errors import RecipeError
+from modekit.recipe import Router
+from modekit.routing.statistics import DomainStatistics
+
+_RIDGE_TEMPERATURE = 0.3  # ridge columns are normalised to length 1; benchmarks/router_fits.md
+
+
+def fit_gates(settings: Router, domains: Sequence[DomainStatistics], advance: Callable[[int], None] = lambda _: None) -> torch.Tensor:
+    """Gates (L, E, D) in float32 for domains in the order of the experts.
+
+    `advance` is called with 1 after each layer. Raises RecipeError when logistic has no kept tokens to fit on.
+    """
+    rule = {"centroid": _centroid, "lda": _lda, "ridge": _ridge, "logistic": _logistic}[settings.fit]
+    layers = []
+    for layer in range(domains[0].sum_LD.shape[0]):
+        layers.append(rule(layer, domains, settings) / settings.temperature)
+        advance(1)
+    return torch.stack(layers).float()
+
+
+def _centroid(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1."""
+    means_ED = torch.stack([domain.mean_LD[layer] - domain.negative_LD[layer] for domain in domains])
+    return means_ED / means_ED.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def _lda(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """w_e = S^-1 mu_e with the shared within-domain covariance S, shrunk towards its mean variance."""
+    means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
+    covariance_DD = _second_moment(layer, domains) - means_ED.T @ means_ED / len(domains)
+    return torch.linalg.solve(_shrunk(covariance_DD, settings.l2), (means_ED - means_ED.mean(0)).T).T
+
+
+def _ridge(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y, columns at length 1 (arXiv:2603.29765, without intercept)."""
+    means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
+    weights_ED = torch.linalg.solve(_shrunk(_second_moment(layer, domains), settings.l2), means_ED.T / len(domains)).T
+    return weights_ED / weights_ED.norm(dim=1, keepdim=True).clamp_min(1e-30) / _RIDGE_TEMPERATURE
+
+
+def _second_moment(layer: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
+    """Mean over domains of the mean of x x^T, (D, D) float64."""
+    return torch.stack([domain.outer_LDD[layer] / domain.tokens for domain in domains]).mean(0)
+
+
+def _shrunk(matrix_DD: torch.Tensor, l2: float) -> torch.Tensor:
+    """Add l2 times the mean of the diagonal, so that l2 does not depend on the scale of x."""
+    size = matrix_DD.shape[0]
+    return matrix_DD + max(l2, 1e-12) * matrix_DD.diagonal().mean() * torch.eye(size, dtype=matrix_DD.dtype)
+
+
+def _logistic(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """Multinomial logistic regression on the kept x, without intercept, by L-BFGS from zero."""
+    if any(domain.sample_LND.shape[1] == 0 for domain in domains):
+        raise RecipeError(
+            "the logistic fit needs kept tokens and there are none", where="mixture.router.keep_tokens", expected="at least 1",
+            remedy="fit again with keep_tokens > 0, or choose ridge",
+        )  # fmt: skip
+    x_ND = torch.cat([domain.sample_LND[layer].float() for domain in domains])
+    labels_N = torch.cat([torch.full((domain.sample_LND.shape[1],), place) for place, domain in enumerate(domains)])
+    share_N = torch.cat(
+        [torch.full((domain.sample_LND.shape[1],), 1.0 / domain.sample_LND.shape[1] / len(domains)) for domain in domains]
+    )
+    scale = x_ND.square().mean().sqrt().clamp_min(1e-30)
+    x_ND = x_ND / scale
+    weights_ED = torch.zeros((len(domains), x_ND.shape[1]), requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights_ED], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses_N = torch.nn.functional.cross_entropy(x_ND @ weights_ED.T, labels_N, reduction="none")
+        loss = (losses_N * share_N).sum() + settings.l2 * weights_ED.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return (weights_ED.detach() / scale).double()

@@ -1,0 +1,171 @@
+"""Fit a checkpoint's router: read each domain's text once under its own expert, then solve for the gates.
+
+Statistics are kept per domain; a second fit with the same text reads none of it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, Gates, RouterRecord
+from modekit.data import digest_of, documents_of_split, encode, read_documents, text_record
+from modekit.errors import RecipeError, TextError
+from modekit.models import DenseView, load_tokenizer
+from modekit.progress import Progress, silent
+from modekit.recipe import Expert, Recipe, Router, parse_recipe
+from modekit.routing.capture import capture_domain
+from modekit.routing.closed_form import fit_gates
+from modekit.routing.constant import constant_gates
+from modekit.routing.statistics import DomainStatistics, load_statistics
+
+
+@dataclass(frozen=True)
+class FittedRouter:
+    """Gates (L, E, D) float32 and the record for modekit.json."""
+
+    gates: Gates
+    record: RouterRecord
+
+
+def fit_router(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    root: Path,
+    statistics_folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> FittedRouter:
+    """Fit the gates that `recipe.mixture.router` asks for, on text found relative to `root`.
+
+    Statistics in `statistics_folder` that were made from the same text and settings are used as they are; missing ones
+    are made and written there. Raises TextError.
+    """
+    settings = recipe.mixture.router
+    domains = _collect(checkpoint, recipe, root, statistics_folder, trust_remote_code, progress)
+    layers = checkpoint.layers
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"solve {settings.fit}", done, layers)
+
+    gates = fit_gates(settings, domains, advance).numpy().astype(np.float32)
+    text = {expert.name: domain.source["text"] for expert, domain in zip(recipe.experts, domains, strict=True)}
+    record = RouterRecord(status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]})
+    return FittedRouter(gates, record)
+
+
+def refit(
+    checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False, progress: Progress = silent
+) -> Checkpoint:
+    """Set the router anew without touching the experts.
+
+    `changes` updates the recipe's `mixture` (nested `router` is merged). Raises RecipeError when a change would need
+    another build.
+    """
+    old = checkpoint.record.recipe
+    mixture = old.mixture.model_dump(mode="json", exclude_unset=True)
+    router = {**mixture.get("router", {}), **changes.get("router", {})}
+    mixture.update({key: value for key, value in changes.items() if key != "router"})
+    if mixture.get("method", "routing") == "linear":
+        router = {}
+    if mixture.get("method", "routing") != "routing":
+        mixture.pop("top_k", None)
+    mixture.pop("router", None)
+    if router:
+        mixture["router"] = router
+    recipe = parse_recipe({**old.model_dump(mode="json", exclude_unset=True), "mixture": mixture}, where=str(checkpoint.folder))
+    if (recipe.mixture.backbone, recipe.mixture.weights) != (old.mixture.backbone, old.mixture.weights) or (
+        old.mixture.weights is not None and recipe.mixture.method != "linear"
+    ):
+        raise RecipeError(
+            "this change is in the experts or the backbone, not in the router", where="mixture",
+            remedy="change the recipe and build again",
+        )  # fmt: skip
+    if recipe.mixture.needs_text:
+        fitted = fit_router(
+            checkpoint, recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+        return checkpoint.with_router(fitted.gates, fitted.record, recipe)
+    settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
+    gates = constant_gates(recipe, checkpoint.layers, int(checkpoint.config["hidden_size"]))
+    return checkpoint.with_router(gates, RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={}), recipe)
+
+
+def _collect(
+    checkpoint: Checkpoint, recipe: Recipe, root: Path, folder: Path, trust_remote_code: bool, progress: Progress
+) -> list[DomainStatistics]:
+    """Statistics of every domain, from disk where they are still right."""
+    settings = recipe.mixture.router
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    view: DenseView | None = None
+    domains: list[DomainStatistics] = []
+    for place, expert in enumerate(recipe.experts):
+        documents = fit_documents(expert, root, place)
+        sequences = encode(
+            tokenizer, documents, max_tokens=settings.tokens_per_domain, sequence_length=settings.sequence_length
+        )
+        negatives = [
+            sequence
+            for prompt in expert.negative_prompts or []
+            for sequence in encode(tokenizer, [prompt], max_tokens=settings.sequence_length, sequence_length=settings.sequence_length)
+        ]
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        if not tokens:
+            raise TextError("the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text")
+        source = _statistics_source(settings, expert, documents, tokens)
+        path = folder / f"{expert.name}.safetensors"
+        kept = load_statistics(path)
+        if kept is None or kept.source != source:
+            if view is None:
+                dtype = torch.float32 if settings.compute_dtype == "float32" else torch.bfloat16
+                view = DenseView(checkpoint, dtype=dtype)
+            view.use_expert(place)
+            done = 0
+
+            def advance(count: int, name: str = expert.name, total: int = tokens) -> None:
+                nonlocal done
+                done += count
+                progress(f"read {name}", done, total)
+
+            kept = capture_domain(view, sequences, negatives, keep_tokens=settings.keep_tokens, source=source, advance=advance)
+            kept.save(path)
+        # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
+        domains.append(load_statistics(path) or kept)
+    return domains
+
+
+def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
+    """The documents that may set the router for an expert: the fit split of its text, and its prompts.
+
+    Raises TextError when none are left.
+    """
+    where = f"experts[{place}] '{expert.name}': text"
+    documents = documents_of_split(read_documents(expert.text, root=root, where=where), "fit") if expert.text else []
+    documents = [*(expert.prompts or []), *documents]
+    if not documents:
+        raise TextError("no document is left for the fit after the held-out split", where=where, remedy="give more documents")
+    return documents
+
+
+def _statistics_source(
+    settings: Router, expert: Expert, documents: list[str], tokens: int
+) -> dict[str, Any]:
+    return {
+        "text": text_record(documents, tokens),
+        "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
+        "sequence_length": settings.sequence_length,
+        "tokens_per_domain": settings.tokens_per_domain,
+        "keep_tokens": settings.keep_tokens,
+        "compute_dtype": settings.compute_dtype,
+    }
+

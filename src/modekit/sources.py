@@ -1,0 +1,281 @@
+"""Model folders read by header: which tensors, where their bytes lie, and the bytes themselves, memory-mapped.
+
+Nothing here imports torch. A safetensors file is 8 bytes of header length (little endian), a JSON header with dtype,
+shape and data_offsets per tensor, then the data; every claim of the header is checked against the file's size before
+a tensor is used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from modekit.errors import SourceError
+from modekit.recipe import BASE, Recipe
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
+}  # fmt: skip
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
+
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+_LARGEST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor in a file: safetensors dtype, shape, and the absolute byte range [start, end)."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
+    """Tensors of one safetensors file.
+
+    Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
+    """
+    remedy = "download or save the file again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            raw_length = stream.read(8)
+            if len(raw_length) < 8:
+                raise SourceError("safetensors file is truncated", where=f"{where}: {file.name}", found=f"{size} bytes", remedy=remedy)
+            (length,) = struct.unpack("<Q", raw_length)
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise SourceError(
+                    "not a safetensors file, or its header is truncated",
+                    where=f"{where}: {file.name}",
+                    found=f"a header of {length} bytes in a file of {size}",
+                    remedy=remedy,
+                )
+            header = json.loads(stream.read(length))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise SourceError("safetensors header is not JSON", where=f"{where}: {file.name}", remedy=remedy) from None
+    except OSError as error:
+        raise SourceError("file cannot be read", where=f"{where}: {file.name}", found=error.strerror) from None
+    tensors: dict[str, TensorRef] = {}
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, 8 + length + end)
+            if ref.dtype not in ITEMSIZE or begin < 0 or ref.nbytes != ref.numel * ITEMSIZE[ref.dtype] or ref.end > size:
+                raise SourceError(
+                    "safetensors header and data disagree (truncated or damaged file)",
+                    where=f"{where}: {file.name}: {name}",
+                    found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - 8 - length} bytes of data",
+                    remedy=remedy,
+                )
+            tensors[name] = ref
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SourceError("safetensors header is malformed", where=f"{where}: {file.name}", remedy=remedy) from None
+    return tensors
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A dense model on disk.
+
+    `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says.
+    """
+
+    label: str
+    spec: str
+    folder: Path
+    revision: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Weight files in name order."""
+        return tuple(sorted({ref.file for ref in self.tensors.values()}))
+
+    def tensor(self, name: str) -> TensorRef:
+        """A tensor by name. Raises SourceError when it is missing."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise SourceError(
+                "tensor is missing", where=f"{self.label}: {name}", found=f"{len(self.tensors)} other tensors in {self.spec}",
+                remedy="check that the download is complete and the model is of the base model's family",
+            ) from None  # fmt: skip
+
+
+class Mappings:
+    """Memory maps of source files, opened on first use and closed together."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, tuple[mmap.mmap, memoryview]] = {}
+
+    def view(self, ref: TensorRef) -> memoryview:
+        """The tensor's bytes, without a copy."""
+        return self.file(ref.file)[ref.start : ref.end]
+
+    def file(self, path: Path) -> memoryview:
+        """A whole file's bytes, without a copy."""
+        if path not in self._maps:
+            with path.open("rb") as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[path] = (mapped, memoryview(mapped))
+        return self._maps[path][1]
+
+    def forget(self, ref: TensorRef) -> None:
+        """Tell the kernel that a tensor's pages are no longer needed, so that resident memory stays flat."""
+        page = mmap.PAGESIZE
+        start, end = -(-ref.start // page) * page, ref.end // page * page
+        if end > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[ref.file][0].madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def close(self) -> None:
+        """Release all maps that no view holds any more."""
+        for mapped, view in self._maps.values():
+            view.release()
+            mapped.close()
+        self._maps.clear()
+
+
+def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Read config and headers of a model folder.
+
+    Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
+    """
+    where = f"{label} ({spec})"
+    if not folder.is_dir():
+        raise SourceError("model folder does not exist", where=where, found=str(folder), remedy="correct the path in the recipe")
+    config = read_config(folder, where=where)
+    if config.get("auto_map") and not trust_remote_code:
+        raise SourceError(
+            "the model brings code of its own (auto_map in config.json)", where=where, found=config["auto_map"],
+            remedy="check that the weights follow the named family, then pass --trust-remote-code",
+        )  # fmt: skip
+    tensors: dict[str, TensorRef] = {}
+    for file in _weight_files(folder, where=where):
+        tensors.update(read_header(file, where=where))
+    return ModelSource(label, spec, folder, revision, config, tensors)
+
+
+def read_config(folder: Path, *, where: str) -> dict[str, Any]:
+    """A model's config.json as data. Raises SourceError when it is missing or not JSON."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / "adapter_config.json").exists():
+            raise SourceError(
+                "this is an adapter, not a full model", where=where,
+                remedy="merge it into its base first (peft: merge_and_unload, then save_pretrained)",
+            ) from None  # fmt: skip
+        raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
+    except (OSError, ValueError) as error:
+        raise SourceError("config.json cannot be read", where=where, found=error) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
+    return config
+
+
+def _weight_files(folder: Path, *, where: str) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / Path(name).name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise SourceError("the safetensors index cannot be read", where=f"{where}: {index.name}") from None
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise SourceError(
+                "shards named by the index are missing", where=where, found=", ".join(missing),
+                remedy="download the model again",
+            )  # fmt: skip
+        return files
+    if single.exists():
+        return [single]
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if pickles:
+        raise SourceError(
+            "the weights are pickled, which can run code when opened; modekit reads safetensors only",
+            where=where,
+            found=", ".join(pickles),
+            remedy="convert once where you trust the file: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
+        )
+    raise SourceError("no safetensors weights", where=where, remedy="the folder needs model.safetensors or shards with an index")
+
+
+def resolve_folder(spec: str, *, root: Path, label: str, revision: str | None = None) -> Path:
+    """The folder of a model given as a path (relative to the recipe) or a hub id, which is downloaded when needed.
+
+    Raises SourceError when the folder is missing or the hub cannot be reached.
+    """
+    local = (root / Path(spec).expanduser()).resolve()
+    if local.is_dir():
+        return local
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise SourceError(
+            "model folder does not exist", where=f"{label} ({spec})", found=str(local), remedy="correct the path in the recipe"
+        )
+    from huggingface_hub import snapshot_download  # only for hub ids: its import takes longer than a whole plan
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                spec, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
+    except RepositoryNotFoundError:
+        raise SourceError(
+            "neither a folder nor a model on the hub", where=f"{label} ({spec})", found=f"no folder {local}",
+            remedy="correct the path or the hub id (a private model needs a login)",
+        ) from None  # fmt: skip
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(
+            "the hub cannot be reached and the model is not in the local cache", where=f"{label} ({spec})",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy="connect to the hub, or download the model elsewhere and give its folder",
+        ) from None  # fmt: skip
+
+
+def open_recipe_sources(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> tuple[ModelSource, ...]:
+    """The base model, then each expert's model in recipe order; 'base' experts share the base's source."""
+    base_folder = resolve_folder(recipe.base_model, root=root, label="base_model", revision=recipe.revision)
+    base = open_source("base_model", recipe.base_model, base_folder, revision=recipe.revision, trust_remote_code=trust_remote_code)
+    sources = [base]
+    for place, expert in enumerate(recipe.experts):
+        if expert.model == BASE:
+            sources.append(base)
+            continue
+        label = f"experts[{place}] '{expert.name}'"
+        folder = resolve_folder(expert.model, root=root, label=label, revision=expert.revision)
+        sources.append(open_source(label, expert.model, folder, revision=expert.revision, trust_remote_code=trust_remote_code))
+    return tuple(sources)

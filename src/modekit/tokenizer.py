@@ -1,0 +1,57 @@
+"""Do two models read text the same way? Compared by file, without loading a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modekit.errors import MismatchError, SourceError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
+    """Token -> id from tokenizer.json or vocab.json; None when the folder has neither."""
+    path = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()), None)
+    if path is None:
+        return None
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "vocab.json":
+            return {str(token): int(index) for token, index in raw.items()}
+        vocab = raw["model"]["vocab"]
+        pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
+        tokens = {str(token): int(index) for token, index in pairs}
+        tokens.update({str(added["content"]): int(added["id"]) for added in raw.get("added_tokens", [])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SourceError("the tokenizer cannot be read", where=f"{where}: {path.name}", found=error) from None
+    return tokens
+
+
+def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
+    """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's.
+
+    A folder without tokenizer files is taken to use the base model's.
+    """
+    ours = read_vocabulary(base, where="base_model")
+    theirs = read_vocabulary(expert, where=where)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    differing = sorted(
+        {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)},
+        key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
+    )
+    shown = ", ".join(f"{token!r} (base {ours.get(token, '-')}, expert {theirs.get(token, '-')})" for token in differing[:5])
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise MismatchError(
+        f"the expert's tokenizer differs from the base model's in {len(differing)} tokens",
+        where=where,
+        found=shown + more,
+        expected="the same token for the same id",
+        remedy="use experts fine-tuned without changing the tokenizer, or put the base's tokenizer files into the expert's "
+        "folder if only the files differ",
+    )

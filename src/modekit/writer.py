@@ -1,0 +1,193 @@
+"""The result folder appears whole or not at all.
+
+    OUT.partial/            everything is written here, with a journal line after each tensor
+    OUT.partial/journal     what is surely on disk; a second build with the same plan goes on from there
+    OUT                     appears by rename; an old OUT is set aside first and removed last
+
+A killed process leaves OUT.partial, which never looks like a checkpoint (no config.json until the end).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modekit.errors import InterruptError, OutputError
+
+JOURNAL = "journal"
+
+Entry = tuple[str, str, tuple[int, ...], int]
+"""name, safetensors dtype, shape, bytes: one tensor of a file's header."""
+
+
+def safetensors_header(entries: Iterable[Entry]) -> bytes:
+    """Header of a safetensors file with the tensors in the given order; data starts on an 8-byte boundary."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, nbytes in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is seen whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write data as indented JSON with a fixed key order, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+class Staging:
+    """An output folder in the making. Use `staging(...)`."""
+
+    def __init__(self, out: Path, digest: str) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self._journal_path = self.folder / JOURNAL
+        self._lock = threading.Lock()
+        self._done = self._open(digest)
+        self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an interrupted build with the same plan is being continued."""
+        return bool(self._done)
+
+    def recall(self, key: str) -> Any:
+        """What an earlier, interrupted run recorded under a key; None when nothing."""
+        return self._done.get(key)
+
+    def record(self, key: str, value: object) -> None:
+        """Append to the journal. Call only when what it claims is already written."""
+        with self._lock:
+            self._journal.write(json.dumps([key, value]) + "\n")
+            self._done[key] = value
+
+    def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, Callable[[memoryview], None]], None]) -> None:
+        """Write one safetensors file, going on after the last tensor that the journal knows.
+
+        `write_tensor(place, write)` must hand the bytes of the tensor at `place` to `write` in order.
+        """
+        header = safetensors_header(entries)
+        ends = [len(header)]
+        for entry in entries:
+            ends.append(ends[-1] + entry[3])
+        path = self.folder / file
+        done = int(self.recall(f"shard {file}") or 0)
+        if not path.exists() or path.stat().st_size < ends[done]:
+            done = 0
+        with path.open("r+b" if done else "wb", buffering=0) as stream:
+            if done:
+                stream.truncate(ends[done])
+                stream.seek(ends[done])
+            else:
+                _write_all(stream.write, memoryview(header))
+            for place in range(done, len(entries)):
+                write_tensor(place, lambda view: _write_all(stream.write, view))
+                position = stream.tell()
+                assert position == ends[place + 1], f"{entries[place][0]}: wrote to {position}, planned {ends[place + 1]}"
+                self.record(f"shard {file}", place + 1)
+
+    def commit(self) -> None:
+        """Make the folder visible under its final name."""
+        self.close()
+        self._journal_path.unlink()
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.out, old)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            if old.exists():
+                os.rename(old, self.out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove everything written so far."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Release the journal; what was written stays for a resume."""
+        self._journal.close()
+
+    def _open(self, digest: str) -> dict[str, Any]:
+        if self._journal_path.exists():
+            lines = self._journal_path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines and lines[0] == digest:
+                return dict(_whole_lines(lines[1:]))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self._journal_path.write_text(digest + "\n", encoding="utf-8")
+        return {}
+
+
+def _whole_lines(lines: list[str]) -> Iterator[tuple[str, Any]]:
+    for line in lines:
+        try:
+            key, value = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            return
+        yield str(key), value
+
+
+def _write_all(write: Callable[[memoryview], int | None], view: memoryview) -> None:
+    while len(view):
+        view = view[write(view) or 0 :]
+
+
+@contextmanager
+def staging(out: Path, digest: str, *, overwrite: bool) -> Iterator[Staging]:
+    """A staging folder that is committed when the block ends well, and removed when it fails.
+
+    Only a killed process leaves it behind; the next call with the same digest then continues.
+
+    Raises OutputError when OUT exists and `overwrite` is False, or when the disk is full or not writable.
+    """
+    old = out.with_name(out.name + ".old")
+    if old.exists() and not out.exists():
+        os.rename(old, out)  # a kill fell between the two renames of a commit
+    if out.exists() and not overwrite:
+        raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
+    if out.exists() and not (out / "modekit.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise OutputError(
+            "the output path exists and is not a modekit checkpoint, so it is not overwritten", where=str(out),
+            remedy="choose another folder, or remove it yourself",
+        )  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Staging(out, digest)
+    except OSError as error:
+        raise OutputError("the output folder cannot be written", where=str(out), found=error.strerror) from None
+    try:
+        yield stage
+        stage.commit()
+    except OSError as error:
+        stage.discard()
+        free = shutil.disk_usage(out.parent).free
+        raise OutputError(
+            "writing failed; nothing was left behind", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
+            remedy="free space or choose another disk; `modekit plan` tells how much is needed",
+        ) from None  # fmt: skip
+    except KeyboardInterrupt:
+        stage.discard()
+        raise InterruptError("interrupted; nothing was left behind", where=str(out)) from None
+    except BaseException:
+        stage.discard()
+        raise
