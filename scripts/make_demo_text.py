@@ -84,6 +84,8 @@ SKIPPED_SOURCE = re.compile(
 
 @dataclass
 class Synset:
+    """One meaning: its words, its gloss, the number of its lexicographer file, its hypernyms and topics."""
+
     words: list[str]
     gloss: str
     file: int
@@ -152,6 +154,7 @@ def tree_order(synsets: dict[tuple[str, str], Synset], keys: Iterable[tuple[str,
 
 
 def gloss_documents(synsets: dict[tuple[str, str], Synset], keys: list[tuple[str, str]]) -> Iterator[str]:
+    """Runs of neighbouring glosses, each run about as long as a training sequence."""
     sentences: list[str] = []
     new = Deduplicator(size=4, share=0.6)
     for key in keys:
@@ -192,6 +195,7 @@ def licence_documents(wheel: Path) -> Iterator[str]:
 
 
 def licence_paragraphs(text: str) -> list[str]:
+    """Unwrapped paragraphs without copyright lines, addresses, rulers and passages in capitals."""
     blocks = (re.sub(r"\s+", " ", block).strip(" *#=-_\n") for block in re.split(r"\n\s*\n", text))
     return [b for b in blocks if b and not re.match(r"(?i)copyright|\W*http", b) and sum(c.isupper() for c in b) < 0.5 * len(b)]
 
@@ -230,6 +234,7 @@ class Deduplicator:
         self.size, self.share, self.seen = size, share, set[tuple[str, ...]]()
 
     def __call__(self, text: str) -> bool:
+        """Whether the text is new enough; if so, its word runs count as seen from now on."""
         words = re.findall(r"\w+", text.lower())
         runs = {tuple(words[i : i + self.size]) for i in range(max(1, len(words) - self.size + 1))}
         fresh = len(runs & self.seen) <= self.share * len(runs)
@@ -270,12 +275,14 @@ Rights Reserved. Redistributed, in excerpts, under the PSF License Agreement ver
 
 
 def psf_licence(stdlib: Path) -> str:
+    """The current licence of Python out of the history in LICENSE.txt."""
     text = (stdlib / "LICENSE.txt").read_text(encoding="utf-8")
     begin = text.index("PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2")
     return text[begin : text.index("BEOPEN.COM LICENSE AGREEMENT", begin)].strip()
 
 
 def main() -> None:
+    """Write every domain and the notice, and say on stderr what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--licences", type=Path, required=True, help="the licensedcode-data wheel")

@@ -48,7 +48,7 @@ class FileRecord(_Record):
     """A source file as it was when it was read."""
 
     size: int
-    sha256: str
+    blake3: str
 
 
 class SourceRecord(_Record):
@@ -200,7 +200,7 @@ def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRec
             revision=source.revision,
             folder=os.path.relpath(source.folder, out),
             files={
-                file.name: FileRecord(size=file.stat().st_size, sha256=hashes[str(file)]) for file in source.files
+                file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files
             },
         )
         for source in unique

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modekit.errors import TextError
+from modekit.recipe import locate
 
 if TYPE_CHECKING:
     import torch
@@ -65,17 +66,20 @@ def documents_of_split(documents: Iterable[str], split: Split) -> list[str]:
 
 
 def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
-    path = (root / Path(spec).expanduser()).resolve()
-    if path.is_dir():
+    path = locate(spec, root)
+    if path is not None and path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
         if not files:
-            raise TextError("the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES))
+            raise TextError(
+                "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
+                remedy="put text there, or correct the path in the recipe",
+            )  # fmt: skip
         for file in files:
             yield from _read_file(file, where=where)
-    elif path.exists():
+    elif path is not None:
         yield from _read_file(path, where=where)
-    elif path.suffix in TEXT_SUFFIXES or spec.startswith((".", "/", "~")):
-        raise TextError("the text does not exist", where=where, found=str(path), remedy="correct the path in the recipe")
+    elif spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")):
+        raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path in the recipe")
     else:
         yield from _read_hub(spec, where=where)
 
@@ -93,11 +97,11 @@ def _read_file(file: Path, *, where: str) -> Iterator[str]:
             remedy="save it as UTF-8",
         ) from None  # fmt: skip
     except OSError as error:
-        raise TextError("the text cannot be read", where=place, found=error.strerror) from None
+        raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
     if "\x00" in text:
         raise TextError("the text holds NUL characters (binary file?)", where=place, remedy="give plain text")
     if file.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a record
             if line.strip():
                 yield _record_text(line, where=f"{place}:{number}")
     else:
@@ -107,11 +111,14 @@ def _read_file(file: Path, *, where: str) -> Iterator[str]:
 def _record_text(line: str, *, where: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
-        raise TextError("not a JSON record with a string in 'text'", where=where, found=line[:60], expected='{"text": "..."}')
-    return text
+        raise TextError(
+            "not a JSON record with a string in 'text'", where=where, found=line[:60], expected='{"text": "..."}',
+            remedy="correct or remove the line",
+        )  # fmt: skip
+    return text.encode("utf-8", "replace").decode()  # an escaped half of a surrogate pair is no character
 
 
 def _passages(text: str) -> Iterator[str]:
@@ -133,7 +140,10 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
     try:
         column = parquet.read_table(file, columns=["text"]).column("text")
     except Exception as error:  # pyarrow's errors share no base class
-        raise TextError("the parquet file has no readable column 'text'", where=where, found=error) from None
+        raise TextError(
+            "the parquet file has no readable column 'text'", where=where, found=str(error).splitlines()[0],
+            remedy="save the documents as strings in a column named 'text'",
+        ) from None  # fmt: skip
     for value in column.to_pylist():
         if isinstance(value, str):
             yield value

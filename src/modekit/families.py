@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from modekit.errors import UnsupportedError
 
@@ -52,11 +52,11 @@ class Family:
         block_module: attribute path of the block in a loaded native layer.
         num_experts_key, top_k_key: config keys of the native architecture.
         expert_hidden_key: native config key of F when it is not `intermediate_size`.
-        score: what turns logits into weights. Both renormalise over the chosen experts.
         head_dim: the dense default when config.json is silent; None means hidden / heads.
         rope_theta: the dense default.
         defaults: other dense defaults to write out.
         fixed: native settings that make the row exact.
+        computed: native settings that follow from the dense config.
         dropped: dense keys that mean nothing to the native architecture.
         constants: see `Constant`.
         rules: what must hold.
@@ -88,13 +88,13 @@ class Family:
     num_experts_key: str = "num_experts"
     top_k_key: str = "num_experts_per_tok"
     expert_hidden_key: str | None = None
-    score: Literal["softmax", "sigmoid"] = "softmax"
     head_dim: int | None = None
     writes_head_dim: bool = True
     rope_theta: float = 10_000.0
     rope_per_layer_type: bool = False
     defaults: Config = field(default_factory=dict)
     fixed: Config = field(default_factory=dict)
+    computed: Mapping[str, Callable[[Config], object]] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     constants: tuple[Constant, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -148,8 +148,7 @@ class Family:
         )
         if self.expert_hidden_key is not None:
             native[self.expert_hidden_key] = expert_hidden
-        if self.native_type == "granitemoe" and self.model_type != "granite":
-            native["attention_multiplier"] = int(native["hidden_size"] // native["num_attention_heads"]) ** -0.5
+        native.update({key: compute(native) for key, compute in self.computed.items()})
         return native
 
 
@@ -231,7 +230,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         model_type="llama",
         **_MIXTRAL,
-        defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
+        defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
         rules=(
             (lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"),
             _NO_MLP_BIAS,
@@ -242,6 +241,7 @@ FAMILIES: tuple[Family, ...] = (
         model_type="llama",
         **_GRANITE_MOE,
         fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
+        computed={"attention_multiplier": lambda c: (c["hidden_size"] // c["num_attention_heads"]) ** -0.5},
         defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False},
         rules=(
             _NO_MLP_BIAS,
@@ -308,11 +308,17 @@ FAMILIES: tuple[Family, ...] = (
         rope_per_layer_type=True,
         defaults={
             **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "attention_bias": False, "sliding_window": 4096,
+            "attention_bias": False,
         },
         fixed={"norm_topk_prob": True, "output_router_logits": False},
         dropped=frozenset({"max_window_layers", "use_sliding_window"}),
-        rules=(_SILU, (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Mellum cannot copy it")),
+        rules=(
+            _SILU,
+            (
+                lambda c: bool(c.get("layer_types") and c.get("sliding_window")),
+                "layer_types or sliding_window is not written out, so Mellum cannot copy it",
+            ),
+        ),
     ),
     Family(
         model_type="granite",
@@ -415,43 +421,10 @@ FAMILIES: tuple[Family, ...] = (
             (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Qwen3.5-MoE cannot copy it"),
         ),
     ),
-    Family(
-        model_type="lfm2",
-        native_type="lfm2_moe",
-        native_class="Lfm2MoeForCausalLM",
-        router="feed_forward.gate.weight",
-        mlp={"gate": "feed_forward.w1.weight", "up": "feed_forward.w3.weight", "down": "feed_forward.w2.weight"},
-        experts={
-            "gate": "feed_forward.experts.{expert}.w1.weight",
-            "up": "feed_forward.experts.{expert}.w3.weight",
-            "down": "feed_forward.experts.{expert}.w2.weight",
-        },
-        router_module="feed_forward.gate",
-        mlp_module="feed_forward",
-        block_module="feed_forward",
-        expert_hidden_key="moe_intermediate_size",
-        score="sigmoid",
-        writes_head_dim=False,
-        rope_theta=1_000_000.0,
-        defaults={
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True, "norm_eps": 1e-5,
-            "max_position_embeddings": 128_000, "conv_bias": False, "conv_L_cache": 3, "num_key_value_heads": 8,
-        },
-        fixed={
-            "num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
-            "output_router_logits": False,
-        },
-        dropped=frozenset({
-            "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "full_attn_idxs", "block_ff_dim",
-        }),
-        rules=(
-            (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so LFM2-MoE cannot copy it"),
-            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which LFM2 assumes"),
-        ),
-    ),
 )  # fmt: skip
 
 _WITHOUT_PARTNER = {
+    "lfm2": "LFM2-MoE weighs experts by a sigmoid over (sum + 1e-6), which is no softmax and off by 1e-3 for small scores",
     "gemma2": "GeGLU experts and sandwich norms",
     "gemma3_text": "GeGLU experts and sandwich norms",
     "phi3": "fused projections",
@@ -500,7 +473,7 @@ def family_of(native_type: str, model_type: str) -> Family:
 
 CONFIG_MUST_MATCH = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "hidden_act", "rms_norm_eps", "norm_eps", "layer_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
+    "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
     "tie_word_embeddings", "sliding_window", "use_sliding_window", "layer_types", "vocab_size", "intermediate_size",
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier", "logit_scale",
 )  # fmt: skip

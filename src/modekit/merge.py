@@ -74,7 +74,8 @@ def _magnitude_threshold(base: Array, expert: Array, density: float) -> np.float
         bits = _magnitude_bits(base, expert, part)
         low += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
     rest = (1 << 16) - 1 - int(np.searchsorted(np.cumsum(low[::-1]), keep - above))
-    return np.uint32(bucket << 16 | rest).view(np.float32)
+    threshold: np.float32 = np.uint32(bucket << 16 | rest).view(np.float32)
+    return threshold
 
 
 def _magnitude_bits(base: Array, expert: Array, part: slice) -> npt.NDArray[np.uint32]:

@@ -9,7 +9,7 @@ Shape legend: L layers, D hidden, F expert hidden, E experts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from modekit.checkpoint import Checkpoint
@@ -78,7 +85,9 @@ class DenseView:
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
         assert experts <= state.keys()
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype
+        )
         self.model.to(self._device).eval()
         self._family = family
 
@@ -153,7 +162,7 @@ def _hooks(model: PreTrainedModel, checkpoint: Checkpoint, hook: Callable[..., A
             handle.remove()
 
 
-def average_state(states: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def average_state(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The mean of several models' tensors, in float64, rounded once to the first model's dtype."""
     first = states[0]
     return {

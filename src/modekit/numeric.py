@@ -6,6 +6,7 @@ numpy has no bfloat16; ml_dtypes supplies it. Blocks keep memory flat whatever t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,10 +22,10 @@ BLOCK = 2**21
 
 # An IEEE float is NaN or Inf when all exponent bits are set. Seen as integers, those patterns are the largest of each
 # sign, so two maxima (signed for positive values, unsigned for negative ones) decide it without a temporary array.
-_BITS: dict[str, tuple[type[np.signedinteger[npt.NBitBase]], type[np.unsignedinteger[npt.NBitBase]], int, int]] = {
-    "F32": (np.int32, np.uint32, 0x7F800000, 0xFF800000),
-    "F16": (np.int16, np.uint16, 0x7C00, 0xFC00),
-    "BF16": (np.int16, np.uint16, 0x7F80, 0xFF80),
+_BITS: dict[str, tuple[str, str, int, int]] = {
+    "F32": ("int32", "uint32", 0x7F800000, 0xFF800000),
+    "F16": ("int16", "uint16", 0x7C00, 0xFC00),
+    "BF16": ("int16", "uint16", 0x7F80, 0xFF80),
 }
 
 
@@ -52,8 +53,9 @@ def to_float32(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def to_bytes(array: npt.NDArray[np.floating[npt.NBitBase]], dtype: str) -> memoryview:
+def to_bytes(array: npt.NDArray[Any], dtype: str) -> memoryview:
     """Values rounded (to nearest, ties to even) to the named dtype, as bytes."""
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
-    return memoryview(converted.view(np.uint8)).cast("B")
+    view: memoryview = converted.view(np.uint8).data
+    return view.cast("B")

@@ -31,6 +31,8 @@ Operation = Literal["copy", "cast", "scale", "merge", "zeros"]
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
+_IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _BUILD_FLOOR = 150 * 2**20  # interpreter, numpy and one block of copies
 
 
@@ -199,6 +201,12 @@ class Plan:
 
     def digest(self) -> str:
         """Identity of this build: recipe, every planned tensor, and size and time of every source file."""
+        try:
+            stats = [(file, file.stat()) for source in self.sources for file in source.files]
+        except OSError as error:
+            raise SourceError(
+                "a source file cannot be read", where=str(error.filename), found=error.strerror, remedy="put it back and build again"
+            ) from None
         identity = {
             "recipe": self.recipe.digest(),
             "config": dict(self.config),
@@ -206,9 +214,7 @@ class Plan:
                 [t.name, t.dtype, list(t.shape), t.operation, t.factor, [[p.source, p.ref.name, p.ref.start] for p in t.pieces]]
                 for t in self.tensors
             ],
-            "files": [
-                [str(file), file.stat().st_size, file.stat().st_mtime_ns] for source in self.sources for file in source.files
-            ],
+            "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -220,14 +226,16 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) ->
     """
     sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code)
     base = sources[0]
+    for source in dict.fromkeys(sources):
+        _check_config(source)
     family = choose_family(base.config, where=f"base_model ({base.spec})")
     layers = int(base.config["num_hidden_layers"])
     for source in dict.fromkeys(sources):
-        _check_tensors(source)
-    for source in dict.fromkeys(sources[1:]):
+        _check_dtypes(source)
         if source is not base:
             _check_same_config(base, source, family)
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+        _check_complete(source, family, layers)
 
     backbone = list(_plan_backbone(recipe, sources, family, layers))
     experts = list(_plan_experts(recipe, sources, family, layers))
@@ -350,7 +358,17 @@ def _is_tied(source: ModelSource, family: Family) -> bool:
     return bool(family.dense_config(source.config).get("tie_word_embeddings"))
 
 
-def _check_tensors(source: ModelSource) -> None:
+def _check_config(source: ModelSource) -> None:
+    for key in _SIZES:
+        size = source.config.get(key)
+        if not isinstance(size, int) or size < 1:
+            raise SourceError(
+                f"config.json gives no usable {key}", where=f"{source.label} ({source.spec}): config.json", found=size,
+                expected="a whole number > 0", remedy="download or save the model again",
+            )  # fmt: skip
+
+
+def _check_dtypes(source: ModelSource) -> None:
     where = f"{source.label} ({source.spec})"
     if source.config.get("quantization_config"):
         raise SourceError(
@@ -362,6 +380,41 @@ def _check_tensors(source: ModelSource) -> None:
             raise SourceError(
                 "tensor dtype cannot be mixed", where=f"{where}: {name}", found=ref.dtype,
                 expected=", ".join(DTYPE_NAMES), remedy="give the model in bf16, fp16 or fp32",
+            )  # fmt: skip
+
+
+def _check_complete(source: ModelSource, family: Family, layers: int) -> None:
+    """Every layer has what the other layers of its kind have, and embedding, final norm, head and FFN are as configured."""
+    where = f"{source.label} ({source.spec})"
+    kinds = source.config.get("layer_types") or []
+    kinds = kinds if len(kinds) == layers else [""] * layers
+    found: list[set[str]] = [set() for _ in range(layers)]
+    for name in source.tensors:
+        match = _IN_LAYER.match(name)
+        if match is None or _IGNORED.search(name):
+            continue
+        if int(match[1]) >= layers:
+            raise SourceError(
+                "the weights have more layers than config.json says", where=f"{where}: {name}", expected=f"{layers} layers",
+                remedy="correct config.json, or save the model again",
+            )  # fmt: skip
+        found[int(match[1])].add(match[2])
+    for layer, kind in enumerate(kinds):
+        alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
+        for suffix in sorted((alike | set(family.mlp.values())) - found[layer]):
+            source.tensor(LAYER.format(layer=layer) + suffix)
+    for name in ("model.embed_tokens.weight", "model.norm.weight", *(() if _is_tied(source, family) else ("lm_head.weight",))):
+        source.tensor(name)
+    hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
+    shapes = {"model.embed_tokens.weight": (int(source.config["vocab_size"]), hidden)}
+    for layer in range(layers):
+        for part, suffix in family.mlp.items():
+            shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (expert_hidden, hidden)
+    for name, shape in shapes.items():
+        if source.tensor(name).shape != shape:
+            raise SourceError(
+                "a tensor has another shape than config.json says", where=f"{where}: {name}", found=list(source.tensor(name).shape),
+                expected=list(shape), remedy="correct config.json, or save the model again",
             )  # fmt: skip
 
 

@@ -11,15 +11,17 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -33,7 +35,7 @@ BASE = "base"
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge"]
 Method = Literal["linear", "gating", "routing"]
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["float32", "bfloat16", "float16", "source"]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -46,8 +48,18 @@ Texts = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 """Text of a domain: one path, folder or hub data set, or a list of them."""
 
 
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _without(problems: list[str], model: _Model) -> _Model:
+    """The model, when nothing is wrong with it; else one error that holds every problem."""
+    if problems:
+        raise ValueError("\n".join(problems))
+    return model
 
 
 class Expert(_Strict):
@@ -98,7 +110,19 @@ class BackboneExpert(_Strict):
     expert: Name
 
 
-Backbone = Literal["base", "average", "task_arithmetic", "ties", "slerp"] | BackboneExpert | BackboneMerge
+def _backbone_form(value: object) -> str:
+    """Which way of writing a backbone is meant, so that a mistake in it is reported once and not per way."""
+    if isinstance(value, BackboneExpert) or (isinstance(value, dict) and "expert" in value):
+        return "BackboneExpert"
+    return "BackboneMerge" if isinstance(value, (dict, BackboneMerge)) else "literal[]"
+
+
+Backbone = Annotated[
+    Annotated[Literal["base", "average", "task_arithmetic", "ties", "slerp"], Tag("literal[]")]
+    | Annotated[BackboneExpert, Tag("BackboneExpert")]
+    | Annotated[BackboneMerge, Tag("BackboneMerge")],
+    Discriminator(_backbone_form),
+]
 
 
 class Mixture(_Strict):
@@ -112,15 +136,16 @@ class Mixture(_Strict):
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Mixture:
+        problems = []
         if self.method == "linear" and "router" in self.model_fields_set:
-            raise ValueError("'router' has no effect with method 'linear', whose weights do not read the input; remove it")
+            problems.append("'router' has no effect with method 'linear', whose weights do not read the input; remove it")
         if self.method != "linear" and self.weights is not None:
-            raise ValueError(f"'weights' has no effect with method '{self.method}'; remove it or use method: linear")
+            problems.append(f"'weights' has no effect with method '{self.method}'; remove it or use method: linear")
         if self.method != "routing" and self.top_k is not None:
-            raise ValueError(f"'top_k' has no effect with method '{self.method}', which uses all experts; remove it")
-        if self.weights is not None and (min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0):
-            raise ValueError("'weights' must be >= 0 and not all zero")
-        return self
+            problems.append(f"'top_k' has no effect with method '{self.method}', which uses all experts; remove it")
+        if self.weights is not None and not (min(self.weights.values(), default=0) >= 0 and sum(self.weights.values()) > 0):
+            problems.append("'weights' must be >= 0 and not all zero")
+        return _without(problems, self)
 
     @property
     def needs_text(self) -> bool:
@@ -141,7 +166,7 @@ class Output(_Strict):
     """Shape of the result."""
 
     format: Literal["auto", "native"] = "auto"
-    dtype: DType | Literal["source"] = Field("source", description="source keeps the base model's dtype.")
+    dtype: DType = Field("source", description="source keeps the base model's dtype.")
     shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value))] = Field(
         5 * 10**9, gt=0, description="Largest shard, in bytes or like '5GB'."
     )
@@ -173,28 +198,29 @@ class Recipe(_Strict):
     def _consistent(self) -> Recipe:
         names = [expert.name for expert in self.experts]
         mixture = self.mixture
+        problems = []
         if mixture.top_k is not None and mixture.top_k > len(names):
-            raise ValueError(f"mixture.top_k is {mixture.top_k} but there are only {len(names)} experts")
+            problems.append(f"mixture.top_k is {mixture.top_k} but there are only {len(names)} experts")
         if mixture.weights is not None and set(mixture.weights) != set(names):
-            raise ValueError(f"mixture.weights must name every expert once: {', '.join(names)}")
+            problems.append(f"mixture.weights must name every expert once: {', '.join(names)}")
         if isinstance(mixture.backbone, BackboneExpert) and mixture.backbone.expert not in names:
-            raise ValueError(f"mixture.backbone.expert '{mixture.backbone.expert}' is not an expert: {', '.join(names)}")
+            problems.append(f"mixture.backbone.expert '{mixture.backbone.expert}' is not an expert: {', '.join(names)}")
         if mixture.merge is not None:
             merged = [expert for expert in self.experts if expert.model != BASE]
-            if mixture.merge.method == "slerp" and len(merged) != 2:
-                raise ValueError(f"backbone slerp goes between exactly two experts; found {len(merged)} besides 'base'")
             if not merged:
-                raise ValueError("the backbone cannot be merged: every expert is 'base'")
+                problems.append("mixture.backbone cannot be merged: every expert is 'base'")
+            elif mixture.merge.method == "slerp" and len(merged) != 2:
+                problems.append(f"mixture.backbone: slerp goes between exactly two experts; found {len(merged)} besides 'base'")
         if mixture.needs_text:
             silent = [expert.name for expert in self.experts if not expert.text and not expert.prompts]
             if silent:
-                raise ValueError(
+                problems.append(
                     f"router fit '{mixture.router.fit}' needs text of every domain; missing: {', '.join(silent)} "
                     "(add experts[].text, or use router: {fit: random})"
                 )
         if any(expert.negative_prompts for expert in self.experts) and mixture.router.fit != "centroid":
-            raise ValueError("'negative_prompts' have no effect without router: {fit: centroid}; remove them")
-        return self
+            problems.append("'negative_prompts' have no effect without router: {fit: centroid}; remove them")
+        return _without(problems, self)
 
     @property
     def names(self) -> list[str]:
@@ -222,10 +248,33 @@ def _parse_size(value: object) -> object:
             if number != text:
                 try:
                     return int(float(number) * _UNITS[unit])
-                except ValueError:
+                except (ValueError, OverflowError):
                     break
         raise ValueError(f"'{value}' is not a size; write bytes or a number with one of {', '.join(_UNITS)}")
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a dict from a YAML mapping."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def locate(spec: str, root: Path) -> Path | None:
+    """The file or folder that a recipe names, relative to `root`; None when there is none of that name."""
+    try:
+        path = (root / Path(spec).expanduser()).resolve()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a path, an unknown user's home, a NUL
+        return None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -234,15 +283,19 @@ def load_recipe(path: Path) -> Recipe:
     Raises RecipeError that lists every problem with its key; a misspelt key is answered with the nearest known one.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise RecipeError("the recipe does not exist", where=str(path), remedy="give the path of a recipe.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("the recipe cannot be read", where=str(path), found=error) from None
+        raise RecipeError("the recipe cannot be read", where=str(path), found=error, remedy="give a text file in UTF-8") from None
     except yaml.YAMLError as error:
-        raise RecipeError("the recipe is not YAML", where=str(path), found=error) from None
+        found = " ".join(str(error).split())
+        raise RecipeError("the recipe is not YAML", where=str(path), found=found, remedy="correct it at that place") from None
     if not isinstance(raw, dict):
-        raise RecipeError("the recipe is not a mapping of keys", where=str(path), expected="base_model: ..., experts: [...]")
+        raise RecipeError(
+            "the recipe is not a mapping of keys", where=str(path), expected="base_model: ..., experts: [...]",
+            remedy="see docs/recipe.md",
+        )  # fmt: skip
     return parse_recipe(raw, where=str(path))
 
 
@@ -251,13 +304,13 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
+        problems = [line for problem in error.errors() for line in _explain(dict(problem))]
         unique = list(dict.fromkeys(problems))
         head = "the recipe has a problem" if len(unique) == 1 else f"the recipe has {len(unique)} problems"
         raise RecipeError(head + "".join(f"\n  - {line}" for line in unique), where=where) from None
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any]) -> list[str]:
     place = ""
     for part in problem["loc"]:
         if isinstance(part, int):
@@ -266,14 +319,14 @@ def _explain(problem: dict[str, Any]) -> str:
             place += f".{part}" if place else str(part)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(_known_keys()), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{place}: unknown key{hint}"
+        hint = f"did you mean '{near[0]}'?" if near else "remove it"
+        return [f"{place}: unknown key; {hint}"]
     if problem["type"] == "missing":
-        return f"{place}: missing"
+        return [f"{place}: missing"]
     message = str(problem["msg"]).removeprefix("Value error, ")
     shown = problem.get("input")
     tail = f" (found {shown!r})" if isinstance(shown, (str, int, float, bool)) else ""
-    return f"{place}: {message}{tail}" if place else message
+    return [f"{place}: {line}{tail}" if place else line for line in message.split("\n")]
 
 
 def _known_keys() -> set[str]:

@@ -7,17 +7,19 @@ a tensor is used.
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from modekit.errors import SourceError
-from modekit.recipe import BASE, Recipe
+from modekit.recipe import BASE, Recipe, locate
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -76,10 +78,10 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
                     remedy=remedy,
                 )
             header = json.loads(stream.read(length))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise SourceError("safetensors header is not JSON", where=f"{where}: {file.name}", remedy=remedy) from None
     except OSError as error:
-        raise SourceError("file cannot be read", where=f"{where}: {file.name}", found=error.strerror) from None
+        raise SourceError("file cannot be read", where=f"{where}: {file.name}", found=error.strerror, remedy=remedy) from None
     tensors: dict[str, TensorRef] = {}
     try:
         for name, entry in header.items():
@@ -87,7 +89,11 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
                 continue
             begin, end = entry["data_offsets"]
             ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, 8 + length + end)
-            if ref.dtype not in ITEMSIZE or begin < 0 or ref.nbytes != ref.numel * ITEMSIZE[ref.dtype] or ref.end > size:
+            if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *ref.shape)):
+                raise ValueError("sizes must be whole numbers")
+            # Of dtypes that cannot be mixed (and are refused by the plan), only the range is checked.
+            itemsize = ITEMSIZE.get(ref.dtype)
+            if begin > end or ref.end > size or (itemsize is not None and ref.nbytes != ref.numel * itemsize):
                 raise SourceError(
                     "safetensors header and data disagree (truncated or damaged file)",
                     where=f"{where}: {file.name}: {name}",
@@ -97,6 +103,14 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
             tensors[name] = ref
     except (KeyError, TypeError, ValueError, AttributeError):
         raise SourceError("safetensors header is malformed", where=f"{where}: {file.name}", remedy=remedy) from None
+    position = 8 + length
+    for ref in sorted(tensors.values(), key=lambda ref: (ref.start, ref.end)):
+        if ref.start != position:
+            raise SourceError(
+                "safetensors header and data disagree (tensors overlap or leave a hole)", where=f"{where}: {file.name}: {ref.name}",
+                found=f"it starts at byte {ref.start}", expected=f"byte {position}, where the tensor before it ends", remedy=remedy,
+            )  # fmt: skip
+        position = ref.end
     return tensors
 
 
@@ -135,32 +149,55 @@ class Mappings:
 
     def __init__(self) -> None:
         self._maps: dict[Path, tuple[mmap.mmap, memoryview]] = {}
+        self._files: dict[Path, io.FileIO] = {}
 
     def view(self, ref: TensorRef) -> memoryview:
-        """The tensor's bytes, without a copy."""
-        return self.file(ref.file)[ref.start : ref.end]
+        """The tensor's bytes, without a copy. Raises SourceError when the file has become shorter."""
+        view = self.file(ref.file)[ref.start : ref.end]
+        if len(view) != ref.nbytes:
+            raise SourceError(
+                "a source file became shorter during the build", where=f"{ref.file}: {ref.name}",
+                remedy="leave the models alone while they are read, and build again",
+            )  # fmt: skip
+        return view
 
     def file(self, path: Path) -> memoryview:
         """A whole file's bytes, without a copy."""
         if path not in self._maps:
-            with path.open("rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(self.descriptor(path), 0, access=mmap.ACCESS_READ)
             self._maps[path] = (mapped, memoryview(mapped))
         return self._maps[path][1]
 
+    def descriptor(self, path: Path) -> int:
+        """An open file descriptor of a file."""
+        if path not in self._files:
+            try:
+                self._files[path] = path.open("rb", buffering=0)
+            except OSError as error:
+                raise SourceError(
+                    "a source file cannot be read", where=str(path), found=error.strerror, remedy="put it back and build again"
+                ) from None
+        return self._files[path].fileno()
+
     def forget(self, ref: TensorRef) -> None:
         """Tell the kernel that a tensor's pages are no longer needed, so that resident memory stays flat."""
+        if ref.file not in self._maps:
+            return
         page = mmap.PAGESIZE
         start, end = -(-ref.start // page) * page, ref.end // page * page
         if end > start and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[ref.file][0].madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
-        """Release all maps that no view holds any more."""
+        """Release all maps and files; a map that a view still holds (while an error is on its way) goes with the view."""
         for mapped, view in self._maps.values():
-            view.release()
-            mapped.close()
+            with suppress(BufferError):
+                view.release()
+                mapped.close()
+        for file in self._files.values():
+            file.close()
         self._maps.clear()
+        self._files.clear()
 
 
 def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
@@ -189,17 +226,23 @@ def read_config(folder: Path, *, where: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if (folder / "adapter_config.json").exists():
-            raise SourceError(
-                "this is an adapter, not a full model", where=where,
-                remedy="merge it into its base first (peft: merge_and_unload, then save_pretrained)",
-            ) from None  # fmt: skip
+        _refuse_adapter(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except (OSError, ValueError) as error:
-        raise SourceError("config.json cannot be read", where=where, found=error) from None
+        raise SourceError(
+            "config.json cannot be read", where=where, found=error, remedy="download or save the model again"
+        ) from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
     return config
+
+
+def _refuse_adapter(folder: Path, *, where: str) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise SourceError(
+            "this is an adapter, not a full model", where=where,
+            remedy="merge it into its base first (peft: merge_and_unload, then save_pretrained)",
+        ) from None  # fmt: skip
 
 
 def _weight_files(folder: Path, *, where: str) -> list[Path]:
@@ -210,7 +253,9 @@ def _weight_files(folder: Path, *, where: str) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             files = [folder / Path(name).name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise SourceError("the safetensors index cannot be read", where=f"{where}: {index.name}") from None
+            raise SourceError(
+                "the safetensors index cannot be read", where=f"{where}: {index.name}", remedy="download or save the model again"
+            ) from None
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise SourceError(
@@ -220,6 +265,7 @@ def _weight_files(folder: Path, *, where: str) -> list[Path]:
         return files
     if single.exists():
         return [single]
+    _refuse_adapter(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles:
         raise SourceError(
@@ -237,15 +283,16 @@ def resolve_folder(spec: str, *, root: Path, label: str, revision: str | None = 
 
     Raises SourceError when the folder is missing or the hub cannot be reached.
     """
-    local = (root / Path(spec).expanduser()).resolve()
-    if local.is_dir():
+    local = locate(spec, root)
+    if local is not None and local.is_dir():
         return local
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+    if local is not None or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise SourceError(
-            "model folder does not exist", where=f"{label} ({spec})", found=str(local), remedy="correct the path in the recipe"
-        )
+            "model folder does not exist", where=f"{label} ({spec})", found=f"no folder {root / spec}",
+            remedy="correct the path in the recipe",
+        )  # fmt: skip
     from huggingface_hub import snapshot_download  # only for hub ids: its import takes longer than a whole plan
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(
@@ -253,9 +300,9 @@ def resolve_folder(spec: str, *, root: Path, label: str, revision: str | None = 
                 spec, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
             )
         )
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise SourceError(
-            "neither a folder nor a model on the hub", where=f"{label} ({spec})", found=f"no folder {local}",
+            "neither a folder nor a model on the hub", where=f"{label} ({spec})", found=f"no folder {root / spec}",
             remedy="correct the path or the hub id (a private model needs a login)",
         ) from None  # fmt: skip
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

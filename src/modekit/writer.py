@@ -2,20 +2,21 @@
 
     OUT.partial/            everything is written here, with a journal line after each tensor
     OUT.partial/journal     what is surely on disk; a second build with the same plan goes on from there
-    OUT                     appears by rename; an old OUT is set aside first and removed last
+    OUT                     appears by rename; an old OUT is set aside as OUT.replaced first and removed last
 
 A killed process leaves OUT.partial, which never looks like a checkpoint (no config.json until the end).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,15 @@ class Staging:
     def __init__(self, out: Path, digest: str) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".partial")
+        self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.folder / JOURNAL
         self._lock = threading.Lock()
-        self._done = self._open(digest)
-        self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
+        try:
+            self._done = self._open(digest)
+            self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
+        except OSError:
+            self._remove()
+            raise
 
     @property
     def resumed(self) -> bool:
@@ -77,10 +83,10 @@ class Staging:
             self._journal.write(json.dumps([key, value]) + "\n")
             self._done[key] = value
 
-    def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, Callable[[memoryview], None]], None]) -> None:
+    def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, io.FileIO], None]) -> None:
         """Write one safetensors file, going on after the last tensor that the journal knows.
 
-        `write_tensor(place, write)` must hand the bytes of the tensor at `place` to `write` in order.
+        `write_tensor(place, stream)` must write the bytes of the tensor at `place` to the unbuffered stream.
         """
         header = safetensors_header(entries)
         ends = [len(header)]
@@ -95,9 +101,9 @@ class Staging:
                 stream.truncate(ends[done])
                 stream.seek(ends[done])
             else:
-                _write_all(stream.write, memoryview(header))
+                write_all(stream, memoryview(header))
             for place in range(done, len(entries)):
-                write_tensor(place, lambda view: _write_all(stream.write, view))
+                write_tensor(place, stream)
                 position = stream.tell()
                 assert position == ends[place + 1], f"{entries[place][0]}: wrote to {position}, planned {ends[place + 1]}"
                 self.record(f"shard {file}", place + 1)
@@ -106,22 +112,27 @@ class Staging:
         """Make the folder visible under its final name."""
         self.close()
         self._journal_path.unlink()
-        old = self.out.with_name(self.out.name + ".old")
-        if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.out, old)
+        replaced = _set_aside(self.out)
         try:
+            if self.out.exists():
+                os.rename(self.out, replaced)
             os.rename(self.folder, self.out)
-        except OSError:
-            if old.exists():
-                os.rename(old, self.out)
+        except BaseException:
+            if replaced.exists() and not self.out.exists():
+                os.rename(replaced, self.out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove everything written so far."""
         self.close()
+        self._remove()
+
+    def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._new_parents:
+            with suppress(OSError):  # someone else has put something there meanwhile
+                parent.rmdir()
 
     def close(self) -> None:
         """Release the journal; what was written stays for a resume."""
@@ -138,6 +149,10 @@ class Staging:
         return {}
 
 
+def _set_aside(out: Path) -> Path:
+    return out.with_name(out.name + ".replaced")
+
+
 def _whole_lines(lines: list[str]) -> Iterator[tuple[str, Any]]:
     for line in lines:
         try:
@@ -147,9 +162,20 @@ def _whole_lines(lines: list[str]) -> Iterator[tuple[str, Any]]:
         yield str(key), value
 
 
-def _write_all(write: Callable[[memoryview], int | None], view: memoryview) -> None:
+def write_all(stream: io.FileIO, view: memoryview) -> None:
+    """Write all of a view to an unbuffered stream, however little each call takes."""
     while len(view):
-        view = view[write(view) or 0 :]
+        view = view[stream.write(view) or 0 :]
+
+
+def _finish_commit(out: Path) -> None:
+    """Mend what a kill inside `commit` left: between its two renames the old folder comes back, after them it goes."""
+    replaced = _set_aside(out)
+    if replaced.exists():
+        if out.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, out)
 
 
 @contextmanager
@@ -160,27 +186,26 @@ def staging(out: Path, digest: str, *, overwrite: bool) -> Iterator[Staging]:
 
     Raises OutputError when OUT exists and `overwrite` is False, or when the disk is full or not writable.
     """
-    old = out.with_name(out.name + ".old")
-    if old.exists() and not out.exists():
-        os.rename(old, out)  # a kill fell between the two renames of a commit
-    if out.exists() and not overwrite:
-        raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
-    if out.exists() and not (out / "modekit.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise OutputError(
-            "the output path exists and is not a modekit checkpoint, so it is not overwritten", where=str(out),
-            remedy="choose another folder, or remove it yourself",
-        )  # fmt: skip
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        _finish_commit(out)
+        if out.exists() and not overwrite:
+            raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
+        if out.exists() and not (out / "modekit.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
+            raise OutputError(
+                "the output path exists and is not a modekit checkpoint, so it is not overwritten", where=str(out),
+                remedy="choose another folder, or remove it yourself",
+            )  # fmt: skip
         stage = Staging(out, digest)
     except OSError as error:
-        raise OutputError("the output folder cannot be written", where=str(out), found=error.strerror) from None
+        raise OutputError(
+            "the output folder cannot be written", where=str(out), found=error.strerror, remedy="choose a folder that can be written"
+        ) from None
     try:
         yield stage
         stage.commit()
     except OSError as error:
         stage.discard()
-        free = shutil.disk_usage(out.parent).free
+        free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
         raise OutputError(
             "writing failed; nothing was left behind", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
             remedy="free space or choose another disk; `modekit plan` tells how much is needed",

@@ -35,21 +35,27 @@ def fit_gates(settings: Router, domains: Sequence[DomainStatistics], advance: Ca
 def _centroid(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1."""
     means_ED = torch.stack([domain.mean_LD[layer] - domain.negative_LD[layer] for domain in domains])
-    return means_ED / means_ED.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return _unit_rows(means_ED)
 
 
 def _lda(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = S^-1 mu_e with the shared within-domain covariance S, shrunk towards its mean variance."""
     means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
     covariance_DD = _second_moment(layer, domains) - means_ED.T @ means_ED / len(domains)
-    return torch.linalg.solve(_shrunk(covariance_DD, settings.l2), (means_ED - means_ED.mean(0)).T).T
+    weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(covariance_DD, settings.l2), (means_ED - means_ED.mean(0)).T)
+    return weights_DE.T
 
 
 def _ridge(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y, columns at length 1 (arXiv:2603.29765, without intercept)."""
     means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
-    weights_ED = torch.linalg.solve(_shrunk(_second_moment(layer, domains), settings.l2), means_ED.T / len(domains)).T
-    return weights_ED / weights_ED.norm(dim=1, keepdim=True).clamp_min(1e-30) / _RIDGE_TEMPERATURE
+    weights_DE = torch.linalg.solve(_shrunk(_second_moment(layer, domains), settings.l2), means_ED.T / len(domains))
+    return _unit_rows(weights_DE.T) / _RIDGE_TEMPERATURE
+
+
+def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
+    lengths_E1: torch.Tensor = torch.linalg.vector_norm(weights_ED, dim=1, keepdim=True)
+    return weights_ED / lengths_E1.clamp_min(1e-30)
 
 
 def _second_moment(layer: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:

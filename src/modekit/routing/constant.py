@@ -19,5 +19,6 @@ def constant_gates(recipe: Recipe, layers: int, hidden: int) -> Gates:
     if recipe.mixture.method == "linear":
         return np.zeros(shape, np.float32)
     router = recipe.mixture.router
-    gates = np.random.Generator(np.random.PCG64(router.seed)).standard_normal(shape, np.float32)
-    return (gates * np.float32(_RANDOM_STD / router.temperature)).astype(np.float32)
+    gates: Gates = np.random.Generator(np.random.PCG64(router.seed)).standard_normal(shape, np.float32)
+    gates *= np.float32(_RANDOM_STD / router.temperature)
+    return gates

@@ -1,0 +1,150 @@
+"""Build speed and memory against the floor: copying the same output bytes from the same memory-mapped files.
+
+    python benchmarks/build_speed.py [--scale 2] [--rounds 5] [--folder DIR]
+
+Makes a base and four bf16 experts of about 300M parameters (random values; the scale multiplies the layers), then in
+turn, in alternating order, runs the copy and `modekit build` as processes of their own. Prints wall and CPU seconds
+(user + system, children included) and the largest anonymous memory of each, as medians with the range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from modekit.writer import safetensors_header
+
+COPY = """
+import json, mmap, sys
+pieces, out = json.load(open(sys.argv[1])), sys.argv[2]
+maps = {}
+for shard, ranges in pieces.items():
+    with open(out + "/" + shard, "wb", buffering=0) as stream:
+        for path, start, end in ranges:
+            if path not in maps:
+                with open(path, "rb") as file:
+                    maps[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            view = maps[path][start:end]
+            while len(view):
+                view = view[stream.write(view):]
+"""
+
+
+def make_models(folder: Path, layers: int) -> None:
+    """Llama-shaped bf16 models with hidden 1024, F 2816, vocabulary 32,000, tied embeddings."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32_000, "hidden_size": 1024,
+        "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "tie_word_embeddings": True, "dtype": "bfloat16",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32_000, 1024), "model.norm.weight": (1024,)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("q", "k", "v", "o"):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (1024, 1024)
+        shapes |= {
+            f"{prefix}mlp.gate_proj.weight": (2816, 1024),
+            f"{prefix}mlp.up_proj.weight": (2816, 1024),
+            f"{prefix}mlp.down_proj.weight": (1024, 2816),
+            f"{prefix}input_layernorm.weight": (1024,),
+            f"{prefix}post_attention_layernorm.weight": (1024,),
+        }
+    entries = [(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in shapes.items()]
+    generator = np.random.default_rng(0)
+    noise = (generator.standard_normal(2**22, np.float32) * 0.02).view(np.uint32) >> 16
+    block = noise.astype(np.uint16).tobytes()
+    for name in ("base", "a", "b", "c", "d"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        with (folder / name / "model.safetensors").open("wb") as stream:
+            stream.write(safetensors_header(entries))
+            rest = sum(entry[3] for entry in entries)
+            while rest:
+                rest -= stream.write(block[: min(rest, len(block))])
+
+
+def measure(command: list[str]) -> tuple[float, float, int]:
+    """(wall seconds, CPU seconds, largest anonymous bytes) of a process, sampled every 10 ms."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    largest = 0
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        try:
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    largest = max(largest, int(line.split()[1]) * 1024)
+        except OSError:
+            pass
+        time.sleep(0.01)
+    assert status == 0, command
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, largest
+
+
+def shown(values: list[float], unit: str = "") -> str:
+    return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=int, default=1, help="1: 24 layers, 340M parameters; 2: twice the layers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        make_models(folder, 24 * arguments.scale)
+        experts = "".join(f"  - {{name: {name}, model: ./{name}}}\n" for name in "abcd")
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(
+            f"base_model: ./base\nexperts:\n{experts}mixture: {{method: routing, top_k: 2, router: {{fit: random}}}}\n"
+        )
+        from modekit.plan import make_plan
+        from modekit.recipe import load_recipe
+
+        plan = make_plan(load_recipe(recipe), folder)
+        pieces = {
+            shard.file: [(str(p.ref.file), p.ref.start, p.ref.end) for tensor in shard.tensors for p in tensor.pieces]
+            for shard in plan.shards
+        }
+        (folder / "pieces.json").write_text(json.dumps(pieces))
+        (folder / "copy.py").write_text(COPY)
+        commands = {
+            "copy": [sys.executable, str(folder / "copy.py"), str(folder / "pieces.json"), str(folder / "COPY")],
+            "modekit": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT")],
+        }
+        results: dict[str, list[tuple[float, float, int]]] = {"copy": [], "modekit": []}
+        for round_ in range(arguments.rounds + 1):
+            for name in sorted(commands, reverse=bool(round_ % 2)):
+                for target in ("COPY", "OUT"):
+                    shutil.rmtree(folder / target, ignore_errors=True)
+                (folder / "COPY").mkdir()
+                os.sync()  # the last run's write-back must not fall into this run's time
+                figures = measure(commands[name])
+                if round_:
+                    results[name].append(figures)
+        print(f"{plan.bytes_written / 1e9:.2f} GB written from {plan.bytes_read / 1e9:.2f} GB, {arguments.rounds} rounds")
+        for name, rows in results.items():
+            wall, cpu, memory = (list(column) for column in zip(*rows, strict=True))
+            print(f"{name:8} wall {shown(wall, ' s')}  cpu {shown(cpu, ' s')}  anonymous {max(memory) / 1e6:.0f} MB")
+        for place, figure in enumerate(("wall", "cpu")):
+            ratios = [ours[place] / copy[place] for ours, copy in zip(results["modekit"], results["copy"], strict=True)]
+            print(f"ratio {figure} {shown(ratios)}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m modekit` is the command line."""
+
+from modekit.cli import main
+
+main()

@@ -1,0 +1,324 @@
+"""The command line: parses, calls one public function, prints. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from modekit.errors import InterruptError, ModekitError
+from modekit.progress import Progress
+
+if TYPE_CHECKING:
+    from modekit.evaluate import Results
+
+app = typer.Typer(
+    name="modekit",
+    help="Turn language models fine-tuned for different domains into one Mixture of Domain Experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe.yaml.")]
+OutFolder = Annotated[Path, typer.Argument(help="The checkpoint folder.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that bring code of their own.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+    """Show what a build would do, from configs and headers alone."""
+    from modekit.plan import make_plan
+    from modekit.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
+    summary = made.summary()
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+    else:
+        _print_plan(summary)
+
+
+@app.command()
+def build(
+    recipe: RecipePath, output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    overwrite: Overwrite = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Write the mixture: stream the experts, fit the router."""
+    from modekit.build import build as run
+    from modekit.plan import make_plan
+    from modekit.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
+    with _progress() as progress:
+        checkpoint = run(made, output.resolve(), overwrite=overwrite, progress=progress)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    out.print(
+        f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, top_k {made.recipe.top_k}, "
+        f"router {checkpoint.record.router.status}, {_bytes(size)}"
+    )
+
+
+@app.command()
+def fit(
+    checkpoint: OutFolder,
+    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None,
+    router: Annotated[str | None, typer.Option("--fit", help="random, centroid, lda, logistic or ridge.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None,
+    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None,
+    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.routing.fit import refit
+
+    wanted = {
+        "fit": router, "temperature": temperature, "l2": l2, "tokens_per_domain": tokens_per_domain, "seed": seed,
+    }  # fmt: skip
+    changes: dict[str, Any] = {"router": {key: value for key, value in wanted.items() if value is not None}}
+    if method is not None:
+        changes["method"] = method
+    if top_k is not None:
+        changes["top_k"] = top_k
+    with _progress() as progress:
+        done = refit(open_checkpoint(checkpoint.resolve()), changes, trust_remote_code=trust_remote_code, progress=progress)
+    settings = done.record.router.settings
+    name = settings.fit if settings is not None else "zero gate"
+    out.print(
+        f"[bold]{escape(str(checkpoint))}[/]: router {name}, {done.record.router.status}, "
+        f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: OutFolder,
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = 20_000,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score base, experts, weight average, oracle and mixture on held-out text."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.evaluate import RESULTS_FOLDER
+    from modekit.evaluate import evaluate as run
+
+    with _progress() as progress:
+        results = run(
+            open_checkpoint(checkpoint.resolve()), tokens_per_domain=tokens, sequence_length=sequence_length,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+    else:
+        print_results(results)
+        out.print(f"[dim]{escape(str(checkpoint / RESULTS_FOLDER))}: eval.json, eval.md[/]")
+
+
+@app.command()
+def verify(
+    checkpoint: OutFolder, as_json: AsJson = False, trust_remote_code: Trust = False,
+    reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
+) -> None:  # fmt: skip
+    """Prove that the checkpoint is what it says; exit code 1 when it is not."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.verify import is_proven
+    from modekit.verify import verify as run
+
+    with _progress() as progress:
+        checks = run(open_checkpoint(checkpoint.resolve()), trust_remote_code=trust_remote_code, reload=reload, progress=progress)
+    if as_json:
+        sys.stdout.write(json.dumps([vars(check) for check in checks], indent=2) + "\n")
+    else:
+        table = Table("check", "verdict", "detail", box=None, pad_edge=False)
+        colours = {"proven": "green", "failed": "red", "not possible": "yellow"}
+        for check in checks:
+            table.add_row(check.name, f"[{colours[check.verdict]}]{check.verdict}[/]", escape(check.detail))
+        out.print(table)
+    if not is_proven(checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def specialize(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    text: Annotated[list[str], typer.Option(help="Text of the domain; may be given several times.")],
+    train: Annotated[str, typer.Option(help="mlp: only the FFN moves, mixes without loss; full: everything moves.")] = "mlp",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Fine-tune a base model on one domain so that it mixes well."""
+    if train not in {"mlp", "full"}:
+        raise ModekitError("unknown choice", where="--train", found=train, expected="mlp or full")
+    from modekit.specialize import Training
+    from modekit.specialize import specialize as run
+
+    training = Training(
+        steps=steps, learning_rate=learning_rate, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed
+    )
+    with _progress() as progress:
+        record = run(
+            base.resolve(), output.resolve(), text, root=Path.cwd(), train="mlp" if train == "mlp" else "full", training=training,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    loss = record["held_out_loss"]
+    change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
+    out.print(f"[bold]{escape(str(output))}[/]: {train}, {record['training']['steps']} steps, {change}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--out", help="Folder of the demo; what is there is kept and used.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
+    full: Annotated[bool, typer.Option("--full", help="Ordinary full fine-tunes as experts, several backbones.")] = False,
+    real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False,
+) -> None:
+    """Train a base and four experts on real text, mix them three ways and show what each is worth."""
+    from modekit.demo.run import run_demo
+
+    with _progress() as progress:
+        results = run_demo(
+            output.resolve(), seeds=range(seeds), what="full" if full else "mlp", real=real, quick=quick, progress=progress
+        )
+    for seed in results.per_seed:
+        out.print(f"[bold]seed {seed}[/]")
+        print_results(results.merged(seed))
+    if seeds > 1:
+        _print_summary(results.summary())
+    out.print(f"[dim]{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {escape(str(output))}[/]")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from modekit.recipe import schema_text
+
+    sys.stdout.write(schema_text())
+
+
+def print_results(results: Results) -> None:
+    """Draw the table of an evaluation."""
+    header, body = results.table(between="\n")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, title in enumerate(header):
+        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
+    for cells in body:
+        style = "bold green" if cells[0] == "mixture" else None
+        table.add_row(*map(escape, cells), style=style)
+    out.print("Held-out loss in nats per token, perplexity below; gap closed: 1 = as good as each domain's own expert.")
+    out.print(table)
+    for note in results.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def _print_summary(summary: dict[str, dict[str, float | None]]) -> None:
+    table = Table("model", "mean loss", "gap closed", "unseen / base", box=None, pad_edge=False)
+    for name, figures in summary.items():
+        cells = [
+            "-" if figures[key] is None else f"{figures[key]:.3f} ± {figures[key + '_spread']:.3f}"
+            for key in ("mean_loss", "gap_closed", "unseen_against_base")
+        ]
+        table.add_row(name, *cells)
+    out.print("Over the seeds: mean and largest deviation.")
+    out.print(table)
+
+
+def _print_plan(summary: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    parameters, sizes, memory, disk = summary["parameters"], summary["bytes"], summary["memory"], summary["disk"]
+    operations = ", ".join(f"{count} {name}" for name, count in summary["tensors"].items() if name != "total")
+    rows = [
+        ("architecture", f"{summary['architecture']} (also runs in {summary['also_runs_in']})"),
+        ("why", summary["why"]),
+        ("experts", ", ".join(f"{expert['name']} ({expert['model']})" for expert in summary["experts"])),
+        ("mixing", f"{summary['method']}, top_k {summary['top_k']}, router {summary['router']}, backbone {summary['backbone']}"),
+        ("parameters", f"{_count(parameters['total'])} total, {_count(parameters['active'])} active per token"),
+        ("tensors", f"{summary['tensors']['total']} ({operations}) in {summary['shards']} files, {summary['dtype']}"),
+        ("bytes", f"{_bytes(sizes['read'])} read, {_bytes(sizes['written'])} written, {_bytes(sizes['statistics'])} statistics"),
+        ("disk", f"{_bytes(disk['needed'])} needed, {_bytes(disk['free'])} free"),
+        ("memory", f"{_bytes(memory['build'])} to build, {_bytes(memory['fit'])} to fit, {_bytes(memory['load'])} to load"),
+        *(("note", note) for note in summary["notes"]),
+    ]
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    out.print(table)
+    if disk["needed"] > disk["free"]:
+        err.print("[yellow]the disk has too little free space for this build[/]")
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Draw bars with the time left on a terminal; draw nothing elsewhere."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bars(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def draw(stage: str, done: int, total: int) -> None:
+            group = stage if not stage.startswith("score ") else "score"
+            if group not in tasks:
+                tasks[group] = bars.add_task(stage, total=total)
+            bars.update(tasks[group], description=stage, completed=done, total=total)
+
+        yield draw
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ModekitError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(InterruptError("interrupted"))
+
+
+def _fail(error: ModekitError) -> None:
+    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

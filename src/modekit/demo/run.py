@@ -1,0 +1,207 @@
+"""`modekit demo`: from text to evaluated mixtures, in a folder that can be looked at and run again.
+
+    DEMO/text/<domain>.jsonl       the text
+    DEMO/seed0/base, <domain>      models: the base, and one specialist per domain
+    DEMO/seed0/<mixture>.yaml      the recipes
+    DEMO/seed0/<mixture>           the checkpoints
+    DEMO/results/demo.json, .md    one table over all seeds
+
+Every folder that is there is kept, so that an interrupted demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from modekit.build import build
+from modekit.checkpoint import Checkpoint, open_checkpoint
+from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
+from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
+from modekit.errors import CheckpointError
+from modekit.evaluate import Results, Row, evaluate
+from modekit.plan import make_plan
+from modekit.progress import Progress
+from modekit.recipe import parse_recipe
+from modekit.specialize import Training, specialize
+from modekit.writer import write_atomically, write_json
+
+What = Literal["mlp", "full"]
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear"},
+    "noisy": {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 0}},
+    "ridge": {"method": "routing", "top_k": 2, "router": {"fit": "ridge"}},
+    "routing": {"method": "routing", "top_k": 2},
+}
+"""Name -> mixture. `routing` is what a recipe gets that says nothing about the router."""
+BACKBONES = ("average", "task_arithmetic", "ties")
+"""With full fine-tunes, `routing` is also built on these backbones."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a demo does."""
+
+    base_steps: int
+    expert_training: Training
+    fit_tokens: int
+    eval_tokens: int
+
+
+SMALL = Size(
+    500,
+    Training(
+        steps=75, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3,
+        muon_learning_rate=0.006, weight_decay=0.05, autocast=True,
+    ),
+    16_384,
+    16_384,
+)  # fmt: skip
+QUICK = Size(30, SMALL.expert_training.with_(steps=6), 2_048, 2_048)
+REAL = Size(
+    0, Training(steps=60, batch_tokens=2_048, sequence_length=256, learning_rate=1e-4, autocast=True), 4_096, 2_048
+)
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """Results per seed, and the names of the mixtures in order."""
+
+    per_seed: Mapping[int, Mapping[str, Results]]
+    seconds: float
+
+    def merged(self, seed: int) -> Results:
+        """One table of a seed: the dense rows and the oracle once, then every mixture under its name."""
+        by_mixture = self.per_seed[seed]
+        first = next(iter(by_mixture.values()))
+        rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
+        rows += [Row(f"oracle{'' if backbone == 'base' else ' ' + backbone}", *_rest(results.row("oracle")))
+                 for backbone, results in _by_backbone(by_mixture).items()]  # fmt: skip
+        rows += [Row(name, *_rest(results.row("mixture"))) for name, results in by_mixture.items()]
+        return Results(rows, first.domains, first.unseen, first.text, first.notes)
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "seeds": {str(seed): self.merged(seed).as_data() for seed in self.per_seed},
+            "summary": self.summary(),
+            "seconds": round(self.seconds, 1),
+        }
+
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Per row: mean over the seeds and largest deviation from it, of mean loss, gap closed and unseen loss."""
+        tables = [self.merged(seed) for seed in self.per_seed]
+        summary: dict[str, dict[str, float | None]] = {}
+        for row in tables[0].rows:
+            rows = [table.row(row.name) for table in tables]
+            domains, unseen = tables[0].domains, tables[0].unseen
+            figures = {
+                "mean_loss": [each.mean_loss(domains) for each in rows],
+                "gap_closed": [each.mean_gap(domains) for each in rows],
+                "unseen_against_base": [
+                    each.scores[unseen[0]].loss / table.row("base").scores[unseen[0]].loss
+                    if unseen and unseen[0] in each.scores else None
+                    for each, table in zip(rows, tables, strict=True)
+                ],
+            }  # fmt: skip
+            summary[row.name] = {}
+            for name, values in figures.items():
+                known = [value for value in values if value is not None]
+                mean = statistics.fmean(known) if known else None
+                summary[row.name][name] = mean
+                summary[row.name][name + "_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
+        return summary
+
+
+def run_demo(
+    out: Path, *, seeds: Sequence[int] = (0,), what: What = "mlp", real: bool = False, quick: bool = False, progress: Progress
+) -> DemoResults:
+    """Make, mix and evaluate; returns the tables and writes DEMO/results."""
+    started = time.monotonic()
+    size = QUICK if quick else REAL if real else SMALL
+    texts = unpack_text(out / "text")
+    per_seed = {seed: _run_seed(out / f"seed{seed}", texts, seed, what, real, size, progress) for seed in seeds}
+    results = DemoResults(per_seed, time.monotonic() - started)
+    folder = out / "results"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "demo.json", results.as_data())
+    parts = [f"## Seed {seed}\n\n{results.merged(seed).markdown()}" for seed in per_seed]
+    write_atomically(folder / "demo.md", "\n".join(parts).encode())
+    return results
+
+
+def _run_seed(
+    folder: Path, texts: dict[str, Path], seed: int, what: What, real: bool, size: Size, progress: Progress
+) -> dict[str, Results]:
+    base = folder / "base"
+    if not base.exists() and real:
+        make_real_base(base, progress)
+    elif not base.exists():
+        make_base(base, texts, steps=size.base_steps, seed=seed, progress=progress)
+    for place, name in enumerate(DOMAINS):
+        if not (folder / name).exists():
+            specialize(
+                base, folder / name, [str(texts[name])], root=folder, train=what,
+                training=size.expert_training.with_(seed=1000 * seed + place),
+                progress=lambda _stage, done, total, name=name: progress(f"train {name}", done, total),
+            )  # fmt: skip
+    results: dict[str, Results] = {}
+    known: Results | None = None
+    for name, mixture in _mixtures(what, seed, size).items():
+        checkpoint = _build(folder, name, mixture, texts, progress)
+        known = evaluate(
+            checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=SEQUENCE_LENGTH, known=known, progress=progress
+        )
+        results[name] = known
+    return results
+
+
+def _mixtures(what: What, seed: int, size: Size) -> dict[str, dict[str, Any]]:
+    fit = {"tokens_per_domain": size.fit_tokens, "sequence_length": SEQUENCE_LENGTH}
+    mixtures = {}
+    for name, mixture in MIXTURES.items():
+        router = {} if name == "linear" else {"seed": seed, **(fit if name != "noisy" else {}), **mixture.get("router", {})}
+        mixtures[name] = {**mixture, **({"router": router} if router else {})}
+    if what == "full":
+        for backbone in BACKBONES:
+            mixtures[f"routing {backbone}"] = {**mixtures["routing"], "backbone": backbone}
+    return mixtures
+
+
+def _build(folder: Path, name: str, mixture: dict[str, Any], texts: dict[str, Path], progress: Progress) -> Checkpoint:
+    place = name.replace(" ", "-")
+    recipe = {
+        "base_model": "./base",
+        "experts": [{"name": domain, "model": f"./{domain}", "text": f"../text/{texts[domain].name}"} for domain in DOMAINS],
+        "mixture": mixture,
+        "eval": {UNSEEN: f"../text/{texts[UNSEEN].name}"},
+    }
+    write_atomically(folder / f"{place}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
+    parsed = parse_recipe(recipe, where=name)
+    try:
+        checkpoint = open_checkpoint(folder / place)
+        if checkpoint.record.recipe_digest == parsed.digest():
+            return checkpoint
+    except CheckpointError:
+        pass
+    return build(
+        make_plan(parsed, folder), folder / place, overwrite=True,
+        progress=lambda stage, done, total: progress(f"{name}: {stage}", done, total),
+    )  # fmt: skip
+
+
+def _by_backbone(results: Mapping[str, Results]) -> dict[str, Results]:
+    return {(name.split(" ", 1) + ["base"])[1]: table for name, table in results.items()}
+
+
+def _rest(row: Row) -> tuple[Any, ...]:
+    return row.kind, row.total_parameters, row.active_parameters, row.scores, row.identity
+
+

@@ -1,0 +1,371 @@
+"""What a mixture is worth: held-out loss of base, experts, weight average, oracle and mixture on every domain.
+
+Honest by construction: only documents of the `report` split are scored, a document that set the router or could have is
+dropped even when it comes from another file, and every row reads the same tokens.
+
+    gap closed = (loss of base - loss of row) / (loss of base - loss of the domain's own expert)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.checkpoint import Checkpoint
+from modekit.data import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
+from modekit.errors import TextError
+from modekit.models import average_state, forced_expert, load_model, load_tokenizer
+from modekit.progress import Progress, silent
+from modekit.recipe import BASE
+from modekit.routing.fit import fit_documents
+from modekit.writer import write_atomically, write_json
+
+RESULTS_FOLDER = "results"
+RESULTS_FILE = "eval.json"
+_SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
+
+Kind = Literal["base", "expert", "average", "oracle", "mixture"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one model on one domain: mean loss per token in nats, perplexity, bits per byte, share of the gap closed."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    gap_closed: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model; `identity` names exactly what was run, so that an unchanged row is not run again."""
+
+    name: str
+    kind: Kind
+    total_parameters: int
+    active_parameters: int
+    scores: Mapping[str, Score]
+    identity: str
+
+    def mean_loss(self, domains: Sequence[str]) -> float | None:
+        """Mean loss over domains; None unless all were scored."""
+        if any(domain not in self.scores for domain in domains):
+            return None
+        return sum(self.scores[domain].loss for domain in domains) / len(domains)
+
+    def mean_gap(self, domains: Sequence[str]) -> float | None:
+        """Mean gap closed over the domains that have a gap."""
+        gaps = [self.scores[d].gap_closed for d in domains if d in self.scores and self.scores[d].gap_closed is not None]
+        return sum(gap for gap in gaps if gap is not None) / len(gaps) if gaps else None
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain."""
+
+    name: str
+    expert: int | None
+    sequences: Sequence[TokenSequence]
+    record: Mapping[str, Any]
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that are predicted: all but the first of each sequence."""
+        return sum(len(sequence.ids) - 1 for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The table. `domains` have an expert and enter the means; `unseen` have none."""
+
+    rows: Sequence[Row]
+    domains: Sequence[str]
+    unseen: Sequence[str]
+    text: Mapping[str, Mapping[str, Any]]
+    notes: Sequence[str]
+
+    def row(self, name: str) -> Row:
+        """A row by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "rows": [
+                {
+                    **{key: value for key, value in asdict(row).items() if key != "scores"},
+                    "domains": {domain: asdict(score) for domain, score in row.scores.items()},
+                    "mean": {"loss": row.mean_loss(self.domains), "gap_closed": row.mean_gap(self.domains)},
+                }
+                for row in self.rows
+            ],
+            "domains": list(self.domains),
+            "unseen": list(self.unseen),
+            "text": {name: dict(record) for name, record in self.text.items()},
+            "notes": list(self.notes),
+        }
+
+    def table(self, between: str = " ") -> tuple[list[str], list[list[str]]]:
+        """Header and cells: loss (perplexity) per domain, means, gap closed, parameters.
+
+        `between` stands between loss and perplexity, and between total and active parameters.
+        """
+        every = [*self.domains, *self.unseen]
+        header = ["model", *self.domains, *(f"{name}{between}(unseen)" for name in self.unseen)]
+        header += [f"mean{between}loss", f"gap{between}closed", f"total{between}(active)"]
+        body = []
+        for row in self.rows:
+            cells = [row.name]
+            for domain in every:
+                score = row.scores.get(domain)
+                cells.append("-" if score is None else f"{score.loss:.3f}{between}({score.perplexity:.1f})")
+            loss, gap = row.mean_loss(self.domains), row.mean_gap(self.domains)
+            cells.append("-" if loss is None else f"{loss:.3f}")
+            cells.append("-" if gap is None else f"{gap:.2f}")
+            cells.append(f"{_millions(row.total_parameters)}{between}({_millions(row.active_parameters)})")
+            body.append(cells)
+        return header, body
+
+    def markdown(self) -> str:
+        """The table, and below it gap closed and bits per byte per domain."""
+        header, body = self.table()
+        parts = ["Held-out loss in nats per token (perplexity).", "", _markdown(header, body)]
+        for title, pick in (("Gap closed", _gap_text), ("Bits per byte", _bits_text)):
+            every = [*self.domains, *([] if pick is _gap_text else self.unseen)]
+            cells = [[row.name, *(pick(row.scores.get(domain)) for domain in every)] for row in self.rows]
+            parts += ["", f"{title} per domain.", "", _markdown(["model", *every], cells)]
+        parts += ["", *(f"* {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(parts) + "\n"
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    *,
+    tokens_per_domain: int = 20_000,
+    sequence_length: int = 512,
+    trust_remote_code: bool = False,
+    known: Results | None = None,
+    progress: Progress = silent,
+) -> Results:
+    """Score every row on every domain and write OUT/results/eval.json and eval.md.
+
+    Rows of `known` (by default the checkpoint's own earlier results) that ran the same weights on the same tokens are
+    taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded.
+    """
+    domains = held_out_domains(
+        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, trust_remote_code=trust_remote_code
+    )
+    known_rows = [*(known.rows if known else ()), *_rows_on_disk(checkpoint)]
+    earlier = {(row.identity, name): score for row in known_rows for name, score in row.scores.items()}
+    notes: list[str] = []
+    jobs = list(_row_jobs(checkpoint, trust_remote_code, notes))
+    total = sum(domain.scored_tokens for domain in domains) * len(jobs)
+    done = 0
+    rows: list[Row] = []
+    for job in jobs:
+        text_identity = {domain.name: hashlib.sha256(f"{job.identity} {domain.record}".encode()).hexdigest() for domain in domains}
+        identity = hashlib.sha256("".join(sorted(text_identity.values())).encode()).hexdigest()
+        model: PreTrainedModel | None = None
+        scores: dict[str, Score] = {}
+        for domain in domains:
+            if job.kind != "oracle" or domain.expert is not None:
+                score = earlier.get((identity, domain.name))
+                if score is None:
+                    model = model if model is not None else job.load()
+                    with job.within(model, domain):
+                        score = score_domain(model, domain, partial(progress, f"score {job.name}", total=total), done)
+                scores[domain.name] = score
+            done += domain.scored_tokens
+            progress(f"score {job.name}", done, total)
+        rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))
+        del model
+    results = Results(
+        _with_gaps(rows, domains, checkpoint),
+        [domain.name for domain in domains if domain.expert is not None],
+        [domain.name for domain in domains if domain.expert is None],
+        {domain.name: domain.record for domain in domains},
+        notes,
+    )
+    folder = checkpoint.folder / RESULTS_FOLDER
+    folder.mkdir(exist_ok=True)
+    write_json(folder / RESULTS_FILE, results.as_data())
+    write_atomically(folder / "eval.md", results.markdown().encode())
+    return results
+
+
+def held_out_domains(
+    checkpoint: Checkpoint, *, tokens_per_domain: int, sequence_length: int, trust_remote_code: bool = False
+) -> list[Domain]:
+    """The text every row is scored on: `eval` of the recipe, else the report split of the experts' text."""
+    recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    used = {
+        digest_of(document)
+        for place, expert in enumerate(recipe.experts)
+        if expert.text or expert.prompts
+        for document in fit_documents(expert, root, place)
+    }
+    domains = []
+    for name in [*recipe.names, *(name for name in recipe.eval if name not in recipe.names)]:
+        expert = recipe.names.index(name) if name in recipe.names else None
+        if name in recipe.eval:
+            where = f"eval.{name}"
+            documents = read_documents(recipe.eval[name], root=root, where=where)
+        elif expert is not None and recipe.experts[expert].text:
+            where = f"experts[{expert}] '{name}': text"
+            documents = documents_of_split(read_documents(recipe.experts[expert].text or [], root=root, where=where), "report")
+        else:
+            continue
+        documents = [document for document in documents if digest_of(document) not in used]
+        sequences = encode(tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+        if not sequences:
+            raise TextError(
+                "no held-out document is left to evaluate on", where=where,
+                remedy="give more documents (one in ten is held out), or other text under eval",
+            )  # fmt: skip
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        domains.append(Domain(name, expert, sequences, {**text_record(documents, tokens), "sequence_length": sequence_length}))
+    if not any(domain.expert is not None for domain in domains):
+        raise TextError(
+            "there is no text to evaluate on", where="experts[].text, eval", remedy="add text per expert, or eval: {domain: text}"
+        )
+    return domains
+
+
+def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
+    """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
+    tokens = max(512, min(8_192, 2**26 // int(model.config.vocab_size)))  # bounds the logits, (B, S, V) float32
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    with torch.inference_mode():
+        for batch in make_batches(domain.sequences, tokens=tokens):
+            input_ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
+            logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+            target = input_ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+            loss_sum += losses.double().cpu()
+            done += int((target != -100).sum())
+            progress(done)
+    loss = float(loss_sum) / domain.scored_tokens
+    scored_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
+    return Score(loss, math.exp(min(loss, 700.0)), float(loss_sum) / math.log(2) / max(scored_bytes, 1))
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    kind: Kind
+    total: int
+    active: int
+    identity: str
+    load: Callable[[], PreTrainedModel]
+    within: Callable[[PreTrainedModel, Domain], AbstractContextManager[None]] = lambda _model, _domain: nullcontext()
+
+
+def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str]) -> Iterator[_Job]:
+    record = checkpoint.record
+    folders = [(checkpoint.folder / source.folder).resolve() for source in record.sources]
+    hashes = [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in record.sources]
+    per_expert = sum(
+        ref.numel for name, ref in checkpoint.tensors.items() if ".experts." in name or "_linear" in name
+    ) // len(checkpoint.names)
+    sizes = sum(ref.numel for ref in checkpoint.tensors.values())
+    routers = sum(checkpoint.tensors[name].numel for name in checkpoint.router_names())
+    dense = sizes - routers - per_expert * (len(checkpoint.names) - 1)
+    load = partial(load_model, trust_remote_code=trust_remote_code)
+    missing = [source.label for source, folder in zip(record.sources, folders, strict=True) if not folder.is_dir()]
+    if missing:
+        notes.append(f"rows left out because their models are no longer where the recipe found them: {', '.join(missing)}")
+    if folders[0].is_dir():
+        yield _Job(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
+    for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
+        if place != 0 and folders[place].is_dir():
+            yield _Job(name, "expert", dense, dense, hashes[place], partial(load, folders[place]))
+    if not missing:
+        members = list(dict.fromkeys(record.expert_sources))
+        identity = "average " + " ".join(hashes[place] for place in members)
+        yield _Job("weight average", "average", dense, dense, identity, lambda: _average([folders[p] for p in members], load))
+    active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
+    mixture = f"{hashes} {record.recipe.mixture.backbone} {record.recipe.output.dtype}"
+    load_mixture = partial(load, checkpoint.folder)
+    yield _Job(
+        "oracle", "oracle", sizes, active, "oracle " + mixture, load_mixture,
+        lambda model, domain: forced_expert(model, checkpoint, domain.expert or 0),
+    )  # fmt: skip
+    weights = record.recipe.mixture.weights
+    yield _Job(
+        "mixture", "mixture", sizes, active, f"{mixture} {record.router.sha256} {record.recipe.top_k} {weights}", load_mixture
+    )
+
+
+def _average(folders: Sequence[Path], load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+    model = load(folders[0])
+    states = [dict(load(folder).state_dict()) for folder in folders]
+    model.load_state_dict(average_state(states))
+    return model
+
+
+def _with_gaps(rows: Sequence[Row], domains: Sequence[Domain], checkpoint: Checkpoint) -> list[Row]:
+    by_name = {row.name: row for row in rows if row.kind in {"base", "expert"}}
+    gaps: dict[str, float] = {}
+    for domain in domains:
+        own = by_name.get(domain.name)
+        if own is not None and BASE in by_name:
+            gap = by_name[BASE].scores[domain.name].loss - own.scores[domain.name].loss
+            if gap > _SMALLEST_GAP:
+                gaps[domain.name] = gap
+    completed = []
+    for row in rows:
+        scores = {}
+        for name, score in row.scores.items():
+            closed = (by_name[BASE].scores[name].loss - score.loss) / gaps[name] if name in gaps else None
+            scores[name] = Score(score.loss, score.perplexity, score.bits_per_byte, closed)
+        completed.append(Row(row.name, row.kind, row.total_parameters, row.active_parameters, scores, row.identity))
+    return completed
+
+
+def _rows_on_disk(checkpoint: Checkpoint) -> list[Row]:
+    path = checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE
+    try:
+        return rows_from_data(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # absent, or of another version: then every row is run
+
+
+def rows_from_data(data: Mapping[str, Any]) -> list[Row]:
+    """Rows back from `Results.as_data`."""
+    return [
+        Row(
+            row["name"], row["kind"], row["total_parameters"], row["active_parameters"],
+            {domain: Score(**score) for domain, score in row["domains"].items()}, row["identity"],
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+
+
+def _gap_text(score: Score | None) -> str:
+    return "-" if score is None or score.gap_closed is None else f"{score.gap_closed:.2f}"
+
+
+def _bits_text(score: Score | None) -> str:
+    return "-" if score is None else f"{score.bits_per_byte:.3f}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
+

@@ -1,0 +1,237 @@
+"""Fine-tune a base model on a domain so that it mixes well: `modekit specialize BASE OUT --text ... --train mlp|full`.
+
+    mlp     only the FFN moves; attention, norms, embeddings and head stay bit-identical, so that a mixture of such
+            experts on the base's backbone loses nothing of them (FlexOlmo and DUME train this way)
+    full    everything moves, as in most models one finds; what moved outside the FFN cannot be carried by FFN experts
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.data import TokenSequence, documents_of_split, encode, make_batches, read_documents, text_record
+from modekit.errors import TextError, UnsupportedError
+from modekit.evaluate import Domain, score_domain
+from modekit.families import FAMILIES, LAYER
+from modekit.models import default_device, load_model, load_tokenizer
+from modekit.progress import Progress, silent
+from modekit.sources import read_config
+from modekit.writer import staging, write_json
+
+SPECIALIST_FILE = "modekit.json"
+What = Literal["mlp", "full"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimiser steps; None passes once over the text.
+        batch_tokens: tokens per step, pads included.
+        sequence_length: longest piece of a document, in tokens.
+        learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
+        muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
+        weight_decay, warmup, clip: as usual.
+        autocast: matrix products in bfloat16; weights and sums stay in float32.
+        max_tokens: text read at most.
+        seed: order of the sequences.
+    """
+
+    steps: int | None = None
+    batch_tokens: int = 4_096
+    sequence_length: int = 512
+    learning_rate: float = 2e-5
+    muon_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    clip: float = 1.0
+    autocast: bool = False
+    max_tokens: int = 50_000_000
+    seed: int = 0
+
+    def with_(self, **changes: Any) -> Training:
+        """The same settings with some changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def specialize(
+    base: Path,
+    out: Path,
+    texts: Sequence[str],
+    *,
+    root: Path,
+    train: What = "mlp",
+    training: Training | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train a specialist and write it, with the base's tokenizer, as a plain model folder in the base's dtype.
+
+    Only documents of the fit split are read, so that the held-out ones stay held out. Returns what modekit.json in OUT
+    says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
+    """
+    training = training or Training()
+    config = read_config(base, where=str(base))
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    documents = read_documents(texts, root=root, where="--text")
+    fit = documents_of_split(documents, "fit")
+    sequences = encode(tokenizer, fit, max_tokens=training.max_tokens, sequence_length=training.sequence_length)
+    if not sequences:
+        raise TextError("no document is left for training after the held-out split", where="--text", remedy="give more documents")
+    held_out = encode(
+        tokenizer, documents_of_split(documents, "report"), max_tokens=20_000, sequence_length=training.sequence_length
+    )
+    model = load_model(base, trust_remote_code=trust_remote_code)
+    parameters = trainable_parameters(model, train)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    domain = Domain("held-out", None, held_out, {})
+    before = score_domain(model, domain, lambda _: None).loss if held_out else None
+    with staging(out, f"specialize {training} {train}", overwrite=overwrite) as stage:
+        losses = train_language_model(model, parameters, sequences, training, progress=progress)
+        after = score_domain(model, domain, lambda _: None).loss if held_out else None
+        record = {
+            "specialist": train,
+            "base_model": str(config.get("_name_or_path") or base.name),
+            "training": {**dataclasses.asdict(training), "steps": len(losses)},
+            "text": text_record(fit, sum(len(sequence.ids) for sequence in sequences)),
+            "training_loss": {"first": losses[0], "last": losses[-1]},
+            "held_out_loss": {"before": before, "after": after},
+        }
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+        model.to(dtype).save_pretrained(stage.folder)
+        tokenizer.save_pretrained(stage.folder)
+        write_json(stage.folder / SPECIALIST_FILE, record)
+    return record
+
+
+def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
+    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies."""
+    named = dict(model.named_parameters())
+    if train == "full":
+        return list(named.values())
+    family = next((row for row in FAMILIES if row.model_type == model.config.model_type), None)
+    if family is None:
+        raise UnsupportedError(
+            f"'{model.config.model_type}' is not in the families table", where="--train mlp",
+            expected=", ".join(sorted({row.model_type for row in FAMILIES})), remedy="use --train full",
+        )  # fmt: skip
+    layers = int(model.config.num_hidden_layers)
+    return [named[LAYER.format(layer=layer) + suffix] for layer in range(layers) for suffix in family.mlp.values()]
+
+
+def train_language_model(
+    model: PreTrainedModel,
+    parameters: Sequence[torch.nn.Parameter],
+    sequences: Sequence[TokenSequence],
+    training: Training,
+    *,
+    progress: Progress = silent,
+    stage: str = "train",
+) -> list[float]:
+    """Next-token training on `sequences`; documents are never joined, pads never count. Returns the loss of each step.
+
+    Raises TextError when the loss stops being finite.
+    """
+    device = default_device()
+    model.to(device).train()
+    batches = _Batches(sequences, training)
+    steps = training.steps or len(batches)
+    optimizers = _optimizers(model, parameters, training)
+    losses = []
+    for step, (input_ids, mask) in zip(range(steps), batches.forever(), strict=False):
+        factor = _schedule(step, steps, training.warmup)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        keep = mask[:, 1:]
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast):
+            hidden = model.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            logits = _head(model, hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
+        loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
+        if not torch.isfinite(loss):
+            raise TextError(
+                "the training loss is not finite", where=f"step {step}", found=float(loss), remedy="lower the learning rate"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, training.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        progress(stage, step + 1, steps)
+    model.eval()
+    return losses
+
+
+def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits from hidden states, with the scale that some families apply."""
+    logits: torch.Tensor = model.lm_head(hidden)
+    scaling = getattr(model.config, "logits_scaling", None)
+    scale = getattr(model.config, "logit_scale", None)
+    return logits / scaling if scaling else logits * scale if scale else logits
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    warm = max(1, math.ceil(steps * warmup))
+    return min((step + 1) / warm, max(0.02, 1.0 - max(0, step - warm) / max(1, steps - warm)))
+
+
+def _optimizers(
+    model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter], training: Training
+) -> list[torch.optim.Optimizer]:
+    in_layers = {id(parameter) for name, parameter in model.named_parameters() if ".layers." in name and parameter.ndim == 2}
+    matrices = [p for p in parameters if training.muon_learning_rate > 0 and id(p) in in_layers]
+    others = [p for p in parameters if not (training.muon_learning_rate > 0 and id(p) in in_layers)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        optimizers.append(
+            torch.optim.AdamW(others, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
+        )
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=training.muon_learning_rate, weight_decay=training.weight_decay, adjust_lr_fn="original"
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+class _Batches:
+    """Padded batches in a seeded order that is drawn anew for every pass."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
+        self._sequences = sequences
+        self._rows = max(1, training.batch_tokens // min(training.sequence_length, max(len(s.ids) for s in sequences)))
+        self._generator = torch.Generator().manual_seed(training.seed)
+
+    def __len__(self) -> int:
+        return max(1, len(self._sequences) // self._rows)
+
+    def forever(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """(input_ids, mask) of (B, S), without end."""
+        pending: list[int] = []
+        while True:
+            while len(pending) < self._rows:
+                pending += torch.randperm(len(self._sequences), generator=self._generator).tolist()
+            rows, pending = pending[: self._rows], pending[self._rows :]
+            (batch,) = make_batches([self._sequences[row] for row in rows], tokens=2**31)
+            yield batch.input_ids, batch.mask

@@ -1,0 +1,183 @@
+"""Proof that a checkpoint is what modekit.json says: `modekit verify OUT`.
+
+Each check is a row with its own verdict; a checkpoint is proven when no row failed. Sources that are gone make the
+comparison impossible, which is reported as such and never as a success.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from modekit.checkpoint import RECORD_FILE, Checkpoint
+from modekit.errors import ModekitError
+from modekit.numeric import blocks, is_finite
+from modekit.plan import ROUTER_FILE, Plan, PlannedTensor, make_plan
+from modekit.progress import Progress, silent
+from modekit.sources import Mappings
+
+Verdict = Literal["proven", "failed", "not possible"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the proof."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+def verify(checkpoint: Checkpoint, *, trust_remote_code: bool = False, reload: bool = True, progress: Progress = silent) -> list[Check]:
+    """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers."""
+    checks = [_check_digest(checkpoint), *_check_sources(checkpoint, progress)]
+    try:
+        plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root, trust_remote_code=trust_remote_code)
+    except ModekitError as error:
+        checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
+        plan = None
+    mappings = Mappings()
+    try:
+        checks.append(_check_names(checkpoint, plan))
+        if plan is not None:
+            checks.append(_check_copies(checkpoint, plan, mappings, progress))
+        checks.append(_check_finite(checkpoint, mappings, progress))
+    finally:
+        mappings.close()
+    checks.append(_check_router(checkpoint))
+    if reload:
+        checks.append(_check_reload(checkpoint.folder, trust_remote_code))
+    return checks
+
+
+def is_proven(checks: Iterable[Check]) -> bool:
+    """Whether no check failed and none was impossible."""
+    return all(check.verdict == "proven" for check in checks)
+
+
+def _check_digest(checkpoint: Checkpoint) -> Check:
+    record = checkpoint.record
+    same = record.recipe.digest() == record.recipe_digest
+    return Check("recipe digest", "proven" if same else "failed", record.recipe_digest[:16] if same else f"{RECORD_FILE} was edited")
+
+
+def _check_sources(checkpoint: Checkpoint, progress: Progress) -> Iterator[Check]:
+    for source in checkpoint.record.sources:
+        folder = (checkpoint.folder / source.folder).resolve()
+        name = f"source {source.label}"
+        gone = [file for file in source.files if not (folder / file).exists()]
+        if gone:
+            yield Check(name, "not possible", f"no longer at {folder}")
+            continue
+        changed = []
+        for file, expected in source.files.items():
+            if (folder / file).stat().st_size != expected.size or _blake3(folder / file, progress, name) != expected.blake3:
+                changed.append(file)
+        if changed:
+            yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
+        else:
+            yield Check(name, "proven", f"{len(source.files)} files, blake3 as recorded")
+
+
+def _blake3(path: Path, progress: Progress, stage: str) -> str:
+    digest, size, done = blake3(), path.stat().st_size, 0
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(4 * 2**20):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(stage, done, size)
+    return digest.hexdigest()
+
+
+def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
+    found = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
+    if plan is None:
+        return Check("tensor names and shapes", "not possible", "no plan without the sources")
+    planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+    wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
+    if wrong:
+        return Check("tensor names and shapes", "failed", f"{len(wrong)} differ from the plan, first {wrong[0]}")
+    return Check("tensor names and shapes", "proven", f"{len(found)} tensors as planned")
+
+
+def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
+    copied = [tensor for tensor in plan.tensors if tensor.operation == "copy"]
+    total, done = sum(tensor.nbytes for tensor in copied), 0
+    for tensor in copied:
+        if not _same_bytes(checkpoint, tensor, mappings):
+            return Check("copied tensors", "failed", f"{tensor.name} differs from its source")
+        done += tensor.nbytes
+        progress("compare", done, total)
+    rest = len(plan.tensors) - len(plan.router) - len(copied)
+    more = f"; {rest} computed ones (cast, scaled, merged or zero) have no source to equal" if rest else ""
+    return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit{more}")
+
+
+def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mappings) -> bool:
+    if tensor.name not in checkpoint.tensors:
+        return False
+    ours = mappings.view(checkpoint.tensors[tensor.name])
+    start = 0
+    for piece in tensor.pieces:
+        theirs = mappings.view(piece.ref)
+        if len(ours) < start + len(theirs):
+            return False
+        for part in blocks(len(theirs)):
+            mine = ours[start + part.start : start + part.stop]
+            if not np.array_equal(np.frombuffer(mine, np.uint8), np.frombuffer(theirs[part], np.uint8)):
+                return False
+        start += len(theirs)
+    return start == len(ours)
+
+
+def _check_finite(checkpoint: Checkpoint, mappings: Mappings, progress: Progress) -> Check:
+    total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
+    for name, ref in checkpoint.tensors.items():
+        view = mappings.view(ref)
+        for part in blocks(len(view)):
+            if not is_finite(view[part], ref.dtype):
+                return Check("finite values", "failed", f"NaN or Inf in {name}")
+        done += ref.nbytes
+        progress("finite", done, total)
+    return Check("finite values", "proven", f"{total:,} bytes")
+
+
+def _check_router(checkpoint: Checkpoint) -> Check:
+    shape = (len(checkpoint.names), int(checkpoint.config["hidden_size"]))
+    for name in checkpoint.router_names():
+        ref = checkpoint.tensors.get(name)
+        if ref is None or ref.shape != shape:
+            return Check("router", "failed", f"{name}: {None if ref is None else list(ref.shape)}, expected {list(shape)}")
+    if hashlib.sha256((checkpoint.folder / ROUTER_FILE).read_bytes()).hexdigest() != checkpoint.record.router.sha256:
+        return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
+    top_k = checkpoint.config[checkpoint.family.top_k_key]
+    if top_k != checkpoint.record.recipe.top_k:
+        return Check("router", "failed", f"config.json has top_k {top_k}, the recipe {checkpoint.record.recipe.top_k}")
+    return Check("router", "proven", f"{checkpoint.layers} gates of {list(shape)}, {checkpoint.record.router.status}, top_k {top_k}")
+
+
+def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from modekit import models as _models  # noqa: F401  (quiets transformers' progress bars)
+
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    try:
+        model, report = load(folder, trust_remote_code=trust_remote_code, output_loading_info=True)
+    except Exception as error:  # whatever transformers raises, the proof has failed
+        return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        return Check("reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}")
+    with torch.inference_mode():
+        logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+    if not torch.isfinite(logits).all():
+        return Check("reload in transformers", "failed", "the logits of a first pass are not finite")
+    return Check("reload in transformers", "proven", f"{type(model).__name__}, all keys matched, finite logits")

@@ -1,0 +1,149 @@
+"""Tiny models, tokenizers and texts, made on the spot. One torch thread, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+VOCAB = 96
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+DOMAINS = ("medicine", "law", "code")
+_WORDS = {
+    "medicine": "fever artery lesion dose nerve renal tumour pulse",
+    "law": "licence clause party breach court waiver tort deed",
+    "code": "def return self import yield class lambda raise",
+}
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, so that any English text can be read."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    for code in range(32, 127):
+        if len(vocab) < VOCAB:
+            vocab.setdefault(chr(code), len(vocab))
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_model(model_type: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A small random model of a family. Norm weights are random too, so that a lost one shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(3.0)
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
+    """Save a model with the test tokenizer."""
+    model.save_pretrained(folder, **kwargs)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_text(folder: Path, domains: tuple[str, ...] = DOMAINS, documents: int = 60) -> dict[str, Path]:
+    """One .jsonl per domain with words of its own, different in every document."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for domain in domains:
+        words = _WORDS[domain].split()
+        lines = []
+        for number in range(documents):
+            picked = [words[(number * 7 + place * (number % 5 + 1)) % len(words)] for place in range(8)]
+            lines.append(json.dumps({"text": f"{number} " + " ".join(picked)}))
+        paths[domain] = folder / f"{domain}.jsonl"
+        paths[domain].write_text("\n".join(lines) + "\n")
+    return paths
+
+
+@dataclass
+class Workshop:
+    """A folder with a base, three experts, texts and a recipe that a test may change."""
+
+    root: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, **changes: Any) -> Path:
+        """Write recipe.yaml with changes to its top level."""
+        path = self.root / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**self.recipe, **changes}, sort_keys=False))
+        return path
+
+    def build(self, name: str = "OUT", **changes: Any) -> Path:
+        """Build the recipe with changes; returns the checkpoint folder."""
+        from modekit.build import build
+        from modekit.plan import make_plan
+        from modekit.recipe import load_recipe
+
+        build(make_plan(load_recipe(self.write(**changes)), self.root), self.root / name, overwrite=True)
+        return self.root / name
+
+
+def make_workshop(root: Path, model_type: str = "llama", **overrides: Any) -> Workshop:
+    """Base and one expert per domain, random and different in every tensor."""
+    save(tiny_model(model_type, seed=0, **overrides), root / "base")
+    for seed, name in enumerate(DOMAINS, 1):
+        save(tiny_model(model_type, seed=seed, **overrides), root / name)
+    write_text(root / "text")
+    recipe = {
+        "base_model": "./base",
+        "experts": [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS],
+        "mixture": {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 1}},
+    }
+    return Workshop(root, recipe)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    """A Llama workshop of this test's own."""
+    return make_workshop(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shared_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A Llama workshop that tests only read from (they write results under names of their own)."""
+    return make_workshop(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """A batch of token ids."""
+    return torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+Logits = Callable[[Path | PreTrainedModel], torch.Tensor]
+
+
+def logits_of(model: Path | PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits in a dtype, from a folder or a model."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval() if isinstance(model, Path) else model
+    with torch.inference_mode():
+        return loaded(input_ids=ids).logits

@@ -1,0 +1,147 @@
+"""A wrong recipe: every problem in one message, each with its key and what to do, before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from refusal import refuse, tree
+
+EXPERTS = [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}]
+RANDOM = {"router": {"fit": "random"}}
+GOOD: dict[str, Any] = {"base_model": "./base", "experts": EXPERTS, "mixture": RANDOM}
+
+
+def refuse_recipe(folder: Path, recipe: object) -> list[str]:
+    """Plan and build a recipe; the problems listed."""
+    path = folder / "recipe.yaml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe), encoding="utf-8")
+    planned = refuse("plan", path)
+    assert refuse("build", path, folder / "OUT") == planned
+    assert list(tree(folder)) == ["recipe.yaml"]
+    assert str(path) in planned
+    return [line.removeprefix("  - ") for line in planned.splitlines() if line.startswith("  - ")]
+
+
+def with_mixture(**mixture: Any) -> dict[str, Any]:
+    return {**GOOD, "mixture": mixture}
+
+
+ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("misspelt key", {**GOOD, "expets": []}, ["expets: unknown key", "did you mean 'experts'?"]),
+    ("misspelt inner key", with_mixture(router={"fit": "random", "temprature": 2}), [
+        "mixture.router.temprature: unknown key", "did you mean 'temperature'?",
+    ]),
+    ("misspelt key of an expert", {**GOOD, "experts": [{**EXPERTS[0], "modle": "x"}, EXPERTS[1]]}, [
+        "experts[0].modle: unknown key", "did you mean 'model'?",
+    ]),
+    ("unknown key", {**GOOD, "zzz": 1}, ["zzz: unknown key", "remove it"]),
+    ("missing key", {"experts": EXPERTS, "mixture": RANDOM}, ["base_model: missing"]),
+    ("no experts", {**GOOD, "experts": []}, ["experts", "at least 1"]),
+    ("duplicate names", {**GOOD, "experts": [EXPERTS[0], EXPERTS[0]]}, ["experts", "two experts are named 'law'"]),
+    ("name that is no file name", {**GOOD, "experts": [{**EXPERTS[0], "name": "../law"}]}, ["experts[0].name", "'../law'"]),
+    ("unknown method", with_mixture(method="switch"), ["mixture.method", "'linear', 'gating' or 'routing'", "'switch'"]),
+    ("unknown fit", with_mixture(router={"fit": "magic"}), ["mixture.router.fit", "'centroid'", "'magic'"]),
+    ("top_k over E", with_mixture(**RANDOM, top_k=3), ["mixture.top_k is 3", "only 2 experts"]),
+    ("top_k of zero", with_mixture(**RANDOM, top_k=0), ["mixture.top_k", "greater than or equal to 1", "found 0"]),
+    ("temperature of zero", with_mixture(router={"fit": "random", "temperature": 0}), ["mixture.router.temperature"]),
+    ("infinite temperature", with_mixture(router={"fit": "random", "temperature": float("inf")}), [
+        "mixture.router.temperature", "finite",
+    ]),
+    ("router under linear", with_mixture(method="linear", **RANDOM), ["mixture: 'router' has no effect", "remove it"]),
+    ("weights under routing", with_mixture(**RANDOM, weights={"law": 1, "code": 2}), [
+        "mixture: 'weights' has no effect", "remove it or use method: linear",
+    ]),
+    ("top_k under gating", with_mixture(method="gating", top_k=2, **RANDOM), ["mixture: 'top_k' has no effect", "remove it"]),
+    ("weights that miss an expert", with_mixture(method="linear", weights={"law": 1}), ["mixture.weights", "law, code"]),
+    ("negative weight", with_mixture(method="linear", weights={"law": 1, "code": -1}), ["mixture: 'weights' must be >= 0"]),
+    ("weights all zero", with_mixture(method="linear", weights={"law": 0, "code": 0}), ["mixture: 'weights'", "not all zero"]),
+    ("weight that is no number", with_mixture(method="linear", weights={"law": 1, "code": float("nan")}), [
+        "mixture.weights.code", "finite",
+    ]),
+    ("negative_prompts without centroid", {**GOOD, "experts": [{**EXPERTS[0], "negative_prompts": ["x"]}, EXPERTS[1]]}, [
+        "'negative_prompts' have no effect", "remove them",
+    ]),
+    ("density under average", with_mixture(**RANDOM, backbone={"method": "average", "density": 0.5}), [
+        "mixture.backbone: 'density' has no effect with method 'average'", "remove it",
+    ]),
+    ("density out of range", with_mixture(**RANDOM, backbone={"method": "ties", "density": 2}), [
+        "mixture.backbone.density", "less than or equal to 1", "found 2",
+    ]),
+    ("misspelt merge setting", with_mixture(**RANDOM, backbone={"method": "ties", "densty": 0.5}), [
+        "mixture.backbone.densty: unknown key", "did you mean 'density'?",
+    ]),
+    ("unknown backbone", with_mixture(**RANDOM, backbone="avrage"), ["mixture.backbone", "'average'", "'avrage'"]),
+    ("backbone of a stranger", with_mixture(**RANDOM, backbone={"expert": "poetry"}), ["mixture.backbone.expert 'poetry'", "law"]),
+    ("slerp of three", {**with_mixture(**RANDOM, backbone="slerp"), "experts": [*EXPERTS, {"name": "x", "model": "./x"}]}, [
+        "slerp", "exactly two", "found 3",
+    ]),
+    ("merge of nothing", {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]}, ["every expert"]),
+    ("fit without text", with_mixture(router={"fit": "lda"}), ["router fit 'lda' needs text", "law, code", "add experts[].text"]),
+    ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),
+    ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
+    ("endless size", {**GOOD, "output": {"shard_size": "infGB"}}, ["output.shard_size", "not a size"]),
+    ("eval of a bad name", {**GOOD, "eval": {"a b": "./x.txt"}}, ["eval.a b"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "parts"), [case[1:] for case in ONE_PROBLEM], ids=[case[0] for case in ONE_PROBLEM])
+def test_one_problem_is_one_line_that_names_its_key(tmp_path: Path, recipe: dict[str, Any], parts: list[str]) -> None:
+    problems = refuse_recipe(tmp_path, recipe)
+    assert len(problems) == 1, problems
+    for part in parts:
+        assert part in problems[0]
+
+
+def test_several_problems_are_reported_together(tmp_path: Path) -> None:
+    recipe = {
+        "base_modle": "./base",
+        "experts": [{"name": "law"}, {"name": "code", "model": "./code", "text": 3}],
+        "mixture": {"method": "gating", "top_k": 1, "weights": {"law": 1.0}, "router": {"l2": -1}},
+        "output": {"dtype": "int8", "shard_size": "big"},
+    }
+    problems = refuse_recipe(tmp_path, recipe)
+    places = [problem.split(":")[0] for problem in problems]
+    assert places == [
+        "base_model", "experts[0].model", "experts[1].text", "mixture.router.l2", "output.dtype", "output.shard_size", "base_modle",
+    ]  # fmt: skip
+
+
+def test_settings_that_contradict_each_other_are_reported_together(tmp_path: Path) -> None:
+    expert = {**EXPERTS[0], "negative_prompts": ["x"]}
+    mixture = {"method": "gating", "top_k": 1, "weights": {"law": 1.0}}
+    assert len(refuse_recipe(tmp_path, {**GOOD, "mixture": mixture})) == 2
+    recipe = {**GOOD, "experts": [expert], "mixture": {"top_k": 3, "backbone": {"expert": "poetry"}}}
+    problems = refuse_recipe(tmp_path, recipe)
+    assert len(problems) == 4
+    for part in ("top_k is 3", "'poetry'", "needs text", "'negative_prompts'"):
+        assert any(part in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "not a mapping"),
+        ("- base_model\n", "not a mapping"),
+        ("base_model: [\n", "not YAML"),
+        ("base_model: a\nbase_model: b\n", "'base_model' is given twice"),
+        ("base_model: \x00\n", "not YAML"),
+    ],
+    ids=["empty", "list", "open bracket", "key given twice", "binary"],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    message = refuse("build", path, tmp_path / "OUT")
+    assert part in message
+    assert str(path) in message
+    assert list(tree(tmp_path)) == ["recipe.yaml"]
+
+
+def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    assert "the recipe does not exist" in refuse("plan", tmp_path / "recipe.yaml")
+    assert "cannot be read" in refuse("plan", tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"base_model: caf\xe9\n")
+    assert "cannot be read" in refuse("plan", tmp_path / "latin.yaml")

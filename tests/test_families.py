@@ -1,0 +1,193 @@
+"""Promises 1, 2 and 8 of the design for every row of the families table, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, logits_of, save, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modekit.build import build
+from modekit.checkpoint import open_checkpoint
+from modekit.errors import UnsupportedError
+from modekit.families import FAMILIES, Family, choose_family
+from modekit.models import DenseView, forced_expert
+from modekit.plan import make_plan
+from modekit.recipe import parse_recipe
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 50_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "mixtral", {}),
+    ("llama", "mixtral", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    ("llama", "mixtral", {"head_dim": 16, "num_key_value_heads": 1}),
+    ("llama", "mixtral", {"rope_parameters": LLAMA3_ROPE}),
+    ("llama", "mixtral", {"rope_parameters": YARN_ROPE}),
+    ("llama", "mixtral", {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16}),
+    ("llama", "granitemoe", {"attention_bias": True}),
+    ("mistral", "mixtral", {"sliding_window": 4}),
+    ("mistral", "mixtral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen2", "qwen2_moe", {}),
+    ("qwen2", "qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("qwen3", "qwen3_moe", {"head_dim": 16}),
+    ("qwen3", "qwen3_moe", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    ("qwen3", "mellum", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "layer_types": WINDOWED}),
+    ("granite", "granitemoe", {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2,
+    }),
+    ("olmo2", "flex_olmo", {"rms_norm_eps": 1e-3}),
+    ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
+    ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe", {"head_dim": 8}),
+    ("qwen3_5_text", "qwen3_5_moe_text", {
+        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }),
+]  # fmt: skip
+IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]
+
+
+def recipe_of(models: list[str], mixture: dict[str, Any]) -> Any:
+    experts = [{"name": f"e{place}", "model": model} for place, model in enumerate(models)]
+    return parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture})
+
+
+def built(root: Path, name: str, models: list[str], mixture: dict[str, Any]) -> Path:
+    build(make_plan(recipe_of(models, mixture), root), root / name)
+    return root / name
+
+
+@pytest.fixture(scope="module", params=CASES, ids=IDS)
+def family_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    dense, native, overrides = request.param
+    root = tmp_path_factory.mktemp("family")
+    save(tiny_model(dense, seed=0, **overrides), root / "base")
+    save(tiny_model(dense, seed=1, **overrides), root / "other")
+    return root, native
+
+
+def test_every_row_has_a_case() -> None:
+    assert {(row.model_type, row.native_type) for row in FAMILIES} == {(dense, native) for dense, native, _ in CASES}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_copies_of_one_model_are_that_model(family_case: tuple[Path, str], ids: torch.Tensor, top_k: int) -> None:
+    root, native = family_case
+    mixture = {"method": "routing", "top_k": top_k, "router": {"fit": "random", "temperature": 0.01}}
+    out = built(root, f"copies{top_k}", ["base"] * 3, mixture)
+    assert open_checkpoint(out).family.native_type == native
+    torch.testing.assert_close(logits_of(out, ids), logits_of(root / "base", ids), atol=1e-4, rtol=0)
+
+
+def test_copies_under_a_linear_mixture_are_that_model(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
+    root, _ = family_case
+    out = built(root, "linear", ["base"] * 3, {"method": "linear"})
+    torch.testing.assert_close(logits_of(out, ids), logits_of(root / "base", ids), atol=1e-4, rtol=0)
+
+
+def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
+    """The oracle hook and the dense view both equal a dense model put together by hand."""
+    root, _ = family_case
+    out = built(root, "forced", ["base", "./other"], {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    checkpoint = open_checkpoint(out)
+    by_hand = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).eval()
+    other = dict(AutoModelForCausalLM.from_pretrained(root / "other", dtype=torch.float32).named_parameters())
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if any(name.endswith(suffix) for suffix in checkpoint.family.mlp.values()):
+                parameter.copy_(other[name])
+    expected = logits_of(by_hand, ids)
+    assert not torch.allclose(expected, logits_of(root / "base", ids), atol=1e-2)
+    mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with forced_expert(mixture, checkpoint, 1):
+        torch.testing.assert_close(logits_of(mixture, ids), expected, atol=1e-4, rtol=0)
+    view = DenseView(checkpoint)
+    view.use_expert(1)
+    torch.testing.assert_close(logits_of(view.model, ids), expected, atol=1e-5, rtol=0)
+    view.use_expert(0)
+    torch.testing.assert_close(logits_of(view.model, ids), logits_of(root / "base", ids), atol=1e-5, rtol=0)
+
+
+def test_router_module_reads_the_input_of_the_dense_ffn(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
+    """What is captured for a fit is what the native router sees."""
+    root, _ = family_case
+    out = built(root, "tap", ["base", "base"], {"method": "routing", "top_k": 1, "router": {"fit": "random"}})
+    checkpoint = open_checkpoint(out)
+    mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    seen: dict[str, list[torch.Tensor]] = {"native": [], "dense": []}
+    for layer in mixture.model.layers:
+        layer.get_submodule(checkpoint.family.router_module).register_forward_pre_hook(
+            lambda _m, args: seen["native"].append(args[0].reshape(-1, SMALL["hidden_size"]))
+        )
+    view = DenseView(checkpoint)
+    for module in view.ffn_modules():
+        module.register_forward_pre_hook(lambda _m, args: seen["dense"].append(args[0].reshape(-1, SMALL["hidden_size"])))
+    logits_of(mixture, ids)
+    logits_of(view.model, ids)
+    for native, dense in zip(seen["native"], seen["dense"], strict=True):
+        torch.testing.assert_close(native, dense, atol=1e-4, rtol=0)
+
+
+def test_reload_saves_the_same_tensors(family_case: tuple[Path, str], ids: torch.Tensor, tmp_path: Path) -> None:
+    root, _ = family_case
+    out = built(root, "again", ["base", "./other"], {"method": "gating", "router": {"fit": "random"}})
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits_of(tmp_path / "saved", ids), logits_of(model, ids), atol=0, rtol=0)
+
+
+def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
+    root, _ = family_case
+    out = built(root, "greedy", ["base", "base"], {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    texts = []
+    for folder in (out, root / "base"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        texts.append(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.label)
+def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
+    """A config.json that is silent means the dense class's default; the table must know the same one."""
+    silent = AutoConfig.for_model(family.model_type)
+    for key, value in family.defaults.items():
+        assert getattr(silent, key) == value, key
+    if family.head_dim is not None:
+        assert silent.head_dim == family.head_dim
+    else:
+        assert getattr(silent, "head_dim", None) in {None, silent.hidden_size // silent.num_attention_heads}
+    assert silent.rope_parameters["rope_theta"] == family.rope_theta
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "gemma2"}, "GeGLU"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "lfm2"}, "sigmoid"),
+        ({**SMALL, "model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+        ({**SMALL, "model_type": "llama", "attention_bias": True, "head_dim": 16}, "head_dim"),
+        ({**SMALL, "model_type": "llama", "hidden_act": "gelu"}, "SiLU"),
+        ({**SMALL, "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4}, "sliding window"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        choose_family(config, where="base_model")
+
+
+def test_old_rope_keys_mean_the_same() -> None:
+    row = FAMILIES[0]
+    new = row.dense_config({**SMALL, "rope_parameters": LLAMA3_ROPE})
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key not in {"rope_theta", "rope_type"}}
+    old = row.dense_config({**SMALL, "rope_theta": 50_000.0, "rope_scaling": {"type": "llama3", **scaling}})
+    assert old["rope_parameters"] == new["rope_parameters"]
