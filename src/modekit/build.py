@@ -25,6 +25,7 @@ from modekit.checkpoint import (
     write_index,
     write_router_file,
 )
+from modekit.data import is_local
 from modekit.errors import SourceError
 from modekit.merge import merge_blocks
 from modekit.numeric import DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
@@ -42,6 +43,8 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError; nothing is left
     behind then. After a kill, the same call goes on where the journal ends, and ends in the same bytes.
     """
+    if plan.recipe.mixture.needs_text:
+        _check_text(plan)
     with staging(out, plan.digest(), overwrite=overwrite) as stage:
         inspector = _Inspector(plan, stage)
         inspector.start()
@@ -60,6 +63,15 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
     return Checkpoint(out, checkpoint.record)
 
 
+def _check_text(plan: Plan) -> None:
+    """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied."""
+    from modekit.routing.fit import fit_documents  # torch and transformers only when a router reads text
+
+    for place, expert in enumerate(plan.recipe.experts):
+        if all(is_local(spec, plan.root) for spec in expert.text or []):
+            fit_documents(expert, plan.root, place)
+
+
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], progress: Progress) -> Checkpoint:
     linear = plan.recipe.mixture.method == "linear"
     settings = None if linear else plan.recipe.mixture.router
@@ -76,7 +88,7 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], p
     )
     if gates is not None:
         return checkpoint
-    from modekit.routing.fit import fit_router  # torch and transformers only when a router reads text
+    from modekit.routing.fit import fit_router
 
     fitted = fit_router(
         checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, trust_remote_code=plan.trust_remote_code,

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 
 from modekit.errors import CheckpointError
 from modekit.families import LAYER, Family, family_of
@@ -30,11 +30,12 @@ from modekit.numeric import to_bytes
 from modekit.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.recipe import Recipe, Router
 from modekit.sources import TensorRef, read_header
-from modekit.writer import safetensors_header, write_atomically, write_json
+from modekit.writer import JOURNAL, safetensors_header, write_atomically, write_json
 
 RECORD_FILE = "modekit.json"
 STATISTICS_FOLDER = "router"
 FORMAT = 1
+_BUILD_AGAIN = "build the mixture again"
 
 Gates = npt.NDArray[np.float32]
 """(L, E, D) float32: the gate of every layer."""
@@ -85,6 +86,11 @@ class Record(_Record):
     sources: list[SourceRecord]
     router: RouterRecord
 
+    @field_serializer("recipe")
+    def _as_written(self, recipe: Recipe) -> dict[str, Any]:
+        """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
+        return recipe.model_dump(mode="json", exclude_unset=True)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -96,21 +102,29 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The native config.json."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return config
+        return self._read_json("config.json", "num_hidden_layers")
 
     @cached_property
     def family(self) -> Family:
         """The row of the families table that this checkpoint was written by."""
-        return family_of(self.record.native_type, str(self.record.dense_config["model_type"]))
+        try:
+            return family_of(self.record.native_type, str(self.record.dense_config.get("model_type")))
+        except StopIteration:
+            raise CheckpointError(
+                "modekit.json names a family that this version of modekit does not know", where=str(self.folder),
+                found=self.record.native_type, remedy="build the mixture again with this version of modekit",
+            ) from None  # fmt: skip
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """All tensors by name, read from the headers of the files that the index names."""
-        index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+        weight_map = self._read_json(INDEX_FILE, "weight_map")["weight_map"]
         tensors: dict[str, TensorRef] = {}
-        for file in sorted(set(index["weight_map"].values())):
+        for file in sorted({str(file) for file in weight_map.values()}):
             tensors.update(read_header(self.folder / Path(file).name, where=str(self.folder)))
+        for name in self.router_names():
+            if name not in tensors:
+                raise CheckpointError("the gate is missing", where=f"{self.folder}: {name}", remedy=_BUILD_AGAIN)
         return tensors
 
     @property
@@ -132,6 +146,16 @@ class Checkpoint:
         """Names of the gates, layer by layer."""
         return [LAYER.format(layer=layer) + self.family.router for layer in range(self.layers)]
 
+    def _read_json(self, file: str, key: str) -> dict[str, Any]:
+        try:
+            data: dict[str, Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
+            data[key]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file} is missing or damaged", where=str(self.folder), found=error, remedy=_BUILD_AGAIN
+            ) from None  # fmt: skip
+        return data
+
     def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
         """Write new gates, then the top_k in config.json, then modekit.json; nothing else is touched."""
         dtype = self.tensors[self.router_names()[0]].dtype
@@ -150,8 +174,15 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's record. Raises CheckpointError when the folder is none, or of another format."""
+    """Read a checkpoint's record, config and headers.
+
+    Raises CheckpointError when the folder is none, damaged or of another format, SourceError when a shard is damaged.
+    """
     path = folder / RECORD_FILE
+    if folder.name.endswith(".partial") and (not path.exists() or (folder / JOURNAL).exists()):
+        raise CheckpointError(
+            "an unfinished build is no checkpoint", where=str(folder), remedy="run the same `modekit build` again to finish it"
+        )
     try:
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -163,13 +194,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
         raise CheckpointError("not a modekit checkpoint: modekit.json is missing", where=str(folder), remedy=remedy) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("modekit.json cannot be read", where=str(folder), found=error) from None
+        raise CheckpointError(
+            "modekit.json cannot be read", where=str(folder), found=error, remedy="give the folder that `modekit build` wrote"
+        ) from None
     except ValidationError as error:
         raise CheckpointError(
             "modekit.json is damaged or of another version", where=str(folder), found=str(error).splitlines()[0],
             remedy="build the mixture again with this version of modekit",
         ) from None  # fmt: skip
-    return Checkpoint(folder, record)
+    checkpoint = Checkpoint(folder, record)
+    _ = checkpoint.family, checkpoint.tensors  # read now, so that damage shows before any work
+    return checkpoint
 
 
 def write_router_file(path: Path, names: list[str], gates: Gates, dtype: str) -> str:

@@ -224,7 +224,7 @@ def print_results(results: Results) -> None:
     header, body = results.table(between="\n")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, title in enumerate(header):
-        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
+        table.add_column(title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
     for cells in body:
         style = "bold green" if cells[0] == "mixture" else None
         table.add_row(*map(escape, cells), style=style)

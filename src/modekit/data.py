@@ -65,6 +65,11 @@ def documents_of_split(documents: Iterable[str], split: Split) -> list[str]:
     return [document for document in documents if split_of(document) == split]
 
 
+def is_local(spec: str, root: Path) -> bool:
+    """Whether a text is a file or folder, there or not, rather than a hub data set."""
+    return spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")) or locate(spec, root) is not None
+
+
 def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
     path = locate(spec, root)
     if path is not None and path.is_dir():
@@ -78,7 +83,7 @@ def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
             yield from _read_file(file, where=where)
     elif path is not None:
         yield from _read_file(path, where=where)
-    elif spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")):
+    elif is_local(spec, root):
         raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path in the recipe")
     else:
         yield from _read_hub(spec, where=where)

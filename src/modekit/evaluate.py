@@ -116,31 +116,31 @@ class Results:
             "notes": list(self.notes),
         }
 
-    def table(self, between: str = " ") -> tuple[list[str], list[list[str]]]:
-        """Header and cells: loss (perplexity) per domain, means, gap closed, parameters.
+    def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
+        """Header and cells: loss and perplexity per domain, means, gap closed, total and active parameters.
 
-        `between` stands between loss and perplexity, and between total and active parameters.
+        `between` separates the two figures of a cell.
         """
         every = [*self.domains, *self.unseen]
-        header = ["model", *self.domains, *(f"{name}{between}(unseen)" for name in self.unseen)]
-        header += [f"mean{between}loss", f"gap{between}closed", f"total{between}(active)"]
+        header = ["model", *self.domains, *(f"{name}{between}unseen" for name in self.unseen)]
+        header += ["mean loss", "gap closed", f"total{between}active"]
         body = []
         for row in self.rows:
             cells = [row.name]
             for domain in every:
                 score = row.scores.get(domain)
-                cells.append("-" if score is None else f"{score.loss:.3f}{between}({score.perplexity:.1f})")
+                cells.append("-" if score is None else f"{score.loss:.3f}{between}{score.perplexity:.1f}")
             loss, gap = row.mean_loss(self.domains), row.mean_gap(self.domains)
             cells.append("-" if loss is None else f"{loss:.3f}")
             cells.append("-" if gap is None else f"{gap:.2f}")
-            cells.append(f"{_millions(row.total_parameters)}{between}({_millions(row.active_parameters)})")
+            cells.append(f"{_millions(row.total_parameters)}{between}{_millions(row.active_parameters)}")
             body.append(cells)
         return header, body
 
     def markdown(self) -> str:
         """The table, and below it gap closed and bits per byte per domain."""
         header, body = self.table()
-        parts = ["Held-out loss in nats per token (perplexity).", "", _markdown(header, body)]
+        parts = ["Held-out loss in nats per token / perplexity.", "", _markdown(header, body)]
         for title, pick in (("Gap closed", _gap_text), ("Bits per byte", _bits_text)):
             every = [*self.domains, *([] if pick is _gap_text else self.unseen)]
             cells = [[row.name, *(pick(row.scores.get(domain)) for domain in every)] for row in self.rows]

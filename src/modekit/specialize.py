@@ -166,7 +166,7 @@ def train_language_model(
         loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
         if not torch.isfinite(loss):
             raise TextError(
-                "the training loss is not finite", where=f"step {step}", found=float(loss), remedy="lower the learning rate"
+                "the training loss is not finite", where=f"step {step}", found=float(loss.detach()), remedy="lower the learning rate"
             )
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, training.clip)

@@ -212,7 +212,9 @@ def staging(out: Path, digest: str, *, overwrite: bool) -> Iterator[Staging]:
         ) from None  # fmt: skip
     except KeyboardInterrupt:
         stage.discard()
-        raise InterruptError("interrupted; nothing was left behind", where=str(out)) from None
+        raise InterruptError(
+            "interrupted; nothing was left behind", where=str(out), remedy="run the command again to start over"
+        ) from None
     except BaseException:
         stage.discard()
         raise

@@ -1,0 +1,169 @@
+"""The table: honest losses, the right rows, nothing scored that set the router."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DOMAINS, Workshop, save, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modekit.evaluate as evaluate_module
+from modekit.checkpoint import Checkpoint, open_checkpoint
+from modekit.data import digest_of, encode, make_batches
+from modekit.evaluate import Domain, Results, evaluate, held_out_domains, score_domain
+from modekit.routing.fit import fit_documents, refit
+from modekit.specialize import trainable_parameters
+
+RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+
+
+def ffn_specialists(workshop: Workshop) -> None:
+    """Experts that differ from the base in the FFN alone."""
+    for seed, name in enumerate(DOMAINS, 11):
+        model = AutoModelForCausalLM.from_pretrained(workshop.root / "base", dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trainable_parameters(model, "mlp"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        save(model, workshop.root / name)
+
+
+@pytest.fixture(scope="module")
+def evaluated(shared_workshop: Workshop) -> tuple[Checkpoint, Results]:
+    checkpoint = open_checkpoint(shared_workshop.build("EVAL", mixture=RIDGE))
+    return checkpoint, evaluate(checkpoint, tokens_per_domain=500, sequence_length=32)
+
+
+def test_rows_and_their_order(evaluated: tuple[Checkpoint, Results]) -> None:
+    _, results = evaluated
+    assert [row.name for row in results.rows] == ["base", *DOMAINS, "weight average", "oracle", "mixture"]
+    assert results.domains == list(DOMAINS)
+
+
+def test_loss_is_the_mean_over_real_tokens(evaluated: tuple[Checkpoint, Results]) -> None:
+    """Against one pass per sequence without any padding."""
+    checkpoint, results = evaluated
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / "law", dtype=torch.float32).eval()
+    domain = held_out_domains(checkpoint, tokens_per_domain=500, sequence_length=32)[1]
+    total = count = 0.0
+    with torch.inference_mode():
+        for sequence in domain.sequences:
+            ids = torch.tensor([sequence.ids])
+            losses = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+            total, count = total + float(losses), count + len(sequence.ids) - 1
+    score = results.row("law").scores["law"]
+    assert score.loss == pytest.approx(total / count, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    text_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
+    assert score.bits_per_byte == pytest.approx(total / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_weight_average_is_the_average(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = evaluated
+    models = [AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / name, dtype=torch.float32) for name in DOMAINS]
+    state = {name: sum(m.state_dict()[name] for m in models) / 3 for name in models[0].state_dict()}
+    models[0].load_state_dict(state)
+    domain = held_out_domains(checkpoint, tokens_per_domain=500, sequence_length=32)[0]
+    assert score_domain(models[0].eval(), domain, lambda _: None).loss == pytest.approx(
+        results.row("weight average").scores["medicine"].loss, rel=1e-5
+    )
+
+
+def test_no_scored_document_set_the_router(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, _ = evaluated
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    used: set[tuple[int, ...]] = set()
+    for place, expert in enumerate(checkpoint.record.recipe.experts):
+        documents = fit_documents(expert, checkpoint.recipe_root, place)
+        used |= {sequence.ids for sequence in encode(tokenizer, documents, max_tokens=10**6, sequence_length=200)}
+    for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=200):
+        assert not used & {sequence.ids for sequence in domain.sequences}
+
+
+def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"}))
+    (workshop.root / "text" / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
+    domains = {domain.name: domain for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=64)}
+    seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
+    assert domains["law"].record["documents"] == 60 - len(seen)
+    assert domains["poetry"].expert is None
+
+
+def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> None:
+    ffn_specialists(workshop)
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    results = evaluate(checkpoint, tokens_per_domain=400, sequence_length=32)
+    for name in DOMAINS:
+        oracle, own = results.row("oracle").scores[name], results.row(name).scores[name]
+        assert oracle.loss == pytest.approx(own.loss, abs=1e-4)
+        if own.gap_closed is not None:
+            assert own.gap_closed == pytest.approx(1.0) and oracle.gap_closed == pytest.approx(1.0, abs=1e-2)
+
+
+def test_mixture_of_copies_is_worth_what_the_base_is(workshop: Workshop) -> None:
+    experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    results = evaluate(open_checkpoint(workshop.build(experts=experts, mixture=RIDGE)), tokens_per_domain=300, sequence_length=32)
+    assert [row.name for row in results.rows] == ["base", "weight average", "oracle", "mixture"]
+    for row in results.rows:
+        for name, score in row.scores.items():
+            assert score.loss == pytest.approx(results.row("base").scores[name].loss, abs=1e-4)
+            assert score.gap_closed is None  # no expert is better than the base, so there is no gap to close
+
+
+def test_after_a_refit_only_the_mixture_is_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    first = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    checkpoint = refit(checkpoint, {"router": {"temperature": 0.01}})
+    loaded: list[Path] = []
+    real = evaluate_module.load_model
+    monkeypatch.setattr(evaluate_module, "load_model", lambda folder, **k: (loaded.append(folder), real(folder, **k))[1])
+    second = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    assert loaded == [checkpoint.folder]
+    assert second.rows[:-1] == first.rows[:-1] and second.rows[-1] != first.rows[-1]
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    assert len(loaded) > 5  # other tokens: every row again
+
+
+def test_results_on_disk_are_the_results(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = evaluated
+    data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
+    assert data == json.loads(json.dumps(results.as_data()))
+    markdown = (checkpoint.folder / "results" / "eval.md").read_text()
+    for row in results.rows:
+        assert f"{row.scores['code'].loss:.3f} / {row.scores['code'].perplexity:.1f}" in markdown
+
+
+def test_parameters_are_counted(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = evaluated
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint.folder).parameters())
+    dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / "base").parameters())
+    ffn = 3 * 3 * 32 * 48
+    assert results.row("mixture").total_parameters == total
+    assert results.row("mixture").active_parameters == total - ffn
+    assert results.row("base").total_parameters == dense
+
+
+def test_rows_whose_models_are_gone_are_left_out_and_named(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    (workshop.root / "law").rename(workshop.root / "elsewhere")
+    results = evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    assert [row.name for row in results.rows] == ["base", "medicine", "code", "oracle", "mixture"]
+    assert "law" in results.notes[0]
+
+
+def test_batches_of_any_size_score_the_same() -> None:
+    model = tiny_model()
+    sequences: Any = [type("S", (), {"ids": tuple(range(3, 3 + n)), "scored_bytes": n})() for n in (5, 17, 30, 2)]
+    domain = Domain("x", None, sequences, {})
+    expected = score_domain(model, domain, lambda _: None).loss
+    total = 0.0
+    for batch in make_batches(sequences, tokens=1):
+        ids = batch.input_ids
+        with torch.inference_mode():
+            total += float(torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
+    assert expected == pytest.approx(total / domain.scored_tokens, rel=1e-5)
