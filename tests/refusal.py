@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import patch
 
 from conftest import Workshop
-
 from modekit.cli import main
 
 Tree = dict[str, bytes | None]
@@ -22,9 +21,7 @@ Tree = dict[str, bytes | None]
 
 def tree(folder: Path) -> Tree:
     """What lies below a folder, with every byte."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
 def refuse(*args: object) -> str:
@@ -47,7 +44,7 @@ def checked(code: object, stdout: str, stderr: str) -> str:
     assert code == 2, f"exit code {code}: {stdout}{stderr}"
     assert stdout == ""
     assert stderr.startswith("error: ")
-    assert stderr.count("error:") == 1, stderr
+    assert [line.startswith("error: ") for line in stderr.splitlines()].count(True) == 1, stderr
     assert "Traceback" not in stderr
     assert "\n  where: " in stderr, f"no place: {stderr}"
     assert "\n  to do: " in stderr or "\n  - " in stderr, f"no remedy: {stderr}"

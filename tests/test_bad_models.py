@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop, character_tokenizer, save, tiny_model
-from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 from safetensors.torch import load_file, save_file
 
+from conftest import Workshop, save, tiny_model
+from modekit import plan
 from modekit.cli import main
+from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 
 LAW = "experts[1] 'law' (./law)"
 FFN = "model.layers.1.mlp.up_proj.weight"
@@ -206,7 +208,10 @@ def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], objec
         (FFN, {}),
         (FFN, {"output": {"dtype": "float32"}}),
         (FFN, {"output": {"dtype": "float16"}}),
-        ("model.layers.1.mlp.down_proj.weight", {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}}}),
+        (
+            "model.layers.1.mlp.down_proj.weight",
+            {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}}},
+        ),
         (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": {"expert": "law"}}}),
         (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "average"}}),
         (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "task_arithmetic"}}),
@@ -379,21 +384,20 @@ def test_remote_code_needs_consent(bench: Workshop, monkeypatch: pytest.MonkeyPa
     assert not list(out.glob("*.py"))
 
 
-def test_a_source_that_vanishes_after_the_plan(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modekit import plan
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 30_000), Path.unlink], ids=["cut", "removed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_source_that_vanishes_after_the_plan(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], dtype: str
+) -> None:
+    file = copy_expert(bench) / "model.safetensors"
+    make_plan = plan.make_plan
 
-    folder = copy_expert(bench)
-    made = plan.make_plan
+    def plan_and_change(*args: Any, **kwargs: Any) -> plan.Plan:
+        made = make_plan(*args, **kwargs)
+        change(file)
+        return made
 
-    def plan_then_shorten(*args: Any, **kwargs: Any) -> plan.Plan:
-        result = made(*args, **kwargs)
-        change(folder / "model.safetensors")
-        return result
-
-    monkeypatch.setattr(plan, "make_plan", plan_then_shorten)
-    recipe = bench.write()
-    for change in (lambda path: path.write_bytes(path.read_bytes()[:-20_000]), Path.unlink):
-        assert str(folder / "model.safetensors") in refuse("build", recipe, bench.root / "OUT")
-        assert {path.split("/")[0] for path in tree(bench.root)} == {"law", "recipe.yaml"}
-        character_tokenizer()
-        save(tiny_model(seed=2), folder)
+    monkeypatch.setattr(plan, "make_plan", plan_and_change)
+    message = refuse("build", bench.write(output={"dtype": dtype}), bench.root / "OUT")
+    assert str(file) in message
+    assert {path.split("/")[0] for path in tree(bench.root)} == {"law", "recipe.yaml"}

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+
 from conftest import Workshop
 from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
-from safetensors.torch import load_file, save_file
 
 FFN = "model.layers.2.mlp.down_proj.weight"
 COMMAND = "import sys; from modekit.cli import main; sys.argv = ['modekit', *sys.argv[1:]]; main()"
@@ -142,7 +143,9 @@ def test_a_full_disk(bench: Workshop, limit: int, exists: bool) -> None:
     assert tree(bench.root) == before
 
 
-@pytest.mark.parametrize("moment", ["modekit.writer.Staging.record", "modekit.build.write_index", "modekit.build.constant_gates"])
+@pytest.mark.parametrize(
+    "moment", ["modekit.writer.Staging.record", "modekit.build.write_index", "modekit.build.constant_gates"]
+)
 @pytest.mark.parametrize("exists", [False, True])
 def test_ctrl_c(bench: Workshop, moment: str, exists: bool) -> None:
     if exists:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from refusal import refuse, tree
 
 EXPERTS = [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}]
@@ -74,12 +75,18 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
         "mixture.backbone.densty: unknown key", "did you mean 'density'?",
     ]),
     ("unknown backbone", with_mixture(**RANDOM, backbone="avrage"), ["mixture.backbone", "'average'", "'avrage'"]),
-    ("backbone of a stranger", with_mixture(**RANDOM, backbone={"expert": "poetry"}), ["mixture.backbone.expert 'poetry'", "law"]),
+    ("backbone of a stranger", with_mixture(**RANDOM, backbone={"expert": "poetry"}), [
+        "mixture.backbone.expert 'poetry'", "law, code",
+    ]),
     ("slerp of three", {**with_mixture(**RANDOM, backbone="slerp"), "experts": [*EXPERTS, {"name": "x", "model": "./x"}]}, [
         "slerp", "exactly two", "found 3",
     ]),
-    ("merge of nothing", {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]}, ["every expert"]),
-    ("fit without text", with_mixture(router={"fit": "lda"}), ["router fit 'lda' needs text", "law, code", "add experts[].text"]),
+    ("merge of nothing", {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]}, [
+        "mixture.backbone cannot be merged", "every expert",
+    ]),
+    ("fit without text", with_mixture(router={"fit": "lda"}), [
+        "router fit 'lda' needs text", "law, code", "add experts[].text",
+    ]),
     ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),
     ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
     ("endless size", {**GOOD, "output": {"shard_size": "infGB"}}, ["output.shard_size", "not a size"]),
@@ -105,7 +112,8 @@ def test_several_problems_are_reported_together(tmp_path: Path) -> None:
     problems = refuse_recipe(tmp_path, recipe)
     places = [problem.split(":")[0] for problem in problems]
     assert places == [
-        "base_model", "experts[0].model", "experts[1].text", "mixture.router.l2", "output.dtype", "output.shard_size", "base_modle",
+        "base_model", "experts[0].model", "experts[1].text", "mixture.router.l2", "output.dtype", "output.shard_size",
+        "base_modle",
     ]  # fmt: skip
 
 

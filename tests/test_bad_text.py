@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import Workshop, write_text
-from refusal import borrow, refuse, refuse_build, tree
 
+from conftest import Workshop, write_text
 from modekit.data import read_documents, split_of
+from refusal import borrow, refuse, refuse_build, tree
 
 MIXTURE = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens": 8}}
 
@@ -47,8 +46,7 @@ def use_text(workshop: Workshop, text: object) -> None:
     workshop.recipe["experts"][1]["text"] = text
 
 
-def held_out_documents() -> Iterator[str]:
-    return (f"document {number}" for number in range(1000) if split_of(f"document {number}") != "fit")
+HELD_OUT = [document for document in map("document {}".format, range(100)) if split_of(document) != "fit"]
 
 
 BAD_FILES: list[tuple[str, bytes, str]] = [
@@ -65,8 +63,8 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("law.jsonl", b'["text"]\n', "law.jsonl:1"),
     ("law.jsonl", b"[" * 100_000, "law.jsonl:1"),
     ("law.parquet", b"not parquet at all", "no readable column 'text'"),
-    ("law.md", next(held_out_documents()).encode(), "no document is left for the fit"),
-    ("law.jsonl", "\n".join(json.dumps({"text": text}) for text in held_out_documents()).encode(), "no document is left for the fit"),
+    ("law.md", HELD_OUT[0].encode(), "no document is left for the fit"),
+    ("law.jsonl", "\n".join(json.dumps({"text": text}) for text in HELD_OUT).encode(), "no document is left for the fit"),
 ]  # fmt: skip
 
 
@@ -86,7 +84,9 @@ def test_parquet_without_a_text_column(bench: Workshop) -> None:
     message = refuse_build(bench)
     assert "experts[1] 'law': text: law.parquet" in message
     assert "a column named 'text'" in message
-    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([None, None], pyarrow.string())}), bench.root / "law.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([None, None], pyarrow.string())}), bench.root / "law.parquet"
+    )
     assert "the text is empty" in refuse_build(bench)
 
 
@@ -149,7 +149,11 @@ def test_unusual_text_is_read(tmp_path: Path) -> None:
     (tmp_path / "law.jsonl").write_bytes(
         b"\r\n".join(json.dumps(line, ensure_ascii="\ud800" in line["text"]).encode() for line in lines)
     )
-    assert set(read_documents(["law.jsonl"], root=tmp_path, where="law")) == {"line\u2028separator", "next\x85line", "half ? pair"}
+    assert set(read_documents(["law.jsonl"], root=tmp_path, where="law")) == {
+        "line\u2028separator",
+        "next\x85line",
+        "half ? pair",
+    }
 
 
 # eval and fit
@@ -166,7 +170,9 @@ def test_eval_without_its_text(fitted: Path) -> None:
 
 def test_eval_of_text_that_was_used_or_is_too_short(fitted: Path) -> None:
     record = json.loads((fitted / "modekit.json").read_text())
-    used = next(text for text in read_documents(["law.jsonl"], root=fitted.parent / "text", where="law") if split_of(text) == "fit")
+    used = next(
+        text for text in read_documents(["law.jsonl"], root=fitted.parent / "text", where="law") if split_of(text) == "fit"
+    )
     for text in (used, "x"):
         (fitted.parent / "held_out.txt").write_text(text)
         record["recipe"]["eval"] = {"law": ["./held_out.txt"]}
@@ -196,7 +202,9 @@ def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
     path = fitted / "router" / "law.safetensors"
     content = path.read_bytes()
     path.write_bytes(
-        {"cut": content[:-10], "garbage": b"\x00" * 50, "other keys": (fitted / "model-router.safetensors").read_bytes()}[damage]
+        {"cut": content[:-10], "garbage": b"\x00" * 50, "other keys": (fitted / "model-router.safetensors").read_bytes()}[
+            damage
+        ]
     )
     before = tree(fitted)
     message = refuse("fit", fitted, "--fit", "ridge")

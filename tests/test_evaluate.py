@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DOMAINS, Workshop, save, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.evaluate as evaluate_module
+from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.data import digest_of, encode, make_batches
 from modekit.evaluate import Domain, Results, evaluate, held_out_domains, score_domain
@@ -86,7 +86,9 @@ def test_no_scored_document_set_the_router(evaluated: tuple[Checkpoint, Results]
 
 
 def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"}))
+    checkpoint = open_checkpoint(
+        workshop.build(mixture=RIDGE, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"})
+    )
     (workshop.root / "text" / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
     domains = {domain.name: domain for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=64)}
     seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
@@ -107,7 +109,9 @@ def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> N
 
 def test_mixture_of_copies_is_worth_what_the_base_is(workshop: Workshop) -> None:
     experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
-    results = evaluate(open_checkpoint(workshop.build(experts=experts, mixture=RIDGE)), tokens_per_domain=300, sequence_length=32)
+    results = evaluate(
+        open_checkpoint(workshop.build(experts=experts, mixture=RIDGE)), tokens_per_domain=300, sequence_length=32
+    )
     assert [row.name for row in results.rows] == ["base", "weight average", "oracle", "mixture"]
     for row in results.rows:
         for name, score in row.scores.items():

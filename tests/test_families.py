@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, logits_of, save, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import SMALL, logits_of, save, tiny_model
 from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError

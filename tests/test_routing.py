@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DOMAINS, Workshop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.routing.capture as capture_module
 import modekit.routing.fit as fit_module
+from conftest import DOMAINS, Workshop
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, open_checkpoint
 from modekit.data import TokenSequence, encode, make_batches
 from modekit.errors import RecipeError
@@ -51,7 +51,7 @@ def checkpoint(shared_workshop: Workshop) -> Checkpoint:
 
 
 def hand_made_inputs(checkpoint: Checkpoint, place: int, sequences: list[TokenSequence]) -> list[torch.Tensor]:
-    """x per layer, one sequence at a time without any padding, from a dense model put together by hand."""
+    """X per layer, one sequence at a time without any padding, from a dense model put together by hand."""
     root = checkpoint.recipe_root
     model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).eval()
     expert = AutoModelForCausalLM.from_pretrained(root / DOMAINS[place], dtype=torch.float32)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop, save, tiny_model
 from safetensors.torch import load_file
 
 import modekit.specialize as specialize_module
+from conftest import Workshop, save, tiny_model
 from modekit.data import split_of
 from modekit.errors import TextError
 from modekit.specialize import Training, specialize

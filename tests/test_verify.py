@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Workshop
 
+from conftest import Workshop
 from modekit.checkpoint import open_checkpoint
 from modekit.plan import ROUTER_FILE
 from modekit.verify import Check, is_proven, verify

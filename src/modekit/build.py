@@ -37,6 +37,7 @@ from modekit.writer import Staging, staging, write_all, write_json
 
 _CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
 
+
 def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Checkpoint:
     """Write the checkpoint that a plan describes.
 
@@ -83,9 +84,7 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], p
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
     placeholder = np.zeros((plan.layers, plan.experts, plan.hidden), np.float32)
     sha256 = write_router_file(stage.folder / ROUTER_FILE, names, placeholder if gates is None else gates, plan.router[0].dtype)
-    checkpoint = Checkpoint(
-        stage.folder, make_record(plan, out, hashes, status.model_copy(update={"sha256": sha256}))
-    )
+    checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, status.model_copy(update={"sha256": sha256})))
     if gates is not None:
         return checkpoint
     from modekit.routing.fit import fit_router

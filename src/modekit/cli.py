@@ -44,8 +44,8 @@ def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust =
     from modekit.plan import make_plan
     from modekit.recipe import load_recipe
 
-    made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
-    summary = made.summary()
+    root = recipe.resolve().parent
+    summary = make_plan(load_recipe(recipe), root, trust_remote_code=trust_remote_code, headers_only=True).summary()
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
@@ -67,8 +67,8 @@ def build(
         checkpoint = run(made, output.resolve(), overwrite=overwrite, progress=progress)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(
-        f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, top_k {made.recipe.top_k}, "
-        f"router {checkpoint.record.router.status}, {_bytes(size)}"
+        f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
+        f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {_bytes(size)}"
     )
 
 
@@ -142,7 +142,9 @@ def verify(
     from modekit.verify import verify as run
 
     with _progress() as progress:
-        checks = run(open_checkpoint(checkpoint.resolve()), trust_remote_code=trust_remote_code, reload=reload, progress=progress)
+        checks = run(
+            open_checkpoint(checkpoint.resolve()), trust_remote_code=trust_remote_code, reload=reload, progress=progress
+        )
     if as_json:
         sys.stdout.write(json.dumps([vars(check) for check in checks], indent=2) + "\n")
     else:
@@ -180,8 +182,8 @@ def specialize(
     )
     with _progress() as progress:
         record = run(
-            base.resolve(), output.resolve(), text, root=Path.cwd(), train="mlp" if train == "mlp" else "full", training=training,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+            base.resolve(), output.resolve(), text, root=Path.cwd(), train="mlp" if train == "mlp" else "full",
+            training=training, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     loss = record["held_out_loss"]
     change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
@@ -208,7 +210,9 @@ def demo(
         print_results(results.merged(seed))
     if seeds > 1:
         _print_summary(results.summary())
-    out.print(f"[dim]{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {escape(str(output))}[/]")
+    out.print(
+        f"[dim]{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {escape(str(output))}[/]"
+    )
 
 
 @app.command()
@@ -256,10 +260,16 @@ def _print_plan(summary: dict[str, Any]) -> None:
         ("architecture", f"{summary['architecture']} (also runs in {summary['also_runs_in']})"),
         ("why", summary["why"]),
         ("experts", ", ".join(f"{expert['name']} ({expert['model']})" for expert in summary["experts"])),
-        ("mixing", f"{summary['method']}, top_k {summary['top_k']}, router {summary['router']}, backbone {summary['backbone']}"),
+        (
+            "mixing",
+            f"{summary['method']}, top_k {summary['top_k']}, router {summary['router']}, backbone {summary['backbone']}",
+        ),
         ("parameters", f"{_count(parameters['total'])} total, {_count(parameters['active'])} active per token"),
         ("tensors", f"{summary['tensors']['total']} ({operations}) in {summary['shards']} files, {summary['dtype']}"),
-        ("bytes", f"{_bytes(sizes['read'])} read, {_bytes(sizes['written'])} written, {_bytes(sizes['statistics'])} statistics"),
+        (
+            "bytes",
+            f"{_bytes(sizes['read'])} read, {_bytes(sizes['written'])} written, {_bytes(sizes['statistics'])} statistics",
+        ),
         ("disk", f"{_bytes(disk['needed'])} needed, {_bytes(disk['free'])} free"),
         ("memory", f"{_bytes(memory['build'])} to build, {_bytes(memory['fit'])} to fit, {_bytes(memory['load'])} to load"),
         *(("note", note) for note in summary["notes"]),

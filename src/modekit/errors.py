@@ -1,14 +1,14 @@
 """The error tree. Every message says what failed, where, what was found, what was expected and what to do.
 
-    ModekitError            exit code 2 at the command line
-    ├── RecipeError         the recipe itself: unknown key, wrong value, a setting without effect
-    ├── SourceError         a model that cannot be read: missing, truncated, pickle, remote code, NaN
-    ├── MismatchError       an expert that does not fit the base model: shape, family, rope, tokenizer
-    ├── UnsupportedError    a mixture that no native architecture can say exactly
-    ├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
-    ├── OutputError         the result folder: exists, disk full, not writable
-    ├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
-    └── InterruptError      the user pressed Ctrl-C
+ModekitError            exit code 2 at the command line
+├── RecipeError         the recipe itself: unknown key, wrong value, a setting without effect
+├── SourceError         a model that cannot be read: missing, truncated, pickle, remote code, NaN
+├── MismatchError       an expert that does not fit the base model: shape, family, rope, tokenizer
+├── UnsupportedError    a mixture that no native architecture can say exactly
+├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
+├── OutputError         the result folder: exists, disk full, not writable
+├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
+└── InterruptError      the user pressed Ctrl-C
 """
 
 from __future__ import annotations

@@ -174,7 +174,9 @@ def evaluate(
     done = 0
     rows: list[Row] = []
     for job in jobs:
-        text_identity = {domain.name: hashlib.sha256(f"{job.identity} {domain.record}".encode()).hexdigest() for domain in domains}
+        text_identity = {
+            domain.name: hashlib.sha256(f"{job.identity} {domain.record}".encode()).hexdigest() for domain in domains
+        }
         identity = hashlib.sha256("".join(sorted(text_identity.values())).encode()).hexdigest()
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
@@ -238,7 +240,9 @@ def held_out_domains(
         domains.append(Domain(name, expert, sequences, {**text_record(documents, tokens), "sequence_length": sequence_length}))
     if not any(domain.expert is not None for domain in domains):
         raise TextError(
-            "there is no text to evaluate on", where="experts[].text, eval", remedy="add text per expert, or eval: {domain: text}"
+            "there is no text to evaluate on",
+            where="experts[].text, eval",
+            remedy="add text per expert, or eval: {domain: text}",
         )
     return domains
 
@@ -276,9 +280,9 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     record = checkpoint.record
     folders = [(checkpoint.folder / source.folder).resolve() for source in record.sources]
     hashes = [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in record.sources]
-    per_expert = sum(
-        ref.numel for name, ref in checkpoint.tensors.items() if ".experts." in name or "_linear" in name
-    ) // len(checkpoint.names)
+    per_expert = sum(ref.numel for name, ref in checkpoint.tensors.items() if ".experts." in name or "_linear" in name) // len(
+        checkpoint.names
+    )
     sizes = sum(ref.numel for ref in checkpoint.tensors.values())
     routers = sum(checkpoint.tensors[name].numel for name in checkpoint.router_names())
     dense = sizes - routers - per_expert * (len(checkpoint.names) - 1)
@@ -368,4 +372,3 @@ def _millions(count: int) -> str:
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
-

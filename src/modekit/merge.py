@@ -6,6 +6,7 @@ model back bit for bit. Memory is a few blocks, whatever the tensor's size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -37,24 +38,38 @@ def _read(array: Array, part: slice) -> Block:
 
 def _elementwise(settings: BackboneMerge, base: Array, experts: Sequence[Array]) -> Callable[[Block, list[Block]], Block]:
     if settings.method == "average":
-        return lambda _, values: np.sum(values, axis=0) / len(values)
+        return lambda _, values: _sum(values) / len(values)
     if settings.method == "task_arithmetic":  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
-        return lambda origin, values: origin + settings.scale * np.sum([value - origin for value in values], axis=0)
+        return lambda origin, values: _moved(origin, settings.scale * _sum([value - origin for value in values]))
     thresholds = [_magnitude_threshold(base, expert, settings.density) for expert in experts]
     return lambda origin, values: _ties(origin, values, thresholds, settings.scale)
+
+
+def _sum(values: Sequence[Block]) -> Block:
+    """The sum in order; unlike numpy's it starts with the first value, not with zero, so that -0.0 stays -0.0."""
+    return functools.reduce(np.add, values)
+
+
+def _moved(origin: Block, shift: Block) -> Block:
+    """The sum of both, where a shift of zero keeps even the sign of a zero."""
+    moved: Block = np.where(shift == 0, origin, origin + shift)
+    return moved
 
 
 def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale: float) -> Block:
     """Trim, elect sign, disjoint mean (Algorithm 1, arXiv:2306.01708)."""
     deltas = [value - base for value in values]
     trimmed = np.stack(
-        [np.where(np.abs(delta).astype(np.float32) >= least, delta, 0.0) for delta, least in zip(deltas, thresholds, strict=True)]
+        [
+            np.where(np.abs(delta).astype(np.float32) >= least, delta, 0.0)
+            for delta, least in zip(deltas, thresholds, strict=True)
+        ]
     )
     elected = np.sign(trimmed.sum(axis=0))
     agrees = (np.sign(trimmed) == elected) & (elected != 0)
     count = agrees.sum(axis=0)
     mean: Block = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
-    return base + scale * mean
+    return _moved(base, scale * mean)
 
 
 def _magnitude_threshold(base: Array, expert: Array, density: float) -> np.float32:
@@ -99,4 +114,4 @@ def _slerp(t: float, first: Array, second: Array) -> Iterator[Block]:
         weights = (float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle)))
     for part in blocks(len(first)):
         a, b = _read(first, part), _read(second, part)
-        yield a + weights[1] * (b - a) if weights == (1.0 - t, t) else weights[0] * a + weights[1] * b
+        yield _moved(a, weights[1] * (b - a)) if weights == (1.0 - t, t) else weights[0] * a + weights[1] * b

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.families import CONFIG_MUST_MATCH, LAYER, Family, choose_family
+from modekit.locate import open_recipe_sources
 from modekit.recipe import BASE, BackboneExpert, Recipe
-from modekit.sources import DTYPE_NAMES, ITEMSIZE, ModelSource, TensorRef, open_recipe_sources
+from modekit.sources import DTYPE_NAMES, ITEMSIZE, ModelSource, TensorRef
 from modekit.tokenizer import TOKENIZER_FILES, check_same_tokenizer
 
 ROUTER_FILE = "model-router.safetensors"
@@ -170,7 +171,7 @@ class Plan:
         statistics = 0
         if self.recipe.mixture.needs_text:
             keep = self.recipe.mixture.router.keep_tokens
-            statistics = self.experts * self.layers * self.hidden * (2 * (self.hidden + 1) + 4 + 2 * keep)
+            statistics = self.experts * self.layers * self.hidden * (2 * (self.hidden + 1) + 16 + 2 * keep)
         operations: dict[str, int] = {}
         for tensor in self.tensors:
             label = "router" if tensor.role == "router" else tensor.operation
@@ -205,7 +206,10 @@ class Plan:
             stats = [(file, file.stat()) for source in self.sources for file in source.files]
         except OSError as error:
             raise SourceError(
-                "a source file cannot be read", where=str(error.filename), found=error.strerror, remedy="put it back and build again"
+                "a source file cannot be read",
+                where=str(error.filename),
+                found=error.strerror,
+                remedy="put it back and build again",
             ) from None
         identity = {
             "recipe": self.recipe.digest(),
@@ -219,12 +223,14 @@ class Plan:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> Plan:
+def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
+
+    With `headers_only` models on the hub are not downloaded; such a plan can be shown but not built.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code)
+    sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code, headers_only=headers_only)
     base = sources[0]
     for source in dict.fromkeys(sources):
         _check_config(source)
@@ -253,17 +259,17 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) ->
         for constant in family.constants
     ]  # fmt: skip
     router = tuple(
-        PlannedTensor(
-            LAYER.format(layer=layer) + family.router, router_code, (len(recipe.experts), hidden), "router", "zeros"
-        )
+        PlannedTensor(LAYER.format(layer=layer) + family.router, router_code, (len(recipe.experts), hidden), "router", "zeros")
         for layer in range(layers)
     )
     config = family.native_config(
-        base.config, experts=len(recipe.experts), top_k=recipe.top_k, expert_hidden=expert_hidden, dtype=DTYPE_NAMES[router_code]
+        base.config,
+        experts=len(recipe.experts),
+        top_k=recipe.top_k,
+        expert_hidden=expert_hidden,
+        dtype=DTYPE_NAMES[router_code],
     )
-    copied = tuple(
-        base.folder / name for name in (*TOKENIZER_FILES, "generation_config.json") if (base.folder / name).exists()
-    )
+    copied = tuple(base.folder / name for name in (*TOKENIZER_FILES, "generation_config.json") if (base.folder / name).exists())
     body = sorted([*backbone, *experts, *constants], key=lambda tensor: _natural_key(tensor.name))
     return Plan(
         recipe, root, family, sources, config, _cut_into_shards(body, recipe.output.shard_size), router, copied,
@@ -413,8 +419,9 @@ def _check_complete(source: ModelSource, family: Family, layers: int) -> None:
     for name, shape in shapes.items():
         if source.tensor(name).shape != shape:
             raise SourceError(
-                "a tensor has another shape than config.json says", where=f"{where}: {name}", found=list(source.tensor(name).shape),
-                expected=list(shape), remedy="correct config.json, or save the model again",
+                "a tensor has another shape than config.json says", where=f"{where}: {name}",
+                found=list(source.tensor(name).shape), expected=list(shape),
+                remedy="correct config.json, or save the model again",
             )  # fmt: skip
 
 

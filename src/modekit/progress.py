@@ -8,7 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Called with the name of the stage, how much of it is done, and how much there is (same unit)."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report."""
 
 
 def silent(stage: str, done: int, total: int) -> None:

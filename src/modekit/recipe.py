@@ -44,7 +44,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
 """Text of a domain: one path, folder or hub data set, or a list of them."""
 
 
@@ -69,7 +69,9 @@ class Expert(_Strict):
     model: str = Field(min_length=1, description="Folder, hub id, or the word 'base'.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(None, description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set.")
-    prompts: list[str] | None = Field(None, min_length=1, description="Short texts of the domain, used like `text` for the fit.")
+    prompts: list[str] | None = Field(
+        None, min_length=1, description="Short texts of the domain, used like `text` for the fit."
+    )
     negative_prompts: list[str] | None = Field(
         None, min_length=1, description="Texts this expert should not take; centroid fit only."
     )
@@ -167,7 +169,7 @@ class Output(_Strict):
 
     format: Literal["auto", "native"] = "auto"
     dtype: DType = Field("source", description="source keeps the base model's dtype.")
-    shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value))] = Field(
+    shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)] = Field(
         5 * 10**9, gt=0, description="Largest shard, in bytes or like '5GB'."
     )
 
@@ -287,7 +289,9 @@ def load_recipe(path: Path) -> Recipe:
     except FileNotFoundError:
         raise RecipeError("the recipe does not exist", where=str(path), remedy="give the path of a recipe.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("the recipe cannot be read", where=str(path), found=error, remedy="give a text file in UTF-8") from None
+        raise RecipeError(
+            "the recipe cannot be read", where=str(path), found=error, remedy="give a text file in UTF-8"
+        ) from None
     except yaml.YAMLError as error:
         found = " ".join(str(error).split())
         raise RecipeError("the recipe is not YAML", where=str(path), found=found, remedy="correct it at that place") from None

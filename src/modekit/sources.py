@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import SourceError
-from modekit.recipe import BASE, Recipe, locate
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -68,7 +67,9 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
         with file.open("rb") as stream:
             raw_length = stream.read(8)
             if len(raw_length) < 8:
-                raise SourceError("safetensors file is truncated", where=f"{where}: {file.name}", found=f"{size} bytes", remedy=remedy)
+                raise SourceError(
+                    "safetensors file is truncated", where=f"{where}: {file.name}", found=f"{size} bytes", remedy=remedy
+                )
             (length,) = struct.unpack("<Q", raw_length)
             if length > min(size - 8, _LARGEST_HEADER):
                 raise SourceError(
@@ -107,8 +108,9 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
     for ref in sorted(tensors.values(), key=lambda ref: (ref.start, ref.end)):
         if ref.start != position:
             raise SourceError(
-                "safetensors header and data disagree (tensors overlap or leave a hole)", where=f"{where}: {file.name}: {ref.name}",
-                found=f"it starts at byte {ref.start}", expected=f"byte {position}, where the tensor before it ends", remedy=remedy,
+                "safetensors header and data disagree (tensors overlap or leave a hole)",
+                where=f"{where}: {file.name}: {ref.name}", found=f"it starts at byte {ref.start}",
+                expected=f"byte {position}, where the tensor before it ends", remedy=remedy,
             )  # fmt: skip
         position = ref.end
     return tensors
@@ -200,24 +202,33 @@ class Mappings:
         self._files.clear()
 
 
-def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+def open_source(
+    label: str, spec: str, folder: Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
     """Read config and headers of a model folder.
 
     Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
     """
     where = f"{label} ({spec})"
     if not folder.is_dir():
-        raise SourceError("model folder does not exist", where=where, found=str(folder), remedy="correct the path in the recipe")
+        raise SourceError(
+            "model folder does not exist", where=where, found=str(folder), remedy="correct the path in the recipe"
+        )
     config = read_config(folder, where=where)
+    check_no_code(config, where=where, trust_remote_code=trust_remote_code)
+    tensors: dict[str, TensorRef] = {}
+    for file in _weight_files(folder, where=where):
+        tensors.update(read_header(file, where=where))
+    return ModelSource(label, spec, folder, revision, config, tensors)
+
+
+def check_no_code(config: Mapping[str, Any], *, where: str, trust_remote_code: bool) -> None:
+    """Raise SourceError when a model brings Python of its own and the user did not accept it."""
     if config.get("auto_map") and not trust_remote_code:
         raise SourceError(
             "the model brings code of its own (auto_map in config.json)", where=where, found=config["auto_map"],
             remedy="check that the weights follow the named family, then pass --trust-remote-code",
         )  # fmt: skip
-    tensors: dict[str, TensorRef] = {}
-    for file in _weight_files(folder, where=where):
-        tensors.update(read_header(file, where=where))
-    return ModelSource(label, spec, folder, revision, config, tensors)
 
 
 def read_config(folder: Path, *, where: str) -> dict[str, Any]:
@@ -254,7 +265,9 @@ def _weight_files(folder: Path, *, where: str) -> list[Path]:
             files = [folder / Path(name).name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise SourceError(
-                "the safetensors index cannot be read", where=f"{where}: {index.name}", remedy="download or save the model again"
+                "the safetensors index cannot be read",
+                where=f"{where}: {index.name}",
+                remedy="download or save the model again",
             ) from None
         missing = [file.name for file in files if not file.exists()]
         if missing:
@@ -275,54 +288,6 @@ def _weight_files(folder: Path, *, where: str) -> list[Path]:
             remedy="convert once where you trust the file: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
         )
-    raise SourceError("no safetensors weights", where=where, remedy="the folder needs model.safetensors or shards with an index")
-
-
-def resolve_folder(spec: str, *, root: Path, label: str, revision: str | None = None) -> Path:
-    """The folder of a model given as a path (relative to the recipe) or a hub id, which is downloaded when needed.
-
-    Raises SourceError when the folder is missing or the hub cannot be reached.
-    """
-    local = locate(spec, root)
-    if local is not None and local.is_dir():
-        return local
-    if local is not None or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise SourceError(
-            "model folder does not exist", where=f"{label} ({spec})", found=f"no folder {root / spec}",
-            remedy="correct the path in the recipe",
-        )  # fmt: skip
-    from huggingface_hub import snapshot_download  # only for hub ids: its import takes longer than a whole plan
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                spec, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            )
-        )
-    except (RepositoryNotFoundError, HFValidationError):
-        raise SourceError(
-            "neither a folder nor a model on the hub", where=f"{label} ({spec})", found=f"no folder {root / spec}",
-            remedy="correct the path or the hub id (a private model needs a login)",
-        ) from None  # fmt: skip
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise SourceError(
-            "the hub cannot be reached and the model is not in the local cache", where=f"{label} ({spec})",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            remedy="connect to the hub, or download the model elsewhere and give its folder",
-        ) from None  # fmt: skip
-
-
-def open_recipe_sources(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> tuple[ModelSource, ...]:
-    """The base model, then each expert's model in recipe order; 'base' experts share the base's source."""
-    base_folder = resolve_folder(recipe.base_model, root=root, label="base_model", revision=recipe.revision)
-    base = open_source("base_model", recipe.base_model, base_folder, revision=recipe.revision, trust_remote_code=trust_remote_code)
-    sources = [base]
-    for place, expert in enumerate(recipe.experts):
-        if expert.model == BASE:
-            sources.append(base)
-            continue
-        label = f"experts[{place}] '{expert.name}'"
-        folder = resolve_folder(expert.model, root=root, label=label, revision=expert.revision)
-        sources.append(open_source(label, expert.model, folder, revision=expert.revision, trust_remote_code=trust_remote_code))
-    return tuple(sources)
+    raise SourceError(
+        "no safetensors weights", where=where, remedy="the folder needs model.safetensors or shards with an index"
+    )

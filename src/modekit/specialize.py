@@ -89,7 +89,9 @@ def specialize(
     fit = documents_of_split(documents, "fit")
     sequences = encode(tokenizer, fit, max_tokens=training.max_tokens, sequence_length=training.sequence_length)
     if not sequences:
-        raise TextError("no document is left for training after the held-out split", where="--text", remedy="give more documents")
+        raise TextError(
+            "no document is left for training after the held-out split", where="--text", remedy="give more documents"
+        )
     held_out = encode(
         tokenizer, documents_of_split(documents, "report"), max_tokens=20_000, sequence_length=training.sequence_length
     )
@@ -166,7 +168,10 @@ def train_language_model(
         loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
         if not torch.isfinite(loss):
             raise TextError(
-                "the training loss is not finite", where=f"step {step}", found=float(loss.detach()), remedy="lower the learning rate"
+                "the training loss is not finite",
+                where=f"step {step}",
+                found=float(loss.detach()),
+                remedy="lower the learning rate",
             )
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, training.clip)

@@ -29,7 +29,10 @@ def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
         tokens.update({str(added["content"]): int(added["id"]) for added in raw.get("added_tokens", [])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise SourceError(
-            "the tokenizer cannot be read", where=f"{where}: {path.name}", found=error, remedy="download or save the model again"
+            "the tokenizer cannot be read",
+            where=f"{where}: {path.name}",
+            found=error,
+            remedy="download or save the model again",
         ) from None
     return tokens
 

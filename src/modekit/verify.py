@@ -34,7 +34,9 @@ class Check:
     detail: str
 
 
-def verify(checkpoint: Checkpoint, *, trust_remote_code: bool = False, reload: bool = True, progress: Progress = silent) -> list[Check]:
+def verify(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False, reload: bool = True, progress: Progress = silent
+) -> list[Check]:
     """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers."""
     checks = [_check_digest(checkpoint), *_check_sources(checkpoint, progress)]
     try:
@@ -64,7 +66,9 @@ def is_proven(checks: Iterable[Check]) -> bool:
 def _check_digest(checkpoint: Checkpoint) -> Check:
     record = checkpoint.record
     same = record.recipe.digest() == record.recipe_digest
-    return Check("recipe digest", "proven" if same else "failed", record.recipe_digest[:16] if same else f"{RECORD_FILE} was edited")
+    return Check(
+        "recipe digest", "proven" if same else "failed", record.recipe_digest[:16] if same else f"{RECORD_FILE} was edited"
+    )
 
 
 def _check_sources(checkpoint: Checkpoint, progress: Progress) -> Iterator[Check]:
@@ -159,7 +163,9 @@ def _check_router(checkpoint: Checkpoint) -> Check:
     top_k = checkpoint.config[checkpoint.family.top_k_key]
     if top_k != checkpoint.record.recipe.top_k:
         return Check("router", "failed", f"config.json has top_k {top_k}, the recipe {checkpoint.record.recipe.top_k}")
-    return Check("router", "proven", f"{checkpoint.layers} gates of {list(shape)}, {checkpoint.record.router.status}, top_k {top_k}")
+    return Check(
+        "router", "proven", f"{checkpoint.layers} gates of {list(shape)}, {checkpoint.record.router.status}, top_k {top_k}"
+    )
 
 
 def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
@@ -175,7 +181,9 @@ def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
         return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        return Check("reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}")
+        return Check(
+            "reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}"
+        )
     with torch.inference_mode():
         logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
     if not torch.isfinite(logits).all():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import struct
 import threading
@@ -44,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that it is seen whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -115,11 +114,11 @@ class Staging:
         replaced = _set_aside(self.out)
         try:
             if self.out.exists():
-                os.rename(self.out, replaced)
-            os.rename(self.folder, self.out)
+                self.out.rename(replaced)
+            self.folder.rename(self.out)
         except BaseException:
             if replaced.exists() and not self.out.exists():
-                os.rename(replaced, self.out)
+                replaced.rename(self.out)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -157,7 +156,7 @@ def _whole_lines(lines: list[str]) -> Iterator[tuple[str, Any]]:
     for line in lines:
         try:
             key, value = json.loads(line)
-        except ValueError:  # the line that a kill cut short
+        except (ValueError, TypeError):  # the line that a kill cut short
             return
         yield str(key), value
 
@@ -175,7 +174,7 @@ def _finish_commit(out: Path) -> None:
         if out.exists():
             shutil.rmtree(replaced)
         else:
-            os.rename(replaced, out)
+            replaced.rename(out)
 
 
 @contextmanager
@@ -198,7 +197,10 @@ def staging(out: Path, digest: str, *, overwrite: bool) -> Iterator[Staging]:
         stage = Staging(out, digest)
     except OSError as error:
         raise OutputError(
-            "the output folder cannot be written", where=str(out), found=error.strerror, remedy="choose a folder that can be written"
+            "the output folder cannot be written",
+            where=str(out),
+            found=error.strerror,
+            remedy="choose a folder that can be written",
         ) from None
     try:
         yield stage

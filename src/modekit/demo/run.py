@@ -65,9 +65,7 @@ SMALL = Size(
     16_384,
 )  # fmt: skip
 QUICK = Size(30, SMALL.expert_training.with_(steps=6), 2_048, 2_048)
-REAL = Size(
-    0, Training(steps=60, batch_tokens=2_048, sequence_length=256, learning_rate=1e-4, autocast=True), 4_096, 2_048
-)
+REAL = Size(0, Training(steps=60, batch_tokens=2_048, sequence_length=256, learning_rate=1e-4, autocast=True), 4_096, 2_048)
 
 
 @dataclass(frozen=True)
@@ -198,10 +196,8 @@ def _build(folder: Path, name: str, mixture: dict[str, Any], texts: dict[str, Pa
 
 
 def _by_backbone(results: Mapping[str, Results]) -> dict[str, Results]:
-    return {(name.split(" ", 1) + ["base"])[1]: table for name, table in results.items()}
+    return {[*name.split(" ", 1), "base"][1]: table for name, table in results.items()}
 
 
 def _rest(row: Row) -> tuple[Any, ...]:
     return row.kind, row.total_parameters, row.active_parameters, row.scores, row.identity
-
-

@@ -1,0 +1,1 @@
+"""Routers: what they read, how they are fitted, what a fit keeps."""

@@ -71,12 +71,14 @@ def run_with_inputs(
     """
     starts = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)]).cumsum(0)
     mask: torch.Tensor | None = None
+    whole = False  # no pads in the batch: nothing to pick out
     places_T: torch.Tensor | None = None
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             assert mask is not None and places_T is not None
-            consume(layer, args[0].detach()[mask], places_T)
+            x_BSD = args[0].detach()
+            consume(layer, x_BSD.flatten(0, 1) if whole else x_BSD[mask], places_T)
 
         return read
 
@@ -85,7 +87,7 @@ def run_with_inputs(
     try:
         with torch.inference_mode():
             for batch in make_batches(sequences):
-                mask = batch.mask.to(device)
+                mask, whole = batch.mask.to(device), bool(batch.mask.all())
                 within = torch.arange(batch.mask.shape[1])
                 places_T = (starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
                 # Only the decoder runs: the head's logits are not needed, and cost a third of a small model's pass.

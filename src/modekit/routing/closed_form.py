@@ -19,7 +19,9 @@ from modekit.routing.statistics import DomainStatistics
 _RIDGE_TEMPERATURE = 0.3  # ridge columns are normalised to length 1; benchmarks/router_fits.md
 
 
-def fit_gates(settings: Router, domains: Sequence[DomainStatistics], advance: Callable[[int], None] = lambda _: None) -> torch.Tensor:
+def fit_gates(
+    settings: Router, domains: Sequence[DomainStatistics], advance: Callable[[int], None] = lambda _: None
+) -> torch.Tensor:
     """Gates (L, E, D) in float32 for domains in the order of the experts.
 
     `advance` is called with 1 after each layer. Raises RecipeError when logistic has no kept tokens to fit on.

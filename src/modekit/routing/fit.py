@@ -59,7 +59,9 @@ def fit_router(
 
     gates = fit_gates(settings, domains, advance).numpy().astype(np.float32)
     text = {expert.name: domain.source["text"] for expert, domain in zip(recipe.experts, domains, strict=True)}
-    record = RouterRecord(status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]})
+    record = RouterRecord(
+        status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]}
+    )
     return FittedRouter(gates, record)
 
 
@@ -98,7 +100,9 @@ def refit(
         return checkpoint.with_router(fitted.gates, fitted.record, recipe)
     settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
     gates = constant_gates(recipe, checkpoint.layers, int(checkpoint.config["hidden_size"]))
-    return checkpoint.with_router(gates, RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={}), recipe)
+    return checkpoint.with_router(
+        gates, RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={}), recipe
+    )
 
 
 def _collect(
@@ -117,11 +121,15 @@ def _collect(
         negatives = [
             sequence
             for prompt in expert.negative_prompts or []
-            for sequence in encode(tokenizer, [prompt], max_tokens=settings.sequence_length, sequence_length=settings.sequence_length)
+            for sequence in encode(
+                tokenizer, [prompt], max_tokens=settings.sequence_length, sequence_length=settings.sequence_length
+            )
         ]
         tokens = sum(len(sequence.ids) for sequence in sequences)
         if not tokens:
-            raise TextError("the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text")
+            raise TextError(
+                "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
+            )
         source = _statistics_source(settings, expert, documents, tokens)
         path = folder / f"{expert.name}.safetensors"
         kept = load_statistics(path)
@@ -157,9 +165,7 @@ def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
     return documents
 
 
-def _statistics_source(
-    settings: Router, expert: Expert, documents: list[str], tokens: int
-) -> dict[str, Any]:
+def _statistics_source(settings: Router, expert: Expert, documents: list[str], tokens: int) -> dict[str, Any]:
     return {
         "text": text_record(documents, tokens),
         "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
@@ -168,4 +174,3 @@ def _statistics_source(
         "keep_tokens": settings.keep_tokens,
         "compute_dtype": settings.compute_dtype,
     }
-

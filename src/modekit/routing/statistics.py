@@ -9,7 +9,6 @@ Shape legend: L layers, D hidden, N kept tokens.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class DomainStatistics:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, metadata={"tokens": str(self.tokens), "source": json.dumps(self.source, sort_keys=True)})
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 def load_statistics(path: Path) -> DomainStatistics | None:

@@ -1,0 +1,53 @@
+"""Where the models of a recipe are: a folder beside it, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modekit.errors import SourceError
+from modekit.recipe import BASE, Recipe
+from modekit.sources import ModelSource, open_source
+
+
+def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
+    """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
+
+    Raises SourceError when it is a path to nothing.
+    """
+    try:
+        folder = (root / Path(spec).expanduser()).resolve()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError):  # a name too long for the file system, or ~ of a user that does not exist
+        folder = root / spec
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise SourceError(
+            "model folder does not exist", where=f"{label} ({spec})", found=str(folder), remedy="correct the path in the recipe"
+        )
+    return None
+
+
+def open_recipe_sources(
+    recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False
+) -> tuple[ModelSource, ...]:
+    """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
+
+    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers.
+    """
+
+    def opened(label: str, spec: str, revision: str | None) -> ModelSource:
+        folder = local_folder(spec, root=root, label=label)
+        if folder is None:
+            from modekit.hub import download, open_hub_headers  # its import takes longer than a whole local plan
+
+            if headers_only:
+                return open_hub_headers(label, spec, revision, trust_remote_code=trust_remote_code)
+            folder = download(spec, revision, where=f"{label} ({spec})")
+        return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
+
+    base = opened("base_model", recipe.base_model, recipe.revision)
+    sources = [base]
+    for place, expert in enumerate(recipe.experts):
+        label = f"experts[{place}] '{expert.name}'"
+        sources.append(base if expert.model == BASE else opened(label, expert.model, expert.revision))
+    return tuple(sources)
