@@ -49,14 +49,14 @@ def test_an_ordinary_folder_is_never_overwritten(bench: Workshop, name: str) -> 
     (bench.root / "OUT" / name).write_text("mine")
     assert "--overwrite" in refuse_build(bench)
     message = refuse_build(bench, "--overwrite")
-    assert "not a modekit checkpoint" in message
+    assert "holds something else" in message
     assert "remove it yourself" in message
 
 
 def test_an_ordinary_file_is_never_overwritten(bench: Workshop) -> None:
     (bench.root / "OUT").write_text("mine")
     refuse_build(bench)
-    assert "not a modekit checkpoint" in refuse_build(bench, "--overwrite")
+    assert "holds something else" in refuse_build(bench, "--overwrite")
 
 
 def test_neighbours_with_common_names_are_left_alone(bench: Workshop) -> None:
@@ -140,6 +140,18 @@ def test_a_full_disk(bench: Workshop, limit: int, exists: bool) -> None:
     assert "File too large" in message
     assert "nothing was left behind" in message
     assert "free space" in message
+    assert tree(bench.root) == before
+
+
+def test_a_disk_that_fills_up_during_the_fit(bench: Workshop) -> None:
+    recipe = bench.write(output={"shard_size": "20KB"}, mixture={"router": {"fit": "centroid"}})
+    before = tree(bench.root)
+    done = run_python(
+        COMMAND, "build", recipe, bench.root / "OUT",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )  # fmt: skip
+    message = checked(done.returncode, done.stdout, done.stderr)
+    assert "File too large" in message
     assert tree(bench.root) == before
 
 

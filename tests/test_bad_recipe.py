@@ -42,6 +42,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("missing key", {"experts": EXPERTS, "mixture": RANDOM}, ["base_model: missing"]),
     ("no experts", {**GOOD, "experts": []}, ["experts", "at least 1"]),
     ("duplicate names", {**GOOD, "experts": [EXPERTS[0], EXPERTS[0]]}, ["experts", "two experts are named 'law'"]),
+    ("name of something else", {**GOOD, "experts": [{**EXPERTS[0], "name": "base"}]}, ["experts", "cannot be named 'base'"]),
     ("name that is no file name", {**GOOD, "experts": [{**EXPERTS[0], "name": "../law"}]}, ["experts[0].name", "'../law'"]),
     ("unknown method", with_mixture(method="switch"), ["mixture.method", "'linear', 'gating' or 'routing'", "'switch'"]),
     ("unknown fit", with_mixture(router={"fit": "magic"}), ["mixture.router.fit", "'centroid'", "'magic'"]),

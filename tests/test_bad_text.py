@@ -141,7 +141,7 @@ def test_bad_text_is_found_before_the_experts_are_copied(bench: Workshop, monkey
 def test_a_base_without_tokenizer(bench: Workshop) -> None:
     shutil.copytree(bench.recipe["base_model"], bench.root / "base", ignore=shutil.ignore_patterns("tokenizer*"))
     bench.recipe["base_model"] = "./base"
-    assert "no usable tokenizer" in refuse_build(bench)
+    assert "the base model has no tokenizer" in refuse_build(bench)
 
 
 def test_unusual_text_is_read(tmp_path: Path) -> None:
@@ -221,6 +221,8 @@ def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
         (("--method", "sum"), "mixture.method"),
         (("--temperature", "0"), "mixture.router.temperature"),
         (("--tokens-per-domain", "1"), "mixture.router.tokens_per_domain"),
+        (("--method", "linear", "--fit", "ridge"), "'router' has no effect"),
+        (("--method", "gating", "--top-k", "2"), "'top_k' has no effect"),
     ],
 )
 def test_fit_with_a_wrong_setting(checkpoint: Path, flags: tuple[str, ...], part: str) -> None:

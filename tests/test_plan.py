@@ -85,6 +85,7 @@ def sparse_8b(folder: Path) -> None:
         stream.write(header)
         stream.truncate(len(header) + sum(entry[3] for entry in entries))
     (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
 
 
 def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:

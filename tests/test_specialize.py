@@ -32,7 +32,7 @@ def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop)
     for name in before:
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
-    assert json.loads((workshop.root / "new" / "modekit.json").read_text()) == record
+    assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record
 
 
 def test_full_moves_everything(workshop: Workshop) -> None:

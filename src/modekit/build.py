@@ -46,7 +46,7 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
     """
     if plan.recipe.mixture.needs_text:
         _check_text(plan)
-    with staging(out, plan.digest(), overwrite=overwrite) as stage:
+    with staging(out, plan.digest(), overwrite=overwrite, marker=RECORD_FILE) as stage:
         inspector = _Inspector(plan, stage)
         inspector.start()
         try:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from modekit.errors import InterruptError, ModekitError
 from modekit.progress import Progress
@@ -318,11 +319,15 @@ def main() -> None:
     """Entry point: errors that a user can mend are one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        status = app(standalone_mode=False)  # so that Ctrl-C and wrong usage come here, too
     except ModekitError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _fail(InterruptError("interrupted"))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(InterruptError("interrupted", remedy="run the command again"))
+    except TyperException as error:
+        error.show()
+        sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(error: ModekitError) -> None:

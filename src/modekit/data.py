@@ -191,11 +191,17 @@ class Batch:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], *, max_tokens: int, sequence_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    *,
+    max_tokens: int,
+    sequence_length: int,
+    shortest_rest: int = 2,
 ) -> list[TokenSequence]:
     """Documents cut into sequences of at most `sequence_length` tokens, until there are `max_tokens`.
 
-    A document is never joined to another. Pieces of a single token are dropped: nothing in them can be predicted.
+    A document is never joined to another. Pieces of a single token are dropped (nothing in them can be predicted), and
+    so is what is left of a document when it is shorter than `shortest_rest`.
     """
     sequences: list[TokenSequence] = []
     total = 0
@@ -205,7 +211,7 @@ def encode(
         offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
         for start in range(0, len(ids), sequence_length):
             stop = min(start + sequence_length, len(ids), start + max_tokens - total)
-            if stop - start < 2:
+            if stop - start < (shortest_rest if start else 2):
                 continue
             if offsets is None:
                 scored = len(tokenizer.decode(ids[start + 1 : stop]).encode())

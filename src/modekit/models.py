@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """The tokenizer of a model folder. Raises SourceError when it has none."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             "the model folder has no usable tokenizer", where=str(folder), found=str(error).splitlines()[0],
             remedy="save the base model's tokenizer into the base model's folder",
@@ -55,7 +55,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote
     """A causal language model from a folder, on the default device, for evaluation."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SourceError("transformers cannot load the model", where=str(folder), found=str(error).splitlines()[0]) from None
     return model.to(default_device()).eval()
 

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +202,7 @@ class Plan:
         }
 
     def digest(self) -> str:
-        """Identity of this build: recipe, every planned tensor, and size and time of every source file."""
+        """Identity of this build: version, recipe, every planned tensor, and size and time of every source file."""
         try:
             stats = [(file, file.stat()) for source in self.sources for file in source.files]
         except OSError as error:
@@ -212,6 +213,7 @@ class Plan:
                 remedy="put it back and build again",
             ) from None
         identity = {
+            "modekit": version("modekit"),
             "recipe": self.recipe.digest(),
             "config": dict(self.config),
             "tensors": [
@@ -243,6 +245,12 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
         _check_complete(source, family, layers)
 
+    if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
+        raise SourceError(
+            "the router fit reads text and the base model has no tokenizer", where=f"base_model ({base.spec})",
+            expected="tokenizer.json or another of transformers' tokenizer files",
+            remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
+        )  # fmt: skip
     backbone = list(_plan_backbone(recipe, sources, family, layers))
     experts = list(_plan_experts(recipe, sources, family, layers))
     hidden = int(base.config["hidden_size"])

@@ -37,6 +37,7 @@ RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge"]
 Method = Literal["linear", "gating", "routing"]
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
+_TAKEN = (BASE, "oracle", "mixture")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -86,7 +87,7 @@ class Router(_Strict):
     temperature: float = Field(1.0, gt=0, description="Divides the router's logits; folded into the gate.")
     l2: float = Field(1e-3, ge=0, description="Regularisation, relative to the mean square of the router's input.")
     compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
-    keep_tokens: int = Field(4_096, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
+    keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
     seed: int = Field(0, ge=0, description="Seed of a random router.")
 
 
@@ -191,6 +192,8 @@ class Recipe(_Strict):
     def _unique(cls, experts: list[Expert]) -> list[Expert]:
         seen: set[str] = set()
         for expert in experts:
+            if expert.name in _TAKEN:
+                raise ValueError(f"an expert cannot be named '{expert.name}', which means a row of the evaluation; rename it")
             if expert.name in seen:
                 raise ValueError(f"two experts are named '{expert.name}'; names must differ")
             seen.add(expert.name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.data import TokenSequence, documents_of_split, encode, make_batches, read_documents, text_record
 from modekit.errors import TextError, UnsupportedError
@@ -28,7 +28,7 @@ from modekit.progress import Progress, silent
 from modekit.sources import read_config
 from modekit.writer import staging, write_json
 
-SPECIALIST_FILE = "modekit.json"
+SPECIALIST_FILE = "specialist.json"
 What = Literal["mlp", "full"]
 
 
@@ -43,7 +43,7 @@ class Training:
         learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
         muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
         weight_decay, warmup, clip: as usual.
-        autocast: matrix products in bfloat16; weights and sums stay in float32.
+        autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
         max_tokens: text read at most.
         seed: order of the sequences.
     """
@@ -79,7 +79,7 @@ def specialize(
 ) -> dict[str, Any]:
     """Train a specialist and write it, with the base's tokenizer, as a plain model folder in the base's dtype.
 
-    Only documents of the fit split are read, so that the held-out ones stay held out. Returns what modekit.json in OUT
+    Only documents of the fit split are read, so that the held-out ones stay held out. Returns what specialist.json in OUT
     says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
     """
     training = training or Training()
@@ -87,7 +87,7 @@ def specialize(
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     documents = read_documents(texts, root=root, where="--text")
     fit = documents_of_split(documents, "fit")
-    sequences = encode(tokenizer, fit, max_tokens=training.max_tokens, sequence_length=training.sequence_length)
+    sequences = training_sequences(tokenizer, fit, training)
     if not sequences:
         raise TextError(
             "no document is left for training after the held-out split", where="--text", remedy="give more documents"
@@ -103,7 +103,7 @@ def specialize(
         parameter.requires_grad_(True)
     domain = Domain("held-out", None, held_out, {})
     before = score_domain(model, domain, lambda _: None).loss if held_out else None
-    with staging(out, f"specialize {training} {train}", overwrite=overwrite) as stage:
+    with staging(out, f"specialize {training} {train}", overwrite=overwrite, marker=SPECIALIST_FILE) as stage:
         losses = train_language_model(model, parameters, sequences, training, progress=progress)
         after = score_domain(model, domain, lambda _: None).loss if held_out else None
         record = {
@@ -119,6 +119,14 @@ def specialize(
         tokenizer.save_pretrained(stage.folder)
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
+
+
+def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
+    """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
+    return encode(
+        tokenizer, documents, max_tokens=training.max_tokens, sequence_length=training.sequence_length,
+        shortest_rest=training.sequence_length // 4,
+    )  # fmt: skip
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
@@ -162,7 +170,7 @@ def train_language_model(
                 group["lr"] = group["peak"] * factor
         input_ids, mask = input_ids.to(device), mask.to(device)
         keep = mask[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast and has_bfloat16_products(device)):
             hidden = model.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
             logits = _head(model, hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
         loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
@@ -182,6 +190,14 @@ def train_language_model(
         progress(stage, step + 1, steps)
     model.eval()
     return losses
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones here; on other processors they are emulated."""
+    if device.type != "cpu":
+        return True
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
 
 
 def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
     OUT.partial/journal     what is surely on disk; a second build with the same plan goes on from there
     OUT                     appears by rename; an old OUT is set aside as OUT.replaced first and removed last
 
-A killed process leaves OUT.partial, which never looks like a checkpoint (no config.json until the end).
+A killed process leaves OUT.partial, which never looks like a checkpoint: its record file is written last.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import InterruptError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two builds into one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
 JOURNAL = "journal"
 
@@ -60,9 +65,12 @@ class Staging:
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.folder / JOURNAL
         self._lock = threading.Lock()
+        self._refuse_company()
         try:
             self._done = self._open(digest)
             self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
+            if fcntl is not None:
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._remove()
             raise
@@ -137,6 +145,19 @@ class Staging:
         """Release the journal; what was written stays for a resume."""
         self._journal.close()
 
+    def _refuse_company(self) -> None:
+        """Raise OutputError when another process is writing the same folder; its lock dies with it."""
+        if fcntl is None or not self._journal_path.exists():
+            return
+        with self._journal_path.open("rb") as journal:
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputError(
+                    "another process is writing this output folder", where=str(self.out),
+                    remedy="wait for it, or choose another folder",
+                ) from None  # fmt: skip
+
     def _open(self, digest: str) -> dict[str, Any]:
         if self._journal_path.exists():
             lines = self._journal_path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -178,10 +199,11 @@ def _finish_commit(out: Path) -> None:
 
 
 @contextmanager
-def staging(out: Path, digest: str, *, overwrite: bool) -> Iterator[Staging]:
+def staging(out: Path, digest: str, *, overwrite: bool, marker: str) -> Iterator[Staging]:
     """A staging folder that is committed when the block ends well, and removed when it fails.
 
-    Only a killed process leaves it behind; the next call with the same digest then continues.
+    Only a killed process leaves it behind; the next call with the same digest then continues. An existing folder is
+    only ever replaced when it holds the file `marker`, which says that modekit wrote it.
 
     Raises OutputError when OUT exists and `overwrite` is False, or when the disk is full or not writable.
     """
@@ -189,9 +211,9 @@ def staging(out: Path, digest: str, *, overwrite: bool) -> Iterator[Staging]:
         _finish_commit(out)
         if out.exists() and not overwrite:
             raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
-        if out.exists() and not (out / "modekit.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if out.exists() and not (out / marker).exists() and any(out.iterdir() if out.is_dir() else [out]):
             raise OutputError(
-                "the output path exists and is not a modekit checkpoint, so it is not overwritten", where=str(out),
+                "the output path exists and holds something else, so it is not overwritten", where=str(out),
                 remedy="choose another folder, or remove it yourself",
             )  # fmt: skip
         stage = Staging(out, digest)

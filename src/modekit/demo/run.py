@@ -56,15 +56,15 @@ class Size:
 
 
 SMALL = Size(
-    500,
+    480,
     Training(
-        steps=75, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3,
-        muon_learning_rate=0.006, weight_decay=0.05, autocast=True,
+        steps=80, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3,
+        muon_learning_rate=0.01, weight_decay=0.05, autocast=True,
     ),
     16_384,
     16_384,
 )  # fmt: skip
-QUICK = Size(30, SMALL.expert_training.with_(steps=6), 2_048, 2_048)
+QUICK = Size(12, SMALL.expert_training.with_(steps=3), 2_048, 2_048)
 REAL = Size(0, Training(steps=60, batch_tokens=2_048, sequence_length=256, learning_rate=1e-4, autocast=True), 4_096, 2_048)
 
 

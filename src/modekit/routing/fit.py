@@ -75,13 +75,14 @@ def refit(
     """
     old = checkpoint.record.recipe
     mixture = old.mixture.model_dump(mode="json", exclude_unset=True)
-    router = {**mixture.get("router", {}), **changes.get("router", {})}
-    mixture.update({key: value for key, value in changes.items() if key != "router"})
-    if mixture.get("method", "routing") == "linear":
-        router = {}
-    if mixture.get("method", "routing") != "routing":
+    method = changes.get("method", mixture.get("method", "routing"))
+    # What only the old method needed is dropped in silence; what is asked for now is checked like any recipe.
+    if method == "linear":
+        mixture.pop("router", None)
+    if method != "routing":
         mixture.pop("top_k", None)
-    mixture.pop("router", None)
+    router = {**mixture.pop("router", {}), **changes.get("router", {})}
+    mixture.update({key: value for key, value in changes.items() if key != "router"})
     if router:
         mixture["router"] = router
     recipe = parse_recipe({**old.model_dump(mode="json", exclude_unset=True), "mixture": mixture}, where=str(checkpoint.folder))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modekit.errors import CheckpointError
@@ -56,7 +56,12 @@ class DomainStatistics:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"tokens": str(self.tokens), "source": json.dumps(self.source, sort_keys=True)})
+        # One metadata key: safetensors writes several in an order that differs from run to run.
+        about = json.dumps({"tokens": self.tokens, "source": self.source}, sort_keys=True)
+        try:
+            save_file(tensors, partial, metadata={"about": about})
+        except SafetensorError as error:  # what safetensors makes of an OSError
+            raise OSError(str(error)) from None
         partial.replace(path)
 
 
@@ -66,7 +71,7 @@ def load_statistics(path: Path) -> DomainStatistics | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            about = json.loads(file.metadata()["about"])
             sum_LD, upper = file.get_tensor("sum"), file.get_tensor("outer_upper")
             hidden = sum_LD.shape[1]
             rows, columns = torch.triu_indices(hidden, hidden)
@@ -74,8 +79,8 @@ def load_statistics(path: Path) -> DomainStatistics | None:
             outer_LDD[:, rows, columns] = upper.double()
             outer_LDD[:, columns, rows] = upper.double()
             return DomainStatistics(
-                int(metadata["tokens"]), sum_LD, outer_LDD, file.get_tensor("negative"), file.get_tensor("sample"),
-                json.loads(metadata["source"]),
+                int(about["tokens"]), sum_LD, outer_LDD, file.get_tensor("negative"), file.get_tensor("sample"),
+                about["source"],
             )  # fmt: skip
     except Exception as error:  # safetensors raises its own type, wrong shapes raise others
         raise CheckpointError(
