@@ -27,6 +27,7 @@ import yaml
 from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.data import documents_of_split, encode, read_documents
+from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN
 from modekit.evaluate import held_out_domains, score_domain
 from modekit.models import DenseView, decoder_layers, load_model, load_tokenizer
@@ -37,7 +38,7 @@ from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 
 TOKENS = 32_768
-SEQUENCE_LENGTH = 256
+EVAL_TOKENS = 8_192
 
 
 class Bench:
@@ -55,7 +56,7 @@ class Bench:
             documents = read_documents([str(texts / f"{domain}.jsonl")], root=texts, where=domain)
             fit = documents_of_split(documents, "fit")
             self.sequences.append(encode(tokenizer, fit, max_tokens=TOKENS, sequence_length=SEQUENCE_LENGTH))
-        self.held_out = held_out_domains(self.checkpoint, tokens_per_domain=16_384, sequence_length=SEQUENCE_LENGTH)
+        self.held_out = held_out_domains(self.checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH)
         scored = {domain.name: domain for domain in self.held_out}
         self.base_loss = {name: score_domain(self.base, domain, print_nothing).loss for name, domain in scored.items()}
         self.own_loss = {name: score_domain(load_model(folder / name), scored[name], print_nothing).loss for name in DOMAINS}

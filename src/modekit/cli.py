@@ -325,8 +325,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail(InterruptError("interrupted", remedy="run the command again"))
     except TyperException as error:
-        error.show()
-        sys.exit(2)
+        _fail(ModekitError(str(error), remedy="modekit --help, or --help after a command"))
     sys.exit(status if isinstance(status, int) else 0)
 
 

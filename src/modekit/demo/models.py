@@ -26,15 +26,16 @@ from modekit.specialize import Training, train_language_model, training_sequence
 from modekit.writer import staging
 
 VOCABULARY = 3_072
-SEQUENCE_LENGTH = 256
-_DOMAIN_SHARE = 0.25  # of the base's text; the base must know the language of every domain, not the domain
+SEQUENCE_LENGTH = 512  # a whole document of the demo's text
+BATCH_TOKENS = 3_072
+_DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
 BASE_TRAINING = Training(
-    steps=480, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2,
+    steps=480, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2,
     muon_learning_rate=0.02, weight_decay=0.05, autocast=True,
 )  # fmt: skip
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": False,
     "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ import yaml
 
 from modekit.build import build
 from modekit.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
+from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH, make_base, make_real_base
 from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
 from modekit.errors import CheckpointError
 from modekit.evaluate import Results, Row, evaluate
@@ -42,7 +42,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 """Name -> mixture. `routing` is what a recipe gets that says nothing about the router."""
 BACKBONES = ("average", "task_arithmetic", "ties")
-"""With full fine-tunes, `routing` is also built on these backbones."""
+"""With full fine-tunes, `routing` is also built on these backbones, and `noisy` and `ridge` are left out."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Size:
 SMALL = Size(
     480,
     Training(
-        steps=80, batch_tokens=12 * SEQUENCE_LENGTH, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3,
+        steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3,
         muon_learning_rate=0.01, weight_decay=0.05, autocast=True,
     ),
-    16_384,
+    32_768,
     16_384,
 )  # fmt: skip
 QUICK = Size(12, SMALL.expert_training.with_(steps=3), 2_048, 2_048)
-REAL = Size(0, Training(steps=60, batch_tokens=2_048, sequence_length=256, learning_rate=1e-4, autocast=True), 4_096, 2_048)
+REAL = Size(0, Training(steps=40, batch_tokens=2_048, sequence_length=512, learning_rate=2e-4, autocast=True), 4_096, 2_048)
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,10 @@ def _run_seed(
 
 
 def _mixtures(what: What, seed: int, size: Size) -> dict[str, dict[str, Any]]:
-    fit = {"tokens_per_domain": size.fit_tokens, "sequence_length": SEQUENCE_LENGTH}
+    fit = {"tokens_per_domain": size.fit_tokens, "keep_tokens": size.fit_tokens, "sequence_length": SEQUENCE_LENGTH}
     mixtures = {}
-    for name, mixture in MIXTURES.items():
+    for name in MIXTURES if what == "mlp" else ("linear", "routing"):
+        mixture = MIXTURES[name]
         router = {} if name == "linear" else {"seed": seed, **(fit if name != "noisy" else {}), **mixture.get("router", {})}
         mixtures[name] = {**mixture, **({"router": router} if router else {})}
     if what == "full":

@@ -9,6 +9,7 @@ Shape legend: L layers, D hidden, E experts, N kept tokens of all domains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +17,8 @@ from modekit.errors import RecipeError
 from modekit.recipe import Router
 from modekit.routing.statistics import DomainStatistics
 
-_RIDGE_TEMPERATURE = 0.3  # ridge columns are normalised to length 1; benchmarks/router_fits.md
+_TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
+_UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
 
 def fit_gates(
@@ -35,9 +37,9 @@ def fit_gates(
 
 
 def _centroid(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
-    """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1."""
+    """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1, at the best temperature."""
     means_ED = torch.stack([domain.mean_LD[layer] - domain.negative_LD[layer] for domain in domains])
-    return _unit_rows(means_ED)
+    return _calibrated(_unit_rows(means_ED), layer, domains)
 
 
 def _lda(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
@@ -45,14 +47,28 @@ def _lda(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> t
     means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
     covariance_DD = _second_moment(layer, domains) - means_ED.T @ means_ED / len(domains)
     weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(covariance_DD, settings.l2), (means_ED - means_ED.mean(0)).T)
-    return weights_DE.T
+    return _calibrated(weights_DE.T, layer, domains)
 
 
 def _ridge(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
-    """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y, columns at length 1 (arXiv:2603.29765, without intercept)."""
+    """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y (arXiv:2603.29765, without intercept), at the best temperature.
+
+    The columns keep their lengths: at length 1 they lose 0.02 of the gap (benchmarks/router_fits.md).
+    """
     means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
-    weights_DE = torch.linalg.solve(_shrunk(_second_moment(layer, domains), settings.l2), means_ED.T / len(domains))
-    return _unit_rows(weights_DE.T) / _RIDGE_TEMPERATURE
+    moment_DD = _second_moment(layer, domains)
+    weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(moment_DD, settings.l2), means_ED.T / len(domains))
+    return _calibrated(weights_DE.T, layer, domains)
+
+
+def _calibrated(weights_ED: torch.Tensor, layer: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
+    """The gate divided by the temperature that gives the kept tokens' domains the largest likelihood."""
+    if any(domain.sample_LND.shape[1] == 0 for domain in domains):
+        return _unit_rows(weights_ED) / _UNCALIBRATED_TEMPERATURE
+    tokens = _kept_tokens(layer, domains)
+    logits_NE: torch.Tensor = tokens.x_ND @ weights_ED.float().T
+    best: float = min(_TEMPERATURES, key=lambda temperature: float(tokens.loss(logits_NE / temperature)))
+    return weights_ED / best
 
 
 def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
@@ -71,6 +87,30 @@ def _shrunk(matrix_DD: torch.Tensor, l2: float) -> torch.Tensor:
     return matrix_DD + max(l2, 1e-12) * matrix_DD.diagonal().mean() * torch.eye(size, dtype=matrix_DD.dtype)
 
 
+@dataclass(frozen=True)
+class _KeptTokens:
+    """Kept x (N, D) in float32, the domain of each, and its share: domains weigh the same, shares sum to 1."""
+
+    x_ND: torch.Tensor
+    labels_N: torch.Tensor
+    shares_N: torch.Tensor
+
+    def loss(self, logits_NE: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the domains under logits."""
+        losses_N = torch.nn.functional.cross_entropy(logits_NE, self.labels_N, reduction="none")
+        loss: torch.Tensor = (losses_N * self.shares_N).sum()
+        return loss
+
+
+def _kept_tokens(layer: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
+    counts = [domain.sample_LND.shape[1] for domain in domains]
+    return _KeptTokens(
+        torch.cat([domain.sample_LND[layer].float() for domain in domains]),
+        torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+        torch.cat([torch.full((count,), 1.0 / (count * len(counts))) for count in counts]),
+    )
+
+
 def _logistic(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """Multinomial logistic regression on the kept x, without intercept, by L-BFGS from zero."""
     if any(domain.sample_LND.shape[1] == 0 for domain in domains):
@@ -78,13 +118,9 @@ def _logistic(layer: int, domains: Sequence[DomainStatistics], settings: Router)
             "the logistic fit needs kept tokens and there are none", where="mixture.router.keep_tokens", expected="at least 1",
             remedy="fit again with keep_tokens > 0, or choose ridge",
         )  # fmt: skip
-    x_ND = torch.cat([domain.sample_LND[layer].float() for domain in domains])
-    labels_N = torch.cat([torch.full((domain.sample_LND.shape[1],), place) for place, domain in enumerate(domains)])
-    share_N = torch.cat(
-        [torch.full((domain.sample_LND.shape[1],), 1.0 / domain.sample_LND.shape[1] / len(domains)) for domain in domains]
-    )
-    scale = x_ND.square().mean().sqrt().clamp_min(1e-30)
-    x_ND = x_ND / scale
+    tokens = _kept_tokens(layer, domains)
+    scale = tokens.x_ND.square().mean().sqrt().clamp_min(1e-30)
+    x_ND = tokens.x_ND / scale
     weights_ED = torch.zeros((len(domains), x_ND.shape[1]), requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weights_ED], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe"
@@ -92,8 +128,7 @@ def _logistic(layer: int, domains: Sequence[DomainStatistics], settings: Router)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        losses_N = torch.nn.functional.cross_entropy(x_ND @ weights_ED.T, labels_N, reduction="none")
-        loss = (losses_N * share_N).sum() + settings.l2 * weights_ED.square().sum()
+        loss = tokens.loss(x_ND @ weights_ED.T) + settings.l2 * weights_ED.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
