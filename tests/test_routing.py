@@ -15,7 +15,7 @@ import modekit.routing.fit as fit_module
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, open_checkpoint
 from modekit.data import TokenSequence, encode, make_batches
-from modekit.errors import RecipeError
+from modekit.errors import RecipeError, TextError
 from modekit.models import DenseView
 from modekit.plan import ROUTER_FILE
 from modekit.recipe import Router
@@ -261,6 +261,14 @@ def test_changed_text_is_read_again(workshop: Workshop, monkeypatch: pytest.Monk
     monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     refit(checkpoint, {})
     assert len(read) == 1
+
+
+def test_a_refit_needs_no_text_when_its_statistics_are_kept(workshop: Workshop) -> None:
+    checkpoint = fitted(workshop)
+    (workshop.root / "text").rename(workshop.root / "gone")
+    assert refit(checkpoint, {"router": {"fit": "lda"}}).record.router.status == "fitted"
+    with pytest.raises(TextError, match="does not exist"):
+        refit(checkpoint, {"router": {"tokens_per_domain": 300}})
 
 
 def test_prompts_stand_in_for_text(workshop: Workshop) -> None:

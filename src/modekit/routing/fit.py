@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, Gates, RouterRecord
-from modekit.data import digest_of, documents_of_split, encode, read_documents, text_record
+from modekit.data import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
 from modekit.errors import RecipeError, TextError
 from modekit.models import DenseView, load_tokenizer
 from modekit.progress import Progress, silent
@@ -48,7 +48,8 @@ def fit_router(
     are made and written there. Raises TextError.
     """
     settings = recipe.mixture.router
-    domains = _collect(checkpoint, recipe, root, statistics_folder, trust_remote_code, progress)
+    reader = _Reader(checkpoint, settings, statistics_folder, trust_remote_code, progress)
+    domains = [reader.statistics(place, expert, root) for place, expert in enumerate(recipe.experts)]
     layers = checkpoint.layers
     done = 0
 
@@ -106,51 +107,76 @@ def refit(
     )
 
 
-def _collect(
-    checkpoint: Checkpoint, recipe: Recipe, root: Path, folder: Path, trust_remote_code: bool, progress: Progress
-) -> list[DomainStatistics]:
-    """Statistics of every domain, from disk where they are still right."""
-    settings = recipe.mixture.router
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    view: DenseView | None = None
-    domains: list[DomainStatistics] = []
-    for place, expert in enumerate(recipe.experts):
-        documents = fit_documents(expert, root, place)
-        sequences = encode(
-            tokenizer, documents, max_tokens=settings.tokens_per_domain, sequence_length=settings.sequence_length
-        )
-        negatives = [
-            sequence
-            for prompt in expert.negative_prompts or []
-            for sequence in encode(
-                tokenizer, [prompt], max_tokens=settings.sequence_length, sequence_length=settings.sequence_length
-            )
-        ]
+class _Reader:
+    """Statistics of domains: from disk where they are still right, else read under the domain's own expert.
+
+    The model is loaded when the first domain has to be read, and not at all when none has.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Router, folder: Path, trust_remote_code: bool, progress: Progress
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._folder = folder
+        self._progress = progress
+        self._tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+        self._view: DenseView | None = None
+
+    def statistics(self, place: int, expert: Expert, root: Path) -> DomainStatistics:
+        """Of the expert at `place`. Text that is gone is not needed when its statistics fit the settings."""
+        path = self._folder / f"{expert.name}.safetensors"
+        kept = load_statistics(path)
+        how = {
+            "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
+            **self._settings.model_dump(
+                mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}
+            ),
+        }
+        try:
+            documents = fit_documents(expert, root, place)
+        except TextError:
+            if kept is not None and kept.source["how"] == how:
+                return kept
+            raise
+        sequences = self._encode(documents, self._settings.tokens_per_domain)
         tokens = sum(len(sequence.ids) for sequence in sequences)
         if not tokens:
             raise TextError(
                 "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
             )
-        source = _statistics_source(settings, expert, documents, tokens)
-        path = folder / f"{expert.name}.safetensors"
-        kept = load_statistics(path)
-        if kept is None or kept.source != source:
-            if view is None:
-                dtype = torch.float32 if settings.compute_dtype == "float32" else torch.bfloat16
-                view = DenseView(checkpoint, dtype=dtype)
-            view.use_expert(place)
-            done = 0
+        source = {"text": text_record(documents, tokens), "how": how}
+        if kept is not None and kept.source == source:
+            return kept
+        negatives = [
+            sequence
+            for prompt in expert.negative_prompts or []
+            for sequence in self._encode([prompt], self._settings.sequence_length)
+        ]
+        done = 0
 
-            def advance(count: int, name: str = expert.name, total: int = tokens) -> None:
-                nonlocal done
-                done += count
-                progress(f"read {name}", done, total)
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._progress(f"read {expert.name}", done, tokens)
 
-            kept = capture_domain(view, sequences, negatives, keep_tokens=settings.keep_tokens, source=source, advance=advance)
-            kept.save(path)
+        read = capture_domain(
+            self._dense_view(place), sequences, negatives, keep_tokens=self._settings.keep_tokens, source=source,
+            advance=advance,
+        )  # fmt: skip
+        read.save(path)
         # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
-        domains.append(load_statistics(path) or kept)
-    return domains
+        return load_statistics(path) or read
+
+    def _encode(self, documents: list[str], max_tokens: int) -> list[TokenSequence]:
+        return encode(self._tokenizer, documents, max_tokens=max_tokens, sequence_length=self._settings.sequence_length)
+
+    def _dense_view(self, place: int) -> DenseView:
+        if self._view is None:
+            dtype = torch.float32 if self._settings.compute_dtype == "float32" else torch.bfloat16
+            self._view = DenseView(self._checkpoint, dtype=dtype)
+        self._view.use_expert(place)
+        return self._view
 
 
 def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
@@ -164,14 +190,3 @@ def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
     if not documents:
         raise TextError("no document is left for the fit after the held-out split", where=where, remedy="give more documents")
     return documents
-
-
-def _statistics_source(settings: Router, expert: Expert, documents: list[str], tokens: int) -> dict[str, Any]:
-    return {
-        "text": text_record(documents, tokens),
-        "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
-        "sequence_length": settings.sequence_length,
-        "tokens_per_domain": settings.tokens_per_domain,
-        "keep_tokens": settings.keep_tokens,
-        "compute_dtype": settings.compute_dtype,
-    }
