@@ -160,6 +160,16 @@ def test_rows_whose_models_are_gone_are_left_out_and_named(workshop: Workshop) -
     assert "law" in results.notes[0]
 
 
+def test_given_weights_weigh_the_experts_and_leave_no_oracle(workshop: Workshop) -> None:
+    """All weight on one expert: the mixture is the base with that expert's FFN."""
+    ffn_specialists(workshop)
+    mixture = {"method": "linear", "weights": {"medicine": 0, "law": 2, "code": 0}}
+    results = evaluate(open_checkpoint(workshop.build(mixture=mixture)), tokens_per_domain=300, sequence_length=32)
+    for name in DOMAINS:
+        assert results.row("mixture").scores[name].loss == pytest.approx(results.row("law").scores[name].loss, abs=1e-4)
+    assert "oracle" not in [row.name for row in results.rows] and "oracle" in results.notes[0]
+
+
 def test_batches_of_any_size_score_the_same() -> None:
     model = tiny_model()
     sequences: Any = [type("S", (), {"ids": tuple(range(3, 3 + n)), "scored_bytes": n})() for n in (5, 17, 30, 2)]

@@ -108,8 +108,10 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tupl
     expected = logits_of(by_hand, ids)
     assert not torch.allclose(expected, logits_of(root / "base", ids), atol=1e-2)
     mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    free = logits_of(mixture, ids)
     with forced_expert(mixture, checkpoint, 1):
         torch.testing.assert_close(logits_of(mixture, ids), expected, atol=1e-4, rtol=0)
+    assert torch.equal(logits_of(mixture, ids), free)
     view = DenseView(checkpoint)
     view.use_expert(1)
     torch.testing.assert_close(logits_of(view.model, ids), expected, atol=1e-5, rtol=0)

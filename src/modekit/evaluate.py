@@ -302,11 +302,14 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
     mixture = f"{hashes} {record.recipe.mixture.backbone} {record.recipe.output.dtype}"
     load_mixture = partial(load, checkpoint.folder)
-    yield _Job(
-        "oracle", "oracle", sizes, active, "oracle " + mixture, load_mixture,
-        lambda model, domain: forced_expert(model, checkpoint, domain.expert or 0),
-    )  # fmt: skip
     weights = record.recipe.mixture.weights
+    if weights is None:
+        yield _Job(
+            "oracle", "oracle", sizes, active, f"oracle {mixture}", load_mixture,
+            lambda model, domain: forced_expert(model, checkpoint, domain.expert or 0),
+        )  # fmt: skip
+    else:
+        notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
     yield _Job(
         "mixture", "mixture", sizes, active, f"{mixture} {record.router.sha256} {record.recipe.top_k} {weights}", load_mixture
     )

@@ -9,10 +9,9 @@ Shape legend: L layers, D hidden, F expert hidden, E experts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -79,12 +78,10 @@ class DenseView:
         self._device = default_device()
         family = checkpoint.family
         config = AutoConfig.for_model(**checkpoint.record.dense_config)
-        experts = {name for layer in range(checkpoint.layers) for name in self._ffn_names(layer)}
-        skipped = {name for name in checkpoint.tensors if self._is_mixture_only(name)}
-        state = {name: self._read(name) for name in checkpoint.tensors if name not in skipped}
+        block = f".{family.router.split('.')[0]}."  # everything the native layer has in place of the dense FFN
+        state = {name: self._read(name) for name in checkpoint.tensors if not (".layers." in name and block in name)}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
-        assert experts <= state.keys()
         self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=dtype
         )
@@ -102,16 +99,8 @@ class DenseView:
         """The FFN block of each layer; its input is what the router of that layer reads."""
         return [layer.get_submodule(self._family.mlp_module) for layer in decoder_layers(self.model)]
 
-    def _ffn_names(self, layer: int) -> list[str]:
-        return [LAYER.format(layer=layer) + suffix for suffix in self._checkpoint.family.mlp.values()]
-
-    def _is_mixture_only(self, name: str) -> bool:
-        family = self._checkpoint.family
-        prefixes = {family.block_module, family.router.split(".")[0], (family.mlp_module)}
-        return any(f".{prefix}." in name for prefix in prefixes) and ".layers." in name
-
     def _ffn(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Dense names -> tensors of one expert in one layer; a linear mixture's folded weight is taken out again."""
+        """Dense names -> tensors of one expert in one layer."""
         family = self._checkpoint.family
         prefix = LAYER.format(layer=layer)
         if family.experts is not None:
@@ -121,10 +110,6 @@ class DenseView:
             gate_up = self._read(prefix + family.fused[0], expert)
             gate, up = gate_up.chunk(2, dim=0)
             parts = {"gate": gate, "up": up, "down": self._read(prefix + family.fused[1], expert)}
-        weights = self._checkpoint.record.recipe.mixture.weights
-        if weights is not None:
-            share = weights[self._checkpoint.names[expert]] / sum(weights.values())
-            parts["down"] = parts["down"] / max(share * len(weights), 1e-30)
         return {prefix + family.mlp[part]: tensor.contiguous() for part, tensor in parts.items()}
 
     def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
@@ -135,31 +120,28 @@ class DenseView:
 
 @contextmanager
 def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -> Iterator[None]:
-    """While open, the router of every layer of a loaded mixture gives all weight to one expert."""
+    """While open, the router of every layer of a loaded mixture gives all weight to one expert.
 
-    def force(_module: nn.Module, _args: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Any:
-        logits, weights, index = output
-        # Slot 0 takes the forced expert with weight 1; the other slots keep distinct experts with weight 0.
-        others = [other for other in range(logits.shape[-1]) if other != expert]
-        order = torch.tensor([expert, *others], device=index.device)[: index.shape[-1]]
-        forced = torch.zeros_like(weights)
-        forced[..., 0] = 1
-        return logits, forced, order.expand_as(index).contiguous()
-
-    with _hooks(model, checkpoint, force):
-        yield
-
-
-@contextmanager
-def _hooks(model: PreTrainedModel, checkpoint: Checkpoint, hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [
-        layer.get_submodule(checkpoint.family.router_module).register_forward_hook(hook) for layer in decoder_layers(model)
-    ]
+    The router reads ones instead of x, through a gate that makes logits of 10,000 for the expert and 0 for the others,
+    so that softmax is exactly one-hot. What routers return differs between versions of transformers; what they read
+    does not.
+    """
+    handles, gates = [], []
+    shape = (len(checkpoint.names), int(model.config.hidden_size))
+    for layer in decoder_layers(model):
+        router = layer.get_submodule(checkpoint.family.router_module)
+        gate = next(parameter for parameter in router.parameters() if parameter.shape == shape)
+        gates.append((gate, gate.data))
+        gate.data = torch.zeros_like(gate.data)
+        gate.data[expert] = 10_000.0 / shape[1]
+        handles.append(router.register_forward_pre_hook(lambda _, args: (torch.ones_like(args[0]), *args[1:])))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for gate, data in gates:
+            gate.data = data
 
 
 def average_state(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
