@@ -18,8 +18,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from modekit.errors import MismatchError, SourceError, UnsupportedError
-from modekit.families import CONFIG_MUST_MATCH, LAYER, Family, choose_family
+from modekit.compatibility import (
+    IGNORED,
+    check_complete,
+    check_dtypes,
+    check_same_architecture,
+    check_sizes,
+    is_tied,
+    matching,
+)
+from modekit.errors import SourceError, UnsupportedError
+from modekit.families import LAYER, Family, choose_family
 from modekit.locate import open_recipe_sources
 from modekit.recipe import BASE, BackboneExpert, Recipe
 from modekit.sources import DTYPE_NAMES, ITEMSIZE, ModelSource, TensorRef
@@ -32,9 +41,6 @@ Role = Literal["backbone", "expert", "router", "constant"]
 Operation = Literal["copy", "cast", "scale", "merge", "zeros"]
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
-_IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
-_IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _BUILD_FLOOR = 150 * 2**20  # interpreter, numpy and one block of copies
 
 
@@ -235,15 +241,15 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code, headers_only=headers_only)
     base = sources[0]
     for source in dict.fromkeys(sources):
-        _check_config(source)
+        check_sizes(source)
     family = choose_family(base.config, where=f"base_model ({base.spec})")
     layers = int(base.config["num_hidden_layers"])
     for source in dict.fromkeys(sources):
-        _check_dtypes(source)
+        check_dtypes(source)
         if source is not base:
-            _check_same_config(base, source, family)
+            check_same_architecture(base, source, family)
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
-        _check_complete(source, family, layers)
+        check_complete(source, family, layers)
 
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
@@ -296,7 +302,7 @@ def _plan_backbone(recipe: Recipe, sources: tuple[ModelSource, ...], family: Fam
         giver = 1 + recipe.names.index(recipe.mixture.backbone.expert)
     merged = [place for place, expert in enumerate(recipe.experts, start=1) if expert.model != BASE]
     for name, ref in base.tensors.items():
-        if name in in_ffn or _IGNORED.search(name) or (name == "lm_head.weight" and _is_tied(base, family)):
+        if name in in_ffn or IGNORED.search(name) or (name == "lm_head.weight" and is_tied(base, family)):
             continue
         if name.startswith(ffn_prefixes):
             raise UnsupportedError(
@@ -305,10 +311,10 @@ def _plan_backbone(recipe: Recipe, sources: tuple[ModelSource, ...], family: Fam
             )  # fmt: skip
         code = _output_code(recipe, ref)
         if merge is not None:
-            pieces = (Piece(0, ref), *(Piece(place, _matching(sources[place], name, ref)) for place in merged))
+            pieces = (Piece(0, ref), *(Piece(place, matching(sources[place], name, ref)) for place in merged))
             yield PlannedTensor(name, code, ref.shape, "backbone", "merge", pieces)
         else:
-            given = _matching(sources[giver], name, ref)
+            given = matching(sources[giver], name, ref)
             operation: Operation = "copy" if given.dtype == code else "cast"
             yield PlannedTensor(name, code, ref.shape, "backbone", operation, (Piece(giver, given),))
 
@@ -326,7 +332,7 @@ def _plan_experts(recipe: Recipe, sources: tuple[ModelSource, ...], family: Fami
         prefix = LAYER.format(layer=layer)
         refs = {part: base.tensor(prefix + suffix) for part, suffix in family.mlp.items()}
         pieces: dict[str, list[Piece]] = {
-            part: [Piece(place, _matching(sources[place], ref.name, ref)) for place in range(1, 1 + count)]
+            part: [Piece(place, matching(sources[place], ref.name, ref)) for place in range(1, 1 + count)]
             for part, ref in refs.items()
         }
         if family.experts is not None:
@@ -356,107 +362,6 @@ def _plan_experts(recipe: Recipe, sources: tuple[ModelSource, ...], family: Fami
 
 def _output_code(recipe: Recipe, ref: TensorRef) -> str:
     return ref.dtype if recipe.output.dtype == "source" else _TO_SAFETENSORS[recipe.output.dtype]
-
-
-def _matching(source: ModelSource, name: str, ref: TensorRef) -> TensorRef:
-    other = source.tensor(name)
-    if other.shape != ref.shape:
-        raise MismatchError(
-            "the expert's tensor has another shape than the base model's", where=f"{source.label} ({source.spec}): {name}",
-            found=list(other.shape), expected=list(ref.shape), remedy="use an expert fine-tuned from this base model",
-        )  # fmt: skip
-    return other
-
-
-def _is_tied(source: ModelSource, family: Family) -> bool:
-    return bool(family.dense_config(source.config).get("tie_word_embeddings"))
-
-
-def _check_config(source: ModelSource) -> None:
-    for key in _SIZES:
-        size = source.config.get(key)
-        if not isinstance(size, int) or size < 1:
-            raise SourceError(
-                f"config.json gives no usable {key}", where=f"{source.label} ({source.spec}): config.json", found=size,
-                expected="a whole number > 0", remedy="download or save the model again",
-            )  # fmt: skip
-
-
-def _check_dtypes(source: ModelSource) -> None:
-    where = f"{source.label} ({source.spec})"
-    if source.config.get("quantization_config"):
-        raise SourceError(
-            "the model is quantised; its tensors cannot be mixed exactly", where=where,
-            remedy="give the unquantised model",
-        )  # fmt: skip
-    for name, ref in source.tensors.items():
-        if ref.dtype not in DTYPE_NAMES and not _IGNORED.search(name):
-            raise SourceError(
-                "tensor dtype cannot be mixed", where=f"{where}: {name}", found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES), remedy="give the model in bf16, fp16 or fp32",
-            )  # fmt: skip
-
-
-def _check_complete(source: ModelSource, family: Family, layers: int) -> None:
-    """Every layer has what the other layers of its kind have, and embedding, final norm, head and FFN are as configured."""
-    where = f"{source.label} ({source.spec})"
-    kinds = source.config.get("layer_types") or []
-    kinds = kinds if len(kinds) == layers else [""] * layers
-    found: list[set[str]] = [set() for _ in range(layers)]
-    for name in source.tensors:
-        match = _IN_LAYER.match(name)
-        if match is None or _IGNORED.search(name):
-            continue
-        if int(match[1]) >= layers:
-            raise SourceError(
-                "the weights have more layers than config.json says", where=f"{where}: {name}", expected=f"{layers} layers",
-                remedy="correct config.json, or save the model again",
-            )  # fmt: skip
-        found[int(match[1])].add(match[2])
-    for layer, kind in enumerate(kinds):
-        alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
-        for suffix in sorted((alike | set(family.mlp.values())) - found[layer]):
-            source.tensor(LAYER.format(layer=layer) + suffix)
-    for name in ("model.embed_tokens.weight", "model.norm.weight", *(() if _is_tied(source, family) else ("lm_head.weight",))):
-        source.tensor(name)
-    hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
-    shapes = {"model.embed_tokens.weight": (int(source.config["vocab_size"]), hidden)}
-    for layer in range(layers):
-        for part, suffix in family.mlp.items():
-            shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (expert_hidden, hidden)
-    for name, shape in shapes.items():
-        if source.tensor(name).shape != shape:
-            raise SourceError(
-                "a tensor has another shape than config.json says", where=f"{where}: {name}",
-                found=list(source.tensor(name).shape), expected=list(shape),
-                remedy="correct config.json, or save the model again",
-            )  # fmt: skip
-
-
-def _check_same_config(base: ModelSource, source: ModelSource, family: Family) -> None:
-    where = f"{source.label} ({source.spec}): config.json"
-    theirs_type = source.config.get("model_type")
-    if theirs_type != family.model_type:
-        raise MismatchError(
-            "the expert is of another family than the base model", where=where, found=theirs_type,
-            expected=family.model_type, remedy="use experts fine-tuned from this base model",
-        )  # fmt: skip
-    ours, theirs = family.dense_config(base.config), family.dense_config(source.config)
-    for key in CONFIG_MUST_MATCH:
-        if _plain(ours.get(key)) != _plain(theirs.get(key)):
-            raise MismatchError(
-                f"the expert's {key} differs from the base model's", where=where, found=theirs.get(key),
-                expected=ours.get(key), remedy="use experts fine-tuned from this base model without changing its architecture",
-            )  # fmt: skip
-
-
-def _plain(value: object) -> object:
-    """Equal settings compare equal: 10000 and 10000.0, false and null."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, bool) or value is None:
-        return bool(value)
-    return float(value) if isinstance(value, int) else value
 
 
 def _cut_into_shards(tensors: list[PlannedTensor], shard_size: int) -> tuple[Shard, ...]:
