@@ -179,12 +179,57 @@ def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
         ({**SMALL, "model_type": "llama", "mlp_bias": True}, "mlp_bias"),
         ({**SMALL, "model_type": "llama", "attention_bias": True, "head_dim": 16}, "head_dim"),
         ({**SMALL, "model_type": "llama", "hidden_act": "gelu"}, "SiLU"),
-        ({**SMALL, "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4}, "sliding window"),
     ],
 )
 def test_what_cannot_be_said_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         choose_family(config, where="base_model")
+
+
+@pytest.mark.parametrize(("dense", "native", "overrides"), CASES, ids=IDS)
+def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overrides: dict[str, Any]) -> None:
+    """config.json as older tools wrote it: no layer_types, rope in two keys, nothing that equals the default."""
+    full = AutoConfig.for_model(dense, **{**SMALL, **overrides}).to_dict()
+    old = {key: value for key, value in full.items() if value != getattr(AutoConfig.for_model(dense), key, ...)}
+    old |= {key: full[key] for key in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size")}
+    old.pop("layer_types", None)
+    old |= {"sliding_window_pattern": 2} if dense == "cohere2" else {}
+    old |= {"full_attention_interval": 2} if dense == "qwen3_5_text" else {}
+    rope = {key: value for key, value in full["rope_parameters"].items() if key != "partial_rotary_factor"}
+    if rope["rope_type"] == "default":
+        old |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+        old.pop("rope_parameters", None)
+    if dense == "qwen3" and native == "mellum":
+        old |= {"max_window_layers": 1, "layer_types": None}
+        full = AutoConfig.for_model(dense, **{**SMALL, **overrides, "layer_types": None, "max_window_layers": 1}).to_dict()
+    row, other = (choose_family(config, where="base_model") for config in (full, old))
+    assert row is other and row.native_type == native
+    sizes: dict[str, Any] = {"experts": 2, "top_k": 1, "expert_hidden": 48, "dtype": "float32"}
+    ours, theirs = row.native_config(full, **sizes), row.native_config(old, **sizes)
+    mentioned = AutoConfig.for_model(native).to_dict().keys() & theirs.keys()
+    for key in mentioned - {"rope_parameters"}:
+        assert ours[key] == theirs[key], key
+    assert {**ours["rope_parameters"], "partial_rotary_factor": 0} == {**theirs["rope_parameters"], "partial_rotary_factor": 0}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.label)
+def test_every_default_in_which_the_two_classes_differ_is_written_out(family: Family) -> None:
+    dense, native = (AutoConfig.for_model(name).to_dict() for name in (family.model_type, family.native_type))
+    silent = {key: dense[key] for key in ("model_type", "hidden_size", "intermediate_size", "vocab_size")}
+    silent |= {key: dense[key] for key in ("num_hidden_layers", "num_attention_heads")}
+    written = family.native_config(silent, experts=2, top_k=1, expert_hidden=dense["intermediate_size"], dtype="float32")
+    meaningless = {
+        "architectures",
+        "model_type",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "use_cache",
+        "initializer_range",
+    }
+    for key in dense.keys() & native.keys() - meaningless - family.dropped - {"layer_types", "rope_parameters"}:
+        if dense[key] != native[key] and key not in family.fixed and not (key == "head_dim" and not family.writes_head_dim):
+            assert key in written and written[key] == dense[key], key
 
 
 def test_old_rope_keys_mean_the_same() -> None:

@@ -27,12 +27,11 @@ from modekit.checkpoint import (
 )
 from modekit.data import is_local
 from modekit.errors import SourceError
-from modekit.merge import merge_blocks
-from modekit.numeric import DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
 from modekit.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.progress import Progress, silent
 from modekit.routing.constant import constant_gates
 from modekit.sources import Mappings
+from modekit.tensors import check_finite, computed_blocks
 from modekit.writer import Staging, staging, write_all, write_json
 
 _CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
@@ -117,17 +116,12 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
 
 
 def _write_tensor(plan: Plan, tensor: PlannedTensor, mappings: Mappings, stream: io.FileIO) -> None:
-    if tensor.operation == "zeros":
-        for part in blocks(tensor.nbytes):
-            write_all(stream, memoryview(bytes(part.stop - part.start)))
-    elif tensor.operation == "copy":
+    if tensor.operation == "copy":
         for piece in tensor.pieces:
             _copy(piece, mappings, stream)
-    elif tensor.operation in {"cast", "scale"}:
-        for piece in tensor.pieces:
-            _convert(plan, piece, tensor, mappings, stream)
     else:
-        _merge(plan, tensor, mappings, stream)
+        for block in computed_blocks(plan, tensor, mappings):
+            write_all(stream, block)
     for piece in tensor.pieces:
         mappings.forget(piece.ref)
 
@@ -149,49 +143,6 @@ def _copy(piece: Piece, mappings: Mappings, stream: io.FileIO) -> None:
                 remedy="leave the models alone while they are read, and build again",
             )  # fmt: skip
         position += sent
-
-
-def _convert(plan: Plan, piece: Piece, tensor: PlannedTensor, mappings: Mappings, stream: io.FileIO) -> None:
-    view = mappings.view(piece.ref)
-    _check_finite(plan, piece, view, piece.ref.dtype)
-    values = as_array(view, piece.ref.dtype)
-    for part in blocks(len(values)):
-        block = to_float32(values[part])
-        if tensor.factor != 1.0:
-            block *= np.float32(tensor.factor)
-        converted = to_bytes(block, tensor.dtype)
-        if not is_finite(converted, tensor.dtype):
-            source = plan.sources[piece.source]
-            raise SourceError(
-                f"the weights do not fit {DTYPES[tensor.dtype]}", where=f"{source.label} ({source.spec}): {piece.ref.name}",
-                remedy="choose output: {dtype: bfloat16} or float32",
-            )  # fmt: skip
-        write_all(stream, converted)
-
-
-def _merge(plan: Plan, tensor: PlannedTensor, mappings: Mappings, stream: io.FileIO) -> None:
-    settings = plan.recipe.mixture.merge
-    assert settings is not None
-    for piece in tensor.pieces:  # before merging, which can hide them: ties drops a NaN from its sum
-        _check_finite(plan, piece, mappings.view(piece.ref), piece.ref.dtype)
-    base, *experts = (as_array(mappings.view(piece.ref), piece.ref.dtype) for piece in tensor.pieces)
-    for block in merge_blocks(settings, base, experts):
-        merged = to_bytes(block.astype(np.float32), tensor.dtype)
-        if not is_finite(merged, tensor.dtype):
-            raise SourceError(
-                f"the merged backbone overflows {DTYPES[tensor.dtype]}", where=f"mixture.backbone: {tensor.name}",
-                remedy="choose output: {dtype: bfloat16} or float32, or a smaller scale",
-            )  # fmt: skip
-        write_all(stream, merged)
-
-
-def _check_finite(plan: Plan, piece: Piece, view: memoryview, dtype: str) -> None:
-    if not is_finite(view, dtype):
-        source = plan.sources[piece.source]
-        raise SourceError(
-            "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {piece.ref.name}",
-            remedy="the model is damaged: save or download it again",
-        )  # fmt: skip
 
 
 class _Inspector(threading.Thread):
@@ -264,7 +215,7 @@ class _Inspector(threading.Thread):
                     chunk = content[at : min(at + _CHUNK, end)]
                     hasher.update(chunk)
                     if check:
-                        _check_finite(self._plan, piece, chunk, piece.ref.dtype)
+                        check_finite(self._plan, piece, chunk, piece.ref.dtype)
             position = piece.ref.end
         for at in range(position, len(content), _CHUNK):
             hasher.update(content[at : at + _CHUNK])

@@ -55,6 +55,9 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
     Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
     """
     where = f"{source.label} ({source.spec})"
+    deepest = max((int(match[1]) for name in source.tensors if (match := _IN_LAYER.match(name))), default=-1) + 1
+    if deepest < layers:
+        source.tensor(LAYER.format(layer=deepest) + family.mlp["gate"])
     kinds = source.config.get("layer_types") or []
     kinds = kinds if len(kinds) == layers else [""] * layers
     found: list[set[str]] = [set() for _ in range(layers)]
@@ -79,6 +82,16 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
     for layer in range(layers):
         for part, suffix in family.mlp.items():
             shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (expert_hidden, hidden)
+    heads, head_dim = (family.dense_config(source.config)[key] for key in ("num_key_value_heads", "head_dim"))
+    if not isinstance(heads, int) or not isinstance(head_dim, int):
+        raise SourceError(
+            "config.json gives no usable attention sizes", where=f"{where}: config.json", expected="whole numbers",
+            found=f"num_key_value_heads {heads!r}, head_dim {head_dim!r}", remedy="correct config.json",
+        )  # fmt: skip
+    for layer in range(layers):
+        for name in (f"{LAYER.format(layer=layer)}self_attn.{part}_proj.weight" for part in ("k", "v")):
+            if name in source.tensors:
+                shapes[name] = (heads * head_dim, hidden)
     for name, shape in shapes.items():
         if source.tensor(name).shape != shape:
             raise SourceError(
@@ -97,8 +110,22 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             "the expert is of another family than the base model", where=where, found=theirs_type,
             expected=family.model_type, remedy="use experts fine-tuned from this base model",
         )  # fmt: skip
+    extra = sorted(
+        name
+        for name in source.tensors.keys() - base.tensors.keys()
+        if not IGNORED.search(name) and not (name == "lm_head.weight" and is_tied(source, family))
+    )
+    if extra:
+        raise MismatchError(
+            "the expert has tensors that the base model lacks, and they would be lost", where=f"{source.label} ({source.spec})",
+            found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
+            remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
+        )  # fmt: skip
     ours, theirs = family.dense_config(base.config), family.dense_config(source.config)
-    for key in CONFIG_MUST_MATCH:
+    keys = [*CONFIG_MUST_MATCH]
+    if ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
+        keys.append("max_position_embeddings")  # these ropes depend on it
+    for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):
             raise MismatchError(
                 f"the expert's {key} differs from the base model's", where=where, found=theirs.get(key),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modekit.errors import UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 
 Config = Mapping[str, Any]
 Rule = tuple[Callable[[Config], bool], str]
@@ -54,6 +54,7 @@ class Family:
         expert_hidden_key: native config key of F when it is not `intermediate_size`.
         head_dim: the dense default when config.json is silent; None means hidden / heads.
         rope_theta: the dense default.
+        layer_types: the kind of attention per layer that the dense class takes when config.json is silent.
         defaults: other dense defaults to write out.
         fixed: native settings that make the row exact.
         computed: native settings that follow from the dense config.
@@ -92,6 +93,7 @@ class Family:
     writes_head_dim: bool = True
     rope_theta: float = 10_000.0
     rope_per_layer_type: bool = False
+    layer_types: Callable[[Config], list[str]] | None = None
     defaults: Config = field(default_factory=dict)
     fixed: Config = field(default_factory=dict)
     computed: Mapping[str, Callable[[Config], object]] = field(default_factory=dict)
@@ -107,16 +109,20 @@ class Family:
 
     def refusals(self, config: Config) -> list[str]:
         """Why this row does not fit a dense config; empty when it does."""
-        return [reason for holds, reason in self.rules if not holds(config)]
+        full = self.dense_config(config)
+        return [reason for holds, reason in self.rules if not holds(full)]
 
     def dense_config(self, config: Config) -> dict[str, Any]:
         """The dense config with every default written out and rope in one form."""
-        full: dict[str, Any] = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
-        full.setdefault("num_key_value_heads", full["num_attention_heads"])
-        if self.head_dim is not None:
-            full.setdefault("head_dim", self.head_dim)
-        else:
-            full.setdefault("head_dim", int(full["hidden_size"]) // int(full["num_attention_heads"]))
+        full: dict[str, Any] = {**self.defaults, **config}  # an explicit null is a setting, too
+        if full.get("num_key_value_heads") is None:
+            full["num_key_value_heads"] = full["num_attention_heads"]
+        if full.get("head_dim") is None:
+            full["head_dim"] = self.head_dim or int(full["hidden_size"]) // int(full["num_attention_heads"])
+        if full.get("use_sliding_window") is False:
+            full["sliding_window"] = None
+        if self.layer_types is not None and full.get("layer_types") is None:
+            full["layer_types"] = self.layer_types(full)
         full["rope_parameters"] = rope_parameters(config, self.rope_theta)
         full.pop("rope_theta", None)
         full.pop("rope_scaling", None)
@@ -159,12 +165,35 @@ _NOT_ARCHITECTURE = (
 
 def rope_parameters(config: Config, default_theta: float) -> dict[str, Any]:
     """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise SourceError(
+            "the rotary settings in config.json are not a mapping", found=given, expected="rope_type, rope_theta, ...",
+            remedy="download or save the model again",
+        )  # fmt: skip
+    rope = dict(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
     return rope
+
+
+def _windows_after(config: Config) -> list[str]:
+    """Qwen2 and Qwen3: the layers from max_window_layers on have the window, if there is one."""
+    layers, first = int(config["num_hidden_layers"]), int(config["max_window_layers"])
+    windowed = config.get("sliding_window") is not None
+    return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
+
+
+def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
+    """One full-attention layer in every `config[key]`, the others `most`."""
+
+    def kinds(config: Config) -> list[str]:
+        period = int(config.get(key) or default)
+        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(int(config["num_hidden_layers"]))]
+
+    return kinds
 
 
 def _silu(config: Config) -> bool:
@@ -178,19 +207,11 @@ def _whole_heads(config: Config) -> bool:
 
 
 def _one_attention_kind(config: Config) -> bool:
-    kinds = set(config.get("layer_types") or [])
-    if kinds:
-        return len(kinds) == 1
-    return not config.get("use_sliding_window") or int(config.get("max_window_layers", 28)) in {
-        0,
-        int(config["num_hidden_layers"]),
-    }
+    return len(set(config.get("layer_types") or [])) < 2
 
 
 def _no_window(config: Config) -> bool:
-    return not (config.get("use_sliding_window") and config.get("sliding_window")) and "sliding_attention" not in (
-        config.get("layer_types") or []
-    )
+    return "sliding_attention" not in (config.get("layer_types") or [])
 
 
 _NO_MLP_BIAS: Rule = (lambda c: not c.get("mlp_bias"), "the FFN has biases (mlp_bias), the native experts have none")
@@ -254,6 +275,7 @@ FAMILIES: tuple[Family, ...] = (
         **_MIXTRAL,
         defaults={
             **_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072, "num_key_value_heads": 8,
+            "sliding_window": 4096,
         },
         rules=(
             _SILU,
@@ -267,7 +289,7 @@ FAMILIES: tuple[Family, ...] = (
         expert_hidden_key="moe_intermediate_size",
         defaults={
             **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "use_sliding_window": False, "max_window_layers": 28,
+            "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None,
         },
         fixed={
             "norm_topk_prob": True, "qkv_bias": True, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
@@ -279,6 +301,7 @@ FAMILIES: tuple[Family, ...] = (
             Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
+        layer_types=_windows_after,
         rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Qwen2-MoE assumes")),
     ),
     Family(
@@ -289,10 +312,14 @@ FAMILIES: tuple[Family, ...] = (
         head_dim=128,
         defaults={
             **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "use_sliding_window": False, "attention_bias": False,
+            "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None, "attention_bias": False,
         },
-        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False},
+        fixed={
+            "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False,
+            "use_sliding_window": False, "sliding_window": None,
+        },
         dropped=frozenset({"layer_types", "max_window_layers"}),
+        layer_types=_windows_after,
         rules=(
             _SILU,
             (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
@@ -308,17 +335,12 @@ FAMILIES: tuple[Family, ...] = (
         rope_per_layer_type=True,
         defaults={
             **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "attention_bias": False,
+            "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None, "attention_bias": False,
         },
         fixed={"norm_topk_prob": True, "output_router_logits": False},
         dropped=frozenset({"max_window_layers", "use_sliding_window"}),
-        rules=(
-            _SILU,
-            (
-                lambda c: bool(c.get("layer_types") and c.get("sliding_window")),
-                "layer_types or sliding_window is not written out, so Mellum cannot copy it",
-            ),
-        ),
+        layer_types=_windows_after,
+        rules=(_SILU, (lambda c: bool(c["sliding_window"]), "it is needed only for layers with a window, and there is none")),
     ),
     Family(
         model_type="granite",
@@ -354,10 +376,11 @@ FAMILIES: tuple[Family, ...] = (
             "layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu", "attention_bias": False,
             "logit_scale": 0.0625, "sliding_window": 4096,
         },
+        layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
+        dropped=frozenset({"sliding_window_pattern"}),
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
         rules=(
             _SILU,
-            (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Cohere2-MoE cannot copy it"),
             (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
         ),
     ),
@@ -416,10 +439,9 @@ FAMILIES: tuple[Family, ...] = (
             Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
-        rules=(
-            _SILU,
-            (lambda c: bool(c.get("layer_types")), "layer_types is not written out, so Qwen3.5-MoE cannot copy it"),
-        ),
+        layer_types=_every("full_attention_interval", 4, "linear_attention"),
+        dropped=frozenset({"full_attention_interval"}),
+        rules=(_SILU,),
     ),
 )  # fmt: skip
 
@@ -441,17 +463,7 @@ def choose_family(config: Config, *, where: str) -> Family:
 
     Raises UnsupportedError with the reason of every row that was tried.
     """
-    model_type = str(config.get("model_type"))
-    rows = [row for row in FAMILIES if row.model_type == model_type]
-    if not rows:
-        known = sorted({row.model_type for row in FAMILIES})
-        reason = _WITHOUT_PARTNER.get(model_type)
-        raise UnsupportedError(
-            f"no native architecture says a mixture of '{model_type}' models exactly" + (f": {reason}" if reason else ""),
-            where=where,
-            expected=f"a family of {', '.join(known)}",
-            remedy="choose a base model of one of these families",
-        )
+    rows = family_rows(config, where=where)
     tried = []
     for row in rows:
         refusals = row.refusals(config)
@@ -459,11 +471,29 @@ def choose_family(config: Config, *, where: str) -> Family:
             return row
         tried.append(f"{row.native_type}: {'; '.join(refusals)}")
     raise UnsupportedError(
-        f"no native architecture says a mixture of this '{model_type}' model exactly",
+        f"no native architecture says a mixture of this '{rows[0].model_type}' model exactly",
         where=where,
         found=" | ".join(tried),
         remedy="choose a base model without these features",
     )
+
+
+def family_rows(config: Config, *, where: str) -> list[Family]:
+    """All rows of a config's dense family. Raises UnsupportedError when there is none."""
+    model_type = str(config.get("model_type"))
+    rows = [row for row in FAMILIES if row.model_type == model_type]
+    if not rows:
+        known = sorted({row.model_type for row in FAMILIES})
+        reason = _WITHOUT_PARTNER.get(model_type)
+        if "text_config" in config:
+            reason = "it wraps a language model; give that part alone (its text_config and weights)"
+        raise UnsupportedError(
+            f"no native architecture says a mixture of '{model_type}' models exactly" + (f": {reason}" if reason else ""),
+            where=where,
+            expected=f"a family of {', '.join(known)}",
+            remedy="choose a base model of one of these families",
+        )
+    return rows
 
 
 def family_of(native_type: str, model_type: str) -> Family:
@@ -474,7 +504,8 @@ def family_of(native_type: str, model_type: str) -> Family:
 CONFIG_MUST_MATCH = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
-    "tie_word_embeddings", "sliding_window", "use_sliding_window", "layer_types", "vocab_size", "intermediate_size",
+    "tie_word_embeddings", "sliding_window", "layer_types", "vocab_size", "intermediate_size", "use_bias",
+    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier", "logit_scale",
 )  # fmt: skip
 """Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

@@ -28,7 +28,7 @@ from modekit.compatibility import (
     matching,
 )
 from modekit.errors import SourceError, UnsupportedError
-from modekit.families import LAYER, Family, choose_family
+from modekit.families import LAYER, Family, choose_family, family_rows
 from modekit.locate import open_recipe_sources
 from modekit.recipe import BASE, BackboneExpert, Recipe
 from modekit.sources import DTYPE_NAMES, ITEMSIZE, ModelSource, TensorRef
@@ -240,6 +240,7 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     """
     sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code, headers_only=headers_only)
     base = sources[0]
+    family_rows(base.config, where=f"base_model ({base.spec})")
     for source in dict.fromkeys(sources):
         check_sizes(source)
     family = choose_family(base.config, where=f"base_model ({base.spec})")

@@ -21,6 +21,7 @@ from modekit.numeric import blocks, is_finite
 from modekit.plan import ROUTER_FILE, Plan, PlannedTensor, make_plan
 from modekit.progress import Progress, silent
 from modekit.sources import Mappings
+from modekit.tensors import computed_blocks
 
 Verdict = Literal["proven", "failed", "not possible"]
 
@@ -48,7 +49,10 @@ def verify(
     try:
         checks.append(_check_names(checkpoint, plan))
         if plan is not None:
+            checks.append(_check_config(checkpoint, plan))
+            checks.append(_check_files(checkpoint, plan))
             checks.append(_check_copies(checkpoint, plan, mappings, progress))
+            checks.append(_check_computed(checkpoint, plan, mappings, progress))
         checks.append(_check_finite(checkpoint, mappings, progress))
     finally:
         mappings.close()
@@ -118,9 +122,40 @@ def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progre
             return Check("copied tensors", "failed", f"{tensor.name} differs from its source")
         done += tensor.nbytes
         progress("compare", done, total)
-    rest = len(plan.tensors) - len(plan.router) - len(copied)
-    more = f"; {rest} computed ones (cast, scaled, merged or zero) have no source to equal" if rest else ""
-    return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit{more}")
+    return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit")
+
+
+def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
+    planned, found = dict(plan.config), checkpoint.config
+    wrong = sorted(key for key in planned.keys() | found.keys() if planned.get(key) != found.get(key))
+    if wrong:
+        detail = f"{wrong[0]} is {found.get(wrong[0])!r}, planned {planned.get(wrong[0])!r}"
+        return Check("config.json", "failed", f"{len(wrong)} settings differ: {detail}")
+    return Check("config.json", "proven", f"{len(found)} settings as planned")
+
+
+def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
+    for file in plan.copied_files:
+        ours = checkpoint.folder / file.name
+        if not ours.exists() or ours.read_bytes() != file.read_bytes():
+            return Check("tokenizer files", "failed", f"{file.name} differs from the base model's")
+    return Check("tokenizer files", "proven", f"{len(plan.copied_files)} files as the base model's")
+
+
+def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
+    computed = [tensor for tensor in plan.tensors if tensor.role != "router" and tensor.operation != "copy"]
+    total, done = sum(tensor.nbytes for tensor in computed), 0
+    for tensor in computed:
+        ref = checkpoint.tensors.get(tensor.name)
+        content = mappings.view(ref) if ref is not None else memoryview(b"")
+        start = 0
+        for block in computed_blocks(plan, tensor, mappings):
+            if not np.array_equal(np.frombuffer(content[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8)):
+                return Check("computed tensors", "failed", f"{tensor.name} is not what the recipe makes of its sources")
+            start += len(block)
+        done += tensor.nbytes
+        progress("compute again", done, total)
+    return Check("computed tensors", "proven", f"{len(computed)} cast, scaled, merged or zero tensors computed again")
 
 
 def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mappings) -> bool:
