@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator, model_validator
 
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, RecipeError
 from modekit.families import LAYER, Family, family_of
-from modekit.numeric import to_bytes
+from modekit.numeric import DTYPES, is_finite, to_bytes
 from modekit.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.recipe import Recipe, Router
 from modekit.sources import TensorRef, read_header
@@ -61,6 +61,13 @@ class SourceRecord(_Record):
     folder: str
     files: dict[str, FileRecord]
 
+    @field_validator("files")
+    @classmethod
+    def _inside_the_folder(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        if any(Path(name).name != name for name in files):
+            raise ValueError("source files must be names without a path")
+        return files
+
 
 class RouterRecord(_Record):
     """How the router was set."""
@@ -85,6 +92,13 @@ class Record(_Record):
     expert_sources: list[int]
     sources: list[SourceRecord]
     router: RouterRecord
+
+    @model_validator(mode="after")
+    def _experts_have_sources(self) -> Record:
+        places = self.expert_sources
+        if len(places) != len(self.recipe.experts) or not all(0 <= place < len(self.sources) for place in places):
+            raise ValueError("expert_sources must name a source for every expert")
+        return self
 
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:
@@ -208,8 +222,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def write_router_file(path: Path, names: list[str], gates: Gates, dtype: str) -> str:
-    """Write the gates (L, E, D) in a safetensors dtype; returns the file's sha256."""
+    """Write the gates (L, E, D) in a safetensors dtype; returns the file's sha256.
+
+    Raises RecipeError when they are not finite in that dtype.
+    """
     data = [to_bytes(gate.ravel(), dtype) for gate in gates]
+    if not all(is_finite(view, dtype) for view in data):
+        raise RecipeError(
+            f"the router's gates are not finite in {DTYPES[dtype]}", where="mixture.router",
+            remedy="raise temperature or l2, or fit on other text",
+        )  # fmt: skip
     header = safetensors_header(
         (name, dtype, tuple(gate.shape), len(view)) for name, gate, view in zip(names, gates, data, strict=True)
     )

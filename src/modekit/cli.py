@@ -165,7 +165,7 @@ def specialize(
     text: Annotated[list[str], typer.Option(help="Text of the domain; may be given several times.")],
     train: Annotated[str, typer.Option(help="mlp: only the FFN moves, mixes without loss; full: everything moves.")] = "mlp",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(min=0, max=10, help="Peak learning rate.")] = 1e-4,
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
@@ -174,7 +174,7 @@ def specialize(
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well."""
     if train not in {"mlp", "full"}:
-        raise ModekitError("unknown choice", where="--train", found=train, expected="mlp or full")
+        raise ModekitError("unknown choice", where="--train", found=train, expected="mlp or full", remedy="write one of them")
     from modekit.specialize import Training
     from modekit.specialize import specialize as run
 
@@ -324,6 +324,9 @@ def main() -> None:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
         _fail(InterruptError("interrupted", remedy="run the command again"))
+    except OSError as error:  # a folder that cannot be written, a file that vanished
+        where = str(error.filename or "")
+        _fail(ModekitError(f"{error.strerror or error}", where=where, remedy="mend what is named and run the command again"))
     except TyperException as error:
         _fail(ModekitError(str(error), remedy="modekit --help, or --help after a command"))
     sys.exit(status if isinstance(status, int) else 0)

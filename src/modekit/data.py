@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Split = Literal["fit", "select", "report"]
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
+_HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 _PASSAGE = 2_000  # characters of a passage cut from plain text
 
 
@@ -91,6 +93,11 @@ def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
 
 def _read_file(file: Path, *, where: str) -> Iterator[str]:
     place = f"{where}: {file.name}"
+    if file.suffix not in TEXT_SUFFIXES:
+        raise TextError(
+            "the kind of text file is not known", where=place, found=file.suffix or "no suffix",
+            expected=", ".join(TEXT_SUFFIXES), remedy="rename or convert it",
+        )  # fmt: skip
     if file.suffix == ".parquet":
         yield from _read_parquet(file, where=place)
         return
@@ -159,16 +166,17 @@ def _read_hub(spec: str, *, where: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError:
         raise TextError(
-            "neither a path nor readable as a hub data set", where=where, found=spec,
+            "no such file or folder, and hub data sets cannot be read without the library", where=where, found=spec,
             remedy="correct the path, or pip install 'modekit[data]' for hub data sets",
         ) from None  # fmt: skip
     try:
-        for record in load_dataset(spec, split="train", streaming=True):
+        for record in islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS):
             if isinstance(record.get("text"), str):
                 yield record["text"]
     except Exception as error:  # network, missing data set, missing split: the library raises many kinds
         raise TextError(
-            "neither a path nor a hub data set that can be reached", where=where, found=f"{spec}: {type(error).__name__}",
+            "no such file or folder, and no hub data set that can be reached", where=where,
+            found=f"{spec}: {type(error).__name__}",
             remedy="correct the path, or connect to the hub",
         ) from None  # fmt: skip
 
@@ -216,7 +224,8 @@ def encode(
             if offsets is None:
                 scored = len(tokenizer.decode(ids[start + 1 : stop]).encode())
             else:
-                scored = len(document[offsets[start + 1][0] : offsets[stop - 1][1]].encode())
+                end = max(offset[1] for offset in offsets[start + 1 : stop])  # special tokens have (0, 0)
+                scored = len(document[offsets[start + 1][0] : end].encode())
             sequences.append(TokenSequence(tuple(ids[start:stop]), scored))
             total += stop - start
         if total >= max_tokens - 1:

@@ -1,7 +1,7 @@
 """What a mixture is worth: held-out loss of base, experts, weight average, oracle and mixture on every domain.
 
-Honest by construction: only documents of the `report` split are scored, a document that set the router or could have is
-dropped even when it comes from another file, and every row reads the same tokens.
+Honest by construction: of the experts' text only the `report` split is scored; a document that set the router, or that
+`modekit specialize` trained on, is dropped even when it comes from another file; every row reads the same tokens.
 
     gap closed = (loss of base - loss of row) / (loss of base - loss of the domain's own expert)
 """
@@ -22,9 +22,10 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint import Checkpoint
-from modekit.data import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
+from modekit.data import Split, TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
 from modekit.errors import TextError
-from modekit.models import average_state, forced_expert, load_model, load_tokenizer
+from modekit.families import LAYER
+from modekit.models import forced_expert, load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.recipe import BASE
 from modekit.routing.fit import fit_documents
@@ -32,6 +33,8 @@ from modekit.writer import write_atomically, write_json
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
+TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
+TRAINED_DIGITS = 16
 _SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture"]
@@ -192,8 +195,11 @@ def evaluate(
             progress(f"score {job.name}", done, total)
         rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))
         del model
+    gapless = _without_gap(rows, domains)
+    if gapless:
+        notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
     results = Results(
-        _with_gaps(rows, domains, checkpoint),
+        _with_gaps(rows, domains),
         [domain.name for domain in domains if domain.expert is not None],
         [domain.name for domain in domains if domain.expert is None],
         {domain.name: domain.record for domain in domains},
@@ -207,17 +213,26 @@ def evaluate(
 
 
 def held_out_domains(
-    checkpoint: Checkpoint, *, tokens_per_domain: int, sequence_length: int, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    tokens_per_domain: int,
+    sequence_length: int,
+    split: Split = "report",
+    trust_remote_code: bool = False,
 ) -> list[Domain]:
-    """The text every row is scored on: `eval` of the recipe, else the report split of the experts' text."""
+    """The text every row is scored on: `eval` of the recipe, else a held-out split of the experts' text.
+
+    Of both, documents are dropped that set the router or that `modekit specialize` trained an expert on.
+    """
     recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     used = {
-        digest_of(document)
+        digest_of(document)[:TRAINED_DIGITS]
         for place, expert in enumerate(recipe.experts)
         if expert.text or expert.prompts
         for document in fit_documents(expert, root, place)
     }
+    used |= {digest for source in checkpoint.record.sources for digest in _trained_on(checkpoint.folder / source.folder)}
     domains = []
     for name in [*recipe.names, *(name for name in recipe.eval if name not in recipe.names)]:
         expert = recipe.names.index(name) if name in recipe.names else None
@@ -226,10 +241,12 @@ def held_out_domains(
             documents = read_documents(recipe.eval[name], root=root, where=where)
         elif expert is not None and recipe.experts[expert].text:
             where = f"experts[{expert}] '{name}': text"
-            documents = documents_of_split(read_documents(recipe.experts[expert].text or [], root=root, where=where), "report")
+            documents = documents_of_split(read_documents(recipe.experts[expert].text or [], root=root, where=where), split)
         else:
             continue
-        documents = [document for document in documents if digest_of(document) not in used]
+        documents = [
+            document for document in documents if not used & {digest_of(document), digest_of(document)[:TRAINED_DIGITS]}
+        ]
         sequences = encode(tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
         if not sequences:
             raise TextError(
@@ -280,12 +297,7 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     record = checkpoint.record
     folders = [(checkpoint.folder / source.folder).resolve() for source in record.sources]
     hashes = [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in record.sources]
-    per_expert = sum(ref.numel for name, ref in checkpoint.tensors.items() if ".experts." in name or "_linear" in name) // len(
-        checkpoint.names
-    )
-    sizes = sum(ref.numel for ref in checkpoint.tensors.values())
-    routers = sum(checkpoint.tensors[name].numel for name in checkpoint.router_names())
-    dense = sizes - routers - per_expert * (len(checkpoint.names) - 1)
+    sizes, per_expert, dense = _parameters(checkpoint)
     load = partial(load_model, trust_remote_code=trust_remote_code)
     missing = [source.label for source, folder in zip(record.sources, folders, strict=True) if not folder.is_dir()]
     if missing:
@@ -315,22 +327,52 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     )
 
 
+def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Of the mixture, of one expert, and of a dense model of the family."""
+    total = sum(ref.numel for ref in checkpoint.tensors.values())
+    router = sum(checkpoint.tensors[name].numel for name in checkpoint.router_names())
+    family, layers = checkpoint.family, range(checkpoint.layers)
+    constants = sum(checkpoint.tensors[LAYER.format(layer=i) + c.name].numel for i in layers for c in family.constants)
+    names = list(family.fused or [name.format(expert=0) for name in (family.experts or {}).values()])
+    ffn = sum(checkpoint.tensors[LAYER.format(layer=layer) + name].numel for layer in layers for name in names)
+    per_expert = ffn // len(checkpoint.names) if family.fused else ffn
+    return total, per_expert, total - router - constants - per_expert * (len(checkpoint.names) - 1)
+
+
+def _trained_on(folder: Path) -> set[str]:
+    """Digests of the documents that `modekit specialize` made a model from; empty for other people's models."""
+    path = folder / TRAINED_FILE
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+
 def _average(folders: Sequence[Path], load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+    """The mean of the models' tensors, summed in float64; two models are in memory at a time."""
     model = load(folders[0])
-    states = [dict(load(folder).state_dict()) for folder in folders]
-    model.load_state_dict(average_state(states))
+    sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for folder in folders[1:]:
+        for name, tensor in load(folder).state_dict().items():
+            sums[name] += tensor
+    model.load_state_dict({name: tensor / len(folders) for name, tensor in sums.items()})
     return model
 
 
-def _with_gaps(rows: Sequence[Row], domains: Sequence[Domain], checkpoint: Checkpoint) -> list[Row]:
+def _gaps(rows: Sequence[Row], domains: Sequence[Domain]) -> dict[str, float]:
+    """Loss of base less loss of the domain's own expert, for domains whose expert was run."""
     by_name = {row.name: row for row in rows if row.kind in {"base", "expert"}}
-    gaps: dict[str, float] = {}
-    for domain in domains:
-        own = by_name.get(domain.name)
-        if own is not None and BASE in by_name:
-            gap = by_name[BASE].scores[domain.name].loss - own.scores[domain.name].loss
-            if gap > _SMALLEST_GAP:
-                gaps[domain.name] = gap
+    return {
+        domain.name: by_name[BASE].scores[domain.name].loss - by_name[domain.name].scores[domain.name].loss
+        for domain in domains
+        if domain.name in by_name and BASE in by_name
+    }
+
+
+def _without_gap(rows: Sequence[Row], domains: Sequence[Domain]) -> list[str]:
+    return [name for name, gap in _gaps(rows, domains).items() if gap <= _SMALLEST_GAP]
+
+
+def _with_gaps(rows: Sequence[Row], domains: Sequence[Domain]) -> list[Row]:
+    by_name = {row.name: row for row in rows if row.kind in {"base", "expert"}}
+    gaps = {name: gap for name, gap in _gaps(rows, domains).items() if gap > _SMALLEST_GAP}
     completed = []
     for row in rows:
         scores = {}

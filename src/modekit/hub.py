@@ -25,7 +25,8 @@ _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 def download(spec: str, revision: str | None, *, where: str) -> Path:
     """The local folder of a hub model, downloaded when it is not in the cache. Raises SourceError."""
     with _explained(where):
-        return Path(snapshot_download(spec, revision=revision, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
+        patterns = [*_SMALL_FILES, "model*.safetensors"]  # not consolidated.safetensors, the same weights again
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
 
 
 def open_hub_headers(label: str, spec: str, revision: str | None, *, trust_remote_code: bool = False) -> ModelSource:
@@ -33,7 +34,7 @@ def open_hub_headers(label: str, spec: str, revision: str | None, *, trust_remot
     where = f"{label} ({spec})"
     with _explained(where):
         folder = Path(snapshot_download(spec, revision=revision, allow_patterns=_SMALL_FILES))
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("model*.safetensors")):
         return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, trust_remote_code=trust_remote_code)
@@ -62,7 +63,7 @@ def _explained(where: str) -> Iterator[None]:
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise SourceError(
-            "the hub cannot be reached and the model is not in the local cache", where=where,
+            "no such folder, and the hub cannot be reached for a model of that name", where=where,
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            remedy="connect to the hub, or download the model elsewhere and give its folder",
+            remedy="correct the path; or connect to the hub, or download the model elsewhere and give its folder",
         ) from None  # fmt: skip

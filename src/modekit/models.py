@@ -9,12 +9,12 @@ Shape legend: L layers, D hidden, F expert hidden, E experts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from modekit.checkpoint import Checkpoint
-from modekit.errors import SourceError
+from modekit.errors import CheckpointError, SourceError
 from modekit.families import LAYER
 
 transformers_logging.disable_progress_bar()
@@ -53,8 +53,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model from a folder, on the default device, for evaluation."""
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise SourceError("transformers cannot load the model", where=str(folder), found=str(error).splitlines()[0]) from None
     return model.to(default_device()).eval()
 
@@ -77,6 +79,7 @@ class DenseView:
         self._dtype = dtype
         self._device = default_device()
         family = checkpoint.family
+        _check_sizes(checkpoint)
         config = AutoConfig.for_model(**checkpoint.record.dense_config)
         block = f".{family.router.split('.')[0]}."  # everything the native layer has in place of the dense FFN
         state = {name: self._read(name) for name in checkpoint.tensors if not (".layers." in name and block in name)}
@@ -118,6 +121,17 @@ class DenseView:
         return tensor.to(self._dtype)
 
 
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """An edited record must not make a model of another size than the weights."""
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
+        if checkpoint.record.dense_config.get(key) != checkpoint.config.get(key):
+            raise CheckpointError(
+                "modekit.json and config.json disagree", where=f"{checkpoint.folder}: dense_config.{key}",
+                found=checkpoint.record.dense_config.get(key), expected=checkpoint.config.get(key),
+                remedy="build the mixture again",
+            )  # fmt: skip
+
+
 @contextmanager
 def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -> Iterator[None]:
     """While open, the router of every layer of a loaded mixture gives all weight to one expert.
@@ -142,12 +156,3 @@ def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -
             handle.remove()
         for gate, data in gates:
             gate.data = data
-
-
-def average_state(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of several models' tensors, in float64, rounded once to the first model's dtype."""
-    first = states[0]
-    return {
-        name: (sum(state[name].double() for state in states) / len(states)).to(tensor.dtype)  # type: ignore[union-attr]
-        for name, tensor in first.items()
-    }

@@ -32,7 +32,7 @@ from modekit.families import LAYER, Family, choose_family, family_rows
 from modekit.locate import open_recipe_sources
 from modekit.recipe import BASE, BackboneExpert, Recipe
 from modekit.sources import DTYPE_NAMES, ITEMSIZE, ModelSource, TensorRef
-from modekit.tokenizer import TOKENIZER_FILES, check_same_tokenizer
+from modekit.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer
 
 ROUTER_FILE = "model-router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -165,7 +165,7 @@ class Plan:
         if self.recipe.mixture.needs_text:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             dense = (parameters["backbone"] + parameters["per_expert"]) * itemsize
-            statistics = self.layers * self.hidden * (8 * self.hidden + 2 * router.keep_tokens + 8)
+            statistics = self.experts * self.layers * self.hidden * (8 * self.hidden + 2 * router.keep_tokens + 16)
             activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
             fit = dense + statistics + activations
         return {"build": _BUILD_FLOOR, "fit": fit, "load": self.bytes_written}
@@ -258,6 +258,7 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
         )  # fmt: skip
+    check_ids_fit(base.folder, int(base.config["vocab_size"]), where=f"base_model ({base.spec})")
     backbone = list(_plan_backbone(recipe, sources, family, layers))
     experts = list(_plan_experts(recipe, sources, family, layers))
     hidden = int(base.config["hidden_size"])
@@ -403,4 +404,4 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> 
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
     cast = sum(tensor.operation == "cast" for tensor in _plan_experts(recipe, sources, family, 1))
     if cast:
-        yield "some experts have another dtype than the result: their tensors are rounded"
+        yield "some experts have another dtype than the result: their tensors are cast"

@@ -90,6 +90,12 @@ class Router(_Strict):
     keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
     seed: int = Field(0, ge=0, description="Seed of a random router.")
 
+    @model_validator(mode="after")
+    def _logistic_needs_tokens(self) -> Router:
+        if self.fit == "logistic" and self.keep_tokens == 0:
+            raise ValueError("the logistic fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge")
+        return self
+
 
 class BackboneMerge(_Strict):
     """A backbone merged from the experts, with its settings."""

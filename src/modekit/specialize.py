@@ -19,14 +19,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.data import TokenSequence, documents_of_split, encode, make_batches, read_documents, text_record
+from modekit.data import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
 from modekit.errors import TextError, UnsupportedError
-from modekit.evaluate import Domain, score_domain
+from modekit.evaluate import TRAINED_DIGITS, TRAINED_FILE, Domain, score_domain
 from modekit.families import FAMILIES, LAYER
 from modekit.models import default_device, load_model, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.sources import read_config
-from modekit.writer import staging, write_json
+from modekit.sources import DTYPE_NAMES, open_source
+from modekit.writer import refuse_existing, staging, write_json
 
 SPECIALIST_FILE = "specialist.json"
 What = Literal["mlp", "full"]
@@ -83,7 +83,8 @@ def specialize(
     says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
     """
     training = training or Training()
-    config = read_config(base, where=str(base))
+    refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
+    source = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     documents = read_documents(texts, root=root, where="--text")
     fit = documents_of_split(documents, "fit")
@@ -103,19 +104,28 @@ def specialize(
         parameter.requires_grad_(True)
     domain = Domain("held-out", None, held_out, {})
     before = score_domain(model, domain, lambda _: None).loss if held_out else None
-    with staging(out, f"specialize {training} {train}", overwrite=overwrite, marker=SPECIALIST_FILE) as stage:
+    with staging(
+        out,
+        f"specialize {training} {train} {text_record(fit, 0)} {[str(file) for file in source.files]}",
+        overwrite=overwrite,
+        marker=SPECIALIST_FILE,
+    ) as stage:
         losses = train_language_model(model, parameters, sequences, training, progress=progress)
         after = score_domain(model, domain, lambda _: None).loss if held_out else None
         record = {
             "specialist": train,
-            "base_model": str(config.get("_name_or_path") or base.name),
+            "base_model": base.name,
             "training": {**dataclasses.asdict(training), "steps": len(losses)},
             "text": text_record(fit, sum(len(sequence.ids) for sequence in sequences)),
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "held_out_loss": {"before": before, "after": after},
         }
-        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-        model.to(dtype).save_pretrained(stage.folder)
+        for name, parameter in model.named_parameters():
+            if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
+                parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
+        model.config.dtype = next(model.parameters()).dtype
+        model.save_pretrained(stage.folder)
+        (stage.folder / TRAINED_FILE).write_text("".join(f"{digest_of(document)[:TRAINED_DIGITS]}\n" for document in fit))
         tokenizer.save_pretrained(stage.folder)
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record

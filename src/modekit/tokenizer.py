@@ -60,3 +60,15 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
         remedy="use experts fine-tuned without changing the tokenizer, or put the base's tokenizer files into the expert's "
         "folder if only the files differ",
     )
+
+
+def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
+    """Raise MismatchError when a tokenizer has ids for which the model has no embedding."""
+    vocabulary = read_vocabulary(folder, where=where)
+    beyond = sorted(token for token, index in (vocabulary or {}).items() if index >= vocab_size)
+    if beyond:
+        raise MismatchError(
+            f"the tokenizer has {len(beyond)} tokens that the model has no embedding for", where=where,
+            found=", ".join(map(repr, beyond[:5])), expected=f"ids below vocab_size {vocab_size}",
+            remedy="give the tokenizer that belongs to the model, or resize the model's embeddings",
+        )  # fmt: skip

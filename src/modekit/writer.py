@@ -59,21 +59,21 @@ def write_json(path: Path, value: object) -> None:
 class Staging:
     """An output folder in the making. Use `staging(...)`."""
 
-    def __init__(self, out: Path, digest: str) -> None:
+    def __init__(self, out: Path, digest: str, marker: str) -> None:
         self.out = out
+        self._marker = marker
         self.folder = out.with_name(out.name + ".partial")
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.folder / JOURNAL
         self._lock = threading.Lock()
         self._refuse_company()
+        self._done = self._open(digest)
         try:
-            self._done = self._open(digest)
             self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
-            if fcntl is not None:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._remove()
             raise
+        self._hold()
 
     @property
     def resumed(self) -> bool:
@@ -128,15 +128,16 @@ class Staging:
             if replaced.exists() and not self.out.exists():
                 replaced.rename(self.out)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove_folder(replaced, last=self._marker)
 
     def discard(self) -> None:
         """Remove everything written so far."""
-        self.close()
+        with suppress(OSError):  # a full disk: what the journal still holds cannot be written, and need not be
+            self.close()
         self._remove()
 
     def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove_folder(self.folder, last=JOURNAL)
         for parent in self._new_parents:
             with suppress(OSError):  # someone else has put something there meanwhile
                 parent.rmdir()
@@ -145,28 +146,59 @@ class Staging:
         """Release the journal; what was written stays for a resume."""
         self._journal.close()
 
+    def _hold(self) -> None:
+        """Lock the journal against other processes; the lock dies with this one."""
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise self._in_company() from None
+
     def _refuse_company(self) -> None:
-        """Raise OutputError when another process is writing the same folder; its lock dies with it."""
+        """Raise OutputError when another process is writing the folder, or something else bears its name."""
+        ours = self._journal_path.exists() or (self.folder / self._marker).exists()
+        if self.folder.exists() and not ours and any(self.folder.iterdir()):
+            raise OutputError(
+                "a folder that modekit did not make is in the way", where=str(self.folder),
+                remedy="move it away, or choose another output folder",
+            )  # fmt: skip
         if fcntl is None or not self._journal_path.exists():
             return
         with self._journal_path.open("rb") as journal:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise OutputError(
-                    "another process is writing this output folder", where=str(self.out),
-                    remedy="wait for it, or choose another folder",
-                ) from None  # fmt: skip
+                raise self._in_company() from None
+
+    def _in_company(self) -> OutputError:
+        return OutputError(
+            "another process is writing this output folder", where=str(self.out), remedy="wait for it, or choose another folder"
+        )
 
     def _open(self, digest: str) -> dict[str, Any]:
         if self._journal_path.exists():
             lines = self._journal_path.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines and lines[0] == digest:
                 return dict(_whole_lines(lines[1:]))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._journal_path.write_text(digest + "\n", encoding="utf-8")
+        _remove_folder(self.folder, last=JOURNAL)
+        try:
+            self.folder.mkdir(parents=True)
+            self._journal_path.write_text(digest + "\n", encoding="utf-8")
+        except OSError:
+            self._remove()
+            raise
         return {}
+
+
+def _remove_folder(folder: Path, *, last: str) -> None:
+    """Remove a folder, the file `last` at the end: a kill in between leaves what is still known to be ours."""
+    with suppress(OSError):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != last:
+                path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_aside(out: Path) -> Path:
@@ -188,14 +220,25 @@ def write_all(stream: io.FileIO, view: memoryview) -> None:
         view = view[stream.write(view) or 0 :]
 
 
-def _finish_commit(out: Path) -> None:
+def _finish_commit(out: Path, marker: str) -> None:
     """Mend what a kill inside `commit` left: between its two renames the old folder comes back, after them it goes."""
     replaced = _set_aside(out)
-    if replaced.exists():
-        if out.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(out)
+    if (replaced / marker).exists() and not out.exists():
+        replaced.rename(out)
+    elif (replaced / marker).exists() or (replaced.is_dir() and not any(replaced.iterdir())):
+        _remove_folder(replaced, last=marker)
+
+
+def refuse_existing(out: Path, *, overwrite: bool, marker: str) -> None:
+    """Raise OutputError when OUT exists and may not be replaced; first mend what a killed commit left of it."""
+    _finish_commit(out, marker)
+    if out.exists() and not overwrite:
+        raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
+    if out.exists() and not (out / marker).exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise OutputError(
+            "the output path exists and holds something else, so it is not overwritten", where=str(out),
+            remedy="choose another folder, or remove it yourself",
+        )  # fmt: skip
 
 
 @contextmanager
@@ -208,15 +251,8 @@ def staging(out: Path, digest: str, *, overwrite: bool, marker: str) -> Iterator
     Raises OutputError when OUT exists and `overwrite` is False, or when the disk is full or not writable.
     """
     try:
-        _finish_commit(out)
-        if out.exists() and not overwrite:
-            raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
-        if out.exists() and not (out / marker).exists() and any(out.iterdir() if out.is_dir() else [out]):
-            raise OutputError(
-                "the output path exists and holds something else, so it is not overwritten", where=str(out),
-                remedy="choose another folder, or remove it yourself",
-            )  # fmt: skip
-        stage = Staging(out, digest)
+        refuse_existing(out, overwrite=overwrite, marker=marker)
+        stage = Staging(out, digest, marker)
     except OSError as error:
         raise OutputError(
             "the output folder cannot be written",

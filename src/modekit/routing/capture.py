@@ -5,7 +5,7 @@ Shape legend: L layers, D hidden, T tokens of a batch that are real, N kept toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from modekit.data import TokenSequence, make_batches
 from modekit.models import DenseView
 from modekit.routing.statistics import DomainStatistics
 
+_LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
+
 
 def capture_domain(
     view: DenseView,
@@ -22,7 +24,7 @@ def capture_domain(
     negatives: Sequence[TokenSequence],
     *,
     keep_tokens: int,
-    source: dict[str, Any],
+    source: Mapping[str, Any],
     advance: Callable[[int], None],
 ) -> DomainStatistics:
     """Run a domain's text through the dense view of its own expert and sum what every router would read.
@@ -45,7 +47,7 @@ def capture_domain(
         slots = torch.searchsorted(kept_places, places_T)
         hit = slots.clamp(max=max(kept - 1, 0))
         found = (slots < kept) & (kept_places[hit] == places_T) if kept else torch.zeros_like(places_T, dtype=torch.bool)
-        sample_LND[layer, slots[found]] = x_TD[found.to(x_TD.device)].to("cpu", torch.float16)
+        sample_LND[layer, slots[found]] = x_TD[found.to(x_TD.device)].clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
 
     run_with_inputs(view, sequences, consume, advance)
     negative_LD = torch.zeros((layers, hidden), dtype=torch.float64)
@@ -56,7 +58,7 @@ def capture_domain(
             negative_LD[layer] += x_TD.sum(0, dtype=torch.float64).cpu() / count
 
         run_with_inputs(view, negatives, consume_negative, lambda _: None)
-    return DomainStatistics(total, sum_LD, outer_LDD, negative_LD, sample_LND, source)
+    return DomainStatistics(total, sum_LD, outer_LDD, negative_LD, sample_LND, dict(source))
 
 
 def run_with_inputs(

@@ -5,8 +5,8 @@ Statistics are kept per domain; a second fit with the same text reads none of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ def fit_router(
     """
     settings = recipe.mixture.router
     reader = _Reader(checkpoint, settings, statistics_folder, trust_remote_code, progress)
-    domains = [reader.statistics(place, expert, root) for place, expert in enumerate(recipe.experts)]
+    # All text is looked at before any is read through the model: what is wrong with the last shows at once.
+    readings = [reader.prepare(place, expert, root) for place, expert in enumerate(recipe.experts)]
+    domains = [reader.read(reading) for reading in readings]
     layers = checkpoint.layers
     done = 0
 
@@ -86,7 +88,11 @@ def refit(
     mixture.update({key: value for key, value in changes.items() if key != "router"})
     if router:
         mixture["router"] = router
-    recipe = parse_recipe({**old.model_dump(mode="json", exclude_unset=True), "mixture": mixture}, where=str(checkpoint.folder))
+    whole = old.model_dump(mode="json", exclude_unset=True)
+    if router.get("fit") != "centroid":
+        for expert in whole["experts"]:
+            expert.pop("negative_prompts", None)
+    recipe = parse_recipe({**whole, "mixture": mixture}, where=str(checkpoint.folder))
     if (recipe.mixture.backbone, recipe.mixture.weights) != (old.mixture.backbone, old.mixture.weights) or (
         old.mixture.weights is not None and recipe.mixture.method != "linear"
     ):
@@ -107,6 +113,19 @@ def refit(
     )
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """A domain whose statistics are kept, or the text they will be made from."""
+
+    place: int
+    name: str
+    path: Path
+    kept: DomainStatistics | None
+    sequences: Sequence[TokenSequence] = ()
+    negatives: Sequence[TokenSequence] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
 class _Reader:
     """Statistics of domains: from disk where they are still right, else read under the domain's own expert.
 
@@ -123,8 +142,11 @@ class _Reader:
         self._tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
         self._view: DenseView | None = None
 
-    def statistics(self, place: int, expert: Expert, root: Path) -> DomainStatistics:
-        """Of the expert at `place`. Text that is gone is not needed when its statistics fit the settings."""
+    def prepare(self, place: int, expert: Expert, root: Path) -> _Reading:
+        """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.
+
+        Text that is gone is not needed when its statistics fit the settings. Raises TextError.
+        """
         path = self._folder / f"{expert.name}.safetensors"
         kept = load_statistics(path)
         how = {
@@ -137,7 +159,7 @@ class _Reader:
             documents = fit_documents(expert, root, place)
         except TextError:
             if kept is not None and kept.source["how"] == how:
-                return kept
+                return _Reading(place, expert.name, path, kept)
             raise
         sequences = self._encode(documents, self._settings.tokens_per_domain)
         tokens = sum(len(sequence.ids) for sequence in sequences)
@@ -147,26 +169,33 @@ class _Reader:
             )
         source = {"text": text_record(documents, tokens), "how": how}
         if kept is not None and kept.source == source:
-            return kept
+            return _Reading(place, expert.name, path, kept)
         negatives = [
             sequence
             for prompt in expert.negative_prompts or []
             for sequence in self._encode([prompt], self._settings.sequence_length)
         ]
+        return _Reading(place, expert.name, path, None, sequences, negatives, source)
+
+    def read(self, reading: _Reading) -> DomainStatistics:
+        """Run the text through the backbone with the domain's own expert, and keep the statistics on disk."""
+        if reading.kept is not None:
+            return reading.kept
+        total = sum(len(sequence.ids) for sequence in reading.sequences)
         done = 0
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            self._progress(f"read {expert.name}", done, tokens)
+            self._progress(f"read {reading.name}", done, total)
 
-        read = capture_domain(
-            self._dense_view(place), sequences, negatives, keep_tokens=self._settings.keep_tokens, source=source,
-            advance=advance,
+        statistics = capture_domain(
+            self._dense_view(reading.place), reading.sequences, reading.negatives, keep_tokens=self._settings.keep_tokens,
+            source=reading.source, advance=advance,
         )  # fmt: skip
-        read.save(path)
+        statistics.save(reading.path)
         # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
-        return load_statistics(path) or read
+        return load_statistics(reading.path) or statistics
 
     def _encode(self, documents: list[str], max_tokens: int) -> list[TokenSequence]:
         return encode(self._tokenizer, documents, max_tokens=max_tokens, sequence_length=self._settings.sequence_length)
