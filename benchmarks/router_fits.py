@@ -4,8 +4,9 @@
     python benchmarks/router_fits.py demo --seeds 3
 
 For each seed of a demo: the gates of the `routing` checkpoint are replaced in memory by those of every variant, and the
-mixture is scored on the held-out documents. Gap closed, mean over the four domains; the oracle (own expert forced) is
-at 1.0. A second table adds the base model as a fifth expert, fitted on general text, and scores the unseen domain.
+mixture is scored on the `select` split (the numbers of demo and README come from the `report` split). Gap closed, mean
+over the four domains; the oracle (own expert forced) is at 1.0. The last rows add the base model as a fifth expert,
+fitted on general text; the last column is the loss on the unseen domain relative to the base's.
 
 Shape legend: L layers, D hidden, E experts, N kept tokens.
 """
@@ -37,8 +38,8 @@ from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 
-TOKENS = 32_768
-EVAL_TOKENS = 8_192
+TOKENS = 16_384
+EVAL_TOKENS = 4_096
 
 
 class Bench:
@@ -56,7 +57,10 @@ class Bench:
             documents = read_documents([str(texts / f"{domain}.jsonl")], root=texts, where=domain)
             fit = documents_of_split(documents, "fit")
             self.sequences.append(encode(tokenizer, fit, max_tokens=TOKENS, sequence_length=SEQUENCE_LENGTH))
-        self.held_out = held_out_domains(self.checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH)
+        # Variants are compared on the select split; what is reported elsewhere (demo, README) is scored on another.
+        self.held_out = held_out_domains(
+            self.checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH, split="select"
+        )
         scored = {domain.name: domain for domain in self.held_out}
         self.base_loss = {name: score_domain(self.base, domain, print_nothing).loss for name, domain in scored.items()}
         self.own_loss = {name: score_domain(load_model(folder / name), scored[name], print_nothing).loss for name in DOMAINS}
@@ -182,7 +186,7 @@ def run_seed(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
     ridge = fit_gates(Router(fit="ridge"), own)
     for temperature in (0.33, 3.0):
         add(f"ridge | {tap} | temperature {temperature}", ridge / temperature, 2)
-    for l2 in (1e-4, 1e-2, 1e-1):
+    for l2 in (1e-4, 1e-1):
         add(f"logistic | {tap} | l2 {l2}", fit_gates(Router(fit="logistic", l2=l2), own), 2)
     for count in (512, 2_048, 8_192):
         add(f"logistic | {tap} | {count} tokens per domain", fit_gates(Router(fit="logistic"), fewer(own, count)), 2)

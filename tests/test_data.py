@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from conftest import character_tokenizer
 from modekit.data import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, split_of
@@ -60,6 +61,15 @@ def test_encode_keeps_documents_apart_and_obeys_both_limits() -> None:
     assert [len(sequence.ids) for sequence in sequences] == [10, 10, 5, 7, 8]
     assert [sequence.scored_bytes for sequence in sequences] == [9, 9, 4, 6, 7]
     assert all(len(set(sequence.ids)) == 1 for sequence in sequences)
+
+
+def test_special_tokens_at_the_end_cover_no_bytes() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (sequence,) = encode(tokenizer, ["abcd"], max_tokens=100, sequence_length=10)
+    assert len(sequence.ids) == 6 and sequence.scored_bytes == 4
 
 
 def test_encode_drops_pieces_in_which_nothing_can_be_predicted() -> None:

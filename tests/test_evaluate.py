@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modekit.evaluate as evaluate_module
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint import Checkpoint, open_checkpoint
-from modekit.data import digest_of, encode, make_batches
+from modekit.data import digest_of, encode, make_batches, read_documents, split_of
 from modekit.evaluate import Domain, Results, evaluate, held_out_domains, score_domain
 from modekit.routing.fit import fit_documents, refit
-from modekit.specialize import trainable_parameters
+from modekit.specialize import Training, specialize, trainable_parameters
 
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
 
@@ -94,6 +94,25 @@ def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Worksho
     seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
     assert domains["law"].record["documents"] == 60 - len(seen)
     assert domains["poetry"].expert is None
+
+
+def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop: Workshop) -> None:
+    """Without text for a fit, only the specialist's own list tells what it has seen."""
+    (workshop.root / "law").rename(workshop.root / "old")
+    training = Training(steps=1, batch_tokens=64, sequence_length=32)
+    specialize(workshop.root / "base", workshop.root / "law", ["text/law.jsonl"], root=workshop.root, training=training)
+    experts = [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}]
+    out = workshop.build(experts=experts, mixture={"router": {"fit": "random"}}, eval={"law": "./text/law.jsonl"})
+    (domain,) = held_out_domains(open_checkpoint(out), tokens_per_domain=10**6, sequence_length=64)
+    documents = read_documents(["text/law.jsonl"], root=workshop.root, where="law")
+    assert domain.record["documents"] == len([d for d in documents if split_of(d) != "fit"]) < len(documents)
+
+
+def test_domains_without_a_gap_are_named(evaluated: tuple[Checkpoint, Results]) -> None:
+    """Random experts: where one is not better than the base, there is no gap, and the table says so."""
+    _, results = evaluated
+    gapless = [name for name in DOMAINS if results.row("mixture").scores[name].gap_closed is None]
+    assert all(name in " ".join(results.notes) for name in gapless) and bool(gapless) == bool(results.notes)
 
 
 def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> None:

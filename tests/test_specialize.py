@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import modekit.specialize as specialize_module
 from conftest import Workshop, save, tiny_model
@@ -46,6 +46,17 @@ def test_the_dtype_of_the_base_is_kept_and_its_backbone_stays_exact(workshop: Wo
     run(workshop, "new")
     before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+
+
+def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
+    """bf16 matrices and fp32 norms, as some bases have: whatever did not move is bit-identical."""
+    before = load_file(workshop.root / "base" / "model.safetensors")
+    before = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in before.items()}
+    save_file(before, workshop.root / "base" / "model.safetensors", metadata={"format": "pt"})
+    run(workshop, "new")
+    after = load_file(workshop.root / "new" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
     assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
 
 

@@ -74,3 +74,34 @@ def test_a_checkpoint_that_transformers_cannot_read_is_found(workshop: Workshop)
     (out / "config.json").write_text(json.dumps(config))
     checks = {check.name: check for check in verify(open_checkpoint(out))}
     assert checks["reload in transformers"].verdict == "failed"
+
+
+def test_an_edited_config_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert checks_of(out)["config.json"].verdict == "failed"
+
+
+def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    flip(out / "tokenizer.json", 30)
+    assert checks_of(out)["tokenizer files"].verdict == "failed"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": {"dtype": "bfloat16"}},
+        {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}}},
+        {"mixture": {"router": {"fit": "random"}, "backbone": "ties"}},
+    ],
+)
+def test_one_flipped_bit_in_a_computed_tensor_is_found(workshop: Workshop, changes: dict[str, object]) -> None:
+    out = workshop.build(**changes)
+    assert checks_of(out)["computed tensors"].verdict == "proven"
+    checkpoint = open_checkpoint(out)
+    name = "model.norm.weight" if "mixture" in changes and "ties" in str(changes) else "w2.weight"
+    ref = next(ref for key, ref in checkpoint.tensors.items() if key.endswith(name))
+    flip(ref.file, ref.start)
+    assert checks_of(out)["computed tensors"].verdict == "failed"

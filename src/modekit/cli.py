@@ -193,7 +193,10 @@ def specialize(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--out", help="Folder of the demo; what is there is kept and used.")] = Path("demo"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the demo; what is there is kept and used. Default: demo, demo-full, ..."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
     full: Annotated[bool, typer.Option("--full", help="Ordinary full fine-tunes as experts, several backbones.")] = False,
     real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,
@@ -202,6 +205,8 @@ def demo(
     """Train a base and four experts on real text, mix them three ways and show what each is worth."""
     from modekit.demo.run import run_demo
 
+    kinds = [name for name, chosen in (("full", full), ("real", real), ("quick", quick)) if chosen]
+    output = output or Path("-".join(["demo", *kinds]))
     with _progress() as progress:
         results = run_demo(
             output.resolve(), seeds=range(seeds), what="full" if full else "mlp", real=real, quick=quick, progress=progress

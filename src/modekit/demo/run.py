@@ -1,5 +1,6 @@
 """`modekit demo`: from text to evaluated mixtures, in a folder that can be looked at and run again.
 
+    DEMO/demo.json                 what kind of demo this is
     DEMO/text/<domain>.jsonl       the text
     DEMO/seed0/base, <domain>      models: the base, and one specialist per domain
     DEMO/seed0/<mixture>.yaml      the recipes
@@ -11,6 +12,8 @@ Every folder that is there is kept, so that an interrupted demo goes on where it
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +27,7 @@ from modekit.build import build
 from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH, make_base, make_real_base
 from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, OutputError
 from modekit.evaluate import Results, Row, evaluate
 from modekit.plan import make_plan
 from modekit.progress import Progress
@@ -90,7 +93,6 @@ class DemoResults:
         return {
             "seeds": {str(seed): self.merged(seed).as_data() for seed in self.per_seed},
             "summary": self.summary(),
-            "seconds": round(self.seconds, 1),
         }
 
     def summary(self) -> dict[str, dict[str, float | None]]:
@@ -124,6 +126,7 @@ def run_demo(
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
     size = QUICK if quick else REAL if real else SMALL
+    _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
     texts = unpack_text(out / "text")
     per_seed = {seed: _run_seed(out / f"seed{seed}", texts, seed, what, real, size, progress) for seed in seeds}
     results = DemoResults(per_seed, time.monotonic() - started)
@@ -133,6 +136,18 @@ def run_demo(
     parts = [f"## Seed {seed}\n\n{results.merged(seed).markdown()}" for seed in per_seed]
     write_atomically(folder / "demo.md", "\n".join(parts).encode())
     return results
+
+
+def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
+    """Models of one kind of demo must not be taken for another's: a folder remembers what it was made for."""
+    stamp = out / "demo.json"
+    if not stamp.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(stamp, settings)
+    elif json.loads(stamp.read_text(encoding="utf-8")) != settings:
+        raise OutputError(
+            "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
+        )
 
 
 def _run_seed(
