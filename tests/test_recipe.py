@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import modekit.recipe as recipe_module
+from modekit.errors import RecipeError
 from modekit.recipe import BackboneMerge, load_recipe, parse_recipe, schema_text
 
 RECIPE: dict[str, Any] = {
@@ -69,3 +70,9 @@ def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
     assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("mixture", [{"top_k": True}, {"top_k": "1"}, {"router": {"seed": "7"}}, {"router": {"l2": "small"}}])
+def test_a_value_of_another_type_is_not_bent_into_shape(mixture: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="mixture"):
+        parse_recipe({**RECIPE, "mixture": mixture})

@@ -160,7 +160,7 @@ def verify(
 
 @app.command()
 def specialize(
-    base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    base: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Annotated[list[str], typer.Option(help="Text of the domain; may be given several times.")],
     train: Annotated[str, typer.Option(help="mlp: only the FFN moves, mixes without loss; full: everything moves.")] = "mlp",
@@ -175,6 +175,7 @@ def specialize(
     """Fine-tune a base model on one domain so that it mixes well."""
     if train not in {"mlp", "full"}:
         raise ModekitError("unknown choice", where="--train", found=train, expected="mlp or full", remedy="write one of them")
+    from modekit.locate import model_folder
     from modekit.specialize import Training
     from modekit.specialize import specialize as run
 
@@ -183,7 +184,8 @@ def specialize(
     )
     with _progress() as progress:
         record = run(
-            base.resolve(), output.resolve(), text, root=Path.cwd(), train="mlp" if train == "mlp" else "full",
+            model_folder(base, None, root=Path.cwd(), label="BASE"), output.resolve(),
+            text, root=Path.cwd(), train="mlp" if train == "mlp" else "full",
             training=training, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     loss = record["held_out_loss"]
@@ -237,7 +239,8 @@ def print_results(results: Results) -> None:
         table.add_column(title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
     for cells in body:
         style = "bold green" if cells[0] == "mixture" else None
-        table.add_row(*map(escape, cells), style=style)
+        name = cells[0] if len(cells[0]) < 16 else cells[0].replace(" ", "\n", 1)
+        table.add_row(*map(escape, [name, *cells[1:]]), style=style)
     out.print("Held-out loss in nats per token, perplexity below; gap closed: 1 = as good as each domain's own expert.")
     out.print(table)
     for note in results.notes:

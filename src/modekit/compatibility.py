@@ -31,6 +31,12 @@ def check_sizes(source: ModelSource) -> None:
                 f"config.json gives no usable {key}", where=f"{source.label} ({source.spec}): config.json", found=size,
                 expected="a whole number > 0", remedy="download or save the model again",
             )  # fmt: skip
+    kinds = source.config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise SourceError(
+            "config.json gives no usable layer_types", where=f"{source.label} ({source.spec}): config.json", found=kinds,
+            expected="a list of names", remedy="download or save the model again",
+        )  # fmt: skip
 
 
 def check_dtypes(source: ModelSource) -> None:

@@ -312,7 +312,7 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
         identity = "average " + " ".join(hashes[place] for place in members)
         yield _Job("weight average", "average", dense, dense, identity, lambda: _average([folders[p] for p in members], load))
     active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
-    mixture = f"{hashes} {record.recipe.mixture.backbone} {record.recipe.output.dtype}"
+    mixture = f"{hashes} {record.expert_sources} {record.recipe.mixture.backbone} {record.recipe.output.dtype}"
     load_mixture = partial(load, checkpoint.folder)
     weights = record.recipe.mixture.weights
     if weights is None:

@@ -27,6 +27,21 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
     return None
 
 
+def model_folder(spec: str, revision: str | None, *, root: Path, label: str) -> Path:
+    """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
+    folder = local_folder(spec, root=root, label=label)
+    if folder is None:
+        from modekit.hub import download  # its import takes longer than a whole local plan
+
+        return download(spec, revision, where=f"{label} ({spec})")
+    if revision is not None:
+        raise SourceError(
+            "a revision has no effect with a folder", where=f"{label} ({spec})", found=revision,
+            remedy="remove revision, or name the model by its hub id",
+        )  # fmt: skip
+    return folder
+
+
 def open_recipe_sources(
     recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False
 ) -> tuple[ModelSource, ...]:
@@ -36,13 +51,11 @@ def open_recipe_sources(
     """
 
     def opened(label: str, spec: str, revision: str | None) -> ModelSource:
-        folder = local_folder(spec, root=root, label=label)
-        if folder is None:
-            from modekit.hub import download, open_hub_headers  # its import takes longer than a whole local plan
+        if headers_only and local_folder(spec, root=root, label=label) is None:
+            from modekit.hub import open_hub_headers
 
-            if headers_only:
-                return open_hub_headers(label, spec, revision, trust_remote_code=trust_remote_code)
-            folder = download(spec, revision, where=f"{label} ({spec})")
+            return open_hub_headers(label, spec, revision, trust_remote_code=trust_remote_code)
+        folder = model_folder(spec, revision, root=root, label=label)
         return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
 
     base = opened("base_model", recipe.base_model, recipe.revision)

@@ -53,7 +53,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _without(problems: list[str], model: _Model) -> _Model:
@@ -168,7 +168,7 @@ class Mixture(_Strict):
             return self.backbone
         if isinstance(self.backbone, BackboneExpert) or self.backbone == BASE:
             return None
-        return BackboneMerge(method=self.backbone)
+        return BackboneMerge.model_validate({"method": self.backbone})
 
 
 class Output(_Strict):

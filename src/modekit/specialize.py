@@ -45,6 +45,7 @@ class Training:
         weight_decay, warmup, clip: as usual.
         autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
         max_tokens: text read at most.
+        held_out_tokens: tokens on which the loss before and after is measured.
         seed: order of the sequences.
     """
 
@@ -58,6 +59,7 @@ class Training:
     clip: float = 1.0
     autocast: bool = False
     max_tokens: int = 50_000_000
+    held_out_tokens: int = 8_192
     seed: int = 0
 
     def with_(self, **changes: Any) -> Training:
@@ -94,7 +96,10 @@ def specialize(
             "no document is left for training after the held-out split", where="--text", remedy="give more documents"
         )
     held_out = encode(
-        tokenizer, documents_of_split(documents, "report"), max_tokens=20_000, sequence_length=training.sequence_length
+        tokenizer,
+        documents_of_split(documents, "report"),
+        max_tokens=training.held_out_tokens,
+        sequence_length=training.sequence_length,
     )
     model = load_model(base, trust_remote_code=trust_remote_code)
     parameters = trainable_parameters(model, train)

@@ -37,6 +37,15 @@ def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
     return tokens
 
 
+def _merges(folder: Path) -> list[str] | None:
+    """BPE merges of tokenizer.json as 'left right'; None without that file or merges."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges")
+    return None if merges is None else [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+
+
 def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
     """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's.
 
@@ -44,7 +53,14 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
     """
     ours = read_vocabulary(base, where="base_model")
     theirs = read_vocabulary(expert, where=where)
-    if ours is None or theirs is None or ours == theirs:
+    if ours is None or theirs is None:
+        return
+    if ours == theirs:
+        if None not in (_merges(base), _merges(expert)) and _merges(base) != _merges(expert):
+            raise MismatchError(
+                "the expert's tokenizer has the base model's tokens but joins them by other merges", where=where,
+                remedy="use experts fine-tuned without changing the tokenizer",
+            )  # fmt: skip
         return
     differing = sorted(
         {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)},

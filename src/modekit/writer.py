@@ -1,7 +1,7 @@
 """The result folder appears whole or not at all.
 
     OUT.partial/            everything is written here, with a journal line after each tensor
-    OUT.partial/journal     what is surely on disk; a second build with the same plan goes on from there
+    OUT.partial/journal     what is surely written (after a kill; not after a power loss); the same build goes on from there
     OUT                     appears by rename; an old OUT is set aside as OUT.replaced first and removed last
 
 A killed process leaves OUT.partial, which never looks like a checkpoint: its record file is written last.

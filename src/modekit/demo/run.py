@@ -68,7 +68,12 @@ SMALL = Size(
     16_384,
 )  # fmt: skip
 QUICK = Size(12, SMALL.expert_training.with_(steps=3), 2_048, 2_048)
-REAL = Size(0, Training(steps=40, batch_tokens=2_048, sequence_length=512, learning_rate=2e-4, autocast=True), 4_096, 2_048)
+REAL = Size(
+    0,
+    Training(steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True),
+    4_096,
+    2_048,
+)
 
 
 @dataclass(frozen=True)
