@@ -30,14 +30,14 @@ def test_the_shipped_text_is_enough_and_no_document_is_in_two_domains(tmp_path: 
 
 
 def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reached(Exception):
+    class ReachedError(Exception):
         pass
 
     def reached(*_: Any) -> Any:
-        raise Reached
+        raise ReachedError
 
     monkeypatch.setattr(run_module, "_run_seed", reached)
-    with pytest.raises(Reached):
+    with pytest.raises(ReachedError):
         run_demo(tmp_path / "demo", progress=silent)
     for other in ({"quick": True}, {"real": True}, {"what": "full"}):
         with pytest.raises(OutputError, match="another kind"):
