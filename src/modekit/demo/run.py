@@ -71,8 +71,8 @@ QUICK = Size(12, SMALL.expert_training.with_(steps=3), 2_048, 2_048)
 REAL = Size(
     0,
     Training(steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True),
-    4_096,
     2_048,
+    1_024,
 )
 
 
