@@ -70,8 +70,18 @@ def test_every_family_is_on_the_recipe_page() -> None:
         assert family.native_type.replace("_", "").removesuffix("text").removesuffix("v1moe") in page, family.label
 
 
+def test_no_page_has_a_gap_left() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        assert "@@" not in page.read_text() and "TODO" not in page.read_text(), page.name
+
+
 def test_relative_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
