@@ -34,7 +34,6 @@ from modekit.writer import JOURNAL, safetensors_header, write_atomically, write_
 
 RECORD_FILE = "modekit.json"
 STATISTICS_FOLDER = "router"
-FORMAT = 1
 _BUILD_AGAIN = "build the mixture again"
 
 Gates = npt.NDArray[np.float32]

@@ -177,10 +177,7 @@ def evaluate(
     done = 0
     rows: list[Row] = []
     for job in jobs:
-        text_identity = {
-            domain.name: hashlib.sha256(f"{job.identity} {domain.record}".encode()).hexdigest() for domain in domains
-        }
-        identity = hashlib.sha256("".join(sorted(text_identity.values())).encode()).hexdigest()
+        identity = hashlib.sha256(f"{job.identity} {[domain.record for domain in domains]}".encode()).hexdigest()
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
         for domain in domains:

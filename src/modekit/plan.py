@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -67,15 +68,11 @@ class PlannedTensor:
     operation: Operation
     pieces: tuple[Piece, ...] = ()
     factor: float = 1.0
-    expert: int | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -344,7 +341,7 @@ def _plan_experts(recipe: Recipe, sources: tuple[ModelSource, ...], family: Fami
                     factor = factors[recipe.names[expert]] if part == "down" else 1.0
                     operation: Operation = "scale" if factor != 1.0 else "copy" if piece.ref.dtype == code else "cast"
                     name = prefix + native.format(expert=expert)
-                    yield PlannedTensor(name, code, piece.ref.shape, "expert", operation, (piece,), factor, expert)
+                    yield PlannedTensor(name, code, piece.ref.shape, "expert", operation, (piece,), factor)
         elif family.fused is not None:
             if recipe.mixture.weights is not None and set(factors.values()) != {1.0}:
                 raise UnsupportedError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -50,10 +51,7 @@ class TensorRef:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:

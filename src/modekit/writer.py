@@ -75,11 +75,6 @@ class Staging:
             raise
         self._hold()
 
-    @property
-    def resumed(self) -> bool:
-        """Whether an interrupted build with the same plan is being continued."""
-        return bool(self._done)
-
     def recall(self, key: str) -> Any:
         """What an earlier, interrupted run recorded under a key; None when nothing."""
         return self._done.get(key)
