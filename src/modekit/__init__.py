@@ -11,5 +11,10 @@ The command line (`modekit --help`) is a thin layer over these functions:
     modekit.verify.verify               Checkpoint -> proof
     modekit.specialize.specialize       base model + text -> specialist
 
-Nothing is imported here, so that `modekit plan` starts without torch.
+After `import modekit`, transformers' Auto classes open checkpoints of the modekit architecture. Nothing heavy is imported
+here, so that `modekit plan` starts without torch.
 """
+
+from modekit.architecture import register
+
+register()

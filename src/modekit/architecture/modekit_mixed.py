@@ -1,0 +1,159 @@
+"""A module of which every expert has its own: y = sum_e g_e E_e(x), with adapters kept low-rank.
+
+What an expert has at a place is one of three things: the base's module (nothing is stored for it), a module of its own
+(`experts`), or the base's module with a low-rank change. As the weights g sum to one, the base's module counts with
+what the experts with modules of their own leave over, and all low-rank changes together are two matrix products:
+
+    y = (1 - sum_own g_e) W x + sum_own g_e W_e x + B (g_r s_r (A x))      A (R, I), B (O, R): all adapters' ranks in a row
+
+where g_r and s_r are the weight and the scale (alpha / rank) of the adapter that rank r belongs to. A and B are the
+adapters' own tensors, bit for bit.
+
+Shape legend: B batch, S sequence, E experts, R ranks of all adapters together, I and O width in and out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modekit_router import Flow, Router
+
+
+class Mixed(nn.Module):
+    """One place of a model with the experts' parts, and the router if the place has one.
+
+    `place` is its entry in `modekit.places`:
+        ranks, scales: per expert the rank and scale of its adapter, 0 without one.
+        own: experts with a module of their own here. own_bias: these have a bias though the base has none.
+        biased: experts whose adapter adds a bias of its own.
+        base: whether the base's module is kept (some expert is made of it).
+        router: the place whose router decides here. Its first place in the order of execution owns it.
+        rows: rows of the gate per expert. features: one decision per output feature.
+        sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
+    """
+
+    def __init__(
+        self, name: str, dense: nn.Module, place: Mapping[str, Any], flow: Flow, experts: int, routing: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.sequence_axis: int = place.get("sequence_axis", 1)
+        self.own: list[int] = list(place["own"])
+        self.ranks: list[int] = list(place["ranks"])
+        self.scales: list[float] = list(place["scales"])
+        self.biased: list[int] = list(place.get("biased", []))
+        self.per_feature: bool = bool(place.get("features"))
+        self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
+        self.base = dense if place["base"] else None
+        self.experts = nn.ModuleList(_like(dense, bool(place.get("own_bias"))) for _ in self.own)
+        if any(self.ranks):
+            self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), dense.in_features))
+            self.lora_B = nn.Parameter(torch.zeros(dense.out_features, sum(self.ranks)))
+        if self.biased:
+            self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), dense.out_features))
+        self.router: Router | None = None
+        if place["router"] == name:
+            features = dense.out_features if self.per_feature else 0
+            self.router = Router(name, flow, _width(dense), experts, routing, place["rows"], features)
+        self._leader = [self]
+
+    def follow(self, leader: Mixed) -> None:
+        """Take the weights that another place's router decides."""
+        self._leader = [leader]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
+        if self.router is not None:
+            self.weights = self.router(self.base(x) if isinstance(self.base, nn.Embedding) else x)
+        weights = self._leader[0].weights
+        assert weights is not None, "the router of this place has not run"
+        weights = weights.to(x.device)
+        if weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
+            weights = weights[:, -x.shape[self.sequence_axis] :]
+        if self.sequence_axis == 2:
+            weights = weights[:, None]
+        y = self._whole_parts(x, weights)
+        if any(self.ranks):
+            y = y + self._low_rank(x, weights)
+        for row, expert in enumerate(self.biased):
+            y = y + weights[..., expert, None].to(y.dtype) * (self.lora_bias[row] * self.scales[expert])
+        return y
+
+    def _whole_parts(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the base's module and the experts' own modules give."""
+        if not self.own:
+            assert self.base is not None
+            y: torch.Tensor = self.base(x)
+            return y
+        parts = [(module, weights[..., expert]) for module, expert in zip(self.experts, self.own, strict=True)]
+        if self.base is not None:
+            parts.insert(0, (self.base, 1.0 - weights[..., self.own].sum(-1)))
+        if self.per_feature or self.sequence_axis != 1 or torch.compiler.is_compiling():
+            return _dense_sum(x, parts, one_each=self.per_feature)
+        return _sparse_sum(x, parts)
+
+    def _low_rank(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
+        hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
+        lora_B = self.lora_B.to(x.dtype)
+        weights = weights.to(x.dtype)
+        present = [expert for expert, rank in enumerate(self.ranks) if rank]
+        if self.per_feature:
+            sizes = [self.ranks[expert] for expert in present]
+            parts = zip(present, hidden.split(sizes, -1), lora_B.split(sizes, 1), strict=True)
+            terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
+            return torch.stack(terms).sum(0)
+        factors = [(weights[..., e, None] * self.scales[e]).expand(*hidden.shape[:-1], self.ranks[e]) for e in present]
+        return nn.functional.linear(hidden * torch.cat(factors, dim=-1), lora_B)
+
+
+def _like(dense: nn.Module, own_bias: bool) -> nn.Module:
+    """A module of the same kind and shape, to be filled from the checkpoint."""
+    if own_bias and isinstance(dense, nn.Linear):
+        return nn.Linear(dense.in_features, dense.out_features, device=dense.weight.device, dtype=dense.weight.dtype)
+    return copy.deepcopy(dense)
+
+
+def _width(dense: nn.Module) -> int:
+    """Width of what a router at this place reads: the module's input, or for token ids their embedding."""
+    if isinstance(dense, nn.Linear):
+        return dense.in_features
+    if isinstance(dense, nn.Embedding):
+        return dense.embedding_dim
+    linear = next((module for module in dense.modules() if isinstance(module, nn.Linear)), None)
+    return linear.in_features if linear is not None else next(dense.parameters()).shape[-1]
+
+
+def _dense_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]], *, one_each: bool) -> torch.Tensor:
+    """Every module on every token; `one_each`: the weights have an axis of output features already."""
+    total: torch.Tensor | None = None
+    for module, weight in parts:
+        y = module(x)
+        y = y * (weight if one_each else weight[..., None]).to(y.dtype)
+        total = y if total is None else total + y
+    assert total is not None
+    return total
+
+
+def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) -> torch.Tensor:
+    """Every module on the tokens that give it weight."""
+    flat = x.flatten(0, 1)
+    total: torch.Tensor | None = None
+    for module, weight in parts:
+        weight_T = weight.flatten(0, 1)
+        rows = weight_T.nonzero().squeeze(-1)
+        if len(rows) == 0 and total is not None:
+            continue
+        everywhere = len(rows) == len(flat)
+        y = module(flat if everywhere else flat[rows])
+        y = y * weight_T[rows, None].to(y.dtype)
+        if total is None:
+            total = y if everywhere else y.new_zeros(len(flat), y.shape[-1]).index_add(0, rows, y)
+        else:
+            total = total + y if everywhere else total.index_add(0, rows, y)
+    assert total is not None
+    return total.unflatten(0, x.shape[:2])

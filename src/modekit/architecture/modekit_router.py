@@ -1,0 +1,193 @@
+"""Routers: what is read -> logits -> weights of the experts, per token and causal.
+
+A router scores its input with a gate, may average the scores over the tokens so far, and turns them into weights that
+sum to one. Averages are causal and exact under left padding and token-by-token generation: their state, a few numbers
+per sequence, is kept beside the key-value cache.
+
+Shape legend: B batch, S sequence, D width of what is read, E experts, J averages, G rows of the gate, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_CHUNK = 128  # tokens whose average is taken in one matrix product
+
+
+class Flow:
+    """What the routers of one model share during a forward pass.
+
+    Attributes:
+        mask_BS: real tokens of this pass; None when all are.
+        states: router place -> state before this pass (from the cache).
+        fresh: router place -> state after it.
+        forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
+        solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
+        mixed: place -> its module.
+    """
+
+    def __init__(self) -> None:
+        self.mixed: dict[str, Any] = {}
+        self.mask_BS: torch.Tensor | None = None
+        self.padding: torch.Tensor | None = None
+        self.states: dict[str, torch.Tensor] = {}
+        self.fresh: dict[str, torch.Tensor] = {}
+        self.forced: int | torch.Tensor | None = None
+        self.solo = False
+
+
+class Router(nn.Module):
+    """One decision: x (B, S, D) -> weights (B, S, E), or (B, S, O, E) with one decision per output feature.
+
+    `routing` is the config's `modekit.routing`:
+        method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
+            probabilities reach it).
+        averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
+            d < 1 an exponential average; {"sum": true} does not divide by the weight seen so far.
+        prefix: averages take no token after the first `prefix` ones, so that the decision stays.
+        score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
+            (PHATGOOSE: x and gate rows standardised).
+        always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says}.
+        jitter, noise: in training only.
+    """
+
+    def __init__(
+        self, place: str, flow: Flow, width: int, experts: int, routing: Mapping[str, Any], rows: Sequence[int], features: int
+    ) -> None:
+        super().__init__()
+        self.place = place
+        self.experts = experts
+        self.routing = dict(routing)
+        self.rows = list(rows)  # of the gate, per expert; more than one only for score "norm"
+        self.features = features  # O, or 0 when one decision serves all
+        self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
+        parts = len(self.routing["averages"])
+        if self.routing["method"] != "linear":
+            self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows), parts * width))
+            self.bias = nn.Parameter(torch.zeros(sum(self.rows))) if self.routing.get("bias") else None
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""
+        flow = self._flow[0]
+        shape = (*x_BSD.shape[:2], *([self.features] if self.features else []), self.experts)
+        if flow.forced is not None and not flow.solo:
+            return one_hot(flow.forced, shape, x_BSD.device)
+        if self.routing["method"] == "linear":
+            weights_E = torch.tensor(self.routing["weights"], dtype=torch.float32, device=x_BSD.device)
+            return weights_E.expand(shape)
+        logits = self.logits(x_BSD).reshape(shape)
+        if flow.forced is not None:
+            return one_hot(flow.forced, shape, x_BSD.device) * logits.sigmoid()
+        if self.training and self.routing.get("noise"):
+            logits = logits + torch.randn_like(logits) * self.routing["noise"]
+        return select(logits, self.routing)
+
+    def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
+        x_BSD = x_BSD.float()
+        jitter = self.routing.get("jitter", 0.0)
+        if self.training and jitter:
+            x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - jitter, 1 + jitter)
+        gates = self.gate.float().chunk(len(self.routing["averages"]), dim=1)
+        total: torch.Tensor | None = None
+        for number, (gate_GD, average) in enumerate(zip(gates, self.routing["averages"], strict=True)):
+            scores = self._scores(x_BSD, gate_GD)
+            if average["decay"] is not None:
+                scores = self._averaged(scores, average, number)
+            total = scores if total is None else total + scores
+        assert total is not None
+        return total if self.bias is None else total + self.bias.float()
+
+    def _scores(self, x_BSD: torch.Tensor, gate_GD: torch.Tensor) -> torch.Tensor:
+        score = self.routing.get("score", "linear")
+        if score == "linear":
+            return torch.nn.functional.linear(x_BSD, gate_GD)
+        if score == "standardised":  # Section 3, arXiv:2402.05859: z = LN(x), n_e = LN(v_e), z n_e / sqrt(D)
+            width = (x_BSD.shape[-1],)
+            gate_GD = torch.nn.functional.layer_norm(gate_GD, width)
+            x_BSD = torch.nn.functional.layer_norm(x_BSD, width)
+            return torch.nn.functional.linear(x_BSD, gate_GD) / width[0] ** 0.5
+        products = torch.nn.functional.linear(x_BSD, gate_GD)
+        return torch.stack([part.square().sum(-1).sqrt() for part in products.split(self.rows, dim=-1)], dim=-1)
+
+    def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
+        flow, key = self._flow[0], f"{self.place}.{number}"
+        mask_BS = flow.mask_BS
+        mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
+        averaged, state = causal_average(
+            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix"),
+            divide=not average.get("sum", False),
+        )  # fmt: skip
+        flow.fresh[key] = state
+        return averaged
+
+
+def causal_average(
+    values_BSG: torch.Tensor,
+    mask_BS: torch.Tensor,
+    decay: float,
+    state: torch.Tensor | None,
+    *,
+    prefix: int | None = None,
+    divide: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average of the values of all real tokens up to each one, the newest with weight 1, those before with decay, decay^2...
+
+    `mask_BS` is 1 for real tokens and 0 for pads, which neither count nor let others fade. `state` (B, G + 2) holds the
+    weighted sum, the sum of the weights and the number of tokens so far. With `divide` False the weighted sum itself is
+    returned. Returns the averages (B, S, G) and the state after the last token.
+    """
+    batch, length, size = values_BSG.shape
+    if state is None:
+        state = values_BSG.new_zeros((batch, size + 2))
+    else:
+        state = state.to(values_BSG)
+    results = []
+    for start in range(0, length, _CHUNK):
+        mask = mask_BS[:, start : start + _CHUNK]
+        seen = state[:, -1:] + mask.cumsum(1)
+        taken = mask if prefix is None else mask * (seen <= prefix)
+        age = taken.cumsum(1)  # tokens taken in this chunk, up to and with each
+        # Weight of token i at token t: decay^(tokens taken after i), for i <= t.
+        powers_BTS = (age[:, :, None] - age[:, None, :]).clamp_min(0)
+        weights_BTS = torch.pow(decay, powers_BTS).tril() * taken[:, None, :]
+        extended = torch.cat([values_BSG[:, start : start + _CHUNK], torch.ones_like(mask)[..., None]], dim=-1)
+        carried = torch.pow(decay, age)[..., None] * state[:, None, :-1]
+        sums = weights_BTS @ extended + carried
+        results.append(sums[..., :-1] / sums[..., -1:].clamp_min(1e-12) if divide else sums[..., :-1])
+        state = torch.cat([sums[:, -1], seen[:, -1:]], dim=-1)
+    return torch.cat(results, dim=1), state
+
+
+def select(logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:
+    """Softmax over the chosen experts (last axis), zero elsewhere; sums to one, or to 1 - weight of an always-on base."""
+    always_on = routing.get("always_on") or {}
+    own, share = always_on.get("expert"), always_on.get("weight")
+    chosen = torch.ones_like(logits, dtype=torch.bool)
+    ranked = logits
+    if own is not None and share is None:  # among the chosen whatever its logit; its weight is what the logit says
+        place = torch.arange(logits.shape[-1], device=logits.device) == own
+        ranked = logits.masked_fill(place, float("inf"))
+    if routing["method"] == "routing" and routing.get("top_k") is not None and routing["top_k"] < logits.shape[-1]:
+        chosen = torch.zeros_like(chosen).scatter(-1, ranked.topk(routing["top_k"], dim=-1).indices, True)
+    elif routing["method"] == "routing" and routing.get("top_p") is not None:
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
+        sorted_p = logits.softmax(-1).gather(-1, order)
+        enough = sorted_p.cumsum(-1) - sorted_p < routing["top_p"]  # what stands before it does not suffice
+        chosen = torch.zeros_like(chosen).scatter(-1, order, enough)
+    weights = logits.masked_fill(~chosen, float("-inf")).softmax(-1)
+    if share is not None:
+        weights = weights * (1.0 - share)
+        if own is not None:
+            weights = weights + share * (torch.arange(logits.shape[-1], device=logits.device) == own)
+    return weights
+
+
+def one_hot(forced: int | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """All weight on one expert: the same for all, or one per sequence."""
+    places = torch.as_tensor(forced, device=device).reshape(-1, *[1] * (len(shape) - 1))
+    return (torch.arange(shape[-1], device=device) == places).float().expand(shape)
