@@ -66,7 +66,7 @@ class Bench:
         self.own_loss = {name: score_domain(load_model(folder / name), scored[name], print_nothing).loss for name in DOMAINS}
 
     def routers(self) -> list[torch.nn.Module]:
-        return [layer.get_submodule(self.checkpoint.family.router_module) for layer in decoder_layers(self.model)]
+        return [layer.get_submodule(self.checkpoint.native.router_module) for layer in decoder_layers(self.model)]
 
     def set_gates(self, gates_LED: torch.Tensor, top_k: int) -> None:
         for router, gate_ED in zip(self.routers(), gates_LED, strict=True):
@@ -112,7 +112,7 @@ class Bench:
     def layer_by_layer(self, settings: Router, top_k: int, start: torch.Tensor) -> torch.Tensor:
         """Each layer is fitted on what it reads under the layers below as they were just fitted."""
         gates = start.clone()
-        blocks = [layer.get_submodule(self.checkpoint.family.block_module) for layer in decoder_layers(self.model)]
+        blocks = [layer.get_submodule(self.checkpoint.native.block_module) for layer in decoder_layers(self.model)]
         for layer in range(len(gates)):
             self.set_gates(gates, top_k)
             statistics_ = self.capture(lambda _: SimpleNamespace(model=self.model, ffn_modules=lambda: blocks))
@@ -126,7 +126,7 @@ class Bench:
         with torch.inference_mode():
             for expert in range(len(domains)):
                 view.use_expert(expert)
-                ffns = view.ffn_modules()
+                ffns = view.router_inputs()
                 outputs.append([[ffn(d.sample_LND[i].float()) for i, ffn in enumerate(ffns)] for d in domains])
         drawn = []
         generator = torch.Generator().manual_seed(0)

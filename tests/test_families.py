@@ -13,7 +13,8 @@ from conftest import SMALL, logits_of, save, tiny_model
 from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError
-from modekit.families import FAMILIES, Family, choose_family
+from modekit.families import FAMILIES, Family, family_of
+from modekit.native import NATIVES, Native, choose_native
 from modekit.models import DenseView, forced_expert
 from modekit.plan import make_plan
 from modekit.recipe import parse_recipe
@@ -76,7 +77,7 @@ def family_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def test_every_row_has_a_case() -> None:
-    assert {(row.model_type, row.native_type) for row in FAMILIES} == {(dense, native) for dense, native, _ in CASES}
+    assert {(row.family.model_type, row.native_type) for row in NATIVES} == {(dense, native) for dense, native, _ in CASES}
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -84,7 +85,7 @@ def test_copies_of_one_model_are_that_model(family_case: tuple[Path, str], ids: 
     root, native = family_case
     mixture = {"method": "routing", "top_k": top_k, "router": {"fit": "random", "temperature": 0.01}}
     out = built(root, f"copies{top_k}", ["base"] * 3, mixture)
-    assert open_checkpoint(out).family.native_type == native
+    assert open_checkpoint(out).native.native_type == native
     torch.testing.assert_close(logits_of(out, ids), logits_of(root / "base", ids), atol=1e-4, rtol=0)
 
 
@@ -103,7 +104,7 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tupl
     other = dict(AutoModelForCausalLM.from_pretrained(root / "other", dtype=torch.float32).named_parameters())
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():
-            if any(name.endswith(suffix) for suffix in checkpoint.family.mlp.values()):
+            if any(name.endswith(suffix) for suffix in checkpoint.native.family.mlp.values()):
                 parameter.copy_(other[name])
     expected = logits_of(by_hand, ids)
     assert not torch.allclose(expected, logits_of(root / "base", ids), atol=1e-2)
@@ -127,11 +128,11 @@ def test_router_module_reads_the_input_of_the_dense_ffn(family_case: tuple[Path,
     mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     seen: dict[str, list[torch.Tensor]] = {"native": [], "dense": []}
     for layer in mixture.model.layers:
-        layer.get_submodule(checkpoint.family.router_module).register_forward_pre_hook(
+        layer.get_submodule(checkpoint.native.router_module).register_forward_pre_hook(
             lambda _m, args: seen["native"].append(args[0].reshape(-1, SMALL["hidden_size"]))
         )
     view = DenseView(checkpoint)
-    for module in view.ffn_modules():
+    for module in view.router_inputs():
         module.register_forward_pre_hook(lambda _m, args: seen["dense"].append(args[0].reshape(-1, SMALL["hidden_size"])))
     logits_of(mixture, ids)
     logits_of(view.model, ids)
@@ -157,7 +158,7 @@ def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: 
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.label)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
     """A config.json that is silent means the dense class's default; the table must know the same one."""
     silent = AutoConfig.for_model(family.model_type)
@@ -167,23 +168,27 @@ def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
         assert silent.head_dim == family.head_dim
     else:
         assert getattr(silent, "head_dim", None) in {None, silent.hidden_size // silent.num_attention_heads}
-    assert silent.rope_parameters["rope_theta"] == family.rope_theta
+    rope = silent.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == family.rope_theta
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "gemma2"}, "GeGLU"),
+        ({**SMALL, "model_type": "gemma2"}, "GeGLU"),
         ({"model_type": "gpt2"}, "gpt2"),
-        ({"model_type": "lfm2"}, "sigmoid"),
         ({**SMALL, "model_type": "llama", "mlp_bias": True}, "mlp_bias"),
         ({**SMALL, "model_type": "llama", "attention_bias": True, "head_dim": 16}, "head_dim"),
         ({**SMALL, "model_type": "llama", "hidden_act": "gelu"}, "SiLU"),
     ],
 )
 def test_what_cannot_be_said_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UnsupportedError, match=reason):
-        choose_family(config, where="base_model")
+    try:
+        native, tried = choose_native(family_of(config, where="base_model"), config)
+    except UnsupportedError as error:
+        assert reason in str(error)
+    else:
+        assert native is None and any(reason in each for each in tried)
 
 
 @pytest.mark.parametrize(("dense", "native", "overrides"), CASES, ids=IDS)
@@ -202,8 +207,8 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     if dense == "qwen3" and native == "mellum":
         old |= {"max_window_layers": 1, "layer_types": None}
         full = AutoConfig.for_model(dense, **{**SMALL, **overrides, "layer_types": None, "max_window_layers": 1}).to_dict()
-    row, other = (choose_family(config, where="base_model") for config in (full, old))
-    assert row is other and row.native_type == native
+    row, other = (choose_native(family_of(config, where="base_model"), config)[0] for config in (full, old))
+    assert row is other and row is not None and row.native_type == native
     sizes: dict[str, Any] = {"experts": 2, "top_k": 1, "expert_hidden": 48, "dtype": "float32"}
     ours, theirs = row.native_config(full, **sizes), row.native_config(old, **sizes)
     mentioned = AutoConfig.for_model(native).to_dict().keys() & theirs.keys()
@@ -212,12 +217,12 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     assert {**ours["rope_parameters"], "partial_rotary_factor": 0} == {**theirs["rope_parameters"], "partial_rotary_factor": 0}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.label)
-def test_every_default_in_which_the_two_classes_differ_is_written_out(family: Family) -> None:
-    dense, native = (AutoConfig.for_model(name).to_dict() for name in (family.model_type, family.native_type))
+@pytest.mark.parametrize("row", NATIVES, ids=lambda row: row.label)
+def test_every_default_in_which_the_two_classes_differ_is_written_out(row: Native) -> None:
+    dense, native = (AutoConfig.for_model(name).to_dict() for name in (row.family.model_type, row.native_type))
     silent = {key: dense[key] for key in ("model_type", "hidden_size", "intermediate_size", "vocab_size")}
     silent |= {key: dense[key] for key in ("num_hidden_layers", "num_attention_heads")}
-    written = family.native_config(silent, experts=2, top_k=1, expert_hidden=dense["intermediate_size"], dtype="float32")
+    written = row.native_config(silent, experts=2, top_k=1, expert_hidden=dense["intermediate_size"], dtype="float32")
     meaningless = {
         "architectures",
         "model_type",
@@ -227,8 +232,8 @@ def test_every_default_in_which_the_two_classes_differ_is_written_out(family: Fa
         "use_cache",
         "initializer_range",
     }
-    for key in dense.keys() & native.keys() - meaningless - family.dropped - {"layer_types", "rope_parameters"}:
-        if dense[key] != native[key] and key not in family.fixed and not (key == "head_dim" and not family.writes_head_dim):
+    for key in dense.keys() & native.keys() - meaningless - row.dropped - {"layer_types", "rope_parameters"}:
+        if dense[key] != native[key] and key not in row.fixed and not (key == "head_dim" and not row.writes_head_dim):
             assert key in written and written[key] == dense[key], key
 
 

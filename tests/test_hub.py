@@ -13,6 +13,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 import modekit.hub as hub
 from conftest import Workshop
 from modekit.plan import make_plan
+from modekit.plan import summary as summarise
 from modekit.recipe import load_recipe
 from modekit.sources import read_header
 
@@ -54,9 +55,9 @@ def recipe_with_hub_expert(workshop: Workshop) -> Path:
 
 def test_a_plan_downloads_no_weights_and_says_what_the_build_will_do(workshop: Workshop, folder_hub: Path) -> None:
     recipe = load_recipe(recipe_with_hub_expert(workshop))
-    remote = make_plan(recipe, workshop.root, headers_only=True).summary()
+    remote = summarise(make_plan(recipe, workshop.root, headers_only=True))
     assert not list(folder_hub.glob("*.safetensors"))
-    local = make_plan(recipe, workshop.root).summary()
+    local = summarise(make_plan(recipe, workshop.root))
     assert list(folder_hub.glob("*.safetensors"))
     remote["disk"] = local["disk"]  # free space moves
     assert remote == local

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Workshop
 from modekit.plan import make_plan
+from modekit.plan import summary as summarise
 from modekit.recipe import load_recipe
 from modekit.writer import safetensors_header
 
@@ -24,7 +25,7 @@ def plan_of(workshop: Workshop, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("mixture", [{"method": "linear"}, {"top_k": 1, "router": {"fit": "random"}}])
 def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[str, Any]) -> None:
-    summary = plan_of(workshop, mixture=mixture).summary()
+    summary = summarise(plan_of(workshop, mixture=mixture))
     out = workshop.build(mixture=mixture)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert summary["parameters"]["total"] == sum(p.numel() for p in model.parameters())
@@ -40,7 +41,7 @@ def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[st
 
 def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
     router = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 100}
-    summary = plan_of(workshop, mixture={"router": router}).summary()
+    summary = summarise(plan_of(workshop, mixture={"router": router}))
     out = workshop.build(mixture={"router": router})
     files = list((out / "router").glob("*.safetensors"))
     data = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)

@@ -17,7 +17,7 @@ from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, open_checkpoint
 from modekit.data import TokenSequence, encode, make_batches
 from modekit.errors import RecipeError, TextError
 from modekit.models import DenseView
-from modekit.plan import ROUTER_FILE
+from modekit.planned import ROUTER_FILE
 from modekit.recipe import Router
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Workshop
 from modekit.checkpoint import open_checkpoint
-from modekit.plan import ROUTER_FILE
+from modekit.planned import ROUTER_FILE
 from modekit.verify import Check, is_proven, verify
 
 

@@ -27,11 +27,11 @@ from modekit.checkpoint import (
 )
 from modekit.data import is_local
 from modekit.errors import SourceError
-from modekit.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
+from modekit.planned import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.progress import Progress, silent
 from modekit.routing.constant import constant_gates
-from modekit.sources import Mappings
-from modekit.tensors import check_finite, computed_blocks
+from modekit.sources import Mappings, TensorRef
+from modekit.tensors import PieceReader, check_finite, computed_blocks
 from modekit.writer import Staging, staging, write_all, write_json
 
 _CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
@@ -56,7 +56,7 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
         hashes = inspector.finish()
         write_index(plan, stage.folder)
         write_json(stage.folder / "config.json", dict(plan.config))
-        for file in plan.copied_files:
+        for file in (*plan.copied_files, *plan.code_files):
             shutil.copyfile(file, stage.folder / file.name)
         checkpoint = _set_router(plan, out, stage, hashes, progress)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
@@ -76,13 +76,12 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], p
     linear = plan.recipe.mixture.method == "linear"
     settings = None if linear else plan.recipe.mixture.router
     status = RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={})
-    gates = None
-    if not plan.recipe.mixture.needs_text:
-        gates = constant_gates(plan.recipe, plan.layers, plan.hidden)
-    names = [tensor.name for tensor in plan.router]
+    gates = constant_gates(plan.recipe, plan.slots)
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
-    placeholder = np.zeros((plan.layers, plan.experts, plan.hidden), np.float32)
-    sha256 = write_router_file(stage.folder / ROUTER_FILE, names, placeholder if gates is None else gates, plan.router[0].dtype)
+    placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
+    sha256 = write_router_file(
+        stage.folder / ROUTER_FILE, plan.slots, placeholder if gates is None else gates, plan.router_dtype
+    )
     checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, status.model_copy(update={"sha256": sha256})))
     if gates is not None:
         return checkpoint
@@ -97,6 +96,7 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], p
 
 def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
     mappings = Mappings()
+    read = PieceReader(mappings)
     total = sum(shard.nbytes for shard in plan.shards)
     written = 0
     try:
@@ -105,7 +105,7 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
             def write_tensor(place: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written
                 progress("build", min(written, total), total)
-                _write_tensor(plan, tensors[place], mappings, stream)
+                _write_tensor(plan, tensors[place], read, stream)
                 written += tensors[place].nbytes
 
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
@@ -115,15 +115,16 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
         mappings.close()
 
 
-def _write_tensor(plan: Plan, tensor: PlannedTensor, mappings: Mappings, stream: io.FileIO) -> None:
+def _write_tensor(plan: Plan, tensor: PlannedTensor, read: PieceReader, stream: io.FileIO) -> None:
     if tensor.operation == "copy":
         for piece in tensor.pieces:
-            _copy(piece, mappings, stream)
+            _copy(piece, read.mappings, stream)
     else:
-        for block in computed_blocks(plan, tensor, mappings):
+        for block in computed_blocks(plan, tensor, read):
             write_all(stream, block)
     for piece in tensor.pieces:
-        mappings.forget(piece.ref)
+        for ref in piece.refs:
+            read.mappings.forget(ref)
 
 
 def _copy(piece: Piece, mappings: Mappings, stream: io.FileIO) -> None:
@@ -163,10 +164,10 @@ class _Inspector(threading.Thread):
         """Inspect files until done, halted or something is wrong."""
         mappings = Mappings()
         try:
-            for file, pieces in self._used_pieces().items():
+            for file, refs in self._used_refs().items():
                 known = self._stage.recall(f"blake3 {file}")
                 if known is None:
-                    known = self._inspect(mappings.file(file), pieces)
+                    known = self._inspect(mappings.file(file), refs)
                     if known is None:
                         return
                     self._stage.record(f"blake3 {file}", known)
@@ -196,27 +197,26 @@ class _Inspector(threading.Thread):
             ) from None
         return self._hashes
 
-    def _used_pieces(self) -> dict[Path, list[Piece]]:
-        pieces = {(piece.ref.file, piece.ref.name): piece for tensor in self._plan.tensors for piece in tensor.pieces}
-        files: dict[Path, list[Piece]] = {file: [] for source in self._plan.sources for file in source.files}
-        for piece in pieces.values():
-            files[piece.ref.file].append(piece)
+    def _used_refs(self) -> dict[Path, list[TensorRef]]:
+        files: dict[Path, list[TensorRef]] = {file: [] for source in self._plan.sources for file in source.files}
+        for ref in dict.fromkeys(ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs):
+            files[ref.file].append(ref)
         return files
 
-    def _inspect(self, content: memoryview, pieces: list[Piece]) -> str | None:
+    def _inspect(self, content: memoryview, refs: list[TensorRef]) -> str | None:
         """Hash of a file's content, or None when halted."""
         hasher = blake3()
         position = 0
-        for piece in sorted(pieces, key=lambda piece: piece.ref.start):
-            for start, end, check in ((position, piece.ref.start, False), (piece.ref.start, piece.ref.end, True)):
+        for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
+            for start, end, check in ((position, ref.start, False), (max(position, ref.start), ref.end, True)):
                 for at in range(start, end, _CHUNK):
                     if self._halt.is_set():
                         return None
                     chunk = content[at : min(at + _CHUNK, end)]
                     hasher.update(chunk)
                     if check:
-                        check_finite(self._plan, piece, chunk, piece.ref.dtype)
-            position = piece.ref.end
+                        check_finite(self._plan, ref, chunk)
+            position = max(position, ref.end)
         for at in range(position, len(content), _CHUNK):
             hasher.update(content[at : at + _CHUNK])
         return hasher.hexdigest()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -25,9 +26,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator, model_validator
 
 from modekit.errors import CheckpointError, RecipeError
-from modekit.families import LAYER, Family, family_of
+from modekit.families import LAYER
+from modekit.native import Native, native_of
 from modekit.numeric import DTYPES, is_finite, to_bytes
-from modekit.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.plan_modekit import replaced_rows, routing_config, slots_of
+from modekit.planned import INDEX_FILE, ROUTER_FILE, Plan, RouterSlot
 from modekit.recipe import Recipe, Router
 from modekit.sources import TensorRef, read_header
 from modekit.writer import JOURNAL, safetensors_header, write_atomically, write_json
@@ -36,8 +39,8 @@ RECORD_FILE = "modekit.json"
 STATISTICS_FOLDER = "router"
 _BUILD_AGAIN = "build the mixture again"
 
-Gates = npt.NDArray[np.float32]
-"""(L, E, D) float32: the gate of every layer."""
+Gates = Sequence[npt.NDArray[np.float32]]
+"""The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
 
 
 class _Record(BaseModel):
@@ -87,7 +90,8 @@ class Record(_Record):
     recipe_digest: str
     recipe_folder: str
     dense_config: dict[str, Any]
-    native_type: str
+    native_type: str | None
+    dense_parameters: int
     expert_sources: list[int]
     sources: list[SourceRecord]
     router: RouterRecord
@@ -102,7 +106,7 @@ class Record(_Record):
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:
         """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
-        return recipe.model_dump(mode="json", exclude_unset=True)
+        return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,33 @@ class Checkpoint:
         return self._read_json("config.json", "num_hidden_layers")
 
     @cached_property
-    def family(self) -> Family:
-        """The row of the families table that this checkpoint was written by."""
+    def native(self) -> Native | None:
+        """The row that this checkpoint was written by; None for the modekit architecture."""
+        if self.record.native_type is None:
+            return None
         try:
-            return family_of(self.record.native_type, str(self.record.dense_config.get("model_type")))
+            return native_of(self.record.native_type, str(self.record.dense_config.get("model_type")))
         except StopIteration:
             raise CheckpointError(
                 "modekit.json names a family that this version of modekit does not know", where=str(self.folder),
                 found=self.record.native_type, remedy="build the mixture again with this version of modekit",
             ) from None  # fmt: skip
+
+    @cached_property
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """The routers, in the order of the layers."""
+        if self.native is not None:
+            rows, hidden = (1,) * len(self.names), int(self.config["hidden_size"])
+            return tuple(
+                RouterSlot(LAYER.format(layer=layer) + self.native.router, hidden, rows) for layer in range(self.layers)
+            )
+        try:
+            linear = self.config["modekit"]["routing"]["method"] == "linear"
+            return () if linear else tuple(slots_of(self.config["modekit"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "config.json does not say what is mixed", where=f"{self.folder}: modekit", found=error, remedy=_BUILD_AGAIN
+            ) from None
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
@@ -135,9 +157,9 @@ class Checkpoint:
         tensors: dict[str, TensorRef] = {}
         for file in sorted({str(file) for file in weight_map.values()}):
             tensors.update(read_header(self.folder / Path(file).name, where=str(self.folder)))
-        for name in self.router_names():
-            if name not in tensors:
-                raise CheckpointError("the gate is missing", where=f"{self.folder}: {name}", remedy=_BUILD_AGAIN)
+        for slot in self.slots:
+            if slot.name not in tensors:
+                raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=_BUILD_AGAIN)
         return tensors
 
     @property
@@ -155,10 +177,6 @@ class Checkpoint:
         """The folder that the recipe's paths are relative to."""
         return (self.folder / self.record.recipe_folder).resolve()
 
-    def router_names(self) -> list[str]:
-        """Names of the gates, layer by layer."""
-        return [LAYER.format(layer=layer) + self.family.router for layer in range(self.layers)]
-
     def _read_json(self, file: str, key: str) -> dict[str, Any]:
         try:
             data: dict[str, Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
@@ -169,12 +187,25 @@ class Checkpoint:
             ) from None  # fmt: skip
         return data
 
+    def with_recipe(self, recipe: Recipe) -> Checkpoint:
+        """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
+        config = dict(self.config)
+        if self.native is not None:
+            config[self.native.top_k_key] = recipe.top_k
+        else:
+            config["modekit"] = rerouted(config["modekit"], recipe)
+        changed = Checkpoint(self.folder, self.record)
+        changed.__dict__["config"] = config
+        return changed
+
     def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
-        """Write new gates, then the top_k in config.json, then modekit.json; nothing else is touched."""
-        dtype = self.tensors[self.router_names()[0]].dtype
-        sha256 = write_router_file(self.folder / ROUTER_FILE, self.router_names(), gates, dtype)
-        config = {**self.config, self.family.top_k_key: recipe.top_k}
-        write_json(self.folder / "config.json", config)
+        """Write new gates, then the routing in config.json, then modekit.json; nothing else is touched."""
+        changed = self.with_recipe(recipe)
+        dtype = _gate_dtype(self)
+        sha256 = write_router_file(self.folder / ROUTER_FILE, changed.slots, gates, dtype)
+        if [slot.name for slot in changed.slots] != [slot.name for slot in self.slots]:
+            _rewrite_index(self.folder, [slot.name for slot in changed.slots])
+        write_json(self.folder / "config.json", changed.config)
         record = self.record.model_copy(
             update={
                 "router": router.model_copy(update={"sha256": sha256}),
@@ -216,33 +247,48 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             remedy="build the mixture again with this version of modekit",
         ) from None  # fmt: skip
     checkpoint = Checkpoint(folder, record)
-    _ = checkpoint.family, checkpoint.tensors  # read now, so that damage shows before any work
+    _ = checkpoint.native, checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
 
 
-def write_router_file(path: Path, names: list[str], gates: Gates, dtype: str) -> str:
-    """Write the gates (L, E, D) in a safetensors dtype; returns the file's sha256.
+def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
+    """Write the gates in a safetensors dtype; returns the file's sha256.
 
     Raises RecipeError when they are not finite in that dtype.
     """
-    data = [to_bytes(gate.ravel(), dtype) for gate in gates]
+    data = [to_bytes(np.ascontiguousarray(gate).ravel(), dtype) for gate in gates]
     if not all(is_finite(view, dtype) for view in data):
         raise RecipeError(
             f"the router's gates are not finite in {DTYPES[dtype]}", where="mixture.router",
             remedy="raise temperature or l2, or fit on other text",
         )  # fmt: skip
-    header = safetensors_header(
-        (name, dtype, tuple(gate.shape), len(view)) for name, gate, view in zip(names, gates, data, strict=True)
-    )
+    header = safetensors_header((slot.name, dtype, slot.shape, len(view)) for slot, view in zip(slots, data, strict=True))
     content = header + b"".join(data)
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
+def rerouted(modekit: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """`config["modekit"]` with the routing of another recipe over the same experts."""
+    return {**modekit, "routing": routing_config(recipe), "places": replaced_rows(modekit, recipe.mixture.router)}
+
+
+def _gate_dtype(checkpoint: Checkpoint) -> str:
+    if checkpoint.slots:
+        return checkpoint.tensors[checkpoint.slots[0].name].dtype
+    return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[checkpoint.config["dtype"]]
+
+
+def _rewrite_index(folder: Path, gates: list[str]) -> None:
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
+    write_json(folder / INDEX_FILE, {**index, "weight_map": {**kept, **dict.fromkeys(gates, ROUTER_FILE)}})
+
+
 def write_index(plan: Plan, folder: Path) -> None:
     """Write the index that tells transformers which file holds which tensor."""
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    weight_map.update({tensor.name: ROUTER_FILE for tensor in plan.router})
+    weight_map.update({slot.name: ROUTER_FILE for slot in plan.slots})
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": plan.bytes_written}, "weight_map": weight_map})
 
 
@@ -268,7 +314,8 @@ def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRec
         recipe_digest=plan.recipe.digest(),
         recipe_folder=os.path.relpath(plan.root, out),
         dense_config=plan.family.dense_config(plan.sources[0].config),
-        native_type=plan.family.native_type,
+        native_type=plan.native.native_type if plan.native is not None else None,
+        dense_parameters=sum(ref.numel for ref in plan.sources[0].tensors.values()),
         expert_sources=[unique.index(source) for source in plan.sources[1:]],
         sources=sources,
         router=router,

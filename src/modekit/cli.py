@@ -43,10 +43,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
     """Show what a build would do, from configs and headers alone."""
     from modekit.plan import make_plan
+    from modekit.plan import summary as summarise
     from modekit.recipe import load_recipe
 
     root = recipe.resolve().parent
-    summary = make_plan(load_recipe(recipe), root, trust_remote_code=trust_remote_code, headers_only=True).summary()
+    summary = summarise(make_plan(load_recipe(recipe), root, trust_remote_code=trust_remote_code, headers_only=True))
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:

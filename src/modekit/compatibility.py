@@ -63,7 +63,7 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
     where = f"{source.label} ({source.spec})"
     deepest = max((int(match[1]) for name in source.tensors if (match := _IN_LAYER.match(name))), default=-1) + 1
     if deepest < layers:
-        source.tensor(LAYER.format(layer=deepest) + family.mlp["gate"])
+        source.tensor(LAYER.format(layer=deepest) + family.mlp["down"])
     kinds = source.config.get("layer_types") or []
     kinds = kinds if len(kinds) == layers else [""] * layers
     found: list[set[str]] = [set() for _ in range(layers)]
@@ -87,7 +87,8 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
     shapes = {"model.embed_tokens.weight": (int(source.config["vocab_size"]), hidden)}
     for layer in range(layers):
         for part, suffix in family.mlp.items():
-            shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (expert_hidden, hidden)
+            rows = expert_hidden * list(family.mlp.values()).count(suffix)  # gate and up in one module
+            shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
     heads, head_dim = (family.dense_config(source.config)[key] for key in ("num_key_value_heads", "head_dim"))
     if not isinstance(heads, int) or not isinstance(head_dim, int):
         raise SourceError(

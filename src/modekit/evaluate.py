@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,17 +25,20 @@ from transformers import PreTrainedModel
 from modekit.checkpoint import Checkpoint
 from modekit.data import Split, TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
 from modekit.errors import TextError
+from modekit.adapters import is_adapter, open_adapter
 from modekit.families import LAYER
-from modekit.models import forced_expert, load_model, load_tokenizer
+from modekit.models import forced_expert, load_adapted, load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.recipe import BASE
 from modekit.routing.fit import fit_documents
+from modekit.sources import open_source
 from modekit.writer import write_atomically, write_json
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
 TRAINED_DIGITS = 16
+_OWN = re.compile(r"\.experts\.\d+\.")
 _SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture"]
@@ -302,12 +306,15 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     if folders[0].is_dir():
         yield _Job(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
     for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
-        if place != 0 and folders[place].is_dir():
-            yield _Job(name, "expert", dense, dense, hashes[place], partial(load, folders[place]))
+        if place != 0 and folders[place].is_dir() and (folders[0].is_dir() or not is_adapter(folders[place])):
+            # An adapter is nothing without its base; a full model is itself, wherever it comes from.
+            identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
+            yield _Job(name, "expert", dense, dense, identity, partial(_load_expert, folders[0], folders[place], load))
     if not missing:
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
-        yield _Job("weight average", "average", dense, dense, identity, lambda: _average([folders[p] for p in members], load))
+        loads = [partial(_load_expert, folders[0], folders[place], load) for place in members]
+        yield _Job("weight average", "average", dense, dense, identity, lambda: _average(loads))
     active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
     mixture = f"{hashes} {record.expert_sources} {record.recipe.mixture.backbone} {record.recipe.output.dtype}"
     load_mixture = partial(load, checkpoint.folder)
@@ -325,14 +332,17 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
 
 
 def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Of the mixture, of one expert, and of a dense model of the family."""
+    """Of the mixture, of what it has once per expert, and of a dense model of the family."""
     total = sum(ref.numel for ref in checkpoint.tensors.values())
-    router = sum(checkpoint.tensors[name].numel for name in checkpoint.router_names())
-    family, layers = checkpoint.family, range(checkpoint.layers)
-    constants = sum(checkpoint.tensors[LAYER.format(layer=i) + c.name].numel for i in layers for c in family.constants)
-    names = list(family.fused or [name.format(expert=0) for name in (family.experts or {}).values()])
+    if checkpoint.native is None:
+        own = sum(ref.numel for name, ref in checkpoint.tensors.items() if _OWN.search(name))
+        return total, own // len(checkpoint.names), checkpoint.record.dense_parameters
+    router = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
+    native, layers = checkpoint.native, range(checkpoint.layers)
+    constants = sum(checkpoint.tensors[LAYER.format(layer=i) + c.name].numel for i in layers for c in native.constants)
+    names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
     ffn = sum(checkpoint.tensors[LAYER.format(layer=layer) + name].numel for layer in layers for name in names)
-    per_expert = ffn // len(checkpoint.names) if family.fused else ffn
+    per_expert = ffn // len(checkpoint.names) if native.fused else ffn
     return total, per_expert, total - router - constants - per_expert * (len(checkpoint.names) - 1)
 
 
@@ -342,14 +352,21 @@ def _trained_on(folder: Path) -> set[str]:
     return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
 
 
-def _average(folders: Sequence[Path], load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+def _load_expert(base: Path, folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+    """A full model, or the base with an adapter folded in."""
+    if not is_adapter(folder):
+        return load(folder)
+    return load_adapted(base, open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base)))
+
+
+def _average(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:
     """The mean of the models' tensors, summed in float64; two models are in memory at a time."""
-    model = load(folders[0])
+    model = loads[0]()
     sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    for folder in folders[1:]:
-        for name, tensor in load(folder).state_dict().items():
+    for load in loads[1:]:
+        for name, tensor in load().state_dict().items():
             sums[name] += tensor
-    model.load_state_dict({name: tensor / len(folders) for name, tensor in sums.items()})
+    model.load_state_dict({name: tensor / len(loads) for name, tensor in sums.items()})
     return model
 
 

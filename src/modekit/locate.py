@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from modekit.adapters import open_adapter
 from modekit.errors import SourceError
-from modekit.recipe import BASE, Recipe
+from modekit.recipe import Expert, Recipe
 from modekit.sources import ModelSource, open_source
 
 
@@ -59,8 +60,14 @@ def open_recipe_sources(
         return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
 
     base = opened("base_model", recipe.base_model, recipe.revision)
-    sources = [base]
-    for place, expert in enumerate(recipe.experts):
-        label = f"experts[{place}] '{expert.name}'"
-        sources.append(base if expert.model == BASE else opened(label, expert.model, expert.revision))
-    return tuple(sources)
+
+    def expert_source(label: str, expert: Expert) -> ModelSource:
+        if expert.is_base:
+            return base
+        if expert.adapter is None:
+            return opened(label, expert.source, expert.revision)
+        folder = model_folder(expert.adapter, expert.revision, root=root, label=label)
+        return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
+
+    experts = (expert_source(f"experts[{place}] '{expert.name}'", expert) for place, expert in enumerate(recipe.experts))
+    return (base, *experts)

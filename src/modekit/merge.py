@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,18 @@ import numpy.typing as npt
 from modekit.numeric import blocks
 from modekit.recipe import BackboneMerge
 
-Array = npt.NDArray[np.generic]
+class FlatArray(Protocol):
+    """What is merged: a flat array, or something that is read like one and computes what it gives."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.generic]: ...
+
+
 Block = npt.NDArray[np.float64]
 
 
-def merge_blocks(settings: BackboneMerge, base: Array, experts: Sequence[Array]) -> Iterator[Block]:
+def merge_blocks(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Iterator[Block]:
     """Blocks of the merged tensor, in order, in float64.
 
     `base` and `experts` are flat arrays of equal length in any float format.
@@ -32,11 +40,11 @@ def merge_blocks(settings: BackboneMerge, base: Array, experts: Sequence[Array])
         yield rule(_read(base, part), [_read(expert, part) for expert in experts])
 
 
-def _read(array: Array, part: slice) -> Block:
+def _read(array: FlatArray, part: slice) -> Block:
     return array[part].astype(np.float32).astype(np.float64)
 
 
-def _elementwise(settings: BackboneMerge, base: Array, experts: Sequence[Array]) -> Callable[[Block, list[Block]], Block]:
+def _elementwise(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Callable[[Block, list[Block]], Block]:
     if settings.method == "average":
         return lambda _, values: _sum(values) / len(values)
     if settings.method == "task_arithmetic":  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
@@ -72,7 +80,7 @@ def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale:
     return _moved(base, scale * mean)
 
 
-def _magnitude_threshold(base: Array, expert: Array, density: float) -> np.float32:
+def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> np.float32:
     """The k-th largest |expert - base| in float32, k = ceil(density * n), exactly and in bounded memory.
 
     Non-negative floats sort like their bit patterns, so two counting passes over 16 bits each find the value.
@@ -93,11 +101,11 @@ def _magnitude_threshold(base: Array, expert: Array, density: float) -> np.float
     return threshold
 
 
-def _magnitude_bits(base: Array, expert: Array, part: slice) -> npt.NDArray[np.uint32]:
+def _magnitude_bits(base: FlatArray, expert: FlatArray, part: slice) -> npt.NDArray[np.uint32]:
     return np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32)
 
 
-def _slerp(t: float, first: Array, second: Array) -> Iterator[Block]:
+def _slerp(t: float, first: FlatArray, second: FlatArray) -> Iterator[Block]:
     """Spherical interpolation of two flattened tensors (Shoemake 1985); nearly parallel ones are interpolated linearly."""
     dot = square_first = square_second = 0.0
     for part in blocks(len(first)):

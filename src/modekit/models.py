@@ -1,10 +1,10 @@
-"""Models in memory: the mixture as transformers loads it, and the dense view of each expert inside a checkpoint.
+"""Models of a mixture as transformers loads them, and a checkpoint seen as one expert at a time.
 
-The dense view is the backbone with one expert's FFN, in the dense family's own class: it is what the mixture computes
-when its router always takes that expert (promise 2), at the cost of a dense forward pass and with one dense model in
-memory whatever the number of experts. Weights are memory-mapped and taken as they are where the dtype allows.
+A view computes what the mixture computes when its routers always take one expert (promise 2). Of a native checkpoint it is
+the dense family's own class with the backbone and one expert's FFN: the cost of a dense pass, one dense model in memory
+whatever the number of experts. Of a modekit checkpoint it is the mixture itself, whose routers are overruled.
 
-Shape legend: L layers, D hidden, F expert hidden, E experts, T tokens.
+Shape legend: L layers, D width, F expert hidden, E experts, T tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +28,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from modekit.checkpoint import Checkpoint
+from modekit.adapters import AdapterSource
 from modekit.errors import CheckpointError, SourceError
 from modekit.families import LAYER
+from modekit.folding import Folded, folded_bias, reader
+from modekit.native import Native
+from modekit.numeric import as_array, to_float32
+from modekit.sources import Mappings
 
 transformers_logging.disable_progress_bar()
 
@@ -68,20 +74,54 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-class DenseView:
-    """The backbone of a checkpoint with one expert's FFN at a time, as a dense model.
+class ExpertView(Protocol):
+    """A checkpoint as a model that is one expert at a time."""
 
-    `model` is ready for evaluation; `use_expert` swaps the FFN of every layer without touching the backbone.
+    model: PreTrainedModel
+
+    def use_expert(self, expert: int) -> None:
+        """Be expert `expert` (place in recipe order)."""
+
+    def router_inputs(self) -> list[nn.Module]:
+        """Per router slot, a module whose first argument is what the router reads, (B, S, D)."""
+
+
+def expert_view(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> ExpertView:
+    """A checkpoint as one expert at a time, ready for evaluation."""
+    return ModekitView(checkpoint, dtype=dtype) if checkpoint.native is None else DenseView(checkpoint, dtype=dtype)
+
+
+class ModekitView:
+    """A modekit checkpoint whose routers are overruled."""
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+        self.model = load_model(checkpoint.folder, dtype=dtype)
+        self._slots = checkpoint.slots
+
+    def use_expert(self, expert: int) -> None:
+        """Give all weight to an expert."""
+        self.model.use_expert(expert)
+
+    def router_inputs(self) -> list[nn.Module]:
+        """The routers themselves."""
+        return [self.model.get_submodule(slot.name.removesuffix(".gate")) for slot in self._slots]
+
+
+class DenseView:
+    """The backbone of a native checkpoint with one expert's FFN at a time, as a dense model.
+
+    `use_expert` swaps the FFN of every layer without touching the backbone. Weights are memory-mapped and taken as they
+    are where the dtype allows.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = default_device()
-        family = checkpoint.family
+        self._native = _native(checkpoint)
         _check_sizes(checkpoint)
         config = AutoConfig.for_model(**checkpoint.record.dense_config)
-        block = f".{family.router.split('.')[0]}."  # everything the native layer has in place of the dense FFN
+        block = f".{self._native.router.split('.')[0]}."  # everything the native layer has in place of the dense FFN
         state = {name: self._read(name) for name in checkpoint.tensors if not (".layers." in name and block in name)}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
@@ -89,7 +129,6 @@ class DenseView:
             None, config=config, state_dict=state, dtype=dtype
         )
         self.model.to(self._device).eval()
-        self._family = family
 
     def use_expert(self, expert: int) -> None:
         """Put expert `expert` (place in recipe order) into every layer."""
@@ -98,27 +137,55 @@ class DenseView:
             for name, tensor in self._ffn(layer, expert).items():
                 parameters[name].data = tensor.to(self._device)
 
-    def ffn_modules(self) -> list[nn.Module]:
+    def router_inputs(self) -> list[nn.Module]:
         """The FFN block of each layer; its input is what the router of that layer reads."""
-        return [layer.get_submodule(self._family.mlp_module) for layer in decoder_layers(self.model)]
+        return [layer.get_submodule(self._native.family.mlp_module) for layer in decoder_layers(self.model)]
 
     def _ffn(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Dense names -> tensors of one expert in one layer."""
-        family = self._checkpoint.family
+        native = self._native
         prefix = LAYER.format(layer=layer)
-        if family.experts is not None:
-            parts = {part: self._read(prefix + name.format(expert=expert)) for part, name in family.experts.items()}
+        if native.experts is not None:
+            parts = {part: self._read(prefix + name.format(expert=expert)) for part, name in native.experts.items()}
         else:
-            assert family.fused is not None
-            gate_up = self._read(prefix + family.fused[0], expert)
+            assert native.fused is not None
+            gate_up = self._read(prefix + native.fused[0], expert)
             gate, up = gate_up.chunk(2, dim=0)
-            parts = {"gate": gate, "up": up, "down": self._read(prefix + family.fused[1], expert)}
-        return {prefix + family.mlp[part]: tensor.contiguous() for part, tensor in parts.items()}
+            parts = {"gate": gate, "up": up, "down": self._read(prefix + native.fused[1], expert)}
+        return {prefix + native.family.mlp[part]: tensor.contiguous() for part, tensor in parts.items()}
 
     def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
         with safe_open(self._checkpoint.tensors[name].file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return tensor.to(self._dtype)
+
+
+def _native(checkpoint: Checkpoint) -> Native:
+    assert checkpoint.native is not None
+    return checkpoint.native
+
+
+def load_adapted(base: Path, adapter: AdapterSource, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base model with an adapter folded into its weights, in float32, for evaluation."""
+    model = load_model(base, trust_remote_code=trust_remote_code)
+    parameters = dict(model.named_parameters())
+    mappings = Mappings()
+    try:
+        read = reader(mappings)
+        for name in {*adapter.changes, *adapter.bias_changes, *adapter.replaced}:
+            parameter = parameters[name]
+            values = parameter.detach().cpu().float().numpy().ravel()
+            if name in adapter.replaced:
+                values = to_float32(as_array(mappings.view(adapter.replaced[name]), adapter.replaced[name].dtype))
+            if name in adapter.changes:
+                rows, columns = parameter.shape
+                values = Folded(adapter.changes[name], values, (rows, columns), read)[:]
+            elif name in adapter.bias_changes:
+                values = folded_bias(adapter.bias_changes[name], values, read)
+            parameter.data = torch.from_numpy(values.copy()).view(parameter.shape).to(parameter)
+    finally:
+        mappings.close()
+    return model
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
@@ -134,16 +201,23 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -> Iterator[None]:
-    """While open, the router of every layer of a loaded mixture gives all weight to one expert.
+    """While open, every router of a loaded mixture gives all weight to one expert.
 
-    The router reads ones instead of x, through a gate that makes logits of 10,000 for the expert and 0 for the others,
+    Routers of the modekit architecture can be told so. A native router reads ones instead of x, through a gate that makes logits of 10,000 for the expert and 0 for the others,
     so that softmax is exactly one-hot. What routers return differs between versions of transformers; what they read
     does not.
     """
+    if checkpoint.native is None:
+        model.use_expert(expert)
+        try:
+            yield
+        finally:
+            model.use_expert(None)
+        return
     handles, gates = [], []
     shape = (len(checkpoint.names), int(model.config.hidden_size))
     for layer in decoder_layers(model):
-        router = layer.get_submodule(checkpoint.family.router_module)
+        router = layer.get_submodule(checkpoint.native.router_module)
         gate = next(parameter for parameter in router.parameters() if parameter.shape == shape)
         gates.append((gate, gate.data))
         gate.data = torch.zeros_like(gate.data)

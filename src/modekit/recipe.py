@@ -33,10 +33,16 @@ BASE = "base"
 """The word that stands for the base model wherever a model is named."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge"]
+RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge", "arrow", "spectr", "seqr", "phatgoose"]
+DATA_FREE = ("random", "arrow", "spectr", "seqr")
+"""Fits that read no text."""
+ADAPTER_FITS = ("arrow", "spectr", "seqr", "phatgoose")
+"""Fits that score experts by their low-rank changes, or train a gate on them."""
+Part = Literal["mlp", "q", "k", "v", "o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
+CONTEXT_DECAYS = (0.9,)
 _TAKEN = (BASE, "oracle", "mixture")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -64,10 +70,13 @@ def _without(problems: list[str], model: _Model) -> _Model:
 
 
 class Expert(_Strict):
-    """One expert: a domain's name, the model made for it and, for fitting and evaluation, its text."""
+    """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
     name: Name = Field(description="Name of the expert and of its domain.")
-    model: str = Field(min_length=1, description="Folder, hub id, or the word 'base'.")
+    model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
+    adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter (LoRA, IA3) of the base.")
+    as_: Literal["full", "lora"] = Field("full", alias="as", description="lora: keep only a low-rank part of a full model.")
+    rank: int | None = Field(None, ge=1, description="Rank of that part (as: lora only; default 16).")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(None, description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set.")
     prompts: list[str] | None = Field(
@@ -76,6 +85,32 @@ class Expert(_Strict):
     negative_prompts: list[str] | None = Field(
         None, min_length=1, description="Texts this expert should not take; centroid fit only."
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Expert:
+        problems = []
+        if (self.model is None) == (self.adapter is None):
+            problems.append("give either 'model' or 'adapter'")
+        if self.as_ == "lora" and (self.model is None or self.model == BASE):
+            problems.append("'as: lora' makes an adapter of a full model; it has no effect here, remove it")
+        if self.rank is not None and self.as_ != "lora":
+            problems.append("'rank' has no effect without 'as: lora'; remove it (an adapter has the rank it was trained with)")
+        return _without(problems, self)
+
+    @property
+    def source(self) -> str:
+        """What the recipe names: a folder, a hub id or the word base."""
+        return self.model or self.adapter or BASE
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the expert is the base model itself."""
+        return self.model == BASE
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the low-rank part to take of a full model; None when nothing is to be taken."""
+        return (self.rank or 16) if self.as_ == "lora" else None
 
 
 class Router(_Strict):
@@ -89,12 +124,59 @@ class Router(_Strict):
     compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
     keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
     seed: int = Field(0, ge=0, description="Seed of a random router.")
+    granularity: Literal["token", "context", "sequence"] = Field(
+        "token", description="What the gate reads: the token, a causal average of the text so far, or the first tokens."
+    )
+    decay: list[float] | None = Field(
+        None, min_length=1, description="Context: decays of the averages; 1 is the mean of all tokens so far, 0 the token."
+    )
+    prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
+    per: Literal["layer", "model", "projection", "feature"] = Field(
+        "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
+    )
+    jitter: float = Field(0.0, ge=0, lt=1, description="Random scaling of what the gate reads, in training only.")
+    noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
+    steps: int | None = Field(None, ge=1, description="PHATGOOSE: training steps per expert (default 100).")
 
     @model_validator(mode="after")
-    def _logistic_needs_tokens(self) -> Router:
+    def _no_dead_setting(self) -> Router:
+        problems = []
+        if self.per == "feature" and self.fit in ADAPTER_FITS:
+            problems.append(f"fit '{self.fit}' makes one decision per module, not one per output feature; choose another")
         if self.fit == "logistic" and self.keep_tokens == 0:
-            raise ValueError("the logistic fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge")
-        return self
+            problems.append("the logistic fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge")
+        if self.decay is not None and self.granularity != "context":
+            problems.append("'decay' has no effect without granularity: context; remove it")
+        if self.decay is not None and not all(0 <= decay <= 1 for decay in self.decay):
+            problems.append("'decay' must lie between 0 and 1")
+        if self.prefix is not None and self.granularity != "sequence":
+            problems.append("'prefix' has no effect without granularity: sequence; remove it")
+        if self.steps is not None and self.fit != "phatgoose":
+            problems.append("'steps' has no effect without fit: phatgoose; remove it")
+        return _without(problems, self)
+
+    @property
+    def prefix_tokens(self) -> int | None:
+        """Tokens after which the decision stays; None when it never does."""
+        return (self.prefix or 64) if self.granularity == "sequence" else None
+
+    @property
+    def averages(self) -> list[dict[str, Any]]:
+        """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
+        if self.granularity == "token":
+            return [{"decay": None}]
+        if self.granularity == "sequence":
+            return [{"decay": 1.0}]
+        return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]
+
+
+class AlwaysOn(_Strict):
+    """An expert, or the base, that takes part in every token."""
+
+    expert: Name = Field(description="Name of an expert, or base.")
+    weight: float | None = Field(
+        None, gt=0, lt=1, description="Its share; without one, an expert of the list is always chosen and weighs what its logit says."
+    )
 
 
 class BackboneMerge(_Strict):
@@ -139,6 +221,14 @@ class Mixture(_Strict):
 
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="In place of top_k: the fewest experts whose probabilities reach it (routing only)."
+    )
+    modules: Literal["auto", "all"] | list[Part] = Field(
+        "auto", description="What experts have of their own; auto: the FFN, and what adapters change. all: everything."
+    )
+    layers: list[int | str] | None = Field(None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all.")
+    always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
@@ -150,8 +240,31 @@ class Mixture(_Strict):
             problems.append("'router' has no effect with method 'linear', whose weights do not read the input; remove it")
         if self.method != "linear" and self.weights is not None:
             problems.append(f"'weights' has no effect with method '{self.method}'; remove it or use method: linear")
-        if self.method != "routing" and self.top_k is not None:
-            problems.append(f"'top_k' has no effect with method '{self.method}', which uses all experts; remove it")
+        for key in ("top_k", "top_p"):
+            if self.method != "routing" and getattr(self, key) is not None:
+                problems.append(f"'{key}' has no effect with method '{self.method}', which uses all experts; remove it")
+        if self.top_k is not None and self.top_p is not None:
+            problems.append("give top_k or top_p, not both")
+        if self.method == "linear" and self.always_on is not None:
+            problems.append("'always_on' has no effect with method 'linear', where every expert takes part; remove it")
+        if isinstance(self.modules, list) and len(set(self.modules)) < len(self.modules):
+            problems.append("'modules' names a part twice")
+        if isinstance(self.modules, list) and "mlp" in self.modules and {"gate", "up", "down"} & set(self.modules):
+            problems.append("'modules': mlp is the whole FFN, gate, up and down included; name either it or them")
+        if isinstance(self.modules, list) and not self.modules:
+            problems.append("'modules' is empty; name at least one part, or remove it")
+        if self.modules == "all":
+            if self.method != "linear" and (self.router.granularity != "sequence" or self.router.per != "model"):
+                problems.append(
+                    "modules: all mixes embeddings, norms and head too, which takes one decision per sequence: set "
+                    "router: {granularity: sequence, per: model}"
+                )
+            if self.layers is not None:
+                problems.append("'layers' has no effect with modules: all; remove it")
+        try:
+            _layer_ranges(self.layers or [])
+        except ValueError:
+            problems.append(f"'layers' must be numbers or ranges such as '4-11' (found {self.layers})")
         if self.weights is not None and not (min(self.weights.values(), default=0) >= 0 and sum(self.weights.values()) > 0):
             problems.append("'weights' must be >= 0 and not all zero")
         return _without(problems, self)
@@ -159,7 +272,38 @@ class Mixture(_Strict):
     @property
     def needs_text(self) -> bool:
         """Whether the router is fitted on text."""
-        return self.method != "linear" and self.router.fit != "random"
+        return self.method != "linear" and self.router.fit not in DATA_FREE
+
+    def mixed_layers(self, count: int) -> list[int]:
+        """The layers that are mixed, of `count`. Raises RecipeError for one that does not exist."""
+        if self.layers is None:
+            return list(range(count))
+        layers = sorted({layer for first, last in _layer_ranges(self.layers) for layer in range(first, last + 1)})
+        if layers[-1] >= count:
+            raise RecipeError(
+                "there is no such layer", where="mixture.layers", found=layers[-1], expected=f"0 to {count - 1}",
+                remedy="correct the layers",
+            )  # fmt: skip
+        return layers
+
+    def beyond_native(self) -> list[str]:
+        """What of this mixture only the modekit architecture can say."""
+        router = self.router
+        reasons = []
+        if self.modules != "auto" and self.modules != ["mlp"]:
+            reasons.append("modules other than the whole FFN")
+        if self.layers is not None:
+            reasons.append("only some layers")
+        if self.top_p is not None:
+            reasons.append("top_p")
+        if self.always_on is not None:
+            reasons.append("always_on")
+        if self.method != "linear":
+            reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
+            reasons += [f"a router per {router.per}"] if router.per != "layer" else []
+            reasons += [f"fit: {router.fit}"] if router.fit in ADAPTER_FITS else []
+            reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
+        return reasons
 
     @property
     def merge(self) -> BackboneMerge | None:
@@ -171,10 +315,23 @@ class Mixture(_Strict):
         return BackboneMerge.model_validate({"method": self.backbone})
 
 
+def _layer_ranges(layers: list[int | str]) -> list[tuple[int, int]]:
+    """(first, last) of each entry. Raises ValueError."""
+    ranges = []
+    for entry in layers:
+        first, _, last = str(entry).partition("-")
+        ranges.append((int(first), int(last or first)))
+        if ranges[-1][0] > ranges[-1][1]:
+            raise ValueError
+    return ranges
+
+
 class Output(_Strict):
     """Shape of the result."""
 
-    format: Literal["auto", "native"] = "auto"
+    format: Literal["auto", "native", "modekit"] = Field(
+        "auto", description="native: an architecture other tools know. modekit: everything else. auto: native where it is exact."
+    )
     dtype: DType = Field("source", description="source keeps the base model's dtype.")
     shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)] = Field(
         5 * 10**9, gt=0, description="Largest shard, in bytes or like '5GB'."
@@ -216,8 +373,28 @@ class Recipe(_Strict):
             problems.append(f"mixture.weights must name every expert once: {', '.join(names)}")
         if isinstance(mixture.backbone, BackboneExpert) and mixture.backbone.expert not in names:
             problems.append(f"mixture.backbone.expert '{mixture.backbone.expert}' is not an expert: {', '.join(names)}")
+        always_on = mixture.always_on
+        if always_on is not None and always_on.expert not in names and always_on.expert != BASE:
+            problems.append(f"mixture.always_on.expert '{always_on.expert}' is not an expert: {', '.join([*names, BASE])}")
+        if always_on is not None and always_on.weight is None and always_on.expert not in names:
+            problems.append("mixture.always_on: the base is not in the list of experts, so it needs a weight")
+        if self.output.format == "native":
+            problems += [
+                f"experts '{expert.name}': 'as: lora' has no effect with output.format native, whose experts are whole; remove it"
+                for expert in self.experts
+                if expert.as_ == "lora"
+            ]
+        if self.output.format == "native" and mixture.beyond_native():
+            problems.append(f"output.format native cannot say {', '.join(mixture.beyond_native())}; use modekit or auto")
+        if mixture.router.fit in ADAPTER_FITS and mixture.method != "linear":
+            whole = [e.name for e in self.experts if e.model is not None and not e.is_base and e.as_ == "full"]
+            if whole:
+                problems.append(
+                    f"router fit '{mixture.router.fit}' scores low-rank changes, and these experts are full models: "
+                    f"{', '.join(whole)} (add as: lora, or choose another fit)"
+                )
         if mixture.merge is not None:
-            merged = [expert for expert in self.experts if expert.model != BASE]
+            merged = [expert for expert in self.experts if not expert.is_base]
             if not merged:
                 problems.append("mixture.backbone cannot be merged: every expert is 'base'")
             elif mixture.merge.method == "slerp" and len(merged) != 2:
@@ -240,14 +417,14 @@ class Recipe(_Strict):
 
     @property
     def top_k(self) -> int:
-        """Experts per token, resolved: all for linear and gating, 2 (or all, if fewer) by default for routing."""
-        if self.mixture.method != "routing":
+        """Experts per token, resolved: all for linear, gating and top_p, 2 (or all, if fewer) by default for routing."""
+        if self.mixture.method != "routing" or self.mixture.top_p is not None:
             return len(self.experts)
         return self.mixture.top_k or min(2, len(self.experts))
 
     def digest(self) -> str:
         """sha256 of the recipe in canonical JSON; two recipes that say the same have the same digest."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -343,8 +520,8 @@ def _explain(problem: dict[str, Any]) -> list[str]:
 
 
 def _known_keys() -> set[str]:
-    models = (Recipe, Expert, Mixture, Router, Output, BackboneMerge, BackboneExpert)
-    return {key for model in models for key in model.model_fields}
+    models = (Recipe, Expert, Mixture, Router, Output, AlwaysOn, BackboneMerge, BackboneExpert)
+    return {field.alias or key for model in models for key, field in model.model_fields.items()}
 
 
 def schema_text() -> str:

@@ -250,7 +250,7 @@ def _refuse_adapter(folder: Path, *, where: str) -> None:
     if (folder / "adapter_config.json").exists():
         raise SourceError(
             "this is an adapter, not a full model", where=where,
-            remedy="merge it into its base first (peft: merge_and_unload, then save_pretrained)",
+            remedy="name it as adapter: in place of model: in the recipe",
         ) from None  # fmt: skip
 
 

@@ -1,47 +1,90 @@
-"""The bytes of every planned tensor that is not a plain copy: cast, scaled, merged or zero, block by block.
+"""The bytes of every planned tensor that is not a plain copy: cast, scaled, folded, factored, merged or zero, in blocks.
 
 `build` writes them and `verify` computes them again, so that both say the same.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from modekit.errors import SourceError
-from modekit.merge import merge_blocks
-from modekit.numeric import DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
-from modekit.plan import Piece, Plan, PlannedTensor
-from modekit.sources import Mappings
+from modekit.folding import Folded, folded_bias, reader
+from modekit.lowrank import Factors, factorise
+from modekit.merge import FlatArray, merge_blocks
+from modekit.numeric import BLOCK, DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
+from modekit.planned import Piece, Plan, PlannedTensor
+from modekit.sources import Mappings, TensorRef
+
+_KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed for A serves for B
 
 
-def computed_blocks(plan: Plan, tensor: PlannedTensor, mappings: Mappings) -> Iterator[memoryview]:
+class PieceReader:
+    """Reads pieces as flat arrays of numbers, computing what adapters and low-rank parts make of a tensor."""
+
+    def __init__(self, mappings: Mappings) -> None:
+        self.mappings = mappings
+        self._read = reader(mappings)
+        self._factors: OrderedDict[tuple[object, ...], Factors] = OrderedDict()
+
+    def values(self, piece: Piece) -> FlatArray:
+        """The piece's elements in order: its own dtype when it is plain, else float32."""
+        if piece.factor is not None:
+            factors = self._factored(piece)
+            return (factors.a if piece.factor.side == "A" else factors.b).ravel()
+        plain = self._read(piece.ref)
+        if piece.change is None:
+            return plain
+        if piece.of_bias:
+            return folded_bias(piece.change, plain, self._read)
+        rows, columns = piece.ref.shape
+        return Folded(piece.change, plain, (rows, columns), self._read)
+
+    def _factored(self, piece: Piece) -> Factors:
+        factor = piece.factor
+        assert factor is not None
+        key = (piece.ref.file, piece.ref.start, factor.expert.file, factor.expert.start, factor.rank)
+        if key not in self._factors:
+            delta = to_float32(self._read(factor.expert)) - to_float32(self._read(piece.ref))
+            self._factors[key] = factorise(delta.reshape(piece.ref.shape), rank=factor.rank)
+            if len(self._factors) > _KEPT_FACTORS:
+                self._factors.popitem(last=False)
+        return self._factors[key]
+
+
+def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     """The tensor's bytes in order. Raises SourceError for NaN or Inf in a source, or what does not fit the dtype."""
     if tensor.operation == "zeros":
         for part in blocks(tensor.nbytes):
             yield memoryview(bytes(part.stop - part.start))
-    elif tensor.operation == "merge":
-        yield from _merged(plan, tensor, mappings)
+        return
+    for ref in dict.fromkeys(ref for piece in tensor.pieces for ref in piece.refs):
+        # Before computing, which can hide them: ties drops a NaN from its sum.
+        check_finite(plan, ref, read.mappings.view(ref))
+    if tensor.operation == "merge":
+        yield from _merged(plan, tensor, read)
+    elif tensor.operation == "columns":
+        yield from _side_by_side(tensor, read)
     else:
         for piece in tensor.pieces:
-            yield from _converted(plan, piece, tensor, mappings)
+            yield from _converted(plan, piece, tensor, read)
 
 
-def check_finite(plan: Plan, piece: Piece, view: memoryview, dtype: str) -> None:
-    """Raise SourceError that names expert and tensor when a block of its bytes holds NaN or Inf."""
-    if not is_finite(view, dtype):
-        source = plan.sources[piece.source]
+def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
+    """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
+    if not is_finite(view, ref.dtype):
+        source = next(source for source in plan.sources if ref.file in source.files)
         raise SourceError(
-            "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {piece.ref.name}",
+            "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {ref.name}",
             remedy="the model is damaged: save or download it again",
         )  # fmt: skip
 
 
-def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, mappings: Mappings) -> Iterator[memoryview]:
-    view = mappings.view(piece.ref)
-    check_finite(plan, piece, view, piece.ref.dtype)
-    values = as_array(view, piece.ref.dtype)
+def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    values = read.values(piece)
     for part in blocks(len(values)):
         block = to_float32(values[part])
         if tensor.factor != 1.0:
@@ -56,12 +99,20 @@ def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, mappings: Mappin
         yield converted
 
 
-def _merged(plan: Plan, tensor: PlannedTensor, mappings: Mappings) -> Iterator[memoryview]:
+def _side_by_side(tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    """Pieces (O, R_e) as the columns of one (O, R) tensor."""
+    rows = tensor.shape[0]
+    parts: list[npt.NDArray[np.generic]] = [np.asarray(read.values(piece)).reshape(rows, -1) for piece in tensor.pieces]
+    group = max(1, BLOCK // tensor.shape[1])
+    for start in range(0, rows, group):
+        block = np.concatenate([to_float32(part[start : start + group]) for part in parts], axis=1)
+        yield to_bytes(block.ravel(), tensor.dtype)
+
+
+def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     settings = plan.recipe.mixture.merge
     assert settings is not None
-    for piece in tensor.pieces:  # before merging, which can hide them: ties drops a NaN from its sum
-        check_finite(plan, piece, mappings.view(piece.ref), piece.ref.dtype)
-    base, *experts = (as_array(mappings.view(piece.ref), piece.ref.dtype) for piece in tensor.pieces)
+    base, *experts = (read.values(piece) for piece in tensor.pieces)
     for block in merge_blocks(settings, base, experts):
         merged = to_bytes(block.astype(np.float32), tensor.dtype)
         if not is_finite(merged, tensor.dtype):

@@ -18,10 +18,11 @@ from blake3 import blake3
 from modekit.checkpoint import RECORD_FILE, Checkpoint
 from modekit.errors import ModekitError
 from modekit.numeric import blocks, is_finite
-from modekit.plan import ROUTER_FILE, Plan, PlannedTensor, make_plan
+from modekit.plan import make_plan
+from modekit.planned import ROUTER_FILE, Plan, PlannedTensor
 from modekit.progress import Progress, silent
 from modekit.sources import Mappings
-from modekit.tensors import computed_blocks
+from modekit.tensors import PieceReader, computed_blocks
 
 Verdict = Literal["proven", "failed", "not possible"]
 
@@ -135,27 +136,30 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
-    for file in plan.copied_files:
+    for file in (*plan.copied_files, *plan.code_files):
         ours = checkpoint.folder / file.name
         if not ours.exists() or ours.read_bytes() != file.read_bytes():
-            return Check("tokenizer files", "failed", f"{file.name} differs from the base model's")
-    return Check("tokenizer files", "proven", f"{len(plan.copied_files)} files as the base model's")
+            return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
+    count = len(plan.copied_files)
+    code = f", {len(plan.code_files)} of code as this version's" if plan.code_files else ""
+    return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
 
 
 def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
     computed = [tensor for tensor in plan.tensors if tensor.role != "router" and tensor.operation != "copy"]
+    read = PieceReader(mappings)
     total, done = sum(tensor.nbytes for tensor in computed), 0
     for tensor in computed:
         ref = checkpoint.tensors.get(tensor.name)
         content = mappings.view(ref) if ref is not None else memoryview(b"")
         start = 0
-        for block in computed_blocks(plan, tensor, mappings):
+        for block in computed_blocks(plan, tensor, read):
             if not np.array_equal(np.frombuffer(content[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8)):
                 return Check("computed tensors", "failed", f"{tensor.name} is not what the recipe makes of its sources")
             start += len(block)
         done += tensor.nbytes
         progress("compute again", done, total)
-    return Check("computed tensors", "proven", f"{len(computed)} cast, scaled, merged or zero tensors computed again")
+    return Check("computed tensors", "proven", f"{len(computed)} cast, scaled, folded, merged or zero tensors computed again")
 
 
 def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mappings) -> bool:
@@ -188,19 +192,19 @@ def _check_finite(checkpoint: Checkpoint, mappings: Mappings, progress: Progress
 
 
 def _check_router(checkpoint: Checkpoint) -> Check:
-    shape = (len(checkpoint.names), int(checkpoint.config["hidden_size"]))
-    for name in checkpoint.router_names():
-        ref = checkpoint.tensors.get(name)
-        if ref is None or ref.shape != shape:
-            return Check("router", "failed", f"{name}: {None if ref is None else list(ref.shape)}, expected {list(shape)}")
+    for slot in checkpoint.slots:
+        ref = checkpoint.tensors.get(slot.name)
+        if ref is None or ref.shape != slot.shape:
+            found = None if ref is None else list(ref.shape)
+            return Check("router", "failed", f"{slot.name}: {found}, expected {list(slot.shape)}")
     if hashlib.sha256((checkpoint.folder / ROUTER_FILE).read_bytes()).hexdigest() != checkpoint.record.router.sha256:
         return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
-    top_k = checkpoint.config[checkpoint.family.top_k_key]
-    if top_k != checkpoint.record.recipe.top_k:
-        return Check("router", "failed", f"config.json has top_k {top_k}, the recipe {checkpoint.record.recipe.top_k}")
-    return Check(
-        "router", "proven", f"{checkpoint.layers} gates of {list(shape)}, {checkpoint.record.router.status}, top_k {top_k}"
-    )
+    recipe = checkpoint.record.recipe
+    if checkpoint.with_recipe(recipe).config != checkpoint.config:
+        return Check("router", "failed", "config.json routes in another way than the recipe in modekit.json")
+    shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
+    status = checkpoint.record.router.status
+    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}")
 
 
 def _check_reload(folder: Path, trust_remote_code: bool) -> Check:

@@ -29,11 +29,11 @@ class Mixed(nn.Module):
 
     `place` is its entry in `modekit.places`:
         ranks, scales: per expert the rank and scale of its adapter, 0 without one.
-        own: experts with a module of their own here. own_bias: these have a bias though the base has none.
-        biased: experts whose adapter adds a bias of its own.
+        own: experts with a module of their own here. biased: experts whose adapter adds a bias of its own.
         base: whether the base's module is kept (some expert is made of it).
         router: the place whose router decides here. Its first place in the order of execution owns it.
-        rows: rows of the gate per expert. features: one decision per output feature.
+        width, rows: of that router's gate: what it reads, and rows per expert.
+        features: how many decisions, when there is one per output feature.
         sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
     """
 
@@ -46,10 +46,10 @@ class Mixed(nn.Module):
         self.ranks: list[int] = list(place["ranks"])
         self.scales: list[float] = list(place["scales"])
         self.biased: list[int] = list(place.get("biased", []))
-        self.per_feature: bool = bool(place.get("features"))
+        self.per_feature = "features" in place
         self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
         self.base = dense if place["base"] else None
-        self.experts = nn.ModuleList(_like(dense, bool(place.get("own_bias"))) for _ in self.own)
+        self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         if any(self.ranks):
             self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), dense.in_features))
             self.lora_B = nn.Parameter(torch.zeros(dense.out_features, sum(self.ranks)))
@@ -57,8 +57,7 @@ class Mixed(nn.Module):
             self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), dense.out_features))
         self.router: Router | None = None
         if place["router"] == name:
-            features = dense.out_features if self.per_feature else 0
-            self.router = Router(name, flow, _width(dense), experts, routing, place["rows"], features)
+            self.router = Router(name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0))
         self._leader = [self]
 
     def follow(self, leader: Mixed) -> None:
@@ -80,7 +79,8 @@ class Mixed(nn.Module):
         if any(self.ranks):
             y = y + self._low_rank(x, weights)
         for row, expert in enumerate(self.biased):
-            y = y + weights[..., expert, None].to(y.dtype) * (self.lora_bias[row] * self.scales[expert])
+            weight = weights[..., expert] if self.per_feature else weights[..., expert, None]
+            y = y + weight.to(y.dtype) * (self.lora_bias[row].to(y.dtype) * self.scales[expert])
         return y
 
     def _whole_parts(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -111,29 +111,12 @@ class Mixed(nn.Module):
         return nn.functional.linear(hidden * torch.cat(factors, dim=-1), lora_B)
 
 
-def _like(dense: nn.Module, own_bias: bool) -> nn.Module:
-    """A module of the same kind and shape, to be filled from the checkpoint."""
-    if own_bias and isinstance(dense, nn.Linear):
-        return nn.Linear(dense.in_features, dense.out_features, device=dense.weight.device, dtype=dense.weight.dtype)
-    return copy.deepcopy(dense)
-
-
-def _width(dense: nn.Module) -> int:
-    """Width of what a router at this place reads: the module's input, or for token ids their embedding."""
-    if isinstance(dense, nn.Linear):
-        return dense.in_features
-    if isinstance(dense, nn.Embedding):
-        return dense.embedding_dim
-    linear = next((module for module in dense.modules() if isinstance(module, nn.Linear)), None)
-    return linear.in_features if linear is not None else next(dense.parameters()).shape[-1]
-
-
 def _dense_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]], *, one_each: bool) -> torch.Tensor:
     """Every module on every token; `one_each`: the weights have an axis of output features already."""
     total: torch.Tensor | None = None
     for module, weight in parts:
         y = module(x)
-        y = y * (weight if one_each else weight[..., None]).to(y.dtype)
+        y = y * (weight.to(y.dtype) if one_each else _spread(weight, y))
         total = y if total is None else total + y
     assert total is not None
     return total
@@ -150,10 +133,15 @@ def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) ->
             continue
         everywhere = len(rows) == len(flat)
         y = module(flat if everywhere else flat[rows])
-        y = y * weight_T[rows, None].to(y.dtype)
+        y = y * _spread(weight_T[rows], y)
         if total is None:
-            total = y if everywhere else y.new_zeros(len(flat), y.shape[-1]).index_add(0, rows, y)
+            total = y if everywhere else y.new_zeros(len(flat), *y.shape[1:]).index_add(0, rows, y)
         else:
             total = total + y if everywhere else total.index_add(0, rows, y)
     assert total is not None
     return total.unflatten(0, x.shape[:2])
+
+
+def _spread(weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """One weight per token, for a y with axes behind those of the tokens."""
+    return weight.reshape(*weight.shape, *[1] * (y.ndim - weight.ndim)).to(y.dtype)

@@ -1,6 +1,6 @@
-"""What a router really reads: the input of the FFN block of every layer, pads excluded, summed in blocks.
+"""What routers really read: the input of every router, averaged as its gate takes it, pads excluded, summed in blocks.
 
-Shape legend: L layers, D hidden, T tokens of a batch that are real, N kept tokens.
+Shape legend: B batch, S sequence, D width of what a gate takes (its parts side by side), T real tokens of a batch, N kept.
 """
 
 from __future__ import annotations
@@ -11,80 +11,102 @@ from typing import Any
 import torch
 from torch import nn
 
+from modekit.architecture.modekit_router import causal_average
 from modekit.data import TokenSequence, make_batches
-from modekit.models import DenseView
-from modekit.routing.statistics import DomainStatistics
+from modekit.models import ExpertView
+from modekit.routing.statistics import DomainStatistics, SlotStatistics
 
 _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
 
+Consume = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(slot, x (T, D), places (T,)): the real tokens of a batch, and their places in the order of the sequences."""
+
+
+class _Sums:
+    """Sums and kept tokens of one router while a text runs through."""
+
+    def __init__(self, width: int, kept_places: torch.Tensor) -> None:
+        self._places = kept_places
+        self.sum_D = torch.zeros(width, dtype=torch.float64)
+        self.outer_DD = torch.zeros((width, width), dtype=torch.float64)
+        self.sample_ND = torch.zeros((len(kept_places), width), dtype=torch.float16)
+
+    def add(self, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
+        """Take the tokens of a batch."""
+        self.sum_D += x_TD.sum(0, dtype=torch.float64).cpu()
+        self.outer_DD += (x_TD.T @ x_TD).cpu()  # float32 within a batch, float64 across batches
+        if not len(self._places):
+            return
+        slots = torch.searchsorted(self._places, places_T)
+        found = (slots < len(self._places)) & (self._places[slots.clamp(max=len(self._places) - 1)] == places_T)
+        self.sample_ND[slots[found]] = x_TD[found.to(x_TD.device)].clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
+
 
 def capture_domain(
-    view: DenseView,
+    view: ExpertView,
     sequences: Sequence[TokenSequence],
     negatives: Sequence[TokenSequence],
     *,
+    averages: Sequence[Mapping[str, Any]],
+    prefix: int | None,
     keep_tokens: int,
     source: Mapping[str, Any],
     advance: Callable[[int], None],
 ) -> DomainStatistics:
-    """Run a domain's text through the dense view of its own expert and sum what every router would read.
+    """Run a domain's text through its own expert and sum what every router's gate would take.
 
-    `advance` is called with the number of tokens done after each batch. Which tokens are kept depends on their place
-    in `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding.
+    `averages` and `prefix` are those of the routing (architecture/modekit_router.py). `advance` is called with the number
+    of tokens done after each batch. Which tokens are kept depends on their place in `sequences` alone, so neither padding
+    nor the order of batches changes the result beyond rounding.
     """
-    layers, hidden = len(view.ffn_modules()), int(view.model.config.hidden_size)
     total = sum(len(sequence.ids) for sequence in sequences)
     kept = min(keep_tokens, total)
-    kept_places = torch.linspace(0, total - 1, kept, dtype=torch.float64).round().long() if kept else torch.empty(0).long()
-    sum_LD = torch.zeros((layers, hidden), dtype=torch.float64)
-    outer_LDD = torch.zeros((layers, hidden, hidden), dtype=torch.float64)
-    sample_LND = torch.zeros((layers, kept, hidden), dtype=torch.float16)
+    places = torch.linspace(0, total - 1, kept, dtype=torch.float64).round().long() if kept else torch.empty(0).long()
+    sums: dict[int, _Sums] = {}
 
-    def consume(layer: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
-        x_TD = x_TD.float()
-        sum_LD[layer] += x_TD.sum(0, dtype=torch.float64).cpu()
-        outer_LDD[layer] += (x_TD.T @ x_TD).cpu()  # float32 within a batch, float64 across batches
-        slots = torch.searchsorted(kept_places, places_T)
-        hit = slots.clamp(max=max(kept - 1, 0))
-        found = (slots < kept) & (kept_places[hit] == places_T) if kept else torch.zeros_like(places_T, dtype=torch.bool)
-        sample_LND[layer, slots[found]] = x_TD[found.to(x_TD.device)].clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
+    def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
+        if slot not in sums:
+            sums[slot] = _Sums(x_TD.shape[1], places)
+        sums[slot].add(x_TD, places_T)
 
-    run_with_inputs(view, sequences, consume, advance)
-    negative_LD = torch.zeros((layers, hidden), dtype=torch.float64)
+    run_with_inputs(view, sequences, averages, prefix, consume, advance)
+    negative = {slot: torch.zeros_like(each.sum_D) for slot, each in sums.items()}
     if negatives:
         count = sum(len(sequence.ids) for sequence in negatives)
 
-        def consume_negative(layer: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
-            negative_LD[layer] += x_TD.sum(0, dtype=torch.float64).cpu() / count
+        def consume_negative(slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
+            negative[slot] += x_TD.sum(0, dtype=torch.float64).cpu() / count
 
-        run_with_inputs(view, negatives, consume_negative, lambda _: None)
-    return DomainStatistics(total, sum_LD, outer_LDD, negative_LD, sample_LND, dict(source))
+        run_with_inputs(view, negatives, averages, prefix, consume_negative, lambda _: None)
+    slots = tuple(
+        SlotStatistics(sums[slot].sum_D, sums[slot].outer_DD, negative[slot], sums[slot].sample_ND) for slot in sorted(sums)
+    )
+    return DomainStatistics(total, slots, dict(source))
 
 
 def run_with_inputs(
-    view: DenseView,
+    view: ExpertView,
     sequences: Sequence[TokenSequence],
-    consume: Callable[[int, torch.Tensor, torch.Tensor], None],
+    averages: Sequence[Mapping[str, Any]],
+    prefix: int | None,
+    consume: Consume,
     advance: Callable[[int], None],
 ) -> None:
-    """Forward passes over all sequences; `consume(layer, x_TD, places_T)` gets the real tokens of each batch.
-
-    `places_T` counts tokens in the order of `sequences`, whatever the batches.
-    """
+    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens."""
     starts = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)]).cumsum(0)
     mask: torch.Tensor | None = None
     whole = False  # no pads in the batch: nothing to pick out
     places_T: torch.Tensor | None = None
 
-    def hook(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(slot: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             assert mask is not None and places_T is not None
-            x_BSD = args[0].detach()
-            consume(layer, x_BSD.flatten(0, 1) if whole else x_BSD[mask], places_T)
+            x_BSD = averaged(args[0].detach().float(), mask.to(args[0].device), averages, prefix)
+            consume(slot, x_BSD.flatten(0, 1) if whole else x_BSD[mask], places_T)
 
         return read
 
-    handles = [module.register_forward_pre_hook(hook(layer)) for layer, module in enumerate(view.ffn_modules())]
+    handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(view.router_inputs())]
     device = view.model.device
     try:
         with torch.inference_mode():
@@ -98,3 +120,19 @@ def run_with_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def averaged(
+    x_BSD: torch.Tensor, mask_BS: torch.Tensor, averages: Sequence[Mapping[str, Any]], prefix: int | None
+) -> torch.Tensor:
+    """What a gate takes: the causal averages of x side by side, (B, S, J D). A gate is linear, so that averaging what it
+    reads, as here, is averaging what it says, as the router does."""
+    parts = [
+        x_BSD
+        if average["decay"] is None
+        else causal_average(
+            x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=prefix, divide=not average.get("sum", False)
+        )[0]
+        for average in averages
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -1,9 +1,9 @@
 """Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem).
 
-Every fit ends in one bias-free linear gate per layer, because that is what native architectures hold; the temperature
+Every fit ends in one bias-free linear gate per router, because that is what native architectures hold; the temperature
 is folded into it. Domains count equally, however much text each had.
 
-Shape legend: L layers, D hidden, E experts, N kept tokens of all domains.
+Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kep
 
 def fit_gates(
     settings: Router, domains: Sequence[DomainStatistics], advance: Callable[[int], None] = lambda _: None
-) -> torch.Tensor:
-    """Gates (L, E, D) in float32 for domains in the order of the experts.
+) -> list[torch.Tensor]:
+    """One gate (E, D) in float32 per router, for domains in the order of the experts.
 
-    `advance` is called with 1 after each layer. Raises RecipeError when logistic has no kept tokens to fit on.
+    `advance` is called with 1 after each router. Raises RecipeError when logistic has no kept tokens to fit on.
     """
     rule = {"centroid": _centroid, "lda": _lda, "ridge": _ridge, "logistic": _logistic}[settings.fit]
-    layers = []
-    for layer in range(domains[0].sum_LD.shape[0]):
-        layers.append(rule(layer, domains, settings) / settings.temperature)
+    gates = []
+    for slot in range(len(domains[0].slots)):
+        gates.append((rule(slot, domains, settings) / settings.temperature).float())
         advance(1)
-    return torch.stack(layers).float()
+    return gates
 
 
-def _centroid(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def _centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1, at the best temperature."""
-    means_ED = torch.stack([domain.mean_LD[layer] - domain.negative_LD[layer] for domain in domains])
-    return _calibrated(_unit_rows(means_ED), layer, domains)
+    means_ED = torch.stack([domain.mean_D(slot) - domain.slots[slot].negative_D for domain in domains])
+    return _calibrated(_unit_rows(means_ED), slot, domains)
 
 
-def _lda(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def _lda(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = S^-1 mu_e with the shared within-domain covariance S, shrunk towards its mean variance."""
-    means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
-    covariance_DD = _second_moment(layer, domains) - means_ED.T @ means_ED / len(domains)
+    means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
+    covariance_DD = _second_moment(slot, domains) - means_ED.T @ means_ED / len(domains)
     weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(covariance_DD, settings.l2), (means_ED - means_ED.mean(0)).T)
-    return _calibrated(weights_DE.T, layer, domains)
+    return _calibrated(weights_DE.T, slot, domains)
 
 
-def _ridge(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def _ridge(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y (arXiv:2603.29765, without intercept), at the best temperature.
 
     The columns keep their lengths: at length 1 they lose 0.02 of the gap (benchmarks/router_fits.md).
     """
-    means_ED = torch.stack([domain.mean_LD[layer] for domain in domains])
-    moment_DD = _second_moment(layer, domains)
+    means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
+    moment_DD = _second_moment(slot, domains)
     weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(moment_DD, settings.l2), means_ED.T / len(domains))
-    return _calibrated(weights_DE.T, layer, domains)
+    return _calibrated(weights_DE.T, slot, domains)
 
 
-def _calibrated(weights_ED: torch.Tensor, layer: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
+def _calibrated(weights_ED: torch.Tensor, slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
     """The gate divided by the temperature that gives the kept tokens' domains the largest likelihood."""
-    if any(domain.sample_LND.shape[1] == 0 for domain in domains):
+    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
         return _unit_rows(weights_ED) / _UNCALIBRATED_TEMPERATURE
-    tokens = _kept_tokens(layer, domains)
+    tokens = _kept_tokens(slot, domains)
     logits_NE: torch.Tensor = tokens.x_ND @ weights_ED.float().T
     best: float = min(_TEMPERATURES, key=lambda temperature: float(tokens.loss(logits_NE / temperature)))
     return weights_ED / best
@@ -76,9 +76,9 @@ def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
     return weights_ED / lengths_E1.clamp_min(1e-30)
 
 
-def _second_moment(layer: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
+def _second_moment(slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
     """Mean over domains of the mean of x x^T, (D, D) float64."""
-    return torch.stack([domain.outer_LDD[layer] / domain.tokens for domain in domains]).mean(0)
+    return torch.stack([domain.slots[slot].outer_DD / domain.tokens for domain in domains]).mean(0)
 
 
 def _shrunk(matrix_DD: torch.Tensor, l2: float) -> torch.Tensor:
@@ -102,23 +102,23 @@ class _KeptTokens:
         return loss
 
 
-def _kept_tokens(layer: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
-    counts = [domain.sample_LND.shape[1] for domain in domains]
+def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
+    counts = [domain.slots[slot].sample_ND.shape[0] for domain in domains]
     return _KeptTokens(
-        torch.cat([domain.sample_LND[layer].float() for domain in domains]),
+        torch.cat([domain.slots[slot].sample_ND.float() for domain in domains]),
         torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
         torch.cat([torch.full((count,), 1.0 / (count * len(counts))) for count in counts]),
     )
 
 
-def _logistic(layer: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def _logistic(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """Multinomial logistic regression on the kept x, without intercept, by L-BFGS from zero."""
-    if any(domain.sample_LND.shape[1] == 0 for domain in domains):
+    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
         raise RecipeError(
             "the logistic fit needs kept tokens and there are none", where="mixture.router.keep_tokens", expected="at least 1",
             remedy="fit again with keep_tokens > 0, or choose ridge",
         )  # fmt: skip
-    tokens = _kept_tokens(layer, domains)
+    tokens = _kept_tokens(slot, domains)
     scale = tokens.x_ND.square().mean().sqrt().clamp_min(1e-30)
     x_ND = tokens.x_ND / scale
     weights_ED = torch.zeros((len(domains), x_ND.shape[1]), requires_grad=True)

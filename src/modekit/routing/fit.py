@@ -16,7 +16,7 @@ import torch
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, Gates, RouterRecord
 from modekit.data import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
 from modekit.errors import RecipeError, TextError
-from modekit.models import DenseView, load_tokenizer
+from modekit.models import ExpertView, expert_view, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.recipe import Expert, Recipe, Router, parse_recipe
 from modekit.routing.capture import capture_domain
@@ -27,7 +27,7 @@ from modekit.routing.statistics import DomainStatistics, load_statistics
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """Gates (L, E, D) float32 and the record for modekit.json."""
+    """The gate of every router and the record for modekit.json."""
 
     gates: Gates
     record: RouterRecord
@@ -52,15 +52,17 @@ def fit_router(
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
     readings = [reader.prepare(place, expert, root) for place, expert in enumerate(recipe.experts)]
     domains = [reader.read(reading) for reading in readings]
-    layers = checkpoint.layers
+    slots = checkpoint.slots
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress(f"solve {settings.fit}", done, layers)
+        progress(f"solve {settings.fit}", done, len(slots))
 
-    gates = fit_gates(settings, domains, advance).numpy().astype(np.float32)
+    solved = fit_gates(settings, domains, advance)
+    # A gate with one decision per output feature starts as one decision for all of them.
+    gates = [gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in zip(solved, slots, strict=True)]
     text = {expert.name: domain.source["text"] for expert, domain in zip(recipe.experts, domains, strict=True)}
     record = RouterRecord(
         status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]}
@@ -88,7 +90,7 @@ def refit(
     mixture.update({key: value for key, value in changes.items() if key != "router"})
     if router:
         mixture["router"] = router
-    whole = old.model_dump(mode="json", exclude_unset=True)
+    whole = old.model_dump(mode="json", exclude_unset=True, by_alias=True)
     if router.get("fit") != "centroid":
         for expert in whole["experts"]:
             expert.pop("negative_prompts", None)
@@ -100,14 +102,15 @@ def refit(
             "this change is in the experts or the backbone, not in the router", where="mixture",
             remedy="change the recipe and build again",
         )  # fmt: skip
-    if recipe.mixture.needs_text:
+    changed = checkpoint.with_recipe(recipe)
+    gates = constant_gates(recipe, changed.slots)
+    if gates is None:
         fitted = fit_router(
-            checkpoint, recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
+            changed, recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         return checkpoint.with_router(fitted.gates, fitted.record, recipe)
     settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
-    gates = constant_gates(recipe, checkpoint.layers, int(checkpoint.config["hidden_size"]))
     return checkpoint.with_router(
         gates, RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={}), recipe
     )
@@ -140,7 +143,12 @@ class _Reader:
         self._folder = folder
         self._progress = progress
         self._tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-        self._view: DenseView | None = None
+        self._view: ExpertView | None = None
+        self._reads: dict[str, Any] = {
+            "averages": settings.averages,
+            "prefix": settings.prefix_tokens,
+            "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
+        }
 
     def prepare(self, place: int, expert: Expert, root: Path) -> _Reading:
         """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.
@@ -154,6 +162,7 @@ class _Reader:
             **self._settings.model_dump(
                 mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}
             ),
+            **self._reads,
         }
         try:
             documents = fit_documents(expert, root, place)
@@ -190,8 +199,8 @@ class _Reader:
             self._progress(f"read {reading.name}", done, total)
 
         statistics = capture_domain(
-            self._dense_view(reading.place), reading.sequences, reading.negatives, keep_tokens=self._settings.keep_tokens,
-            source=reading.source, advance=advance,
+            self._view_of(reading.place), reading.sequences, reading.negatives, averages=self._settings.averages,
+            prefix=self._settings.prefix_tokens, keep_tokens=self._settings.keep_tokens, source=reading.source, advance=advance,
         )  # fmt: skip
         statistics.save(reading.path)
         # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
@@ -200,10 +209,10 @@ class _Reader:
     def _encode(self, documents: list[str], max_tokens: int) -> list[TokenSequence]:
         return encode(self._tokenizer, documents, max_tokens=max_tokens, sequence_length=self._settings.sequence_length)
 
-    def _dense_view(self, place: int) -> DenseView:
+    def _view_of(self, place: int) -> ExpertView:
         if self._view is None:
             dtype = torch.float32 if self._settings.compute_dtype == "float32" else torch.bfloat16
-            self._view = DenseView(self._checkpoint, dtype=dtype)
+            self._view = expert_view(self._checkpoint, dtype=dtype)
         self._view.use_expert(place)
         return self._view
 

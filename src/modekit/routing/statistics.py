@@ -3,7 +3,7 @@
 One file per domain, so that a domain can be added or removed later without the others' text, and so that an
 interrupted fit goes on with the next domain.
 
-Shape legend: L layers, D hidden, N kept tokens.
+Shape legend: D width of what a gate takes (its parts side by side), N kept tokens.
 """
 
 from __future__ import annotations
@@ -21,43 +21,53 @@ from modekit.errors import CheckpointError
 
 
 @dataclass(frozen=True)
+class SlotStatistics:
+    """Of one router, x = what its gate took while the domain's own expert was active.
+
+    Attributes:
+        sum_D: sum of x, float64.
+        outer_DD: sum of x x^T (this is X'X), float64.
+        negative_D: mean x of the negative prompts, float64; zero when there are none.
+        sample_ND: evenly spaced x, float16.
+    """
+
+    sum_D: torch.Tensor
+    outer_DD: torch.Tensor
+    negative_D: torch.Tensor
+    sample_ND: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DomainStatistics:
-    """Of one domain, x = what the router of each layer read while the domain's own expert was active.
+    """Of one domain, for every router.
 
     Attributes:
         tokens: how many x were seen; pads never count.
-        sum_LD: sum of x, float64.
-        outer_LDD: sum of x x^T (this is X'X), float64.
-        negative_LD: mean x of the negative prompts, float64; zero when there are none.
-        sample_LND: evenly spaced x, float16.
+        slots: statistics in the order of the checkpoint's routers.
         source: what they were made from: settings and a digest of the text.
     """
 
     tokens: int
-    sum_LD: torch.Tensor
-    outer_LDD: torch.Tensor
-    negative_LD: torch.Tensor
-    sample_LND: torch.Tensor
+    slots: tuple[SlotStatistics, ...]
     source: dict[str, Any]
 
-    @property
-    def mean_LD(self) -> torch.Tensor:
+    def mean_D(self, slot: int) -> torch.Tensor:
         """Mean of x, float64. This is X'Y of the domain's column, per token."""
-        return self.sum_LD / self.tokens
+        return self.slots[slot].sum_D / self.tokens
 
     def save(self, path: Path) -> None:
         """Write atomically. X'X is symmetric: only its upper triangle is kept, in float32."""
-        rows, columns = torch.triu_indices(self.outer_LDD.shape[1], self.outer_LDD.shape[2])
-        tensors = {
-            "sum": self.sum_LD.contiguous(),
-            "outer_upper": self.outer_LDD[:, rows, columns].float().contiguous(),
-            "negative": self.negative_LD.contiguous(),
-            "sample": self.sample_LND.contiguous(),
-        }
+        tensors = {}
+        for number, slot in enumerate(self.slots):
+            rows, columns = torch.triu_indices(*slot.outer_DD.shape)
+            tensors[f"{number}.sum"] = slot.sum_D.contiguous()
+            tensors[f"{number}.outer_upper"] = slot.outer_DD[rows, columns].float().contiguous()
+            tensors[f"{number}.negative"] = slot.negative_D.contiguous()
+            tensors[f"{number}.sample"] = slot.sample_ND.contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         # One metadata key: safetensors writes several in an order that differs from run to run.
-        about = json.dumps({"tokens": self.tokens, "source": self.source}, sort_keys=True)
+        about = json.dumps({"tokens": self.tokens, "slots": len(self.slots), "source": self.source}, sort_keys=True)
         try:
             save_file(tensors, partial, metadata={"about": about})
         except SafetensorError as error:  # what safetensors makes of an OSError
@@ -72,16 +82,16 @@ def load_statistics(path: Path) -> DomainStatistics | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
-            sum_LD, upper = file.get_tensor("sum"), file.get_tensor("outer_upper")
-            hidden = sum_LD.shape[1]
-            rows, columns = torch.triu_indices(hidden, hidden)
-            outer_LDD = torch.zeros((sum_LD.shape[0], hidden, hidden), dtype=torch.float64)
-            outer_LDD[:, rows, columns] = upper.double()
-            outer_LDD[:, columns, rows] = upper.double()
-            return DomainStatistics(
-                int(about["tokens"]), sum_LD, outer_LDD, file.get_tensor("negative"), file.get_tensor("sample"),
-                about["source"],
-            )  # fmt: skip
+            slots = []
+            for number in range(int(about["slots"])):
+                sum_D, upper = file.get_tensor(f"{number}.sum"), file.get_tensor(f"{number}.outer_upper").double()
+                rows, columns = torch.triu_indices(len(sum_D), len(sum_D))
+                outer_DD = torch.zeros((len(sum_D), len(sum_D)), dtype=torch.float64)
+                outer_DD[rows, columns] = upper
+                outer_DD[columns, rows] = upper
+                negative_D, sample_ND = file.get_tensor(f"{number}.negative"), file.get_tensor(f"{number}.sample")
+                slots.append(SlotStatistics(sum_D, outer_DD, negative_D, sample_ND))
+            return DomainStatistics(int(about["tokens"]), tuple(slots), about["source"])
     except Exception as error:  # safetensors raises its own type, wrong shapes raise others
         raise CheckpointError(
             "the kept statistics are damaged", where=str(path), found=error,

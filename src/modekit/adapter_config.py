@@ -1,0 +1,233 @@
+"""adapter_config.json of a PEFT adapter: checked settings, and PEFT's own rules for which modules they mean.
+
+The rules are PEFT's, read in its source (0.21.2): which modules are targets (`check_target_module_exists`), and their rank
+and alpha (`get_pattern_key`). A setting whose effect on the weights is not known here is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
+
+from modekit.errors import SourceError, UnsupportedError
+
+CONFIG_FILE = "adapter_config.json"
+SAVE_AGAIN = "download or save the adapter again"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+_MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+_Value = TypeVar("_Value")
+
+_NO_EFFECT = frozenset(
+    {
+        "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+        "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "init_ia3_weights",
+        # read only while the matching init_lora_weights initialises; those that change the base are refused there
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    }
+)  # fmt: skip
+"""Settings that say nothing about what the saved weights do."""
+_INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
+"""Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
+
+
+class Settings(BaseModel):
+    """Settings that LoRA and IA3 share, with PEFT's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+
+    @property
+    def takes_all_linear(self) -> bool:
+        """Whether every linear layer but the head is a target, by PEFT's shorthand."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    @property
+    def ties_copies(self) -> bool:
+        """Whether copies of a tied embedding and head (modules_to_save) are one tensor."""
+        return False
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT puts an adapter on a module (`check_target_module_exists`)."""
+        if self._excludes(module):
+            return False
+        if self.takes_all_linear:
+            return module not in {EMBEDDING, HEAD}
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return module in self.target_modules or (_ends_with(module, self.target_modules) and self._is_in_layers(module))
+
+    def saves(self, module: str) -> bool:
+        """Whether PEFT keeps a whole copy of a module: by the end of its name, or of that of a module around it."""
+        parts = module.split(".")
+        around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        return any(name.endswith(tuple(self.modules_to_save or ())) for name in around)
+
+    def _excludes(self, module: str) -> bool:
+        excluded = self.exclude_modules or []
+        if isinstance(excluded, str):
+            is_excluded = re.fullmatch(excluded, module) is not None
+        else:
+            is_excluded = module in excluded or _ends_with(module, excluded)
+        return is_excluded or any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or [])
+
+    def _is_in_layers(self, module: str) -> bool:
+        return True
+
+
+class LoraSettings(Settings):
+    """Settings of LoRA, rsLoRA and DoRA."""
+
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    init_lora_weights: bool | str | None = True
+    ensure_weight_tying: bool = False
+
+    @property
+    def ties_copies(self) -> bool:
+        """Whether copies of a tied embedding and head (modules_to_save) are one tensor."""
+        return self.ensure_weight_tying
+
+    def rank(self, module: str) -> int:
+        """R of a module."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """The factor of B A."""
+        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def unused_patterns(self, modules: Iterable[str]) -> list[str]:
+        """Entries of rank_pattern and alpha_pattern that match none of the adapted modules."""
+        patterns = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}
+        return [pattern for pattern in patterns if not any(_fits(pattern, module) for module in modules)]
+
+    def _is_in_layers(self, module: str) -> bool:
+        """Whether layers_to_transform holds for a module; PEFT asks only for targets that are not named in full."""
+        wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if not wanted:
+            return True
+        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        patterns = [rf"(?:^|.*?\.){name}" for name in names or [] if name] or [r".*?\.[^.]*"]
+        matches = (re.match(rf"{pattern}\.(?P<layer>\d+)\.", module) for pattern in patterns)
+        first = next((match for match in matches if match is not None), None)
+        return first is not None and int(first["layer"]) in wanted
+
+
+class IA3Settings(Settings):
+    """Settings of IA3."""
+
+    feedforward_modules: str | list[str]
+
+    def scales_inputs(self, module: str) -> bool:
+        """Whether a target is a feedforward module, whose input is scaled (PEFT asks for no dot before the name here)."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, module) is not None
+        return module.endswith(tuple(self.feedforward_modules))
+
+
+_KINDS: dict[str, type[Settings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
+
+
+def _ends_with(module: str, names: Iterable[str]) -> bool:
+    return any(module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, _Value] | None, module: str, default: _Value) -> _Value:
+    """The value of the first pattern that matches the module's name or its end (`get_pattern_key`)."""
+    return next((value for pattern, value in (patterns or {}).items() if _fits(pattern, module)), default)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def shortened(value: object) -> str:
+    """A value for a message, which may be a list of hundreds of names."""
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
+    """An adapter's config as data. Raises SourceError when it is missing, not JSON, or names no peft_type."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{CONFIG_FILE} cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise SourceError(
+            f"{CONFIG_FILE} names no peft_type", where=where, expected=" or ".join(_KINDS),
+            remedy="give an adapter that PEFT saved (save_pretrained)",
+        )  # fmt: skip
+    return config
+
+
+def parse_settings(config: Mapping[str, Any], *, where: str) -> Settings:
+    """The settings that shape the weights.
+
+    Raises SourceError for values of the wrong kind, UnsupportedError for kinds and settings whose maths is not known here.
+    """
+    where = f"{where}: {CONFIG_FILE}"
+    kind = _KINDS.get(config["peft_type"])
+    if kind is None:
+        raise UnsupportedError(
+            "an adapter of this kind cannot be read", where=where, found=f"peft_type {config['peft_type']}",
+            expected=" or ".join(_KINDS), remedy=_MERGE_FIRST,
+        )  # fmt: skip
+    for key, value in config.items():
+        if key not in kind.model_fields and key not in _NO_EFFECT and value not in (None, False, [], {}, ""):
+            raise UnsupportedError(
+                "modekit does not know what this setting does to the weights", where=where, found=f"{key}: {shortened(value)}",
+                remedy=_MERGE_FIRST,
+            )  # fmt: skip
+    try:
+        settings = kind.model_validate(dict(config))
+    except ValidationError as error:
+        key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
+        raise SourceError(
+            f"{key} has no usable value",
+            where=where,
+            found=shortened(config.get(key, "nothing")),
+            expected=problem,
+            remedy=SAVE_AGAIN,
+        ) from None
+    if isinstance(settings, LoraSettings):
+        _check_lora(settings, where=where)
+    return settings
+
+
+def _check_lora(settings: LoraSettings, *, where: str) -> None:
+    if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
+        raise UnsupportedError(
+            "this initialisation may have changed the base model's weights, which the adapter does not hold", where=where,
+            found=f"init_lora_weights: {settings.init_lora_weights}",
+            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE_FIRST,
+        )  # fmt: skip
+    if settings.use_dora and settings.lora_bias:
+        raise SourceError(
+            "use_dora and lora_bias exclude each other in PEFT", where=where, found="both true", remedy=SAVE_AGAIN
+        )
+    if isinstance(settings.target_modules, str) and settings.layers_to_transform is not None:
+        raise SourceError(
+            "layers_to_transform needs target_modules as a list, as in PEFT", where=where,
+            found=f"target_modules: {shortened(settings.target_modules)}",
+            remedy="name the layers in the pattern of target_modules",
+        )  # fmt: skip
