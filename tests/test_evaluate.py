@@ -17,7 +17,8 @@ from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.data import digest_of, encode, make_batches, read_documents, split_of
 from modekit.evaluate import Domain, Results, evaluate, held_out_domains, score_domain
 from modekit.routing.fit import fit_documents, refit
-from modekit.specialize import Training, specialize, trainable_parameters
+from modekit.specialize import specialize, trainable_parameters
+from modekit.training import Training
 
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
 

@@ -14,7 +14,8 @@ import modekit.specialize as specialize_module
 from conftest import Workshop, save, tiny_model
 from modekit.data import split_of
 from modekit.errors import TextError
-from modekit.specialize import Training, specialize
+from modekit.specialize import specialize
+from modekit.training import Training
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 

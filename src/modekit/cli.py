@@ -177,8 +177,8 @@ def specialize(
     if train not in {"mlp", "full"}:
         raise ModekitError("unknown choice", where="--train", found=train, expected="mlp or full", remedy="write one of them")
     from modekit.locate import model_folder
-    from modekit.specialize import Training
     from modekit.specialize import specialize as run
+    from modekit.training import Training
 
     training = Training(
         steps=steps, learning_rate=learning_rate, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed

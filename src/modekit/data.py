@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Split = Literal["fit", "select", "report"]
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
+TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
+TRAINED_DIGITS = 16
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 _PASSAGE = 2_000  # characters of a passage cut from plain text
 

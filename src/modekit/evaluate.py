@@ -22,10 +22,21 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from modekit.checkpoint import Checkpoint
-from modekit.data import Split, TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
-from modekit.errors import TextError
 from modekit.adapters import is_adapter, open_adapter
+from modekit.checkpoint import Checkpoint
+from modekit.data import (
+    TRAINED_DIGITS,
+    TRAINED_FILE,
+    Split,
+    TokenSequence,
+    digest_of,
+    documents_of_split,
+    encode,
+    make_batches,
+    read_documents,
+    text_record,
+)
+from modekit.errors import TextError
 from modekit.families import LAYER
 from modekit.models import forced_expert, load_adapted, load_model, load_tokenizer
 from modekit.progress import Progress, silent
@@ -36,8 +47,6 @@ from modekit.writer import write_atomically, write_json
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
-TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
-TRAINED_DIGITS = 16
 _OWN = re.compile(r"\.experts\.\d+\.")
 _SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.compatibility import IGNORED, check_dtypes, check_same_architecture, check_sizes, is_tied, matching
-from modekit.data import TokenSequence, documents_of_split, encode, read_documents, text_record
+from modekit.data import TRAINED_FILE, TokenSequence, documents_of_split, encode, read_documents, text_record
 from modekit.errors import MismatchError, ModekitError, SourceError, TextError, UnsupportedError
 from modekit.families import FAMILIES, Family
 from modekit.lowrank import Array32, Factors, factorise, relative_error
@@ -40,7 +40,6 @@ from modekit.writer import Entry, Staging, refuse_existing, staging, write_all, 
 RECORD_FILE = "extract.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-TRAINED_FILE = "trained-on.txt"  # as in evaluate.py, whose import would bring torch
 _SEQUENCE_LENGTH = 512
 _IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.weight$")
 

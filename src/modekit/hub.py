@@ -25,7 +25,11 @@ _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 def download(spec: str, revision: str | None, *, where: str) -> Path:
     """The local folder of a hub model, downloaded when it is not in the cache. Raises SourceError."""
     with _explained(where):
-        patterns = [*_SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"]  # not consolidated.safetensors, the same weights again
+        patterns = [
+            *_SMALL_FILES,
+            "model*.safetensors",
+            "adapter_model.safetensors",
+        ]  # not consolidated.safetensors, the same weights again
         return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from modekit.numeric import blocks
 from modekit.recipe import BackboneMerge
 
+
 class FlatArray(Protocol):
     """What is merged: a flat array, or something that is read like one and computes what it gives."""
 
@@ -44,7 +45,9 @@ def _read(array: FlatArray, part: slice) -> Block:
     return array[part].astype(np.float32).astype(np.float64)
 
 
-def _elementwise(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Callable[[Block, list[Block]], Block]:
+def _elementwise(
+    settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]
+) -> Callable[[Block, list[Block]], Block]:
     if settings.method == "average":
         return lambda _, values: _sum(values) / len(values)
     if settings.method == "task_arithmetic":  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from modekit.checkpoint import Checkpoint
 from modekit.adapters import AdapterSource
+from modekit.checkpoint import Checkpoint
 from modekit.errors import CheckpointError, SourceError
 from modekit.families import LAYER
 from modekit.folding import Folded, folded_bias, reader

@@ -321,6 +321,7 @@ NATIVES: tuple[Native, ...] = (
     ),
 )  # fmt: skip
 
+
 def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
     """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried."""
     tried = []

@@ -215,7 +215,7 @@ def summary(plan: Plan, out: Path | None = None) -> dict[str, Any]:
     target = out if out is not None else plan.root
     while not target.exists():
         target = target.parent
-    statistics = plan.statistics_bytes(in_memory=False) if recipe.mixture.needs_text else 0
+    statistics = plan.statistics_bytes(in_memory=False) if recipe.mixture.keeps_statistics else 0
     operations: dict[str, int] = {}
     for tensor in plan.tensors:
         label = "router" if tensor.role == "router" else tensor.operation
@@ -229,9 +229,12 @@ def summary(plan: Plan, out: Path | None = None) -> dict[str, Any]:
         "router": "none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
         "backbone": backbone_label(recipe),
         "experts": [
-            {"name": expert.name, "model": expert.source, "text": bool(expert.text or expert.prompts)} for expert in recipe.experts
+            {"name": expert.name, "model": expert.source, "text": bool(expert.text or expert.prompts)}
+            for expert in recipe.experts
         ],
-        "mixed": sorted({_without_layer(name) for name in plan.config["modekit"]["places"]}) if plan.native is None else ["mlp"],
+        "mixed": sorted({_without_layer(name) for name in plan.config["modekit"]["places"]})
+        if plan.native is None
+        else ["mlp"],
         "layers": plan.layers,
         "dtype": plan.config["dtype"],
         "tensors": {"total": len(plan.tensors), **operations},
@@ -246,4 +249,3 @@ def summary(plan: Plan, out: Path | None = None) -> dict[str, Any]:
 
 def _without_layer(name: str) -> str:
     return re.sub(r"^model\.layers\.\d+\.", "", name)
-

@@ -275,7 +275,9 @@ class ModekitLayout:
 
     def _keeps_base(self, place: _Place) -> bool:
         always_on = self._recipe.mixture.always_on
-        reads_it = place.module == _EMBEDDING and self._recipe.mixture.method != "linear"  # the router reads the base's embedding
+        reads_it = (
+            place.module == _EMBEDDING and self._recipe.mixture.method != "linear"
+        )  # the router reads the base's embedding
         outside = always_on is not None and always_on.expert == BASE
         return len(place.own) < self._count or outside or reads_it
 
@@ -425,9 +427,7 @@ def slots_of(modekit: dict[str, Any]) -> Iterator[RouterSlot]:
     parts = len(modekit["routing"]["averages"])
     for module, entry in sorted(modekit["places"].items(), key=lambda item: _numbers(item[0])):
         if entry["router"] == module:
-            yield RouterSlot(
-                f"{module}.router.gate", entry["width"], tuple(entry["rows"]), entry.get("features", 0), parts
-            )
+            yield RouterSlot(f"{module}.router.gate", entry["width"], tuple(entry["rows"]), entry.get("features", 0), parts)
 
 
 def _within(module: str, tensor: str) -> str:

@@ -72,7 +72,14 @@ class Piece:
         """What distinguishes it from other pieces, for a plan's digest."""
         factor = None if self.factor is None else [self.factor.side, self.factor.rank]
         where = [[str(ref.file), ref.name, ref.start] for ref in self.refs]
-        return [self.source, where, self.of_bias, factor, getattr(self.change, "scale", None), getattr(self.change, "rows", None)]
+        return [
+            self.source,
+            where,
+            self.of_bias,
+            factor,
+            getattr(self.change, "scale", None),
+            getattr(self.change, "rows", None),
+        ]
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,7 @@ class Plan:
         parameters = self.parameters()
         router = self.recipe.mixture.router
         fit = 0
-        if self.recipe.mixture.needs_text:
+        if self.recipe.mixture.keeps_statistics:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.native is not None else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4

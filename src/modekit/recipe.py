@@ -175,7 +175,10 @@ class AlwaysOn(_Strict):
 
     expert: Name = Field(description="Name of an expert, or base.")
     weight: float | None = Field(
-        None, gt=0, lt=1, description="Its share; without one, an expert of the list is always chosen and weighs what its logit says."
+        None,
+        gt=0,
+        lt=1,
+        description="Its share; without one, an expert of the list is always chosen and weighs what its logit says.",
     )
 
 
@@ -227,7 +230,9 @@ class Mixture(_Strict):
     modules: Literal["auto", "all"] | list[Part] = Field(
         "auto", description="What experts have of their own; auto: the FFN, and what adapters change. all: everything."
     )
-    layers: list[int | str] | None = Field(None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all.")
+    layers: list[int | str] | None = Field(
+        None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all."
+    )
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
     router: Router = Field(default_factory=Router)
@@ -271,8 +276,13 @@ class Mixture(_Strict):
 
     @property
     def needs_text(self) -> bool:
-        """Whether the router is fitted on text."""
+        """Whether the router is set from text."""
         return self.method != "linear" and self.router.fit not in DATA_FREE
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether the router is fitted on statistics of text, which are kept."""
+        return self.needs_text and self.router.fit != "phatgoose"
 
     def mixed_layers(self, count: int) -> list[int]:
         """The layers that are mixed, of `count`. Raises RecipeError for one that does not exist."""
@@ -330,7 +340,8 @@ class Output(_Strict):
     """Shape of the result."""
 
     format: Literal["auto", "native", "modekit"] = Field(
-        "auto", description="native: an architecture other tools know. modekit: everything else. auto: native where it is exact."
+        "auto",
+        description="native: an architecture other tools know. modekit: everything else. auto: native where it is exact.",
     )
     dtype: DType = Field("source", description="source keeps the base model's dtype.")
     shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)] = Field(

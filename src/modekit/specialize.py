@@ -1,70 +1,41 @@
-"""Fine-tune a base model on a domain so that it mixes well: `modekit specialize BASE OUT --text ... --train mlp|full`.
+"""Fine-tune a base model on a domain so that it mixes well: `modekit specialize BASE OUT --text ... --train mlp|lora|full`.
 
-    mlp     only the FFN moves; attention, norms, embeddings and head stay bit-identical, so that a mixture of such
-            experts on the base's backbone loses nothing of them (FlexOlmo and DUME train this way)
-    full    everything moves, as in most models one finds; what moved outside the FFN cannot be carried by FFN experts
-
-Shape legend: B batch, S sequence, V vocabulary.
+mlp     only the FFN moves; attention, norms, embeddings and head stay bit-identical, so that a mixture of such
+experts on the base's backbone loses nothing of them (FlexOlmo and DUME train this way)
+lora    low-rank changes of every linear layer of the decoder; OUT is an adapter, an ordinary PEFT folder
+full    everything moves, as in most models one finds; what moved outside the FFN cannot be carried by FFN experts
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from modekit.data import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, text_record
+from modekit.data import (
+    TRAINED_DIGITS,
+    TRAINED_FILE,
+    digest_of,
+    documents_of_split,
+    encode,
+    read_documents,
+    text_record,
+)
 from modekit.errors import TextError, UnsupportedError
-from modekit.evaluate import TRAINED_DIGITS, TRAINED_FILE, Domain, score_domain
-from modekit.families import FAMILIES, LAYER
-from modekit.models import default_device, load_model, load_tokenizer
+from modekit.evaluate import Domain, score_domain
+from modekit.families import LAYER, family_of
+from modekit.models import load_model, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.sources import DTYPE_NAMES, open_source
+from modekit.sources import DTYPE_NAMES, ModelSource, open_source
+from modekit.training import Training, train_language_model, training_sequences
 from modekit.writer import refuse_existing, staging, write_json
 
 SPECIALIST_FILE = "specialist.json"
-What = Literal["mlp", "full"]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast.
-
-    Attributes:
-        steps: optimiser steps; None passes once over the text.
-        batch_tokens: tokens per step, pads included.
-        sequence_length: longest piece of a document, in tokens.
-        learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
-        muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
-        weight_decay, warmup, clip: as usual.
-        autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
-        max_tokens: text read at most.
-        held_out_tokens: tokens on which the loss before and after is measured.
-        seed: order of the sequences.
-    """
-
-    steps: int | None = None
-    batch_tokens: int = 4_096
-    sequence_length: int = 512
-    learning_rate: float = 2e-5
-    muon_learning_rate: float = 0.0
-    weight_decay: float = 0.0
-    warmup: float = 0.06
-    clip: float = 1.0
-    autocast: bool = False
-    max_tokens: int = 50_000_000
-    held_out_tokens: int = 8_192
-    seed: int = 0
-
-    def with_(self, **changes: Any) -> Training:
-        """The same settings with some changed."""
-        return dataclasses.replace(self, **changes)
+What = Literal["mlp", "lora", "full"]
 
 
 def specialize(
@@ -74,12 +45,15 @@ def specialize(
     *,
     root: Path,
     train: What = "mlp",
+    rank: int = 16,
     training: Training | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train a specialist and write it, with the base's tokenizer, as a plain model folder in the base's dtype.
+    """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
+
+    `rank` is that of the adapter, and so is its alpha: scale 1.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Returns what specialist.json in OUT
     says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
@@ -102,16 +76,12 @@ def specialize(
         sequence_length=training.sequence_length,
     )
     model = load_model(base, trust_remote_code=trust_remote_code)
-    parameters = trainable_parameters(model, train)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
     domain = Domain("held-out", None, held_out, {})
     before = score_domain(model, domain, lambda _: None).loss if held_out else None
     with staging(
         out,
-        f"specialize {training} {train} {text_record(fit, 0)} {[str(file) for file in source.files]}",
+        f"specialize {training} {train} {rank} {text_record(fit, 0)} {[str(file) for file in source.files]}",
         overwrite=overwrite,
         marker=SPECIALIST_FILE,
     ) as stage:
@@ -120,154 +90,66 @@ def specialize(
         record = {
             "specialist": train,
             "base_model": base.name,
+            **({"rank": rank} if train == "lora" else {}),
             "training": {**dataclasses.asdict(training), "steps": len(losses)},
             "text": text_record(fit, sum(len(sequence.ids) for sequence in sequences)),
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "held_out_loss": {"before": before, "after": after},
         }
-        for name, parameter in model.named_parameters():
-            if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
-                parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
-        model.config.dtype = next(model.parameters()).dtype
-        model.save_pretrained(stage.folder)
+        save(stage.folder)
+        if train != "lora":
+            tokenizer.save_pretrained(stage.folder)
         (stage.folder / TRAINED_FILE).write_text("".join(f"{digest_of(document)[:TRAINED_DIGITS]}\n" for document in fit))
-        tokenizer.save_pretrained(stage.folder)
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
 
 
-def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
-    """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
-    return encode(
-        tokenizer, documents, max_tokens=training.max_tokens, sequence_length=training.sequence_length,
-        shortest_rest=training.sequence_length // 4,
-    )  # fmt: skip
+Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]
+"""The parameters that move, and how to save what came of it."""
+
+
+def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainable:
+    parameters = trainable_parameters(model, train)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        for name, parameter in model.named_parameters():
+            if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
+                parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
+        model.config.dtype = next(model.parameters()).dtype
+        model.save_pretrained(folder)
+
+    return parameters, save
+
+
+def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
+    """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    return [parameter for parameter in model.parameters() if parameter.requires_grad], adapted.save_pretrained
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
-    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies."""
+    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies.
+
+    Raises UnsupportedError when mlp is asked of a family that is not in the table.
+    """
     named = dict(model.named_parameters())
     if train == "full":
         return list(named.values())
-    family = next((row for row in FAMILIES if row.model_type == model.config.model_type), None)
-    if family is None:
-        raise UnsupportedError(
-            f"'{model.config.model_type}' is not in the families table", where="--train mlp",
-            expected=", ".join(sorted({row.model_type for row in FAMILIES})), remedy="use --train full",
-        )  # fmt: skip
+    try:
+        family = family_of({"model_type": model.config.model_type}, where="--train mlp")
+    except UnsupportedError as error:
+        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
     layers = int(model.config.num_hidden_layers)
-    return [named[LAYER.format(layer=layer) + suffix] for layer in range(layers) for suffix in family.mlp.values()]
+    return [named[name] for layer in range(layers) for name in _ffn_names(family.mlp, layer)]
 
 
-def train_language_model(
-    model: PreTrainedModel,
-    parameters: Sequence[torch.nn.Parameter],
-    sequences: Sequence[TokenSequence],
-    training: Training,
-    *,
-    progress: Progress = silent,
-    stage: str = "train",
-) -> list[float]:
-    """Next-token training on `sequences`; documents are never joined, pads never count. Returns the loss of each step.
-
-    Raises TextError when the loss stops being finite.
-    """
-    device = default_device()
-    model.to(device).train()
-    batches = _Batches(sequences, training)
-    steps = training.steps or len(batches)
-    optimizers = _optimizers(model, parameters, training)
-    losses = []
-    for step, (input_ids, mask) in zip(range(steps), batches.forever(), strict=False):
-        factor = _schedule(step, steps, training.warmup)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-        input_ids, mask = input_ids.to(device), mask.to(device)
-        keep = mask[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast and has_bfloat16_products(device)):
-            hidden = model.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            logits = _head(model, hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
-        loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
-        if not torch.isfinite(loss):
-            raise TextError(
-                "the training loss is not finite",
-                where=f"step {step}",
-                found=float(loss.detach()),
-                remedy="lower the learning rate",
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, training.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        progress(stage, step + 1, steps)
-    model.eval()
-    return losses
-
-
-def has_bfloat16_products(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32 ones here; on other processors they are emulated."""
-    if device.type != "cpu":
-        return True
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
-
-
-def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits from hidden states, with the scale that some families apply."""
-    logits: torch.Tensor = model.lm_head(hidden)
-    scaling = getattr(model.config, "logits_scaling", None)
-    scale = getattr(model.config, "logit_scale", None)
-    return logits / scaling if scaling else logits * scale if scale else logits
-
-
-def _schedule(step: int, steps: int, warmup: float) -> float:
-    warm = max(1, math.ceil(steps * warmup))
-    return min((step + 1) / warm, max(0.02, 1.0 - max(0, step - warm) / max(1, steps - warm)))
-
-
-def _optimizers(
-    model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter], training: Training
-) -> list[torch.optim.Optimizer]:
-    in_layers = {id(parameter) for name, parameter in model.named_parameters() if ".layers." in name and parameter.ndim == 2}
-    matrices = [p for p in parameters if training.muon_learning_rate > 0 and id(p) in in_layers]
-    others = [p for p in parameters if not (training.muon_learning_rate > 0 and id(p) in in_layers)]
-    optimizers: list[torch.optim.Optimizer] = []
-    if others:
-        optimizers.append(
-            torch.optim.AdamW(others, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
-        )
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=training.muon_learning_rate, weight_decay=training.weight_decay, adjust_lr_fn="original"
-            )
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
-
-
-class _Batches:
-    """Padded batches in a seeded order that is drawn anew for every pass."""
-
-    def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
-        self._sequences = sequences
-        self._rows = max(1, training.batch_tokens // min(training.sequence_length, max(len(s.ids) for s in sequences)))
-        self._generator = torch.Generator().manual_seed(training.seed)
-
-    def __len__(self) -> int:
-        return max(1, len(self._sequences) // self._rows)
-
-    def forever(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """(input_ids, mask) of (B, S), without end."""
-        pending: list[int] = []
-        while True:
-            while len(pending) < self._rows:
-                pending += torch.randperm(len(self._sequences), generator=self._generator).tolist()
-            rows, pending = pending[: self._rows], pending[self._rows :]
-            (batch,) = make_batches([self._sequences[row] for row in rows], tokens=2**31)
-            yield batch.input_ids, batch.mask
+def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
+    return [LAYER.format(layer=layer) + suffix for suffix in dict.fromkeys(mlp.values())]

@@ -15,7 +15,7 @@ from modekit.errors import SourceError
 from modekit.folding import Folded, folded_bias, reader
 from modekit.lowrank import Factors, factorise
 from modekit.merge import FlatArray, merge_blocks
-from modekit.numeric import BLOCK, DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
+from modekit.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
 from modekit.planned import Piece, Plan, PlannedTensor
 from modekit.sources import Mappings, TensorRef
 

@@ -42,9 +42,7 @@ def _register_now() -> None:
 class _AfterTransformers(importlib.abc.MetaPathFinder):
     """Registers once the module of the Auto classes has been imported by whoever needs it."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO:
             return None
         sys.meta_path.remove(self)

@@ -104,7 +104,7 @@ class Router(nn.Module):
 
     def _scores(self, x_BSD: torch.Tensor, gate_GD: torch.Tensor) -> torch.Tensor:
         score = self.routing.get("score", "linear")
-        if score == "linear":
+        if score == "linear" or self._flow[0].solo:
             return torch.nn.functional.linear(x_BSD, gate_GD)
         if score == "standardised":  # Section 3, arXiv:2402.05859: z = LN(x), n_e = LN(v_e), z n_e / sqrt(D)
             width = (x_BSD.shape[-1],)

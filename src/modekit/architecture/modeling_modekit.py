@@ -159,9 +159,7 @@ def family_classes(config_class: type[PreTrainedConfig]) -> tuple[Any, Any]:
     # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
     shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False}
     model = type("ModekitModel", (MixtureModel, dense_model), {**shared, "forward": forward, "_auto_class": "AutoModel"})
-    causal = type(
-        "ModekitForCausalLM", (MixtureForCausalLM, dense_causal), {**shared, "_auto_class": "AutoModelForCausalLM"}
-    )
+    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), {**shared, "_auto_class": "AutoModelForCausalLM"})
     return model, causal
 
 

@@ -22,7 +22,7 @@ from modekit.data import TokenSequence, documents_of_split, read_documents
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.progress import Progress
-from modekit.specialize import Training, train_language_model, training_sequences
+from modekit.training import Training, train_language_model, training_sequences
 from modekit.writer import staging
 
 VOCABULARY = 3_072

@@ -32,7 +32,8 @@ from modekit.evaluate import Results, Row, evaluate
 from modekit.plan import make_plan
 from modekit.progress import Progress
 from modekit.recipe import parse_recipe
-from modekit.specialize import Training, specialize
+from modekit.specialize import specialize
+from modekit.training import Training
 from modekit.writer import write_atomically, write_json
 
 What = Literal["mlp", "full"]

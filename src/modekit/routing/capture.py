@@ -126,7 +126,8 @@ def averaged(
     x_BSD: torch.Tensor, mask_BS: torch.Tensor, averages: Sequence[Mapping[str, Any]], prefix: int | None
 ) -> torch.Tensor:
     """What a gate takes: the causal averages of x side by side, (B, S, J D). A gate is linear, so that averaging what it
-    reads, as here, is averaging what it says, as the router does."""
+    reads, as here, is averaging what it says, as the router does.
+    """
     parts = [
         x_BSD
         if average["decay"] is None

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, Gates, RouterRecord
@@ -18,10 +17,12 @@ from modekit.data import TokenSequence, digest_of, documents_of_split, encode, r
 from modekit.errors import RecipeError, TextError
 from modekit.models import ExpertView, expert_view, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.recipe import Expert, Recipe, Router, parse_recipe
+from modekit.recipe import DATA_FREE, Expert, Recipe, Router, parse_recipe
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.constant import constant_gates
+from modekit.routing.low_rank import adapter_gates
+from modekit.routing.phatgoose import train_gates
 from modekit.routing.statistics import DomainStatistics, load_statistics
 
 
@@ -48,6 +49,11 @@ def fit_router(
     are made and written there. Raises TextError.
     """
     settings = recipe.mixture.router
+    if settings.fit in DATA_FREE:
+        record = RouterRecord(status="fitted", settings=settings, sha256="", text={}, report={})
+        return FittedRouter(adapter_gates(checkpoint, settings), record)
+    if settings.fit == "phatgoose":
+        return _trained(checkpoint, recipe, root, trust_remote_code, progress)
     reader = _Reader(checkpoint, settings, statistics_folder, trust_remote_code, progress)
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
     readings = [reader.prepare(place, expert, root) for place, expert in enumerate(recipe.experts)]
@@ -68,6 +74,36 @@ def fit_router(
         status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]}
     )
     return FittedRouter(gates, record)
+
+
+def _trained(checkpoint: Checkpoint, recipe: Recipe, root: Path, trust_remote_code: bool, progress: Progress) -> FittedRouter:
+    """Gates trained expert by expert on the fit split of their text."""
+    settings = recipe.mixture.router
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    texts = [fit_documents(expert, root, place) for place, expert in enumerate(recipe.experts)]
+    sequences = [
+        encode(
+            tokenizer, documents, max_tokens=settings.tokens_per_domain, sequence_length=settings.sequence_length,
+        )
+        for documents in texts
+    ]  # fmt: skip
+    for place, expert in enumerate(recipe.experts):
+        _check_length(place, expert, sequences[place])
+    counts = [sum(len(sequence.ids) for sequence in own) for own in sequences]
+    gates = train_gates(checkpoint, settings, sequences, progress=progress)
+    text = {
+        name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)
+    }  # fmt: skip
+    return FittedRouter(
+        gates, RouterRecord(status="trained", settings=settings, sha256="", text=text, report={"tokens": counts})
+    )
+
+
+def _check_length(place: int, expert: Expert, sequences: Sequence[TokenSequence]) -> None:
+    if not sequences:
+        raise TextError(
+            "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
+        )
 
 
 def refit(
@@ -172,10 +208,7 @@ class _Reader:
             raise
         sequences = self._encode(documents, self._settings.tokens_per_domain)
         tokens = sum(len(sequence.ids) for sequence in sequences)
-        if not tokens:
-            raise TextError(
-                "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
-            )
+        _check_length(place, expert, sequences)
         source = {"text": text_record(documents, tokens), "how": how}
         if kept is not None and kept.source == source:
             return _Reading(place, expert.name, path, kept)

@@ -1,0 +1,122 @@
+"""Adapters of a modekit checkpoint back as ordinary PEFT folders, bit for bit: `modekit export OUT FOLDER`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modekit.adapters import WEIGHTS_FILE
+from modekit.checkpoint import Checkpoint
+from modekit.errors import UnsupportedError
+from modekit.numeric import as_array
+from modekit.sources import Mappings, TensorRef
+from modekit.writer import Entry, staging, write_all, write_json
+
+CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def adapter_experts(checkpoint: Checkpoint) -> list[str]:
+    """Experts that are adapters alone: low-rank wherever they differ from the base."""
+    places = _places(checkpoint)
+    return [
+        name
+        for expert, name in enumerate(checkpoint.names)
+        if any(place["ranks"][expert] for place in places.values())
+        and not any(expert in place["own"] for place in places.values())
+    ]
+
+
+def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write one expert as a PEFT LoRA folder that changes the base model as the expert does; returns its config.
+
+    A and B are the tensors that the mixture was built from, bit for bit. Raises UnsupportedError when the expert is no
+    adapter, OutputError.
+    """
+    if name not in adapter_experts(checkpoint):
+        raise UnsupportedError(
+            "the expert is no adapter that PEFT could hold", where=f"{checkpoint.folder}: expert '{name}'",
+            expected=", ".join(adapter_experts(checkpoint)) or "an expert kept low-rank (there is none here)",
+            remedy="name one of these, or see `modekit extract` for full models",
+        )  # fmt: skip
+    expert = checkpoint.names.index(name)
+    places = {module: place for module, place in _places(checkpoint).items() if place["ranks"][expert]}
+    config = _config(checkpoint, expert, places)
+    tensors = dict(_tensors(checkpoint, expert, places))
+    entries: list[Entry] = [(key, ref.dtype, shape, _nbytes(ref, shape)) for key, (ref, _, shape) in tensors.items()]
+    digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {name}".encode()).hexdigest()
+    mappings = Mappings()
+    parts = list(tensors.values())
+
+    def write(place: int, stream: io.FileIO) -> None:
+        ref, (rows, columns), shape = parts[place]
+        whole = as_array(mappings.view(ref), ref.dtype).reshape(ref.shape)
+        part = np.ascontiguousarray(whole[rows] if len(shape) == 1 else whole[rows, columns])
+        write_all(stream, memoryview(part.view(np.uint8).reshape(-1)))
+
+    try:
+        with staging(out, digest, overwrite=overwrite, marker=CONFIG_FILE) as stage:
+            stage.write_shard(WEIGHTS_FILE, entries, write)
+            write_json(stage.folder / CONFIG_FILE, config)
+    finally:
+        mappings.close()
+    return config
+
+
+def _places(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.native is not None:
+        raise UnsupportedError(
+            "a native checkpoint holds whole experts, no adapters", where=str(checkpoint.folder),
+            remedy="build the recipe with output: {format: modekit}, or see `modekit extract`",
+        )  # fmt: skip
+    places: dict[str, Any] = checkpoint.config["modekit"]["places"]
+    return places
+
+
+def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> dict[str, Any]:
+    """adapter_config.json with one rank and alpha for most modules and patterns for the others."""
+    ranks = {module: place["ranks"][expert] for module, place in places.items()}
+    alphas = {module: place["scales"][expert] * place["ranks"][expert] for module, place in places.items()}
+    rank, alpha = (max(sorted(set(values)), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": checkpoint.record.recipe.base_model,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": alpha,
+        "lora_bias": any(expert in place.get("biased", []) for place in places.values()),
+        "lora_dropout": 0.0,
+        "r": rank,
+        "target_modules": sorted(places),
+        "rank_pattern": {module: each for module, each in sorted(ranks.items()) if each != rank},
+        "alpha_pattern": {module: each for module, each in sorted(alphas.items()) if each != alpha},
+    }
+
+
+_Part = tuple[TensorRef, tuple[Any, Any], tuple[int, ...]]
+
+
+def _tensors(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> Iterator[tuple[str, _Part]]:
+    """PEFT's name -> (tensor of the checkpoint, (rows, columns) of it, shape)."""
+    everything = slice(None)
+    for module, place in sorted(places.items()):
+        start = sum(place["ranks"][:expert])
+        ranks = slice(start, start + place["ranks"][expert])
+        rank = place["ranks"][expert]
+        a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
+        yield f"{_PREFIX}{module}.lora_A.weight", (a, (ranks, everything), (rank, a.shape[1]))
+        yield f"{_PREFIX}{module}.lora_B.weight", (b, (everything, ranks), (b.shape[0], rank))
+        biased = place.get("biased", [])
+        if expert in biased:
+            bias = checkpoint.tensors[f"{module}.lora_bias"]
+            yield f"{_PREFIX}{module}.lora_B.bias", (bias, (biased.index(expert), everything), (bias.shape[1],))
+
+
+def _nbytes(ref: TensorRef, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape)) * (ref.nbytes // max(1, ref.numel))

@@ -1,0 +1,90 @@
+"""Gates from the adapters themselves, without text: Arrow, SpectR and SEQR.
+
+All three score an expert by the length of what its adapter makes of x, |G_e x|; they differ in G_e. A router that
+decides for several modules with the same input (q, k and v; gate and up) takes their changes as one, stacked.
+
+    spectr   G_e with |G_e x| = |s B A x|: R of B's QR decomposition times A (SpectR and SEQR's exact form)
+    seqr     the same, of length 1: an adapter does not win by being large. SEQR standardises by activations on a text;
+             without one, the Frobenius norm stands for them
+    arrow    the one direction that the change amplifies most: its first right singular vector (arXiv:2405.11157)
+
+Shape legend: D width of what is read, R rank, O output, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from modekit.checkpoint import Checkpoint
+from modekit.errors import UnsupportedError
+from modekit.families import family_of
+from modekit.plan_modekit import readers
+from modekit.planned import RouterSlot
+from modekit.recipe import Router
+
+
+def adapter_gates(checkpoint: Checkpoint, settings: Router) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """One gate per router slot, float32. The base scores 0 everywhere.
+
+    Raises UnsupportedError when an expert's part is no low-rank change.
+    """
+    return [_gate(checkpoint, settings, slot).numpy() for slot in checkpoint.slots]
+
+
+def _gate(checkpoint: Checkpoint, settings: Router, slot: RouterSlot) -> torch.Tensor:
+    rows = []
+    for expert, count in enumerate(slot.rows):
+        change_RD = _stacked(checkpoint, slot, expert)
+        gate_RD = torch.zeros((count, slot.width), dtype=torch.float64)
+        if settings.fit == "arrow" and len(change_RD):
+            _, _, directions = torch.linalg.svd(change_RD, full_matrices=False)
+            gate_RD[0] = directions[0]
+        else:
+            gate_RD[: len(change_RD)] = change_RD
+        if settings.fit == "seqr":
+            gate_RD /= torch.linalg.matrix_norm(gate_RD).clamp_min(1e-30)
+        rows.append(gate_RD)
+    # A router that reads several averages scores their mean: the same rows for each part.
+    gate = torch.cat(rows) / settings.temperature / slot.parts
+    return gate.repeat(1, slot.parts).float()
+
+
+def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Tensor:
+    """(R, D) float64 with |stacked x| = |all changes of the expert that read x|; empty for the base."""
+    places: dict[str, Any] = checkpoint.config["modekit"]["places"]
+    leader = slot.name.removesuffix(".router.gate")
+    family = family_of(checkpoint.record.dense_config, where=str(checkpoint.folder))
+    parts = []
+    for module in readers(leader, family, {name: name for name in places}):
+        place = places[module]
+        if expert in place["own"]:
+            raise UnsupportedError(
+                "the expert's part is no low-rank change that this router could score",
+                where=f"expert '{checkpoint.names[expert]}': {module}",
+                remedy="choose a fit that reads text (logistic), or take the expert as lora",
+            )  # fmt: skip
+        rank = place["ranks"][expert]
+        if rank:
+            a_RD, b_OR = low_rank_tensors(checkpoint, module, place["ranks"], expert)
+            parts.append(place["scales"][expert] * torch.linalg.qr(b_OR.double()).R @ a_RD.double())
+    return torch.cat(parts) if parts else torch.zeros((0, slot.width), dtype=torch.float64)
+
+
+def low_rank_tensors(
+    checkpoint: Checkpoint, module: str, ranks: Sequence[int], expert: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, D) and B (O, R) of one expert at a place, as the checkpoint holds them."""
+    start = sum(ranks[:expert])
+    stop = start + ranks[expert]
+    name = f"{module}.lora_A"
+    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
+        a_RD: torch.Tensor = file.get_slice(name)[start:stop]
+    name = f"{module}.lora_B"
+    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
+        b_OR: torch.Tensor = file.get_slice(name)[:, start:stop]
+    return a_RD, b_OR
