@@ -14,8 +14,8 @@ from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.families import FAMILIES, Family, family_of
-from modekit.native import NATIVES, Native, choose_native
 from modekit.models import DenseView, forced_expert
+from modekit.native import NATIVES, Native, choose_native
 from modekit.plan import make_plan
 from modekit.recipe import parse_recipe
 

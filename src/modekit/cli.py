@@ -8,19 +8,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer.exceptions import TyperException
 
 from modekit.errors import InterruptError, ModekitError
+from modekit.printing import (
+    bytes_of,
+    err,
+    out,
+    print_checks,
+    print_extract,
+    print_plan,
+    print_results,
+    print_summary,
+)
 from modekit.progress import Progress
-
-if TYPE_CHECKING:
-    from modekit.evaluate import Results
 
 app = typer.Typer(
     name="modekit",
@@ -29,8 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe.yaml.")]
 OutFolder = Annotated[Path, typer.Argument(help="The checkpoint folder.")]
@@ -51,7 +54,7 @@ def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust =
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
-        _print_plan(summary)
+        print_plan(summary)
 
 
 @app.command()
@@ -70,7 +73,7 @@ def build(
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(
         f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
-        f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {_bytes(size)}"
+        f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {bytes_of(size)}"
     )
 
 
@@ -78,7 +81,10 @@ def build(
 def fit(
     checkpoint: OutFolder,
     method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None,
-    router: Annotated[str | None, typer.Option("--fit", help="random, centroid, lda, logistic or ridge.")] = None,
+    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
+    ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None,
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None,
@@ -91,7 +97,8 @@ def fit(
     from modekit.routing.fit import refit
 
     wanted = {
-        "fit": router, "temperature": temperature, "l2": l2, "tokens_per_domain": tokens_per_domain, "seed": seed,
+        "fit": router, "granularity": granularity, "temperature": temperature, "l2": l2,
+        "tokens_per_domain": tokens_per_domain, "seed": seed,
     }  # fmt: skip
     changes: dict[str, Any] = {"router": {key: value for key, value in wanted.items() if value is not None}}
     if method is not None:
@@ -150,11 +157,7 @@ def verify(
     if as_json:
         sys.stdout.write(json.dumps([vars(check) for check in checks], indent=2) + "\n")
     else:
-        table = Table("check", "verdict", "detail", box=None, pad_edge=False)
-        colours = {"proven": "green", "failed": "red", "not possible": "yellow"}
-        for check in checks:
-            table.add_row(check.name, f"[{colours[check.verdict]}]{check.verdict}[/]", escape(check.detail))
-        out.print(table)
+        print_checks(checks)
     if not is_proven(checks):
         raise typer.Exit(1)
 
@@ -164,9 +167,14 @@ def specialize(
     base: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Annotated[list[str], typer.Option(help="Text of the domain; may be given several times.")],
-    train: Annotated[str, typer.Option(help="mlp: only the FFN moves, mixes without loss; full: everything moves.")] = "mlp",
+    train: Annotated[
+        str, typer.Option(help="mlp: only the FFN moves; lora: OUT is an adapter, a PEFT folder; full: everything moves.")
+    ] = "mlp",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter (--train lora; default 16).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None,
-    learning_rate: Annotated[float, typer.Option(min=0, max=10, help="Peak learning rate.")] = 1e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, max=10, help="Peak learning rate (default 1e-4; lora 1e-3).")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
@@ -174,24 +182,91 @@ def specialize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well."""
-    if train not in {"mlp", "full"}:
-        raise ModekitError("unknown choice", where="--train", found=train, expected="mlp or full", remedy="write one of them")
+    if train not in {"mlp", "lora", "full"}:
+        raise ModekitError(
+            "unknown choice", where="--train", found=train, expected="mlp, lora or full", remedy="write one of them"
+        )
+    if rank is not None and train != "lora":
+        raise ModekitError("the setting has no effect", where="--rank", found=rank, remedy="remove it, or add --train lora")
     from modekit.locate import model_folder
     from modekit.specialize import specialize as run
     from modekit.training import Training
 
-    training = Training(
-        steps=steps, learning_rate=learning_rate, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed
-    )
+    rate = learning_rate if learning_rate is not None else 1e-3 if train == "lora" else 1e-4
+    training = Training(steps=steps, learning_rate=rate, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed)
     with _progress() as progress:
         record = run(
             model_folder(base, None, root=Path.cwd(), label="BASE"), output.resolve(),
-            text, root=Path.cwd(), train="mlp" if train == "mlp" else "full",
-            training=training, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+            text, root=Path.cwd(), train=cast(Any, train), rank=rank or 16, training=training,
+             overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     loss = record["held_out_loss"]
     change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
     out.print(f"[bold]{escape(str(output))}[/]: {train}, {record['training']['steps']} steps, {change}")
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the fine-tuned model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    base: Annotated[str, typer.Option(help="Folder or hub id of the model it was tuned from.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every module's change.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="In place of --rank: the smallest ranks that keep this share of the squared change.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None,
+    module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text by whose activations the error is weighed; may be given several times.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of that text.")] = 16_384,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
+    from modekit.extract import extract as run
+    from modekit.locate import model_folder
+
+    with _progress() as progress:
+        record = run(
+            model_folder(model, None, root=Path.cwd(), label="MODEL"),
+            model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), rank=rank, energy=energy,
+            max_rank=max_rank, modules=module, texts=text or (), root=Path.cwd(), tokens=tokens, base_name=base,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        return
+    print_extract(record)
+    totals = record["totals"]
+    out.print(
+        f"[bold]{escape(str(output))}[/]: {totals['modules']} modules, {bytes_of(totals['bytes'])}, "
+        f"{totals['carried']:.0%} of the model's squared difference"
+    )
+
+
+@app.command()
+def export(
+    checkpoint: OutFolder,
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets one PEFT folder per expert.")],
+    expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the adapters of a mixture as ordinary PEFT folders, bit for bit."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.export import adapter_experts, export_adapter
+
+    opened = open_checkpoint(checkpoint.resolve())
+    names = expert or adapter_experts(opened)
+    if not names:
+        raise ModekitError(
+            "no expert of this mixture is an adapter", where=str(checkpoint), found=", ".join(opened.names),
+            remedy="see `modekit extract` for full models",
+        )  # fmt: skip
+    for name in names:
+        config = export_adapter(opened, name, output.resolve() / name, overwrite=overwrite)
+        out.print(f"[bold]{escape(str(output / name))}[/]: {config['peft_type']}, rank {config['r']}")
 
 
 @app.command()
@@ -218,7 +293,7 @@ def demo(
         out.print(f"[bold]seed {seed}[/]")
         print_results(results.merged(seed))
     if seeds > 1:
-        _print_summary(results.summary())
+        print_summary(results.summary())
     out.print(
         f"[dim]{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {escape(str(output))}[/]"
     )
@@ -230,76 +305,6 @@ def schema() -> None:
     from modekit.recipe import schema_text
 
     sys.stdout.write(schema_text())
-
-
-def print_results(results: Results) -> None:
-    """Draw the table of an evaluation."""
-    header, body = results.table(between="\n")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate(header):
-        table.add_column(title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
-    for cells in body:
-        style = "bold green" if cells[0] == "mixture" else None
-        name = cells[0] if len(cells[0]) < 16 else cells[0].replace(" ", "\n", 1)
-        table.add_row(*map(escape, [name, *cells[1:]]), style=style)
-    out.print("Held-out loss in nats per token, perplexity below; gap closed: 1 = as good as each domain's own expert.")
-    out.print(table)
-    for note in results.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
-
-
-def _print_summary(summary: dict[str, dict[str, float | None]]) -> None:
-    table = Table("model", "mean loss", "gap closed", "unseen / base", box=None, pad_edge=False)
-    for name, figures in summary.items():
-        cells = [
-            "-" if figures[key] is None else f"{figures[key]:.3f} ± {figures[key + '_spread']:.3f}"
-            for key in ("mean_loss", "gap_closed", "unseen_against_base")
-        ]
-        table.add_row(name, *cells)
-    out.print("Over the seeds: mean and largest deviation.")
-    out.print(table)
-
-
-def _print_plan(summary: dict[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    parameters, sizes, memory, disk = summary["parameters"], summary["bytes"], summary["memory"], summary["disk"]
-    operations = ", ".join(f"{count} {name}" for name, count in summary["tensors"].items() if name != "total")
-    rows = [
-        ("architecture", f"{summary['architecture']} (also runs in {summary['also_runs_in']})"),
-        ("why", summary["why"]),
-        ("experts", ", ".join(f"{expert['name']} ({expert['model']})" for expert in summary["experts"])),
-        (
-            "mixing",
-            f"{summary['method']}, top_k {summary['top_k']}, router {summary['router']}, backbone {summary['backbone']}",
-        ),
-        ("parameters", f"{_count(parameters['total'])} total, {_count(parameters['active'])} active per token"),
-        ("tensors", f"{summary['tensors']['total']} ({operations}) in {summary['shards']} files, {summary['dtype']}"),
-        (
-            "bytes",
-            f"{_bytes(sizes['read'])} read, {_bytes(sizes['written'])} written, {_bytes(sizes['statistics'])} statistics",
-        ),
-        ("disk", f"{_bytes(disk['needed'])} needed, {_bytes(disk['free'])} free"),
-        ("memory", f"{_bytes(memory['build'])} to build, {_bytes(memory['fit'])} to fit, {_bytes(memory['load'])} to load"),
-        *(("note", note) for note in summary["notes"]),
-    ]
-    for name, value in rows:
-        table.add_row(name, escape(value))
-    out.print(table)
-    if disk["needed"] > disk["free"]:
-        err.print("[yellow]the disk has too little free space for this build[/]")
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: b
         ref, (rows, columns), shape = parts[place]
         whole = as_array(mappings.view(ref), ref.dtype).reshape(ref.shape)
         part = np.ascontiguousarray(whole[rows] if len(shape) == 1 else whole[rows, columns])
-        write_all(stream, memoryview(part.view(np.uint8).reshape(-1)))
+        write_all(stream, part.view(np.uint8).reshape(-1).data)
 
     try:
         with staging(out, digest, overwrite=overwrite, marker=CONFIG_FILE) as stage:

@@ -209,7 +209,11 @@ FAMILIES: tuple[Family, ...] = (
         defaults={"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096},
         layer_types=_every("sliding_window_pattern", 6, "sliding_attention"),
     ),
-    Family(model_type="phi3", parts=_FUSED, defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}),
+    Family(
+        model_type="phi3",
+        parts=_FUSED,
+        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    ),
     Family(model_type="olmo", defaults={"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}),
     Family(
         model_type="olmo3",

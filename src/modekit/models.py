@@ -203,9 +203,9 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -> Iterator[None]:
     """While open, every router of a loaded mixture gives all weight to one expert.
 
-    Routers of the modekit architecture can be told so. A native router reads ones instead of x, through a gate that makes logits of 10,000 for the expert and 0 for the others,
-    so that softmax is exactly one-hot. What routers return differs between versions of transformers; what they read
-    does not.
+    Routers of the modekit architecture can be told so. A native router reads ones instead of x, through a gate that makes
+    logits of 10,000 for the expert and 0 for the others, so that softmax is exactly one-hot. What routers return differs
+    between versions of transformers; what they read does not.
     """
     if checkpoint.native is None:
         model.use_expert(expert)

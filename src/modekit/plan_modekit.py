@@ -124,7 +124,10 @@ class ModekitLayout:
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for expert in self._recipe.experts:
             if expert.lora_rank is not None:
-                yield f"{expert.name}: of its difference to the base a part of rank {expert.lora_rank} is kept; norms and biases are not"
+                yield (
+                    f"{expert.name}: of its difference to the base a part of rank {expert.lora_rank} is kept; "
+                    "norms and biases are not"
+                )
 
     def tensors(self) -> Iterator[PlannedTensor]:
         """What the experts have at every place."""

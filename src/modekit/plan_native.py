@@ -109,7 +109,8 @@ class NativeLayout:
         change = source.changes.get(ref.name) if isinstance(source, AdapterSource) else None
         if isinstance(change, LowRank) and change.bias is not None:
             raise UnsupportedError(
-                "the adapter adds a bias where the native experts have none", where=f"{source.label} ({source.spec}): {ref.name}",
+                "the adapter adds a bias where the native experts have none",
+                where=f"{source.label} ({source.spec}): {ref.name}",
                 remedy="use output: {format: modekit}",
             )  # fmt: skip
         return piece_of(self._sources, place, ref)

@@ -391,7 +391,7 @@ class Recipe(_Strict):
             problems.append("mixture.always_on: the base is not in the list of experts, so it needs a weight")
         if self.output.format == "native":
             problems += [
-                f"experts '{expert.name}': 'as: lora' has no effect with output.format native, whose experts are whole; remove it"
+                f"experts '{expert.name}': 'as: lora' does not fit output.format native, whose experts are whole; remove it"
                 for expert in self.experts
                 if expert.as_ == "lora"
             ]

@@ -132,7 +132,8 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name
-    return [parameter for parameter in model.parameters() if parameter.requires_grad], adapted.save_pretrained
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return moving, lambda folder: adapted.save_pretrained(str(folder))
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:

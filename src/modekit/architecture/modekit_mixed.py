@@ -51,10 +51,11 @@ class Mixed(nn.Module):
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         if any(self.ranks):
-            self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), dense.in_features))
-            self.lora_B = nn.Parameter(torch.zeros(dense.out_features, sum(self.ranks)))
-        if self.biased:
-            self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), dense.out_features))
+            width_in, width_out = int(dense.in_features), int(dense.out_features)  # type: ignore[arg-type]
+            self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
+            self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
+            if self.biased:
+                self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), width_out))
         self.router: Router | None = None
         if place["router"] == name:
             self.router = Router(name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0))
@@ -104,7 +105,7 @@ class Mixed(nn.Module):
         present = [expert for expert, rank in enumerate(self.ranks) if rank]
         if self.per_feature:
             sizes = [self.ranks[expert] for expert in present]
-            parts = zip(present, hidden.split(sizes, -1), lora_B.split(sizes, 1), strict=True)
+            parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
             terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
             return torch.stack(terms).sum(0)
         factors = [(weights[..., e, None] * self.scales[e]).expand(*hidden.shape[:-1], self.ranks[e]) for e in present]
@@ -139,7 +140,7 @@ def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) ->
         else:
             total = total + y if everywhere else total.index_add(0, rows, y)
     assert total is not None
-    return total.unflatten(0, x.shape[:2])
+    return total.reshape(*x.shape[:2], *total.shape[1:])
 
 
 def _spread(weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

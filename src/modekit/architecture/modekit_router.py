@@ -110,9 +110,10 @@ class Router(nn.Module):
             width = (x_BSD.shape[-1],)
             gate_GD = torch.nn.functional.layer_norm(gate_GD, width)
             x_BSD = torch.nn.functional.layer_norm(x_BSD, width)
-            return torch.nn.functional.linear(x_BSD, gate_GD) / width[0] ** 0.5
+            scores: torch.Tensor = torch.nn.functional.linear(x_BSD, gate_GD) / width[0] ** 0.5
+            return scores
         products = torch.nn.functional.linear(x_BSD, gate_GD)
-        return torch.stack([part.square().sum(-1).sqrt() for part in products.split(self.rows, dim=-1)], dim=-1)
+        return torch.stack([part.square().sum(-1).sqrt() for part in torch.split(products, self.rows, dim=-1)], dim=-1)
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
@@ -142,10 +143,7 @@ def causal_average(
     returned. Returns the averages (B, S, G) and the state after the last token.
     """
     batch, length, size = values_BSG.shape
-    if state is None:
-        state = values_BSG.new_zeros((batch, size + 2))
-    else:
-        state = state.to(values_BSG)
+    state = values_BSG.new_zeros((batch, size + 2)) if state is None else state.to(values_BSG)
     results = []
     for start in range(0, length, _CHUNK):
         mask = mask_BS[:, start : start + _CHUNK]

@@ -60,7 +60,7 @@ class CarriesRouterStates:
 
 
 @functools.cache
-def _carrier(cache_class: type[Cache]) -> type[Cache]:
+def _carrier(cache_class: Any) -> Any:
     return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
 
 
@@ -80,8 +80,9 @@ class MixtureModel:
         if isinstance(expert, str):
             if expert not in names:
                 raise ValueError(f"there is no expert '{expert}'; there are {', '.join(names)}")
-            expert = names.index(expert)
-        self.flow.forced = expert
+            self.flow.forced = names.index(expert)
+        else:
+            self.flow.forced = expert
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -93,7 +94,7 @@ class MixtureForCausalLM:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        model = family_classes(type(config))[0](config)
+        model = family_classes(config.__class__)[0](config)
         setattr(self, self.base_model_prefix, model)  # type: ignore[attr-defined]
         install(self, "", config, model.flow, only="lm_head")  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
@@ -144,7 +145,7 @@ def initialise(module: nn.Module) -> None:
 
 
 @functools.cache
-def family_classes(config_class: type[PreTrainedConfig]) -> tuple[Any, Any]:
+def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
@@ -183,8 +184,8 @@ def finish_pass(flow: Flow, output: Any) -> None:
     cache = next((value for value in values if isinstance(value, Cache)), None)
     if cache is not None and flow.fresh:
         if not isinstance(cache, CarriesRouterStates):
-            cache.__class__ = _carrier(type(cache))
-        cache.router_states = flow.fresh  # type: ignore[attr-defined]
+            cache.__class__ = _carrier(cache.__class__)
+        cache.router_states = flow.fresh
         flow.states, flow.fresh = {}, {}
 
 
@@ -197,11 +198,11 @@ class ModekitModel:
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """The family's model from a checkpoint folder or hub id."""
         config = config if config is not None else ModekitConfig.from_pretrained(path)
-        return family_classes(type(config))[cls._place].from_pretrained(path, *args, config=config, **kwargs)
+        return family_classes(config.__class__)[cls._place].from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        return family_classes(type(config))[cls._place]._from_config(config, **kwargs)
+        return family_classes(config.__class__)[cls._place]._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

@@ -50,7 +50,7 @@ def train_gates(
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()
-    return [gate.float().cpu().numpy() / settings.temperature for gate in learned]
+    return [(gate.float() / settings.temperature).cpu().numpy() for gate in learned]
 
 
 def _places(checkpoint: Checkpoint) -> list[dict[str, Any]]:
