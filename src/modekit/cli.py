@@ -277,18 +277,23 @@ def demo(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
     full: Annotated[bool, typer.Option("--full", help="Ordinary full fine-tunes as experts, several backbones.")] = False,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="LoRA adapters as experts, kept low-rank and folded into a native checkpoint.")
+    ] = False,
     real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False,
 ) -> None:
-    """Train a base and four experts on real text, mix them three ways and show what each is worth."""
+    """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
     from modekit.demo.run import run_demo
 
-    kinds = [name for name, chosen in (("full", full), ("real", real), ("quick", quick)) if chosen]
+    if full and adapters:
+        raise ModekitError("the experts are either full models or adapters", where="--full, --adapters", remedy="give one")
+    options = (("full", full), ("adapters", adapters), ("real", real), ("quick", quick))
+    kinds = [name for name, chosen in options if chosen]
     output = output or Path("-".join(["demo", *kinds]))
+    what: Any = "full" if full else "lora" if adapters else "mlp"
     with _progress() as progress:
-        results = run_demo(
-            output.resolve(), seeds=range(seeds), what="full" if full else "mlp", real=real, quick=quick, progress=progress
-        )
+        results = run_demo(output.resolve(), seeds=range(seeds), what=what, real=real, quick=quick, progress=progress)
     for seed in results.per_seed:
         out.print(f"[bold]seed {seed}[/]")
         print_results(results.merged(seed))

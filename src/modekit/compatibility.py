@@ -81,7 +81,11 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
         alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
         for suffix in sorted((alike | set(family.mlp.values())) - found[layer]):
             source.tensor(LAYER.format(layer=layer) + suffix)
-    for name in ("model.embed_tokens.weight", "model.norm.weight", *(() if is_tied(source, family) else ("lm_head.weight",))):
+    needed = {
+        "model.embed_tokens.weight": True, "model.norm.weight": family.norms_have_weights,
+        "lm_head.weight": not is_tied(source, family),
+    }  # fmt: skip
+    for name in (name for name, is_needed in needed.items() if is_needed):
         source.tensor(name)
     hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
     shapes = {"model.embed_tokens.weight": (int(source.config["vocab_size"]), hidden)}

@@ -325,19 +325,32 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
         loads = [partial(_load_expert, folders[0], folders[place], load) for place in members]
         yield _Job("weight average", "average", dense, dense, identity, lambda: _average(loads))
     active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
-    mixture = f"{hashes} {record.expert_sources} {record.recipe.mixture.backbone} {record.recipe.output.dtype}"
+    carried, decided = _identities(checkpoint, hashes)
     load_mixture = partial(load, checkpoint.folder)
     weights = record.recipe.mixture.weights
     if weights is None:
         yield _Job(
-            "oracle", "oracle", sizes, active, f"oracle {mixture}", load_mixture,
+            "oracle", "oracle", sizes, active, f"oracle {carried}", load_mixture,
             lambda model, domain: forced_expert(model, checkpoint, domain.expert or 0),
         )  # fmt: skip
     else:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
-    yield _Job(
-        "mixture", "mixture", sizes, active, f"{mixture} {record.router.sha256} {record.recipe.top_k} {weights}", load_mixture
-    )
+    yield _Job("mixture", "mixture", sizes, active, f"{carried} {decided}", load_mixture)
+
+
+_DECIDES = {"method", "top_k", "top_p", "always_on", "weights", "router"}
+"""Keys of a mixture that say how its router decides; the others say what its experts carry."""
+
+
+def _identities(checkpoint: Checkpoint, hashes: Sequence[str]) -> tuple[str, str]:
+    """What the experts carry, which is all that the oracle runs, and how the router decides between them."""
+    record = checkpoint.record
+    recipe = record.recipe
+    low_rank = [expert.lora_rank for expert in recipe.experts]
+    carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
+    carried = f"{hashes} {record.expert_sources} {low_rank} {carries} {recipe.output.dtype} {record.native_type}"
+    decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
+    return carried, f"{decides} {record.router.sha256}"
 
 
 def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:

@@ -39,6 +39,7 @@ class Family:
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
+        norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
     """
 
@@ -49,6 +50,7 @@ class Family:
     head_dim: int | None = None
     rope_theta: float = 10_000.0
     layer_types: Callable[[Config], list[str]] | None = None
+    norms_have_weights: bool = True
     defaults: Config = field(default_factory=dict)
 
     @property
@@ -214,7 +216,11 @@ FAMILIES: tuple[Family, ...] = (
         parts=_FUSED,
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     ),
-    Family(model_type="olmo", defaults={"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}),
+    Family(
+        model_type="olmo",
+        norms_have_weights=False,
+        defaults={"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False},
+    ),
     Family(
         model_type="olmo3",
         rope_theta=500_000.0,

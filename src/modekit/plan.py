@@ -63,22 +63,25 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     )
     giver = _Giver(recipe, sources)
     tied = is_tied(base, family)
+    mixed = layout.mixed_names()
     backbone = []
-    for name, ref in base.tensors.items():
-        if IGNORED.search(name) or (name == HEAD and tied):
-            continue
+
+    def add(name: str, ref: TensorRef) -> None:
         renamed = layout.backbone_name(name)
         if renamed is not None:
-            backbone.append(giver.tensor(renamed, code_of(ref), ref))
+            # Where experts have their own, the base's module stays the base's: it is the expert 'base', and what adapters change.
+            make = giver.of_base if name in mixed else giver.tensor
+            backbone.append(make(renamed, code_of(ref), ref))
+
+    for name, ref in base.tensors.items():
+        if not (IGNORED.search(name) or (name == HEAD and tied)):
+            add(name, ref)
     if tied and layout.unties:
-        ref = base.tensor(EMBEDDING)
-        renamed = layout.backbone_name(HEAD)
-        if renamed is not None:
-            backbone.append(giver.tensor(renamed, code_of(ref), ref))
+        add(HEAD, base.tensor(EMBEDDING))
     files = (*TOKENIZER_FILES, "generation_config.json")
     copied = tuple(base.folder / name for name in files if (base.folder / name).exists())
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: _natural_key(tensor.name))
-    notes = [*_notes(recipe, sources, layout.mixed_names()), *layout.notes()]
+    notes = [*_notes(recipe, sources, mixed), *layout.notes()]
     return Plan(
         recipe, root, family, native, why, sources, layout.config(), _cut_into_shards(body, recipe.output.shard_size),
         layout.slots(), layout.router_dtype, copied, tuple(notes), trust_remote_code, () if native is not None else CODE_FILES,
@@ -149,6 +152,10 @@ class _Giver:
             pieces = (Piece(0, ref), *(piece_of(self._sources, place, ref) for place in self._merged))
             return PlannedTensor(name, code, ref.shape, "backbone", "merge", pieces)
         return joined(name, code, ref.shape, "backbone", (piece_of(self._sources, self._one, ref),))
+
+    def of_base(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
+        """The base model's tensor itself."""
+        return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
 
 
 def _cut_into_shards(tensors: list[PlannedTensor], shard_size: int) -> tuple[Shard, ...]:

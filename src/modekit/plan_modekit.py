@@ -40,6 +40,10 @@ class _Place:
     kinds: tuple[LowRank | str | int | None, ...]
 
     @property
+    def is_mixed(self) -> bool:
+        return any(kind is not None for kind in self.kinds)
+
+    @property
     def own(self) -> list[int]:
         return [expert for expert, kind in enumerate(self.kinds) if kind == "own"]
 
@@ -82,7 +86,7 @@ class ModekitLayout:
 
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which experts have their own."""
-        return set(self._place_of_tensor)
+        return {name for name, place in self._place_of_tensor.items() if place.is_mixed}
 
     def config(self) -> dict[str, Any]:
         """The base's config.json with what is mixed where under `modekit`."""
@@ -148,18 +152,19 @@ class ModekitLayout:
 
     @cached_property
     def _places(self) -> list[_Place]:
-        if self._everything:
-            return [place for place in map(self._place, self._all_modules()) if any(kind is not None for kind in place.kinds)]
         places = []
-        for layer in self._recipe.mixture.mixed_layers(self._layers):
+        if self._everything:  # the embedding runs first, so the router is there, whether experts have one of their own or not
+            found = map(self._place, self._all_modules())
+            places = [place for place in found if place.module == _EMBEDDING or place.is_mixed]
+        for layer in [] if self._everything else self._recipe.mixture.mixed_layers(self._layers):
             prefix = LAYER.format(layer=layer)
             for part in self._parts():
                 module = prefix + (self._family.mlp_module if part == "mlp" else self._family.parts[part])
                 if any(name.startswith(f"{module}.") for name in self._base.tensors):
                     place = self._place(module, f"{layer} {'attention' if part in _ATTENTION else 'ffn'}")
-                    if any(kind is not None for kind in place.kinds):
+                    if place.is_mixed:
                         places.append(place)
-        if not places:
+        if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in what is mixed", where="mixture.modules",
                 remedy="mix other modules or layers, or add an expert that is not 'base'",

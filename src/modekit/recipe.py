@@ -519,7 +519,7 @@ def _explain(problem: dict[str, Any]) -> list[str]:
         elif part not in {"BackboneExpert", "BackboneMerge"} and not str(part).startswith(("literal[", "function-")):
             place += f".{part}" if place else str(part)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(_known_keys()), n=1)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "remove it"
         return [f"{place}: unknown key; {hint}"]
     if problem["type"] == "missing":
@@ -530,9 +530,14 @@ def _explain(problem: dict[str, Any]) -> list[str]:
     return [f"{place}: {line}{tail}" if place else line for line in message.split("\n")]
 
 
-def _known_keys() -> set[str]:
-    models = (Recipe, Expert, Mixture, Router, Output, AlwaysOn, BackboneMerge, BackboneExpert)
-    return {field.alias or key for model in models for key, field in model.model_fields.items()}
+def _known_keys(place: tuple[object, ...]) -> list[str]:
+    """The keys that may stand at a place of the recipe."""
+    inner: dict[object, type[BaseModel]] = {
+        "experts": Expert, "mixture": Mixture, "router": Router, "output": Output, "always_on": AlwaysOn,
+        "BackboneMerge": BackboneMerge, "BackboneExpert": BackboneExpert,
+    }  # fmt: skip
+    model = next((inner[part] for part in reversed(place) if part in inner), Recipe)
+    return [field.alias or key for key, field in model.model_fields.items()]
 
 
 def schema_text() -> str:

@@ -9,6 +9,7 @@ full    everything moves, as in most models one finds; what moved outside the FF
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -130,10 +131,17 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
+        adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return moving, lambda folder: adapted.save_pretrained(str(folder))
+
+    def save(folder: Path) -> None:
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with the base's path on this machine
+
+    return moving, save
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:

@@ -48,6 +48,7 @@ class Mixed(nn.Module):
         self.biased: list[int] = list(place.get("biased", []))
         self.per_feature = "features" in place
         self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
+        self.factors: torch.Tensor | None = None  # the weight and scale of every rank, made of them
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         if any(self.ranks):
@@ -69,6 +70,7 @@ class Mixed(nn.Module):
         """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
         if self.router is not None:
             self.weights = self.router(self.base(x) if isinstance(self.base, nn.Embedding) else x)
+            self.factors = None if self.per_feature or not any(self.ranks) else self._factors(self.weights, x.dtype)
         weights = self._leader[0].weights
         assert weights is not None, "the router of this place has not run"
         weights = weights.to(x.device)
@@ -78,7 +80,7 @@ class Mixed(nn.Module):
             weights = weights[:, None]
         y = self._whole_parts(x, weights)
         if any(self.ranks):
-            y = y + self._low_rank(x, weights)
+            y = self._plus_low_rank(y, x, weights)
         for row, expert in enumerate(self.biased):
             weight = weights[..., expert] if self.per_feature else weights[..., expert, None]
             y = y + weight.to(y.dtype) * (self.lora_bias[row].to(y.dtype) * self.scales[expert])
@@ -97,19 +99,45 @@ class Mixed(nn.Module):
             return _dense_sum(x, parts, one_each=self.per_feature)
         return _sparse_sum(x, parts)
 
-    def _low_rank(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
+    def _plus_low_rank(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
         hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
         lora_B = self.lora_B.to(x.dtype)
-        weights = weights.to(x.dtype)
-        present = [expert for expert, rank in enumerate(self.ranks) if rank]
         if self.per_feature:
+            weights = weights.to(x.dtype)
+            present = [expert for expert, rank in enumerate(self.ranks) if rank]
             sizes = [self.ranks[expert] for expert in present]
-            parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
+            parts = zip(present, hidden.split(sizes, -1), lora_B.split(sizes, 1), strict=True)
             terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
-            return torch.stack(terms).sum(0)
-        factors = [(weights[..., e, None] * self.scales[e]).expand(*hidden.shape[:-1], self.ranks[e]) for e in present]
-        return nn.functional.linear(hidden * torch.cat(factors, dim=-1), lora_B)
+            return y + torch.stack(terms).sum(0)
+        hidden = hidden * self._factors_here(weights, x)
+        if not (y.dtype == hidden.dtype == lora_B.dtype and y.is_contiguous() and hidden.is_contiguous()):
+            return y + nn.functional.linear(hidden, lora_B)
+        y_TO, hidden_TR = y.view(-1, y.shape[-1]), hidden.view(-1, hidden.shape[-1])
+        if torch.is_grad_enabled() or not self._owns_output:
+            return torch.addmm(y_TO, hidden_TR, lora_B.t()).view(y.shape)
+        y_TO.addmm_(hidden_TR, lora_B.t())
+        return y
+
+    @property
+    def _owns_output(self) -> bool:
+        """Whether nobody else can hold what the base's module returned, so that it may be added to in place."""
+        return bool(self.own) or (type(self.base) is nn.Linear and not self.base._forward_hooks)
+
+    def _factors_here(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Those of the leader where they are the same here: it made them in the same pass, once for all its places."""
+        leader = self._leader[0]
+        if leader.factors is not None and leader.ranks == self.ranks and leader.scales == self.scales:
+            factors = leader.factors
+            if factors.shape[:2] == x.shape[:2] and factors.dtype == x.dtype and factors.device == x.device:
+                return factors
+        return self._factors(weights, x.dtype)
+
+    def _factors(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """g_r s_r, (B, S, R)."""
+        present = [expert for expert, rank in enumerate(self.ranks) if rank]
+        columns = [(weights[..., e, None] * self.scales[e]).expand(*weights.shape[:-1], self.ranks[e]) for e in present]
+        return torch.cat(columns, dim=-1).to(dtype)
 
 
 def _dense_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]], *, one_each: bool) -> torch.Tensor:

@@ -36,17 +36,37 @@ from modekit.specialize import specialize
 from modekit.training import Training
 from modekit.writer import write_atomically, write_json
 
-What = Literal["mlp", "full"]
+What = Literal["mlp", "full", "lora"]
 
-MIXTURES: dict[str, dict[str, Any]] = {
-    "linear": {"method": "linear"},
-    "noisy": {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 0}},
-    "ridge": {"method": "routing", "top_k": 2, "router": {"fit": "ridge"}},
-    "routing": {"method": "routing", "top_k": 2},
-}
-"""Name -> mixture. `routing` is what a recipe gets that says nothing about the router."""
-BACKBONES = ("average", "task_arithmetic", "ties")
-"""With full fine-tunes, `routing` is also built on these backbones, and `noisy` and `ridge` are left out."""
+_ROUTING = {"method": "routing", "top_k": 2}
+_FOLDED = {"output": {"format": "native"}}
+MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
+    "mlp": {
+        "linear": {"mixture": {"method": "linear"}},
+        "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random", "seed": 0}}},
+        "ridge": {"mixture": {**_ROUTING, "router": {"fit": "ridge"}}},
+        "routing": {"mixture": _ROUTING},
+        "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
+    },
+    "full": {
+        "linear": {"mixture": {"method": "linear"}},
+        "routing": {"mixture": _ROUTING},
+        **{f"routing {backbone}": {"mixture": {**_ROUTING, "backbone": backbone}}
+           for backbone in ("average", "task_arithmetic", "ties")},
+        "sequence whole": {
+            "mixture": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}}
+        },
+    },
+    "lora": {
+        "linear": {"mixture": {"method": "linear"}},
+        "routing": {"mixture": _ROUTING},
+        "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
+        "routing folded": {"mixture": _ROUTING, **_FOLDED},
+        "routing folded average": {"mixture": {**_ROUTING, "backbone": "average"}, **_FOLDED},
+    },
+}  # fmt: skip
+"""What the experts are -> name -> what the recipe says. `routing` is what a recipe gets that says nothing about the router;
+what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +75,29 @@ class Size:
 
     base_steps: int
     expert_training: Training
+    lora_training: Training
     fit_tokens: int
     eval_tokens: int
 
 
+_TRAINING = Training(
+    steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3, weight_decay=0.05, autocast=True
+)
 SMALL = Size(
     480,
-    Training(
-        steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3,
-        muon_learning_rate=0.01, weight_decay=0.05, autocast=True,
-    ),
+    _TRAINING.with_(muon_learning_rate=0.01),
+    _TRAINING,
     32_768,
     16_384,
 )  # fmt: skip
-QUICK = Size(12, SMALL.expert_training.with_(steps=3), 2_048, 2_048)
+QUICK = Size(12, SMALL.expert_training.with_(steps=3), SMALL.lora_training.with_(steps=3), 2_048, 2_048)
+_REAL_TRAINING = Training(
+    steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True
+)
 REAL = Size(
     0,
-    Training(steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True),
+    _REAL_TRAINING,
+    _REAL_TRAINING.with_(learning_rate=1e-3),
     2_048,
     1_024,
 )
@@ -89,8 +115,8 @@ class DemoResults:
         by_mixture = self.per_seed[seed]
         first = next(iter(by_mixture.values()))
         rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
-        rows += [Row(f"oracle{'' if backbone == 'base' else ' ' + backbone}", *_rest(results.row("oracle")))
-                 for backbone, results in _by_backbone(by_mixture).items()]  # fmt: skip
+        rows += [Row(f"oracle {carried}".strip(), *_rest(results.row("oracle")))
+                 for carried, results in _by_what_is_carried(by_mixture).items()]  # fmt: skip
         rows += [Row(name, *_rest(results.row("mixture"))) for name, results in by_mixture.items()]
         return Results(rows, first.domains, first.unseen, first.text, first.notes)
 
@@ -168,13 +194,13 @@ def _run_seed(
         if not (folder / name).exists():
             specialize(
                 base, folder / name, [str(texts[name])], root=folder, train=what,
-                training=size.expert_training.with_(seed=1000 * seed + place),
+                training=(size.lora_training if what == "lora" else size.expert_training).with_(seed=1000 * seed + place),
                 progress=lambda _stage, done, total, name=name: progress(f"train {name}", done, total),
             )  # fmt: skip
     results: dict[str, Results] = {}
     known: Results | None = None
-    for name, mixture in _mixtures(what, seed, size).items():
-        checkpoint = _build(folder, name, mixture, texts, progress)
+    for name, says in MIXTURES[what].items():
+        checkpoint = _build(folder, name, _recipe(what, says, texts, seed, size), progress)
         known = evaluate(
             checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=SEQUENCE_LENGTH, known=known, progress=progress
         )
@@ -182,27 +208,25 @@ def _run_seed(
     return results
 
 
-def _mixtures(what: What, seed: int, size: Size) -> dict[str, dict[str, Any]]:
-    fit = {"tokens_per_domain": size.fit_tokens, "keep_tokens": size.fit_tokens, "sequence_length": SEQUENCE_LENGTH}
-    mixtures = {}
-    for name in MIXTURES if what == "mlp" else ("linear", "routing"):
-        mixture = MIXTURES[name]
-        router = {} if name == "linear" else {"seed": seed, **(fit if name != "noisy" else {}), **mixture.get("router", {})}
-        mixtures[name] = {**mixture, **({"router": router} if router else {})}
-    if what == "full":
-        for backbone in BACKBONES:
-            mixtures[f"routing {backbone}"] = {**mixtures["routing"], "backbone": backbone}
-    return mixtures
-
-
-def _build(folder: Path, name: str, mixture: dict[str, Any], texts: dict[str, Path], progress: Progress) -> Checkpoint:
-    place = name.replace(" ", "-")
-    recipe = {
+def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], seed: int, size: Size) -> dict[str, Any]:
+    mixture = dict(says["mixture"])
+    if mixture["method"] != "linear":
+        router = {"seed": seed, **mixture.get("router", {})}
+        if router.get("fit") != "random":
+            router.update(tokens_per_domain=size.fit_tokens, keep_tokens=size.fit_tokens, sequence_length=SEQUENCE_LENGTH)
+        mixture["router"] = router
+    kind = "adapter" if what == "lora" else "model"
+    return {
         "base_model": "./base",
-        "experts": [{"name": domain, "model": f"./{domain}", "text": f"../text/{texts[domain].name}"} for domain in DOMAINS],
+        "experts": [{"name": domain, kind: f"./{domain}", "text": f"../text/{texts[domain].name}"} for domain in DOMAINS],
         "mixture": mixture,
+        "output": says.get("output", {}),
         "eval": {UNSEEN: f"../text/{texts[UNSEEN].name}"},
     }
+
+
+def _build(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) -> Checkpoint:
+    place = name.replace(" ", "-")
     write_atomically(folder / f"{place}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
     parsed = parse_recipe(recipe, where=name)
     try:
@@ -217,8 +241,8 @@ def _build(folder: Path, name: str, mixture: dict[str, Any], texts: dict[str, Pa
     )  # fmt: skip
 
 
-def _by_backbone(results: Mapping[str, Results]) -> dict[str, Results]:
-    return {[*name.split(" ", 1), "base"][1]: table for name, table in results.items()}
+def _by_what_is_carried(results: Mapping[str, Results]) -> dict[str, Results]:
+    return {name.partition(" ")[2]: table for name, table in results.items()}
 
 
 def _rest(row: Row) -> tuple[Any, ...]:
