@@ -24,6 +24,8 @@ from modekit.recipe import Router
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
 
+TOKEN = Router().averages
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +40,7 @@ def main() -> None:
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 49_152, (arguments.tokens // 512, 512))
     sequences = [TokenSequence(tuple(row), 0) for row in ids.tolist()]
-    view: Any = SimpleNamespace(model=model, ffn_modules=lambda: [layer.mlp for layer in model.model.layers])
+    view: Any = SimpleNamespace(model=model, router_inputs=lambda: [layer.mlp for layer in model.model.layers])
 
     def forward(run: Callable[..., Any]) -> None:
         with torch.inference_mode():
@@ -46,7 +48,9 @@ def main() -> None:
                 run(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
 
     def capture() -> Any:
-        return capture_domain(view, sequences, [], keep_tokens=4096, source={}, advance=lambda _: None)
+        return capture_domain(
+            view, sequences, [], averages=TOKEN, prefix=None, keep_tokens=4096, source={}, advance=lambda _: None
+        )
 
     jobs: dict[str, Callable[[], Any]] = {
         "forward": lambda: forward(model), "decoder only": lambda: forward(model.model), "capture": capture,

@@ -8,7 +8,7 @@ mixture is scored on the `select` split (the numbers of demo and README come fro
 over the four domains; the oracle (own expert forced) is at 1.0. The last rows add the base model as a fifth expert,
 fitted on general text; the last column is the loss on the unseen domain relative to the base's.
 
-Shape legend: L layers, D hidden, E experts, N kept tokens.
+Shape legend: D hidden, E experts, N kept tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ from modekit.routing.statistics import DomainStatistics
 
 TOKENS = 16_384
 EVAL_TOKENS = 4_096
+TOKEN = Router().averages
 
 
 class Bench:
@@ -68,14 +70,14 @@ class Bench:
     def routers(self) -> list[torch.nn.Module]:
         return [layer.get_submodule(self.checkpoint.native.router_module) for layer in decoder_layers(self.model)]
 
-    def set_gates(self, gates_LED: torch.Tensor, top_k: int) -> None:
-        for router, gate_ED in zip(self.routers(), gates_LED, strict=True):
+    def set_gates(self, gates: Sequence[torch.Tensor], top_k: int) -> None:
+        for router, gate_ED in zip(self.routers(), gates, strict=True):
             router.weight.data = gate_ED.clone()
             router.top_k = top_k
 
-    def score(self, gates_LED: torch.Tensor, top_k: int) -> dict[str, float]:
+    def score(self, gates: Sequence[torch.Tensor], top_k: int) -> dict[str, float]:
         """Gap closed per domain, and the loss of other domains relative to the base's."""
-        self.set_gates(gates_LED, top_k)
+        self.set_gates(gates, top_k)
         scores = {}
         for domain in self.held_out:
             loss = score_domain(self.model, domain, print_nothing).loss
@@ -85,9 +87,11 @@ class Bench:
         return scores
 
     def capture(self, run: Callable[[int], Any]) -> list[DomainStatistics]:
-        """Statistics per domain; `run(place)` gives what to run: an object with `model` and `ffn_modules()`."""
+        """Statistics per domain; `run(place)` gives what to run: an object with `model` and `router_inputs()`."""
         return [
-            capture_domain(run(place), sequences, [], keep_tokens=TOKENS, source={}, advance=print_nothing)
+            capture_domain(
+                run(place), sequences, [], averages=TOKEN, prefix=None, keep_tokens=TOKENS, source={}, advance=print_nothing
+            )
             for place, sequences in enumerate(self.sequences)
         ]
 
@@ -102,41 +106,42 @@ class Bench:
 
     def base_run(self) -> list[DomainStatistics]:
         modules = [layer.mlp for layer in decoder_layers(self.base)]
-        return self.capture(lambda _: SimpleNamespace(model=self.base, ffn_modules=lambda: modules))
+        return self.capture(lambda _: SimpleNamespace(model=self.base, router_inputs=lambda: modules))
 
     def residual_stream(self) -> list[DomainStatistics]:
         """The peers' tap: the input of the decoder layer, before attention and norm, in the base's run."""
         modules = list(decoder_layers(self.base))
-        return self.capture(lambda _: SimpleNamespace(model=self.base, ffn_modules=lambda: modules))
+        return self.capture(lambda _: SimpleNamespace(model=self.base, router_inputs=lambda: modules))
 
-    def layer_by_layer(self, settings: Router, top_k: int, start: torch.Tensor) -> torch.Tensor:
+    def layer_by_layer(self, settings: Router, top_k: int, start: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each layer is fitted on what it reads under the layers below as they were just fitted."""
-        gates = start.clone()
+        gates = list(start)
         blocks = [layer.get_submodule(self.checkpoint.native.block_module) for layer in decoder_layers(self.model)]
         for layer in range(len(gates)):
             self.set_gates(gates, top_k)
-            statistics_ = self.capture(lambda _: SimpleNamespace(model=self.model, ffn_modules=lambda: blocks))
+            statistics_ = self.capture(lambda _: SimpleNamespace(model=self.model, router_inputs=lambda: blocks))
             gates[layer] = fit_gates(settings, statistics_)[layer]
         return gates
 
     def by_cost(self, domains: Sequence[DomainStatistics]) -> list[DomainStatistics]:
         """Tokens drawn anew with a probability proportional to what a wrong expert costs: mean |E_e(x) - E_own(x)|^2."""
         view = DenseView(self.checkpoint)
-        outputs = []  # expert -> domain -> layer -> (N, D)
+        outputs = []  # expert -> domain -> router -> (N, D)
         with torch.inference_mode():
             for expert in range(len(domains)):
                 view.use_expert(expert)
                 ffns = view.router_inputs()
-                outputs.append([[ffn(d.sample_LND[i].float()) for i, ffn in enumerate(ffns)] for d in domains])
+                outputs.append([[ffn(d.slots[i].sample_ND.float()) for i, ffn in enumerate(ffns)] for d in domains])
         drawn = []
         generator = torch.Generator().manual_seed(0)
         for own, domain in enumerate(domains):
-            sample = domain.sample_LND.clone()
-            for layer in range(len(sample)):
-                wrong = [(out[own][layer] - outputs[own][own][layer]).square().sum(1) for out in outputs]
+            samples = []
+            for number, slot in enumerate(domain.slots):
+                wrong = [(out[own][number] - outputs[own][own][number]).square().sum(1) for out in outputs]
                 cost_N = torch.stack(wrong).mean(0)
-                sample[layer] = sample[layer, torch.multinomial(cost_N, len(cost_N), replacement=True, generator=generator)]
-            drawn.append(with_sample(domain, sample))
+                rows = torch.multinomial(cost_N, len(cost_N), replacement=True, generator=generator)
+                samples.append(slot.sample_ND[rows])
+            drawn.append(with_samples(domain, samples))
         return drawn
 
 
@@ -144,19 +149,21 @@ def print_nothing(_done: int) -> None:
     """No progress."""
 
 
-def with_sample(domain: DomainStatistics, sample_LND: torch.Tensor) -> DomainStatistics:
-    return DomainStatistics(domain.tokens, domain.sum_LD, domain.outer_LDD, domain.negative_LD, sample_LND, {})
+def with_samples(domain: DomainStatistics, samples: Sequence[torch.Tensor]) -> DomainStatistics:
+    slots = (replace(slot, sample_ND=sample_ND) for slot, sample_ND in zip(domain.slots, samples, strict=True))
+    return replace(domain, slots=tuple(slots))
 
 
 def fewer(domains: Sequence[DomainStatistics], count: int) -> list[DomainStatistics]:
-    return [with_sample(d, d.sample_LND[:, :: max(1, d.sample_LND.shape[1] // count)][:, :count]) for d in domains]
+    def thinned(sample_ND: torch.Tensor) -> torch.Tensor:
+        return sample_ND[:: max(1, len(sample_ND) // count)][:count]
+
+    return [with_samples(domain, [thinned(slot.sample_ND) for slot in domain.slots]) for domain in domains]
 
 
-def without_early(gates_LED: torch.Tensor, layers: int) -> torch.Tensor:
+def without_early(gates: Sequence[torch.Tensor], layers: int) -> list[torch.Tensor]:
     """The first layers mix all experts evenly: zero gates (with top_k = E)."""
-    gates = gates_LED.clone()
-    gates[:layers] = 0
-    return gates
+    return [torch.zeros_like(gate) if number < layers else gate for number, gate in enumerate(gates)]
 
 
 def run_seed(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
@@ -166,13 +173,13 @@ def run_seed(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
     taps = {"residual stream, base run": residual, "router input, base run": base_x, "router input, own expert": own}
     rows: dict[str, dict[str, float]] = {}
 
-    def add(name: str, gates: torch.Tensor, top_k: int) -> None:
+    def add(name: str, gates: Sequence[torch.Tensor], top_k: int) -> None:
         started = time.perf_counter()
         rows[f"{name} | {top_k}"] = bench.score(gates, top_k)
         mean = statistics.fmean(rows[f"{name} | {top_k}"][domain] for domain in DOMAINS)
         print(f"{folder.name} {name} top_k {top_k}: {mean:.3f} ({time.perf_counter() - started:.0f} s)", flush=True)
 
-    add("uniform", torch.zeros(own[0].sum_LD.shape[0], experts, own[0].sum_LD.shape[1]), experts)
+    add("uniform", [torch.zeros(experts, len(slot.sum_D)) for slot in own[0].slots], experts)
     for tap, domains in taps.items():
         for fit in ("centroid", "lda", "ridge", "logistic"):
             gates = fit_gates(Router(fit=fit), domains)  # type: ignore[arg-type]
@@ -182,10 +189,10 @@ def run_seed(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
     for top_k in (1, 3, 4):
         add(f"logistic | {tap} | default", logistic, top_k)
     for temperature in (0.5, 2.0):
-        add(f"logistic | {tap} | temperature {temperature}", logistic / temperature, 2)
+        add(f"logistic | {tap} | temperature {temperature}", [gate / temperature for gate in logistic], 2)
     ridge = fit_gates(Router(fit="ridge"), own)
     for temperature in (0.33, 3.0):
-        add(f"ridge | {tap} | temperature {temperature}", ridge / temperature, 2)
+        add(f"ridge | {tap} | temperature {temperature}", [gate / temperature for gate in ridge], 2)
     for l2 in (1e-4, 1e-1):
         add(f"logistic | {tap} | l2 {l2}", fit_gates(Router(fit="logistic", l2=l2), own), 2)
     for count in (512, 2_048, 8_192):
