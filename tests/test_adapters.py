@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -24,13 +25,17 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM
 
-from conftest import SMALL, tiny_model
+from conftest import SMALL, logits_of, tiny_model
 from modekit import folding
 from modekit.adapter_config import _NO_EFFECT, LoraSettings
 from modekit.adapters import AdapterSource, LowRank, Scaling, is_adapter, open_adapter
+from modekit.build import build
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.folding import Folded, folded_bias, reader
+from modekit.models import forced_expert
 from modekit.numeric import to_float32
+from modekit.plan import make_plan
+from modekit.recipe import parse_recipe
 from modekit.sources import Mappings, ModelSource, open_source
 
 BASES: dict[str, dict[str, Any]] = {
@@ -304,6 +309,91 @@ def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: 
     assert ours.changes[up] == Scaling(ours.tensors[names[0]], "rows", (48, 96))
     original = to_float32(reader(Mappings())(source.tensors[up])).reshape(48, 32)
     assert np.array_equal(folded(source, ours)[up], original * vector[48:])
+
+
+# --- built into a mixture, in both architectures (promise 3)
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
+    "rank and alpha": ("llama", LoraConfig(r=5, lora_alpha=3, target_modules=ALL)),
+    "rslora": ("llama", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=ALL)),
+    "rank_pattern and alpha_pattern": ("llama", LoraConfig(
+        r=2, target_modules=ALL, rank_pattern={"up_proj": 7, r"layers\.1\..*q_proj": 3}, alpha_pattern={"(down|v)_proj": 20},
+    )),
+    "uneven targets": ("qwen2", LoraConfig(r=3, target_modules=r".*layers\.0.*(q|down)_proj|.*layers\.1.*up_proj")),
+    "named layers": ("llama", LoraConfig(r=3, target_modules=["up_proj", "o_proj"], layers_to_transform=[1])),
+    "fan_in_fan_out": ("llama", LoraConfig(r=3, target_modules=ALL, fan_in_fan_out=True)),
+    "dora": ("qwen2", LoraConfig(r=3, target_modules=ALL, use_dora=True)),
+    "biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL, bias="all")),
+    "lora_bias": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, use_rslora=True)),
+    "lora_bias and biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, bias="lora_only")),
+    "ia3": ("qwen2", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "embedding and head": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "up_proj"])),
+    "embedding and head, dora": ("llama", LoraConfig(
+        r=3, use_dora=True, target_modules=["embed_tokens", "lm_head", "up_proj"],
+    )),
+    "saved modules": ("llama", LoraConfig(r=3, target_modules=["up_proj"], modules_to_save=["norm", "o_proj", "lm_head"])),
+    "saved FFN": ("llama", LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["down_proj"])),
+    "tied copies": ("tied llama", LoraConfig(
+        r=3, target_modules=["up_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True,
+    )),
+    "fused modules": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
+    "fused modules, dora": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"], use_dora=True)),
+}  # fmt: skip
+EVERYTHING = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
+NO_NATIVE = {"phi3"}
+
+
+def in_mixture(base: Path, adapter: Path, ids: torch.Tensor, out: Path, form: str, mixture: dict[str, Any]) -> torch.Tensor:
+    """Logits of a mixture of base and adapter whose routers are fixed on the adapter."""
+    recipe = parse_recipe({
+        "base_model": str(base), "experts": [{"name": "plain", "model": "base"}, {"name": "law", "adapter": str(adapter)}],
+        "mixture": mixture, "output": {"format": form},
+    })  # fmt: skip
+    checkpoint = build(make_plan(recipe, out.parent), out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with forced_expert(model, checkpoint, 0):
+        torch.testing.assert_close(logits_of(model, ids), logits_of(base, ids), atol=1e-5, rtol=0)
+    with forced_expert(model, checkpoint, 1):
+        return logits_of(model, ids)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_mixture_fixed_on_an_adapter_is_the_model_of_peft(
+    bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str
+) -> None:
+    family, config = BUILT[name]
+    base, adapter = bases(family), train(bases(family), copy.deepcopy(config), tmp_path / "law")
+    with quiet():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        expected = logits_of(model, ids)
+    assert (expected - logits_of(base, ids)).abs().max() > 1e-2
+    ours = in_mixture(base, adapter, ids, tmp_path / "OUT", "modekit", EVERYTHING)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+@pytest.mark.parametrize("name", BUILT)
+def test_parts_of_an_adapter_that_are_not_mixed_are_the_base_s(
+    bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str, form: str
+) -> None:
+    """Against the base with what PEFT merges into the FFN."""
+    family, config = BUILT[name]
+    base, adapter = bases(family), train(bases(family), copy.deepcopy(config), tmp_path / "law")
+    mixture = {"modules": ["mlp"], "router": {"fit": "random"}}
+    own = merged(base, adapter)
+    expected = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        ffn = {key: value.numpy() for key, value in expected.named_parameters() if ".mlp." in key}
+        changed = [key for key, value in ffn.items() if not np.array_equal(value, own[key])]
+        for key in changed:
+            expected.get_parameter(key).copy_(torch.from_numpy(own[key]))
+    if not changed or (form == "native" and family in NO_NATIVE):
+        with pytest.raises(ModekitError, match=r"changes nothing that|no expert differs|no native architecture"):
+            in_mixture(base, adapter, ids, tmp_path / "OUT", form, mixture)
+        return
+    ours = in_mixture(base, adapter, ids, tmp_path / "OUT", form, mixture)
+    torch.testing.assert_close(ours, logits_of(expected, ids), atol=1e-5, rtol=0)
 
 
 # --- the arithmetic of folding

@@ -170,6 +170,15 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
     """An adapter's config as data. Raises SourceError when it is missing, not JSON, or names no peft_type."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / "config.json").exists():
+            raise SourceError(
+                "this is a full model, not an adapter", where=where,
+                remedy="name it as model: in place of adapter: in the recipe",
+            ) from None  # fmt: skip
+        raise SourceError(
+            f"{CONFIG_FILE} is missing", where=where, remedy="give an adapter that PEFT saved (save_pretrained)"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{CONFIG_FILE} cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):

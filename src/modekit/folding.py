@@ -82,7 +82,8 @@ def folded_bias(change: Change, base: Array, read: Read) -> _Single:
         return bias * to_float32(_part(read(change.vector), change.rows)) if change.axis == "rows" else bias
     if change.bias is None:
         return bias
-    return _moved(bias, change.scale * _part(read(change.bias), change.rows).astype(np.float64)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return _moved(bias, change.scale * _part(read(change.bias), change.rows).astype(np.float64)).astype(np.float32)
 
 
 class _LowRankRows:
@@ -105,7 +106,8 @@ class _LowRankRows:
         moved = self._plain(rows)
         if self._magnitude is not None:
             moved *= self._column_factor() if self._by_column else _ratio(self._magnitude[rows], _squares(moved, 1))[:, None]
-        return moved.astype(np.float32)
+        with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
+            return moved.astype(np.float32)
 
     def _plain(self, rows: slice) -> _Double:
         return _moved(to_float32(self._base[rows]), self._scale * (self._left[rows].astype(np.float64) @ self._right))

@@ -19,7 +19,7 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
         folder = (root / Path(spec).expanduser()).resolve()
         if folder.is_dir():
             return folder
-    except (OSError, RuntimeError):  # a name too long for the file system, or ~ of a user that does not exist
+    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         folder = root / spec
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise SourceError(

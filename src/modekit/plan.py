@@ -69,7 +69,7 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     def add(name: str, ref: TensorRef) -> None:
         renamed = layout.backbone_name(name)
         if renamed is not None:
-            # Where experts have their own, the base's module stays the base's: it is the expert 'base', and what adapters change.
+            # Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
             make = giver.of_base if name in mixed else giver.tensor
             backbone.append(make(renamed, code_of(ref), ref))
 

@@ -19,7 +19,7 @@ from modekit.families import FAMILIES, LAYER, PARTS, Family
 from modekit.pieces import low_rank, piece_of, rows_of, touched
 from modekit.planned import Factor, Operation, Piece, PlannedTensor, Role, RouterSlot, joined
 from modekit.recipe import BASE, Recipe, Router
-from modekit.sources import DTYPE_NAMES, ITEMSIZE, ModelSource, TensorRef
+from modekit.sources import DTYPE_NAMES, ModelSource, TensorRef
 
 FORMAT = 1
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -273,10 +273,11 @@ class ModekitLayout:
                 return None
             change = low_rank(source, weight.name) if weight is not None and len(weight.shape) == 2 else None
             return change or "own"
-        if recipe_expert.lora_rank is not None and weight is not None:
-            is_linear = len(weight.shape) == 2 and module not in {_EMBEDDING, _HEAD}
-            return min(recipe_expert.lora_rank, *weight.shape) if is_linear else None
-        return "own"
+        if recipe_expert.lora_rank is None:
+            return "own"
+        if weight is None or len(weight.shape) != 2 or module in {_EMBEDDING, _HEAD}:
+            return None
+        return min(recipe_expert.lora_rank, *weight.shape)
 
     def _whole(self, expert: int) -> bool:
         return any(place.kinds[expert] == "own" for place in self._places)
@@ -369,11 +370,11 @@ class ModekitLayout:
         yield PlannedTensor(f"{place.module}.lora_B", code, (weight.shape[0], ranks), role, columns, tuple(b_pieces))
 
     def _adapter_code(self, pieces: list[Piece]) -> str:
-        """The dtype of adapters: their own, so that they stay bit for bit; the widest when they differ."""
+        """The dtype of adapters: their own, so that they stay bit for bit; float32 when they differ."""
         if self._recipe.output.dtype != "source":
             return self._code_of(pieces[0].ref)
         codes = {"F32" if piece.factor is not None else piece.ref.dtype for piece in pieces}
-        return codes.pop() if len(codes) == 1 else "F32" if codes else max(codes, key=ITEMSIZE.__getitem__)
+        return codes.pop() if len(codes) == 1 else "F32"
 
 
 def readers(leader: str, family: Family, places: dict[str, Any]) -> list[Any]:

@@ -264,6 +264,11 @@ class Mixture(_Strict):
                     "modules: all mixes embeddings, norms and head too, which takes one decision per sequence: set "
                     "router: {granularity: sequence, per: model}"
                 )
+            if self.method != "linear" and self.router.fit in ("arrow", "spectr", "seqr"):
+                problems.append(
+                    f"with modules: all the router reads the embedding, where fit '{self.router.fit}' has no change to score: "
+                    "name the parts under modules, or choose another fit"
+                )
             if self.layers is not None:
                 problems.append("'layers' has no effect with modules: all; remove it")
         try:

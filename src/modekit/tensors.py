@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,8 @@ class PieceReader:
         assert factor is not None
         key = (piece.ref.file, piece.ref.start, factor.expert.file, factor.expert.start, factor.rank)
         if key not in self._factors:
-            delta = to_float32(self._read(factor.expert)) - to_float32(self._read(piece.ref))
+            with np.errstate(over="ignore"):
+                delta = to_float32(self._read(factor.expert)) - to_float32(self._read(piece.ref))
             self._factors[key] = factorise(delta.reshape(piece.ref.shape), rank=factor.rank)
             if len(self._factors) > _KEPT_FACTORS:
                 self._factors.popitem(last=False)
@@ -67,7 +69,7 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
     if tensor.operation == "merge":
         yield from _merged(plan, tensor, read)
     elif tensor.operation == "columns":
-        yield from _side_by_side(tensor, read)
+        yield from _side_by_side(plan, tensor, read)
     else:
         for piece in tensor.pieces:
             yield from _converted(plan, piece, tensor, read)
@@ -83,30 +85,49 @@ def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
         )  # fmt: skip
 
 
+def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
+    try:
+        return read.values(piece)
+    except ValueError:  # what factorise makes of an infinite difference between finite weights
+        source = plan.sources[piece.source]
+        raise SourceError(
+            "the expert's difference to the base model overflows float32",
+            where=f"{source.label} ({source.spec}): {piece.ref.name}", remedy="the model is damaged: save or download it again",
+        ) from None  # fmt: skip
+
+
 def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
-    values = read.values(piece)
+    values = _values(plan, piece, read)
     for part in blocks(len(values)):
         block = to_float32(values[part])
         if tensor.factor != 1.0:
             block *= np.float32(tensor.factor)
         converted = to_bytes(block, tensor.dtype)
         if not is_finite(converted, tensor.dtype):
-            source = plan.sources[piece.source]
-            raise SourceError(
-                f"the weights do not fit {DTYPES[tensor.dtype]}", where=f"{source.label} ({source.spec}): {piece.ref.name}",
-                remedy="choose output: {dtype: bfloat16} or float32",
-            )  # fmt: skip
+            _refuse_overflow(plan, piece, tensor)
         yield converted
 
 
-def _side_by_side(tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     """Pieces (O, R_e) as the columns of one (O, R) tensor."""
     rows = tensor.shape[0]
-    parts: list[npt.NDArray[np.generic]] = [np.asarray(read.values(piece)).reshape(rows, -1) for piece in tensor.pieces]
+    parts: list[npt.NDArray[np.generic]] = [np.asarray(_values(plan, piece, read)).reshape(rows, -1) for piece in tensor.pieces]
     group = max(1, BLOCK // tensor.shape[1])
     for start in range(0, rows, group):
-        block = np.concatenate([to_float32(part[start : start + group]) for part in parts], axis=1)
-        yield to_bytes(block.ravel(), tensor.dtype)
+        taken = [np.ascontiguousarray(to_float32(part[start : start + group])) for part in parts]
+        converted = to_bytes(np.concatenate(taken, axis=1).ravel(), tensor.dtype)
+        if not is_finite(converted, tensor.dtype):
+            finite = (is_finite(to_bytes(part.ravel(), tensor.dtype), tensor.dtype) for part in taken)
+            _refuse_overflow(plan, next(piece for piece, fits in zip(tensor.pieces, finite, strict=True) if not fits), tensor)
+        yield converted
+
+
+def _refuse_overflow(plan: Plan, piece: Piece, tensor: PlannedTensor) -> NoReturn:
+    source = plan.sources[piece.source]
+    raise SourceError(
+        f"the weights do not fit {DTYPES[tensor.dtype]}", where=f"{source.label} ({source.spec}): {piece.ref.name}",
+        remedy="choose output: {dtype: bfloat16} or float32",
+    )  # fmt: skip
 
 
 def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:

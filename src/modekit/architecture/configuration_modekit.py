@@ -16,6 +16,8 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+_FAMILY = "ModekitConfig_"
+
 
 class ModekitConfig(PreTrainedConfig):  # type: ignore[misc]
     """Opens as the config class of the checkpoint's own family, with `model_type` modekit."""
@@ -37,8 +39,19 @@ def family_config(dense_type: str) -> type[PreTrainedConfig]:
     """The dense family's config class under model_type modekit, known to the Auto classes."""
     from .modeling_modekit import ModekitForCausalLM, ModekitModel
 
-    members = {"model_type": ModekitConfig.model_type, "__module__": __name__, "_auto_class": "AutoConfig"}
+    members = {
+        "__module__": __name__, "__qualname__": f"{_FAMILY}{dense_type}", "_auto_class": "AutoConfig",
+        "model_type": ModekitConfig.model_type,
+        "base_model_tp_plan": None,  # it would split some modules over devices and not the mixed ones that go with them
+    }  # fmt: skip
     config_class: type[PreTrainedConfig] = type("ModekitConfig", (CONFIG_MAPPING[dense_type],), members)
     AutoModel.register(config_class, ModekitModel, exist_ok=True)
     AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
     return config_class
+
+
+def __getattr__(name: str) -> Any:
+    """The class of a family, which pickle looks for under its qualified name."""
+    if name.startswith(_FAMILY) and name.removeprefix(_FAMILY) in CONFIG_MAPPING:
+        return family_config(name.removeprefix(_FAMILY))
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

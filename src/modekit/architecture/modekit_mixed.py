@@ -9,7 +9,8 @@ what the experts with modules of their own leave over, and all low-rank changes 
 where g_r and s_r are the weight and the scale (alpha / rank) of the adapter that rank r belongs to. A and B are the
 adapters' own tensors, bit for bit.
 
-Shape legend: B batch, S sequence, E experts, R ranks of all adapters together, I and O width in and out.
+Shape legend: B batch, S sequence, T tokens of all sequences, E experts, R ranks of all adapters together, I and O width in and
+out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ class Mixed(nn.Module):
         self.biased: list[int] = list(place.get("biased", []))
         self.per_feature = "features" in place
         self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
-        self.factors: torch.Tensor | None = None  # the weight and scale of every rank, made of them
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         if any(self.ranks):
@@ -62,6 +62,10 @@ class Mixed(nn.Module):
             self.router = Router(name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0))
         self._leader = [self]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes no part in a running pass."""
+        return {**self.__dict__, "weights": None}
+
     def follow(self, leader: Mixed) -> None:
         """Take the weights that another place's router decides."""
         self._leader = [leader]
@@ -70,9 +74,9 @@ class Mixed(nn.Module):
         """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
         if self.router is not None:
             self.weights = self.router(self.base(x) if isinstance(self.base, nn.Embedding) else x)
-            self.factors = None if self.per_feature or not any(self.ranks) else self._factors(self.weights, x.dtype)
         weights = self._leader[0].weights
-        assert weights is not None, "the router of this place has not run"
+        if weights is None:
+            raise RuntimeError("the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds)")
         weights = weights.to(x.device)
         if weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
             weights = weights[:, -x.shape[self.sequence_axis] :]
@@ -100,44 +104,43 @@ class Mixed(nn.Module):
         return _sparse_sum(x, parts)
 
     def _plus_low_rank(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
+        """Return y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
         hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
         lora_B = self.lora_B.to(x.dtype)
         if self.per_feature:
             weights = weights.to(x.dtype)
             present = [expert for expert, rank in enumerate(self.ranks) if rank]
             sizes = [self.ranks[expert] for expert in present]
-            parts = zip(present, hidden.split(sizes, -1), lora_B.split(sizes, 1), strict=True)
+            parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
             terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
             return y + torch.stack(terms).sum(0)
-        hidden = hidden * self._factors_here(weights, x)
-        if not (y.dtype == hidden.dtype == lora_B.dtype and y.is_contiguous() and hidden.is_contiguous()):
-            return y + nn.functional.linear(hidden, lora_B)
-        y_TO, hidden_TR = y.view(-1, y.shape[-1]), hidden.view(-1, hidden.shape[-1])
+        weighted = self._weighted(hidden, weights)
+        if not (y.dtype == weighted.dtype == lora_B.dtype and y.is_contiguous() and weighted.is_contiguous()):
+            return y + nn.functional.linear(weighted, lora_B)
+        # The sum costs a few per cent as a pass of its own: the matrix product adds to what is there.
+        y_TO, weighted_TR = y.view(-1, y.shape[-1]), weighted.view(-1, weighted.shape[-1])
         if torch.is_grad_enabled() or not self._owns_output:
-            return torch.addmm(y_TO, hidden_TR, lora_B.t()).view(y.shape)
-        y_TO.addmm_(hidden_TR, lora_B.t())
+            return torch.addmm(y_TO, weighted_TR, lora_B.t()).view(y.shape)
+        y_TO.addmm_(weighted_TR, lora_B.t())
         return y
 
     @property
     def _owns_output(self) -> bool:
-        """Whether nobody else can hold what the base's module returned, so that it may be added to in place."""
+        """Whether nobody else can hold the output of `_whole_parts`: it may be added to in place."""
         return bool(self.own) or (type(self.base) is nn.Linear and not self.base._forward_hooks)
 
-    def _factors_here(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Those of the leader where they are the same here: it made them in the same pass, once for all its places."""
-        leader = self._leader[0]
-        if leader.factors is not None and leader.ranks == self.ranks and leader.scales == self.scales:
-            factors = leader.factors
-            if factors.shape[:2] == x.shape[:2] and factors.dtype == x.dtype and factors.device == x.device:
-                return factors
-        return self._factors(weights, x.dtype)
-
-    def _factors(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """g_r s_r, (B, S, R)."""
+    def _weighted(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Each rank of A x times the weight and the scale of its adapter."""
+        weights = weights.to(hidden.dtype)
+        rank = self.ranks[0]
+        if all(other == rank for other in self.ranks):
+            same = all(scale == self.scales[0] for scale in self.scales)
+            scales = self.scales[0] if same else torch.tensor(self.scales, dtype=hidden.dtype, device=hidden.device)
+            by_expert = hidden.reshape(*hidden.shape[:-1], len(self.ranks), rank)
+            return (by_expert * (weights * scales)[..., None]).flatten(-2)
         present = [expert for expert, rank in enumerate(self.ranks) if rank]
-        columns = [(weights[..., e, None] * self.scales[e]).expand(*weights.shape[:-1], self.ranks[e]) for e in present]
-        return torch.cat(columns, dim=-1).to(dtype)
+        factors = [(weights[..., e, None] * self.scales[e]).expand(*hidden.shape[:-1], self.ranks[e]) for e in present]
+        return hidden * torch.cat(factors, dim=-1)
 
 
 def _dense_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]], *, one_each: bool) -> torch.Tensor:

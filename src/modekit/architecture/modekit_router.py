@@ -22,6 +22,7 @@ class Flow:
     """What the routers of one model share during a forward pass.
 
     Attributes:
+        averages: whether any router averages over tokens.
         mask_BS: real tokens of this pass; None when all are.
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
@@ -32,6 +33,7 @@ class Flow:
 
     def __init__(self) -> None:
         self.mixed: dict[str, Any] = {}
+        self.averages = False
         self.mask_BS: torch.Tensor | None = None
         self.padding: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}

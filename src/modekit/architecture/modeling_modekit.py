@@ -10,6 +10,7 @@ Shape legend: B batch, S sequence.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .configuration_modekit import ModekitConfig
+from .configuration_modekit import ModekitConfig, family_config
 from .modekit_mixed import Mixed
 from .modekit_router import Flow, Router
 
@@ -64,32 +66,74 @@ def _carrier(cache_class: Any) -> Any:
     return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
 
 
-class MixtureModel:
+class _Recomputing:
+    """Gradient checkpointing whose second run of a layer finds the masks, states and decisions of the first one's pass."""
+
+    def __init__(self, flow: Flow, checkpoint: Callable[..., Any]) -> None:
+        self._flow, self._checkpoint = flow, checkpoint
+
+    def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+        flow = self._flow
+        mask_BS, states, forced = flow.mask_BS, flow.states, flow.forced
+        weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
+
+        def run(*args: Any) -> Any:
+            flow.mask_BS, flow.states, flow.forced = mask_BS, states, forced
+            for name, mixed in flow.mixed.items():
+                mixed.weights = weights[name]
+            return layer(*args)
+
+        return self._checkpoint(run, *args)
+
+
+class _Checkpointed:
+    """Mixed into both classes of a family."""
+
+    config: Any
+    base_model: Any
+
+    def _set_gradient_checkpointing(self, *, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+        if gradient_checkpointing_func is not None:
+            places = self.config.modekit["places"]
+            shared = any(_layer_of(name) != _layer_of(place["router"]) for name, place in places.items())
+            if shared and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+                raise ValueError("a router that serves several layers gets no gradient with use_reentrant; set it to False")
+            kwargs["gradient_checkpointing_func"] = _Recomputing(self.base_model.flow, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(**kwargs)  # type: ignore[misc]
+
+
+def _layer_of(place: str) -> str:
+    return place.partition(".layers.")[2].partition(".")[0]
+
+
+class MixtureModel(_Checkpointed):
     """Mixed into a family's base model: replaces the places, and carries masks and states to the routers."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.flow = Flow()
+        routing = config.modekit["routing"]
+        self.flow.averages = any(average["decay"] is not None for average in routing["averages"])
         prefix = f"{self.base_model_prefix}."  # type: ignore[attr-defined]
         install(self, prefix, config, self.flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | torch.Tensor | None) -> None:
         """Give all weight to one expert (name or place, or one place per sequence (B,)); None gives the routers back."""
-        names = self.config.modekit["experts"]  # type: ignore[attr-defined]
-        if isinstance(expert, str):
-            if expert not in names:
-                raise ValueError(f"there is no expert '{expert}'; there are {', '.join(names)}")
-            self.flow.forced = names.index(expert)
-        else:
-            self.flow.forced = expert
+        names = self.config.modekit["experts"]
+        places = names.index(expert) if isinstance(expert, str) and expert in names else expert
+        if isinstance(places, str) or (
+            places is not None and not all(0 <= place < len(names) for place in torch.as_tensor(places).flatten().tolist())
+        ):
+            raise ValueError(f"there is no expert {expert!r}; there are {', '.join(names)}")
+        self.flow.forced = places
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
         super()._init_weights(module)  # type: ignore[misc]
 
 
-class MixtureForCausalLM:
+class MixtureForCausalLM(_Checkpointed):
     """Mixed into a family's causal language model: its base model and, where the config says so, its head are mixtures."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -101,13 +145,20 @@ class MixtureForCausalLM:
 
     def use_expert(self, expert: str | int | torch.Tensor | None) -> None:
         """Give all weight to one expert (name or place, or one place per sequence (B,)); None gives the routers back."""
-        self.base_model.use_expert(expert)  # type: ignore[attr-defined]
+        self.base_model.use_expert(expert)
 
-    def prepare_inputs_for_generation(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """As the family does; the routers see which tokens are pads even where it makes a 4-D mask of it."""
+    def prepare_inputs_for_generation(
+        self, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the family does; the routers see which tokens are pads even where it makes a 4-D mask of it.
+
+        `inputs_embeds` is named because generate looks for the name.
+        """
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            self.base_model.flow.padding = attention_mask  # type: ignore[attr-defined]
-        return super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+            self.base_model.flow.padding = attention_mask
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -149,26 +200,44 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    arguments = list(inspect.signature(dense_model.forward).parameters)[1:]
 
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start_pass(self.flow, args, kwargs)
+        start_pass(self.flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
         output = dense_model.forward(self, *args, **kwargs)
         finish_pass(self.flow, output)
         return output
 
     # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
-    shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False}
-    model = type("ModekitModel", (MixtureModel, dense_model), {**shared, "forward": forward, "_auto_class": "AutoModel"})
-    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), {**shared, "_auto_class": "AutoModelForCausalLM"})
+    shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
+    dense_type = dense_config.model_type
+    members = {**shared, "__qualname__": f"ModekitModel_{dense_type}", "forward": forward, "_auto_class": "AutoModel"}
+    model = type("ModekitModel", (MixtureModel, dense_model), members)
+    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "_auto_class": "AutoModelForCausalLM"}
+    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
     return model, causal
 
 
-def start_pass(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the routers which tokens are real and where their averages stood."""
-    tokens = kwargs.get("input_ids", args[0] if args else None)
+def __getattr__(name: str) -> Any:
+    """The class of a family, which pickle looks for under its qualified name."""
+    kind, _, dense_type = name.partition("_")
+    if kind in {"ModekitModel", "ModekitForCausalLM"} and dense_type in CONFIG_MAPPING:
+        config_class: Any = family_config(dense_type)
+        return family_classes(config_class)[kind == "ModekitForCausalLM"]
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
+    """Tell the routers which tokens are real and where their averages stood.
+
+    Raises ValueError when several sequences share a row and an average would go from one to the next.
+    """
+    for mixed in flow.mixed.values():
+        mixed.weights = None
+    tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    mask = kwargs.get("attention_mask")
     if not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         mask = flow.padding if mask is not None else None
     flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
@@ -176,6 +245,18 @@ def start_pass(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
+    if flow.averages and (flow.forced is None or flow.solo) and _is_packed(flow, kwargs):
+        raise ValueError("context and sequence routers read one sequence per row; give packed sequences as rows with padding")
+
+
+def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
+    """Whether positions do not count from 0 where no mask and no earlier tokens explain it."""
+    positions = kwargs.get("position_ids")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return True
+    if positions is None or flow.mask_BS is not None or flow.states or torch.compiler.is_compiling():
+        return False
+    return bool((positions != torch.arange(positions.shape[-1], device=positions.device)).any())
 
 
 def finish_pass(flow: Flow, output: Any) -> None:
@@ -186,7 +267,7 @@ def finish_pass(flow: Flow, output: Any) -> None:
         if not isinstance(cache, CarriesRouterStates):
             cache.__class__ = _carrier(cache.__class__)
         cache.router_states = flow.fresh
-        flow.states, flow.fresh = {}, {}
+    flow.states, flow.fresh = {}, {}
 
 
 class ModekitModel:
