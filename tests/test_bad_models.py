@@ -344,7 +344,7 @@ def test_an_adapter(bench: Workshop, with_config: bool) -> None:
     message = refuse_build(bench)
     assert LAW in message
     assert "adapter" in message
-    assert "merge_and_unload" in message
+    assert "name it as adapter:" in message
 
 
 def test_no_weights_at_all(bench: Workshop) -> None:

@@ -113,7 +113,7 @@ def test_several_problems_are_reported_together(tmp_path: Path) -> None:
     problems = refuse_recipe(tmp_path, recipe)
     places = [problem.split(":")[0] for problem in problems]
     assert places == [
-        "base_model", "experts[0].model", "experts[1].text", "mixture.router.l2", "output.dtype", "output.shard_size",
+        "base_model", "experts[0]", "experts[1].text", "mixture.router.l2", "output.dtype", "output.shard_size",
         "base_modle",
     ]  # fmt: skip
 

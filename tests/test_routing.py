@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from modekit.recipe import Router
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.fit import fit_documents, refit
-from modekit.routing.statistics import DomainStatistics, load_statistics
+from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
 
 FIT: dict[str, Any] = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 
@@ -42,7 +43,9 @@ def sequences_of(checkpoint: Checkpoint, place: int) -> list[TokenSequence]:
 def capture(checkpoint: Checkpoint, place: int, sequences: list[TokenSequence], keep: int = 64) -> DomainStatistics:
     view = DenseView(checkpoint)
     view.use_expert(place)
-    return capture_domain(view, sequences, [], keep_tokens=keep, source={}, advance=lambda _: None)
+    return capture_domain(
+        view, sequences, [], averages=Router().averages, prefix=None, keep_tokens=keep, source={}, advance=lambda _: None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +76,10 @@ def test_statistics_are_sums_over_what_the_router_reads(checkpoint: Checkpoint) 
     statistics = capture(checkpoint, 1, sequences)
     assert statistics.tokens == len(x_layers[0]) == sum(len(sequence.ids) for sequence in sequences)
     kept = torch.linspace(0, statistics.tokens - 1, 64, dtype=torch.float64).round().long()
-    for layer, x_TD in enumerate(x_layers):
-        torch.testing.assert_close(statistics.sum_LD[layer], x_TD.double().sum(0), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(statistics.outer_LDD[layer], x_TD.double().T @ x_TD.double(), rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(statistics.sample_LND[layer].float(), x_TD[kept], rtol=2e-3, atol=2e-3)
+    for slot, x_TD in zip(statistics.slots, x_layers, strict=True):
+        torch.testing.assert_close(slot.sum_D, x_TD.double().sum(0), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(slot.outer_DD, x_TD.double().T @ x_TD.double(), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(slot.sample_ND.float(), x_TD[kept], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("fit", ["centroid", "lda", "ridge", "logistic"])
@@ -89,8 +92,9 @@ def test_padding_and_batch_order_never_change_a_fit(checkpoint: Checkpoint, fit:
 
     monkeypatch.setattr(capture_module, "make_batches", other_batches)
     changed = [capture(checkpoint, place, sequences_of(checkpoint, place)) for place in range(3)]
-    expected = fit_gates(settings, reference)
-    torch.testing.assert_close(fit_gates(settings, changed), expected, rtol=5e-3, atol=5e-3 * float(expected.abs().max()))
+    expected = torch.stack(fit_gates(settings, reference))
+    gates = torch.stack(fit_gates(settings, changed))
+    torch.testing.assert_close(gates, expected, rtol=5e-3, atol=5e-3 * float(expected.abs().max()))
 
 
 def made_up_domains(hidden: int = 12, tokens: int = 400) -> list[DomainStatistics]:
@@ -99,21 +103,20 @@ def made_up_domains(hidden: int = 12, tokens: int = 400) -> list[DomainStatistic
     for count in (tokens, tokens // 2, tokens):
         centre = torch.randn(hidden, generator=generator, dtype=torch.float64)
         x_LTD = torch.randn((2, count, hidden), generator=generator, dtype=torch.float64) + centre
-        domains.append(
-            DomainStatistics(count, x_LTD.sum(1), x_LTD.mT @ x_LTD, torch.zeros(2, hidden).double(), x_LTD.half(), {})
-        )
+        slots = tuple(SlotStatistics(x_TD.sum(0), x_TD.T @ x_TD, torch.zeros(hidden).double(), x_TD.half()) for x_TD in x_LTD)
+        domains.append(DomainStatistics(count, slots, {}))
     return domains
 
 
 def test_ridge_is_the_weighted_least_squares_solution() -> None:
     """Against lstsq on the tokens themselves, each domain weighing the same, stacked with the penalty's rows."""
     domains = made_up_domains()
-    gates = fit_gates(Router(fit="ridge", l2=0.01), domains).double()
-    x_TD = torch.cat([domain.sample_LND[0].double() / domain.tokens**0.5 for domain in domains])
+    gates = fit_gates(Router(fit="ridge", l2=0.01), domains)
+    x_TD = torch.cat([domain.slots[0].sample_ND.double() / domain.tokens**0.5 for domain in domains])
     y_TE = torch.cat([torch.eye(3).double()[place].expand(d.tokens, 3) / d.tokens**0.5 for place, d in enumerate(domains)])
     penalty = (0.01 * (x_TD.square().sum() / 12)) ** 0.5 * torch.eye(12).double()
     solution = torch.linalg.lstsq(torch.cat([x_TD, penalty]), torch.cat([y_TE, torch.zeros(12, 3).double()])).solution.T
-    assert_same_up_to_a_temperature(gates[0], solution)
+    assert_same_up_to_a_temperature(gates[0].double(), solution)
 
 
 def assert_same_up_to_a_temperature(gates_ED: torch.Tensor, expected_ED: torch.Tensor) -> None:
@@ -124,7 +127,7 @@ def assert_same_up_to_a_temperature(gates_ED: torch.Tensor, expected_ED: torch.T
 def test_the_temperature_is_the_likeliest_one(fit: Any) -> None:
     domains = made_up_domains()
     gates = fit_gates(Router(fit=fit), domains)
-    x_ND = torch.cat([domain.sample_LND[0].float() for domain in domains])
+    x_ND = torch.cat([domain.slots[0].sample_ND.float() for domain in domains])
     labels = torch.cat([torch.full((domain.tokens,), place) for place, domain in enumerate(domains)])
     shares = torch.cat([torch.full((domain.tokens,), 1 / domain.tokens / 3) for domain in domains])
 
@@ -137,23 +140,21 @@ def test_the_temperature_is_the_likeliest_one(fit: Any) -> None:
 
 def test_lda_is_the_inverse_within_covariance_times_the_means() -> None:
     domains = made_up_domains()
-    gates = fit_gates(Router(fit="lda", l2=0.0), domains).double()
-    means = [domain.sample_LND[1].double().mean(0) for domain in domains]
-    within = sum(torch.cov(d.sample_LND[1].double().T, correction=0) for d in domains) / 3
+    gates = fit_gates(Router(fit="lda", l2=0.0), domains)
+    means = [domain.slots[1].sample_ND.double().mean(0) for domain in domains]
+    within = sum(torch.cov(d.slots[1].sample_ND.double().T, correction=0) for d in domains) / 3
     differences = torch.stack(means) - torch.stack(means).mean(0)
-    assert_same_up_to_a_temperature(gates[1], torch.linalg.solve(within, differences.T).T)
+    assert_same_up_to_a_temperature(gates[1].double(), torch.linalg.solve(within, differences.T).T)
 
 
 def test_centroid_is_the_mean_less_the_negatives_at_length_one() -> None:
     domains = made_up_domains()
-    negative = torch.ones(2, 12).double()
-    domains[1] = DomainStatistics(
-        domains[1].tokens, domains[1].sum_LD, domains[1].outer_LDD, negative, domains[1].sample_LND, {}
-    )
-    gates = fit_gates(Router(fit="centroid"), domains).double()
-    expected = torch.stack([domain.sum_LD[0] / domain.tokens for domain in domains])
+    negative = torch.ones(12).double()
+    domains[1] = replace(domains[1], slots=tuple(replace(slot, negative_D=negative) for slot in domains[1].slots))
+    gates = fit_gates(Router(fit="centroid"), domains)
+    expected = torch.stack([domain.mean_D(0) for domain in domains])
     expected[1] -= 1
-    assert_same_up_to_a_temperature(gates[0], expected / expected.norm(dim=1, keepdim=True))
+    assert_same_up_to_a_temperature(gates[0].double(), expected / expected.norm(dim=1, keepdim=True))
 
 
 @pytest.mark.parametrize("fit", ["centroid", "lda", "ridge", "logistic"])
@@ -161,19 +162,19 @@ def test_every_fit_tells_separable_domains_apart(fit: Any) -> None:
     domains = made_up_domains()
     gates = fit_gates(Router(fit=fit), domains)
     for place, domain in enumerate(domains):
-        picked = (domain.sample_LND[0].float() @ gates[0].T).argmax(1)
+        picked = (domain.slots[0].sample_ND.float() @ gates[0].T).argmax(1)
         assert (picked == place).float().mean() > 0.85, fit
 
 
 def test_temperature_is_folded_into_the_gate() -> None:
     domains = made_up_domains()
     cold, warm = (fit_gates(Router(fit="logistic", temperature=t), domains) for t in (1.0, 4.0))
-    torch.testing.assert_close(cold / 4, warm)
+    torch.testing.assert_close(torch.stack(cold) / 4, torch.stack(warm))
 
 
 def test_logistic_without_kept_tokens_says_what_to_do() -> None:
     domains = [
-        DomainStatistics(d.tokens, d.sum_LD, d.outer_LDD, d.negative_LD, d.sample_LND[:, :0], {}) for d in made_up_domains()
+        replace(d, slots=tuple(replace(slot, sample_ND=slot.sample_ND[:0]) for slot in d.slots)) for d in made_up_domains()
     ]
     with pytest.raises(RecipeError, match="keep_tokens"):
         fit_gates(Router(fit="logistic"), domains)
@@ -184,8 +185,9 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
     domain.save(tmp_path / "a.safetensors")
     loaded = load_statistics(tmp_path / "a.safetensors")
     assert loaded is not None and loaded.tokens == domain.tokens
-    torch.testing.assert_close(loaded.outer_LDD, domain.outer_LDD, rtol=1e-6, atol=1e-5)
-    assert torch.equal(loaded.sample_LND, domain.sample_LND)
+    for ours, theirs in zip(loaded.slots, domain.slots, strict=True):
+        torch.testing.assert_close(ours.outer_DD, theirs.outer_DD, rtol=1e-6, atol=1e-5)
+        assert torch.equal(ours.sample_ND, theirs.sample_ND)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -217,7 +219,7 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
     def no_forward(*_: Any, **__: Any) -> Any:
         raise AssertionError("a re-fit from kept statistics must not run the model")
 
-    monkeypatch.setattr(fit_module, "DenseView", no_forward)
+    monkeypatch.setattr(fit_module, "expert_view", no_forward)
     refit(checkpoint, changes)
     after = digests(checkpoint.folder)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import modekit.specialize as specialize_module
+import modekit.training as training_module
 from conftest import Workshop, save, tiny_model
 from modekit.data import split_of
 from modekit.errors import TextError
@@ -63,14 +63,14 @@ def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
 
 def test_only_the_fit_split_is_read(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    real = specialize_module.encode
+    real = training_module.encode
 
     def spy(tokenizer: Any, documents: Any, **kwargs: Any) -> Any:
         documents = list(documents)
         seen.extend(documents if kwargs["max_tokens"] == TRAINING.max_tokens else [])
         return real(tokenizer, documents, **kwargs)
 
-    monkeypatch.setattr(specialize_module, "encode", spy)
+    monkeypatch.setattr(training_module, "encode", spy)
     run(workshop, "new")
     assert seen and {split_of(document) for document in seen} == {"fit"}
 
