@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from modekit.families import FAMILIES
+from modekit.native import NATIVES
 from modekit.recipe import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +67,11 @@ def test_the_recipe_page_names_every_key() -> None:
 
 def test_every_family_is_on_the_recipe_page() -> None:
     page = (ROOT / "docs/recipe.md").read_text().lower().replace("-", "").replace(" ", "").replace(".", "")
+    for native in NATIVES:
+        assert native.native_type.replace("_", "").removesuffix("text").removesuffix("v1moe") in page, native.label
     for family in FAMILIES:
-        assert family.native_type.replace("_", "").removesuffix("text").removesuffix("v1moe") in page, family.label
+        name = family.model_type.replace("_", "").removesuffix("text").removesuffix("v1dense")
+        assert name in page, family.model_type
 
 
 def test_no_page_has_a_gap_left() -> None:

@@ -43,6 +43,7 @@ Method = Literal["linear", "gating", "routing"]
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
 CONTEXT_DECAYS = (0.9,)
+"""One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
 _TAKEN = (BASE, "oracle", "mixture")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

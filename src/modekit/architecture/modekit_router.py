@@ -49,7 +49,7 @@ class Router(nn.Module):
         method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
             probabilities reach it).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
-            d < 1 an exponential average; {"sum": true} does not divide by the weight seen so far.
+            d < 1 an exponential average.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
         score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
             (PHATGOOSE: x and gate rows standardised).
@@ -70,7 +70,6 @@ class Router(nn.Module):
         parts = len(self.routing["averages"])
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows), parts * width))
-            self.bias = nn.Parameter(torch.zeros(sum(self.rows))) if self.routing.get("bias") else None
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""
@@ -102,7 +101,7 @@ class Router(nn.Module):
                 scores = self._averaged(scores, average, number)
             total = scores if total is None else total + scores
         assert total is not None
-        return total if self.bias is None else total + self.bias.float()
+        return total
 
     def _scores(self, x_BSD: torch.Tensor, gate_GD: torch.Tensor) -> torch.Tensor:
         score = self.routing.get("score", "linear")
@@ -122,9 +121,8 @@ class Router(nn.Module):
         mask_BS = flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
         averaged, state = causal_average(
-            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix"),
-            divide=not average.get("sum", False),
-        )  # fmt: skip
+            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix")
+        )
         flow.fresh[key] = state
         return averaged
 
@@ -136,13 +134,12 @@ def causal_average(
     state: torch.Tensor | None,
     *,
     prefix: int | None = None,
-    divide: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average of the values of all real tokens up to each one, the newest with weight 1, those before with decay, decay^2...
 
     `mask_BS` is 1 for real tokens and 0 for pads, which neither count nor let others fade. `state` (B, G + 2) holds the
-    weighted sum, the sum of the weights and the number of tokens so far. With `divide` False the weighted sum itself is
-    returned. Returns the averages (B, S, G) and the state after the last token.
+    weighted sum, the sum of the weights and the number of tokens so far. Returns the averages (B, S, G) and the state after
+    the last token.
     """
     batch, length, size = values_BSG.shape
     state = values_BSG.new_zeros((batch, size + 2)) if state is None else state.to(values_BSG)
@@ -158,7 +155,7 @@ def causal_average(
         extended = torch.cat([values_BSG[:, start : start + _CHUNK], torch.ones_like(mask)[..., None]], dim=-1)
         carried = torch.pow(decay, age)[..., None] * state[:, None, :-1]
         sums = weights_BTS @ extended + carried
-        results.append(sums[..., :-1] / sums[..., -1:].clamp_min(1e-12) if divide else sums[..., :-1])
+        results.append(sums[..., :-1] / sums[..., -1:].clamp_min(1e-12))
         state = torch.cat([sums[:, -1], seen[:, -1:]], dim=-1)
     return torch.cat(results, dim=1), state
 

@@ -185,8 +185,6 @@ def initialise(module: nn.Module) -> None:
     """A mixture made from a config alone starts as its base: gates and B are zero, A is small and random."""
     if isinstance(module, Router) and hasattr(module, "gate"):
         nn.init.zeros_(module.gate)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
     if isinstance(module, Mixed):
         if any(module.ranks):
             nn.init.normal_(module.lora_A, std=0.02)

@@ -87,7 +87,7 @@ SMALL = Size(
     480,
     _TRAINING.with_(muon_learning_rate=0.01),
     _TRAINING,
-    32_768,
+    65_536,
     16_384,
 )  # fmt: skip
 QUICK = Size(12, SMALL.expert_training.with_(steps=3), SMALL.lora_training.with_(steps=3), 2_048, 2_048)
@@ -213,7 +213,9 @@ def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], seed: int,
     if mixture["method"] != "linear":
         router = {"seed": seed, **mixture.get("router", {})}
         if router.get("fit") != "random":
-            router.update(tokens_per_domain=size.fit_tokens, keep_tokens=size.fit_tokens, sequence_length=SEQUENCE_LENGTH)
+            router.update(
+                tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH
+            )
         mixture["router"] = router
     kind = "adapter" if what == "lora" else "model"
     return {

@@ -131,9 +131,7 @@ def averaged(
     parts = [
         x_BSD
         if average["decay"] is None
-        else causal_average(
-            x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=prefix, divide=not average.get("sum", False)
-        )[0]
+        else causal_average(x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=prefix)[0]
         for average in averages
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

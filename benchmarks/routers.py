@@ -1,0 +1,199 @@
+"""Routers set anew on one mixture, in one table: routers.md.
+
+    modekit demo --out demo --seeds 3
+    python benchmarks/routers.py demo context --seeds 3
+    modekit demo --adapters --out demo-adapters --seeds 3
+    python benchmarks/routers.py demo-adapters adapters --seeds 3
+
+For each seed the mixture `routing` of the demo is built once in the modekit architecture, and its router set anew by every
+variant, as `modekit fit` does it. `context`: what the gate reads, on FFN specialists. `adapters`: every fit, on low-rank
+experts. Scored on the `select` split (the numbers of demo and README come from the `report` split): gap closed, mean over the
+four domains, with the oracle (own expert forced) at 1.0; then the loss on the unseen domain relative to the base's, and the
+seconds that setting the router took. Last, where in a text a variant loses what it loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from modekit.build import build
+from modekit.checkpoint import Checkpoint, open_checkpoint
+from modekit.data import make_batches
+from modekit.demo.models import SEQUENCE_LENGTH
+from modekit.demo.text import DOMAINS, UNSEEN
+from modekit.evaluate import Domain, held_out_domains
+from modekit.models import forced_expert, load_model
+from modekit.plan import make_plan
+from modekit.recipe import parse_recipe
+from modekit.routing.fit import refit
+
+EVAL_TOKENS = 16_384
+PLACES = ((0, 4), (4, 16), (16, 64), (64, SEQUENCE_LENGTH))
+
+
+def context(*decays: float, **router: Any) -> dict[str, Any]:
+    """A change to a context router with these decays."""
+    return {"router": {"granularity": "context", "decay": list(decays), **router}}
+
+
+def fit(name: str, **router: Any) -> dict[str, Any]:
+    """A change to another fit."""
+    return {"router": {"fit": name, **router}}
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "context": {
+        "token": {},
+        "token, 16,384 tokens per domain": {"router": {"tokens_per_domain": 16_384}},
+        "context 0.9": context(0.9),
+        "context 0.9, 16,384 tokens per domain": context(0.9, tokens_per_domain=16_384),
+        "context 0.8": context(0.8),
+        "context 0.95": context(0.95),
+        "context 1 (mean so far)": context(1.0),
+        "context 0 and 0.9": context(0.0, 0.9),
+        "context 0.8 and 0.97": context(0.8, 0.97),
+        "context 0.9, l2 0.01": context(0.9, l2=0.01),
+        "context 0.9, ridge": context(0.9, fit="ridge"),
+        "context 0.9, top_k 4": {**context(0.9), "top_k": 4},
+        "context 0.9, top_k 1": {**context(0.9), "top_k": 1},
+        "sequence, prefix 16": {"router": {"granularity": "sequence", "prefix": 16}},
+        "sequence, prefix 64": {"router": {"granularity": "sequence", "prefix": 64}},
+    },
+    "adapters": {
+        "random (noisy)": fit("random"),
+        "arrow": fit("arrow"),
+        "spectr": fit("spectr"),
+        "seqr": fit("seqr"),
+        "arrow, context 0.9": fit("arrow", granularity="context"),
+        "seqr, context 0.9": fit("seqr", granularity="context"),
+        "phatgoose, 100 steps": fit("phatgoose"),
+        "centroid": fit("centroid"),
+        "lda": fit("lda"),
+        "ridge": fit("ridge"),
+        "logistic": fit("logistic"),
+        "ridge, context 0.9": fit("ridge", granularity="context"),
+        "logistic, context 0.9": fit("logistic", granularity="context"),
+        "logistic, sequence": fit("logistic", granularity="sequence"),
+    },
+}
+BY_PLACE = {"context": ("token", "context 0.9", "context 1 (mean so far)"), "adapters": ("logistic", "logistic, context 0.9")}
+
+Losses = dict[str, list[torch.Tensor]]
+"""Domain -> loss of every predicted token, per text."""
+
+
+def run_seed(folder: Path, what: str) -> dict[str, dict[str, Any]]:
+    """Row -> gap closed per domain, loss relative to the base's of the unseen one, seconds, and what is lost by place."""
+    checkpoint = _built(folder)
+    held_out = held_out_domains(checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH, split="select")
+    base = losses_of(load_model(folder / "base"), held_out)
+    own: Losses = {}
+    mixture = load_model(checkpoint.folder)
+    for domain in held_out:
+        if domain.expert is not None:
+            with forced_expert(mixture, checkpoint, domain.expert):
+                own |= losses_of(mixture, [domain])
+    rows: dict[str, dict[str, Any]] = {}
+    for name, changes in VARIANTS[what].items():
+        started = time.perf_counter()
+        refitted = refit(_built(folder), {**changes, "router": {"fit": "logistic", **changes.get("router", {})}})
+        seconds = time.perf_counter() - started
+        losses = losses_of(load_model(refitted.folder), held_out)
+        gaps = {
+            domain: (_sum(base[domain]) - _sum(losses[domain])) / (_sum(base[domain]) - _sum(own[domain])) for domain in own
+        }
+        rows[name] = {**gaps, UNSEEN: _sum(losses[UNSEEN]) / _sum(base[UNSEEN]), "seconds": seconds}
+        rows[name]["lost"] = [_lost(base, own, losses, *place) for place in PLACES]
+        print(f"{folder.name} {name}: {statistics.fmean(gaps.values()):.3f} ({seconds:.0f} s)", flush=True)
+    return rows
+
+
+def _built(folder: Path) -> Checkpoint:
+    """The mixture with a random router: every variant starts from it, so that none sees what another has set."""
+    recipe = yaml.safe_load((folder / "routing.yaml").read_text())
+    recipe["mixture"]["router"]["fit"] = "random"
+    recipe["output"] = {"format": "modekit"}
+    out = folder / "routers"
+    parsed = parse_recipe(recipe)
+    if out.exists() and open_checkpoint(out).record.recipe_digest == parsed.digest():
+        return open_checkpoint(out)
+    return build(make_plan(parsed, folder), out, overwrite=True)
+
+
+def losses_of(model: PreTrainedModel, domains: Sequence[Domain]) -> Losses:
+    losses: Losses = {}
+    with torch.inference_mode():
+        for domain in domains:
+            losses[domain.name] = []
+            for batch in make_batches(domain.sequences):
+                logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits[:, :-1]
+                rows = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none"
+                )
+                lengths = batch.mask.sum(1).tolist()
+                losses[domain.name] += [
+                    row[: length - 1] for row, length in zip(rows.view(logits.shape[:2]), lengths, strict=True)
+                ]
+    return losses
+
+
+def _sum(texts: Sequence[torch.Tensor], first: int = 0, last: int | None = None) -> float:
+    return float(sum(text[first:last].double().sum() for text in texts))
+
+
+def _lost(base: Losses, own: Losses, losses: Losses, first: int, last: int) -> float:
+    """What a variant loses to the oracle on the tokens at these places, as a share of the whole gap; mean over domains."""
+    return statistics.fmean(
+        (_sum(losses[domain], first, last) - _sum(own[domain], first, last)) / (_sum(base[domain]) - _sum(own[domain]))
+        for domain in own
+    )
+
+
+def table(per_seed: list[dict[str, dict[str, Any]]]) -> str:
+    lines = [f"| router | gap closed | {' | '.join(DOMAINS)} | {UNSEEN} / base | seconds |", "|---" * (len(DOMAINS) + 4) + "|"]
+    for name in per_seed[0]:
+        rows = [seed[name] for seed in per_seed]
+        means = [statistics.fmean(row[domain] for domain in DOMAINS) for row in rows]
+        spread = f" ± {max(abs(mean - statistics.fmean(means)) for mean in means):.3f}" if len(rows) > 1 else ""
+        cells = [f"{statistics.fmean(row[domain] for row in rows):.2f}" for domain in DOMAINS]
+        cells += [f"{statistics.fmean(row[UNSEEN] for row in rows):.3f}", f"{statistics.fmean(r['seconds'] for r in rows):.0f}"]
+        lines.append(f"| {name} | {statistics.fmean(means):.3f}{spread} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_by_place(per_seed: list[dict[str, dict[str, Any]]], names: Sequence[str]) -> str:
+    places = [f"tokens {first + 1} to {last}" for first, last in PLACES]
+    lines = [f"| lost of the gap | {' | '.join(places)} |", "|---" * (len(places) + 1) + "|"]
+    for name in names:
+        lost = [statistics.fmean(seed[name]["lost"][place] for seed in per_seed) for place in range(len(PLACES))]
+        lines.append(f"| {name} | {' | '.join(f'{share:.3f}' for share in lost)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demo", type=Path)
+    parser.add_argument("what", choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    per_seed = []
+    for seed in range(arguments.seeds):
+        per_seed.append(run_seed(arguments.demo.resolve() / f"seed{seed}", arguments.what))
+        (arguments.demo / "results" / f"routers-{arguments.what}.json").write_text(json.dumps(per_seed, indent=1))
+    print(table(per_seed))
+    print()
+    print(table_by_place(per_seed, BY_PLACE[arguments.what]))
+
+
+if __name__ == "__main__":
+    main()
