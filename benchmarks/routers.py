@@ -35,7 +35,7 @@ from modekit.evaluate import Domain, held_out_domains
 from modekit.models import forced_expert, load_model
 from modekit.plan import make_plan
 from modekit.recipe import parse_recipe
-from modekit.routing.fit import refit
+from modekit.routing.refit import refit
 
 EVAL_TOKENS = 16_384
 PLACES = ((0, 4), (4, 16), (16, 64), (64, SEQUENCE_LENGTH))

@@ -16,7 +16,8 @@ from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.data import digest_of, encode, make_batches, read_documents, split_of
 from modekit.evaluate import Domain, Results, evaluate, held_out_domains, score_domain
-from modekit.routing.fit import fit_documents, refit
+from modekit.routing.fit import fit_documents
+from modekit.routing.refit import refit
 from modekit.specialize import specialize, trainable_parameters
 from modekit.training import Training
 

@@ -22,7 +22,8 @@ from modekit.planned import ROUTER_FILE
 from modekit.recipe import Router
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.routing.fit import fit_documents, refit
+from modekit.routing.fit import fit_documents
+from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
 
 FIT: dict[str, Any] = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from modekit.numeric import DTYPES, is_finite, to_bytes
 from modekit.plan_modekit import replaced_rows, routing_config, slots_of
 from modekit.planned import INDEX_FILE, ROUTER_FILE, Plan, RouterSlot
 from modekit.recipe import Recipe, Router
-from modekit.sources import TensorRef, read_header
+from modekit.sources import ITEMSIZE, TensorRef, read_header
 from modekit.writer import JOURNAL, safetensors_header, write_atomically, write_json
 
 RECORD_FILE = "modekit.json"
@@ -203,8 +204,11 @@ class Checkpoint:
         changed = self.with_recipe(recipe)
         dtype = _gate_dtype(self)
         sha256 = write_router_file(self.folder / ROUTER_FILE, changed.slots, gates, dtype)
-        if [slot.name for slot in changed.slots] != [slot.name for slot in self.slots]:
-            _rewrite_index(self.folder, [slot.name for slot in changed.slots])
+        if changed.slots != self.slots:
+            old = {slot.name for slot in self.slots}
+            kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
+            gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
+            _rewrite_index(self.folder, changed.slots, kept + gates_size)
         write_json(self.folder / "config.json", changed.config)
         record = self.record.model_copy(
             update={
@@ -279,17 +283,21 @@ def _gate_dtype(checkpoint: Checkpoint) -> str:
     return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[checkpoint.config["dtype"]]
 
 
-def _rewrite_index(folder: Path, gates: list[str]) -> None:
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
-    write_json(folder / INDEX_FILE, {**index, "weight_map": {**kept, **dict.fromkeys(gates, ROUTER_FILE)}})
-
-
 def write_index(plan: Plan, folder: Path) -> None:
     """Write the index that tells transformers which file holds which tensor."""
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    weight_map.update({slot.name: ROUTER_FILE for slot in plan.slots})
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": plan.bytes_written}, "weight_map": weight_map})
+    _write_index(folder, weight_map, plan.slots, plan.bytes_written)
+
+
+def _rewrite_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> None:
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
+    _write_index(folder, kept, slots, total_size)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], slots: Sequence[RouterSlot], total_size: int) -> None:
+    gates = {slot.name: ROUTER_FILE for slot in slots}
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": {**weight_map, **gates}})
 
 
 def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRecord) -> Record:

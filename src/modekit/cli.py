@@ -94,7 +94,7 @@ def fit(
 ) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint import open_checkpoint
-    from modekit.routing.fit import refit
+    from modekit.routing.refit import refit
 
     wanted = {
         "fit": router, "granularity": granularity, "temperature": temperature, "l2": l2,

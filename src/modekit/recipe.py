@@ -154,6 +154,8 @@ class Router(_Strict):
             problems.append("'prefix' has no effect without granularity: sequence; remove it")
         if self.steps is not None and self.fit != "phatgoose":
             problems.append("'steps' has no effect without fit: phatgoose; remove it")
+        if self.fit == "phatgoose" and self.temperature != 1:
+            problems.append("'temperature' has no effect with fit: phatgoose, whose gates are standardised; remove it")
         return _without(problems, self)
 
     @property

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, Gates, RouterRecord
+from modekit.checkpoint import Checkpoint, Gates, RouterRecord
 from modekit.data import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
-from modekit.errors import RecipeError, TextError
+from modekit.errors import TextError
 from modekit.models import ExpertView, expert_view, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.recipe import DATA_FREE, Expert, Recipe, Router, parse_recipe
+from modekit.recipe import DATA_FREE, Expert, Recipe, Router
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.routing.constant import constant_gates
 from modekit.routing.low_rank import adapter_gates
 from modekit.routing.phatgoose import train_gates
 from modekit.routing.statistics import DomainStatistics, load_statistics
@@ -104,52 +103,6 @@ def _check_length(place: int, expert: Expert, sequences: Sequence[TokenSequence]
         raise TextError(
             "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
         )
-
-
-def refit(
-    checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False, progress: Progress = silent
-) -> Checkpoint:
-    """Set the router anew without touching the experts.
-
-    `changes` updates the recipe's `mixture` (nested `router` is merged). Raises RecipeError when a change would need
-    another build.
-    """
-    old = checkpoint.record.recipe
-    mixture = old.mixture.model_dump(mode="json", exclude_unset=True)
-    method = changes.get("method", mixture.get("method", "routing"))
-    # What only the old method needed is dropped in silence; what is asked for now is checked like any recipe.
-    if method == "linear":
-        mixture.pop("router", None)
-    if method != "routing":
-        mixture.pop("top_k", None)
-    router = {**mixture.pop("router", {}), **changes.get("router", {})}
-    mixture.update({key: value for key, value in changes.items() if key != "router"})
-    if router:
-        mixture["router"] = router
-    whole = old.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    if router.get("fit") != "centroid":
-        for expert in whole["experts"]:
-            expert.pop("negative_prompts", None)
-    recipe = parse_recipe({**whole, "mixture": mixture}, where=str(checkpoint.folder))
-    if (recipe.mixture.backbone, recipe.mixture.weights) != (old.mixture.backbone, old.mixture.weights) or (
-        old.mixture.weights is not None and recipe.mixture.method != "linear"
-    ):
-        raise RecipeError(
-            "this change is in the experts or the backbone, not in the router", where="mixture",
-            remedy="change the recipe and build again",
-        )  # fmt: skip
-    changed = checkpoint.with_recipe(recipe)
-    gates = constant_gates(recipe, changed.slots)
-    if gates is None:
-        fitted = fit_router(
-            changed, recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
-            trust_remote_code=trust_remote_code, progress=progress,
-        )  # fmt: skip
-        return checkpoint.with_router(fitted.gates, fitted.record, recipe)
-    settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
-    return checkpoint.with_router(
-        gates, RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={}), recipe
-    )
 
 
 @dataclass(frozen=True)

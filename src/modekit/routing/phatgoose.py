@@ -30,13 +30,14 @@ def train_gates(
     progress: Progress = silent,
 ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
     """One gate per router slot, float32, trained expert by expert on `sequences` in recipe order."""
-    model = load_model(checkpoint.folder)
-    gates = [model.get_parameter(slot.name) for slot in checkpoint.slots]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for gate in gates:
-        gate.data.zero_()
-        gate.requires_grad_(True)
+    model = load_model(checkpoint.folder).requires_grad_(False)
+    gates = []
+    for slot in checkpoint.slots:
+        router = model.get_submodule(slot.name.removesuffix(".gate"))
+        # The folder's own gates may be of another fit, with other rows and averages.
+        router.routing = checkpoint.config["modekit"]["routing"]
+        router.gate = torch.nn.Parameter(torch.zeros(slot.shape, device=model.device))
+        gates.append(router.gate)
     training = Training(
         steps=settings.steps or STEPS, learning_rate=_LEARNING_RATE, sequence_length=settings.sequence_length,
         seed=settings.seed,
@@ -50,7 +51,7 @@ def train_gates(
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()
-    return [(gate.float() / settings.temperature).cpu().numpy() for gate in learned]
+    return [gate.float().cpu().numpy() for gate in learned]
 
 
 def _places(checkpoint: Checkpoint) -> list[dict[str, Any]]:
