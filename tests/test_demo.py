@@ -49,7 +49,7 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     first = run_demo(tmp_path / "demo", quick=True, progress=silent)
     table = first.merged(0)
     names = [row.name for row in table.rows]
-    assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing"]
+    assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing", "context"]
     for name in DOMAINS:
         assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
     assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text()) == json.loads(json.dumps(first.as_data()))
@@ -61,3 +61,18 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(run_module, "specialize", no_training)
     monkeypatch.setattr(run_module, "build", no_training)
     assert run_demo(tmp_path / "demo", quick=True, progress=silent).as_data() == first.as_data()
+
+
+@pytest.mark.slow
+def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
+    table = run_demo(tmp_path / "demo", quick=True, what="lora", progress=silent).merged(0)
+    assert [row.name for row in table.rows] == [
+        "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing", "context",
+        "routing folded", "routing folded average",
+    ]  # fmt: skip
+    for name in DOMAINS:  # low-rank experts are carried whole; folded into FFNs they leave their attention behind
+        assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
+    seed = tmp_path / "demo" / "seed0"
+    assert (seed / DOMAINS[0] / "adapter_config.json").exists()
+    low_rank, folded = (json.loads((seed / name / "config.json").read_text()) for name in ("routing", "routing-folded"))
+    assert low_rank["architectures"] != folded["architectures"] == ["MixtralForCausalLM"]
