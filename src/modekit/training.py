@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,11 +114,22 @@ def train_language_model(
 
 
 def has_bfloat16_products(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32 ones here; on other processors they are emulated."""
+    """Whether bfloat16 products are faster than float32 ones here.
+
+    Of processors without tile units, AMD's are twice as fast in bfloat16, Intel's half as fast, and others emulate it.
+    """
     if device.type != "cpu":
         return True
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "Intel" in platform.processor()
 
 
 def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
