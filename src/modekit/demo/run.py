@@ -87,7 +87,7 @@ SMALL = Size(
     480,
     _TRAINING.with_(muon_learning_rate=0.01),
     _TRAINING,
-    65_536,
+    131_072,
     16_384,
 )  # fmt: skip
 QUICK = Size(12, SMALL.expert_training.with_(steps=3), SMALL.lora_training.with_(steps=3), 2_048, 2_048)
