@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -478,12 +479,15 @@ def test_positional_arguments_are_read_like_named_ones(built: Build, ids: torch.
 def test_assistants_are_refused_where_tokens_cannot_be_taken_back(built: Build, ids: torch.Tensor, router: Any) -> None:
     model, assistant = opened(built(method="gating", router=router)), opened(built() / "base")
     for kwargs in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        with pytest.raises(ValueError, match="cannot take tokens back"):
             greedy(model, ids[:1], **kwargs)
     with torch.inference_mode():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(NotImplementedError, match="context or sequence router"):
-        cache.crop(5)
+        cache.crop(0)
+        assert model(input_ids=ids[:, :1], past_key_values=cache).logits.shape[1] == 1
+        cache.crop(-5)
+        with pytest.raises(ValueError, match="must have read what the cache holds"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
 
 
 def test_assistants_serve_a_token_router(built: Build, ids: torch.Tensor) -> None:
@@ -541,6 +545,66 @@ def test_continuous_batching_serves_token_routers_and_is_refused_by_the_others(b
         assert answer.generated_tokens == greedy(model, prompt[None], max_new_tokens=5)[0, len(prompt) :].tolist()
     _, answers = batched(ROUTERS["context"])
     assert all("one sequence per row" in answer.error and not answer.generated_tokens for answer in answers)
+
+
+@pytest.mark.parametrize("router", [ROUTERS["context"], PREFIX], ids=["context", "prefix"])
+def test_what_the_routers_have_not_read_is_refused(built: Build, ids: torch.Tensor, router: Any) -> None:
+    model = opened(built(method="gating", router=router))
+    base = opened(built() / "base")
+    with torch.inference_mode():
+        foreign = base(input_ids=ids[:, :8], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="must have read what the cache holds"):
+            model(input_ids=ids[:, 8:], past_key_values=foreign)
+        model.use_expert(0)
+        forced = model(input_ids=ids[:, :8], use_cache=True).past_key_values
+        model.use_expert(None)
+        with pytest.raises(ValueError, match="must have read what the cache holds"):
+            model(input_ids=ids[:, 8:], past_key_values=forced)
+        mixed = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+        model.use_expert(0)
+        mixed = model(input_ids=ids[:, 4:8], past_key_values=mixed).past_key_values
+        model.use_expert(None)
+        with pytest.raises(ValueError, match="must have read what the cache holds"):
+            model(input_ids=ids[:, 8:], past_key_values=mixed)
+        square = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None].expand(len(ids), 1, -1, -1)
+        with pytest.raises(ValueError, match="which tokens are pads"):
+            model(input_ids=ids, attention_mask=square)
+
+
+def test_a_cache_with_averages_can_be_pickled(built: Build, ids: torch.Tensor) -> None:
+    model = opened(built(method="gating", router=ROUTERS["context"]))
+    with torch.inference_mode():
+        cache = model(input_ids=ids[:, :8], use_cache=True).past_key_values
+        again = pickle.loads(pickle.dumps(cache))
+        expected = model(input_ids=ids[:, 8:], past_key_values=cache).logits
+        assert torch.equal(model(input_ids=ids[:, 8:], past_key_values=again).logits, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["ffn", "everything"])
+def test_logits_of_chosen_tokens(built: Build, ids: torch.Tensor, settings: dict[str, Any]) -> None:
+    model = opened(built("llama", WHOLE, **(settings or {"method": "gating", "router": ROUTERS["context"]})))
+    whole = logits_of(model, ids)
+    for kept in (torch.tensor([0, 1, 5]), torch.arange(ids.shape[1]).flip(0)):
+        with torch.inference_mode():
+            close(model(input_ids=ids, logits_to_keep=kept).logits, whole[:, kept])
+    with torch.inference_mode():
+        close(model(input_ids=ids, logits_to_keep=3).logits, whole[:, -3:])
+
+
+@pytest.mark.parametrize("router", [TOKEN, ROUTERS["context"]], ids=["token", "context"])
+def test_threads_take_turns(built: Build, router: dict[str, Any]) -> None:
+    model = opened(built(method="gating", router=router))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 90, (1, length), generator=generator) for length in range(5, 35)]
+    expected = [logits_of(model, text) for text in texts]
+
+    def run(text: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=text).logits
+
+    with ThreadPoolExecutor(3) as pool:
+        for ours, theirs in zip(pool.map(run, texts), expected, strict=True):
+            close(ours, theirs)
 
 
 # --- one expert
@@ -804,3 +868,30 @@ def test_the_tokenizer_and_the_pipeline_open(built: Build) -> None:
     assert AutoTokenizer.from_pretrained(out)("a").input_ids
     texts = pipeline("text-generation", model=str(out))(["a fever", "law"], max_new_tokens=4, do_sample=False, batch_size=2)
     assert all(text[0]["generated_text"] for text in texts)
+
+
+def test_experts_are_named_or_refused(built: Build, ids: torch.Tensor) -> None:
+    model = opened(built(method="gating", router=ROUTERS["context"]))
+    for wrong in (1.7, torch.tensor([0.5, 1.0]), True, "nobody", ["one", "nobody"], 9, -1):
+        with pytest.raises(ValueError, match="there is no expert"):
+            model.use_expert(wrong)
+    rows = []
+    for name in ("one", "low"):
+        model.use_expert(name)
+        rows.append(greedy(model, ids[:1] if name == "one" else ids[1:], num_beams=2))
+    model.use_expert(["one", "low"])
+    together = greedy(model, ids, num_beams=2)
+    assert torch.equal(together, torch.cat(rows))
+    model.use_expert(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="2 experts, for 1 sequences"):
+        model(input_ids=ids[:1])
+
+
+def test_the_config_opens_after_import_modekit_alone(built: Build) -> None:
+    out = built(method="gating", router=TOKEN)
+    script = (
+        "import sys, modekit\nfrom transformers import AutoConfig\n"
+        f"assert AutoConfig.from_pretrained({str(out)!r}).modekit['experts']"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ CODE_FILES = tuple(
     Path(__file__).with_name(f"{name}.py")
     for name in ("configuration_modekit", "modeling_modekit", "modekit_mixed", "modekit_router")
 )
-_AUTO = "transformers.models.auto.modeling_auto"
+_AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
@@ -26,21 +26,19 @@ def register() -> None:
     Importing transformers takes seconds that `modekit plan` does not have, so its import is awaited, not caused.
     """
     if _AUTO in sys.modules:
-        _register_now()
+        _register_now(sys.modules[_AUTO])
     elif not any(isinstance(finder, _AfterTransformers) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterTransformers())
 
 
-def _register_now() -> None:
-    from transformers import AutoConfig
-
+def _register_now(auto: ModuleType) -> None:
     from modekit.architecture.configuration_modekit import ModekitConfig
 
-    AutoConfig.register("modekit", ModekitConfig, exist_ok=True)
+    auto.AutoConfig.register("modekit", ModekitConfig, exist_ok=True)
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):
-    """Registers once the module of the Auto classes has been imported by whoever needs it."""
+    """Registers once the module of the Auto classes has been imported by whoever needs them."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO:
@@ -53,7 +51,7 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _register_now()
+            _register_now(module)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _FAMILY = "ModekitConfig_"
@@ -37,6 +37,8 @@ class ModekitConfig(PreTrainedConfig):  # type: ignore[misc]
 @functools.cache
 def family_config(dense_type: str) -> type[PreTrainedConfig]:
     """The dense family's config class under model_type modekit, known to the Auto classes."""
+    from transformers import AutoModel, AutoModelForCausalLM  # late: a config alone needs no torch
+
     from .modeling_modekit import ModekitForCausalLM, ModekitModel
 
     members = {

@@ -61,10 +61,20 @@ class Mixed(nn.Module):
         if place["router"] == name:
             self.router = Router(name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0))
         self._leader = [self]
+        self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
+        self._reads_ids = isinstance(dense, nn.Embedding)
+        self._is_head = name == "lm_head"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in a running pass."""
         return {**self.__dict__, "weights": None}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of the base's module, or the first expert's: those who look at a layer's weight ask for its shape or dtype."""
+        module = self.base if self.base is not None else self.experts[0]
+        weight: torch.Tensor = module.weight
+        return weight
 
     def follow(self, leader: Mixed) -> None:
         """Take the weights that another place's router decides."""
@@ -73,12 +83,14 @@ class Mixed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
         if self.router is not None:
-            self.weights = self.router(self.base(x) if isinstance(self.base, nn.Embedding) else x)
+            self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
         weights = self._leader[0].weights
         if weights is None:
             raise RuntimeError("the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds)")
         weights = weights.to(x.device)
-        if weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
+        if self._is_head and self._flow[0].kept is not None:
+            weights = weights[:, self._flow[0].kept.to(weights.device)]
+        elif weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
             weights = weights[:, -x.shape[self.sequence_axis] :]
         if self.sequence_axis == 2:
             weights = weights[:, None]

@@ -9,7 +9,9 @@ Shape legend: B batch, S sequence, D width of what is read, E experts, J average
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ class Flow:
     Attributes:
         averages: whether any router averages over tokens.
         mask_BS: real tokens of this pass; None when all are.
+        kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
@@ -35,11 +38,23 @@ class Flow:
         self.mixed: dict[str, Any] = {}
         self.averages = False
         self.mask_BS: torch.Tensor | None = None
-        self.padding: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}
         self.forced: int | torch.Tensor | None = None
         self.solo = False
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def one_pass(self) -> AbstractContextManager[object]:
+        """Held during a forward pass: two threads take turns, since a pass leaves its decisions in the modules."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
 
 class Router(nn.Module):
@@ -185,6 +200,31 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:
 
 
 def one_hot(forced: int | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """All weight on one expert: the same for all, or one per sequence."""
-    places = torch.as_tensor(forced, device=device).reshape(-1, *[1] * (len(shape) - 1))
+    """All weight on one expert: the same for all, or one per sequence. Beams stand side by side and share a sequence's.
+
+    Raises ValueError when the experts given are not one per sequence.
+    """
+    places = torch.as_tensor(forced, device=device).reshape(-1)
+    if len(places) > 1 and len(places) != shape[0]:
+        if shape[0] % len(places):
+            raise ValueError(f"use_expert was given {len(places)} experts, for {shape[0]} sequences")
+        places = places.repeat_interleave(shape[0] // len(places))
+    places = places.reshape(-1, *[1] * (len(shape) - 1))
     return (torch.arange(shape[-1], device=device) == places).float().expand(shape)
+
+
+def places_of(expert: str | int | Sequence[str | int] | torch.Tensor | None, names: Sequence[str]) -> int | torch.Tensor | None:
+    """Places of experts that are given by name or place, one for all or one per sequence. Raises ValueError."""
+    if expert is None:
+        return None
+    if isinstance(expert, str):
+        places: int | torch.Tensor = names.index(expert) if expert in names else -1
+    elif isinstance(expert, (list, tuple)):
+        places = torch.tensor([int(places_of(each, names)) for each in expert])  # type: ignore[arg-type]
+    else:
+        places = expert  # type: ignore[assignment]
+    flat = torch.as_tensor(places).flatten()
+    whole = not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
+    if not whole or not all(0 <= place < len(names) for place in flat.tolist()):
+        raise ValueError(f"there is no expert {expert!r}; there are {', '.join(names)} (or places from 0)")
+    return places

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import ModekitConfig, family_config
 from .modekit_mixed import Mixed
-from .modekit_router import Flow, Router
+from .modekit_router import Flow, Router, places_of
 
 
 class CarriesRouterStates:
@@ -56,14 +56,28 @@ class CarriesRouterStates:
         super().reset()  # type: ignore[misc]
         self.router_states = {}
 
-    def crop(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refused: an average cannot be taken back, so that assisted decoding needs a token router."""
-        raise NotImplementedError("a context or sequence router cannot take tokens back; generate without an assistant model")
+    def crop(self, tokens: int) -> None:
+        """Take tokens back from the keys and values. An average cannot take them back: what it held is forgotten, and
+        a pass that would go on from here is refused.
+        """
+        super().crop(tokens)  # type: ignore[misc]
+        if tokens:  # generate crops by 0 after every token, and the last one when all is done
+            self.router_states = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the class of cache that it was, and what it carries."""
+        return _carrying, (self.__class__.__mro__[2], self.__dict__)
 
 
 @functools.cache
 def _carrier(cache_class: Any) -> Any:
     return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
+
+
+def _carrying(cache_class: Any, members: dict[str, Any]) -> Any:
+    cache = object.__new__(_carrier(cache_class))
+    cache.__dict__.update(members)
+    return cache
 
 
 class _Recomputing:
@@ -118,15 +132,12 @@ class MixtureModel(_Checkpointed):
         install(self, prefix, config, self.flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
-    def use_expert(self, expert: str | int | torch.Tensor | None) -> None:
-        """Give all weight to one expert (name or place, or one place per sequence (B,)); None gives the routers back."""
-        names = self.config.modekit["experts"]
-        places = names.index(expert) if isinstance(expert, str) and expert in names else expert
-        if isinstance(places, str) or (
-            places is not None and not all(0 <= place < len(names) for place in torch.as_tensor(places).flatten().tolist())
-        ):
-            raise ValueError(f"there is no expert {expert!r}; there are {', '.join(names)}")
-        self.flow.forced = places
+    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
+        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back.
+
+        Raises ValueError for an expert that is not there.
+        """
+        self.flow.forced = places_of(expert, self.config.modekit["experts"])
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -143,8 +154,8 @@ class MixtureForCausalLM(_Checkpointed):
         install(self, "", config, model.flow, only="lm_head")  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
-    def use_expert(self, expert: str | int | torch.Tensor | None) -> None:
-        """Give all weight to one expert (name or place, or one place per sequence (B,)); None gives the routers back."""
+    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
+        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back."""
         self.base_model.use_expert(expert)
 
     def prepare_inputs_for_generation(
@@ -154,11 +165,12 @@ class MixtureForCausalLM(_Checkpointed):
 
         `inputs_embeds` is named because generate looks for the name.
         """
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            self.base_model.flow.padding = attention_mask
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        if attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+            inputs[_PADDING] = attention_mask
+        return inputs
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -198,21 +210,34 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-    arguments = list(inspect.signature(dense_model.forward).parameters)[1:]
+    arguments, causal_arguments = (
+        list(inspect.signature(each.forward).parameters)[1:] for each in (dense_model, dense_causal)
+    )
 
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start_pass(self.flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
-        output = dense_model.forward(self, *args, **kwargs)
-        finish_pass(self.flow, output)
+        with self.flow.one_pass():
+            start_pass(self.flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
+            kwargs.pop(_PADDING, None)
+            output = dense_model.forward(self, *args, **kwargs)
+            finish_pass(self.flow, output)
         return output
+
+    @functools.wraps(dense_causal.forward)
+    def causal_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flow = self.base_model.flow
+        with flow.one_pass():
+            kept = {**dict(zip(causal_arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
+            flow.kept = kept if isinstance(kept, torch.Tensor) else None
+            return dense_causal.forward(self, *args, **kwargs)
 
     # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
     shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
     dense_type = dense_config.model_type
     members = {**shared, "__qualname__": f"ModekitModel_{dense_type}", "forward": forward, "_auto_class": "AutoModel"}
     model = type("ModekitModel", (MixtureModel, dense_model), members)
-    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "_auto_class": "AutoModelForCausalLM"}
+    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "forward": causal_forward}
+    members["_auto_class"] = "AutoModelForCausalLM"
     causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
     return model, causal
 
@@ -226,24 +251,36 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
+_PADDING = "routers_attention_mask"
+"""Argument of a pass that generate makes: the 2-D mask of the tokens (None: no pads), whatever attention is given."""
+
+
 def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     """Tell the routers which tokens are real and where their averages stood.
 
-    Raises ValueError when several sequences share a row and an average would go from one to the next.
+    Raises ValueError where an average would not be that of the row's own tokens: several sequences share a row, pads are not
+    named, or the tokens before were not read by these routers.
     """
     for mixed in flow.mixed.values():
         mixed.weights = None
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    mask = kwargs.get("attention_mask")
-    if not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        mask = flow.padding if mask is not None else None
+    given = kwargs.get("attention_mask")
+    mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(_PADDING)
     flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
-    flow.padding = None
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
-    if flow.averages and (flow.forced is None or flow.solo) and _is_packed(flow, kwargs):
+    if not flow.averages or (flow.forced is not None and not flow.solo):
+        return
+    if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")
+    if isinstance(cache, Cache) and not flow.states and not torch.compiler.is_compiling() and int(cache.get_seq_length()):
+        raise ValueError(
+            "context and sequence routers must have read what the cache holds, and cannot take tokens back: give the cache as "
+            "this mixture returned it, or the whole text; generate without an assistant model or prompt lookup"
+        )
+    if _is_packed(flow, kwargs):
         raise ValueError("context and sequence routers read one sequence per row; give packed sequences as rows with padding")
 
 
@@ -261,7 +298,9 @@ def finish_pass(flow: Flow, output: Any) -> None:
     """Keep the routers' averages beside the keys and values."""
     values = output.values() if hasattr(output, "values") else output
     cache = next((value for value in values if isinstance(value, Cache)), None)
-    if cache is not None and flow.fresh:
+    if isinstance(cache, CarriesRouterStates) and not flow.fresh:  # an expert was forced: the averages miss these tokens
+        cache.router_states = {}
+    elif cache is not None and flow.fresh:
         if not isinstance(cache, CarriesRouterStates):
             cache.__class__ = _carrier(cache.__class__)
         cache.router_states = flow.fresh
