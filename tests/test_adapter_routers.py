@@ -19,6 +19,7 @@ from modekit.recipe import parse_recipe
 from modekit.routing.refit import refit
 from modekit.sources import open_source
 from modekit.verify import is_proven, verify
+from refusal import refuse
 from test_adapters import train as train_adapter
 
 peft = pytest.importorskip("peft")
@@ -64,14 +65,16 @@ def expected_scores(fit: str, change: torch.Tensor, x: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr"])
-@pytest.mark.parametrize(("place", "modules"), [
-    ("self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("mlp.gate_proj", ("mlp.gate_proj", "mlp.up_proj")),
+@pytest.mark.parametrize(("per", "place", "modules"), [
+    ("layer", "self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("layer", "mlp.gate_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    ("projection", "self_attn.q_proj", ("self_attn.q_proj",)),
+    ("projection", "mlp.up_proj", ("mlp.up_proj",)),
 ])  # fmt: skip
 def test_a_router_without_data_scores_what_the_adapters_make_of_x(
-    bench: Workshop, fit: str, place: str, modules: tuple[str, ...]
+    bench: Workshop, fit: str, per: str, place: str, modules: tuple[str, ...]
 ) -> None:
-    out = bench.build(mixture={"method": "routing", "top_k": 2, "router": {"fit": fit, "temperature": 0.5}})
+    out = bench.build(mixture={"method": "routing", "top_k": 2, "router": {"fit": fit, "temperature": 0.5, "per": per}})
     model = load_model(out)
     router = model.get_submodule(f"model.layers.0.{place}").router
     x = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -81,6 +84,14 @@ def test_a_router_without_data_scores_what_the_adapters_make_of_x(
     torch.testing.assert_close(router(x), select(scores, {"method": "routing", "top_k": 2}), rtol=1e-4, atol=1e-4)
     assert open_checkpoint(out).record.router.status == "fitted"
     assert is_proven(verify(open_checkpoint(out)))
+
+
+def test_whole_modules_are_refused_before_a_byte_is_copied(bench: Workshop) -> None:
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    train_adapter(bench.root / "base", config, bench.root / "ia3")
+    bench.recipe["experts"][0]["adapter"] = "./ia3"
+    bench.write(mixture={"router": {"fit": "arrow"}})
+    assert "no low-rank change" in refuse("plan", bench.root / "recipe.yaml")
 
 
 def test_a_context_of_scores_is_the_average_of_the_scores(bench: Workshop) -> None:
@@ -152,10 +163,15 @@ def test_a_mixture_of_given_scores_opens_without_its_text(bench: Workshop, tmp_p
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits).all()
 
 
-def test_a_temperature_that_would_do_nothing_is_refused(bench: Workshop) -> None:
-    mixture = {"router": {"fit": "phatgoose", "temperature": 2.0}}
-    with pytest.raises(RecipeError, match="'temperature' has no effect"):
-        parse_recipe({**bench.recipe, "mixture": mixture})
+@pytest.mark.parametrize(("router", "key"), [
+    ({"fit": "phatgoose", "temperature": 2.0}, "temperature"), ({"fit": "arrow", "seed": 5}, "seed"),
+    ({"fit": "arrow", "l2": 0.5}, "l2"), ({"fit": "seqr", "tokens_per_domain": 100}, "tokens_per_domain"),
+    ({"fit": "random", "keep_tokens": 3}, "keep_tokens"), ({"fit": "logistic", "seed": 5}, "seed"),
+    ({"fit": "centroid", "l2": 0.5}, "l2"), ({"fit": "phatgoose", "compute_dtype": "bfloat16"}, "compute_dtype"),
+])  # fmt: skip
+def test_a_setting_that_would_do_nothing_is_refused(bench: Workshop, router: dict[str, object], key: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{key}' has no effect"):
+        parse_recipe({**bench.recipe, "mixture": {"router": router}})
 
 
 def test_sources_of_these_tests_are_low_rank(bench: Workshop) -> None:

@@ -895,3 +895,10 @@ def test_the_config_opens_after_import_modekit_alone(built: Build) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_embeddings_of_experts_are_not_resized(built: Build) -> None:
+    model = opened(built("llama", WHOLE, **EVERYTHING))
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB
+    with pytest.raises(NotImplementedError, match="embeddings of their own"):
+        model.resize_token_embeddings(VOCAB + 4)

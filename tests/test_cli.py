@@ -47,7 +47,9 @@ def test_specialize(workshop: Workshop) -> None:
 def test_a_walk_with_adapters(workshop: Workshop) -> None:
     """A fine-tune made here, one extracted from a full model and a full model as it is; out again as PEFT folders."""
     steps = ("--steps", "2", "--sequence-length", "32")
-    done = modekit(workshop, "specialize", "base", "law-lora", "--text", "text/law.jsonl", "--train", "lora", "--rank", "3", *steps)
+    done = modekit(
+        workshop, "specialize", "base", "law-lora", "--text", "text/law.jsonl", "--train", "lora", "--rank", "3", *steps
+    )
     assert "lora, 2 steps" in done
     done = modekit(workshop, "extract", "code", "code-lora", "--base", "base", "--energy", "0.5", "--max-rank", "8")
     assert "q_proj" in done and "squared difference" in done
@@ -67,9 +69,7 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
     assert "oracle" in modekit(workshop, "eval", "OUT", "--tokens", "300", "--sequence-length", "32")
     assert all(check["verdict"] == "proven" for check in json.loads(modekit(workshop, "verify", "OUT", "--json")))
     assert "rank 3" in modekit(workshop, "export", "OUT", "exported", "--expert", "law")
-    before, after = (
-        load_file(workshop.root / folder / "adapter_model.safetensors") for folder in ("law-lora", "exported/law")
-    )
+    before, after = (load_file(workshop.root / folder / "adapter_model.safetensors") for folder in ("law-lora", "exported/law"))
     assert set(before) == set(after) and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 

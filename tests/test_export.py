@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,13 @@ def test_an_existing_folder_is_kept(bench: Workshop) -> None:
     with pytest.raises(OutputError):
         export_adapter(checkpoint, "rslora", out)
     export_adapter(checkpoint, "rslora", out, overwrite=True)
-    (out / "adapter_config.json").unlink()
     with pytest.raises(OutputError):
-        export_adapter(checkpoint, "rslora", out, overwrite=True)  # no longer a folder of its own kind
+        export_adapter(checkpoint, "rslora", bench.root / "plain", overwrite=True)  # the user's own adapter
+
+
+def test_the_base_is_found_from_anywhere_and_losses_are_noted(bench: Workshop) -> None:
+    out = bench.build(mixture={"layers": ["0-1"], "router": {"fit": "random"}}, output={"dtype": "bfloat16"})
+    record = export_adapter(open_checkpoint(out), "plain", bench.root / "exported")
+    assert record["modules"] == 4 and len(record["notes"]) == 2
+    config = json.loads((bench.root / "exported" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(bench.root / "base")

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, f
 
 from modekit.errors import CheckpointError, RecipeError
 from modekit.families import LAYER
+from modekit.mixture_config import problem_of
 from modekit.native import Native, native_of
 from modekit.numeric import DTYPES, is_finite, to_bytes
 from modekit.plan_modekit import replaced_rows, routing_config, slots_of
@@ -143,13 +144,13 @@ class Checkpoint:
             return tuple(
                 RouterSlot(LAYER.format(layer=layer) + self.native.router, hidden, rows) for layer in range(self.layers)
             )
-        try:
-            linear = self.config["modekit"]["routing"]["method"] == "linear"
-            return () if linear else tuple(slots_of(self.config["modekit"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        mixture = self.config.get("modekit")
+        problem = problem_of(mixture)
+        if mixture is None or problem is not None:
             raise CheckpointError(
-                "config.json does not say what is mixed", where=f"{self.folder}: modekit", found=error, remedy=_BUILD_AGAIN
-            ) from None
+                "config.json does not say what is mixed", where=f"{self.folder}: modekit", found=problem, remedy=_BUILD_AGAIN
+            )
+        return () if mixture["routing"]["method"] == "linear" else tuple(slots_of(mixture))
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
@@ -161,6 +162,13 @@ class Checkpoint:
         for slot in self.slots:
             if slot.name not in tensors:
                 raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=_BUILD_AGAIN)
+        for module, place in self.config.get("modekit", {}).get("places", {}).items() if self.native is None else ():
+            wanted = [f"{module}.lora_A", f"{module}.lora_B"] if any(place["ranks"]) else []
+            for name in wanted:
+                if name not in tensors or sum(place["ranks"]) != tensors[name].shape[name.endswith("B")]:
+                    raise CheckpointError(
+                        "config.json and the weights disagree", where=f"{self.folder}: {name}", remedy=_BUILD_AGAIN
+                    )
         return tensors
 
     @property

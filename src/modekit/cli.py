@@ -45,12 +45,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
     """Show what a build would do, from configs and headers alone."""
+    from modekit.data import check_present
     from modekit.plan import make_plan
     from modekit.plan import summary as summarise
     from modekit.recipe import load_recipe
 
-    root = recipe.resolve().parent
-    summary = summarise(make_plan(load_recipe(recipe), root, trust_remote_code=trust_remote_code, headers_only=True))
+    root, parsed = recipe.resolve().parent, load_recipe(recipe)
+    summary = summarise(make_plan(parsed, root, trust_remote_code=trust_remote_code, headers_only=True))
+    for place, expert in enumerate(parsed.experts):
+        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}'")
+    for domain, texts in parsed.eval.items():
+        check_present(texts, root=root, where=f"eval.{domain}")
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
@@ -219,7 +224,7 @@ def extract(
     text: Annotated[
         list[str] | None, typer.Option(help="Text by whose activations the error is weighed; may be given several times.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of that text.")] = 16_384,
+    tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -228,11 +233,13 @@ def extract(
     from modekit.extract import extract as run
     from modekit.locate import model_folder
 
+    if tokens is not None and not text:
+        raise ModekitError("the setting has no effect", where="--tokens", found=tokens, remedy="remove it, or add --text")
     with _progress() as progress:
         record = run(
             model_folder(model, None, root=Path.cwd(), label="MODEL"),
             model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), rank=rank, energy=energy,
-            max_rank=max_rank, modules=module, texts=text or (), root=Path.cwd(), tokens=tokens, base_name=base,
+            max_rank=max_rank, modules=module, texts=text or (), root=Path.cwd(), tokens=tokens or 16_384, base_name=base,
             overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -265,8 +272,10 @@ def export(
             remedy="see `modekit extract` for full models",
         )  # fmt: skip
     for name in names:
-        config = export_adapter(opened, name, output.resolve() / name, overwrite=overwrite)
-        out.print(f"[bold]{escape(str(output / name))}[/]: {config['peft_type']}, rank {config['r']}")
+        record = export_adapter(opened, name, output.resolve() / name, overwrite=overwrite)
+        out.print(f"[bold]{escape(str(output / name))}[/]: LoRA, rank {record['rank']}, {record['modules']} modules")
+        for note in record["notes"]:
+            out.print(f"  [dim]{escape(note)}[/]")
 
 
 @app.command()

@@ -74,6 +74,13 @@ def is_local(spec: str, root: Path) -> bool:
     return spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")) or locate(spec, root) is not None
 
 
+def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
+    """Raise TextError when a text on disk is not there; nothing is read."""
+    for spec in specs:
+        if is_local(spec, root) and locate(spec, root) is None:
+            raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
+
+
 def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
     path = locate(spec, root)
     if path is not None and path.is_dir():
@@ -81,15 +88,14 @@ def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
         if not files:
             raise TextError(
                 "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
-                remedy="put text there, or correct the path in the recipe",
+                remedy="put text there, or correct the path",
             )  # fmt: skip
         for file in files:
             yield from _read_file(file, where=where)
     elif path is not None:
         yield from _read_file(path, where=where)
-    elif is_local(spec, root):
-        raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path in the recipe")
     else:
+        check_present([spec], root=root, where=where)
         yield from _read_hub(spec, where=where)
 
 

@@ -1,4 +1,8 @@
-"""Adapters of a modekit checkpoint back as ordinary PEFT folders, bit for bit: `modekit export OUT FOLDER`."""
+"""Adapters of a modekit checkpoint back as ordinary PEFT folders, bit for bit: `modekit export OUT FOLDER`.
+
+FOLDER/<expert>/adapter_config.json, adapter_model.safetensors    what PEFT reads
+FOLDER/<expert>/export.json                                       where it comes from, and what to know of it
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,12 @@ from modekit.adapters import WEIGHTS_FILE
 from modekit.checkpoint import Checkpoint
 from modekit.errors import UnsupportedError
 from modekit.numeric import as_array
+from modekit.recipe import BASE, locate
 from modekit.sources import Mappings, TensorRef
 from modekit.writer import Entry, staging, write_all, write_json
 
 CONFIG_FILE = "adapter_config.json"
+EXPORT_FILE = "export.json"
 _PREFIX = "base_model.model."
 
 
@@ -33,10 +39,10 @@ def adapter_experts(checkpoint: Checkpoint) -> list[str]:
 
 
 def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write one expert as a PEFT LoRA folder that changes the base model as the expert does; returns its config.
+    """Write one expert as a PEFT LoRA folder that changes the base model as the expert does; returns what export.json says.
 
-    A and B are the tensors that the mixture was built from, bit for bit. Raises UnsupportedError when the expert is no
-    adapter, OutputError.
+    A and B are the tensors of the mixture, bit for bit: those that it was built from, unless the notes say otherwise.
+    Raises UnsupportedError when the expert is no adapter, OutputError.
     """
     if name not in adapter_experts(checkpoint):
         raise UnsupportedError(
@@ -50,6 +56,10 @@ def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: b
     tensors = dict(_tensors(checkpoint, expert, places))
     entries: list[Entry] = [(key, ref.dtype, shape, _nbytes(ref, shape)) for key, (ref, _, shape) in tensors.items()]
     digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {name}".encode()).hexdigest()
+    record = {
+        "expert": name, "recipe_digest": checkpoint.record.recipe_digest, "rank": config["r"], "modules": len(places),
+        "notes": list(_notes(checkpoint, expert)),
+    }  # fmt: skip
     mappings = Mappings()
     parts = list(tensors.values())
 
@@ -60,12 +70,13 @@ def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: b
         write_all(stream, part.view(np.uint8).reshape(-1).data)
 
     try:
-        with staging(out, digest, overwrite=overwrite, marker=CONFIG_FILE) as stage:
+        with staging(out, digest, overwrite=overwrite, marker=EXPORT_FILE) as stage:
             stage.write_shard(WEIGHTS_FILE, entries, write)
             write_json(stage.folder / CONFIG_FILE, config)
+            write_json(stage.folder / EXPORT_FILE, record)
     finally:
         mappings.close()
-    return config
+    return record
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -78,6 +89,26 @@ def _places(checkpoint: Checkpoint) -> dict[str, Any]:
     return places
 
 
+def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
+    """Where the adapter is not the one that the mixture was built from."""
+    recipe = checkpoint.record.recipe
+    if recipe.output.dtype != "source":
+        yield f"the mixture holds its tensors in {recipe.output.dtype} (output.dtype)"
+    if recipe.mixture.modules not in ("auto", "all") or recipe.mixture.layers is not None:
+        yield "only what the mixture mixes is here (mixture.modules, mixture.layers); the rest of the adapter is not in it"
+    if recipe.mixture.backbone != BASE:
+        yield "the adapter changes the base model; in the mixture it stands on a merged backbone (mixture.backbone)"
+    if recipe.experts[expert].lora_rank is not None:
+        yield "a low-rank part of a full model's difference to the base (as: lora)"
+
+
+def _base_model(checkpoint: Checkpoint) -> str:
+    """Where PEFT finds the base model, whatever folder it is called from: a hub id, or the folder itself."""
+    recipe = checkpoint.record.recipe
+    folder = locate(recipe.base_model, checkpoint.recipe_root)
+    return recipe.base_model if folder is None else str(folder.resolve())
+
+
 def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> dict[str, Any]:
     """adapter_config.json with one rank and alpha for most modules and patterns for the others."""
     ranks = {module: place["ranks"][expert] for module, place in places.items()}
@@ -86,7 +117,8 @@ def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> dict
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": checkpoint.record.recipe.base_model,
+        "base_model_name_or_path": _base_model(checkpoint),
+        "revision": checkpoint.record.recipe.revision,
         "bias": "none",
         "inference_mode": True,
         "lora_alpha": alpha,

@@ -23,7 +23,7 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
         folder = root / spec
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise SourceError(
-            "model folder does not exist", where=f"{label} ({spec})", found=str(folder), remedy="correct the path in the recipe"
+            "model folder does not exist", where=f"{label} ({spec})", found=str(folder), remedy="correct the path"
         )
     return None
 

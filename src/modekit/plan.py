@@ -192,12 +192,13 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) ->
         if not changed & mixed:
             raise SourceError(
                 "the adapter changes nothing that this recipe mixes", where=f"{source.label} ({source.spec})",
-                found=f"it changes {_kinds(changed)}", remedy="name these parts under mixture.modules, or remove the expert",
+                found=f"it changes {_kinds(changed)}",
+                remedy="mix these parts and layers (mixture.modules, mixture.layers), or remove the expert",
             )  # fmt: skip
         if outside and not merged and kept != expert.name:
             yield (
                 f"{expert.name}: its adapter also changes {_kinds(outside)} ({len(outside)} tensors), which is not mixed here: "
-                f"on this backbone that is lost; name them under mixture.modules, or merge the backbone (average)"
+                f"on this backbone that is lost; mix more (mixture.modules, mixture.layers), or merge the backbone (average)"
             )
 
 

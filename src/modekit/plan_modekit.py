@@ -7,7 +7,7 @@ says for each what the torch modules in architecture/ need to know, so that thes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from modekit.errors import UnsupportedError
 from modekit.families import FAMILIES, LAYER, PARTS, Family
 from modekit.pieces import low_rank, piece_of, rows_of, touched
 from modekit.planned import Factor, Operation, Piece, PlannedTensor, Role, RouterSlot, joined
-from modekit.recipe import BASE, Recipe, Router
+from modekit.recipe import BASE, SCORES_CHANGES, Recipe, Router
 from modekit.sources import DTYPE_NAMES, ModelSource, TensorRef
 
 FORMAT = 1
@@ -74,6 +74,7 @@ class ModekitLayout:
         self.unties = self._everything and is_tied(self._base, family)
         self.router_dtype = code_of(self._base.tensor(f"{_EMBEDDING}.weight"))
         self._check()
+        self._check_router()
 
     # What the plan asks of a layout.
 
@@ -238,6 +239,16 @@ class ModekitLayout:
                     found=part, expected=f"{', '.join([part, *partners])} together", remedy="name them all, or none",
                 )  # fmt: skip
 
+    def _check_router(self) -> None:
+        """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""
+        mixture = self._recipe.mixture
+        if mixture.method == "linear" or mixture.router.fit not in SCORES_CHANGES:
+            return
+        for leader in self._places:
+            for place in self._read_by(leader) if self._routers[leader.module] == leader.module else ():
+                if place.own:
+                    raise whole_module_unscored(self._recipe.names[place.own[0]], place.module)
+
     def _all_modules(self) -> Iterator[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
         modules: dict[str, None] = {_EMBEDDING: None}
@@ -303,7 +314,7 @@ class ModekitLayout:
         """The place in config.json; see architecture/modekit_mixed.py."""
         entry: dict[str, Any] = {
             "ranks": place.ranks, "scales": place.scales, "own": place.own, "base": self._keeps_base(place),
-            "router": self._leader(place),
+            "router": self._routers[place.module],
         }  # fmt: skip
         biased = [expert for expert in range(self._count) if self._lora_bias(place, expert) is not None]
         if biased:
@@ -345,11 +356,19 @@ class ModekitLayout:
 
     def _ranks_read(self, leader: _Place, expert: int) -> int:
         """Ranks of an expert over all places that read the same input as the router of `leader`."""
-        return sum(place.ranks[expert] for place in readers(leader.module, self._family, self._places_by_name))
+        return sum(place.ranks[expert] for place in self._read_by(leader))
+
+    def _read_by(self, leader: _Place) -> list[_Place]:
+        """The places whose changes a router at `leader` could score."""
+        return [self._places_by_name[name] for name in readers(leader.module, self._family, self._routers)]
 
     @cached_property
     def _places_by_name(self) -> dict[str, _Place]:
         return {place.module: place for place in self._places}
+
+    @cached_property
+    def _routers(self) -> dict[str, str]:
+        return {place.module: self._leader(place) for place in self._places}
 
     def _low_rank_tensors(self, place: _Place) -> Iterator[PlannedTensor]:
         a_pieces, b_pieces = [], []
@@ -377,16 +396,31 @@ class ModekitLayout:
         return codes.pop() if len(codes) == 1 else "F32"
 
 
-def readers(leader: str, family: Family, places: dict[str, Any]) -> list[Any]:
-    """The places that read the same input as the leader: q, k and v, or gate and up, of its layer; else itself alone."""
+def whole_module_unscored(expert: str, module: str) -> UnsupportedError:
+    """The error for a fit that scores low-rank changes where an expert has a module of its own."""
+    return UnsupportedError(
+        "the expert's part is no low-rank change that this router could score", where=f"expert '{expert}': {module}",
+        remedy="choose a fit that reads text (logistic), or take the expert as lora",
+    )  # fmt: skip
+
+
+def readers(leader: str, family: Family, routers: Mapping[str, str]) -> list[str]:
+    """The places that read the same input as the leader and follow its router: q, k and v, or gate and up, of its layer;
+    else itself alone. `routers` maps a place to the place of its router.
+    """
     match = _LAYER_NAME.match(leader)
     path = match[2] if match is not None else ""
     for parts in ({"q", "k", "v"}, {"gate", "up"}):
         paths = [family.parts[part] for part in PARTS if part in parts and part in family.parts]
         if match is not None and path in paths:
             names = dict.fromkeys(LAYER.format(layer=match[1]) + each for each in paths)
-            return [places[name] for name in names if name in places]
-    return [places[leader]] if leader in places else []
+            return [name for name in names if routers.get(name) == leader]
+    return [leader] if leader in routers else []
+
+
+def routers_of(places: Mapping[str, Any]) -> dict[str, str]:
+    """Place -> place of its router, from `config["modekit"]["places"]`."""
+    return {module: entry["router"] for module, entry in places.items()}
 
 
 def routing_config(recipe: Recipe) -> dict[str, Any]:
@@ -426,7 +460,8 @@ def replaced_rows(modekit: dict[str, Any], router: Router) -> dict[str, Any]:
     for module, entry in places.items():
         changed[module] = dict(entry)
         if entry["router"] == module:
-            ranks = [sum(ranks) for ranks in zip(*(place["ranks"] for place in readers(module, family, places)), strict=True)]
+            read = [places[name]["ranks"] for name in readers(module, family, routers_of(places))]
+            ranks = [sum(ranks) for ranks in zip(*read, strict=True)]
             changed[module]["rows"] = gate_rows(router, ranks)
     return changed
 

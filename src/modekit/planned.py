@@ -58,11 +58,6 @@ class Piece:
     factor: Factor | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the piece is a tensor as it lies in its file."""
-        return self.change is None and self.factor is None
-
-    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """Every tensor that is read for it."""
         changed = self.change.refs if self.change is not None else ()

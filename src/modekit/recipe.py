@@ -36,7 +36,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
 RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge", "arrow", "spectr", "seqr", "phatgoose"]
 DATA_FREE = ("random", "arrow", "spectr", "seqr")
 """Fits that read no text."""
-ADAPTER_FITS = ("arrow", "spectr", "seqr", "phatgoose")
+SCORES_CHANGES = ("arrow", "spectr", "seqr")
+ADAPTER_FITS = (*SCORES_CHANGES, "phatgoose")
 """Fits that score experts by their low-rank changes, or train a gate on them."""
 Part = Literal["mlp", "q", "k", "v", "o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
@@ -114,6 +115,20 @@ class Expert(_Strict):
         return (self.rank or 16) if self.as_ == "lora" else None
 
 
+_STATISTICS_FITS = ("logistic", "ridge", "lda", "centroid")
+READ_BY: dict[str, tuple[str, ...]] = {
+    "temperature": (*_STATISTICS_FITS, "arrow", "spectr", "seqr", "random"),  # PHATGOOSE's gates are standardised
+    "l2": ("logistic", "ridge", "lda"),
+    "tokens_per_domain": (*_STATISTICS_FITS, "phatgoose"),
+    "sequence_length": (*_STATISTICS_FITS, "phatgoose"),
+    "keep_tokens": _STATISTICS_FITS,
+    "compute_dtype": _STATISTICS_FITS,
+    "seed": ("random", "phatgoose"),
+    "steps": ("phatgoose",),
+}
+"""Settings of a router -> the fits that read them."""
+
+
 class Router(_Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
@@ -152,10 +167,9 @@ class Router(_Strict):
             problems.append("'decay' must lie between 0 and 1")
         if self.prefix is not None and self.granularity != "sequence":
             problems.append("'prefix' has no effect without granularity: sequence; remove it")
-        if self.steps is not None and self.fit != "phatgoose":
-            problems.append("'steps' has no effect without fit: phatgoose; remove it")
-        if self.fit == "phatgoose" and self.temperature != 1:
-            problems.append("'temperature' has no effect with fit: phatgoose, whose gates are standardised; remove it")
+        for key, fits in READ_BY.items():
+            if self.fit not in fits and getattr(self, key) != type(self).model_fields[key].default:
+                problems.append(f"'{key}' has no effect with fit: {self.fit} (only with {', '.join(fits)}); remove it")
         return _without(problems, self)
 
     @property
@@ -230,9 +244,10 @@ class Mixture(_Strict):
     top_p: float | None = Field(
         None, gt=0, le=1, description="In place of top_k: the fewest experts whose probabilities reach it (routing only)."
     )
-    modules: Literal["auto", "all"] | list[Part] = Field(
-        "auto", description="What experts have of their own; auto: the FFN, and what adapters change. all: everything."
-    )
+    modules: Annotated[
+        Annotated[Literal["auto", "all"], Tag("literal[]")] | Annotated[list[Part], Tag("literal[s]")],
+        Discriminator(lambda value: "literal[s]" if isinstance(value, list) else "literal[]"),
+    ] = Field("auto", description="What experts have of their own; auto: the FFN, and what adapters change. all: everything.")
     layers: list[int | str] | None = Field(
         None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all."
     )
@@ -255,6 +270,12 @@ class Mixture(_Strict):
             problems.append("give top_k or top_p, not both")
         if self.method == "linear" and self.always_on is not None:
             problems.append("'always_on' has no effect with method 'linear', where every expert takes part; remove it")
+        if self.always_on is not None and self.always_on.weight is None and self.method == "gating":
+            problems.append(
+                "'always_on' without a weight has no effect with method 'gating', where every expert takes part; remove it"
+            )
+        if self.always_on is not None and self.always_on.weight is None and self.top_k == 1:
+            problems.append("'always_on' without a weight takes the only place of top_k: 1; give it a weight, or raise top_k")
         if isinstance(self.modules, list) and len(set(self.modules)) < len(self.modules):
             problems.append("'modules' names a part twice")
         if isinstance(self.modules, list) and "mlp" in self.modules and {"gate", "up", "down"} & set(self.modules):
@@ -267,7 +288,7 @@ class Mixture(_Strict):
                     "modules: all mixes embeddings, norms and head too, which takes one decision per sequence: set "
                     "router: {granularity: sequence, per: model}"
                 )
-            if self.method != "linear" and self.router.fit in ("arrow", "spectr", "seqr"):
+            if self.method != "linear" and self.router.fit in SCORES_CHANGES:
                 problems.append(
                     f"with modules: all the router reads the embedding, where fit '{self.router.fit}' has no change to score: "
                     "name the parts under modules, or choose another fit"
@@ -337,8 +358,8 @@ def _layer_ranges(layers: list[int | str]) -> list[tuple[int, int]]:
     """(first, last) of each entry. Raises ValueError."""
     ranges = []
     for entry in layers:
-        first, _, last = str(entry).partition("-")
-        ranges.append((int(first), int(last or first)))
+        first, dash, last = str(entry).partition("-")
+        ranges.append((int(first), int(last if dash else first)))
         if ranges[-1][0] > ranges[-1][1]:
             raise ValueError
     return ranges
@@ -412,6 +433,8 @@ class Recipe(_Strict):
                     f"router fit '{mixture.router.fit}' scores low-rank changes, and these experts are full models: "
                     f"{', '.join(whole)} (add as: lora, or choose another fit)"
                 )
+        if mixture.modules == "all" and mixture.backbone != BASE and all(expert.as_ == "full" for expert in self.experts):
+            problems.append("mixture.backbone has no effect with modules: all, where experts bring everything; remove it")
         if mixture.merge is not None:
             merged = [expert for expert in self.experts if not expert.is_base]
             if not merged:

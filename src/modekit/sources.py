@@ -209,9 +209,7 @@ def open_source(
     """
     where = f"{label} ({spec})"
     if not folder.is_dir():
-        raise SourceError(
-            "model folder does not exist", where=where, found=str(folder), remedy="correct the path in the recipe"
-        )
+        raise SourceError("model folder does not exist", where=where, found=str(folder), remedy="correct the path")
     config = read_config(folder, where=where)
     check_no_code(config, where=where, trust_remote_code=trust_remote_code)
     tensors: dict[str, TensorRef] = {}

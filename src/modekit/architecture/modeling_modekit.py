@@ -100,7 +100,7 @@ class _Recomputing:
         return self._checkpoint(run, *args)
 
 
-class _Checkpointed:
+class _InBoth:
     """Mixed into both classes of a family."""
 
     config: Any
@@ -115,12 +115,18 @@ class _Checkpointed:
             kwargs["gradient_checkpointing_func"] = _Recomputing(self.base_model.flow, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(**kwargs)  # type: ignore[misc]
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family does; refused where experts have embeddings of their own."""
+        if any(isinstance(module, Mixed) for module in (self.get_input_embeddings(), self.get_output_embeddings())):  # type: ignore[attr-defined]
+            raise NotImplementedError("this mixture's experts have embeddings of their own: resize the models it is built from")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
 
 def _layer_of(place: str) -> str:
     return place.partition(".layers.")[2].partition(".")[0]
 
 
-class MixtureModel(_Checkpointed):
+class MixtureModel(_InBoth):
     """Mixed into a family's base model: replaces the places, and carries masks and states to the routers."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -144,7 +150,7 @@ class MixtureModel(_Checkpointed):
         super()._init_weights(module)  # type: ignore[misc]
 
 
-class MixtureForCausalLM(_Checkpointed):
+class MixtureForCausalLM(_InBoth):
     """Mixed into a family's causal language model: its base model and, where the config says so, its head are mixtures."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -210,9 +216,7 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-    arguments, causal_arguments = (
-        list(inspect.signature(each.forward).parameters)[1:] for each in (dense_model, dense_causal)
-    )
+    arguments, causal_arguments = (list(inspect.signature(each.forward).parameters)[1:] for each in (dense_model, dense_causal))
 
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

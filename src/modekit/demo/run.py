@@ -43,7 +43,7 @@ _FOLDED = {"output": {"format": "native"}}
 MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
     "mlp": {
         "linear": {"mixture": {"method": "linear"}},
-        "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random", "seed": 0}}},
+        "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random"}}},
         "ridge": {"mixture": {**_ROUTING, "router": {"fit": "ridge"}}},
         "routing": {"mixture": _ROUTING},
         "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
@@ -200,7 +200,7 @@ def _run_seed(
     results: dict[str, Results] = {}
     known: Results | None = None
     for name, says in MIXTURES[what].items():
-        checkpoint = _build(folder, name, _recipe(what, says, texts, seed, size), progress)
+        checkpoint = _build(folder, name, _recipe(what, says, texts, size), progress)
         known = evaluate(
             checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=SEQUENCE_LENGTH, known=known, progress=progress
         )
@@ -208,10 +208,10 @@ def _run_seed(
     return results
 
 
-def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], seed: int, size: Size) -> dict[str, Any]:
+def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], size: Size) -> dict[str, Any]:
     mixture = dict(says["mixture"])
     if mixture["method"] != "linear":
-        router = {"seed": seed, **mixture.get("router", {})}
+        router = dict(mixture.get("router", {}))
         if router.get("fit") != "random":
             router.update(
                 tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH

@@ -21,9 +21,8 @@ import torch
 from safetensors import safe_open
 
 from modekit.checkpoint import Checkpoint
-from modekit.errors import UnsupportedError
 from modekit.families import family_of
-from modekit.plan_modekit import readers
+from modekit.plan_modekit import readers, routers_of, whole_module_unscored
 from modekit.planned import RouterSlot
 from modekit.recipe import Router
 
@@ -60,14 +59,10 @@ def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Ten
     leader = slot.name.removesuffix(".router.gate")
     family = family_of(checkpoint.record.dense_config, where=str(checkpoint.folder))
     parts = []
-    for module in readers(leader, family, {name: name for name in places}):
+    for module in readers(leader, family, routers_of(places)):
         place = places[module]
         if expert in place["own"]:
-            raise UnsupportedError(
-                "the expert's part is no low-rank change that this router could score",
-                where=f"expert '{checkpoint.names[expert]}': {module}",
-                remedy="choose a fit that reads text (logistic), or take the expert as lora",
-            )  # fmt: skip
+            raise whole_module_unscored(checkpoint.names[expert], module)
         rank = place["ranks"][expert]
         if rank:
             a_RD, b_OR = low_rank_tensors(checkpoint, module, place["ranks"], expert)

@@ -12,7 +12,7 @@ from typing import Any
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, RouterRecord
 from modekit.errors import RecipeError
 from modekit.progress import Progress, silent
-from modekit.recipe import BASE, Recipe, parse_recipe
+from modekit.recipe import BASE, READ_BY, Recipe, parse_recipe
 from modekit.routing.constant import constant_gates
 from modekit.routing.fit import fit_router
 
@@ -52,9 +52,8 @@ def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recip
     dead |= {"top_p"} if changes.get("top_k") is not None else {"top_k"} if changes.get("top_p") is not None else set()
     mixture = {key: value for key, value in mixture.items() if key not in dead}
     mixture.update({key: value for key, value in changes.items() if key != "router"})
-    dead = {key for key, (setting, values) in _ONLY_WITH.items() if router.get(setting) not in values}
-    if router.get("fit") == "phatgoose":
-        dead.add("temperature")
+    dead = {key for key, value in _ONLY_WITH.items() if router.get("granularity") != value}
+    dead |= {key for key, fits in READ_BY.items() if router.get("fit", "logistic") not in fits}
     router = {key: value for key, value in router.items() if key not in dead or key in changes.get("router", {})}
     if router and (method != "linear" or changes.get("router")):
         mixture["router"] = router
@@ -69,11 +68,11 @@ def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recip
     return recipe
 
 
-_SELECTION = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}}
+_SELECTION = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "weights": {"linear"}}
 """Settings of a mixture -> methods that read them."""
 
-_ONLY_WITH = {"steps": ("fit", {"phatgoose"}), "decay": ("granularity", {"context"}), "prefix": ("granularity", {"sequence"})}
-"""Settings of a router -> the setting, and its values, that they belong to."""
+_ONLY_WITH = {"decay": "context", "prefix": "sequence"}
+"""Settings of a router -> the granularity that they belong to."""
 
 
 def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -85,7 +84,7 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
             remedy="build again with output: {format: modekit}",
         )  # fmt: skip
     old = checkpoint.record.recipe
-    for place, (before, after) in enumerate(zip(_tensors(old), _tensors(recipe), strict=True)):
+    for place, (before, after) in enumerate(zip(_tensors(old, checkpoint), _tensors(recipe, checkpoint), strict=True)):
         if before != after:
             raise RecipeError(
                 "this change is in the experts, the backbone or the places of routers, not in what routers say",
@@ -99,13 +98,14 @@ _TENSORS = (
 )  # fmt: skip
 
 
-def _tensors(recipe: Recipe) -> tuple[object, ...]:
+def _tensors(recipe: Recipe, checkpoint: Checkpoint) -> tuple[object, ...]:
     """What of a mixture decides which tensors it has, in the order of _TENSORS."""
     mixture = recipe.mixture
     linear = mixture.method == "linear"
+    weights = mixture.weights if checkpoint.native is not None else None  # natively they are in the experts
     kept_base = mixture.always_on is not None and mixture.always_on.expert == BASE
     reads_embedding = mixture.modules == "all" and not linear  # whose base is kept for the router
     return (
-        mixture.backbone, mixture.weights, mixture.modules, mixture.layers, kept_base, reads_embedding,
+        mixture.backbone, weights, mixture.modules, mixture.layers, kept_base, reads_embedding,
         "layer" if linear else mixture.router.per,
     )  # fmt: skip
