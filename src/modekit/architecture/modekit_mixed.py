@@ -73,7 +73,7 @@ class Mixed(nn.Module):
     def weight(self) -> torch.Tensor:
         """Of the base's module, or the first expert's: those who look at a layer's weight ask for its shape or dtype."""
         module = self.base if self.base is not None else self.experts[0]
-        weight: torch.Tensor = module.weight
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
         return weight
 
     def follow(self, leader: Mixed) -> None:
