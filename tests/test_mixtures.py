@@ -36,7 +36,7 @@ from modekit.errors import UnsupportedError
 from modekit.families import FAMILIES, Family
 from modekit.models import expert_view, forced_expert
 from modekit.plan import make_plan
-from modekit.recipe import Router, parse_recipe
+from modekit.recipe import READ_BY, Router, parse_recipe
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
@@ -496,11 +496,12 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         return mixture
     if modules == "all":
         fits = tuple(fit for fit in fits if fit not in {"arrow", "spectr", "seqr"})  # they read no embedding
-    router: dict[str, Any] = {"fit": draw(st.sampled_from(fits)), "temperature": draw(st.sampled_from([1.0, 0.1, 0.01]))}
-    router["seed"] = draw(st.integers(0, 99))
-    router |= {"tokens_per_domain": 32} if router["fit"] not in {"random", "arrow", "spectr", "seqr"} else {}
-    if router["fit"] == "phatgoose":
-        router["steps"] = 1
+    router: dict[str, Any] = {"fit": draw(st.sampled_from(fits))}
+    drawn = {
+        "temperature": draw(st.sampled_from([1.0, 0.1, 0.01])), "seed": draw(st.integers(0, 99)), "tokens_per_domain": 32,
+        "steps": 1,
+    }  # fmt: skip
+    router |= {key: value for key, value in drawn.items() if router["fit"] in READ_BY[key]}
     router["granularity"] = "sequence" if modules == "all" else draw(st.sampled_from(["token", "token", "context", "sequence"]))
     if router["granularity"] == "context" and draw(st.booleans()):
         router["decay"] = draw(st.sampled_from([[1.0], [0.5], [0, 0.9, 1.0]]))
@@ -514,7 +515,8 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         key = draw(st.sampled_from(["top_k", "top_k", "top_p", None]))
         if key is not None:
             mixture[key] = draw(st.integers(1, len(names)) if key == "top_k" else st.sampled_from([0.1, 0.5, 0.9]))
-    always = draw(st.sampled_from([None, None, None, "base", "share", "own"]))
+    leaves_a_choice = mixture["method"] == "routing" and mixture.get("top_k") != 1
+    always = draw(st.sampled_from([None, None, None, "base", "share", *(["own"] if leaves_a_choice else [])]))
     if always is not None:
         mixture["always_on"] = {"expert": "base" if always == "base" else names[-1]}
         mixture["always_on"] |= {"weight": draw(st.sampled_from([0.25, 0.6]))} if always != "own" else {}
