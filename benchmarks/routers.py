@@ -34,7 +34,7 @@ from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluate import Domain, held_out_domains
 from modekit.models import forced_expert, load_model
 from modekit.plan import make_plan
-from modekit.recipe import parse_recipe
+from modekit.recipe import READ_BY, parse_recipe
 from modekit.routing.refit import refit
 
 EVAL_TOKENS = 16_384
@@ -106,7 +106,8 @@ def run_seed(folder: Path, what: str) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name, changes in VARIANTS[what].items():
         started = time.perf_counter()
-        refitted = refit(_built(folder), {**changes, "router": {"fit": "logistic", **changes.get("router", {})}})
+        router = {"fit": "logistic", **changes.get("router", {})}
+        refitted = refit(_built(folder), {**changes, "router": {**_reading(folder, router["fit"]), **router}})
         seconds = time.perf_counter() - started
         losses = losses_of(load_model(refitted.folder), held_out)
         gaps = {
@@ -121,13 +122,19 @@ def run_seed(folder: Path, what: str) -> dict[str, dict[str, Any]]:
 def _built(folder: Path) -> Checkpoint:
     """The mixture with a random router: every variant starts from it, so that none sees what another has set."""
     recipe = yaml.safe_load((folder / "routing.yaml").read_text())
-    recipe["mixture"]["router"]["fit"] = "random"
+    recipe["mixture"]["router"] = {"fit": "random"}
     recipe["output"] = {"format": "modekit"}
     out = folder / "routers"
     parsed = parse_recipe(recipe)
     if out.exists() and open_checkpoint(out).record.recipe_digest == parsed.digest():
         return open_checkpoint(out)
     return build(make_plan(parsed, folder), out, overwrite=True)
+
+
+def _reading(folder: Path, fit: str) -> dict[str, Any]:
+    """How the demo's own router reads text, as far as this fit reads any."""
+    router = yaml.safe_load((folder / "routing.yaml").read_text())["mixture"]["router"]
+    return {key: value for key, value in router.items() if fit in READ_BY.get(key, ())}
 
 
 def losses_of(model: PreTrainedModel, domains: Sequence[Domain]) -> Losses:
