@@ -73,16 +73,13 @@ def _check_text(plan: Plan) -> None:
 
 
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], progress: Progress) -> Checkpoint:
-    linear = plan.recipe.mixture.method == "linear"
-    settings = None if linear else plan.recipe.mixture.router
-    status = RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={})
     gates = constant_gates(plan.recipe, plan.slots)
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(
         stage.folder / ROUTER_FILE, plan.slots, placeholder if gates is None else gates, plan.router_dtype
     )
-    checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, status.model_copy(update={"sha256": sha256})))
+    checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, RouterRecord.unfitted(plan.recipe, sha256)))
     if gates is not None:
         return checkpoint
     from modekit.routing.fit import fit_router

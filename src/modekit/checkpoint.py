@@ -82,6 +82,12 @@ class RouterRecord(_Record):
     text: dict[str, dict[str, Any]]
     report: dict[str, Any]
 
+    @classmethod
+    def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:
+        """Of a router whose gates the recipe alone gives: fixed weights have no settings."""
+        settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
+        return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
+
 
 class Record(_Record):
     """modekit.json."""

@@ -127,6 +127,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "steps": ("phatgoose",),
 }
 """Settings of a router -> the fits that read them."""
+READ_AT = {"decay": "context", "prefix": "sequence"}
+"""Settings of a router -> the granularity that reads them."""
 
 
 class Router(_Strict):
@@ -161,12 +163,11 @@ class Router(_Strict):
             problems.append(f"fit '{self.fit}' makes one decision per module, not one per output feature; choose another")
         if self.fit == "logistic" and self.keep_tokens == 0:
             problems.append("the logistic fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge")
-        if self.decay is not None and self.granularity != "context":
-            problems.append("'decay' has no effect without granularity: context; remove it")
+        for key, granularity in READ_AT.items():
+            if getattr(self, key) is not None and self.granularity != granularity:
+                problems.append(f"'{key}' has no effect without granularity: {granularity}; remove it")
         if self.decay is not None and not all(0 <= decay <= 1 for decay in self.decay):
             problems.append("'decay' must lie between 0 and 1")
-        if self.prefix is not None and self.granularity != "sequence":
-            problems.append("'prefix' has no effect without granularity: sequence; remove it")
         for key, fits in READ_BY.items():
             if self.fit not in fits and getattr(self, key) != type(self).model_fields[key].default:
                 problems.append(f"'{key}' has no effect with fit: {self.fit} (only with {', '.join(fits)}); remove it")

@@ -12,7 +12,7 @@ from typing import Any
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, RouterRecord
 from modekit.errors import RecipeError
 from modekit.progress import Progress, silent
-from modekit.recipe import BASE, READ_BY, Recipe, parse_recipe
+from modekit.recipe import BASE, READ_AT, READ_BY, Recipe, parse_recipe
 from modekit.routing.constant import constant_gates
 from modekit.routing.fit import fit_router
 
@@ -34,10 +34,7 @@ def refit(
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         return checkpoint.with_router(fitted.gates, fitted.record, recipe)
-    settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
-    return checkpoint.with_router(
-        gates, RouterRecord(status="unfitted", settings=settings, sha256="", text={}, report={}), recipe
-    )
+    return checkpoint.with_router(gates, RouterRecord.unfitted(recipe), recipe)
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recipe:
@@ -52,7 +49,7 @@ def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recip
     dead |= {"top_p"} if changes.get("top_k") is not None else {"top_k"} if changes.get("top_p") is not None else set()
     mixture = {key: value for key, value in mixture.items() if key not in dead}
     mixture.update({key: value for key, value in changes.items() if key != "router"})
-    dead = {key for key, value in _ONLY_WITH.items() if router.get("granularity") != value}
+    dead = {key for key, granularity in READ_AT.items() if router.get("granularity") != granularity}
     dead |= {key for key, fits in READ_BY.items() if router.get("fit", "logistic") not in fits}
     router = {key: value for key, value in router.items() if key not in dead or key in changes.get("router", {})}
     if router and (method != "linear" or changes.get("router")):
@@ -70,9 +67,6 @@ def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recip
 
 _SELECTION = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "weights": {"linear"}}
 """Settings of a mixture -> methods that read them."""
-
-_ONLY_WITH = {"decay": "context", "prefix": "sequence"}
-"""Settings of a router -> the granularity that they belong to."""
 
 
 def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
