@@ -89,8 +89,32 @@ class RouterRecord(_Record):
         return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
 
 
+class TrainingRecord(_Record):
+    """One run of `modekit train`: what moved, towards what, on which text, and what it was worth on held-out text.
+
+    Attributes:
+        settings: as train/settings.py has them.
+        text: domain -> how much was read, and a digest of its documents.
+        parameters: how many moved.
+        steps, tokens: done.
+        select_loss: held-out loss (select split) per domain, before and after.
+        notes: what was done in another way than asked, and why.
+    """
+
+    settings: dict[str, Any]
+    text: dict[str, dict[str, Any]]
+    parameters: int
+    steps: int
+    tokens: int
+    select_loss: dict[str, dict[str, float]]
+    notes: list[str]
+
+
 class Record(_Record):
-    """modekit.json."""
+    """modekit.json.
+
+    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes.
+    """
 
     format: Literal[1]
     modekit_version: str
@@ -103,6 +127,8 @@ class Record(_Record):
     expert_sources: list[int]
     sources: list[SourceRecord]
     router: RouterRecord
+    trained: dict[str, str] = {}
+    training: list[TrainingRecord] = []
 
     @model_validator(mode="after")
     def _experts_have_sources(self) -> Record:

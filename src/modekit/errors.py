@@ -6,6 +6,7 @@ ModekitError            exit code 2 at the command line
 ├── MismatchError       an expert that does not fit the base model: shape, family, rope, tokenizer
 ├── UnsupportedError    a mixture that no native architecture can say exactly
 ├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
+├── TrainingError       a training that cannot start or go on: settings, memory, a loss that is not finite
 ├── OutputError         the result folder: exists, disk full, not writable
 ├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
 └── InterruptError      the user pressed Ctrl-C
@@ -67,6 +68,10 @@ class UnsupportedError(ModekitError):
 
 class TextError(ModekitError):
     """Text of a domain cannot be used."""
+
+
+class TrainingError(ModekitError):
+    """A training cannot start, or had to stop."""
 
 
 class OutputError(ModekitError):

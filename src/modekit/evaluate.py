@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +73,10 @@ class Row:
     active_parameters: int
     scores: Mapping[str, Score]
     identity: str
+
+    def renamed(self, name: str) -> Row:
+        """The same row under another name."""
+        return replace(self, name=name)
 
     def mean_loss(self, domains: Sequence[str]) -> float | None:
         """Mean loss over domains; None unless all were scored."""
@@ -242,7 +246,8 @@ def held_out_domains(
         if expert.text or expert.prompts
         for document in fit_documents(expert, root, place)
     }
-    used |= {digest for source in checkpoint.record.sources for digest in _trained_on(checkpoint.folder / source.folder)}
+    folders = [checkpoint.folder, *(checkpoint.folder / source.folder for source in checkpoint.record.sources)]
+    used |= {digest for folder in folders for digest in _trained_on(folder)}
     domains = []
     for name in [*recipe.names, *(name for name in recipe.eval if name not in recipe.names)]:
         expert = recipe.names.index(name) if name in recipe.names else None
@@ -349,6 +354,7 @@ def _identities(checkpoint: Checkpoint, hashes: Sequence[str]) -> tuple[str, str
     low_rank = [expert.lora_rank for expert in recipe.experts]
     carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
     carried = f"{hashes} {record.expert_sources} {low_rank} {carries} {recipe.output.dtype} {record.native_type}"
+    carried += f" {sorted(record.trained.items())}" if record.trained else ""
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
     return carried, f"{decides} {record.router.sha256}"
 
@@ -369,7 +375,7 @@ def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 
 def _trained_on(folder: Path) -> set[str]:
-    """Digests of the documents that `modekit specialize` made a model from; empty for other people's models."""
+    """Digests of the documents that modekit made or trained a model from; empty for other people's models."""
     path = folder / TRAINED_FILE
     return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
 
@@ -379,6 +385,17 @@ def _load_expert(base: Path, folder: Path, load: Callable[[Path], PreTrainedMode
     if not is_adapter(folder):
         return load(folder)
     return load_adapted(base, open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base)))
+
+
+def load_expert_source(checkpoint: Checkpoint, expert: int, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The model that the expert at a place was made from, with all that it learned; None when it is no longer there."""
+    record = checkpoint.record
+    base, folder = (
+        (checkpoint.folder / record.sources[place].folder).resolve() for place in (0, record.expert_sources[expert])
+    )
+    if not folder.is_dir() or (is_adapter(folder) and not base.is_dir()):
+        return None
+    return _load_expert(base, folder, partial(load_model, trust_remote_code=trust_remote_code))
 
 
 def _average(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:

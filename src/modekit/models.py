@@ -9,8 +9,10 @@ Shape legend: L layers, D width, F expert hidden, E experts, T tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +42,8 @@ transformers_logging.disable_progress_bar()
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator if there is one (this process's own under a launcher), else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -72,6 +74,35 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = model.model.layers
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+@dataclass
+class Head:
+    """What turns last hidden states into logits: a linear layer, and the factor and soft cap that some families apply."""
+
+    linear: nn.Module
+    scale: float
+    cap: float | None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        logits: torch.Tensor = self.linear(hidden)
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    def equals(self, other: Head) -> bool:
+        """Whether both give the same logits."""
+        ours, theirs = dict(self.linear.state_dict()), dict(other.linear.state_dict())
+        same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        return same and (self.scale, self.cap) == (other.scale, other.cap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model."""
+    config = model.config
+    scaling = getattr(config, "logits_scaling", None)
+    scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
+    return Head(model.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 class ExpertView(Protocol):
@@ -165,6 +196,40 @@ def _native(checkpoint: Checkpoint) -> Native:
     return checkpoint.native
 
 
+def native_routers(model: PreTrainedModel, checkpoint: Checkpoint) -> list[nn.Module]:
+    """The router of every layer of a loaded native mixture; each reads its first argument, (B, S, D) or (T, D)."""
+    path = _native(checkpoint).router_module
+    return [layer.get_submodule(path) for layer in decoder_layers(model)]
+
+
+def gate_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> list[nn.Parameter]:
+    """The gate of every router slot of a loaded mixture, in the order of the slots."""
+    if checkpoint.native is None:
+        return [model.get_parameter(slot.name) for slot in checkpoint.slots]
+    shape = (len(checkpoint.names), int(model.config.hidden_size))
+    return [
+        next(parameter for parameter in router.parameters() if parameter.shape == shape)
+        for router in native_routers(model, checkpoint)
+    ]
+
+
+def set_top_k(model: PreTrainedModel, checkpoint: Checkpoint, top_k: int | None) -> None:
+    """Let every router of a loaded mixture choose `top_k` experts per token; None: as many as the checkpoint says.
+
+    The config is not changed.
+    """
+    if checkpoint.native is None:
+        configured = checkpoint.config["modekit"]["routing"]
+        chosen = configured if top_k is None else {**configured, "method": "routing", "top_k": top_k, "top_p": None}
+        for slot in checkpoint.slots:
+            model.get_submodule(slot.name.removesuffix(".gate")).routing = dict(chosen)
+        return
+    for layer in decoder_layers(model):
+        for module in layer.get_submodule(checkpoint.native.block_module).modules():
+            if hasattr(module, "top_k"):
+                setattr(module, "top_k", top_k or int(checkpoint.config[checkpoint.native.top_k_key]))  # noqa: B010
+
+
 def load_adapted(base: Path, adapter: AdapterSource, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The base model with an adapter folded into its weights, in float32, for evaluation."""
     model = load_model(base, trust_remote_code=trust_remote_code)
@@ -215,13 +280,10 @@ def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -
             model.use_expert(None)
         return
     handles, gates = [], []
-    shape = (len(checkpoint.names), int(model.config.hidden_size))
-    for layer in decoder_layers(model):
-        router = layer.get_submodule(checkpoint.native.router_module)
-        gate = next(parameter for parameter in router.parameters() if parameter.shape == shape)
+    for router, gate in zip(native_routers(model, checkpoint), gate_parameters(model, checkpoint), strict=True):
         gates.append((gate, gate.data))
         gate.data = torch.zeros_like(gate.data)
-        gate.data[expert] = 10_000.0 / shape[1]
+        gate.data[expert] = 10_000.0 / gate.shape[1]
         handles.append(router.register_forward_pre_hook(lambda _, args: (torch.ones_like(args[0]), *args[1:])))
     try:
         yield

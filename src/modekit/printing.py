@@ -10,7 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from modekit.evaluate import Results
+    from modekit.train.run import Training
     from modekit.verify import Check
 
 out = Console()
@@ -31,6 +34,23 @@ def print_results(results: Results) -> None:
     out.print(table)
     for note in results.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def print_training(folder: Path, training: Training) -> None:
+    """Draw what a training came to."""
+    record = training.record
+    if training.results is not None:
+        print_results(training.results)
+    table = Table("domain", "before", "after", box=None, pad_edge=False)
+    for name, loss in record.select_loss.items():
+        table.add_row(escape(name), f"{loss['before']:.4f}", f"{loss['after']:.4f}")
+    out.print("Held-out loss by which states were compared (select split).")
+    out.print(table)
+    for note in record.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    moved = f"{count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} tokens"
+    verdict = "trained" if training.improved else "left as it was"
+    out.print(f"[bold]{escape(str(folder))}[/]: {verdict}; {moved}")
 
 
 def print_summary(summary: dict[str, dict[str, float | None]]) -> None:
@@ -125,4 +145,6 @@ def bytes_of(count: int) -> str:
 
 def count_of(number: int) -> str:
     """A number of parameters, in millions or billions."""
+    if number < 10_000:
+        return str(number)
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.data import TokenSequence, encode, make_batches
 from modekit.errors import TextError
-from modekit.models import default_device
+from modekit.models import default_device, head_of
 from modekit.progress import Progress, silent
 
 
@@ -80,6 +80,7 @@ def train_language_model(
     """
     device = default_device()
     model.to(device).train()
+    head = head_of(model)
     batches = _Batches(sequences, training)
     steps = training.steps or len(batches)
     optimizers = _optimizers(model, parameters, training)
@@ -93,7 +94,7 @@ def train_language_model(
         keep = mask[:, 1:]
         with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast and has_bfloat16_products(device)):
             hidden = model.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            logits = _head(model, hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
+            logits = head(hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
         loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
         if not torch.isfinite(loss):
             raise TextError(
@@ -130,14 +131,6 @@ def _is_intel() -> bool:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return "Intel" in platform.processor()
-
-
-def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits from hidden states, with the scale that some families apply."""
-    logits: torch.Tensor = model.lm_head(hidden)
-    scaling = getattr(model.config, "logits_scaling", None)
-    scale = getattr(model.config, "logit_scale", None)
-    return logits / scaling if scaling else logits * scale if scale else logits
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

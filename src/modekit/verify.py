@@ -54,6 +54,8 @@ def verify(
             checks.append(_check_files(checkpoint, plan))
             checks.append(_check_copies(checkpoint, plan, mappings, progress))
             checks.append(_check_computed(checkpoint, plan, mappings, progress))
+        if checkpoint.record.trained:
+            checks.append(_check_trained(checkpoint, mappings))
         checks.append(_check_finite(checkpoint, mappings, progress))
     finally:
         mappings.close()
@@ -116,7 +118,8 @@ def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
 
 
 def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
-    copied = [tensor for tensor in plan.tensors if tensor.operation == "copy"]
+    trained = checkpoint.record.trained
+    copied = [tensor for tensor in plan.tensors if tensor.operation == "copy" and tensor.name not in trained]
     total, done = sum(tensor.nbytes for tensor in copied), 0
     for tensor in copied:
         if not _same_bytes(checkpoint, tensor, mappings):
@@ -124,6 +127,16 @@ def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progre
         done += tensor.nbytes
         progress("compare", done, total)
     return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit")
+
+
+def _check_trained(checkpoint: Checkpoint, mappings: Mappings) -> Check:
+    """What a training moved cannot be computed again; it is what modekit.json records."""
+    for name, digest in checkpoint.record.trained.items():
+        ref = checkpoint.tensors.get(name)
+        if ref is None or blake3(mappings.view(ref)).hexdigest() != digest:
+            return Check("trained tensors", "failed", f"{name} is not the one that {RECORD_FILE} records")
+    runs = len(checkpoint.record.training)
+    return Check("trained tensors", "proven", f"{len(checkpoint.record.trained)} tensors as recorded by {runs} training(s)")
 
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
@@ -146,7 +159,12 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 
 def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
-    computed = [tensor for tensor in plan.tensors if tensor.role != "router" and tensor.operation != "copy"]
+    trained = checkpoint.record.trained
+    computed = [
+        tensor
+        for tensor in plan.tensors
+        if tensor.role != "router" and tensor.operation != "copy" and tensor.name not in trained
+    ]
     read = PieceReader(mappings)
     total, done = sum(tensor.nbytes for tensor in computed), 0
     for tensor in computed:

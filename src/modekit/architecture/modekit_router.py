@@ -10,7 +10,7 @@ Shape legend: B batch, S sequence, D width of what is read, E experts, J average
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +30,7 @@ class Flow:
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
+        listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
         solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
         mixed: place -> its module.
     """
@@ -43,10 +44,11 @@ class Flow:
         self.fresh: dict[str, torch.Tensor] = {}
         self.forced: int | torch.Tensor | None = None
         self.solo = False
+        self.listener: Callable[[str, torch.Tensor], None] | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"listener": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -96,6 +98,8 @@ class Router(nn.Module):
             weights_E = torch.tensor(self.routing["weights"], dtype=torch.float32, device=x_BSD.device)
             return weights_E.expand(shape)
         logits = self.logits(x_BSD).reshape(shape)
+        if flow.listener is not None:
+            flow.listener(self.place, logits)
         if flow.forced is not None:
             return one_hot(flow.forced, shape, x_BSD.device) * logits.sigmoid()
         if self.training and self.routing.get("noise"):

@@ -138,6 +138,8 @@ class _Reader:
             "prefix": settings.prefix_tokens,
             "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
         }
+        if checkpoint.record.trained:  # what routers read is no longer what the build made
+            self._reads["trained"] = sorted(checkpoint.record.trained.values())
 
     def prepare(self, place: int, expert: Expert, root: Path) -> _Reading:
         """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.

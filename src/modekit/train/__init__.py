@@ -1,0 +1,1 @@
+"""Training of a finished mixture by gradient: `modekit train OUT`."""

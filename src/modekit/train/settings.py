@@ -1,0 +1,166 @@
+"""What `modekit train` does: which parameters move, towards what, on which text, for how long.
+
+Every default that is a number has its source beside it. The settings of a run are kept in modekit.json, and
+`modekit train OUT --settings FILE` reads them from YAML under the same names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from modekit.errors import TrainingError
+
+Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
+"""What may move; train/moving.py finds the parameters."""
+
+Loss = Literal["lm", "distill", "distill_reverse", "label", "balance", "importance", "z"]
+"""See train/losses.py."""
+
+WEIGHTS: dict[Loss, float] = {
+    "lm": 1.0,
+    "distill": 1.0,
+    "distill_reverse": 1.0,
+    "label": 0.1,  # of our own: a tenth of a nat of routing against a nat of text (benchmarks/training.md)
+    "balance": 0.01,  # alpha, arXiv:2101.03961, Section 2.2
+    "importance": 0.1,  # w_importance, arXiv:1701.06538, Section 4
+    "z": 0.001,  # c_z, arXiv:2202.08906, Section 3
+}
+"""Weight of a loss that is named without one."""
+
+_DISTILLS = {"distill", "distill_reverse"}
+_READS_LABEL = {"label", *_DISTILLS}
+
+
+class TrainSettings(BaseModel):
+    """Settings of one run; unknown keys and settings without effect are errors.
+
+    Attributes:
+        what: groups of parameters that move; everything else stays bit for bit.
+        lora: train a low-rank change of this rank in place of the parameters themselves; folded in at the end.
+        losses: name -> weight.
+        temperature: of distillation; its losses count times T^2 (arXiv:1503.02531, Section 2).
+        adaptive: weigh distillation against lm by how far each still is: their weights' sum is shared out in proportion to
+            the losses.
+        speed: `cheap` trains gates on kept activations with domain labels, without a pass back; `full` end to end.
+        steps: optimiser steps; None passes once over the text.
+        batch_tokens: tokens per step, of all processes together.
+        accumulate: parts that a process makes of its share of a step, one after the other.
+        sequence_length: longest piece of a document, in tokens.
+        learning_rate: peak of AdamW for routers (full); warmed up over `warmup` of the steps, then linear to zero.
+        backbone_learning_rate: the same for everything that is no router.
+        weight_decay: of everything that is no router.
+        clip: largest norm of the gradient.
+        train_top_k: experts per token while training; 0 is all of them; None is the mixture's own, but at least 2 in native
+            mixtures, whose renormalised weight is 1 and gives no gradient at 1.
+        mix: how often each domain is read: `equal`, `proportional` to its tokens, or `temperature`: tokens to the power of
+            1 / mix_temperature.
+        generic: text of no domain, which teaches the way back to the base (files or folders).
+        generic_share: its share of the tokens.
+        randomise: probability that a sequence is labelled with a wrong domain or none (domain randomisation).
+        pack: several documents per row, each seeing only itself; None packs where the routers allow it.
+        share: of the fit documents of every domain, picked by hash.
+        select_tokens: held-out tokens per domain (select split) on which states are compared.
+        evaluate_every: steps between two comparisons (and between two states kept for a resume); None is a tenth of all.
+        patience: comparisons without a better one after which training ends.
+        cache_bytes: memory for the kept activations of a cheap training.
+        precision: of matrix products; None is bfloat16 where the device is faster with it.
+        checkpointing: compute activations again in the pass back, for less memory.
+        seed: of everything drawn.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    what: list[Group] = Field(["routers"], min_length=1)
+    lora: int | None = Field(None, ge=1)
+    losses: dict[Loss, float] = Field({"lm": 1.0}, min_length=1)
+    temperature: float = Field(1.0, gt=0)
+    adaptive: bool = False
+    speed: Literal["cheap", "full"] = "full"
+    steps: int | None = Field(None, ge=1)
+    batch_tokens: int = Field(4_096, ge=16)
+    accumulate: int | None = Field(None, ge=1)
+    sequence_length: int = Field(512, ge=8)
+    learning_rate: float = Field(1e-2, gt=0, le=10)
+    backbone_learning_rate: float = Field(1e-4, gt=0, le=10)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.06, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+    train_top_k: int | None = Field(None, ge=0)
+    mix: Literal["equal", "proportional", "temperature"] = "equal"
+    mix_temperature: float = Field(2.0, ge=1)
+    generic: list[str] = []
+    generic_share: float = Field(0.1, gt=0, lt=1)
+    randomise: float = Field(0.0, ge=0, lt=1)
+    pack: bool | None = None
+    share: float = Field(1.0, gt=0, le=1)
+    select_tokens: int = Field(8_192, ge=64)
+    evaluate_every: int | None = Field(None, ge=1)
+    patience: int = Field(4, ge=1)
+    cache_bytes: int = Field(2 * 2**30, ge=2**20)
+    precision: Literal["float32", "bfloat16"] | None = None
+    checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _no_dead_settings(self) -> TrainSettings:
+        said = self.model_fields_set
+        dead = {
+            "temperature": not _DISTILLS & set(self.losses),
+            "adaptive": self.adaptive and not ("lm" in self.losses and _DISTILLS & set(self.losses)),
+            "mix_temperature": self.mix != "temperature",
+            "generic_share": not self.generic,
+            "randomise": self.randomise > 0 and not _READS_LABEL & set(self.losses),
+            "backbone_learning_rate": set(self.what) == {"routers"},
+            "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
+            "cache_bytes": self.speed == "full",
+        }
+        if self.speed == "cheap":
+            only_full = (
+                "lora", "losses", "accumulate", "clip", "train_top_k", "generic", "randomise", "pack", "checkpointing",
+                "warmup", "batch_tokens", "evaluate_every", "precision",
+            )  # fmt: skip
+            dead |= dict.fromkeys(only_full, True)
+            if set(self.what) != {"routers"}:
+                raise ValueError("speed: cheap moves routers only; write what: [routers], or speed: full")
+        found = [key for key, is_dead in dead.items() if is_dead and key in said]
+        if found:
+            raise ValueError(f"settings without effect here: {', '.join(found)}; remove them")
+        if any(weight <= 0 for weight in self.losses.values()):
+            raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
+        if self.lora is not None and set(self.what) <= {"routers", "norms"}:
+            raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
+        return self
+
+
+def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
+    """Checked settings. Raises TrainingError with all problems and their places."""
+    try:
+        return TrainSettings.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for each in error.errors():
+            place = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
+            problems.append(f"{place}: {each['msg']}" if place else each["msg"].removeprefix("Value error, "))
+        raise TrainingError(
+            "the settings of this training are wrong", where=where, found="; ".join(problems),
+            remedy="correct them; `modekit train --help` names them all",
+        ) from None  # fmt: skip
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises TrainingError when there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TrainingError(
+            "the settings file cannot be read", where=str(path), found=str(error).splitlines()[0], remedy="correct the file"
+        ) from None
+    if not isinstance(values, dict):
+        raise TrainingError(
+            "the settings file holds no mapping", where=str(path), expected="what: [routers]", remedy="correct it"
+        )
+    return values
