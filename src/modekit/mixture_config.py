@@ -15,6 +15,12 @@ class _Part(BaseModel):
 
 class _Average(_Part):
     decay: float | None
+    sum: bool = False
+
+
+class _Ngram(_Part):
+    order: int = Field(ge=1)
+    buckets: int = Field(ge=2)
 
 
 class _Routing(_Part):
@@ -24,10 +30,11 @@ class _Routing(_Part):
     top_p: float | None
     weights: list[float] | None
     always_on: dict[str, Any] | None
-    score: Literal["linear", "norm", "standardised"] = "linear"
+    score: Literal["linear", "norm", "standardised", "ngram"] = "linear"
     jitter: float = 0.0
     noise: float = 0.0
     prefix: int | None = None
+    ngram: _Ngram | None = None
 
 
 class _Place(_Part):

@@ -217,7 +217,7 @@ class ModekitLayout:
             isinstance(source, AdapterSource) or expert.lora_rank is not None
             for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True)
         )
-        return low or self._recipe.mixture.router.per in {"projection", "feature"}
+        return low or self._recipe.mixture.router.scope in {"projection", "feature"}
 
     def _check(self) -> None:
         modules = self._recipe.mixture.modules
@@ -295,9 +295,9 @@ class ModekitLayout:
 
     def _keeps_base(self, place: _Place) -> bool:
         always_on = self._recipe.mixture.always_on
-        reads_it = (
-            place.module == _EMBEDDING and self._recipe.mixture.method != "linear"
-        )  # the router reads the base's embedding
+        mixture = self._recipe.mixture
+        # The router reads the base's embedding; an n-gram router reads token ids.
+        reads_it = place.module == _EMBEDDING and mixture.method != "linear" and mixture.router.fit != "ngram"
         outside = always_on is not None and always_on.expert == BASE
         return len(place.own) < self._count or outside or reads_it
 
@@ -320,7 +320,7 @@ class ModekitLayout:
         if biased:
             entry["biased"] = biased
             entry["scales"] = [self._scale(place, expert) for expert in range(self._count)]
-        if self._recipe.mixture.router.per == "feature" and self._recipe.mixture.method != "linear":
+        if self._recipe.mixture.router.scope == "feature" and self._recipe.mixture.method != "linear":
             entry["features"] = place.weight.shape[0]
         match = _LAYER_NAME.match(place.module)
         if match is not None and match[2] in self._family.heads_first:
@@ -337,7 +337,7 @@ class ModekitLayout:
         return change.scale if isinstance(change, LowRank) else place.scales[expert]
 
     def _leader(self, place: _Place) -> str:
-        per = self._recipe.mixture.router.per
+        per = self._recipe.mixture.router.scope
         if per == "model" or self._everything:
             return self._places[0].module
         if per in {"projection", "feature"}:
@@ -345,7 +345,9 @@ class ModekitLayout:
         return next(other.module for other in self._places if other.group == place.group)
 
     def _width(self, place: _Place) -> int:
-        """Width of what a router at this place reads."""
+        """Width of what a router at this place reads; of an n-gram router, rows of its table."""
+        if self._recipe.mixture.router.fit == "ngram":
+            return self._recipe.mixture.router.buckets
         if not any(ref.name == f"{place.module}.weight" for ref in place.refs):
             return int(self._base.config["hidden_size"])  # a whole FFN
         shape = place.weight.shape
@@ -435,7 +437,7 @@ def routing_config(recipe: Recipe) -> dict[str, Any]:
         given = mixture.weights or dict.fromkeys(recipe.names, 1.0)
         total = sum(given.values())
         weights = [given[name] / total for name in recipe.names]
-    score = {"arrow": "norm", "spectr": "norm", "seqr": "norm", "phatgoose": "standardised"}.get(router.fit, "linear")
+    score = _SCORES.get(router.fit, "linear")
     routing: dict[str, Any] = {
         "method": mixture.method, "top_k": recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
         "top_p": mixture.top_p, "weights": weights, "always_on": always_on,
@@ -443,8 +445,14 @@ def routing_config(recipe: Recipe) -> dict[str, Any]:
     if mixture.method != "linear":
         routing.update(score=score, jitter=router.jitter, noise=router.noise)
         routing["prefix"] = router.prefix_tokens
+        if router.fit == "ngram":
+            routing["ngram"] = {"order": router.order, "buckets": router.buckets}
     routing["averages"] = router.averages
     return routing
+
+
+_SCORES = {"arrow": "norm", "spectr": "norm", "seqr": "norm", "phatgoose": "standardised", "ngram": "ngram"}
+"""Fit -> how a router scores what it reads, where that is not w x."""
 
 
 def gate_rows(router: Router, ranks: list[int]) -> list[int]:

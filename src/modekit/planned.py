@@ -230,6 +230,8 @@ class Plan:
     def statistics_bytes(self, *, in_memory: bool) -> int:
         """Bytes of the statistics that a fit keeps of all domains, on disk or while it solves."""
         keep = self.recipe.mixture.router.keep_tokens
+        if self.recipe.mixture.router.fit == "ngram":  # counts, and documents on which the temperature is chosen
+            return self.experts * 4 * (self.recipe.mixture.router.buckets + 2 * keep)
         moments = [8 * slot.shape[1] if in_memory else 2 * (slot.shape[1] + 1) for slot in self.slots]
         return sum(
             self.experts * slot.shape[1] * (moment + 16 + 2 * keep) for slot, moment in zip(self.slots, moments, strict=True)
@@ -240,7 +242,9 @@ class Plan:
         parameters = self.parameters()
         router = self.recipe.mixture.router
         fit = 0
-        if self.recipe.mixture.keeps_statistics:
+        if router.fit == "ngram":  # no model is run
+            fit = 4 * self.statistics_bytes(in_memory=True)
+        elif self.recipe.mixture.keeps_statistics:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.native is not None else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4

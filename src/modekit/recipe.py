@@ -33,7 +33,7 @@ BASE = "base"
 """The word that stands for the base model wherever a model is named."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge", "arrow", "spectr", "seqr", "phatgoose"]
+RouterFit = Literal["random", "centroid", "lda", "logistic", "ridge", "ngram", "arrow", "spectr", "seqr", "phatgoose"]
 DATA_FREE = ("random", "arrow", "spectr", "seqr")
 """Fits that read no text."""
 SCORES_CHANGES = ("arrow", "spectr", "seqr")
@@ -44,6 +44,7 @@ Method = Literal["linear", "gating", "routing"]
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
 CONTEXT_DECAYS = (0.9,)
+_NGRAM_DECAY = 0.98
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
 _TAKEN = (BASE, "oracle", "mixture")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -117,18 +118,21 @@ class Expert(_Strict):
 
 _STATISTICS_FITS = ("logistic", "ridge", "lda", "centroid")
 READ_BY: dict[str, tuple[str, ...]] = {
-    "temperature": (*_STATISTICS_FITS, "arrow", "spectr", "seqr", "random"),  # PHATGOOSE's gates are standardised
+    "temperature": (*_STATISTICS_FITS, "ngram", "arrow", "spectr", "seqr", "random"),  # PHATGOOSE's gates are standardised
     "l2": ("logistic", "ridge", "lda"),
     "tokens_per_domain": (*_STATISTICS_FITS, "phatgoose"),
-    "sequence_length": (*_STATISTICS_FITS, "phatgoose"),
-    "keep_tokens": _STATISTICS_FITS,
+    "sequence_length": (*_STATISTICS_FITS, "ngram", "phatgoose"),
+    "keep_tokens": (*_STATISTICS_FITS, "ngram"),
     "compute_dtype": _STATISTICS_FITS,
     "seed": ("random", "phatgoose"),
     "steps": ("phatgoose",),
+    "order": ("ngram",),
+    "buckets": ("ngram",),
+    "smoothing": ("ngram",),
 }
 """Settings of a router -> the fits that read them."""
 READ_AT = {"decay": "context", "prefix": "sequence"}
-"""Settings of a router -> the granularity that reads them."""
+"""Settings of a router -> the granularity that reads them; an n-gram router has a decay, too."""
 
 
 class Router(_Strict):
@@ -155,6 +159,9 @@ class Router(_Strict):
     jitter: float = Field(0.0, ge=0, lt=1, description="Random scaling of what the gate reads, in training only.")
     noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
     steps: int | None = Field(None, ge=1, description="PHATGOOSE: training steps per expert (default 100).")
+    order: int = Field(2, ge=1, le=4, description="N-gram: how many tokens in a row are counted together.")
+    buckets: int = Field(2**18, ge=2, le=2**24, description="N-gram: rows of the table that n-grams are hashed into.")
+    smoothing: float = Field(0.5, gt=0, description="N-gram: added to every count.")
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Router:
@@ -163,7 +170,15 @@ class Router(_Strict):
             problems.append(f"fit '{self.fit}' makes one decision per module, not one per output feature; choose another")
         if self.fit == "logistic" and self.keep_tokens == 0:
             problems.append("the logistic fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge")
+        if self.fit == "ngram" and self.granularity != "token":
+            problems.append("fit 'ngram' reads the tokens so far by itself: 'granularity' has no effect; remove it")
+        if self.fit == "ngram" and self.per not in {"layer", "model"}:
+            problems.append("fit 'ngram' makes one decision for the whole model; remove 'per', or write per: model")
+        if self.fit == "ngram" and self.decay is not None and len(self.decay) != 1:
+            problems.append("fit 'ngram' has one decay")
         for key, granularity in READ_AT.items():
+            if key == "decay" and self.fit == "ngram":
+                continue
             if getattr(self, key) is not None and self.granularity != granularity:
                 problems.append(f"'{key}' has no effect without granularity: {granularity}; remove it")
         if self.decay is not None and not all(0 <= decay <= 1 for decay in self.decay):
@@ -179,8 +194,15 @@ class Router(_Strict):
         return (self.prefix or 64) if self.granularity == "sequence" else None
 
     @property
+    def scope(self) -> Literal["layer", "model", "projection", "feature"]:
+        """What shares a router: as `per` says, the model where one decision is all there can be."""
+        return "model" if self.fit == "ngram" else self.per
+
+    @property
     def averages(self) -> list[dict[str, Any]]:
         """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
+        if self.fit == "ngram":
+            return [{"decay": self.decay[0] if self.decay else _NGRAM_DECAY, "sum": True}]
         if self.granularity == "token":
             return [{"decay": None}]
         if self.granularity == "sequence":
@@ -284,10 +306,11 @@ class Mixture(_Strict):
         if isinstance(self.modules, list) and not self.modules:
             problems.append("'modules' is empty; name at least one part, or remove it")
         if self.modules == "all":
-            if self.method != "linear" and (self.router.granularity != "sequence" or self.router.per != "model"):
+            whole = self.router.granularity == "sequence" and self.router.per == "model"
+            if self.method != "linear" and not whole and self.router.fit != "ngram":
                 problems.append(
-                    "modules: all mixes embeddings, norms and head too, which takes one decision per sequence: set "
-                    "router: {granularity: sequence, per: model}"
+                    "modules: all mixes embeddings, norms and head too, so the decision must stand before the first layer: set "
+                    "router: {fit: ngram}, or router: {granularity: sequence, per: model}"
                 )
             if self.method != "linear" and self.router.fit in SCORES_CHANGES:
                 problems.append(
@@ -340,8 +363,8 @@ class Mixture(_Strict):
             reasons.append("always_on")
         if self.method != "linear":
             reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
-            reasons += [f"a router per {router.per}"] if router.per != "layer" else []
-            reasons += [f"fit: {router.fit}"] if router.fit in ADAPTER_FITS else []
+            reasons += [f"a router per {router.scope}"] if router.scope != "layer" else []
+            reasons += [f"fit: {router.fit}"] if router.fit in (*ADAPTER_FITS, "ngram") else []
             reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
         return reasons
 

@@ -25,6 +25,7 @@ class Flow:
 
     Attributes:
         averages: whether any router averages over tokens.
+        ids_BS: token ids of this pass; None when embeddings were given in their place.
         mask_BS: real tokens of this pass; None when all are.
         kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).
@@ -38,6 +39,7 @@ class Flow:
     def __init__(self) -> None:
         self.mixed: dict[str, Any] = {}
         self.averages = False
+        self.ids_BS: torch.Tensor | None = None
         self.mask_BS: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
@@ -66,10 +68,11 @@ class Router(nn.Module):
         method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
             probabilities reach it).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
-            d < 1 an exponential average.
+            d < 1 an exponential average; with "sum" what was seen adds up instead.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
         score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
-            (PHATGOOSE: x and gate rows standardised).
+            (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
+            `order` and `buckets` stand under "ngram"; x is not read).
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says}.
         jitter, noise: in training only.
     """
@@ -108,6 +111,8 @@ class Router(nn.Module):
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
+        if self.routing.get("score") == "ngram":
+            return self._averaged(self._ngram_scores(x_BSD), self.routing["averages"][0], 0)
         x_BSD = x_BSD.float()
         jitter = self.routing.get("jitter", 0.0)
         if self.training and jitter:
@@ -135,13 +140,25 @@ class Router(nn.Module):
         products = torch.nn.functional.linear(x_BSD, gate_GD)
         return torch.stack([part.square().sum(-1).sqrt() for part in torch.split(products, self.rows, dim=-1)], dim=-1)
 
+    def _ngram_scores(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """The table's row of the n-gram that ends in each token, (B, S, E)."""
+        flow, key = self._flow[0], f"{self.place}.ids"
+        if flow.ids_BS is None:
+            raise ValueError("this mixture's router reads token ids: give input_ids, not inputs_embeds")
+        ids_BS = flow.ids_BS.to(x_BSD.device)
+        mask_BS = torch.ones_like(ids_BS) if flow.mask_BS is None else flow.mask_BS.to(ids_BS)
+        ngram = self.routing["ngram"]
+        rows_BS, flow.fresh[key] = ngram_rows(ids_BS, mask_BS, flow.states.get(key), ngram["order"], ngram["buckets"])
+        return torch.nn.functional.embedding(rows_BS, self.gate.float().t())
+
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
         mask_BS = flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
         averaged, state = causal_average(
-            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix")
-        )
+            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix"),
+            add_up=average.get("sum", False),
+        )  # fmt: skip
         flow.fresh[key] = state
         return averaged
 
@@ -153,8 +170,10 @@ def causal_average(
     state: torch.Tensor | None,
     *,
     prefix: int | None = None,
+    add_up: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average of the values of all real tokens up to each one, the newest with weight 1, those before with decay, decay^2...
+    With `add_up` their weighted sum.
 
     `mask_BS` is 1 for real tokens and 0 for pads, which neither count nor let others fade. `state` (B, G + 2) holds the
     weighted sum, the sum of the weights and the number of tokens so far. Returns the averages (B, S, G) and the state after
@@ -174,9 +193,33 @@ def causal_average(
         extended = torch.cat([values_BSG[:, start : start + _CHUNK], torch.ones_like(mask)[..., None]], dim=-1)
         carried = torch.pow(decay, age)[..., None] * state[:, None, :-1]
         sums = weights_BTS @ extended + carried
-        results.append(sums[..., :-1] / sums[..., -1:].clamp_min(1e-12))
+        results.append(sums[..., :-1] if add_up else sums[..., :-1] / sums[..., -1:].clamp_min(1e-12))
         state = torch.cat([sums[:, -1], seen[:, -1:]], dim=-1)
     return torch.cat(results, dim=1), state
+
+
+_PRIME = 2**31 - 1
+
+
+def ngram_rows(
+    ids_BS: torch.Tensor, mask_BS: torch.Tensor, state: torch.Tensor | None, order: int, buckets: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row of a table for the n-gram that ends in each token: its `order` newest real tokens, fewer at the beginning, hashed.
+
+    `mask_BS` is 1 for real tokens; pads may stand on either side and are in no n-gram. `state` (B, order - 1) holds the last
+    tokens before this pass (ids plus one, 0 for none). Returns rows (B, S) int64 and the state after the last token.
+    """
+    batch = len(ids_BS)
+    state = ids_BS.new_zeros((batch, order - 1)) if state is None else state.to(ids_BS)
+    tokens = torch.cat([state, (ids_BS + 1) * mask_BS], dim=1)
+    places = (tokens > 0).long().argsort(dim=1, stable=True)  # what is no token first, then the tokens in their order
+    ordered = tokens.gather(1, places)
+    hashed = torch.zeros_like(ordered)
+    for back in range(order):
+        earlier = torch.nn.functional.pad(ordered, (back, 0))[:, : ordered.shape[1]]
+        hashed = (hashed * 1_000_003 + earlier * 7_919 + 13) % _PRIME
+    rows = torch.zeros_like(tokens).scatter(1, places, hashed % buckets)
+    return rows[:, order - 1 :], ordered[:, ordered.shape[1] - order + 1 :]
 
 
 def select(logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:

@@ -267,7 +267,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     """
     for mixed in flow.mixed.values():
         mixed.weights = None
-    tokens = kwargs.get("input_ids")
+    flow.ids_BS = tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     given = kwargs.get("attention_mask")
     mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(_PADDING)

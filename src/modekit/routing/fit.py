@@ -21,6 +21,7 @@ from modekit.recipe import DATA_FREE, Expert, Recipe, Router
 from modekit.routing.capture import capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.low_rank import adapter_gates
+from modekit.routing.ngram import count_domain, load_ngram_statistics, ngram_gate, source_of
 from modekit.routing.phatgoose import train_gates
 from modekit.routing.statistics import DomainStatistics, load_statistics
 
@@ -51,6 +52,8 @@ def fit_router(
     if settings.fit in DATA_FREE:
         record = RouterRecord(status="fitted", settings=settings, sha256="", text={}, report={})
         return FittedRouter(adapter_gates(checkpoint, settings), record)
+    if settings.fit == "ngram":
+        return fit_ngram(checkpoint, recipe, root, statistics_folder, trust_remote_code=trust_remote_code, progress=progress)
     if settings.fit == "phatgoose":
         return _trained(checkpoint, recipe, root, trust_remote_code, progress)
     reader = _Reader(checkpoint, settings, statistics_folder, trust_remote_code, progress)
@@ -73,6 +76,41 @@ def fit_router(
         status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]}
     )
     return FittedRouter(gates, record)
+
+
+def fit_ngram(
+    checkpoint: Checkpoint, recipe: Recipe, root: Path, folder: Path, *, trust_remote_code: bool, progress: Progress
+) -> FittedRouter:
+    """The table of an n-gram router, from kept counts where text and settings are still the same."""
+    settings = recipe.mixture.router
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    domains = []
+    for place, expert in enumerate(recipe.experts):
+        path = folder / f"{expert.name}.safetensors"
+        kept = load_ngram_statistics(path)
+        try:
+            documents = fit_documents(expert, root, place)
+        except TextError:
+            if kept is None or kept.source["how"] != source_of([], expert, settings)["how"]:
+                raise
+            domains.append(kept)  # the text is gone, and its counts are what they would be
+            continue
+        source = source_of(documents, expert, settings)
+        if kept is None or kept.source != source:
+            kept = count_domain(tokenizer, documents, settings, source, where=f"experts[{place}] '{expert.name}'")
+            kept.save(path)
+        domains.append(kept)
+        progress("count n-grams", place + 1, len(recipe.experts))
+    (slot,) = checkpoint.slots
+    gate = ngram_gate(domains, settings)
+    text = {
+        e.name: {**domain.source["text"], "tokens": domain.tokens} for e, domain in zip(recipe.experts, domains, strict=True)
+    }
+    record = RouterRecord(
+        status="fitted", settings=settings, sha256="", text=text, report={"tokens": [domain.tokens for domain in domains]}
+    )
+    assert gate.shape == slot.shape
+    return FittedRouter([gate.numpy()], record)
 
 
 def _trained(checkpoint: Checkpoint, recipe: Recipe, root: Path, trust_remote_code: bool, progress: Progress) -> FittedRouter:

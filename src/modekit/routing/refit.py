@@ -88,7 +88,7 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 _TENSORS = (
     "mixture.backbone", "mixture.weights", "mixture.modules", "mixture.layers", "mixture.always_on", "mixture.method",
-    "mixture.router.per",
+    "mixture.router.per", "mixture.router.fit",
 )  # fmt: skip
 
 
@@ -101,5 +101,5 @@ def _tensors(recipe: Recipe, checkpoint: Checkpoint) -> tuple[object, ...]:
     reads_embedding = mixture.modules == "all" and not linear  # whose base is kept for the router
     return (
         mixture.backbone, weights, mixture.modules, mixture.layers, kept_base, reads_embedding,
-        "layer" if linear else mixture.router.per,
+        "layer" if linear else mixture.router.scope, not linear and mixture.router.fit == "ngram" and mixture.router.buckets,
     )  # fmt: skip

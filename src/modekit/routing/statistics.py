@@ -76,12 +76,14 @@ class DomainStatistics:
 
 
 def load_statistics(path: Path) -> DomainStatistics | None:
-    """Read a domain's statistics; None when there are none. Raises CheckpointError when they are damaged."""
+    """Read a domain's statistics; None when there are none, or only an n-gram router's. Raises CheckpointError when damaged."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
+            if "slots" not in about:  # of an n-gram router
+                return None
             slots = []
             for number in range(int(about["slots"])):
                 sum_D, upper = file.get_tensor(f"{number}.sum"), file.get_tensor(f"{number}.outer_upper").double()

@@ -209,7 +209,8 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
                 },
             ]  # fmt: skip
             self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Linear up over the warm-up, then linear to zero after the last step."""
