@@ -26,7 +26,7 @@ from modekit.printing import (
     print_summary,
     print_training,
 )
-from modekit.progress import Progress, silent
+from modekit.progress import Progress
 
 app = typer.Typer(
     name="modekit",
@@ -41,6 +41,17 @@ OutFolder = Annotated[Path, typer.Argument(help="The checkpoint folder.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that bring code of their own.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _one_process(context: typer.Context) -> None:
+    from modekit.processes import launched
+
+    if launched() > 1 and context.invoked_subcommand not in {"fit", "train"}:
+        raise ModekitError(
+            "this command runs in one process", where=f"modekit {context.invoked_subcommand}", found=f"{launched()} processes",
+            remedy="start it without a launcher; fit and train know how to share their work",
+        )  # fmt: skip
 
 
 @app.command()
@@ -100,6 +111,7 @@ def fit(
 ) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint import open_checkpoint
+    from modekit.processes import processes
     from modekit.routing.refit import refit
 
     wanted = {
@@ -113,6 +125,8 @@ def fit(
         changes["top_k"] = top_k
     with _progress() as progress:
         done = refit(open_checkpoint(checkpoint.resolve()), changes, trust_remote_code=trust_remote_code, progress=progress)
+    if not processes().is_main:
+        return
     settings = done.record.router.settings
     name = settings.fit if settings is not None else "zero gate"
     out.print(
@@ -182,7 +196,7 @@ def train(
         done = run(
             open_checkpoint(checkpoint.resolve()), wanted, texts=_texts(text), root=Path.cwd(),
             out=output.resolve() if output is not None else None, evaluate_tokens=tokens or None,
-            trust_remote_code=trust_remote_code, progress=progress if processes().is_main else silent,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if processes().is_main:
         if as_json:
@@ -431,11 +445,13 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    from modekit.processes import processes
+
     columns = (
         TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Bars(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Bars(*columns, console=err, transient=True, disable=not (err.is_terminal and processes().is_main)) as bars:
         tasks: dict[str, Any] = {}
 
         def draw(stage: str, done: int, total: int) -> None:

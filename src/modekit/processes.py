@@ -55,6 +55,9 @@ class Processes:
             torch.distributed.barrier()
 
 
+ALONE = Processes(0, 1)
+
+
 def launched() -> int:
     """How many processes a launcher started, from its environment; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -64,7 +67,7 @@ def launched() -> int:
 def processes() -> Processes:
     """Join the other processes, once."""
     if launched() == 1:
-        return Processes(0, 1)
+        return ALONE
     import torch
     from accelerate import PartialState
 

@@ -194,6 +194,11 @@ class Router(_Strict):
         return (self.prefix or 64) if self.granularity == "sequence" else None
 
     @property
+    def fit_is_shared(self) -> bool:
+        """Whether processes can share the fit's text: its statistics add up."""
+        return self.fit in _STATISTICS_FITS
+
+    @property
     def scope(self) -> Literal["layer", "model", "projection", "feature"]:
         """What shares a router: as `per` says, the model where one decision is all there can be."""
         return "model" if self.fit == "ngram" else self.per

@@ -14,6 +14,7 @@ from torch import nn
 from modekit.architecture.modekit_router import causal_average
 from modekit.data import TokenSequence, make_batches
 from modekit.models import ExpertView
+from modekit.processes import ALONE, Processes, processes
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 
 _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
@@ -41,6 +42,13 @@ class _Sums:
         found = (slots < len(self._places)) & (self._places[slots.clamp(max=len(self._places) - 1)] == places_T)
         self.sample_ND[slots[found]] = x_TD[found.to(x_TD.device)].clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
 
+    def add_up(self, shared: Processes) -> None:
+        """Take what the other processes found."""
+        self.sum_D = shared.add_up(self.sum_D)
+        self.outer_DD = shared.add_up(self.outer_DD)
+        if shared.count > 1:  # each kept token was seen by one process, and is zero in the others
+            self.sample_ND = shared.add_up(self.sample_ND.float()).half()
+
 
 def capture_domain(
     view: ExpertView,
@@ -57,8 +65,10 @@ def capture_domain(
 
     `averages` and `prefix` are those of the routing (architecture/modekit_router.py). `advance` is called with the number
     of tokens done after each batch. Which tokens are kept depends on their place in `sequences` alone, so neither padding
-    nor the order of batches changes the result beyond rounding.
+    nor the order of batches changes the result beyond rounding. Under a launcher every process runs its share of the sequences,
+    and what they found is added up.
     """
+    shared = processes()
     total = sum(len(sequence.ids) for sequence in sequences)
     kept = min(keep_tokens, total)
     places = torch.linspace(0, total - 1, kept, dtype=torch.float64).round().long() if kept else torch.empty(0).long()
@@ -69,7 +79,9 @@ def capture_domain(
             sums[slot] = _Sums(x_TD.shape[1], places)
         sums[slot].add(x_TD, places_T)
 
-    run_with_inputs(view, sequences, averages, prefix, consume, advance)
+    run_with_inputs(view, sequences, averages, prefix, consume, advance, shared)
+    for slot, width in enumerate(shared.agree([len(sums[slot].sum_D) for slot in sorted(sums)])):
+        sums.setdefault(slot, _Sums(width, places)).add_up(shared)  # a process may have had no sequence
     negative = {slot: torch.zeros_like(each.sum_D) for slot, each in sums.items()}
     if negatives:
         count = sum(len(sequence.ids) for sequence in negatives)
@@ -91,8 +103,14 @@ def run_with_inputs(
     prefix: int | None,
     consume: Consume,
     advance: Callable[[int], None],
+    shared: Processes = ALONE,
 ) -> None:
-    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens."""
+    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens.
+
+    With several processes each runs its share of the sequences.
+    """
+    # By length, so that the shares cost the same.
+    mine = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row].ids), row))[shared.rank :: shared.count]
     starts = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)]).cumsum(0)
     mask: torch.Tensor | None = None
     whole = False  # no pads in the batch: nothing to pick out
@@ -110,10 +128,10 @@ def run_with_inputs(
     device = view.model.device
     try:
         with torch.inference_mode():
-            for batch in make_batches(sequences):
+            for batch in make_batches([sequences[row] for row in mine]):
                 mask, whole = batch.mask.to(device), bool(batch.mask.all())
                 within = torch.arange(batch.mask.shape[1])
-                places_T = (starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
+                places_T = (starts[torch.tensor([mine[row] for row in batch.rows])][:, None] + within)[batch.mask]
                 # Only the decoder runs: the head's logits are not needed, and cost a third of a small model's pass.
                 view.model.model(input_ids=batch.input_ids.to(device), attention_mask=mask.long(), use_cache=False)
                 advance(int(batch.mask.sum()))

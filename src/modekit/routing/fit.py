@@ -16,6 +16,7 @@ from modekit.checkpoint import Checkpoint, Gates, RouterRecord
 from modekit.data import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
 from modekit.errors import TextError
 from modekit.models import ExpertView, expert_view, load_tokenizer
+from modekit.processes import processes
 from modekit.progress import Progress, silent
 from modekit.recipe import DATA_FREE, Expert, Recipe, Router
 from modekit.routing.capture import capture_domain
@@ -46,9 +47,12 @@ def fit_router(
     """Fit the gates that `recipe.mixture.router` asks for, on text found relative to `root`.
 
     Statistics in `statistics_folder` that were made from the same text and settings are used as they are; missing ones
-    are made and written there. Raises TextError.
+    are made and written there. Under a launcher the processes share the text, and the main one solves: the others' gates are
+    empty. Raises TextError.
     """
     settings = recipe.mixture.router
+    if not processes().is_main and not settings.fit_is_shared:
+        return FittedRouter([], RouterRecord.unfitted(recipe))
     if settings.fit in DATA_FREE:
         record = RouterRecord(status="fitted", settings=settings, sha256="", text={}, report={})
         return FittedRouter(adapter_gates(checkpoint, settings), record)
@@ -60,6 +64,8 @@ def fit_router(
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
     readings = [reader.prepare(place, expert, root) for place, expert in enumerate(recipe.experts)]
     domains = [reader.read(reading) for reading in readings]
+    if not processes().is_main:
+        return FittedRouter([], RouterRecord.unfitted(recipe))
     slots = checkpoint.slots
     done = 0
 
@@ -68,12 +74,13 @@ def fit_router(
         done += count
         progress(f"solve {settings.fit}", done, len(slots))
 
-    solved = fit_gates(settings, domains, advance)
+    whole = [domain for domain in domains if domain is not None]  # all of them, in the process that solves
+    solved = fit_gates(settings, whole, advance)
     # A gate with one decision per output feature starts as one decision for all of them.
     gates = [gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in zip(solved, slots, strict=True)]
-    text = {expert.name: domain.source["text"] for expert, domain in zip(recipe.experts, domains, strict=True)}
+    text = {expert.name: domain.source["text"] for expert, domain in zip(recipe.experts, whole, strict=True)}
     record = RouterRecord(
-        status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in domains]}
+        status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in whole]}
     )
     return FittedRouter(gates, record)
 
@@ -145,12 +152,15 @@ def _check_length(place: int, expert: Expert, sequences: Sequence[TokenSequence]
 
 @dataclass(frozen=True)
 class _Reading:
-    """A domain whose statistics are kept, or the text they will be made from."""
+    """A domain whose statistics the main process has (`known`; `kept` here, if this process sees them), or the text they will
+    be made from.
+    """
 
     place: int
     name: str
     path: Path
     kept: DomainStatistics | None
+    known: bool = False
     sequences: Sequence[TokenSequence] = ()
     negatives: Sequence[TokenSequence] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -197,24 +207,24 @@ class _Reader:
             documents = fit_documents(expert, root, place)
         except TextError:
             if kept is not None and kept.source["how"] == how:
-                return _Reading(place, expert.name, path, kept)
+                return _Reading(place, expert.name, path, kept, processes().agree(True))
             raise
         sequences = self._encode(documents, self._settings.tokens_per_domain)
         tokens = sum(len(sequence.ids) for sequence in sequences)
         _check_length(place, expert, sequences)
         source = {"text": text_record(documents, tokens), "how": how}
-        if kept is not None and kept.source == source:
-            return _Reading(place, expert.name, path, kept)
+        if processes().agree(kept is not None and kept.source == source):
+            return _Reading(place, expert.name, path, kept, known=True)
         negatives = [
             sequence
             for prompt in expert.negative_prompts or []
             for sequence in self._encode([prompt], self._settings.sequence_length)
         ]
-        return _Reading(place, expert.name, path, None, sequences, negatives, source)
+        return _Reading(place, expert.name, path, None, False, sequences, negatives, source)
 
-    def read(self, reading: _Reading) -> DomainStatistics:
+    def read(self, reading: _Reading) -> DomainStatistics | None:
         """Run the text through the backbone with the domain's own expert, and keep the statistics on disk."""
-        if reading.kept is not None:
+        if reading.known:
             return reading.kept
         total = sum(len(sequence.ids) for sequence in reading.sequences)
         done = 0
@@ -228,6 +238,8 @@ class _Reader:
             self._view_of(reading.place), reading.sequences, reading.negatives, averages=self._settings.averages,
             prefix=self._settings.prefix_tokens, keep_tokens=self._settings.keep_tokens, source=reading.source, advance=advance,
         )  # fmt: skip
+        if not processes().is_main:
+            return None
         statistics.save(reading.path)
         # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
         return load_statistics(reading.path) or statistics

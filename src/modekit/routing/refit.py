@@ -11,6 +11,7 @@ from typing import Any
 
 from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, RouterRecord
 from modekit.errors import RecipeError
+from modekit.processes import processes
 from modekit.progress import Progress, silent
 from modekit.recipe import BASE, READ_AT, READ_BY, Recipe, parse_recipe
 from modekit.routing.constant import constant_gates
@@ -23,7 +24,7 @@ def refit(
     """Set the router anew without touching the experts.
 
     `changes` updates the recipe's `mixture` (nested `router` is merged). Raises RecipeError when a change would need
-    another build.
+    another build. Under a launcher only the main process writes.
     """
     recipe = _changed_recipe(checkpoint, changes)
     changed = checkpoint.with_recipe(recipe)
@@ -33,7 +34,9 @@ def refit(
             changed, recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
-        return checkpoint.with_router(fitted.gates, fitted.record, recipe)
+        return checkpoint.with_router(fitted.gates, fitted.record, recipe) if processes().is_main else checkpoint
+    if not processes().is_main:
+        return checkpoint
     return checkpoint.with_router(gates, RouterRecord.unfitted(recipe), recipe)
 
 

@@ -182,7 +182,6 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
         self._batches = batches
         self._select = select
         self._settings = settings
-        self._logged = 0
         if self.is_fsdp_enabled:  # one whole state, so that it can be written as a checkpoint
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
@@ -241,8 +240,7 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's logs with the parts of the loss."""
         if "loss" in logs:
-            logs |= self._objective.drain(self.state.global_step - self._logged)
-            self._logged = self.state.global_step
+            logs |= self._objective.drain()
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

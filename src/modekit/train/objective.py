@@ -155,8 +155,8 @@ class Objective(nn.Module):
         finally:
             set_top_k(self.mixture, self._checkpoint, self._train_top_k)
 
-    def drain(self, steps: int) -> dict[str, float]:
-        """Mean of every loss over the last `steps` steps, of this process's parts."""
-        means = {f"loss_{name}": value / max(steps, 1) for name, value in self._sums.items()}
+    def drain(self) -> dict[str, float]:
+        """Every loss of the last step: of this process's parts, per predicted token of the step."""
+        losses = {f"loss_{name}": value for name, value in self._sums.items()}
         self._sums = {}
-        return means
+        return losses
