@@ -50,12 +50,14 @@ def router_trace(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Rou
         finally:
             flow.listener = None
         return
-    gates = gate_parameters(model, checkpoint)
+    gates = {id(gate) for gate in gate_parameters(model, checkpoint)}
     handles = []
-    for number, (router, gate) in enumerate(zip(native_routers(model, checkpoint), gates, strict=True)):
+    for number, router in enumerate(native_routers(model, checkpoint)):
+        # Asked for by name in every pass: FSDP puts whole gates in the place of sharded ones while a layer runs.
+        name = next(name for name, parameter in router.named_parameters() if id(parameter) in gates)
 
-        def read(_module: nn.Module, args: tuple[torch.Tensor, ...], number: int = number, gate: nn.Parameter = gate) -> None:
-            trace.logits[number] = nn.functional.linear(args[0].float(), gate.float())
+        def read(module: nn.Module, args: tuple[torch.Tensor, ...], number: int = number, name: str = name) -> None:
+            trace.logits[number] = nn.functional.linear(args[0].float(), module.get_parameter(name).float())
 
         handles.append(router.register_forward_pre_hook(read))
     try:

@@ -34,6 +34,7 @@ from modekit.writer import write_atomically
 
 COMPLETE = "complete"
 LOG_FILE = "log.csv"
+_STATE_FILE = "model.safetensors"  # the name that Trainer looks for
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ class SelectText:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training ended: held-out losses at its start and at its best state, which the model now holds.
+    """How a training ended: held-out losses at its start and at its best state.
 
-    `stopped` says why it ended before its last step, if it did; `failed` holds the error that the user should see.
+    `best` is the file with what moved as it was in the best state, by its names in the model; None when no state was better
+    than the start. `stopped` says why it ended before its last step, if it did; `failed` holds the error that the user should
+    see. `sharded`: no process holds the whole model.
     """
 
     steps: int
@@ -61,7 +64,9 @@ class Trained:
     before: Mapping[str, float]
     after: Mapping[str, float]
     stopped: str | None
-    failed: TrainingError | None
+    failed: TrainingError | None = None
+    best: Path | None = None
+    sharded: bool = False
 
 
 def run_trainer(
@@ -85,7 +90,14 @@ def run_trainer(
     every = min(steps, settings.evaluate_every or max(1, steps // 10))
     last = _last_complete(folder)
     arguments = _arguments(
-        settings, folder, steps=steps, accumulate=accumulate, every=every, bfloat16=bfloat16, from_start=last is None
+        settings,
+        folder,
+        steps=steps,
+        accumulate=accumulate,
+        every=every,
+        bfloat16=bfloat16,
+        from_start=last is None,
+        unused=bool(objective.skips_parameters),
     )
     trainer = _MixtureTrainer(objective, moving, batches, select, settings, arguments, progress)
     failed: TrainingError | None = None
@@ -96,7 +108,6 @@ def run_trainer(
             "the loss is not finite: training stopped", where=error.where, found=error.found,
             remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
         )  # fmt: skip
-        trainer.restore_best()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -117,7 +128,10 @@ def run_trainer(
         return Trained(state.global_step, 0, before, before, _why(state, steps), failed)
     after = _held_out(state, state.best_global_step)
     assert after is not None
-    return Trained(state.global_step, int(state.best_global_step), before, after, _why(state, steps), failed)
+    return Trained(
+        state.global_step, int(state.best_global_step), before, after, _why(state, steps), failed,
+        Path(state.best_model_checkpoint) / _STATE_FILE, trainer.is_fsdp_enabled,
+    )  # fmt: skip
 
 
 def _held_out(state: Any, step: int) -> dict[str, float] | None:
@@ -142,18 +156,19 @@ def _arguments(
     every: int,
     bfloat16: bool,
     from_start: bool,
+    unused: bool,
 ) -> TrainingArguments:
     logs = ["tensorboard"] if find_spec("tensorboard") is not None else []
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=accumulate,
         max_grad_norm=settings.clip, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
-        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
+        save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
         restore_callback_states_from_checkpoint=True, logging_steps=1, logging_nan_inf_filter=False, report_to=logs,
         disable_tqdm=True, remove_unused_columns=False, label_names=[], seed=settings.seed, eval_on_start=from_start,
         bf16=bfloat16,
         use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0, dataloader_pin_memory=False,
-        ddp_find_unused_parameters=set(settings.what) != {"routers"}, log_level="error",
+        ddp_find_unused_parameters=unused, log_level="error",
     )  # fmt: skip
 
 
@@ -275,7 +290,7 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         state = state_dict if state_dict is not None else dict(self.model.named_parameters())
         moved = {name: state[name].detach().contiguous().cpu() for name in sorted(self._moving)}
-        save_file(moved, folder / "model.safetensors")
+        save_file(moved, folder / _STATE_FILE)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -285,11 +300,6 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
 
     def _issue_warnings_after_load(self, _result: Any) -> None:
         """Nothing: what does not move is not in the file."""
-
-    def restore_best(self) -> None:
-        """Put the best kept state back into the model."""
-        if self.state.best_model_checkpoint is not None:
-            self._load_best_model()
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]

@@ -53,6 +53,10 @@ class Objective(nn.Module):
         self._packed = packed
         gates = {id(gate) for gate in gate_parameters(mixture, checkpoint)}
         self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
+        # Modules of experts that no token of a batch takes are not run in the modekit architecture.
+        self.skips_parameters: bool = checkpoint.native is None and any(
+            parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters()
+        )
         set_top_k(mixture, checkpoint, train_top_k)
         sources = checkpoint.record.expert_sources
         self._base = sources.index(0) if 0 in sources else None

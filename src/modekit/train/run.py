@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from modekit.checkpoint import Checkpoint, TrainingRecord, open_checkpoint
 from modekit.data import (
@@ -117,7 +118,7 @@ def train(
         parameters=parameters, steps=steps, tokens=tokens, notes=notes,
         select_loss={name: {"before": before, "after": done.after[name]} for name, before in done.before.items()},
     )  # fmt: skip
-    improved = bool(moved)
+    improved = done.best_step > 0
     if not main:
         return Training(checkpoint, improved, record, None, done.failed)
     before = _evaluate(checkpoint, evaluate_tokens, trust_remote_code, None, progress) if improved else None
@@ -208,7 +209,7 @@ def _cheap(
     notes = [] if better else ["the trained gates are no better on held-out text than those before: nothing was changed"]
     pairs = ", ".join(f"{old:.3f} -> {new:.3f}" for old, new in zip(result.before, result.after, strict=True))
     notes.append(f"cross-entropy of the domains per router on held-out text: {pairs}")
-    done = Trained(0, int(better), before, after if better else before, None, None)
+    done = Trained(0, int(better), before, after if better else before, None)
     return done, moved, notes, sum(gate.numel() for gate in gates)
 
 
@@ -250,9 +251,16 @@ def _full(
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
     parameters = sum(parameter.numel() for parameter in mixture.parameters() if parameter.requires_grad)
-    if not done.best_step:
+    if done.best is None:
         notes.append("no state was better on held-out text than the start: nothing was changed")
         return done, {}, notes, parameters, tokens
+    if not processes().is_main:
+        return done, {}, notes, parameters, tokens
+    if done.sharded:  # one process has to hold it whole, to fold in and to write
+        mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+        trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
+    best = {name.removeprefix("mixture."): value for name, value in load_file(done.best).items()}
+    mixture.load_state_dict(best, strict=False)
     return done, _moved_on_disk(trainable, mixture, folder), notes, parameters, tokens
 
 
@@ -309,8 +317,6 @@ def _in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
 
 def _moved_on_disk(trainable: Trainable, mixture: Any, folder: Path) -> dict[str, torch.Tensor]:
     """What moved, under its names on disk: transformers itself says how memory and disk correspond."""
-    from safetensors.torch import load_file
-
     place = folder / "moved"
     shutil.rmtree(place, ignore_errors=True)
     mixture.save_pretrained(place, state_dict=trainable.moved())
