@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from modekit.families import FAMILIES
 from modekit.native import NATIVES
 from modekit.recipe import Recipe, parse_recipe
+from modekit.train.settings import WEIGHTS, Group, TrainSettings
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -63,6 +65,12 @@ def test_the_recipe_page_names_every_key() -> None:
     schema = Recipe.model_json_schema()
     missing = {key for key in keys(schema, schema["$defs"]) if f"`{key}`" not in page}
     assert not missing
+
+
+def test_every_setting_of_a_training_is_explained() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    named = [*TrainSettings.model_fields, *WEIGHTS, *get_args(Group)]
+    assert not [name for name in named if f"`{name}" not in page]
 
 
 def test_every_family_is_on_the_recipe_page() -> None:

@@ -47,6 +47,7 @@ MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
         "ridge": {"mixture": {**_ROUTING, "router": {"fit": "ridge"}}},
         "routing": {"mixture": _ROUTING},
         "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
+        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
     },
     "full": {
         "linear": {"mixture": {"method": "linear"}},
@@ -56,11 +57,13 @@ MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
         "sequence whole": {
             "mixture": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}}
         },
+        "ngram whole": {"mixture": {**_ROUTING, "modules": "all", "router": {"fit": "ngram"}}},
     },
     "lora": {
         "linear": {"mixture": {"method": "linear"}},
         "routing": {"mixture": _ROUTING},
         "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
+        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
         "routing folded": {"mixture": _ROUTING, **_FOLDED},
         "routing folded average": {"mixture": {**_ROUTING, "backbone": "average"}, **_FOLDED},
     },
@@ -212,7 +215,7 @@ def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], size: Size
     mixture = dict(says["mixture"])
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))
-        if router.get("fit") != "random":
+        if router.get("fit") not in {"random", "ngram"}:
             router.update(
                 tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH
             )
