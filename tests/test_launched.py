@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,28 @@ def test_training_with_two_processes_is_training_with_one(workshop: Workshop, mi
     for name in before:
         assert torch.allclose(before[name], after[name], atol=2e-6), name
     assert is_proven(verify(open_checkpoint(two)))
+
+
+def test_a_training_that_was_killed_outright_ends_the_same(workshop: Workshop) -> None:
+    one, two = workshop.build("ONE"), workshop.build("TWO")
+    settings = workshop.root / "training.yaml"
+    settings.write_text(yaml.safe_dump({**TRAINING, "steps": 40, "evaluate_every": 3, "patience": 99}))
+    args = ["--settings", str(settings), "--tokens", "0"]
+    modekit("train", str(one), *args)
+    running = subprocess.Popen([sys.executable, "-m", "modekit", "train", str(two), *args], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((workshop.root / "TWO.training").glob("checkpoint-*/complete")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert (workshop.root / "TWO.training").exists(), "it was done before it could be killed"
+    modekit("train", str(two), *args)
+    before, after = tensors(one), tensors(two)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (one / "results" / "train.csv").read_text() == (two / "results" / "train.csv").read_text()
+    assert not (workshop.root / "TWO.training").exists()
 
 
 def test_other_commands_refuse_a_launcher(workshop: Workshop) -> None:

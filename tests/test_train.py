@@ -465,7 +465,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been_killed(workshop: Workshop,
     run(whole, **changes)
     with pytest.raises(_KilledError):
         train(cut, settings_of(**changes), evaluate_tokens=None, progress=killed_at(step))
-    assert (workshop.root / "CUT.training" / "settings.json").exists()
+    assert (workshop.root / "CUT.training" / "settings.json").exists() == (step > 2)  # else there is nothing to go on from
     run(cut, **changes)
     assert tensors_of(whole.folder) == tensors_of(cut.folder)
     assert log_of(whole) == log_of(cut)
@@ -489,7 +489,7 @@ def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -
 def test_another_training_does_not_take_over_an_unfinished_one(workshop: Workshop) -> None:
     checkpoint = built(workshop)
     with pytest.raises(_KilledError):
-        train(checkpoint, settings_of(what=["head"]), evaluate_tokens=None, progress=killed_at(2))
+        train(checkpoint, settings_of(what=["head"]), evaluate_tokens=None, progress=killed_at(3))
     with pytest.raises(TrainingError, match="an unfinished training is in the way"):
         run(checkpoint, what=["head"], seed=5)
     assert run(checkpoint, what=["head"]).improved
@@ -663,10 +663,14 @@ def test_a_domain_without_text_is_named(workshop: Workshop) -> None:
 
 def test_a_mixture_without_routers_has_none_to_train(workshop: Workshop) -> None:
     checkpoint = built(workshop, mixture={"method": "linear"})
-    if checkpoint.slots:  # a zero gate: fixed weights
-        pytest.skip("a native linear mixture has gates")
-    with pytest.raises(TrainingError, match="no router to train"):
-        run_routers(checkpoint)
+    for changes in ({}, {"what": ["head"], "losses": {"lm": 1.0, "label": 1.0}}):
+        with pytest.raises(TrainingError, match="no router to train"):
+            run(checkpoint, **changes)
+    before = tensors_of(checkpoint.folder)
+    assert run(checkpoint, what=["all"]).improved
+    after = tensors_of(checkpoint.folder)
+    assert all(before[slot.name] == after[slot.name] for slot in checkpoint.slots)  # its zero gates are what makes it linear
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
 
 
 def test_packing_is_refused_where_routers_average(workshop: Workshop) -> None:

@@ -157,7 +157,7 @@ def train(
     ] = False,
     lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank, folded in at the end.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 1e-2).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 5e-3).")] = None,
     backbone_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of all else (default 1e-4).")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step, of all processes together (default 4096).")] = None,
     share: Annotated[float | None, typer.Option(help="Share of the documents that is trained on (default 1).")] = None,

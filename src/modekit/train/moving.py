@@ -53,6 +53,8 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
             taken.setdefault(id(parameter), group)
 
     untouchable = {id(parameter) for parameter in _constants(model, checkpoint)}
+    if checkpoint.record.recipe.mixture.method == "linear":  # its gates are zero so that weights are fixed
+        untouchable |= {id(gate) for gate in gate_parameters(model, checkpoint)}
     ffn = family.mlp_module if checkpoint.native is None else checkpoint.native.block_module
     take("routers", gate_parameters(model, checkpoint))
     take("experts", _experts(model, checkpoint))

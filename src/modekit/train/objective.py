@@ -21,7 +21,8 @@ from modekit.train.losses import distillation, domain_label, importance, languag
 from modekit.train.settings import TrainSettings
 from modekit.train.teachers import Teacher
 
-_OF_ROUTERS = {"label", "balance", "importance", "z"}
+OF_ROUTERS = {"label", "balance", "importance", "z"}
+"""Losses that are taken of what routers say."""
 
 
 class Objective(nn.Module):
@@ -94,7 +95,7 @@ class Objective(nn.Module):
         for name in ("distill", "distill_reverse"):
             if name in names:
                 losses[name] = self._distillation(logits_NV, predicted, item, reverse=name.endswith("reverse"))
-        if _OF_ROUTERS & names.keys():
+        if OF_ROUTERS & names.keys():
             self._add_router_losses(losses, real, item["labels"], trace)
         return losses
 

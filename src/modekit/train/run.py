@@ -41,7 +41,7 @@ from modekit.train.engine import LOG_FILE, SelectText, Trained, run_trainer
 from modekit.train.losses import GENERIC
 from modekit.train.low_rank import Trainable, make_trainable
 from modekit.train.moving import moving_of
-from modekit.train.objective import Objective
+from modekit.train.objective import OF_ROUTERS, Objective
 from modekit.train.settings import TrainSettings
 from modekit.train.teachers import make_teachers
 from modekit.train.write import write_trained
@@ -111,7 +111,12 @@ def train(
         steps, tokens = settings.steps or 0, sum(text.corpus.tokens for text in read)
     else:
         _claim(folder, _digest(checkpoint, settings, read), checkpoint)
-        done, moved, notes, parameters, tokens = _full(checkpoint, read, settings, folder, trust_remote_code, progress)
+        try:
+            done, moved, notes, parameters, tokens = _full(checkpoint, read, settings, folder, trust_remote_code, progress)
+        except BaseException:
+            if main and not _has_states(folder):  # nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         steps = done.steps
     record = TrainingRecord(
         settings=settings.model_dump(mode="json"), text={text.corpus.name: text.record for text in read},
@@ -188,7 +193,7 @@ def _cheap(
     checkpoint: Checkpoint, texts: Sequence[_Text], settings: TrainSettings, trust_remote_code: bool, progress: Progress
 ) -> tuple[Trained, dict[str, torch.Tensor], list[str], int]:
     """Train gates on kept activations, and take them when the mixture's held-out loss falls."""
-    if not checkpoint.slots:
+    if _has_no_router(checkpoint):
         raise _no_router(checkpoint)
     result = train_cheap(
         checkpoint, [text.corpus for text in texts], {text.corpus.expert: text.select for text in texts}, settings, progress
@@ -218,7 +223,7 @@ def _full(
     progress: Progress,
 ) -> tuple[Trained, dict[str, torch.Tensor], list[str], int, int]:  # fmt: skip
     """Train end to end; the moved tensors by their names on disk, none when no state was better than the start."""
-    if not checkpoint.slots and set(settings.what) == {"routers"}:
+    if _has_no_router(checkpoint) and (set(settings.what) == {"routers"} or OF_ROUTERS & set(settings.losses)):
         raise _no_router(checkpoint)
     corpora = [text.corpus for text in texts]
     mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -262,6 +267,10 @@ def _full(
     best = {name.removeprefix("mixture."): value for name, value in load_file(done.best).items()}
     mixture.load_state_dict(best, strict=False)
     return done, _moved_on_disk(trainable, mixture, folder), notes, parameters, tokens
+
+
+def _has_no_router(checkpoint: Checkpoint) -> bool:
+    return not checkpoint.slots or checkpoint.record.recipe.mixture.method == "linear"
 
 
 def _no_router(checkpoint: Checkpoint) -> TrainingError:
@@ -341,10 +350,11 @@ def _claim(folder: Path, digest: str, checkpoint: Checkpoint) -> None:
         path = folder / _SETTINGS_FILE
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["digest"] != digest and kept["trainings"] == len(checkpoint.record.training):
-                problem = "other settings or text"
-            elif kept["digest"] != digest:  # its result was written before the kill
+            written = kept["trainings"] != len(checkpoint.record.training)  # before the kill
+            if kept["digest"] != digest and (written or not _has_states(folder)):
                 shutil.rmtree(folder)
+            elif kept["digest"] != digest:
+                problem = "other settings or text"
         elif folder.exists() and any(folder.iterdir()):
             problem = "something else"
         if problem is None:
@@ -356,6 +366,10 @@ def _claim(folder: Path, digest: str, checkpoint: Checkpoint) -> None:
             "an unfinished training is in the way", where=str(folder), found=problem,
             remedy="run the command that began it to finish it, or remove the folder",
         )  # fmt: skip
+
+
+def _has_states(folder: Path) -> bool:
+    return next(folder.glob("checkpoint-*"), None) is not None
 
 
 def _evaluate(

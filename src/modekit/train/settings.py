@@ -84,7 +84,7 @@ class TrainSettings(BaseModel):
     batch_tokens: int = Field(4_096, ge=16)
     accumulate: int | None = Field(None, ge=1)
     sequence_length: int = Field(512, ge=8)
-    learning_rate: float = Field(1e-2, gt=0, le=10)
+    learning_rate: float = Field(5e-3, gt=0, le=10)
     backbone_learning_rate: float = Field(1e-4, gt=0, le=10)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1)

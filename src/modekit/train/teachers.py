@@ -23,6 +23,7 @@ from modekit.data import make_batches
 from modekit.errors import TrainingError
 from modekit.evaluate import load_expert_source
 from modekit.models import Head, forced_expert, head_of, load_model
+from modekit.processes import processes
 from modekit.progress import Progress
 from modekit.train.batches import Corpus
 from modekit.train.losses import GENERIC
@@ -56,10 +57,9 @@ def make_teachers(
     """
     teachers: list[Teacher | None] = []
     for corpus in corpora:
-        teachers.append(
-            None if corpus.expert == GENERIC
-            else _read(checkpoint, corpus, folder / f"teacher-{corpus.expert}.bin", trust_remote_code, progress)
-        )  # fmt: skip
+        path = folder / f"teacher-{corpus.expert}-{processes().rank}.bin"
+        generic = corpus.expert == GENERIC
+        teachers.append(None if generic else _read(checkpoint, corpus, path, trust_remote_code, progress))
     heads: list[Head] = []
     for teacher in teachers:  # experts that share the base's head share one copy of it
         if teacher is not None:
