@@ -324,7 +324,8 @@ def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         if "loss" in entry or "eval_loss" in entry:
             rows.setdefault(int(entry["step"]), {}).update(entry)
     skipped = {"epoch", "step", "eval_runtime"}
-    columns = ["step", *dict.fromkeys(key for row in rows.values() for key in row if key not in skipped)]
+    named = sorted({key for row in rows.values() for key in row} - skipped)  # a state that was read back has another order
+    columns = ["step", *sorted(named, key=lambda key: (key.startswith("eval_"), not key.startswith("loss")))]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
