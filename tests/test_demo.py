@@ -49,7 +49,7 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     first = run_demo(tmp_path / "demo", quick=True, progress=silent)
     table = first.merged(0)
     names = [row.name for row in table.rows]
-    assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing", "context"]
+    assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing", "context", "ngram"]
     for name in DOMAINS:
         assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
     assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text()) == json.loads(json.dumps(first.as_data()))
@@ -67,7 +67,8 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
     table = run_demo(tmp_path / "demo", quick=True, what="lora", progress=silent).merged(0)
     assert [row.name for row in table.rows] == [
-        "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing", "context",
+        "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing",
+        "context", "ngram",
         "routing folded", "routing folded average",
     ]  # fmt: skip
     for name in DOMAINS:  # low-rank experts are carried whole; folded into FFNs they leave their attention behind

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import modekit.train.objective as objective_module
 import modekit.train.run as run_module
-from conftest import DOMAINS, Workshop, logits_of, make_workshop, save
+from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.checkpoint import Checkpoint, open_checkpoint
-from modekit.data import TRAINED_FILE, TokenSequence
+from modekit.data import SELECTED_FILE, TRAINED_FILE, TokenSequence, digest_of, digests_in
 from modekit.errors import TextError, TrainingError
-from modekit.evaluate import held_out_domains
+from modekit.evaluate import evaluate, held_out_domains
+from modekit.export import export_adapter
 from modekit.models import forced_expert, load_model
 from modekit.planned import ROUTER_FILE
 from modekit.train.batches import Batches, Corpus, plan_parts, shares
@@ -39,6 +41,7 @@ from modekit.train.run import train
 from modekit.train.settings import TrainSettings, train_settings
 from modekit.train.teachers import make_teachers
 from modekit.verify import is_proven, verify
+from refusal import tree
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT: dict[str, Any] = {
@@ -51,8 +54,11 @@ FEW = {"method": "routing", "top_k": 2, "modules": ["q", "down"], "layers": [0, 
 
 def settings_of(**changes: Any) -> TrainSettings:
     values = {**SHORT, **changes}
-    if values.get("what", ["routers"]) == ["routers"]:
+    what = values.get("what", ["routers"])
+    if what == ["routers"]:
         values.pop("backbone_learning_rate", None)  # which would have no effect
+    if not {"routers", "all"} & set(what):
+        values.pop("learning_rate", None)
     return train_settings(values, where="test")
 
 
@@ -422,9 +428,11 @@ def test_only_fit_documents_move_anything_and_no_table_shows_them(workshop: Work
     extra = workshop.root / "more.jsonl"
     extra.write_text("".join(json.dumps({"text": f"{number} court waiver tort deed"}) + "\n" for number in range(40)))
     done = train(checkpoint, settings_of(what=["head"]), texts={"law": [str(extra)]}, evaluate_tokens=None)
-    assert done.improved and list(done.record.text) == ["law"]
-    trained_on = (checkpoint.folder / TRAINED_FILE).read_text().split()
-    assert 20 < len(trained_on) < 40
+    assert done.improved and list(done.record.text) == list(DOMAINS)  # the others are read from the recipe
+    ours = {digest_of(json.loads(line)["text"])[:16] for line in extra.read_text().splitlines()}
+    trained_on = ours & digests_in(checkpoint.folder / TRAINED_FILE)
+    selected_by = ours & digests_in(checkpoint.folder / SELECTED_FILE)
+    assert 20 < len(trained_on) < 40 and 0 < len(selected_by) < 15
     recipe = workshop.recipe | {"eval": {"law": "./more.jsonl"}}
     again = open_checkpoint(checkpoint.folder)
     record = again.record.model_copy(update={"recipe": again.record.recipe.model_validate(recipe)})
@@ -432,7 +440,7 @@ def test_only_fit_documents_move_anything_and_no_table_shows_them(workshop: Work
         Checkpoint(checkpoint.folder, record), tokens_per_domain=10**6, sequence_length=64
     )  # fmt: skip
     law = next(domain for domain in held_out if domain.name == "law")
-    assert len(law.sequences) == 40 - len(trained_on)
+    assert len(law.sequences) == 40 - len(trained_on) - len(selected_by)
 
 
 def test_a_share_of_the_documents_is_the_same_every_time(workshop: Workshop) -> None:
@@ -559,7 +567,7 @@ def test_a_cheap_training_never_makes_it_worse(workshop: Workshop, mixture: dict
 
 def test_cheap_gates_learn_the_domains(workshop: Workshop) -> None:
     checkpoint = built(workshop)
-    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400, "steps": 300}
+    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400, "steps": 300, "learning_rate": 0.03}
     done = train(checkpoint, train_settings(values, where="test"), evaluate_tokens=None)
     note = next(note for note in done.record.notes if note.startswith("cross-entropy"))
     for pair in note.partition("text: ")[2].split(", "):
@@ -590,7 +598,7 @@ def test_results_show_before_and_after(workshop: Workshop) -> None:
     assert [row["name"] for row in data["results"]["rows"]] == names
     assert data["training"]["settings"]["what"] == ["head"]
     assert "mixture before" in (checkpoint.folder / "results" / "train.md").read_text()
-    assert {"loss", "loss_lm", "eval_law", "learning_rate", "step"} <= set(log_of(checkpoint)[0])
+    assert {"loss", "loss_lm", "eval_law_loss", "learning_rate", "step"} <= set(log_of(checkpoint)[0])
     assert any((checkpoint.folder / "results" / "tensorboard").iterdir())
     record = open_checkpoint(checkpoint.folder).record
     assert len(record.training) == 1 and len(record.training[0].text["law"]["sha256"]) == 64
@@ -639,6 +647,9 @@ def test_an_edited_trained_tensor_is_found(workshop: Workshop) -> None:
         ({"speed": "cheap", "what": ["attention"]}, "cheap moves routers only"),
         ({"lora": 4}, "lora needs matrices"),
         ({"share": 0}, "share"),
+        ({"what": ["head"], "learning_rate": 0.1}, "without effect here: learning_rate"),
+        ({"what": ["head"], "losses": {"label": 1.0}}, "do not reach the head"),
+        ({"losses": {"lm": math.nan}}, "finite"),
     ],
 )
 def test_settings_that_are_wrong_or_dead_are_refused(values: dict[str, Any], words: str) -> None:
@@ -676,3 +687,206 @@ def test_a_mixture_without_routers_has_none_to_train(workshop: Workshop) -> None
 def test_packing_is_refused_where_routers_average(workshop: Workshop) -> None:
     with pytest.raises(TrainingError, match="one document only"):
         run_routers(built(workshop, mixture=CONTEXT), pack=True)
+
+
+# What an independent reader found.
+
+
+def tied(workshop: Workshop) -> Checkpoint:
+    for seed, name in enumerate(("base", *DOMAINS)):
+        save(tiny_model("llama", seed=seed, tie_word_embeddings=True), workshop.root / name)
+    return built(workshop)
+
+
+@pytest.mark.parametrize("what", ["embeddings", "head", "all"])
+def test_what_is_written_is_worth_what_the_record_says_for_tied_embeddings_too(workshop: Workshop, what: str) -> None:
+    checkpoint = tied(workshop)
+    done = run(checkpoint, what=[what], lora=4, backbone_learning_rate=0.02)
+    assert done.improved
+    loaded = load_model(checkpoint.folder)
+    for domain in held_out_domains(done.checkpoint, tokens_per_domain=400, sequence_length=64, split="select"):
+        assert mean_loss(loaded, domain.sequences) == pytest.approx(done.record.select_loss[domain.name]["after"], abs=1e-4)
+
+
+def adapters(workshop: Workshop, mixture: dict[str, Any]) -> Checkpoint:
+    """Two rank-3 adapters and the base."""
+    for seed, name in enumerate(("law", "code")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(workshop.root / "base")
+        adapted = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        adapted.save_pretrained(workshop.root / f"{name}-lora")
+    experts = [{"name": n, "adapter": f"./{n}-lora", "text": f"./text/{n}.jsonl"} for n in ("law", "code")]
+    experts.append({"name": "general", "model": "base", "text": "./text/medicine.jsonl"})
+    return open_checkpoint(workshop.build("OUT", experts=experts, mixture=mixture))
+
+
+@pytest.mark.parametrize("what", ["experts", "all"])
+def test_adapters_move_themselves_under_low_rank_training(workshop: Workshop, what: str) -> None:
+    checkpoint = adapters(workshop, {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    done = run(checkpoint, what=[what], lora=2, losses={"lm": 1.0, "label": 0.1, "distill": 0.1})
+    assert done.improved and is_proven(verify(open_checkpoint(checkpoint.folder)))
+    export_adapter(open_checkpoint(checkpoint.folder), "law", workshop.root / "law-again", overwrite=False)
+    record = json.loads((workshop.root / "law-again" / "export.json").read_text())
+    assert any("trained" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr"])
+def test_routers_that_score_by_a_norm_can_be_trained_beside_the_base(workshop: Workshop, fit: str) -> None:
+    checkpoint = adapters(workshop, {"method": "routing", "top_k": 2, "router": {"fit": fit}})
+    done = run(checkpoint, learning_rate=0.05)
+    assert done.failed is None and done.improved
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT, {"method": "routing", "router": {"fit": "ngram", "buckets": 512}}])
+def test_checkpointing_changes_memory_and_no_result(workshop: Workshop, mixture: dict[str, Any] | None) -> None:
+    changes = {"what": ["routers", "attention"], "losses": {"lm": 1.0, "label": 0.1}}
+    plain, again = built(workshop, "PLAIN", mixture), built(workshop, "AGAIN", mixture)
+    assert run(plain, **changes).improved and run(again, **changes, checkpointing=True).improved
+    first, second = read(plain.folder), read(again.folder)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_a_part_without_rows_has_no_loss(workshop: Workshop) -> None:
+    done = run_routers(built(workshop), losses={"lm": 1.0, "balance": 0.01, "importance": 0.1}, accumulate=20)
+    assert done.failed is None
+
+
+def test_a_cheap_training_does_not_touch_what_another_left(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    precious = workshop.root / "OUT.training" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400, "steps": 5}
+    train(checkpoint, train_settings(values, where="test"), evaluate_tokens=None)
+    assert precious.read_text() == "mine"
+    with pytest.raises(TrainingError, match="in the way"):
+        run(checkpoint, what=["head"])
+
+
+def test_several_devices_without_a_launcher_are_used_as_one(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, other = built(workshop, "WHOLE"), built(workshop, "OTHER")
+    run(whole, what=["head"])
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2) or 2), raising=False)
+    run(other, what=["head"])
+    assert tensors_of(whole.folder) == tensors_of(other.folder)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5_text"])
+def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, family: str) -> None:
+    overrides = OVERRIDES_QWEN3_5 if family == "qwen3_5_text" else FAMILIES[family]
+    checkpoint = built(make_workshop(tmp_path, family, **overrides))
+    corpora, settings = small_corpora(), settings_of(what=["all"])
+    packed = run_module._packs(checkpoint, settings)
+    assert packed == (family != "qwen3_5_text")
+    if not packed:
+        with pytest.raises(TrainingError, match="one document only"):
+            run_module._packs(checkpoint, settings_of(what=["all"], pack=True))
+        return
+    losses = []
+    for pack in (False, True):
+        objective = Objective(load_model(checkpoint.folder), checkpoint, settings, teachers=[], train_top_k=None, packed=pack)
+        batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack), pad_id=0)
+        losses.append(float(objective(**batches[0])["loss"].detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+OVERRIDES_QWEN3_5 = {
+    "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before the table before", "before it is written", "before the table after"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_kill_after_the_last_step_is_gone_on_from_too(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, when: str, elsewhere: bool
+) -> None:
+    whole, cut = built(workshop, "WHOLE"), built(workshop, "CUT")
+    out = workshop.root / "MADE" if elsewhere else None
+    settings = settings_of(what=["head"])
+    train(whole, settings, evaluate_tokens=400)
+    real_write, real_evaluate, calls = run_module.write_trained, run_module.evaluate, {"evaluate": 0}
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        calls["evaluate"] += 1
+        if calls["evaluate"] == (1 if when == "before the table before" else 2) and when != "before it is written":
+            raise _KilledError
+        return real_evaluate(*args, **kwargs)
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if when == "before it is written":
+            raise _KilledError
+        return real_write(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    monkeypatch.setattr(run_module, "write_trained", write)
+    with pytest.raises(_KilledError):
+        train(cut, settings, out=out, evaluate_tokens=400)
+    monkeypatch.setattr(run_module, "evaluate", real_evaluate)
+    monkeypatch.setattr(run_module, "write_trained", real_write)
+    done = train(cut, settings, out=out, evaluate_tokens=400)
+    assert done.improved and len(done.checkpoint.record.training) == 1
+    assert tensors_of(whole.folder) == tensors_of(out or cut.folder)
+    assert done.results is not None and "mixture before" in [row.name for row in done.results.rows]
+    assert not list(workshop.root.glob("*.training"))
+
+
+def test_memory_settings_may_change_when_a_training_goes_on(workshop: Workshop) -> None:
+    checkpoint, whole = built(workshop), built(workshop, "WHOLE")
+    changes = {"what": ["head"], "steps": 4, "evaluate_every": 2}
+    run(whole, **changes)
+    with pytest.raises(_KilledError):
+        train(checkpoint, settings_of(**changes), evaluate_tokens=None, progress=killed_at(3))
+    run(checkpoint, **changes, accumulate=2, checkpointing=True)
+    first, second = read(whole.folder), read(checkpoint.folder)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_another_folder_and_a_training_without_gain_leave_the_first_folder_byte_for_byte(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    before = tree(checkpoint.folder)
+    assert train(checkpoint, settings_of(what=["head"]), out=workshop.root / "BETTER", evaluate_tokens=400).improved
+    assert tree(checkpoint.folder) == before
+    worse = settings_of(what=["all"], backbone_learning_rate=5.0, learning_rate=5.0)
+    assert not train(checkpoint, worse, evaluate_tokens=400).improved
+    assert tree(checkpoint.folder) == before
+
+
+def test_one_table_is_on_one_text(workshop: Workshop) -> None:
+    """Even when the recipe evaluates on text that is then trained on."""
+    more = workshop.root / "more.jsonl"
+    more.write_text("".join(json.dumps({"text": f"{number} court waiver tort deed"}) + "\n" for number in range(60)))
+    checkpoint = open_checkpoint(workshop.build("OUT", eval={"law": "./more.jsonl"}))
+    done = train(checkpoint, settings_of(what=["head"]), texts={"law": [str(more)]}, evaluate_tokens=10**6)
+    assert done.results is not None
+    after = evaluate(done.checkpoint, tokens_per_domain=10**6, sequence_length=512)
+    assert done.results.text == after.text
+    assert done.results.row("mixture").scores["law"].loss == pytest.approx(after.row("mixture").scores["law"].loss)
+
+
+def test_labels_of_some_domains_alone_are_refused(workshop: Workshop) -> None:
+    experts = [{key: value for key, value in expert.items() if key != "text"} for expert in workshop.recipe["experts"]]
+    checkpoint = open_checkpoint(workshop.build("OUT", experts=experts))
+    law = {"law": [str(workshop.root / "text" / "law.jsonl")]}
+    for changes in ({"speed": "cheap", "steps": 5}, {**SHORT, "what": ["attention"], "losses": {"label": 1.0}}):
+        changes = {key: value for key, value in changes.items() if key != "learning_rate"}
+        with pytest.raises(TrainingError, match="labels of some domains alone"):
+            train(checkpoint, train_settings(changes, where="test"), texts=law, evaluate_tokens=None)
+    done = train(checkpoint, settings_of(what=["head"]), texts=law, evaluate_tokens=None)
+    assert done.improved and any("no text of medicine, code" in note for note in done.record.notes)
+
+
+def test_a_folder_given_in_another_way_is_the_same_folder(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(workshop)
+    monkeypatch.chdir(workshop.root)
+    assert train(open_checkpoint(Path("OUT")), settings_of(what=["head"]), evaluate_tokens=None).improved
+
+
+def test_experts_may_be_named_like_figures(workshop: Workshop) -> None:
+    experts = [
+        {**expert, "name": name} for expert, name in zip(workshop.recipe["experts"], ("loss", "generic", "lm"), strict=True)
+    ]
+    checkpoint = open_checkpoint(workshop.build("OUT", experts=experts))
+    done = run(checkpoint, what=["head"], generic=[str(workshop.root / "text" / "law.jsonl")])
+    assert list(done.record.select_loss) == ["loss", "generic", "lm", "(generic)"]
+    assert len({tuple(each.values()) for each in done.record.select_loss.values()}) >= 3

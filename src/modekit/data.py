@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Split = Literal["fit", "select", "report"]
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
+SELECTED_FILE = "selected-by.txt"  # beside a trained mixture: digests of documents by which its state was chosen
 TRAINED_DIGITS = 16
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 _PASSAGE = 2_000  # characters of a passage cut from plain text
@@ -38,6 +39,11 @@ _PASSAGE = 2_000  # characters of a passage cut from plain text
 def digest_of(document: str) -> str:
     """sha256 of a document's text, surrounding white space aside."""
     return hashlib.sha256(document.strip().encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digests_in(path: Path) -> set[str]:
+    """Digests that a file keeps, one per line; none without the file."""
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
 
 
 def split_of(document: str) -> Split:

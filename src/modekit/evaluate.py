@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,11 +25,13 @@ from transformers import PreTrainedModel
 from modekit.adapters import is_adapter, open_adapter
 from modekit.checkpoint import Checkpoint
 from modekit.data import (
+    SELECTED_FILE,
     TRAINED_DIGITS,
     TRAINED_FILE,
     Split,
     TokenSequence,
     digest_of,
+    digests_in,
     documents_of_split,
     encode,
     make_batches,
@@ -176,16 +178,21 @@ def evaluate(
     sequence_length: int = 512,
     trust_remote_code: bool = False,
     known: Results | None = None,
+    seen: Collection[str] = (),
+    write: bool = True,
     progress: Progress = silent,
 ) -> Results:
-    """Score every row on every domain and write OUT/results/eval.json and eval.md.
+    """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
+
+    Documents whose digests are `seen` are left out, as those that something was set or trained by always are.
 
     Rows of `known` (by default the checkpoint's own earlier results) that ran the same weights on the same tokens are
     taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded.
     """
     domains = held_out_domains(
-        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, trust_remote_code=trust_remote_code
-    )
+        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     known_rows = [*(known.rows if known else ()), *_rows_on_disk(checkpoint)]
     earlier = {(row.identity, name): score for row in known_rows for name, score in row.scores.items()}
     notes: list[str] = []
@@ -219,10 +226,11 @@ def evaluate(
         {domain.name: domain.record for domain in domains},
         notes,
     )
-    folder = checkpoint.folder / RESULTS_FOLDER
-    folder.mkdir(exist_ok=True)
-    write_json(folder / RESULTS_FILE, results.as_data())
-    write_atomically(folder / "eval.md", results.markdown().encode())
+    if write:
+        folder = checkpoint.folder / RESULTS_FOLDER
+        folder.mkdir(exist_ok=True)
+        write_json(folder / RESULTS_FILE, results.as_data())
+        write_atomically(folder / "eval.md", results.markdown().encode())
     return results
 
 
@@ -232,6 +240,7 @@ def held_out_domains(
     tokens_per_domain: int,
     sequence_length: int,
     split: Split = "report",
+    seen: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> list[Domain]:
     """The text every row is scored on: `eval` of the recipe, else a held-out split of the experts' text.
@@ -247,7 +256,9 @@ def held_out_domains(
         for document in fit_documents(expert, root, place)
     }
     folders = [checkpoint.folder, *(checkpoint.folder / source.folder for source in checkpoint.record.sources)]
-    used |= {digest for folder in folders for digest in _trained_on(folder)}
+    used |= {*seen, *(digest for folder in folders for digest in digests_in(folder / TRAINED_FILE))}
+    if split == "report":
+        used |= digests_in(checkpoint.folder / SELECTED_FILE)
     domains = []
     for name in [*recipe.names, *(name for name in recipe.eval if name not in recipe.names)]:
         expert = recipe.names.index(name) if name in recipe.names else None
@@ -374,12 +385,6 @@ def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
     return total, per_expert, total - router - constants - per_expert * (len(checkpoint.names) - 1)
 
 
-def _trained_on(folder: Path) -> set[str]:
-    """Digests of the documents that modekit made or trained a model from; empty for other people's models."""
-    path = folder / TRAINED_FILE
-    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
-
-
 def _load_expert(base: Path, folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """A full model, or the base with an adapter folded in."""
     if not is_adapter(folder):
@@ -442,6 +447,11 @@ def _rows_on_disk(checkpoint: Checkpoint) -> list[Row]:
         return rows_from_data(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return []  # absent, or of another version: then every row is run
+
+
+def results_from_data(data: Mapping[str, Any]) -> Results:
+    """A table back from `Results.as_data`."""
+    return Results(rows_from_data(data), data["domains"], data["unseen"], data["text"], data["notes"])
 
 
 def rows_from_data(data: Mapping[str, Any]) -> list[Row]:

@@ -94,6 +94,9 @@ def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
     recipe = checkpoint.record.recipe
     if recipe.output.dtype != "source":
         yield f"the mixture holds its tensors in {recipe.output.dtype} (output.dtype)"
+    mine = {f"{module}.lora_A" for module, place in _places(checkpoint).items() if place["ranks"][expert]}
+    if mine & checkpoint.record.trained.keys():
+        yield "it was trained on in the mixture (modekit train)"
     if recipe.mixture.modules not in ("auto", "all") or recipe.mixture.layers is not None:
         yield "only what the mixture mixes is here (mixture.modules, mixture.layers); the rest of the adapter is not in it"
     if recipe.mixture.backbone != BASE:

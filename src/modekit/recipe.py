@@ -126,6 +126,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "compute_dtype": _STATISTICS_FITS,
     "seed": ("random", "phatgoose"),
     "steps": ("phatgoose",),
+    "jitter": (*_STATISTICS_FITS, "arrow", "spectr", "seqr", "phatgoose", "random"),  # an n-gram is there or not
     "order": ("ngram",),
     "buckets": ("ngram",),
     "smoothing": ("ngram",),

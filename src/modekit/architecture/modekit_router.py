@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_TINY = 1e-30  # under a root, whose slope at zero is no number
 _CHUNK = 128  # tokens whose average is taken in one matrix product
 
 
@@ -138,7 +139,9 @@ class Router(nn.Module):
             scores: torch.Tensor = torch.nn.functional.linear(x_BSD, gate_GD) / width[0] ** 0.5
             return scores
         products = torch.nn.functional.linear(x_BSD, gate_GD)
-        return torch.stack([part.square().sum(-1).sqrt() for part in torch.split(products, self.rows, dim=-1)], dim=-1)
+        return torch.stack(
+            [part.square().sum(-1).clamp_min(_TINY).sqrt() for part in torch.split(products, self.rows, dim=-1)], dim=-1
+        )
 
     def _ngram_scores(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """The table's row of the n-gram that ends in each token, (B, S, E)."""

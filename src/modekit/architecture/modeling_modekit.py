@@ -88,11 +88,11 @@ class _Recomputing:
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         flow = self._flow
-        mask_BS, states, forced = flow.mask_BS, flow.states, flow.forced
+        mask_BS, ids_BS, states, forced = flow.mask_BS, flow.ids_BS, flow.states, flow.forced
         weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
 
         def run(*args: Any) -> Any:
-            flow.mask_BS, flow.states, flow.forced = mask_BS, states, forced
+            flow.mask_BS, flow.ids_BS, flow.states, flow.forced = mask_BS, ids_BS, states, forced
             for name, mixed in flow.mixed.items():
                 mixed.weights = weights[name]
             return layer(*args)

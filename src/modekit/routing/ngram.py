@@ -38,7 +38,7 @@ class NgramStatistics:
 
     Attributes:
         counts_H: how often an n-gram of each bucket occurred, float32.
-        sample_N: buckets of the n-grams of whole documents, one document after the other, int32.
+        sample_N: buckets of the n-grams of documents (the beginning of one that is too long), one after the other, int32.
         lengths: n-grams of each kept document.
         tokens: n-grams counted.
         source: what they were made from: settings and a digest of the text.
@@ -92,9 +92,9 @@ def count_domain(
         rows = torch.cat([_rows(sequence, settings) for sequence in sequences])
         counts_H += torch.bincount(rows, minlength=settings.buckets)
         tokens += len(rows)
-        if kept + len(rows) <= settings.keep_tokens:
-            sample.append(rows.int())
-            kept += len(rows)
+        if kept + len(rows) <= settings.keep_tokens or not sample:
+            sample.append(rows[: settings.keep_tokens].int())
+            kept += len(sample[-1])
         if tokens >= _MOST_TOKENS - 1:
             break
     if not tokens:

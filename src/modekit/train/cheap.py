@@ -39,12 +39,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class CheapResult:
-    """Gates (E, D) float32 in the order of the slots, and per slot the cross-entropy of the domains before and after."""
+    """Gates (E, D) float32 in the order of the slots, per slot the cross-entropy of the domains before and after, tokens read,
+    and the most steps that a gate took.
+    """
 
     gates: list[torch.Tensor]
     before: list[float]
     after: list[float]
     tokens: int
+    steps: int
 
 
 def train_cheap(
@@ -70,14 +73,15 @@ def train_cheap(
     )
     held_out = _capture(view, select, averages, prefix, slots, keep, progress, "read held-out")
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}
-    gates, before, after = [], [], []
+    gates, before, after, steps = [], [], [], 0
     for slot, gate in enumerate(_gates(checkpoint, view)):
-        trained, losses = _descend(gate, kept[slot], held_out[slot], mix, settings)
+        trained, losses, taken = _descend(gate, kept[slot], held_out[slot], mix, settings)
+        steps = max(steps, taken)
         gates.append(trained)
         before.append(losses[0])
         after.append(losses[1])
         progress("train gates", slot + 1, slots)
-    return CheapResult(gates, before, after, total)
+    return CheapResult(gates, before, after, total, steps)
 
 
 def _refuse_other_scores(checkpoint: Checkpoint) -> None:
@@ -86,7 +90,7 @@ def _refuse_other_scores(checkpoint: Checkpoint) -> None:
         raise TrainingError(
             "a cheap training needs routers with one linear gate", where="speed",
             found=checkpoint.record.recipe.mixture.router.fit,
-            remedy="write speed: full, or set a linear router first: modekit fit OUT --fit logistic",
+            remedy="train it end to end (without --cheap), or build with a linear router",
         )  # fmt: skip
 
 
@@ -147,8 +151,10 @@ def _capture(
 
 def _descend(
     gate_ED: torch.Tensor, kept: Kept, held_out: Kept, mix: Mapping[int, float], settings: TrainSettings
-) -> tuple[torch.Tensor, tuple[float, float]]:
-    """AdamW from the gate as it is; the state with the lowest held-out cross-entropy, and that loss before and after."""
+) -> tuple[torch.Tensor, tuple[float, float], int]:
+    """AdamW from the gate as it is; the state with the lowest held-out cross-entropy, that loss before and after, and the
+    number of steps taken.
+    """
     scale = float(kept.x_ND.float().square().mean().sqrt().clamp_min(1e-30))
     # In units of the inputs' size one rate fits every layer.
     weights_ED = (gate_ED * scale).requires_grad_(True)
@@ -170,7 +176,7 @@ def _descend(
     generator = torch.Generator().manual_seed(settings.seed)
     first = best = held_out_loss()
     best_gate = gate_ED.clone()
-    every, without = max(1, steps // 40), 0
+    every, without, step = max(1, steps // 40), 0, -1
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (1.0 - step / steps)
         rows = torch.multinomial(shares_N, _BATCH, replacement=True, generator=generator)
@@ -185,4 +191,4 @@ def _descend(
                 best, best_gate = now, weights_ED.detach() / scale
             if without > 2 * settings.patience:
                 break
-    return best_gate.clone(), (first, best)
+    return best_gate.clone(), (first, best), step + 1

@@ -56,7 +56,7 @@ class Trained:
 
     `best` is the file with what moved as it was in the best state, by its names in the model; None when no state was better
     than the start. `stopped` says why it ended before its last step, if it did; `failed` holds the error that the user should
-    see. `sharded`: no process holds the whole model.
+    see.
     """
 
     steps: int
@@ -66,7 +66,6 @@ class Trained:
     stopped: str | None
     failed: TrainingError | None = None
     best: Path | None = None
-    sharded: bool = False
 
 
 def run_trainer(
@@ -85,7 +84,6 @@ def run_trainer(
     """Train until the steps are done or the held-out loss stops falling; the model is left in its best state.
 
     `moving` names the parameters of the mixture that have gradients. Goes on from the last complete state in `folder`.
-    Raises TrainingError when memory does not suffice.
     """
     every = min(steps, settings.evaluate_every or max(1, steps // 10))
     last = _last_complete(folder)
@@ -108,15 +106,6 @@ def run_trainer(
             "the loss is not finite: training stopped", where=error.where, found=error.found,
             remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
         )  # fmt: skip
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            "there is not enough memory for a step", where=f"step {trainer.state.global_step + 1}",
-            found=str(error).splitlines()[0][:200],
-            remedy="raise accumulate, set checkpointing: true, or lower batch_tokens or sequence_length; "
-            "the same command goes on from the last kept state if nothing else changes",
-        ) from None  # fmt: skip
     state = trainer.state
     before = _held_out(state, 0)
     if before is None:  # not even the start could be judged
@@ -130,7 +119,7 @@ def run_trainer(
     assert after is not None
     return Trained(
         state.global_step, int(state.best_global_step), before, after, _why(state, steps), failed,
-        Path(state.best_model_checkpoint) / _STATE_FILE, trainer.is_fsdp_enabled,
+        Path(state.best_model_checkpoint) / _STATE_FILE,
     )  # fmt: skip
 
 
@@ -138,8 +127,8 @@ def _held_out(state: Any, step: int) -> dict[str, float] | None:
     """Held-out losses by domain as they were logged after a step."""
     for entry in state.log_history:
         if entry.get("step") == step and "eval_loss" in entry:
-            return {key.removeprefix("eval_"): value for key, value in entry.items()
-                    if key.startswith("eval_") and key != "eval_loss"}  # fmt: skip
+            return {key.removeprefix("eval_").removesuffix("_loss"): value for key, value in entry.items()
+                    if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss"}  # fmt: skip
     return None
 
 
@@ -160,7 +149,7 @@ def _arguments(
 ) -> TrainingArguments:
     logs = ["tensorboard"] if find_spec("tensorboard") is not None else []
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=accumulate,
         max_grad_norm=settings.clip, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
         save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
@@ -170,6 +159,9 @@ def _arguments(
         use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0, dataloader_pin_memory=False,
         ddp_find_unused_parameters=unused, log_level="error",
     )  # fmt: skip
+    if arguments.n_gpu > 1:  # several devices without a launcher: Trainer would cut every part anew
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _NotFiniteError(Exception):
@@ -261,7 +253,10 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean held-out loss of every domain (select split), and the mean over domains."""
         losses = self.select_losses()
-        metrics = {"eval_loss": sum(losses.values()) / len(losses), **{f"eval_{name}": loss for name, loss in losses.items()}}
+        metrics = {
+            "eval_loss": sum(losses.values()) / len(losses),
+            **{f"eval_{name}_loss": loss for name, loss in losses.items()},
+        }
         if not math.isfinite(metrics["eval_loss"]):
             raise _NotFiniteError(f"held-out text after step {self.state.global_step}", f"loss {metrics['eval_loss']}")
         self.log(metrics)
@@ -341,9 +336,3 @@ def _last_complete(folder: Path) -> Path | None:
         if state not in whole:
             shutil.rmtree(state, ignore_errors=True)
     return whole[-1] if whole else None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )

@@ -1,4 +1,5 @@
 """What a training moves towards. Every loss is a sum over real tokens, so that parts of a step add up; pads never count.
+(balance and importance are products of means over the tokens of a part: they depend on how a step is cut.)
 
     lm               -log p(next token)
     distill          T^2 KL(teacher || student), the teacher being the domain's own expert (arXiv:1503.02531)
@@ -53,12 +54,16 @@ def domain_label(logits_NE: torch.Tensor, labels_N: torch.Tensor, base: int | No
 def load_balance(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
     """E sum_e f_e P_e, 1 when tokens and probabilities are spread evenly; times the number of tokens, so that it adds up."""
     count, experts = logits_NE.shape
+    if count == 0:
+        return logits_NE.sum()
     taken_NE = torch.zeros_like(logits_NE).scatter(-1, logits_NE.topk(top_k, dim=-1).indices, 1.0 / top_k)
     return count * experts * (taken_NE.mean(0) * logits_NE.softmax(-1).mean(0)).sum()
 
 
 def importance(logits_NE: torch.Tensor) -> torch.Tensor:
     """Squared coefficient of variation of the experts' summed probabilities, times the number of tokens."""
+    if len(logits_NE) == 0:
+        return logits_NE.sum()
     sums_E = logits_NE.softmax(-1).sum(0)
     variation: torch.Tensor = sums_E.var(unbiased=False) / sums_E.mean().square()
     return len(logits_NE) * variation

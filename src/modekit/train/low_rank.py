@@ -7,7 +7,7 @@ their whole names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,10 @@ class Trainable:
     names: list[str]
     targets: dict[str, nn.Parameter]
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those with gradients."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
     def moved(self) -> dict[str, torch.Tensor]:
         """Every target's value after training, by its name before, on the CPU. Low-rank changes are folded in, once."""
         for module in self.model.modules():
@@ -34,35 +38,43 @@ class Trainable:
 def make_trainable(model: PreTrainedModel, names: Sequence[str], rank: int | None) -> Trainable:
     """Freeze a model but for the parameters of these names, or for changes of rank `rank` of those that are matrices.
 
-    Vectors, and matrices that have no more rows or columns than the rank, move themselves.
+    What is no plain layer or stack of matrices moves itself (gates, adapters, vectors), and so does a matrix with no more rows
+    or columns than the rank, or one that serves as embedding and head at once, of which a layer would see one use only.
     """
     parameters = dict(model.named_parameters())
     targets = {name: parameters[name] for name in names}
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    low_rank = [name for name, each in targets.items() if rank is not None and each.ndim > 1 and min(each.shape[-2:]) > rank]
+    modules = [name for name in targets if rank is not None and _is_layer(model, name, rank)]
+    stacks = [name for name, each in targets.items() if rank is not None and each.ndim == 3 and min(each.shape[-2:]) > rank]
     known = {id(parameter) for parameter in parameters.values()}
-    if low_rank:
+    if modules or stacks:
         assert rank is not None
-        _inject(model, low_rank, rank)
-    moving = {id(each) for name, each in targets.items() if name not in low_rank}
+        _inject(model, [name.removesuffix(".weight") for name in modules], stacks, rank)
+    moving = {id(each) for name, each in targets.items() if name not in {*modules, *stacks}}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in moving or id(parameter) not in known)
     return Trainable(model, [name for name, each in model.named_parameters() if each.requires_grad], targets)
 
 
-def _inject(model: PreTrainedModel, names: Sequence[str], rank: int) -> None:
+def _is_layer(model: PreTrainedModel, name: str, rank: int) -> bool:
+    """Whether a parameter is the weight of a linear layer or an embedding that PEFT can wrap with that rank."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf != "weight" or not isinstance(module, (nn.Linear, nn.Embedding)):
+        return False
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(embedding, "weight", None) is getattr(head, "weight", None) and module in {embedding, head}
+    return min(module.weight.shape) > rank and not tied
+
+
+def _inject(model: PreTrainedModel, modules: Sequence[str], stacks: Sequence[str], rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    modules: list[str] = []
-    parameters: list[str] = []
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        is_layer = leaf == "weight" and isinstance(model.get_submodule(owner), (nn.Linear, nn.Embedding))
-        (modules if is_layer else parameters).append(owner if is_layer else name)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=modules or None, target_parameters=parameters or None, task_type="CAUSAL_LM"
-    )
+        r=rank, lora_alpha=rank, target_modules=list(modules) or None, target_parameters=list(stacks) or None,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tied weights: they are folded in before anything is saved
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         inject_adapter_in_model(config, model)

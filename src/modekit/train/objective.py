@@ -7,8 +7,8 @@ Shape legend: B rows, S sequence, N predicted tokens, T real tokens, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint import Checkpoint
 from modekit.models import gate_parameters, set_top_k
-from modekit.router_trace import RouterTrace, router_trace
+from modekit.router_trace import router_trace
 from modekit.train.losses import distillation, domain_label, importance, language_model, load_balance, z_loss
 from modekit.train.settings import TrainSettings
 from modekit.train.teachers import Teacher
@@ -54,10 +54,10 @@ class Objective(nn.Module):
         self._packed = packed
         gates = {id(gate) for gate in gate_parameters(mixture, checkpoint)}
         self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
-        # Modules of experts that no token of a batch takes are not run in the modekit architecture.
-        self.skips_parameters: bool = checkpoint.native is None and any(
-            parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters()
-        )
+        # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
+        # not reach what stands behind the last one.
+        own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
+        self.skips_parameters: bool = (checkpoint.native is None and own) or settings.losses.keys() <= OF_ROUTERS
         set_top_k(mixture, checkpoint, train_top_k)
         sources = checkpoint.record.expert_sources
         self._base = sources.index(0) if 0 in sources else None
@@ -72,11 +72,12 @@ class Objective(nn.Module):
             logits = self.mixture(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
             keep = item["real"][:, 1:]
             return {"loss": language_model(logits[:, :-1][keep], item["input_ids"][:, 1:][keep])}
-        with router_trace(self.mixture, self._checkpoint) as trace:
+        wanted = OF_ROUTERS & self._settings.losses.keys()
+        with router_trace(self.mixture, self._checkpoint) if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"position_ids": item["position_ids"]} if self._packed else {"attention_mask": item["real"].long()}
             logits = self.mixture(input_ids=item["input_ids"], use_cache=False, **apart).logits
-            losses = self._losses(logits, item, trace)
+            losses = self._losses(logits, item, trace or ())
         weights = self._weights(losses)
         targets = item["targets"].to(logits.device)
         for name, value in losses.items():
@@ -84,7 +85,9 @@ class Objective(nn.Module):
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total * (factor / targets)}
 
-    def _losses(self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: RouterTrace) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: Iterable[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         real, positions = item["real"], item["position_ids"]
         predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
         logits_NV = logits[:, :-1][predicted]
@@ -117,7 +120,7 @@ class Objective(nn.Module):
         return total
 
     def _add_router_losses(
-        self, losses: dict[str, torch.Tensor], real: torch.Tensor, labels: torch.Tensor, trace: RouterTrace
+        self, losses: dict[str, torch.Tensor], real: torch.Tensor, labels: torch.Tensor, trace: Iterable[torch.Tensor]
     ) -> None:
         names = self._settings.losses
         said = [logits.reshape(*real.shape, -1, logits.shape[-1]) for logits in trace]  # (B, S, features or 1, E)

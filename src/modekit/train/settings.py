@@ -31,8 +31,10 @@ WEIGHTS: dict[Loss, float] = {
 }
 """Weight of a loss that is named without one."""
 
-_DISTILLS = {"distill", "distill_reverse"}
-_READS_LABEL = {"label", *_DISTILLS}
+DISTILLS = {"distill", "distill_reverse"}
+"""Losses that need the domains' own experts as teachers."""
+_READS_LABEL = {"label", *DISTILLS}
+_OF_ROUTERS = {"label", "balance", "importance", "z"}
 
 
 class TrainSettings(BaseModel):
@@ -72,7 +74,7 @@ class TrainSettings(BaseModel):
         seed: of everything drawn.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     what: list[Group] = Field(["routers"], min_length=1)
     lora: int | None = Field(None, ge=1)
@@ -109,11 +111,12 @@ class TrainSettings(BaseModel):
     def _no_dead_settings(self) -> TrainSettings:
         said = self.model_fields_set
         dead = {
-            "temperature": not _DISTILLS & set(self.losses),
-            "adaptive": self.adaptive and not ("lm" in self.losses and _DISTILLS & set(self.losses)),
+            "temperature": not DISTILLS & set(self.losses),
+            "adaptive": self.adaptive and not ("lm" in self.losses and DISTILLS & set(self.losses)),
             "mix_temperature": self.mix != "temperature",
             "generic_share": not self.generic,
             "randomise": self.randomise > 0 and not _READS_LABEL & set(self.losses),
+            "learning_rate": not {"routers", "all"} & set(self.what),
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
             "cache_bytes": self.speed == "full",
@@ -131,6 +134,8 @@ class TrainSettings(BaseModel):
             raise ValueError(f"settings without effect here: {', '.join(found)}; remove them")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
+        if self.speed == "full" and set(self.losses) <= _OF_ROUTERS and set(self.what) == {"head"}:
+            raise ValueError("losses of routers do not reach the head; add lm or distill")
         if self.lora is not None and set(self.what) <= {"routers", "norms"}:
             raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
         return self

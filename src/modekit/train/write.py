@@ -19,8 +19,9 @@ import torch
 from blake3 import blake3
 
 from modekit.checkpoint import RECORD_FILE, Checkpoint, Record, TrainingRecord, open_checkpoint, write_router_file
-from modekit.data import TRAINED_FILE
+from modekit.data import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.errors import TrainingError
+from modekit.evaluate import RESULTS_FOLDER
 from modekit.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
 from modekit.planned import INDEX_FILE, ROUTER_FILE
 from modekit.sources import Mappings, TensorRef
@@ -28,28 +29,32 @@ from modekit.writer import staging, write_all, write_atomically, write_json
 
 
 def write_trained(
-    checkpoint: Checkpoint, out: Path, tensors: Mapping[str, torch.Tensor], training: TrainingRecord, documents: Sequence[str]
-) -> Checkpoint:
+    checkpoint: Checkpoint, out: Path, tensors: Mapping[str, torch.Tensor], training: TrainingRecord, *,
+    trained_on: Sequence[str], selected_by: Sequence[str],
+) -> Checkpoint:  # fmt: skip
     """Write a checkpoint with new tensors (by their names on disk) to `out`, which may be its own folder.
 
-    `documents` are digests of what was trained on. Each tensor gets the dtype that it has on disk. Raises TrainingError
-    when one is not finite in it.
+    `trained_on` and `selected_by` are digests of documents that no table may show any more. Each tensor gets the dtype that
+    it has on disk. Raises TrainingError when one is not finite in it.
     """
     content = {name: _bytes_of(checkpoint, name, tensor) for name, tensor in tensors.items()}
     gate_names = {slot.name for slot in checkpoint.slots}
-    trained_on = "".join(f"{digest}\n" for digest in sorted({*documents, *_known_documents(checkpoint.folder)}))
+    files = {
+        name: "".join(f"{digest}\n" for digest in sorted({*digests, *digests_in(checkpoint.folder / name)}))
+        for name, digests in ((TRAINED_FILE, trained_on), (SELECTED_FILE, selected_by))
+    }
     record = _record(checkpoint, out, tensors.keys() - gate_names, content, training)
     gates = [_gate(checkpoint, slot.name, tensors) for slot in checkpoint.slots]
     dtype = checkpoint.tensors[checkpoint.slots[0].name].dtype if checkpoint.slots else "F32"
     if out == checkpoint.folder and tensors.keys() <= gate_names:
         sha256 = write_router_file(out / ROUTER_FILE, checkpoint.slots, gates, dtype)
-        _write_rest(out, record, sha256, trained_on)
+        _write_rest(out, record, sha256, files)
         return open_checkpoint(out)
     with staging(
         out, f"train {training.settings} {sorted(record.trained.items())}", overwrite=out == checkpoint.folder,
         marker=RECORD_FILE,
     ) as stage:  # fmt: skip
-        _copy_rest(checkpoint, stage.folder)
+        _copy_rest(checkpoint, stage.folder, results=out == checkpoint.folder)
         mappings = Mappings()
         try:
             for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
@@ -63,7 +68,7 @@ def write_trained(
         finally:
             mappings.close()
         sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
-        _write_rest(stage.folder, record, sha256, trained_on)
+        _write_rest(stage.folder, record, sha256, files)
     return open_checkpoint(out)
 
 
@@ -119,22 +124,18 @@ def _record(
     )
 
 
-def _write_rest(folder: Path, record: Record, router_sha256: str, trained_on: str) -> None:
-    write_atomically(folder / TRAINED_FILE, trained_on.encode())
+def _write_rest(folder: Path, record: Record, router_sha256: str, files: Mapping[str, str]) -> None:
+    for name, content in files.items():
+        write_atomically(folder / name, content.encode())
     router = record.router.model_copy(update={"sha256": router_sha256})
     write_json(folder / RECORD_FILE, record.model_copy(update={"router": router}).model_dump(mode="json"))
 
 
-def _known_documents(folder: Path) -> list[str]:
-    path = folder / TRAINED_FILE
-    return path.read_text(encoding="utf-8").split() if path.exists() else []
-
-
-def _copy_rest(checkpoint: Checkpoint, folder: Path) -> None:
-    """Everything that is neither weights nor the record: config, tokenizer, code, statistics, results."""
+def _copy_rest(checkpoint: Checkpoint, folder: Path, *, results: bool) -> None:
+    """Everything that is neither weights nor the record: config, tokenizer, code, statistics, and `results` if wanted."""
     weights = {ref.file.name for ref in checkpoint.tensors.values()}
     for path in checkpoint.folder.iterdir():
-        if path.name in {RECORD_FILE, ROUTER_FILE, *weights}:
+        if path.name in {RECORD_FILE, ROUTER_FILE, *weights} or (path.name == RESULTS_FOLDER and not results):
             continue
         if path.is_dir():
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
