@@ -96,9 +96,8 @@ def measure(folder: Path, tokens: int, repeats: int, passes: int) -> None:
         lambda: train_cheap(checkpoint, corpora, {c.expert: c.sequences[:2] for c in corpora}, cheap, lambda *_: None)
     )
     rate = total * passes / taken
-    print(
-        f"  cheap            {rate:8.0f} tokens/s   {rate / line['train routers']:.1f} times full ({passes} passes over {total})"
-    )
+    times = rate / line["train routers"]
+    print(f"  cheap            {rate:8.0f} tokens/s   {times:.1f} times full ({passes} passes over {total})")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main() -> None:
 
 def ablation() -> dict[str, Variant]:
     """Linear, noisy, centroid, ridge, trained routers, trained routers and attention x backbone x top_k."""
-    short = {"steps": 30, "batch_tokens": 3072, "learning_rate": 6e-3, "patience": 8}
+    short = {"steps": 30, "batch_tokens": 3072, "learning_rate": 6e-3, "evaluate_every": 10, "select_tokens": 4096}
     more = {**short, "what": ["routers", "attention"], "backbone_learning_rate": 2e-3, "weight_decay": 0.01}
     few = {"tokens_per_domain": 16_384}
     variants: dict[str, Variant] = {}
