@@ -890,3 +890,19 @@ def test_experts_may_be_named_like_figures(workshop: Workshop) -> None:
     done = run(checkpoint, what=["head"], generic=[str(workshop.root / "text" / "law.jsonl")])
     assert list(done.record.select_loss) == ["loss", "generic", "lm", "(generic)"]
     assert len({tuple(each.values()) for each in done.record.select_loss.values()}) >= 3
+
+
+def test_training_ends_when_held_out_loss_no_longer_falls(workshop: Workshop) -> None:
+    done = run(built(workshop), what=["head"], backbone_learning_rate=0.3, steps=40, patience=2, share=0.1)
+    assert 0 < done.record.steps < 40
+    note = next(note for note in done.record.notes if note.startswith("ended after step"))
+    best = int(note.rpartition("step ")[2].split()[0])
+    assert done.record.steps == best + 2  # two comparisons, one after each step, without a better one
+
+
+def test_products_in_bfloat16_train_float32_weights(workshop: Workshop) -> None:
+    first, second = built(workshop, "FIRST"), built(workshop, "SECOND")
+    assert run(first, what=["head"]).improved and run(second, what=["head"], precision="bfloat16").improved
+    one, two = read(first.folder)["lm_head.weight"], read(second.folder)["lm_head.weight"]
+    assert one.dtype == two.dtype == torch.float32
+    assert not torch.equal(one, two) and torch.allclose(one, two, atol=0.02)
