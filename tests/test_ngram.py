@@ -166,6 +166,14 @@ def test_the_same_recipe_gives_the_same_bytes(workshop: Workshop) -> None:
             assert path.read_bytes() == (second.folder / path.relative_to(first.folder)).read_bytes(), path.name
 
 
+def test_a_refit_keeps_what_it_was_not_asked_to_change(workshop: Workshop) -> None:
+    checkpoint = build(workshop, router={"decay": [0.5], "smoothing": 0.1, "order": 1})
+    changed = refit(checkpoint, {"router": {"temperature": 2.0}})
+    settings = changed.record.recipe.mixture.router
+    assert (settings.decay, settings.smoothing, settings.order) == ([0.5], 0.1, 1)
+    assert open_checkpoint(changed.folder).config["modekit"]["routing"]["averages"] == [{"decay": 0.5, "sum": True}]
+
+
 @pytest.mark.parametrize(
     ("router", "words"),
     [

@@ -53,6 +53,7 @@ def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recip
     mixture = {key: value for key, value in mixture.items() if key not in dead}
     mixture.update({key: value for key, value in changes.items() if key != "router"})
     dead = {key for key, granularity in READ_AT.items() if router.get("granularity") != granularity}
+    dead -= {"decay"} if router.get("fit") == "ngram" else set()
     dead |= {key for key, fits in READ_BY.items() if router.get("fit", "logistic") not in fits}
     router = {key: value for key, value in router.items() if key not in dead or key in changes.get("router", {})}
     if router and (method != "linear" or changes.get("router")):
