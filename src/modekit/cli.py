@@ -203,7 +203,7 @@ def train(
             record = {"improved": done.improved, **done.record.model_dump(mode="json")}
             sys.stdout.write(json.dumps(record, indent=2) + "\n")
         else:
-            print_training(output or checkpoint, done)
+            print_training(output if output is not None and done.improved else checkpoint, done)
     if done.failed is not None:
         raise done.failed
 
