@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +31,14 @@ class RouterTrace:
                 yield said if self._gates is None else nn.functional.linear(said.float(), _whole(self._gates[slot]).float())
 
 
-def _whole(gate: nn.Parameter) -> torch.Tensor:
-    """A gate of which this process may hold a shard."""
-    full: torch.Tensor = gate.full_tensor() if hasattr(gate, "full_tensor") else gate
-    return full
+def _whole(gate: Any) -> torch.Tensor:
+    """A gate of which this process may hold a shard; its gradient is the processes' mean, as that of the sharded pass is."""
+    whole: torch.Tensor = gate
+    if hasattr(gate, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        whole = gate.full_tensor(grad_placements=[Partial("avg")] * gate.device_mesh.ndim)
+    return whole
 
 
 @contextmanager
