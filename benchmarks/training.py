@@ -189,10 +189,11 @@ def print_table(demo: Path, table: str, names: Sequence[str]) -> None:
             continue
         gap = statistics.fmean(each["gap"] for each in found)
         spread = max(abs(each["gap"] - gap) for each in found)
+        shown = f" ± {spread:.3f}" if len(found) > 1 else ""
         cells = [f"{statistics.fmean(each['gaps'][domain] for each in found):.2f}" for domain in DOMAINS]
         unseen = statistics.fmean(each["unseen"] for each in found)
         seconds = statistics.fmean(each["seconds"] for each in found)
-        print(f"| {name} | {len(found)} | {gap:.3f} ± {spread:.3f} | {' | '.join(cells)} | {unseen:.3f} | {seconds:.0f} |")
+        print(f"| {name} | {len(found)} | {gap:.3f}{shown} | {' | '.join(cells)} | {unseen:.3f} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":
