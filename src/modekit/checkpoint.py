@@ -30,11 +30,11 @@ from modekit.errors import CheckpointError, RecipeError
 from modekit.families import LAYER
 from modekit.mixture_config import problem_of
 from modekit.native import Native, native_of
-from modekit.numeric import DTYPES, is_finite, to_bytes
+from modekit.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
 from modekit.plan_modekit import replaced_rows, routing_config, slots_of
 from modekit.planned import INDEX_FILE, ROUTER_FILE, Plan, RouterSlot
 from modekit.recipe import Recipe, Router
-from modekit.sources import ITEMSIZE, TensorRef, read_header
+from modekit.sources import ITEMSIZE, Mappings, TensorRef, read_header
 from modekit.writer import JOURNAL, safetensors_header, write_atomically, write_json
 
 RECORD_FILE = "modekit.json"
@@ -202,6 +202,15 @@ class Checkpoint:
                         "config.json and the weights disagree", where=f"{self.folder}: {name}", remedy=_BUILD_AGAIN
                     )
         return tensors
+
+    def gates(self) -> list[npt.NDArray[np.float32]]:
+        """The gate of every router slot as it is on disk."""
+        mappings = Mappings()
+        try:
+            refs = [self.tensors[slot.name] for slot in self.slots]
+            return [to_float32(as_array(mappings.view(ref), ref.dtype)).reshape(ref.shape) for ref in refs]
+        finally:
+            mappings.close()
 
     @property
     def names(self) -> list[str]:

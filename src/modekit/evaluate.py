@@ -290,9 +290,14 @@ def held_out_domains(
     return domains
 
 
+def tokens_per_pass(config: Any) -> int:
+    """Padded tokens of a batch whose logits, (B, S, V) float32, stay within bounds."""
+    return max(512, min(8_192, 2**26 // int(config.vocab_size)))
+
+
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
-    tokens = max(512, min(8_192, 2**26 // int(model.config.vocab_size)))  # bounds the logits, (B, S, V) float32
+    tokens = tokens_per_pass(model.config)
     loss_sum = torch.zeros((), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):

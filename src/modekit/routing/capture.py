@@ -19,6 +19,12 @@ from modekit.routing.statistics import DomainStatistics, SlotStatistics
 
 _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
 
+
+def to_float16(x: torch.Tensor) -> torch.Tensor:
+    """Activations as they are kept: float16 on the CPU, outliers at its largest number."""
+    return x.clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
+
+
 Consume = Callable[[int, torch.Tensor, torch.Tensor], None]
 """(slot, x (T, D), places (T,)): the real tokens of a batch, and their places in the order of the sequences."""
 
@@ -40,7 +46,7 @@ class _Sums:
             return
         slots = torch.searchsorted(self._places, places_T)
         found = (slots < len(self._places)) & (self._places[slots.clamp(max=len(self._places) - 1)] == places_T)
-        self.sample_ND[slots[found]] = x_TD[found.to(x_TD.device)].clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
+        self.sample_ND[slots[found]] = to_float16(x_TD[found.to(x_TD.device)])
 
     def add_up(self, shared: Processes) -> None:
         """Take what the other processes found."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,6 +31,11 @@ class Corpus:
     def tokens(self) -> int:
         """Tokens, each once."""
         return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Where each sequence begins among the tokens of all, and where the last one ends."""
+        return torch.tensor([0, *(len(sequence.ids) for sequence in self.sequences)]).cumsum(0)
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self._corpora = corpora
         self._parts = parts
         self._pad_id = pad_id
-        self._starts = [
-            torch.tensor([0, *(len(sequence.ids) for sequence in corpus.sequences)]).cumsum(0).tolist() for corpus in corpora
-        ]
+        self._starts = [corpus.starts.tolist() for corpus in corpora]
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -18,15 +18,14 @@ import torch
 from modekit.checkpoint import Checkpoint
 from modekit.data import TokenSequence
 from modekit.errors import TrainingError
-from modekit.models import ExpertView, expert_view, gate_parameters
+from modekit.models import ExpertView, expert_view
 from modekit.progress import Progress
-from modekit.routing.capture import run_with_inputs
+from modekit.routing.capture import run_with_inputs, to_float16
 from modekit.train.batches import Corpus, shares
 from modekit.train.settings import TrainSettings
 
 _BATCH = 1_024  # kept tokens per step
 _PASSES = 20  # over the kept tokens, when no number of steps is given
-_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def train_cheap(
     held_out = _capture(view, select, averages, prefix, slots, keep, progress, "read held-out")
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}
     gates, before, after, steps = [], [], [], 0
-    for slot, gate in enumerate(_gates(checkpoint, view)):
+    for slot, gate in enumerate(map(torch.from_numpy, checkpoint.gates())):
         trained, losses, taken = _descend(gate, kept[slot], held_out[slot], mix, settings)
         steps = max(steps, taken)
         gates.append(trained)
@@ -101,19 +100,6 @@ def _averages(checkpoint: Checkpoint) -> tuple[Sequence[Mapping[str, float | Non
     return routing["averages"], routing["prefix"]
 
 
-def _gates(checkpoint: Checkpoint, view: ExpertView) -> list[torch.Tensor]:
-    """The checkpoint's gates; a dense view has none, so they are read from the file."""
-    if checkpoint.native is None:
-        return [gate.detach().float().cpu().clone() for gate in gate_parameters(view.model, checkpoint)]
-    from safetensors import safe_open
-
-    gates = []
-    for slot in checkpoint.slots:
-        with safe_open(checkpoint.tensors[slot.name].file, framework="pt") as file:
-            gates.append(file.get_tensor(slot.name).float())
-    return gates
-
-
 def _capture(
     view: ExpertView, texts: Mapping[int, Sequence[TokenSequence]], averages: Sequence[Mapping[str, float | None]],
     prefix: int | None, slots: int, keep: float, progress: Progress, stage: str,
@@ -135,7 +121,7 @@ def _capture(
             found = rows >= 0
             if slot not in kept:  # noqa: B023
                 kept[slot] = torch.zeros((count, x_TD.shape[1]), dtype=torch.float16)  # noqa: B023
-            kept[slot][rows[found]] = x_TD[found.to(x_TD.device)].clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)  # noqa: B023
+            kept[slot][rows[found]] = to_float16(x_TD[found.to(x_TD.device)])  # noqa: B023
 
         def advance(tokens: int) -> None:
             nonlocal done

@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from modekit.data import TokenSequence, make_batches
+from modekit.data import make_batches
 from modekit.errors import TrainingError
+from modekit.evaluate import Domain, tokens_per_pass
 from modekit.progress import Progress
 from modekit.train.batches import Batches
 from modekit.train.objective import Objective
@@ -35,19 +36,6 @@ from modekit.writer import write_atomically
 COMPLETE = "complete"
 LOG_FILE = "log.csv"
 _STATE_FILE = "model.safetensors"  # the name that Trainer looks for
-
-
-@dataclass(frozen=True)
-class SelectText:
-    """Held-out sequences of one domain (select split)."""
-
-    name: str
-    sequences: Sequence[TokenSequence]
-
-    @property
-    def predicted(self) -> int:
-        """Tokens that are scored."""
-        return sum(len(sequence.ids) - 1 for sequence in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ def run_trainer(
     objective: Objective,
     moving: Sequence[str],
     batches: Batches,
-    select: Sequence[SelectText],
+    select: Sequence[Domain],
     settings: TrainSettings,
     folder: Path,
     *,
@@ -81,7 +69,7 @@ def run_trainer(
     bfloat16: bool,
     progress: Progress,
 ) -> Trained:
-    """Train until the steps are done or the held-out loss stops falling; the model is left in its best state.
+    """Train until the steps are done or the held-out loss stops falling.
 
     `moving` names the parameters of the mixture that have gradients. Goes on from the last complete state in `folder`.
     """
@@ -175,7 +163,7 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
     """Reads the batches in their order, keeps only what moves, and judges states by the mean held-out loss."""
 
     def __init__(
-        self, objective: Objective, moving: Sequence[str], batches: Batches, select: Sequence[SelectText],
+        self, objective: Objective, moving: Sequence[str], batches: Batches, select: Sequence[Domain],
         settings: TrainSettings, arguments: TrainingArguments, progress: Progress,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -203,7 +191,7 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             routers: list[Any] = []
             others: list[Any] = []
-            gates = self._gate_names()
+            gates = {f"mixture.{name}" for name in self._objective.gate_names}
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
                     (routers if name in gates else others).append(parameter)
@@ -226,9 +214,6 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
             optimizer or self.optimizer, lambda step: min((step + 1) / warm, max(0.0, 1.0 - (step - warm) / rest))
         )
         return self.lr_scheduler
-
-    def _gate_names(self) -> set[str]:
-        return {f"mixture.{name}" for name in self._objective.gate_names}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -269,13 +254,12 @@ class _MixtureTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad(), self._objective.as_configured():
             return {text.name: self._score(text) for text in self._select}
 
-    def _score(self, text: SelectText) -> float:
-        tokens = max(512, min(8_192, 2**26 // int(self._objective.config.vocab_size)))
+    def _score(self, text: Domain) -> float:
         total = 0.0
-        for batch in make_batches(text.sequences, tokens=tokens):
+        for batch in make_batches(text.sequences, tokens=tokens_per_pass(self._objective.config)):
             item = {"input_ids": batch.input_ids.to(self.args.device), "real": batch.mask.to(self.args.device)}
             total += float(self.model(score=True, **item)["loss"])
-        return total / text.predicted
+        return total / text.scored_tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Only what moves."""

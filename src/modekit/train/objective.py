@@ -18,11 +18,8 @@ from modekit.checkpoint import Checkpoint
 from modekit.models import gate_parameters, set_top_k
 from modekit.router_trace import router_trace
 from modekit.train.losses import distillation, domain_label, importance, language_model, load_balance, z_loss
-from modekit.train.settings import TrainSettings
+from modekit.train.settings import OF_ROUTERS, TrainSettings
 from modekit.train.teachers import Teacher
-
-OF_ROUTERS = {"label", "balance", "importance", "z"}
-"""Losses that are taken of what routers say."""
 
 
 class Objective(nn.Module):

@@ -21,18 +21,18 @@ from safetensors.torch import load_file
 
 from modekit.checkpoint import Checkpoint, TrainingRecord, open_checkpoint
 from modekit.errors import TextError, TrainingError
-from modekit.evaluate import RESULTS_FOLDER, Domain, Results, evaluate, results_from_data, score_domain
+from modekit.evaluate import RESULTS_FOLDER, Results, evaluate, results_from_data, score_domain
 from modekit.models import gate_parameters, load_model
 from modekit.processes import processes
 from modekit.progress import Progress, silent
 from modekit.train.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.train.cheap import train_cheap
-from modekit.train.engine import LOG_FILE, SelectText, Trained, run_trainer
+from modekit.train.engine import LOG_FILE, Trained, run_trainer
 from modekit.train.folder import TrainingFolder
 from modekit.train.low_rank import make_trainable
 from modekit.train.moving import moving_of
-from modekit.train.objective import OF_ROUTERS, Objective
-from modekit.train.settings import DISTILLS, TrainSettings
+from modekit.train.objective import Objective
+from modekit.train.settings import DISTILLS, OF_ROUTERS, TrainSettings
 from modekit.train.teachers import make_teachers
 from modekit.train.texts import Text, read_texts, silent_domains
 from modekit.train.write import write_trained
@@ -223,7 +223,7 @@ def _cheap(
         checkpoint, [text.corpus for text in texts], {text.corpus.expert: text.select for text in texts}, settings, progress
     )
     model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-    domains = [Domain(text.corpus.name, text.corpus.expert, text.select, {}) for text in texts]
+    domains = [text.held_out for text in texts]
 
     def losses() -> dict[str, float]:
         return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
@@ -271,7 +271,7 @@ def _full(
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     done = run_trainer(
         objective, trainable.names, Batches(corpora, parts, pad_id=0),
-        [SelectText(text.corpus.name, text.select) for text in texts], settings, folder.path, steps=steps,
+        [text.held_out for text in texts], settings, folder.path, steps=steps,
         accumulate=accumulate, bfloat16=_in_bfloat16(settings, mixture.device), progress=progress,
     )  # fmt: skip
     read = parts[: done.steps * per_step]

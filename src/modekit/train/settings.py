@@ -34,7 +34,8 @@ WEIGHTS: dict[Loss, float] = {
 DISTILLS = {"distill", "distill_reverse"}
 """Losses that need the domains' own experts as teachers."""
 _READS_LABEL = {"label", *DISTILLS}
-_OF_ROUTERS = {"label", "balance", "importance", "z"}
+OF_ROUTERS = {"label", "balance", "importance", "z"}
+"""Losses that are taken of what routers say."""
 
 
 class TrainSettings(BaseModel):
@@ -134,7 +135,7 @@ class TrainSettings(BaseModel):
             raise ValueError(f"settings without effect here: {', '.join(found)}; remove them")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
-        if self.speed == "full" and set(self.losses) <= _OF_ROUTERS and set(self.what) == {"head"}:
+        if self.speed == "full" and set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or distill")
         if self.lora is not None and set(self.what) <= {"routers", "norms"}:
             raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")

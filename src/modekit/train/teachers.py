@@ -25,10 +25,9 @@ from modekit.evaluate import load_expert_source
 from modekit.models import Head, forced_expert, head_of, load_model
 from modekit.processes import processes
 from modekit.progress import Progress
+from modekit.routing.capture import to_float16
 from modekit.train.batches import Corpus
 from modekit.train.losses import GENERIC
-
-_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,14 @@ def _read(checkpoint: Checkpoint, corpus: Corpus, path: Path, trust_remote_code:
     path.parent.mkdir(parents=True, exist_ok=True)
     width = int(model.config.hidden_size)
     hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
-    starts = torch.tensor([0, *(len(sequence.ids) for sequence in corpus.sequences)]).cumsum(0)
     done = 0
     with torch.inference_mode(), forced_expert(model, checkpoint, corpus.expert) if forced else nullcontext():
         for batch in make_batches(corpus.sequences):
             mask = batch.mask.to(model.device)
             output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)
             within = torch.arange(batch.mask.shape[1])
-            places = (starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
-            hidden_ND[places] = output.last_hidden_state[mask].float().clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
+            places = (corpus.starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
+            hidden_ND[places] = to_float16(output.last_hidden_state[mask].float())
             done += len(places)
             progress(f"teacher {corpus.name}", done, corpus.tokens)
     head = head_of(model)

@@ -18,6 +18,7 @@ from modekit.data import (
     text_record,
 )
 from modekit.errors import TextError
+from modekit.evaluate import Domain
 from modekit.models import load_tokenizer
 from modekit.train.batches import Corpus
 from modekit.train.losses import GENERIC
@@ -36,6 +37,11 @@ class Text:
     trained_on: list[str]
     selected_by: list[str]
     record: dict[str, Any]
+
+    @property
+    def held_out(self) -> Domain:
+        """What states are compared on."""
+        return Domain(self.corpus.name, self.corpus.expert, self.select, {})
 
 
 def read_texts(

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from blake3 import blake3
 
@@ -22,7 +20,7 @@ from modekit.checkpoint import RECORD_FILE, Checkpoint, Record, TrainingRecord, 
 from modekit.data import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.errors import TrainingError
 from modekit.evaluate import RESULTS_FOLDER
-from modekit.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
+from modekit.numeric import DTYPES, is_finite, to_bytes
 from modekit.planned import INDEX_FILE, ROUTER_FILE
 from modekit.sources import Mappings, TensorRef
 from modekit.writer import staging, write_all, write_atomically, write_json
@@ -44,7 +42,10 @@ def write_trained(
         for name, digests in ((TRAINED_FILE, trained_on), (SELECTED_FILE, selected_by))
     }
     record = _record(checkpoint, out, tensors.keys() - gate_names, content, training)
-    gates = [_gate(checkpoint, slot.name, tensors) for slot in checkpoint.slots]
+    gates = [
+        tensors[slot.name].detach().float().contiguous().numpy() if slot.name in tensors else gate
+        for slot, gate in zip(checkpoint.slots, checkpoint.gates(), strict=True)
+    ]
     dtype = checkpoint.tensors[checkpoint.slots[0].name].dtype if checkpoint.slots else "F32"
     if out == checkpoint.folder and tensors.keys() <= gate_names:
         sha256 = write_router_file(out / ROUTER_FILE, checkpoint.slots, gates, dtype)
@@ -89,18 +90,6 @@ def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memory
             f"a trained tensor is not finite in {DTYPES[ref.dtype]}", where=name, remedy="lower the learning rate"
         )
     return view
-
-
-def _gate(checkpoint: Checkpoint, name: str, tensors: Mapping[str, torch.Tensor]) -> npt.NDArray[np.float32]:
-    if name in tensors:
-        values: npt.NDArray[np.float32] = tensors[name].detach().float().contiguous().numpy()
-        return values
-    ref = checkpoint.tensors[name]
-    mappings = Mappings()
-    try:
-        return to_float32(as_array(mappings.view(ref), ref.dtype)).reshape(ref.shape)
-    finally:
-        mappings.close()
 
 
 def _record(
