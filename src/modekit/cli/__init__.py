@@ -1,0 +1,12 @@
+"""The command line: parses, calls one public function, prints. Heavy modules are imported inside the commands.
+
+A file per group of commands; `--help` lists the groups in the order in which they are imported here.
+"""
+
+# ruff: noqa: I001
+from modekit.cli import mixtures as mixtures
+from modekit.cli import training as training
+from modekit.cli import results as results
+from modekit.cli import experts as experts
+from modekit.cli.shell import app as app
+from modekit.cli.shell import main as main

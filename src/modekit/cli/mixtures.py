@@ -1,0 +1,156 @@
+"""Commands from a recipe to a proven checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.errors import ModekitError
+from modekit.printing import (
+    bytes_of,
+    out,
+    print_checks,
+    print_plan,
+)
+
+
+@app.command()
+def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+    """Show what a build would do, from configs and headers alone."""
+    from modekit.data import check_present
+    from modekit.plan import make_plan
+    from modekit.plan import summary as summarise
+    from modekit.recipe import load_recipe
+
+    root, parsed = recipe.resolve().parent, load_recipe(recipe)
+    summary = summarise(make_plan(parsed, root, trust_remote_code=trust_remote_code, headers_only=True))
+    for place, expert in enumerate(parsed.experts):
+        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}'")
+    for domain, texts in parsed.eval.items():
+        check_present(texts, root=root, where=f"eval.{domain}")
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+    else:
+        print_plan(summary)
+
+
+@app.command()
+def build(
+    recipe: RecipePath, output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    overwrite: Overwrite = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Write the mixture: stream the experts, fit the router."""
+    from modekit.build import build as run
+    from modekit.plan import make_plan
+    from modekit.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
+    with drawn_progress() as progress:
+        checkpoint = run(made, output.resolve(), overwrite=overwrite, progress=progress)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    out.print(
+        f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
+        f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {bytes_of(size)}"
+    )
+
+
+@app.command()
+def fit(
+    checkpoint: OutFolder,
+    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None,
+    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None,
+    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None,
+    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.processes import processes
+    from modekit.routing.refit import refit
+
+    wanted = {
+        "fit": router, "granularity": granularity, "temperature": temperature, "l2": l2,
+        "tokens_per_domain": tokens_per_domain, "seed": seed,
+    }  # fmt: skip
+    changes: dict[str, Any] = {"router": {key: value for key, value in wanted.items() if value is not None}}
+    if method is not None:
+        changes["method"] = method
+    if top_k is not None:
+        changes["top_k"] = top_k
+    with drawn_progress() as progress:
+        done = refit(open_checkpoint(checkpoint.resolve()), changes, trust_remote_code=trust_remote_code, progress=progress)
+    if not processes().is_main:
+        return
+    settings = done.record.router.settings
+    name = settings.fit if settings is not None else "zero gate"
+    out.print(
+        f"[bold]{escape(str(checkpoint))}[/]: router {name}, {done.record.router.status}, "
+        f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
+    )
+
+
+@app.command()
+def verify(
+    checkpoint: OutFolder, as_json: AsJson = False, trust_remote_code: Trust = False,
+    reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
+) -> None:  # fmt: skip
+    """Prove that the checkpoint is what it says; exit code 1 when it is not."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.verify import is_proven
+    from modekit.verify import verify as run
+
+    with drawn_progress() as progress:
+        checks = run(
+            open_checkpoint(checkpoint.resolve()), trust_remote_code=trust_remote_code, reload=reload, progress=progress
+        )
+    if as_json:
+        sys.stdout.write(json.dumps([vars(check) for check in checks], indent=2) + "\n")
+    else:
+        print_checks(checks)
+    if not is_proven(checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    checkpoint: OutFolder,
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets one PEFT folder per expert.")],
+    expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the adapters of a mixture as ordinary PEFT folders, bit for bit."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.export import adapter_experts, export_adapter
+
+    opened = open_checkpoint(checkpoint.resolve())
+    names = expert or adapter_experts(opened)
+    if not names:
+        raise ModekitError(
+            "no expert of this mixture is an adapter", where=str(checkpoint), found=", ".join(opened.names),
+            remedy="see `modekit extract` for full models",
+        )  # fmt: skip
+    for name in names:
+        record = export_adapter(opened, name, output.resolve() / name, overwrite=overwrite)
+        out.print(f"[bold]{escape(str(output / name))}[/]: LoRA, rank {record['rank']}, {record['modules']} modules")
+        for note in record["notes"]:
+            out.print(f"  [dim]{escape(note)}[/]")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from modekit.recipe import schema_text
+
+    sys.stdout.write(schema_text())

@@ -1,0 +1,119 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.errors import ModekitError
+from modekit.printing import (
+    print_training,
+)
+
+
+@app.command()
+def train(
+    checkpoint: OutFolder,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="domain=FILE, FOLDER or data set; may be given several times. Default: the recipe's text."),
+    ] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Option(help="What moves: routers (default), attention, norms, mlp, embeddings, head, experts, all; repeatable."),
+    ] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME=WEIGHT; repeatable: lm (default), distill, distill_reverse, label, balance, importance, z."
+        ),
+    ] = None,
+    cheap: Annotated[
+        bool, typer.Option("--cheap", help="Gates alone, on kept activations with domain labels: no pass back.")
+    ] = False,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank, folded in at the end.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 5e-3).")] = None,
+    backbone_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of all else (default 1e-4).")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step, of all processes together (default 4096).")] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the documents that is trained on (default 1).")] = None,
+    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, to keep the way back to the base.")] = None,
+    randomise: Annotated[
+        float | None, typer.Option(help="Probability of a wrong or missing label (domain randomisation; label, distill).")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML with all settings by name (docs/training.md); options above count more.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Write the trained mixture here and leave the first as it is.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="Held-out tokens per domain for the tables before and after; 0: none.")
+    ] = 8_192,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a mixture better by gradient; by default only its routers move. Works under torchrun and accelerate launch."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.processes import processes
+    from modekit.train.run import train as run
+    from modekit.train.settings import read_settings, train_settings
+
+    said: dict[str, Any] = {
+        "what": what, "losses": _weights(loss), "speed": "cheap" if cheap else None, "lora": lora, "steps": steps,
+        "learning_rate": learning_rate, "backbone_learning_rate": backbone_learning_rate, "batch_tokens": batch_tokens,
+        "share": share, "generic": generic, "randomise": randomise, "seed": seed,
+    }  # fmt: skip
+    values = read_settings(settings) if settings is not None else {}
+    values |= {key: value for key, value in said.items() if value is not None}
+    wanted = train_settings(values, where=str(settings) if settings is not None else "modekit train")
+    with drawn_progress() as progress:
+        done = run(
+            open_checkpoint(checkpoint.resolve()), wanted, texts=_texts(text), root=Path.cwd(),
+            out=output.resolve() if output is not None else None, evaluate_tokens=tokens or None,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if processes().is_main:
+        if as_json:
+            record = {"improved": done.improved, **done.record.model_dump(mode="json")}
+            sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        else:
+            print_training(output if output is not None and done.improved else checkpoint, done)
+    if done.failed is not None:
+        raise done.failed
+
+
+def _weights(losses: list[str] | None) -> dict[str, float] | None:
+    """NAME or NAME=WEIGHT -> weight."""
+    from modekit.train.settings import WEIGHTS
+
+    if not losses:
+        return None
+    weights: dict[str, float] = {}
+    for each in losses:
+        name, sign, value = each.partition("=")
+        try:
+            weights[name] = float(value) if sign else cast(dict[str, float], WEIGHTS)[name]
+        except (KeyError, ValueError):
+            raise ModekitError(
+                "unknown loss or weight", where="--loss", found=each, expected=f"one of {', '.join(WEIGHTS)}, or NAME=WEIGHT",
+                remedy="correct it",
+            ) from None  # fmt: skip
+    return weights
+
+
+def _texts(text: list[str] | None) -> dict[str, list[str]]:
+    """domain=FILE -> texts by domain."""
+    texts: dict[str, list[str]] = {}
+    for each in text or []:
+        domain, sign, spec = each.partition("=")
+        if not sign or not domain or not spec:
+            raise ModekitError("not domain=FILE", where="--text", found=each, remedy="write --text medicine=notes.jsonl")
+        texts.setdefault(domain, []).append(spec)
+    return texts
