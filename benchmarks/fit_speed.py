@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modekit.data import TokenSequence, make_batches
 from modekit.recipe import Router
-from modekit.routing.capture import capture_domain
+from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 
 TOKEN = Router().averages
@@ -48,9 +48,7 @@ def main() -> None:
                 run(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
 
     def capture() -> Any:
-        return capture_domain(
-            view, sequences, [], averages=TOKEN, prefix=None, keep_tokens=4096, source={}, advance=lambda _: None
-        )
+        return capture_domain(view, sequences, [], reads=[Read(TOKEN, None, {})], keep_tokens=4096, advance=lambda _: None)
 
     jobs: dict[str, Callable[[], Any]] = {
         "forward": lambda: forward(model), "decoder only": lambda: forward(model.model), "capture": capture,

@@ -35,7 +35,7 @@ from modekit.evaluate import held_out_domains, score_domain
 from modekit.models import DenseView, decoder_layers, load_model, load_tokenizer
 from modekit.plan import make_plan
 from modekit.recipe import Router, parse_recipe
-from modekit.routing.capture import capture_domain
+from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 
@@ -89,9 +89,9 @@ class Bench:
     def capture(self, run: Callable[[int], Any]) -> list[DomainStatistics]:
         """Statistics per domain; `run(place)` gives what to run: an object with `model` and `router_inputs()`."""
         return [
-            capture_domain(
-                run(place), sequences, [], averages=TOKEN, prefix=None, keep_tokens=TOKENS, source={}, advance=print_nothing
-            )
+            capture_domain(run(place), sequences, [], reads=[Read(TOKEN, None, {})], keep_tokens=TOKENS, advance=print_nothing)[
+                0
+            ]
             for place, sequences in enumerate(self.sequences)
         ]
 

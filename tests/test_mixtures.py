@@ -37,7 +37,7 @@ from modekit.families import FAMILIES, Family
 from modekit.models import expert_view, forced_expert
 from modekit.plan import make_plan
 from modekit.recipe import READ_BY, Router, parse_recipe
-from modekit.routing.capture import capture_domain
+from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 from modekit.verify import is_proven, verify
@@ -836,18 +836,8 @@ def captured(checkpoint: Checkpoint, sequences: list[list[TokenSequence]]) -> li
     view, router, found = expert_view(checkpoint), checkpoint.record.recipe.mixture.router, []
     for place, own in enumerate(sequences):
         view.use_expert(place)
-        found.append(
-            capture_domain(
-                view,
-                own,
-                [],
-                averages=router.averages,
-                prefix=router.prefix_tokens,
-                keep_tokens=64,
-                source={},
-                advance=lambda _: None,
-            )
-        )
+        read = Read(router.averages, router.prefix_tokens, {})
+        found += capture_domain(view, own, [], reads=[read], keep_tokens=64, advance=lambda _: None)
     return found
 
 

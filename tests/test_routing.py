@@ -20,7 +20,7 @@ from modekit.errors import RecipeError, TextError
 from modekit.models import DenseView
 from modekit.planned import ROUTER_FILE
 from modekit.recipe import Router
-from modekit.routing.capture import capture_domain
+from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.fit import fit_documents
 from modekit.routing.refit import refit
@@ -44,9 +44,8 @@ def sequences_of(checkpoint: Checkpoint, place: int) -> list[TokenSequence]:
 def capture(checkpoint: Checkpoint, place: int, sequences: list[TokenSequence], keep: int = 64) -> DomainStatistics:
     view = DenseView(checkpoint)
     view.use_expert(place)
-    return capture_domain(
-        view, sequences, [], averages=Router().averages, prefix=None, keep_tokens=keep, source={}, advance=lambda _: None
-    )
+    read = Read(Router().averages, None, {})
+    return capture_domain(view, sequences, [], reads=[read], keep_tokens=keep, advance=lambda _: None)[0]
 
 
 @pytest.fixture(scope="module")

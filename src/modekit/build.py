@@ -99,20 +99,21 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
     try:
         for shard in plan.shards:
 
-            def write_tensor(place: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
+            def write_next(place: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written
                 progress("build", min(written, total), total)
-                _write_tensor(plan, tensors[place], read, stream)
+                write_tensor(plan, tensors[place], read, stream)
                 written += tensors[place].nbytes
 
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
-            stage.write_shard(shard.file, entries, write_tensor)
+            stage.write_shard(shard.file, entries, write_next)
         progress("build", total, total)
     finally:
         mappings.close()
 
 
-def _write_tensor(plan: Plan, tensor: PlannedTensor, read: PieceReader, stream: io.FileIO) -> None:
+def write_tensor(plan: Plan, tensor: PlannedTensor, read: PieceReader, stream: io.FileIO) -> None:
+    """Write the bytes of a planned tensor. Raises SourceError."""
     if tensor.operation == "copy":
         for piece in tensor.pieces:
             _copy(piece, read.mappings, stream)

@@ -74,6 +74,10 @@ class TrainingError(ModekitError):
     """A training cannot start, or had to stop."""
 
 
+class TuneError(ModekitError):
+    """A search cannot start, or had to stop."""
+
+
 class OutputError(ModekitError):
     """The result folder cannot be written."""
 

@@ -50,7 +50,7 @@ from modekit.writer import write_atomically, write_json
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
 _OWN = re.compile(r"\.experts\.\d+\.")
-_SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
+SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture"]
 
@@ -339,11 +339,11 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
         if place != 0 and folders[place].is_dir() and (folders[0].is_dir() or not is_adapter(folders[place])):
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
-            yield _Job(name, "expert", dense, dense, identity, partial(_load_expert, folders[0], folders[place], load))
+            yield _Job(name, "expert", dense, dense, identity, partial(load_expert, folders[0], folders[place], load))
     if not missing:
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
-        loads = [partial(_load_expert, folders[0], folders[place], load) for place in members]
+        loads = [partial(load_expert, folders[0], folders[place], load) for place in members]
         yield _Job("weight average", "average", dense, dense, identity, lambda: _average(loads))
     active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
     carried, decided = _identities(checkpoint, hashes)
@@ -390,7 +390,7 @@ def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
     return total, per_expert, total - router - constants - per_expert * (len(checkpoint.names) - 1)
 
 
-def _load_expert(base: Path, folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+def load_expert(base: Path, folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """A full model, or the base with an adapter folded in."""
     if not is_adapter(folder):
         return load(folder)
@@ -405,7 +405,7 @@ def load_expert_source(checkpoint: Checkpoint, expert: int, *, trust_remote_code
     )
     if not folder.is_dir() or (is_adapter(folder) and not base.is_dir()):
         return None
-    return _load_expert(base, folder, partial(load_model, trust_remote_code=trust_remote_code))
+    return load_expert(base, folder, partial(load_model, trust_remote_code=trust_remote_code))
 
 
 def _average(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:
@@ -430,12 +430,12 @@ def _gaps(rows: Sequence[Row], domains: Sequence[Domain]) -> dict[str, float]:
 
 
 def _without_gap(rows: Sequence[Row], domains: Sequence[Domain]) -> list[str]:
-    return [name for name, gap in _gaps(rows, domains).items() if gap <= _SMALLEST_GAP]
+    return [name for name, gap in _gaps(rows, domains).items() if gap <= SMALLEST_GAP]
 
 
 def _with_gaps(rows: Sequence[Row], domains: Sequence[Domain]) -> list[Row]:
     by_name = {row.name: row for row in rows if row.kind in {"base", "expert"}}
-    gaps = {name: gap for name, gap in _gaps(rows, domains).items() if gap > _SMALLEST_GAP}
+    gaps = {name: gap for name, gap in _gaps(rows, domains).items() if gap > SMALLEST_GAP}
     completed = []
     for row in rows:
         scores = {}

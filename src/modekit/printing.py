@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from modekit.evaluate import Results
     from modekit.train.run import Training
+    from modekit.tune.results import TuneResults
     from modekit.verify import Check
 
 out = Console()
@@ -34,6 +35,27 @@ def print_results(results: Results) -> None:
     out.print(table)
     for note in results.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
+
+
+_SHOWN_CANDIDATES = 12
+
+
+def print_tune(results: TuneResults) -> None:
+    """Draw the best candidates of a search, and the fixed variants."""
+    header, body = results.table()
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    named = [bool(candidate.name) for candidate in results.ranked()]
+    left_out = 0
+    for place, (cells, is_named) in enumerate(zip(body, named, strict=True)):
+        if place < _SHOWN_CANDIDATES or is_named or cells[0]:
+            style = "bold green" if cells[0] == "best" else "dim" if cells[2].startswith("(") else None
+            table.add_row(*map(escape, cells), style=style)
+        else:
+            left_out += 1
+    out.print("Mean held-out loss; compared on the select split, the report split chose nothing. In brackets: dropped early.")
+    out.print(table)
+    more = f"; {left_out} more in tune.md" if left_out else ""
+    out.print(f"[dim]{len(body)} variants in {results.seconds:.0f} s{more}[/]")
 
 
 def print_training(folder: Path, training: Training) -> None:

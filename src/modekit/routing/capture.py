@@ -6,6 +6,7 @@ Shape legend: B batch, S sequence, D width of what a gate takes (its parts side 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,50 +57,66 @@ class _Sums:
             self.sample_ND = shared.add_up(self.sample_ND.float()).half()
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a gate takes of x: causal averages side by side, and the prefix after which they stay; as the routing has them
+    (architecture/modekit_router.py). `source` is what the statistics will say of themselves.
+    """
+
+    averages: Sequence[Mapping[str, Any]]
+    prefix: int | None
+    source: Mapping[str, Any]
+
+
 def capture_domain(
     view: ExpertView,
     sequences: Sequence[TokenSequence],
     negatives: Sequence[TokenSequence],
     *,
-    averages: Sequence[Mapping[str, Any]],
-    prefix: int | None,
+    reads: Sequence[Read],
     keep_tokens: int,
-    source: Mapping[str, Any],
     advance: Callable[[int], None],
-) -> DomainStatistics:
-    """Run a domain's text through its own expert and sum what every router's gate would take.
+) -> list[DomainStatistics]:
+    """Run a domain's text through its own expert and sum what every router's gate would take, in each of several ways.
 
-    `averages` and `prefix` are those of the routing (architecture/modekit_router.py). `advance` is called with the number
-    of tokens done after each batch. Which tokens are kept depends on their place in `sequences` alone, so neither padding
-    nor the order of batches changes the result beyond rounding. Under a launcher every process runs its share of the sequences,
-    and what they found is added up.
+    `advance` is called with the number of tokens done after each batch. Which tokens are kept depends on their place in
+    `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding. Under a launcher every
+    process runs its share of the sequences, and what they found is added up.
     """
     shared = processes()
     total = sum(len(sequence.ids) for sequence in sequences)
     kept = min(keep_tokens, total)
     places = torch.linspace(0, total - 1, kept, dtype=torch.float64).round().long() if kept else torch.empty(0).long()
-    sums: dict[int, _Sums] = {}
+    sums: list[dict[int, _Sums]] = [{} for _ in reads]
 
-    def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
-        if slot not in sums:
-            sums[slot] = _Sums(x_TD.shape[1], places)
-        sums[slot].add(x_TD, places_T)
+    def consume(number: int, slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
+        if slot not in sums[number]:
+            sums[number][slot] = _Sums(x_TD.shape[1], places)
+        sums[number][slot].add(x_TD, places_T)
 
-    run_with_inputs(view, sequences, averages, prefix, consume, advance, shared)
-    for slot, width in enumerate(shared.agree([len(sums[slot].sum_D) for slot in sorted(sums)])):
-        sums.setdefault(slot, _Sums(width, places)).add_up(shared)  # a process may have had no sequence
-    negative = {slot: torch.zeros_like(each.sum_D) for slot, each in sums.items()}
+    _run_with_inputs(view, sequences, reads, consume, advance, shared)
+    for found in sums:
+        for slot, width in enumerate(shared.agree([len(found[slot].sum_D) for slot in sorted(found)])):
+            found.setdefault(slot, _Sums(width, places)).add_up(shared)  # a process may have had no sequence
+    negative = [{slot: torch.zeros_like(each.sum_D) for slot, each in found.items()} for found in sums]
     if negatives:
         count = sum(len(sequence.ids) for sequence in negatives)
 
-        def consume_negative(slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
-            negative[slot] += x_TD.sum(0, dtype=torch.float64).cpu() / count
+        def consume_negative(number: int, slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
+            negative[number][slot] += x_TD.sum(0, dtype=torch.float64).cpu() / count
 
-        run_with_inputs(view, negatives, averages, prefix, consume_negative, lambda _: None)
-    slots = tuple(
-        SlotStatistics(sums[slot].sum_D, sums[slot].outer_DD, negative[slot], sums[slot].sample_ND) for slot in sorted(sums)
-    )
-    return DomainStatistics(total, slots, dict(source))
+        _run_with_inputs(view, negatives, reads, consume_negative, lambda _: None)
+    return [
+        DomainStatistics(
+            total,
+            tuple(
+                SlotStatistics(found[slot].sum_D, found[slot].outer_DD, negative[number][slot], found[slot].sample_ND)
+                for slot in sorted(found)
+            ),
+            dict(read.source),
+        )
+        for number, (read, found) in enumerate(zip(reads, sums, strict=True))
+    ]
 
 
 def run_with_inputs(
@@ -115,6 +132,19 @@ def run_with_inputs(
 
     With several processes each runs its share of the sequences.
     """
+    read = Read(averages, prefix, {})
+    _run_with_inputs(view, sequences, [read], lambda _number, *taken: consume(*taken), advance, shared)
+
+
+def _run_with_inputs(
+    view: ExpertView,
+    sequences: Sequence[TokenSequence],
+    reads: Sequence[Read],
+    consume: Callable[[int, int, torch.Tensor, torch.Tensor], None],
+    advance: Callable[[int], None],
+    shared: Processes = ALONE,
+) -> None:
+    """The same for several ways to read; `consume` is told which."""
     # By length, so that the shares cost the same.
     mine = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row].ids), row))[shared.rank :: shared.count]
     starts = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)]).cumsum(0)
@@ -125,8 +155,9 @@ def run_with_inputs(
     def hook(slot: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             assert mask is not None and places_T is not None
-            x_BSD = averaged(args[0].detach().float(), mask.to(args[0].device), averages, prefix)
-            consume(slot, x_BSD.flatten(0, 1) if whole else x_BSD[mask], places_T)
+            for number, each in enumerate(reads):
+                x_BSD = averaged(args[0].detach().float(), mask.to(args[0].device), each.averages, each.prefix)
+                consume(number, slot, x_BSD.flatten(0, 1) if whole else x_BSD[mask], places_T)
 
         return read
 

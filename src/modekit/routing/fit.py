@@ -19,7 +19,7 @@ from modekit.models import ExpertView, expert_view, load_tokenizer
 from modekit.processes import processes
 from modekit.progress import Progress, silent
 from modekit.recipe import DATA_FREE, Expert, Recipe, Router
-from modekit.routing.capture import capture_domain
+from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.low_rank import adapter_gates
 from modekit.routing.ngram import count_domain, load_ngram_statistics, ngram_gate, source_of
@@ -83,6 +83,22 @@ def fit_router(
         status="fitted", settings=settings, sha256="", text=text, report={"tokens": [d.tokens for d in whole]}
     )
     return FittedRouter(gates, record)
+
+
+def read_statistics(
+    checkpoint: Checkpoint, recipe: Recipe, root: Path, routers: Mapping[Path, Router], *, trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> None:  # fmt: skip
+    """Make the statistics of several routers, folder -> settings, that differ only in what they average, in one reading.
+
+    `fit_router` finds them in those folders. Raises TextError.
+    """
+    readers = [_Reader(checkpoint, settings, folder, trust_remote_code, progress) for folder, settings in routers.items()]
+    for place, expert in enumerate(recipe.experts):
+        readings = [(reader, reader.prepare(place, expert, root)) for reader in readers]
+        missing = [(reader, reading) for reader, reading in readings if not reading.known]
+        if missing:
+            readers[0].read_together(missing)
 
 
 def fit_ngram(
@@ -226,23 +242,30 @@ class _Reader:
         """Run the text through the backbone with the domain's own expert, and keep the statistics on disk."""
         if reading.known:
             return reading.kept
-        total = sum(len(sequence.ids) for sequence in reading.sequences)
+        self.read_together([(self, reading)])
+        # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
+        return load_statistics(reading.path) if processes().is_main else None
+
+    def read_together(self, others: Sequence[tuple[_Reader, _Reading]]) -> None:
+        """Read one domain's text once for readers that differ in how they average, and keep what each of them wants."""
+        readings = [reading for _, reading in others]
+        first = readings[0]
+        total = sum(len(sequence.ids) for sequence in first.sequences)
         done = 0
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            self._progress(f"read {reading.name}", done, total)
+            self._progress(f"read {first.name}", done, total)
 
-        statistics = capture_domain(
-            self._view_of(reading.place), reading.sequences, reading.negatives, averages=self._settings.averages,
-            prefix=self._settings.prefix_tokens, keep_tokens=self._settings.keep_tokens, source=reading.source, advance=advance,
+        reads = [Read(r._settings.averages, r._settings.prefix_tokens, reading.source) for r, reading in others]
+        found = capture_domain(
+            self._view_of(first.place), first.sequences, first.negatives, reads=reads,
+            keep_tokens=self._settings.keep_tokens, advance=advance,
         )  # fmt: skip
-        if not processes().is_main:
-            return None
-        statistics.save(reading.path)
-        # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
-        return load_statistics(reading.path) or statistics
+        if processes().is_main:
+            for reading, statistics in zip(readings, found, strict=True):
+                statistics.save(reading.path)
 
     def _encode(self, documents: list[str], max_tokens: int) -> list[TokenSequence]:
         return encode(self._tokenizer, documents, max_tokens=max_tokens, sequence_length=self._settings.sequence_length)

@@ -23,7 +23,7 @@ from modekit.evaluate import RESULTS_FOLDER
 from modekit.numeric import DTYPES, is_finite, to_bytes
 from modekit.planned import INDEX_FILE, ROUTER_FILE
 from modekit.sources import Mappings, TensorRef
-from modekit.writer import staging, write_all, write_atomically, write_json
+from modekit.writer import link, staging, write_all, write_atomically, write_json
 
 
 def write_trained(
@@ -61,7 +61,7 @@ def write_trained(
             for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
                 inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
                 if not any(name in content for name, _ in inside):
-                    _link(file, stage.folder / file.name)
+                    link(file, stage.folder / file.name)
                     continue
                 entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
 
@@ -131,12 +131,3 @@ def _copy_rest(checkpoint: Checkpoint, folder: Path, *, results: bool) -> None:
         else:
             shutil.copy2(path, folder / path.name)
     assert (folder / INDEX_FILE).exists()
-
-
-def _link(file: Path, target: Path) -> None:
-    """The same bytes under another name, without copying them where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copy2(file, target)

@@ -1,0 +1,89 @@
+"""What a search costs against scoring every candidate from scratch, and what it finds: tune.md.
+
+    modekit demo --out demo --seeds 3
+    python benchmarks/tune.py demo --seeds 3
+
+Per seed: `modekit tune` on the demo's models; then each of its candidates alone, as a user would without it (build with its
+fit, load, score on the same select text). Of the candidates every n-th is done from scratch (`--every`, 1 for all), and the sum
+is scaled up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modekit.build import build
+from modekit.models import load_model
+from modekit.plan import make_plan
+from modekit.recipe import Recipe, parse_recipe
+from modekit.tune.run import TuneSettings, tune
+from modekit.tune.selection import Tally, read_selection
+from modekit.tune.study import candidate_recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demo", type=Path)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--every", type=int, default=4)
+    options = parser.parse_args()
+    for seed in range(options.first, options.first + options.seeds):
+        folder = (options.demo / f"seed{seed}").resolve()
+        raw = yaml.safe_load((folder / "linear.yaml").read_text()) | {"mixture": {}, "output": {}}
+        recipe = parse_recipe(raw)
+        out = folder / "tuned"
+        for path in (out, out.with_name("tuned.tuning")):
+            shutil.rmtree(path, ignore_errors=True)
+        settings = TuneSettings(trials=options.trials, tokens_per_domain=options.tokens)
+        started = time.perf_counter()
+        results = tune(recipe, folder, out, settings=settings)
+        search = time.perf_counter() - started
+        scored = [each for each in results.candidates if each.status != "refused"]
+        sample = scored[:: options.every]
+        seconds = [from_scratch(recipe, folder, each.mixture, each.losses, options.tokens) for each in sample]
+        scratch = sum(seconds) * len(scored) / len(sample)
+        named = {each.name: results.reported[each.number] for each in results.candidates if each.name}
+        best_fixed = min(named, key=lambda name: mean(named[name]))
+        line = {
+            "seed": seed, "candidates": len(scored), "dropped": len([e for e in scored if e.status == "dropped"]),
+            "search_seconds": search, "scratch_seconds": scratch, "share": search / scratch,
+            "best": results.as_data()["candidates"][0]["description"], "best_report": mean(results.reported[results.best.number]),
+            "best_gap_closed": results.gap_closed(results.reported[results.best.number], "report"),
+            "best_fixed": best_fixed, "best_fixed_report": mean(named[best_fixed]),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+def from_scratch(recipe: Recipe, folder: Path, mixture: dict[str, Any], losses: dict[str, float], tokens: int) -> float:
+    """Seconds of one candidate alone; fully scored ones must come to the same loss."""
+    started = time.perf_counter()
+    out = folder / "from-scratch"
+    plan = make_plan(candidate_recipe(recipe, mixture), folder)
+    build(plan, out, overwrite=True)
+    bases = [source.folder for source in plan.sources]
+    select = read_selection(recipe, folder, bases, split="select", tokens_per_domain=tokens, sequence_length=512)
+    tally = Tally()
+    tally.add(load_model(out), select.domains, "from scratch")
+    seconds = time.perf_counter() - started
+    shutil.rmtree(out)
+    worst = max(abs(tally.losses[name] - loss) for name, loss in losses.items())
+    print(f"{seconds:6.1f} s  {tally.mean:.5f}  largest difference from the search's {worst:.1e}  {mixture}", flush=True)
+    return seconds
+
+
+def mean(losses: dict[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+if __name__ == "__main__":
+    main()

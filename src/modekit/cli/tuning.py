@@ -1,0 +1,55 @@
+"""The command that searches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.printing import out, print_tune
+
+
+@app.command()
+def tune(
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the best mixture.")],
+    trials: Annotated[int, typer.Option(min=1, help="Variants to try, the fixed ones among them.")] = 48,
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = 8_192,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
+    space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None,
+    native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that search at once.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Let Ray place the processes, on a cluster.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the search.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Find the best mixture of a recipe's experts on held-out text, and build it."""
+    from modekit.plan import make_plan
+    from modekit.recipe import load_recipe
+    from modekit.tune.run import TuneSettings, plain_recipe, space_of
+    from modekit.tune.run import tune as run
+    from modekit.tune.space import read_space
+
+    parsed, root = load_recipe(recipe), recipe.resolve().parent
+    wanted = None
+    if space is not None:
+        plan = make_plan(plain_recipe(parsed), root, trust_remote_code=trust_remote_code)
+        wanted = read_space(space, space_of(parsed, root, plan, native=native))
+    settings = TuneSettings(trials, tokens, sequence_length, seed, processes, ray)
+    with drawn_progress() as progress:
+        results = run(
+            parsed, root, output.resolve(), space=wanted, settings=settings, native=native, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+        return
+    print_tune(results)
+    out.print(f"[bold]{escape(str(output))}[/]: the best of them, built; recipe.yaml and results/tune.md are in it")
