@@ -23,6 +23,7 @@ from modekit.build import build
 from modekit.models import load_model
 from modekit.plan import make_plan
 from modekit.recipe import Recipe, parse_recipe
+from modekit.tune.results import describe
 from modekit.tune.run import TuneSettings, tune
 from modekit.tune.selection import Tally, read_selection
 from modekit.tune.study import candidate_recipe
@@ -54,12 +55,12 @@ def main() -> None:
         scratch = sum(seconds) * len(scored) / len(sample)
         named = {each.name: results.reported[each.number] for each in results.candidates if each.name}
         best_fixed = min(named, key=lambda name: mean(named[name]))
+        best = results.reported[results.best.number]
         line = {
             "seed": seed, "candidates": len(scored), "dropped": len([e for e in scored if e.status == "dropped"]),
             "search_seconds": search, "scratch_seconds": scratch, "share": search / scratch,
-            "best": results.as_data()["candidates"][0]["description"], "best_report": mean(results.reported[results.best.number]),
-            "best_gap_closed": results.gap_closed(results.reported[results.best.number], "report"),
-            "best_fixed": best_fixed, "best_fixed_report": mean(named[best_fixed]),
+            "best": describe(results.best.mixture), "best_report": mean(best),
+            "best_gap_closed": results.gap_closed(best, "report"), "best_fixed": best_fixed, "best_fixed_report": mean(named[best_fixed]),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 

@@ -16,6 +16,7 @@ from modekit.families import FAMILIES
 from modekit.native import NATIVES
 from modekit.recipe import Recipe, parse_recipe
 from modekit.train.settings import WEIGHTS, Group, TrainSettings
+from modekit.tune.space import Space
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -71,6 +72,12 @@ def test_every_setting_of_a_training_is_explained() -> None:
     page = (ROOT / "docs/training.md").read_text()
     named = [*TrainSettings.model_fields, *WEIGHTS, *get_args(Group)]
     assert not [name for name in named if f"`{name}" not in page]
+
+
+def test_every_axis_of_a_search_is_explained() -> None:
+    page = (ROOT / "docs/tune.md").read_text()
+    assert not [name for name in Space.model_fields if f"`{name}`" not in page]
+    assert not [name for name in get_args(get_args(Space.model_fields["router"].annotation)[0]) if name not in page.lower()]
 
 
 def test_every_family_is_on_the_recipe_page() -> None:
