@@ -60,7 +60,8 @@ def main() -> None:
             "seed": seed, "candidates": len(scored), "dropped": len([e for e in scored if e.status == "dropped"]),
             "search_seconds": search, "scratch_seconds": scratch, "share": search / scratch,
             "best": describe(results.best.mixture), "best_report": mean(best),
-            "best_gap_closed": results.gap_closed(best, "report"), "best_fixed": best_fixed, "best_fixed_report": mean(named[best_fixed]),
+            "best_gap_closed": results.gap_closed(best, "report"), "best_fixed": best_fixed,
+            "best_fixed_report": mean(named[best_fixed]),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 
