@@ -74,6 +74,8 @@ AVERAGE = {**NGRAM, "backbone": "average"}
 MOST = {**AVERAGE, "modules": ["q", "k", "v", "o", "mlp"]}
 FIVE: dict[str, Variant] = {
     "FFN experts, average": (AVERAGE, None),
+    "FFN experts, average, distill, 480 steps": (AVERAGE, {**FIVE_PERCENT, "steps": 480}),
+    "FFN experts, average, distill, all text": (AVERAGE, {**FIVE_PERCENT, "share": 1.0}),
     "FFN experts, average, lm": (AVERAGE, {**FIVE_PERCENT, "losses": {"lm": 1.0}}),
     "FFN experts, average, lm and distill": (AVERAGE, {**FIVE_PERCENT, "losses": {"lm": 0.5, "distill": 1.0}}),
     "FFN experts, average, distill": (AVERAGE, FIVE_PERCENT),
