@@ -22,7 +22,7 @@ from modekit.errors import ModekitError, TextError
 from modekit.inspection.passes import Array32, changes_without, sums_of, token_losses, traced_losses
 from modekit.inspection.routers import RouterPlace, routers_of
 from modekit.inspection.run import counted, named_changes, six_digits
-from modekit.inspection.tokens import token_texts
+from modekit.inspection.tokens import split_text, token_texts
 from modekit.models import load_model, load_tokenizer
 from modekit.progress import Progress, silent
 
@@ -62,7 +62,7 @@ def inspect_text(
     routers = routers_of(checkpoint)
     kept = _kept_routers(routers, layer)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    ids = _ids_of(tokenizer, text)
+    ids, texts = _encoded(tokenizer, text)
     model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
     length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
     windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
@@ -83,7 +83,6 @@ def inspect_text(
     del model
     scored = sum(len(each) for each in losses)
     per_token = [loss for each in losses for loss in (None, *each.tolist())]
-    texts = token_texts(tokenizer, ids)
     base_loss = _base_loss(checkpoint, windows, scored, trust_remote_code)
     data = {
         "experts": checkpoint.names,
@@ -115,16 +114,17 @@ def _kept_routers(routers: Sequence[RouterPlace], layer: int | None) -> list[int
     return kept
 
 
-def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[str]]:
+    """Token ids, and the text that belongs to each."""
     clean = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
-    ids: list[int] = tokenizer(clean, verbose=False)["input_ids"] if clean.strip() else []
+    encoded: Any = tokenizer(clean, return_offsets_mapping=tokenizer.is_fast, verbose=False) if clean.strip() else {}
+    ids: list[int] = encoded.get("input_ids", [])
     if len(ids) < 2:
         short = "the text is too short: its first token is not predicted, so that two are needed"
         raise TextError(
-            short if ids else "the text is empty",
-            where="--text", found=f"{len(ids)} tokens", remedy="give more text",
-        )  # fmt: skip
-    return ids
+            short if ids else "the text is empty", where="--text", found=f"{len(ids)} tokens", remedy="give more text"
+        )
+    return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
 
 
 def _base_loss(checkpoint: Checkpoint, windows: Sequence[TokenSequence], scored: int, trust_remote_code: bool) -> float | None:

@@ -16,7 +16,9 @@ _SHOWN = 12
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; "" for one that only begins a character, which the token that ends it brings."""
+    """What each token adds to the text; "" for one that only begins a character, which the token that ends it brings, and
+    for a token of beginning that the tokenizer put in front.
+    """
     texts: list[str] = []
     begin = read = 0  # a few tokens before the new one tell the decoder about spaces
     for stop in range(1, len(ids) + 1):
@@ -27,6 +29,18 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
             continue
         texts.append(now[len(before) :])
         begin, read = read, stop
+    if ids and ids[0] == tokenizer.bos_token_id:
+        texts[0] = ""
+    return texts
+
+
+def split_text(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
+    """The text itself cut at the tokens' ends, (start, end) in characters; what a tokenizer drops goes to the next token."""
+    texts, done = [], 0
+    for _, stop in offsets:
+        texts.append(text[done:stop])  # nothing for a token that was put in, or that ends inside a character
+        done = max(done, stop)
+    texts[-1] += text[done:]
     return texts
 
 

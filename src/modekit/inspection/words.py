@@ -17,7 +17,10 @@ _LONGEST = 24  # characters; scripts without spaces are cut
 
 @dataclass(frozen=True)
 class Word:
-    """Text without the space around it, the sum of its tokens' losses (None when none was scored), mean weights (E)."""
+    """Text without the space around it, the sum of its tokens' losses (None when none was scored), mean weights (E).
+
+    Tokens of space count with the word behind them.
+    """
 
     text: str
     loss: float | None
@@ -35,12 +38,11 @@ def words_of(trace: Mapping[str, Any], most: int) -> tuple[list[Word], bool]:
     start, text = 0, ""
     tokens = trace["tokens"]
     for place, token in enumerate(tokens):
-        new = token["text"][:1].isspace() or text[-1:].isspace() or len(text) >= _LONGEST
-        if new and text.strip():
+        ended = token["text"][:1].isspace() or text[-1:].isspace() or len(text) >= _LONGEST
+        if ended and text.strip():
             words.append(_word(trace, start, place, text))
             if len(words) == most:
                 return words, True
-        if new:
             start, text = place, ""
         text += token["text"]
     if text.strip():
