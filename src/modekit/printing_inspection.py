@@ -37,27 +37,28 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
     used = data["utilisation"]
 
     out.print("Mean weight of each expert per domain; in brackets the fraction of tokens that chose it.")
-    table = _table("expert", *titles, "used")
+    rows: list[_Row] = []
     for place, name in enumerate(names):
-        cells = []
-        for entry in domains.values():
-            cell = f"{_mean(r[place] for r in entry['shares']):.2f} ({_mean(r[place] for r in entry['chosen']):.2f})"
-            cells.append(f"[bold]{cell}[/]" if entry["expert"] == name else cell)
-        table.add_row(escape(name), *cells, f"{_mean(router[place] for router in used):.2f}")
+        cells = [
+            f"{_mean(r[place] for r in entry['shares']):.2f} ({_mean(r[place] for r in entry['chosen']):.2f})"
+            for entry in domains.values()
+        ]
+        rows.append((name, [*_bold_own(cells, domains, name), f"{_mean(router[place] for router in used):.2f}"], ""))
     agreement = [entry["agreement"] for entry in domains.values()]
-    table.add_row("agreement", *("-" if each is None else f"{_mean(each):.2f}" for each in agreement), "", style="dim")
-    table.add_row("entropy", *(f"{_mean(entry['entropy']):.2f}" for entry in domains.values()), "", style="dim")
-    out.print(table)
+    rows.append(("agreement", ["-" if each is None else f"{_mean(each):.2f}" for each in agreement] + [""], "dim"))
+    rows.append(("entropy", [f"{_mean(entry['entropy']):.2f}" for entry in domains.values()] + [""], "dim"))
+    _print_table("expert", [*titles, "used"], rows)
     _print_routers(data)
     if any(entry["without"] for entry in domains.values()):
         _print_without(names, titles, domains)
-    _print_similarity(names, data["similarity"])
+    out.print(f"\nSimilarity (cosine) of {escape(data['similarity']['of'])}.")
+    cosines = zip(names, data["similarity"]["experts"], strict=True)
+    _print_table("", names, [(name, [f"{value:.2f}" for value in row], "") for name, row in cosines])
     _print_dead(data)
     out.print("\nTokens with the largest mean weight of each expert.")
-    tokens = _table("expert", "tokens", left=2)
     for name, found in data["top_tokens"].items():
-        tokens.add_row(escape(name), Text("  ".join(printable(each["token"]) for each in found[:_TOP_TOKENS]) or "-"))
-    out.print(tokens)
+        tokens = "  ".join(printable(each["token"]) for each in found[:_TOP_TOKENS])
+        out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
     _print_notes(data["notes"])
     out.print(f"[dim]{escape(str(folder))}: inspect.json[/]")
 
@@ -65,14 +66,13 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
 def _print_routers(data: Mapping[str, Any]) -> None:
     """Agreement and entropy layer by layer, of a few layers when there are many."""
     routers = data["routers"]
-    if len(routers) < 2:
+    layers = sorted({router["layer"] for router in routers if router["layer"] is not None})
+    if len(layers) < 2:
         return
     own = [data["per_domain"][name] for name in data["domains"]]
-    layers = sorted({router["layer"] for router in routers if router["layer"] is not None})
-    step = max(1, math.ceil(len(layers) / _MOST_LAYERS))
-    shown = layers[::step]
+    shown = layers[:: math.ceil(len(layers) / _MOST_LAYERS)]
     out.print("\nAgreement with the domain's own expert, entropy in brackets, by layer; means over domains.")
-    table = _table("router", *map(str, shown))
+    rows: list[_Row] = []
     for module in dict.fromkeys(router["module"] for router in routers if router["layer"] is not None):
         places = {router["layer"]: place for place, router in enumerate(routers) if router["module"] == module}
         cells = [
@@ -81,29 +81,26 @@ def _print_routers(data: Mapping[str, Any]) -> None:
             else "-"
             for layer in shown
         ]
-        table.add_row(escape(module or "all"), *cells)
-    out.print(table)
+        rows.append((module, cells, ""))
+    _print_table("router", [str(layer) for layer in shown], rows)
 
 
 def _print_without(names: Sequence[str], titles: Sequence[str], domains: Mapping[str, Any]) -> None:
     out.print("\nWhat leaving out an expert adds to the loss, nats per token. named: texts that miss their own expert most.")
-    table = _table("left out", *titles)
+    rows: list[_Row] = []
     for name in names:
         cells = [f"{entry['without'][name]:+.3f}" for entry in domains.values()]
-        own = [entry["expert"] == name for entry in domains.values()]
-        table.add_row(escape(name), *(f"[bold]{cell}[/]" if mine else cell for cell, mine in zip(cells, own, strict=True)))
-    table.add_row("loss", *(f"{entry['loss']:.3f}" for entry in domains.values()), style="dim")
+        rows.append((name, _bold_own(cells, domains, name), ""))
+    rows.append(("loss", [f"{entry['loss']:.3f}" for entry in domains.values()], "dim"))
     named = [entry["named"] for entry in domains.values()]
-    table.add_row("named", *("-" if each is None else f"{each:.0%}" for each in named), style="dim")
-    out.print(table)
+    rows.append(("named", ["-" if each is None else f"{each:.0%}" for each in named], "dim"))
+    _print_table("left out", titles, rows)
 
 
-def _print_similarity(names: Sequence[str], found: Mapping[str, Any]) -> None:
-    out.print(f"\nSimilarity (cosine) of {escape(found['of'])}.")
-    table = _table("", *names)
-    for name, row in zip(names, found["experts"], strict=True):
-        table.add_row(escape(name), *(f"{value:.2f}" for value in row))
-    out.print(table)
+def _bold_own(cells: Sequence[str], domains: Mapping[str, Any], name: str) -> list[str]:
+    """The cells of an expert with that of its own domain in bold."""
+    own = [entry["expert"] == name for entry in domains.values()]
+    return [f"[bold]{cell}[/]" if mine else cell for cell, mine in zip(cells, own, strict=True)]
 
 
 def _print_dead(data: Mapping[str, Any]) -> None:
@@ -152,12 +149,12 @@ def print_trace(trace: Mapping[str, Any]) -> None:
 
 def _print_worth(trace: Mapping[str, Any]) -> None:
     names = trace["experts"]
-    table = _table("expert", "mean\nweight", "left out\nadds")
+    rows: list[_Row] = []
     for place, name in enumerate(names):
         share = _mean(_mean(token[place] for token in router) for router in trace["weights"])
-        table.add_row(escape(name), f"{share:.2f}", f"{trace['without'][name]:+.3f}" if trace["without"] else "-")
+        rows.append((name, [f"{share:.2f}", f"{trace['without'][name]:+.3f}" if trace["without"] else "-"], ""))
     out.print()
-    out.print(table)
+    _print_table("expert", ["mean\nweight", "left out\nadds"], rows)
     largest = math.log(min(trace["top_k"] or len(names), len(names)))
     base = "" if trace["base_loss"] is None else f", of the base model {trace['base_loss']:.3f}"
     out.print(f"loss {trace['loss']:.3f} nats per token{base}; entropy {trace['entropy']:.2f} of at most {largest:.2f} nats")
@@ -208,11 +205,28 @@ def printable(text: str) -> str:
     return "␣" * (len(shown) - len(shown.lstrip(" "))) + stripped if stripped else "␣" * len(shown)
 
 
-def _table(first: str, *titles: str, left: int = 1) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate((first, *titles)):
-        table.add_column(escape(title), justify="left" if place < left else "right", no_wrap=place != 1 or left < 2)
-    return table
+_Row = tuple[str, Sequence[str], str]
+"""Name, cells in markup, style."""
+
+
+def _print_table(first: str, titles: Sequence[str], rows: Sequence[_Row]) -> None:
+    """Draw a table; what is too wide for the terminal goes on in another one below."""
+    lines = [[title.split("\n") for title in titles], *([[Text.from_markup(c).plain] for c in cells] for _, cells, _ in rows)]
+    widths = [max(cell_len(line) for cells in lines for line in cells[place]) + 2 for place in range(len(titles))]
+    names = max(cell_len(name) for name in (first, *(name for name, _, _ in rows)))
+    start = 0
+    while start < len(titles):
+        stop = start + 1
+        while stop < len(titles) and names + sum(widths[start : stop + 1]) <= out.width:
+            stop += 1
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(escape(first), no_wrap=True)
+        for title in titles[start:stop]:
+            table.add_column(escape(title), justify="right", no_wrap=True)
+        for name, cells, style in rows:
+            table.add_row(escape(name), *cells[start:stop], style=style)
+        out.print(table)
+        start = stop
 
 
 def _print_notes(notes: Iterable[str]) -> None:

@@ -24,13 +24,14 @@ from modekit.inspection.similarity import similarity
 from modekit.inspection.tokens import TopTokens, token_texts
 from modekit.models import load_model, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.writer import write_json
+from modekit.writer import write_atomically
 
 INSPECT_FILE = "inspect.json"
 FORMAT = 1
 _DEAD = 1e-3  # mean weight below which an expert is dead in a router
 _SAMPLES = 3  # texts per domain that are written with the weights of every token
 _SAMPLE_TOKENS = 200
+_SAMPLE_WEIGHTS = 2**17  # of all routers and experts together: a text is cut shorter where there are many
 
 
 def inspect(
@@ -51,16 +52,12 @@ def inspect(
     )
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-    samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences)]
+    longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(routers_of(checkpoint)) * len(checkpoint.names))))
+    samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
     advance = counted(progress, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
     top = TopTokens(int(model.config.vocab_size), len(checkpoint.names))
     per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
-    texts = [
-        {"domain": name, **text}
-        for (name, _), text in zip(
-            samples, _of_samples(model, checkpoint, tokenizer, [s for _, s in samples], advance), strict=True
-        )
-    ]
+    shown = _of_samples(model, checkpoint, tokenizer, [sequence for _, sequence in samples], advance)
     alike = similarity(checkpoint, progress)
     own = [domain.name for domain in domains if domain.expert is not None]
     data = {
@@ -76,13 +73,14 @@ def inspect(
         "dead": _dead(checkpoint.names, per_domain),
         "similarity": {"experts": alike.experts.tolist(), "of": alike.of},
         "top_tokens": top.by_expert(tokenizer, checkpoint.names),
-        "texts": texts,
+        "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
         "notes": [*_notes(checkpoint), *alike.notes],
     }
     rounded: dict[str, Any] = six_digits(data)
     if write:
         (checkpoint.folder / RESULTS_FOLDER).mkdir(exist_ok=True)
-        write_json(checkpoint.folder / RESULTS_FOLDER / INSPECT_FILE, rounded)
+        text = json.dumps(rounded, sort_keys=True, ensure_ascii=False) + "\n"  # indented it would be three times as long
+        write_atomically(checkpoint.folder / RESULTS_FOLDER / INSPECT_FILE, text.encode())
     return rounded
 
 
@@ -176,10 +174,10 @@ def _named(changes_EN: Array64, expert: int | None) -> float | None:
     return float(np.mean(changes_EN[expert] > others))
 
 
-def _samples(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+def _samples(sequences: Sequence[TokenSequence], longest: int) -> list[TokenSequence]:
     """A few texts that are long enough to show something, cut to what is shown."""
-    order = sorted(range(len(sequences)), key=lambda row: (-min(_SAMPLE_TOKENS, len(sequences[row].ids)), row))
-    return [TokenSequence(sequences[row].ids[:_SAMPLE_TOKENS], 0) for row in sorted(order[:_SAMPLES])]
+    order = sorted(range(len(sequences)), key=lambda row: (-min(longest, len(sequences[row].ids)), row))
+    return [TokenSequence(sequences[row].ids[:longest], 0) for row in sorted(order[:_SAMPLES])]
 
 
 def _of_samples(

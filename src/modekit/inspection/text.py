@@ -67,39 +67,49 @@ def inspect_text(
     length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
     windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
     detailed = len(ids) <= _MOST_DETAIL
-    weights_RTE = np.zeros((len(kept) if detailed else 1, len(ids), len(checkpoint.names)), np.float32)
-    entropy_T = np.zeros(len(ids))
-
-    def consume(row: int, weights_RSE: Array32, _chosen_RSE: Array32, entropy_RS: Array32) -> None:
-        window = slice(row * length, row * length + weights_RSE.shape[1])
-        chosen = weights_RSE[kept]
-        weights_RTE[:, window] = chosen if detailed else chosen.mean(0, keepdims=True)
-        entropy_T[window] = entropy_RS[kept].mean(0)
-
+    read = _Read(len(kept) if detailed else 1, len(ids), len(checkpoint.names), kept, length)
     advance = counted(progress, checkpoint, windows)
-    losses = traced_losses(model, checkpoint, windows, consume, advance)
-    whole_N = sums_of(losses)
-    changes_EN = changes_without(model, checkpoint, windows, whole_N, advance)
-    del model
-    scored = sum(len(each) for each in losses)
+    losses = traced_losses(model, checkpoint, windows, read.consume, advance)
+    changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
+    del model  # before the base model comes
+    base_losses = _base_losses(checkpoint, windows, trust_remote_code)
     per_token = [loss for each in losses for loss in (None, *each.tolist())]
-    base_loss = _base_loss(checkpoint, windows, scored, trust_remote_code)
     data = {
         "experts": checkpoint.names,
         "routers": [vars(routers[place]) for place in kept] if detailed else [{"name": "mean", "layer": layer, "module": ""}],
         "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
         "text": "".join(texts),
-        "loss": float(whole_N.sum()) / scored,
-        "base_loss": base_loss,
-        "entropy": float(entropy_T.mean()),
+        "loss": _mean(losses),
+        "base_loss": None if base_losses is None else _mean(base_losses),
+        "entropy": float(read.entropy_T.mean()),
         "windows": len(windows),
         "tokens": [{"text": token, "loss": loss} for token, loss in zip(texts, per_token, strict=True)],
-        "weights": weights_RTE.tolist(),
-        "without": named_changes(checkpoint, changes_EN.sum(1) / scored),
-        "notes": list(_notes(len(windows), length, detailed, base_loss)),
+        "weights": read.weights_RTE.tolist(),
+        "without": named_changes(checkpoint, changes_EN.sum(1) / sum(len(each) for each in losses)),
+        "notes": _notes(len(windows), length, detailed, base_losses is not None),
     }
     rounded: dict[str, Any] = six_digits(data)
     return rounded
+
+
+class _Read:
+    """Weights and entropies of a text that is read in windows of `length` tokens: of the kept routers each, or their mean."""
+
+    def __init__(self, rows: int, tokens: int, experts: int, kept: Sequence[int], length: int) -> None:
+        self.weights_RTE = np.zeros((rows, tokens, experts), np.float32)
+        self.entropy_T = np.zeros(tokens)
+        self._kept, self._length = list(kept), length
+
+    def consume(self, row: int, weights_RSE: Array32, _chosen_RSE: Array32, entropy_RS: Array32) -> None:
+        """Take a window."""
+        window = slice(row * self._length, row * self._length + weights_RSE.shape[1])
+        kept = weights_RSE[self._kept]
+        self.weights_RTE[:, window] = kept if len(kept) == len(self.weights_RTE) else kept.mean(0)
+        self.entropy_T[window] = entropy_RS[self._kept].mean(0)
+
+
+def _mean(losses: Sequence[Array32]) -> float:
+    return float(sums_of(losses).sum()) / sum(len(each) for each in losses)
 
 
 def _kept_routers(routers: Sequence[RouterPlace], layer: int | None) -> list[int]:
@@ -127,21 +137,20 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
 
 
-def _base_loss(checkpoint: Checkpoint, windows: Sequence[TokenSequence], scored: int, trust_remote_code: bool) -> float | None:
-    """Loss of the base model on the same tokens; None when it is no longer there."""
+def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], trust_remote_code: bool) -> list[Array32] | None:
+    """Of the base model on the same tokens; None when it is no longer there."""
     folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
     if not folder.is_dir():
         return None
-    base = load_model(folder, trust_remote_code=trust_remote_code)
-    return float(sums_of(token_losses(base, windows, lambda _: None)).sum()) / scored
+    return token_losses(load_model(folder, trust_remote_code=trust_remote_code), windows, lambda _: None)
 
 
-def _notes(windows: int, length: int, detailed: bool, base_loss: float | None) -> list[str]:
+def _notes(windows: int, length: int, detailed: bool, with_base: bool) -> list[str]:
     notes = []
     if windows > 1:
         notes.append(f"the text was read in {windows} windows of up to {length} tokens, each starting anew")
     if not detailed:
         notes.append("long text: weights are the mean over the routers")
-    if base_loss is None:
+    if not with_base:
         notes.append("the base model is no longer where the recipe found it: no loss to compare with")
     return notes
