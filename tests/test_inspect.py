@@ -571,6 +571,17 @@ def test_the_command_prints_tables(shared_workshop: Workshop, tmp_path: Path) ->
     assert f"{data['per_domain']['law']['without']['code']:+.3f}" in shown
 
 
+def test_a_narrow_terminal_gets_every_number(shared_workshop: Workshop, tmp_path: Path) -> None:
+    data = inspect(built(shared_workshop, tmp_path, "native"), **SMALL)
+    shown = []
+    for width in (40, 200):
+        stream = io.StringIO()
+        with patch.object(printing_module, "out", Console(file=stream, width=width)):
+            printing_module.print_inspection(Path("OUT"), data)
+        shown.append(sorted(cell for cell in stream.getvalue().replace("\n", " ").split(" ") if "0." in cell))
+    assert shown[0] == shown[1] and len(shown[0]) == 48
+
+
 def test_the_command_prints_a_text(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = built(shared_workshop, tmp_path, "native").folder
     (tmp_path / "a.txt").write_text("fever dose [bold]")
