@@ -14,10 +14,12 @@ from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.families import FAMILIES, Family, family_of
-from modekit.models import DenseView, forced_expert
+from modekit.inspection.routers import decisions
+from modekit.models import DenseView, forced_expert, gate_parameters, left_out_expert, set_top_k
 from modekit.native import NATIVES, Native, choose_native
 from modekit.plan import make_plan
 from modekit.recipe import parse_recipe
+from modekit.router_trace import router_trace
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 50_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -118,6 +120,61 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tupl
     torch.testing.assert_close(logits_of(view.model, ids), expected, atol=1e-5, rtol=0)
     view.use_expert(0)
     torch.testing.assert_close(logits_of(view.model, ids), logits_of(root / "base", ids), atol=1e-5, rtol=0)
+
+
+def test_an_expert_left_out_is_a_mixture_without_it(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
+    """All of the others weigh in, or the best of them."""
+    root, _ = family_case
+    if not (root / "third").exists():
+        save(tiny_model(seed=2, **_dense_config(root)), root / "third")
+    routing = {"method": "routing", "router": {"fit": "random", "seed": 3}}
+    whole = built(root, "of three", ["base", "./other", "./third"], {**routing, "top_k": 2})
+    rest = built(root, "of two", ["base", "./third"], {**routing, "top_k": 2})
+    checkpoint, without = open_checkpoint(whole), open_checkpoint(rest)
+    mixture = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
+    smaller = AutoModelForCausalLM.from_pretrained(rest, dtype=torch.float32).eval()
+    for gate, kept in zip(gate_parameters(mixture, checkpoint), gate_parameters(smaller, without), strict=True):
+        kept.data = gate.data[[0, 2]].clone()
+    free = logits_of(mixture, ids)
+    with left_out_expert(mixture, checkpoint, 1):
+        left = logits_of(mixture, ids)
+    torch.testing.assert_close(left, logits_of(smaller, ids), atol=1e-4, rtol=0)
+    assert not torch.allclose(left, free, atol=1e-2)
+    assert torch.equal(logits_of(mixture, ids), free)
+    set_top_k(mixture, checkpoint, 1)
+    set_top_k(smaller, without, 1)
+    with left_out_expert(mixture, checkpoint, 1):
+        torch.testing.assert_close(logits_of(mixture, ids), logits_of(smaller, ids), atol=1e-4, rtol=0)
+
+
+def _dense_config(root: Path) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(root / "base").to_dict()
+    return {key: value for key, value in config.items() if key not in {"architectures", "transformers_version", "dtype"}}
+
+
+def test_weights_are_those_that_the_layers_use(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
+    """The experts' outputs, summed with them, are what the native block gives."""
+    root, _ = family_case
+    routing = {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 3}}
+    out = built(root, "weighed", ["base", "./other", "base"], routing)
+    checkpoint = open_checkpoint(out)
+    mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in mixture.model.layers:
+        block = layer.get_submodule(checkpoint.native.block_module)
+        block.register_forward_hook(lambda _m, args, y: seen.append((args[0], y)))
+    with torch.inference_mode(), router_trace(mixture, checkpoint) as trace:
+        mixture(input_ids=ids)
+        weights_LBSE = decisions(checkpoint, trace, (ids.shape[0], ids.shape[1])).weights_RBSE
+    view = DenseView(checkpoint)
+    expected = [torch.zeros_like(y) for _, y in seen]
+    for expert in range(3):
+        view.use_expert(expert)
+        for number, (ffn, (x, _)) in enumerate(zip(view.router_inputs(), seen, strict=True)):
+            with torch.inference_mode():
+                expected[number] += weights_LBSE[number, ..., expert, None] * ffn(x)
+    for (_, y), by_hand in zip(seen, expected, strict=True):
+        torch.testing.assert_close(y, by_hand, atol=1e-4, rtol=1e-4)
 
 
 def test_router_module_reads_the_input_of_the_dense_ffn(family_case: tuple[Path, str], ids: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ Shape legend: L layers, D width, F expert hidden, E experts, T tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ from modekit.numeric import as_array, to_float32
 from modekit.sources import Mappings
 
 transformers_logging.disable_progress_bar()
+
+_FAR = 10_000.0  # between two logits: softmax gives the lower one exactly nothing
 
 
 def default_device() -> torch.device:
@@ -265,12 +267,39 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
+def changed_logits(
+    model: PreTrainedModel, checkpoint: Checkpoint, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """While open, every router of a loaded native mixture decides by `change(logits)`, logits (..., E).
+
+    What routers return differs between versions of transformers; what they read does not. A router reads the logits in place
+    of x, as the first E of D numbers, through the gate [I | 0], so that its own code sees exactly them (E <= D). They must be
+    finite: a weight of zero is a logit far below the others.
+    """
+    handles, gates = [], []
+    for router, gate in zip(native_routers(model, checkpoint), gate_parameters(model, checkpoint), strict=True):
+        gates.append((gate, gate.data))
+
+        def read(_: nn.Module, args: tuple[torch.Tensor, ...], gate_ED: torch.Tensor = gate.data) -> tuple[torch.Tensor, ...]:
+            logits = change(nn.functional.linear(args[0], gate_ED))
+            return (nn.functional.pad(logits, (0, args[0].shape[-1] - logits.shape[-1])), *args[1:])
+
+        gate.data = torch.eye(*gate.shape, dtype=gate.dtype, device=gate.device)
+        handles.append(router.register_forward_pre_hook(read))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for gate, data in gates:
+            gate.data = data
+
+
+@contextmanager
 def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -> Iterator[None]:
     """While open, every router of a loaded mixture gives all weight to one expert.
 
-    Routers of the modekit architecture can be told so. A native router reads ones instead of x, through a gate that makes
-    logits of 10,000 for the expert and 0 for the others, so that softmax is exactly one-hot. What routers return differs
-    between versions of transformers; what they read does not.
+    Of a native router its logit is 10,000 and the others' 0, so that softmax is exactly one-hot.
     """
     if checkpoint.native is None:
         model.use_expert(expert)
@@ -279,16 +308,51 @@ def forced_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -
         finally:
             model.use_expert(None)
         return
-    handles, gates = [], []
-    for router, gate in zip(native_routers(model, checkpoint), gate_parameters(model, checkpoint), strict=True):
-        gates.append((gate, gate.data))
-        gate.data = torch.zeros_like(gate.data)
-        gate.data[expert] = 10_000.0 / gate.shape[1]
-        handles.append(router.register_forward_pre_hook(lambda _, args: (torch.ones_like(args[0]), *args[1:])))
+
+    def change(logits: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(logits).index_fill(-1, torch.tensor([expert], device=logits.device), _FAR)
+
+    with changed_logits(model, checkpoint, change):
+        yield
+
+
+@contextmanager
+def left_out_expert(model: PreTrainedModel, checkpoint: Checkpoint, expert: int) -> Iterator[None]:
+    """While open, every router of a loaded mixture chooses among the other experts, whose weights sum to one again."""
+    if checkpoint.native is None:
+        flow = model.base_model.flow
+        flow.left_out = expert
+        try:
+            yield
+        finally:
+            flow.left_out = None
+        return
+
+    def change(logits: torch.Tensor) -> torch.Tensor:
+        place = torch.tensor([expert], device=logits.device)
+        best = logits.index_fill(-1, place, float("-inf")).max(-1, keepdim=True).values
+        return (logits - best).index_fill(-1, place, -_FAR)
+
+    with changed_logits(model, checkpoint, change), _scaled_blocks(model, checkpoint, expert):
+        yield
+
+
+@contextmanager
+def _scaled_blocks(model: PreTrainedModel, checkpoint: Checkpoint, left_out: int) -> Iterator[None]:
+    """Where given weights w_e are folded into native experts as E w_e, routers without one of them say 1 / (E - 1): what the
+    blocks give is scaled so that the others weigh w_e / (1 - w).
+    """
+    weights = checkpoint.record.recipe.mixture.weights
+    handles = []
+    if weights is not None:
+        shares = [weights[name] / sum(weights.values()) for name in checkpoint.names]
+        count, rest = len(shares), 1.0 - shares[left_out]
+        factor = (count - 1) / (count * rest) if rest > 0 else 1.0
+        for layer in decoder_layers(model):
+            block = layer.get_submodule(_native(checkpoint).block_module)
+            handles.append(block.register_forward_hook(lambda _module, _args, y: y * factor))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for gate, data in gates:
-            gate.data = data

@@ -32,6 +32,7 @@ class Flow:
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
+        left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
         solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
         mixed: place -> its module.
@@ -46,6 +47,7 @@ class Flow:
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}
         self.forced: int | torch.Tensor | None = None
+        self.left_out: int | None = None
         self.solo = False
         self.listener: Callable[[str, torch.Tensor], None] | None = None
         self._lock = threading.RLock()
@@ -100,6 +102,9 @@ class Router(nn.Module):
             return one_hot(flow.forced, shape, x_BSD.device)
         if self.routing["method"] == "linear":
             weights_E = torch.tensor(self.routing["weights"], dtype=torch.float32, device=x_BSD.device)
+            if flow.left_out is not None:
+                weights_E = weights_E.index_fill(-1, _index(flow.left_out, weights_E), 0.0)
+                weights_E = weights_E / weights_E.sum().clamp_min(_TINY)
             return weights_E.expand(shape)
         logits = self.logits(x_BSD).reshape(shape)
         if flow.listener is not None:
@@ -108,7 +113,7 @@ class Router(nn.Module):
             return one_hot(flow.forced, shape, x_BSD.device) * logits.sigmoid()
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
-        return select(logits, self.routing)
+        return select(logits, self.routing, flow.left_out)
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
@@ -225,9 +230,15 @@ def ngram_rows(
     return rows[:, order - 1 :], ordered[:, ordered.shape[1] - order + 1 :]
 
 
-def select(logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:
-    """Softmax over the chosen experts (last axis), zero elsewhere; sums to one, or to 1 - weight of an always-on base."""
+def select(logits: torch.Tensor, routing: Mapping[str, Any], left_out: int | None = None) -> torch.Tensor:
+    """Softmax over the chosen experts (last axis), zero elsewhere; sums to one, or to 1 - weight of an always-on base.
+
+    `left_out`: the place of an expert that is not there to choose, always on or not.
+    """
     always_on = routing.get("always_on") or {}
+    if left_out is not None:
+        logits = logits.index_fill(-1, _index(left_out, logits), float("-inf"))
+        always_on = always_on if always_on.get("expert") != left_out else {}
     own, share = always_on.get("expert"), always_on.get("weight")
     chosen = torch.ones_like(logits, dtype=torch.bool)
     ranked = logits
@@ -247,6 +258,10 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:
         if own is not None:
             weights = weights + share * (torch.arange(logits.shape[-1], device=logits.device) == own)
     return weights
+
+
+def _index(place: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([place], device=like.device)
 
 
 def one_hot(forced: int | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

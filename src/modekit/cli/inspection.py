@@ -1,0 +1,57 @@
+"""The command that shows what the routers do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.errors import ModekitError
+from modekit.printing_inspection import print_inspection, print_trace
+
+
+@app.command()
+def inspect(
+    checkpoint: OutFolder,
+    text: Annotated[str | None, typer.Option(help="Show this text instead, word by word; - is standard input.")] = None,
+    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same with the text in a file.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="With a text: only this layer's routers.")] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = 8_192,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document or text, in tokens.")] = 512,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.evaluate import RESULTS_FOLDER
+    from modekit.inspection.run import inspect as run
+    from modekit.inspection.text import STDIN, inspect_text, read_text
+
+    if text is not None and text_file is not None:
+        raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
+    opened = open_checkpoint(checkpoint.resolve())
+    if text_file is not None or text == STDIN:
+        text = read_text(text_file)
+    if layer is not None and text is None:
+        raise ModekitError("it has an effect with a text only", where="--layer", remedy="add --text, or leave it out")
+    with drawn_progress() as progress:
+        if text is None:
+            data = run(
+                opened, tokens_per_domain=tokens, sequence_length=sequence_length, trust_remote_code=trust_remote_code,
+                progress=progress,
+            )  # fmt: skip
+        else:
+            data = inspect_text(
+                opened, text, layer=layer, sequence_length=sequence_length, trust_remote_code=trust_remote_code,
+                progress=progress,
+            )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    elif text is None:
+        print_inspection(checkpoint / RESULTS_FOLDER, data)
+    else:
+        print_trace(data)
