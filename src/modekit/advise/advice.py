@@ -27,10 +27,17 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What text said. `texts`: place of an expert -> record of its select text; `gains` and `words` are None without text."""
+    """What text said. `gains` and `words` are None where there is none.
+
+    Attributes:
+        texts: place of an expert -> record of its select text.
+        unread: places of experts whose text cannot be read.
+        fittable: places of experts that have documents for a router fit.
+    """
 
     texts: Mapping[int, Mapping[str, Any]]
     unread: frozenset[int]
+    fittable: frozenset[int]
     gains: Gains | None
     words: Words | None
 

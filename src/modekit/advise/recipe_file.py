@@ -22,7 +22,7 @@ _WIDTH = 110
 
 def recipe_text(recipe: Mapping[str, Any], choices: Sequence[Choice], findings: Sequence[Finding]) -> str:
     """YAML of the advised recipe (plain data, as `recipe.parse_recipe` takes it) with comments."""
-    parts = []
+    parts = ["# As `modekit advise` says; docs/advise.md has what its figures mean.\n"]
     for finding in findings:
         if finding.level != "note":
             parts.append(_comment(f"{finding.level}: {finding.about}: {finding.what}. {finding.to_do}"))

@@ -70,15 +70,14 @@ class Rule:
     modules: str | None = None
 
 
-def _share(facts: Facts, part: str) -> str:
-    """How much a part carries, in words."""
-    if part == "ffn" and not facts.outside_ffn:
+def _carried(facts: Facts, *parts: str) -> str:
+    """How much parts carry, in words."""
+    if parts == ("ffn",) and not facts.outside_ffn:
         return "nothing but the FFN differs from the base"
-    return (
-        ""
-        if facts.shares is None
-        else f"of the expert that loses most, {part} alone carries {facts.shares[part]:.2f} of the gain"
-    )
+    if facts.shares is None:
+        return "where the gain sits is not known"
+    first, *rest = (f"{part} {facts.shares[part]:.2f}" for part in parts)
+    return f"put into the base alone, {', '.join([first, *rest])} of the gain (of the expert that keeps least)"
 
 
 def _backbones(facts: Facts) -> str:
@@ -95,7 +94,7 @@ EXPERTS: tuple[Rule, ...] = (
     Rule(
         lambda facts: facts.native and facts.carries("ffn"),
         {"backbone": "base"},
-        lambda facts: f"FFN experts on the base's backbone: {_share(facts, 'ffn')}, and whole FFN experts are native",
+        lambda facts: f"FFN experts on the base's backbone: {_carried(facts, 'ffn')}",
         "benchmarks/demo.md: experts trained in their FFN alone lose nothing on the base's backbone (oracle 1.00)",
     ),
     Rule(
@@ -120,19 +119,19 @@ EXPERTS: tuple[Rule, ...] = (
     Rule(
         lambda facts: facts.carries("ffn"),
         {"modules": "auto"},
-        lambda facts: f"the FFN as experts: {_share(facts, 'ffn')}",
-        "benchmarks/demo.md: FFN specialists, oracle 1.00",
+        lambda facts: f"the FFN as experts: {_carried(facts, 'ffn')}",
+        "benchmarks/demo.md: FFN specialists, oracle 1.00; with --native they open in other tools, with a token router (0.88)",
     ),
     Rule(
         lambda facts: facts.named_parts and facts.carries("ffn + attention"),
         {"modules": ["q", "k", "v", "o", "mlp"]},
-        lambda facts: f"attention and FFN as experts: {_share(facts, 'ffn + attention')}; {_share(facts, 'ffn')}",
+        lambda facts: f"attention and FFN as experts: {_carried(facts, 'ffn', 'ffn + attention')}",
         "measured here; benchmarks/training.md has a case where it does not suffice (0.61)",
     ),
     Rule(
         lambda facts: facts.shares is not None and facts.fit_text,
         {"modules": "all"},
-        lambda facts: f"whole models as experts: {_share(facts, 'ffn + attention')}; {_share(facts, 'ffn')}",
+        lambda facts: f"whole models as experts: {_carried(facts, 'ffn', 'ffn + attention')}",
         "benchmarks/training.md: whole models 0.99, FFN experts on the average 0.54, with attention 0.61 (full fine-tunes)",
     ),
     Rule(
@@ -142,16 +141,13 @@ EXPERTS: tuple[Rule, ...] = (
         "benchmarks/training.md: whole models 0.99",
     ),
     Rule(
-        lambda facts: facts.outside_ffn,
-        {"backbone": "average"},
-        lambda facts: "FFN experts on the experts' average: more than the FFN moved, and what of it helps is not known",
-        "benchmarks/training.md: linear mixture of full fine-tunes 0.275 on the average, 0.141 on the base",
-    ),
-    Rule(
         lambda facts: True,
-        {"modules": "auto"},
-        lambda facts: f"the FFN as experts: {_share(facts, 'ffn')}",
-        "benchmarks/demo.md: FFN specialists, oracle 1.00",
+        {"backbone": "average"},
+        lambda facts: (
+            "FFN experts on the experts' average: more than the FFN moved, and without text for every domain no router can "
+            "choose between whole models"
+        ),
+        "benchmarks/training.md: linear mixture of full fine-tunes 0.275 on the average, 0.141 on the base",
     ),
 )  # fmt: skip
 
@@ -180,7 +176,8 @@ ROUTERS: tuple[Rule, ...] = (
         lambda facts: (
             f"the domains differ in their words: n-grams name the domain of {facts.told_apart:.2f} of the held-out tokens"
         ),
-        "benchmarks/training.md: n-gram 0.979, context 0.90, token 0.88 (FFN specialists); 0.99 (whole models)",
+        "benchmarks/training.md: n-gram 0.979, context 0.90, token 0.88 (FFN specialists), 0.99 (whole models); "
+        "benchmarks/advise.md: 0.95, context 0.84 (adapters)",
     ),
     Rule(
         lambda facts: True,

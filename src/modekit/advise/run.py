@@ -16,6 +16,7 @@ from modekit.advise.advice import Advice, Measured
 from modekit.advise.checks import Models, open_models
 from modekit.advise.drift import Drift, compare
 from modekit.advise.findings import Finding
+from modekit.advise.gain import Gains
 from modekit.advise.groups import Group, groups_of, is_projection
 from modekit.advise.judge import has_gain, of_files, of_gains, of_words
 from modekit.advise.rules import NEARLY_ALL, Choice, Facts, choose
@@ -54,9 +55,12 @@ def advise(
         )  # fmt: skip
     usable = [place for place in models.experts if not drift.damaged[place]]
     findings = [*models.findings, *of_files(recipe, drift, usable)]
-    measured, of_text = _measure(recipe, root, models, groups, drift, usable, tokens, trust_remote_code, progress)
-    findings += of_text
-    kept = _kept(recipe, drift, measured, usable)
+    measured = Measured({}, frozenset(), frozenset(), None, None)
+    if any(drift.moved[place] for place in usable):
+        measured, of_text = _measure(recipe, root, models, groups, drift, usable, tokens, trust_remote_code, progress)
+        findings += of_text
+    # Place of every expert of the advised recipe -> whether its own model is worth having; else the base stands for it.
+    kept = {place: bool(drift.moved[place]) and _helps(measured.gains, place) for place in usable}
     if not any(kept.values()):
         return Advice(recipe, root, drift, usable, measured, findings, None, (), None, None)
     facts = _facts(recipe, models, groups, drift, measured, kept, native)
@@ -93,7 +97,7 @@ def _measure(
             "warning", "base_model", "it has no tokenizer, so that no text can be read",
             to_do="save the tokenizer into the base model's folder",
         )  # fmt: skip
-        return Measured({}, frozenset(), None, None), [finding]
+        return Measured({}, frozenset(), frozenset(), None, None), [finding]
     from modekit.advise.swapped import Swapped, measure, on_average
     from modekit.advise.texts import read_texts
     from modekit.advise.words import compare_words
@@ -103,38 +107,33 @@ def _measure(
     folders = [base.folder, *(source.folder for source in models.experts.values())]
     texts, findings = read_texts(recipe, root, folders, tokenizer, tokens)
     unread = frozenset(place for place, expert in enumerate(recipe.experts) if expert.text and place not in texts)
+    fittable = frozenset(place for place, text in texts.items() if text.fit)
     texts = {place: text for place, text in texts.items() if place in usable}
     words = compare_words(tokenizer, texts)
     findings += of_words(recipe, words) if words is not None else []
     scored = {place: text.sequences for place, text in texts.items() if text.sequences}
     records = {place: text.record for place, text in texts.items()}
     if not scored:
-        return Measured(records, unread, None, words), findings
+        return Measured(records, unread, fittable, None, words), findings
     mappings = Mappings()
     try:
         sources = [base, *(models.experts.get(place, base) for place in range(len(recipe.experts)))]
         model = load_model(base.folder, trust_remote_code=trust_remote_code)
         swapped = Swapped(model, sources, groups, drift.moved, mappings)
         gains = measure(swapped, scored, usable, progress=progress)
-        outside = [place for place in usable if place in scored and has_gain(gains.gain(place, place))
-                   and gains.share(place, gains.parts[place]["ffn"]).value < NEARLY_ALL]  # fmt: skip
-        if outside:
-            members = [place for place in usable if not recipe.experts[place].is_base]
-            gains = gains.with_average(on_average(swapped, scored, members, progress=progress))
+        own = [place for place in usable if drift.moved[place] and _helps(gains, place)]
+        ffn = [gains.share(place, gains.parts[place]["ffn"]).value for place in own if place in gains.parts]
+        if ffn and min(ffn) < NEARLY_ALL:
+            gains = gains.with_average(on_average(swapped, scored, own, progress=progress))
     finally:
         mappings.close()
-    findings += of_gains(recipe, gains, usable, scored)
-    return Measured(records, unread, gains, words), findings
+    findings += of_gains(recipe, gains, [place for place in usable if drift.moved[place]], scored)
+    return Measured(records, unread, fittable, gains, words), findings
 
 
-def _kept(recipe: Recipe, drift: Drift, measured: Measured, usable: Sequence[int]) -> dict[int, bool]:
-    """Place of every expert of the advised recipe -> whether its own model is worth having; else the base stands for it."""
-    gains = measured.gains
-
-    def helps(place: int) -> bool:
-        return gains is None or place not in gains.parts or has_gain(gains.gain(place, place))
-
-    return {place: bool(drift.moved[place]) and helps(place) for place in usable}
+def _helps(gains: Gains | None, place: int) -> bool:
+    """Whether an expert is better than the base on its own text, as far as that is known."""
+    return gains is None or place not in gains.parts or has_gain(gains.gain(place, place))
 
 
 def _facts(
@@ -161,7 +160,7 @@ def _facts(
         named_parts=all(is_projection(name, models.family) for name in moved if groups[name] == "attention"),
         shares=shares,
         backbones=backbones,
-        fit_text=all((experts[p].text and p not in measured.unread) or experts[p].prompts for p in kept),
+        fit_text=kept.keys() <= measured.fittable,
         told_apart=measured.words.told_apart
         if measured.words is not None and len(measured.words.domains) == len(kept)
         else None,
