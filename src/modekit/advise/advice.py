@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from modekit.advise.drift import Drift
 from modekit.advise.findings import Finding
 from modekit.advise.judge import has_gain
+from modekit.advise.measured import Measured
 from modekit.advise.rules import Choice, Facts
 from modekit.recipe import BASE, Recipe
 
 if TYPE_CHECKING:
-    from modekit.advise.gain import Estimate, Gains
-    from modekit.advise.words import Words
+    from modekit.advise.gain import Estimate
 
 FORMAT = 1
 LIMITS = (
@@ -23,23 +23,6 @@ LIMITS = (
     "A share bounds what any router can reach with that part; how near a router comes is not measured here.",
     "Loss on held-out text of a domain is not how well an expert follows instructions or answers questions.",
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What text said. `gains` and `words` are None where there is none.
-
-    Attributes:
-        texts: place of an expert -> record of its select text.
-        unread: places of experts whose text cannot be read.
-        fittable: places of experts that have documents for a router fit.
-    """
-
-    texts: Mapping[int, Mapping[str, Any]]
-    unread: frozenset[int]
-    fittable: frozenset[int]
-    gains: Gains | None
-    words: Words | None
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ def of_files(recipe: Recipe, drift: Drift, usable: Sequence[int]) -> Iterator[Fi
             )  # fmt: skip
 
 
-def of_gains(recipe: Recipe, gains: Gains, usable: Sequence[int], domains: Collection[int]) -> Iterator[Finding]:
-    """Experts that do not help on their own text, or less than another does."""
-    for place in [place for place in usable if place in domains and not recipe.experts[place].is_base]:
+def of_gains(recipe: Recipe, gains: Gains, moved: Sequence[int], domains: Collection[int]) -> Iterator[Finding]:
+    """Experts that do not help on their own text, or less than another does; of those that differ from the base."""
+    for place in [place for place in moved if place in domains]:
         name = recipe.experts[place].name
         gain = gains.gain(place, place)
         if not has_gain(gain):
@@ -64,9 +64,9 @@ def of_gains(recipe: Recipe, gains: Gains, usable: Sequence[int], domains: Colle
                 "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
                 "give more text, or more --tokens",
             )  # fmt: skip
-        for other in usable:
+        for other in moved:
             better = gains.better(other, place, place)
-            if other != place and recipe.names[other] != name and _is_certain(better) and not recipe.experts[other].is_base:
+            if _is_certain(better):
                 yield Finding(
                     "warning", name, f"{recipe.names[other]} is better on its text than it is itself",
                     f"{said(better)} nats per token", "check that models and texts are not mixed up",
@@ -88,6 +88,11 @@ def of_words(recipe: Recipe, words: Words) -> Iterator[Finding]:
 def has_gain(gain: Estimate) -> bool:
     """Whether an expert is better than the base at all."""
     return gain.value > SMALLEST_GAIN
+
+
+def helps(gains: Gains | None, place: int) -> bool:
+    """Whether an expert is better than the base on its own text, as far as that is known."""
+    return gains is None or place not in gains.parts or has_gain(gains.gain(place, place))
 
 
 def said(figure: Estimate, digits: int = 3) -> str:

@@ -120,7 +120,8 @@ EXPERTS: tuple[Rule, ...] = (
         lambda facts: facts.carries("ffn"),
         {"modules": "auto"},
         lambda facts: f"the FFN as experts: {_carried(facts, 'ffn')}",
-        "benchmarks/demo.md: FFN specialists, oracle 1.00; with --native they open in other tools, with a token router (0.88)",
+        "benchmarks/demo.md: FFN specialists, oracle 1.00; with --native they open in other tools, with a token router (0.88). "
+        "benchmarks/training.md: training routers and attention afterwards, 1.12",
     ),
     Rule(
         lambda facts: facts.named_parts and facts.carries("ffn + attention"),
@@ -144,8 +145,8 @@ EXPERTS: tuple[Rule, ...] = (
         lambda facts: True,
         {"backbone": "average"},
         lambda facts: (
-            "FFN experts on the experts' average: more than the FFN moved, and without text for every domain no router can "
-            "choose between whole models"
+            "the experts' average as backbone: more moved than what experts have of their own, and without text for every "
+            "domain no router can choose between whole models"
         ),
         "benchmarks/training.md: linear mixture of full fine-tunes 0.275 on the average, 0.141 on the base",
     ),

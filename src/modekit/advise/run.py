@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from modekit.adapters import AdapterSource
-from modekit.advise.advice import Advice, Measured
+from modekit.advise.advice import Advice
 from modekit.advise.checks import Models, open_models
 from modekit.advise.drift import Drift, compare
-from modekit.advise.findings import Finding
-from modekit.advise.gain import Gains
 from modekit.advise.groups import Group, groups_of, is_projection
-from modekit.advise.judge import has_gain, of_files, of_gains, of_words
-from modekit.advise.rules import NEARLY_ALL, Choice, Facts, choose
+from modekit.advise.judge import helps, of_files
+from modekit.advise.measured import NOTHING, Measured, measure_text
+from modekit.advise.rules import Choice, Facts, choose
 from modekit.errors import SourceError
 from modekit.plan import make_plan, summary
 from modekit.progress import Progress, silent
 from modekit.recipe import BASE, Recipe, parse_recipe, read_recipe
-from modekit.sources import Mappings
-from modekit.tokenizer import TOKENIZER_FILES
 
 TOKENS = 8_192
 """Read of each domain's select text by default."""
@@ -55,22 +52,21 @@ def advise(
         )  # fmt: skip
     usable = [place for place in models.experts if not drift.damaged[place]]
     findings = [*models.findings, *of_files(recipe, drift, usable)]
-    measured = Measured({}, frozenset(), frozenset(), None, None)
+    measured = NOTHING
     if any(drift.moved[place] for place in usable):
-        measured, of_text = _measure(recipe, root, models, groups, drift, usable, tokens, trust_remote_code, progress)
+        measured, of_text = measure_text(
+            recipe, root, models, groups, drift, usable, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress
+        )
         findings += of_text
     # Place of every expert of the advised recipe -> whether its own model is worth having; else the base stands for it.
-    kept = {place: bool(drift.moved[place]) and _helps(measured.gains, place) for place in usable}
+    kept = {place: bool(drift.moved[place]) and helps(measured.gains, place) for place in usable}
     if not any(kept.values()):
         return Advice(recipe, root, drift, usable, measured, findings, None, (), None, None)
     facts = _facts(recipe, models, groups, drift, measured, kept, native)
     choices = choose(facts)
     data = _advised(raw, kept, measured, choices, native)
-    planned = make_plan(parse_recipe(data, where="the advised recipe"), root, trust_remote_code=trust_remote_code)
-    shown = {
-        key: value for key, value in summary(planned).items() if key in ("architecture", "why", "parameters", "bytes", "notes")
-    }
-    return Advice(recipe, root, drift, usable, measured, findings, facts, choices, data, shown)
+    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, trust_remote_code=trust_remote_code))
+    return Advice(recipe, root, drift, usable, measured, findings, facts, choices, data, planned)
 
 
 def _models_of(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -83,57 +79,6 @@ def _models_of(raw: Mapping[str, Any], where: str) -> Recipe:
 
 def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key not in keys}
-
-
-def _measure(
-    recipe: Recipe, root: Path, models: Models, groups: Mapping[str, Group], drift: Drift, usable: Sequence[int], tokens: int,
-    trust_remote_code: bool, progress: Progress,
-) -> tuple[Measured, list[Finding]]:  # fmt: skip
-    """Everything that needs text, or nothing where there is none."""
-    base = models.base
-    has_tokenizer = any((base.folder / name).exists() for name in TOKENIZER_FILES)
-    if not has_tokenizer:
-        finding = Finding(
-            "warning", "base_model", "it has no tokenizer, so that no text can be read",
-            to_do="save the tokenizer into the base model's folder",
-        )  # fmt: skip
-        return Measured({}, frozenset(), frozenset(), None, None), [finding]
-    from modekit.advise.swapped import Swapped, measure, on_average
-    from modekit.advise.texts import read_texts
-    from modekit.advise.words import compare_words
-    from modekit.models import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust_remote_code)
-    folders = [base.folder, *(source.folder for source in models.experts.values())]
-    texts, findings = read_texts(recipe, root, folders, tokenizer, tokens)
-    unread = frozenset(place for place, expert in enumerate(recipe.experts) if expert.text and place not in texts)
-    fittable = frozenset(place for place, text in texts.items() if text.fit)
-    texts = {place: text for place, text in texts.items() if place in usable}
-    words = compare_words(tokenizer, texts)
-    findings += of_words(recipe, words) if words is not None else []
-    scored = {place: text.sequences for place, text in texts.items() if text.sequences}
-    records = {place: text.record for place, text in texts.items()}
-    if not scored:
-        return Measured(records, unread, fittable, None, words), findings
-    mappings = Mappings()
-    try:
-        sources = [base, *(models.experts.get(place, base) for place in range(len(recipe.experts)))]
-        model = load_model(base.folder, trust_remote_code=trust_remote_code)
-        swapped = Swapped(model, sources, groups, drift.moved, mappings)
-        gains = measure(swapped, scored, usable, progress=progress)
-        own = [place for place in usable if drift.moved[place] and _helps(gains, place)]
-        ffn = [gains.share(place, gains.parts[place]["ffn"]).value for place in own if place in gains.parts]
-        if ffn and min(ffn) < NEARLY_ALL:
-            gains = gains.with_average(on_average(swapped, scored, own, progress=progress))
-    finally:
-        mappings.close()
-    findings += of_gains(recipe, gains, [place for place in usable if drift.moved[place]], scored)
-    return Measured(records, unread, fittable, gains, words), findings
-
-
-def _helps(gains: Gains | None, place: int) -> bool:
-    """Whether an expert is better than the base on its own text, as far as that is known."""
-    return gains is None or place not in gains.parts or has_gain(gains.gain(place, place))
 
 
 def _facts(
