@@ -13,7 +13,9 @@ from modekit.printing import bytes_of, count_of, out
 if TYPE_CHECKING:
     from modekit.advise.advice import Advice
     from modekit.advise.findings import Finding
+    from modekit.advise.gain import Estimate
 
+_MOST_WITH_ERRORS = 4  # columns that fit a terminal
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
@@ -87,18 +89,20 @@ def _print_gains(advice: Advice) -> None:
     columns = {place: shares for place in gains.parts if (shares := advice.shares(place)) is not None}
     if not columns:
         return
+    errors = len(columns) <= _MOST_WITH_ERRORS
+
+    def figure(share: Estimate) -> str:
+        return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if errors and share.error else "")
+
     table = _table("put into the base", *(escape(advice.name(place)) for place in columns))
     for part in next(iter(columns.values())):
-        table.add_row(part, *(_figure(shares[part].value, shares[part].error) for shares in columns.values()))
+        table.add_row(part, *(figure(shares[part]) for shares in columns.values()))
     if gains.on_average:
-        shares_on_average = [gains.share(place, gains.on_average[place]) for place in columns]
-        table.add_row("ffn, on the experts' average", *(_figure(share.value, share.error) for share in shares_on_average))
-    out.print("\nWhere the gain sits: share of an expert's gain on its own text, with its standard error.")
+        on_average = (gains.share(place, gains.on_average[place]) for place in columns)
+        table.add_row("ffn, rest averaged", *map(figure, on_average))
+    title = "Where the gain sits: share of an expert's gain on its own text"
+    out.print(f"\n{title}, with its standard error." if errors else f"\n{title} (standard errors: --json).")
     out.print(table)
-
-
-def _figure(value: float, error: float | None) -> str:
-    return f"{value:.2f}" + (f" ± {error:.2f}" if error else "")
 
 
 def _print_words(advice: Advice) -> None:
