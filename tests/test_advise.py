@@ -335,6 +335,25 @@ def test_the_written_recipe_builds(trained: Workshop, tmp_path: Path, suffix: st
     assert (checkpoint.native is not None) == native and checkpoint.record.router.status == "fitted"
 
 
+def test_what_n_grams_are_said_to_name_is_what_the_built_router_decides(trained: Workshop, tmp_path: Path) -> None:
+    workshop = of_trained(trained, tmp_path)
+    words = run(workshop).measured.words
+    assert words is not None and words.domains == (0, 1, 2)
+    model = load_model(workshop.build(mixture={"router": {"fit": "ngram"}}))
+    (slot,) = open_checkpoint(tmp_path / "OUT").slots
+    weights: list[torch.Tensor] = []
+    model.get_submodule(slot.name.removesuffix(".gate")).register_forward_hook(lambda module, args, out: weights.append(out[0]))
+    tokenizer = load_tokenizer(tmp_path / "OUT")
+    for place, expert in enumerate(workshop.recipe["experts"]):
+        weights.clear()
+        documents = documents_of_split(read_documents([expert["text"]], root=tmp_path, where=""), "select")
+        for sequence in encode(tokenizer, documents, max_tokens=TOKENS, sequence_length=512):
+            model(input_ids=torch.tensor([sequence.ids]))
+        chosen = torch.cat(weights).argmax(-1)
+        assert words.named[place] == pytest.approx([float((chosen == other).float().mean()) for other in range(3)])
+    assert words.told_apart == pytest.approx(np.diagonal(words.named).mean()) and words.told_apart > 0.5
+
+
 def test_a_recipe_written_elsewhere_names_the_same_files(trained: Workshop, tmp_path: Path) -> None:
     recipe = {**trained.recipe, "eval": {"music": ["./text/law.jsonl", "some/data-set"]}}
     recipe["experts"] = [*recipe["experts"], {"name": "general", "model": "base", "text": "text/law.jsonl"}]
