@@ -543,6 +543,11 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises RecipeError that lists every problem with its key; a misspelt key is answered with the nearest known one.
     """
+    return parse_recipe(read_recipe(path), where=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, unchecked. Raises RecipeError."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -559,7 +564,7 @@ def load_recipe(path: Path) -> Recipe:
             "the recipe is not a mapping of keys", where=str(path), expected="base_model: ..., experts: [...]",
             remedy="see docs/recipe.md",
         )  # fmt: skip
-    return parse_recipe(raw, where=str(path))
+    return raw
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:

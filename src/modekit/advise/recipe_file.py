@@ -1,0 +1,92 @@
+"""The advised recipe as a file: the user's models and texts, the advised mixture, and the reasons as comments."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modekit.advise.advice import Advice
+from modekit.advise.findings import Finding
+from modekit.advise.rules import Choice
+from modekit.errors import OutputError
+from modekit.recipe import locate
+from modekit.writer import write_atomically
+
+_WIDTH = 110
+
+
+def recipe_text(recipe: Mapping[str, Any], choices: Sequence[Choice], findings: Sequence[Finding]) -> str:
+    """YAML of the advised recipe (plain data, as `recipe.parse_recipe` takes it) with comments."""
+    parts = ["# As `modekit advise` says; docs/advise.md has what its figures mean.\n"]
+    for finding in findings:
+        if finding.level != "note":
+            parts.append(_comment(f"{finding.level}: {finding.about}: {finding.what}. {finding.to_do}"))
+    before = {key: value for key, value in recipe.items() if key in ("base_model", "revision", "experts")}
+    after = {key: value for key, value in recipe.items() if key not in ("base_model", "revision", "experts", "mixture")}
+    parts += [_yaml(before)]
+    for choice in choices:
+        parts += [_comment(f"{choice.why}."), _comment(f"  ({choice.source})")]
+    parts += [_yaml({"mixture": recipe["mixture"]}), *([_yaml(after)] if after else [])]
+    return "".join(parts)
+
+
+def check_target(path: Path) -> None:
+    """Raise OutputError when a recipe cannot be written there; asked before the work that leads to it."""
+    if path.exists():
+        raise OutputError("the file exists", where=str(path), remedy="give another name to --write, or remove the file")
+    if not path.absolute().parent.is_dir():
+        raise OutputError("the folder does not exist", where=str(path.absolute().parent), remedy="make it, or correct --write")
+
+
+def write_advised(path: Path, advice: Advice) -> None:
+    """Write the advised recipe so that it can be built from where it lies. Raises OutputError."""
+    check_target(path)
+    assert advice.recipe is not None
+    data = from_folder(advice.recipe, advice.root, path.resolve().parent)
+    write_atomically(path, recipe_text(data, advice.choices, advice.findings).encode())
+
+
+def from_folder(recipe: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
+    """The recipe with every path on disk, relative to `root`, said relative to another folder. Hub ids stay as they are."""
+
+    def moved(spec: str) -> str:
+        path = locate(spec, root)
+        if folder == root or path is None or Path(spec).expanduser().is_absolute():
+            return spec
+        relative = os.path.relpath(root / spec, folder)
+        return relative if relative.startswith("..") else f"./{relative}"
+
+    def moved_texts(texts: str | Sequence[str]) -> str | list[str]:
+        return moved(texts) if isinstance(texts, str) else [moved(text) for text in texts]
+
+    paths = ("model", "adapter")
+    experts = [
+        {
+            key: (moved(value) if value != "base" else value)
+            if key in paths
+            else moved_texts(value)
+            if key == "text"
+            else value
+            for key, value in expert.items()
+        }
+        for expert in recipe["experts"]
+    ]
+    result = {**recipe, "base_model": moved(recipe["base_model"]), "experts": experts}
+    if "eval" in recipe:
+        result["eval"] = {domain: moved_texts(texts) for domain, texts in recipe["eval"].items()}
+    return result
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=_WIDTH)
+
+
+def _comment(text: str) -> str:
+    indent = "# " + " " * (len(text) - len(text.lstrip()))
+    lines = textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return "".join(f"{line}\n" for line in lines)

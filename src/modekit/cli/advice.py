@@ -1,0 +1,51 @@
+"""The command that looks before anything is built."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from modekit.cli.shell import AsJson, RecipePath, Trust, app, drawn_progress
+from modekit.printing import out
+from modekit.printing_advise import print_advice
+
+
+@app.command()
+def advise(
+    recipe: RecipePath,
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain (select split) to measure on.")] = 8_192,
+    native: Annotated[
+        bool, typer.Option("--native", help="The result must open in an architecture that other tools know.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the advised recipe, with its reasons as comments.")
+    ] = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what to build: what each expert changed, what of it helps, what is wrong, and the recipe that follows.
+
+    What the recipe says under `mixture` is not read. Exit code 1 when nothing is left to mix.
+    """
+    from modekit.advise.recipe_file import check_target, write_advised
+    from modekit.advise.run import advise as run
+
+    if write is not None:
+        check_target(write)
+    with drawn_progress() as progress:
+        advice = run(recipe, tokens=tokens, native=native, trust_remote_code=trust_remote_code, progress=progress)
+    if as_json:
+        sys.stdout.write(json.dumps(advice.as_data(), indent=2) + "\n")
+    else:
+        print_advice(advice)
+    if advice.recipe is None:
+        raise typer.Exit(1)
+    if write is not None:
+        write_advised(write, advice)
+        if not as_json:
+            out.print(f"[bold]{escape(str(write))}[/]: modekit build {escape(str(write))} OUT", highlight=False, soft_wrap=True)
