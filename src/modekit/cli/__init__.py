@@ -8,5 +8,6 @@ from modekit.cli import mixtures as mixtures
 from modekit.cli import training as training
 from modekit.cli import results as results
 from modekit.cli import experts as experts
+from modekit.cli import reports as reports
 from modekit.cli.shell import app as app
 from modekit.cli.shell import main as main
