@@ -23,6 +23,7 @@ from modekit.errors import OutputError
 from modekit.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, parameters_of, results_from_data
 from modekit.licences import Source, facts, sources_of
 from modekit.plan import backbone_label
+from modekit.recipe import BASE
 from modekit.writer import write_atomically
 
 CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
@@ -138,12 +139,17 @@ def _what(checkpoint: Checkpoint) -> str:
     recipe = checkpoint.record.recipe
     total, active, _ = parameters_of(checkpoint)
     layout = "plain transformers opens it" if checkpoint.native is not None else "it brings the code that opens it"
+    architecture, dtype = _plain(str(checkpoint.config["architectures"][0])), _plain(str(checkpoint.config["dtype"]))
     return (
         f"A Mixture of Domain Experts, made with modekit from one base model and {len(checkpoint.names)} experts "
-        f"({', '.join(checkpoint.names)}): {_decides(checkpoint)}. Architecture {_plain(checkpoint.config['architectures'][0])} "
-        f"({layout}), {_count(total)} parameters, {_count(active)} active per token, {_plain(str(checkpoint.config['dtype']))}; "
-        f"everything that is no expert is that of {_plain(backbone_label(recipe))}."
+        f"({', '.join(map(_plain, checkpoint.names))}): {_decides(checkpoint)}. Architecture {architecture} ({layout}), "
+        f"{_count(total)} parameters, {_count(active)} active per token, {dtype}; everything that is no expert is from "
+        f"{_plain(_backbone(backbone_label(recipe)))}."
     )
+
+
+def _backbone(label: str) -> str:
+    return "the base model" if label == BASE else label if label.startswith("expert ") else f"the models merged by {label}"
 
 
 def _decides(checkpoint: Checkpoint) -> str:
@@ -175,7 +181,7 @@ def _made(checkpoint: Checkpoint) -> str:
     router = record.router
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=120)
     text = [
-        f"| {_plain(domain)} | {used.get('documents', '-')} | {used.get('tokens', '-')} | `{str(used.get('sha256', '-'))[:16]}` |"
+        _row([domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))])
         for domain, used in router.text.items()
     ]
     parts = [
@@ -201,20 +207,18 @@ def _worth(results: Results | None, problem: str | None) -> str:
     if results is None:
         return f"{problem}."
     header, body = results.table()
-    lines = [header, ["---"] * len(header), *body]
-    table = "\n".join("| " + " | ".join(map(_plain, cells)) + " |" for cells in lines)
+    lines = [_row(header), "|---" * len(header) + "|", *map(_row, body)]
     explained = (
-        "Held-out loss in nats per token / perplexity; the same tokens in every row. Gap closed: 0 is the base model, 1 is as good "
-        "as each domain's own expert. The oracle knows each text's domain: no router can do better."
+        "Held-out loss in nats per token / perplexity; the same tokens in every row. Gap closed: 0 is the base model, 1 is as "
+        "good as each domain's own expert. The oracle knows each text's domain: no router can do better."
     )
-    return "\n\n".join([explained, table, "\n".join(f"* {_plain(note)}" for note in results.notes)]).strip()
+    return "\n\n".join([explained, "\n".join(lines), "\n".join(f"* {_plain(note)}" for note in results.notes)]).strip()
 
 
 def _source_table(sources: Sequence[Source]) -> str:
     lines = ["| used as | model | revision | licence | said by |", "|---|---|---|---|---|"]
     for source in sources:
-        cells = [", ".join(source.used_as), source.spec, source.revision or "-", source.said, source.found]
-        lines.append("| " + " | ".join(map(_plain, cells)) + " |")
+        lines.append(_row([", ".join(source.used_as), source.spec, source.revision or "-", source.said, source.found]))
     return "\n".join(lines)
 
 
@@ -236,6 +240,10 @@ def _licence_page(sources: Sequence[Source], known: Sequence[str]) -> str:
         "# Licences of the sources\n\nThis model was made from the models below, and each keeps its licence. What that "
         f"means together is for you to judge; these are the facts.\n\n{_source_table(sources)}\n\n{said}\n"
     )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_plain, cells)) + " |"
 
 
 def _fenced(text: str, kind: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -27,6 +27,7 @@ from modekit.report.found import (
     find_training,
 )
 
+_Each = TypeVar("_Each")
 SAMPLE_BYTES = 900_000
 """Room for the sample texts' weights in a page of 2 MB."""
 _HEAT_CELLS = 4_000  # more routers than that many cells hold are averaged over a layer, then over neighbouring layers
@@ -40,7 +41,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
     inspection = find_inspection(checkpoint, missing)
     trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
     sources = sources_of(checkpoint)
-    return rounded(
+    content: dict[str, Any] = rounded(
         {
             "format": 1,
             "name": checkpoint.folder.name,
@@ -57,7 +58,8 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},
             "missing": missing,
         }
-    )  # type: ignore[no-any-return]
+    )
+    return content
 
 
 def rounded(value: Any) -> Any:
@@ -193,7 +195,7 @@ def _groups(inspection: Inspection, domains: int) -> list[list[int]]:
             layers.setdefault(router.layer, []).append(place)
         groups = list(layers.values())
     step = math.ceil(len(groups) / most) if groups else 1
-    return [sum(groups[start : start + step], []) for start in range(0, len(groups), step)]
+    return [[place for group in groups[start : start + step] for place in group] for start in range(0, len(groups), step)]
 
 
 def _label(inspection: Inspection, group: Sequence[int]) -> str:
@@ -266,7 +268,8 @@ def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any]
             {
                 "what": record.settings.get("what"), "losses": record.settings.get("losses"),
                 "speed": record.settings.get("speed"), "steps": record.steps, "tokens": record.tokens,
-                "parameters": record.parameters, "text": record.text, "select_loss": record.select_loss, "notes": record.notes,
+                "parameters": record.parameters, "select_loss": _in_order(record.select_loss, checkpoint.names),
+                "notes": record.notes,
             }
             for record in records
         ],
@@ -289,7 +292,7 @@ def _thinned(curve: Curve) -> dict[str, Any]:
 def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:
     record = checkpoint.record
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    scored = {name: dict(each) for name, each in results.text.items()} if results is not None else {}
+    scored = {name: dict(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
     return {
         "recipe": recipe,
         "recipe_digest": record.recipe_digest,
@@ -301,9 +304,13 @@ def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, An
             }
             for source in record.sources
         ],
-        "texts": {"fit": _texts(record.router.text), "scored": _texts(scored)},
+        "texts": {"fit": _texts(_in_order(record.router.text, checkpoint.names)), "scored": _texts(scored)},
         "trained_tensors": len(record.trained),
     }  # fmt: skip
+
+
+def _in_order(texts: dict[str, _Each], names: Sequence[str]) -> dict[str, _Each]:
+    return {name: texts[name] for name in [*names, *sorted(texts.keys() - set(names))] if name in texts}
 
 
 def _texts(texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

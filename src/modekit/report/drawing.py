@@ -20,7 +20,7 @@ def gap_bars(results: dict[str, Any], figures: Figures, *prefix: str | int) -> l
     """Per domain (and the mean) the gap closed of weight average, oracle and mixture: {name, bars: [{row, kind, bar, ...}]}."""
     at = prefix or ("results",)
     shown = [(place, row) for place, row in enumerate(results["rows"]) if row["kind"] in SHOWN_KINDS]
-    groups = [(name, ("domains", name)) for name in results["domains"]]
+    groups: list[tuple[str, tuple[str, ...]]] = [(name, ("domains", name)) for name in results["domains"]]
     groups = [(name, path) for name, path in groups if any(_at(row, path, "gap_closed") is not None for _, row in shown)]
     if len(groups) > 1:
         groups.append(("mean", ("mean",)))

@@ -236,9 +236,7 @@ def _of_another(file: str, command: str) -> str:
     return f"{file} is of another state of this mixture (router, recipe or training changed since): run `{command}` again"
 
 
-def _read(
-    checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]
-) -> _Read | None:
+def _read(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:
     path = _path(checkpoint, file)
     try:
         if path.stat().st_size > _LARGEST:

@@ -90,13 +90,13 @@
     const left = Object.entries(sample().without).filter((entry) => entry[1] !== null);
     if (left.length) about.append(" With one expert left out: ");
     left.forEach(([expert, change], place) => {
-      about.append((place ? ", " : "") + expert + " ", figure(change, (change < 0 ? "" : "+") + change.toFixed(3), "without/" + expert.replaceAll("~", "~0").replaceAll("/", "~1")));
+      about.append((place ? ", " : "") + expert + " ", figure(change, (change < 0 ? "\u2212" : "+") + Math.abs(change).toFixed(3), "without/" + expert.replaceAll("~", "~0").replaceAll("/", "~1")));
     });
     if (left.length) about.append(".");
     if (sample().cut) about.append(" The page holds the beginning of this text.");
-    active = 0;
+    active = Math.min(1, sample().tokens.length - 1);
     paint();
-    select(0, false);
+    select(active, false);
   }
 
   data.texts.forEach((each, place) => {

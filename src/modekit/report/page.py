@@ -20,17 +20,22 @@ from markupsafe import Markup
 
 from modekit.report.drawing import gap_bars, line_chart
 
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\u2212")
+
+
 FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"{value:.3f}",
     "perplexity": lambda value: f"{value:.1f}",
-    "gap": lambda value: f"{value:.2f}",
-    "error": lambda value: f"±{value:.2g}" if value < 0.01 else f"±{value:.2f}",
-    "change": lambda value: f"{value:+.3f}",
+    "gap": lambda value: _signed(f"{value:.2f}"),
+    "error": lambda value: f"±{value:.3f}",
+    "change": lambda value: _signed(f"{value:+.3f}"),
     "share": lambda value: f"{100 * value:.0f}%",
     "cell": lambda value: f"{100 * value:.0f}",
-    "similarity": lambda value: f"{value:.2f}",
-    "factor": lambda value: f"{value:.2f}×",
-    "lift": lambda value: f"{value:.1f}×",
+    "similarity": lambda value: _signed(f"{value:.2f}"),
+    "factor": lambda value: f"{value:.2f}\u00d7",
+    "lift": lambda value: f"{value:.1f}\u00d7",
     "count": lambda value: f"{value:,}",
     "parameters": lambda value: f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.2f}M",
     "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB",
@@ -75,10 +80,10 @@ class Figures:
 
     def number(self, kind: str, *parts: str | int | Sequence[str | int]) -> Markup:
         """A figure as HTML, or a dash. Lists among the parts of its path are parts themselves."""
-        path = [each for part in parts for each in (part if isinstance(part, list) else [part])]
+        path: list[str | int] = [each for part in parts for each in ([part] if isinstance(part, (str, int)) else part)]
         value = self.value(*path)
         if value is None:
-            return Markup('<span class="none"><span aria-hidden="true">–</span><span class="sr">none</span></span>')
+            return Markup('<span class="none"><span aria-hidden="true">\u2013</span><span class="sr">none</span></span>')
         place = "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in path)
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), place, kind, FORMATS[kind](value)

@@ -11,6 +11,7 @@ from modekit.report.drawing import SHOWN_KINDS
 
 PALETTE = ("#0072b2", "#c95700", "#007a5a", "#aa4499", "#7a6a00", "#4b3aa8", "#a02050", "#4d5560")
 """Of the experts, in their order; told apart by colour-blind readers, and by lines and names besides."""
+_LINES = ("-", "--", ":", "-.")
 _KIND_COLOURS = {"average": "#b5bdc4", "oracle": "#7d8892", "mixture": "#0a6aa8"}
 _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "modekit", "svg.fonttype": "path", "text.parse_math": False, "font.size": 9, "axes.spines.top": False,
@@ -38,7 +39,8 @@ def _drawing() -> Iterator[Callable[[], Any]]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "agg"}):
+    defaults: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
+    with matplotlib.rc_context({**defaults, **_SETTINGS, "backend": "agg"}):
         yield lambda: Figure(figsize=(6.4, 3.6), layout="constrained")
 
 
@@ -92,9 +94,7 @@ def _routing(figure: Any, content: dict[str, Any]) -> bool:
     for place, (axes, domain) in enumerate(zip(grid, every, strict=True)):
         shares = routing["per_domain"][domain]["shares"]
         last = place == len(every) - 1
-        _heat(
-            figure, axes, shares, routing["rows"], routing["experts"], None, "Blues", 0, 1, "mean weight" if last else None
-        )
+        _heat(figure, axes, shares, routing["rows"], routing["experts"], None, "Blues", 0, 1, "mean weight" if last else None)
         axes.set_title(domain, fontsize=9)
     return True
 
@@ -117,14 +117,15 @@ def _training(figure: Any, content: dict[str, Any]) -> bool:
     for name, points in curve["lines"].items():
         domain = name.removeprefix("eval_")
         colour = PALETTE[(experts.index(domain) if domain in experts else 7) % len(PALETTE)]
-        look: dict[str, Any] = {"color": colour, "linewidth": 1.4}
+        line = _LINES[(experts.index(domain) if domain in experts else 7) % len(_LINES)]
+        look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "linestyle": line}
         if name in {"loss", "eval_loss"}:
             look = {"color": "#8a949d", "linewidth": 0.7} if name == "loss" else {"color": "#1b2128", "linewidth": 2}
         label = {"loss": "training text", "eval_loss": "held-out mean"}.get(name, f"held-out {domain}")
         axes.plot([step for step, _ in points], [value for _, value in points], label=label, **look)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return True
 
 
