@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import yaml
@@ -31,6 +32,7 @@ _Each = TypeVar("_Each")
 SAMPLE_BYTES = 900_000
 """Room for the sample texts' weights in a page of 2 MB."""
 _HEAT_CELLS = 4_000  # more routers than that many cells hold are averaged over a layer, then over neighbouring layers
+_SHORTEST_SAMPLE = 16  # tokens
 _POINTS = 400  # of a curve; more are thinned
 
 
@@ -229,24 +231,35 @@ def _mean(values: Sequence[float] | None) -> float | None:
 
 def _samples(inspection: Inspection) -> dict[str, Any]:
     """Sample texts with their weights in thousandths: one of each domain first, as many as there is room for."""
-    order: list[Sample] = []
-    rest = list(inspection.texts)
-    while rest:
-        seen: set[str] = set()
-        first = [sample for sample in rest if sample.domain not in seen and not seen.add(sample.domain)]  # type: ignore[func-returns-value]
-        order += first
-        rest = [sample for sample in rest if not any(sample is taken for taken in first)]
+    by_domain: dict[str, list[Sample]] = {}
+    for sample in inspection.texts:
+        by_domain.setdefault(sample.domain, []).append(sample)
+    order = [sample for turn in zip_longest(*by_domain.values()) for sample in turn if sample is not None]
     kept, room = [], SAMPLE_BYTES
-    for sample in order:
-        per_token = 4 * len(inspection.experts) * len(inspection.routers) + 40
-        data = _sample(sample, max(0, room // per_token), inspection)
-        size = len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode())
-        if len(data["tokens"]) < min(16, len(sample.tokens)) or size > room:
+    for place, sample in enumerate(order):
+        data = _sample_within(sample, SAMPLE_BYTES // len(by_domain) if place < len(by_domain) else room, inspection)
+        if data is None:
             break
         kept.append(data)
-        room -= size
+        room -= _size(data)
     routers = [_router_label(inspection, place) for place in range(len(inspection.routers))]
     return {"routers": routers, "texts": kept, "left_out": len(order) - len(kept)}
+
+
+def _sample_within(sample: Sample, room: int, inspection: Inspection) -> dict[str, Any] | None:
+    """The beginning of a sample that fits; None when that is too short to be worth showing."""
+    most = len(sample.tokens)
+    while most >= min(_SHORTEST_SAMPLE, len(sample.tokens)) and most:
+        data = _sample(sample, most, inspection)
+        size = _size(data)
+        if size <= room:
+            return data
+        most = min(most - 1, int(most * room / size))
+    return None
+
+
+def _size(data: object) -> int:
+    return len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def _sample(sample: Sample, most: int, inspection: Inspection) -> dict[str, Any]:
@@ -274,19 +287,25 @@ def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any]
             for record in records
         ],
         "results": _results(trained.results) if trained is not None and trained.results is not None else None,
-        "curve": _thinned(trained.curve) if trained is not None and trained.curve is not None else None,
+        "curve": _curve(trained.curve, list(_in_order(records[-1].select_loss, checkpoint.names)))
+        if trained is not None and trained.curve is not None
+        else None,
     }  # fmt: skip
 
 
-def _thinned(curve: Curve) -> dict[str, Any]:
-    """Training loss and held-out losses as [step, value] points."""
-    lines: dict[str, list[list[float]]] = {}
-    for name, values in curve.columns.items():
-        if name == "loss" or name.startswith("eval_"):
-            points = [[float(step), value] for step, value in zip(curve.steps, values, strict=True) if value is not None]
-            every = math.ceil(len(points) / _POINTS) if points else 1
-            lines[name] = points[::every]
-    return {"lines": {name: points for name, points in lines.items() if points}}
+def _curve(curve: Curve, domains: Sequence[str]) -> dict[str, Any]:
+    """Losses as [step, loss] points: of the training text, and held-out by domain and their mean."""
+
+    def points(*names: str) -> list[list[float]]:
+        values = next((curve.columns[name] for name in names if name in curve.columns), [])
+        found = [[step, value] for step, value in zip(curve.steps, values, strict=False) if value is not None]
+        return found[:: math.ceil(len(found) / _POINTS) or 1]
+
+    held_out = {name: points(f"eval_{name}_loss", f"eval_{name}") for name in domains}
+    return {
+        "training": points("loss"), "mean": points("eval_loss"), 
+        "domains": {name: each for name, each in held_out.items() if each},
+    }  # fmt: skip
 
 
 def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:

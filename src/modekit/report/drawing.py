@@ -80,9 +80,9 @@ def _bar(value: float, error: float | None, low: float, high: float, kind: str) 
     )
 
 
-def line_chart(lines: dict[str, list[list[float]]], classes: dict[str, str], label: str) -> Markup:
-    """Curves over steps. `classes` give each line's look; axes carry round numbers only."""
-    points = [point for line in lines.values() for point in line]
+def line_chart(lines: Sequence[tuple[str, str, Any, Sequence[Sequence[float]]]], label: str) -> Markup:
+    """Curves over steps: (title, class of its look, its place, [step, value] points) each; axes carry round numbers only."""
+    points = [point for *_, line in lines for point in line]
     if not points:
         return Markup("")
     first, last = min(step for step, _ in points), max(step for step, _ in points)
@@ -103,9 +103,9 @@ def line_chart(lines: dict[str, list[list[float]]], classes: dict[str, str], lab
     for tick in ticks(first, last):
         if tick == int(tick):
             parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{int(tick)}</text>')
-    for name, line in lines.items():
-        path = "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in line)
-        parts.append(f'<path class="line {classes[name]}" d="{path}"/>')
+    for _, look, _, line in lines:
+        path = "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in line) if line else ""
+        parts.append(f'<path class="line {look}" d="{path}"/>')
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, label, Markup("".join(parts))
     )

@@ -112,7 +112,7 @@
     const node = event.target.closest ? event.target.closest(".tok") : null;
     return node ? Number(node.id.slice(1)) : null;
   };
-  list.addEventListener("pointerover", (event) => { if (at(event) !== null) select(at(event), false); });
+  list.addEventListener("pointermove", (event) => { if (at(event) !== null && at(event) !== active) select(at(event), false); });
   list.addEventListener("click", (event) => { if (at(event) !== null) select(at(event), false); });
   list.addEventListener("keydown", (event) => {
     const to = { ArrowRight: active + 1, ArrowDown: active + 10, ArrowLeft: active - 1, ArrowUp: active - 10, Home: 0, End: 1e9 }[event.key];

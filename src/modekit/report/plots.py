@@ -17,6 +17,7 @@ _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "modekit", "svg.fonttype": "path", "text.parse_math": False, "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 200, "font.family": ["DejaVu Sans"],
 }  # fmt: skip
+_LONGEST_NAME = 24  # characters that a picture has room for
 _MOST_ROWS = 64  # of a heat map that is still to be read on paper
 
 
@@ -39,8 +40,9 @@ def _drawing() -> Iterator[Callable[[], Any]]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    defaults: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
-    with matplotlib.rc_context({**defaults, **_SETTINGS, "backend": "agg"}):
+    settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+    settings.update(_SETTINGS)  # whatever the user's own style is: the same data gives the same bytes
+    with matplotlib.rc_context(settings):
         yield lambda: Figure(figsize=(6.4, 3.6), layout="constrained")
 
 
@@ -66,7 +68,7 @@ def _gap(figure: Any, content: dict[str, Any]) -> bool:
         )  # fmt: skip
     axes.axhline(0, color="#55606b", linewidth=0.8)
     axes.axhline(1, color="#55606b", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(domains)), domains)
+    axes.set_xticks(range(len(domains)), map(_short, domains))
     axes.set_ylabel("gap closed")
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     return True
@@ -95,7 +97,7 @@ def _routing(figure: Any, content: dict[str, Any]) -> bool:
         shares = routing["per_domain"][domain]["shares"]
         last = place == len(every) - 1
         _heat(figure, axes, shares, routing["rows"], routing["experts"], None, "Blues", 0, 1, "mean weight" if last else None)
-        axes.set_title(domain, fontsize=9)
+        axes.set_title(_short(domain), fontsize=9)
     return True
 
 
@@ -111,17 +113,18 @@ def _similarity(figure: Any, content: dict[str, Any]) -> bool:
 
 def _training(figure: Any, content: dict[str, Any]) -> bool:
     curve = content["training"]["curve"] if content["training"] else None
-    if not curve or not curve["lines"]:
+    if not curve or not (curve["training"] or curve["mean"]):
         return False
     axes, experts = figure.subplots(), content["mixture"]["experts"]
-    for name, points in curve["lines"].items():
-        domain = name.removeprefix("eval_")
-        colour = PALETTE[(experts.index(domain) if domain in experts else 7) % len(PALETTE)]
-        line = _LINES[(experts.index(domain) if domain in experts else 7) % len(_LINES)]
-        look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "linestyle": line}
-        if name in {"loss", "eval_loss"}:
-            look = {"color": "#8a949d", "linewidth": 0.7} if name == "loss" else {"color": "#1b2128", "linewidth": 2}
-        label = {"loss": "training text", "eval_loss": "held-out mean"}.get(name, f"held-out {domain}")
+    looks: list[tuple[str, list[list[float]], dict[str, Any]]] = [
+        ("training text", curve["training"], {"color": "#8a949d", "linewidth": 0.7}),
+        ("held-out mean", curve["mean"], {"color": "#1b2128", "linewidth": 2}),
+    ]
+    for name, points in curve["domains"].items():
+        place = experts.index(name) if name in experts else 7
+        look = {"color": PALETTE[place % len(PALETTE)], "linewidth": 1.4, "linestyle": _LINES[place % len(_LINES)]}
+        looks.append((f"held-out {_short(name)}", points, look))
+    for label, points, look in looks:
         axes.plot([step for step, _ in points], [value for _, value in points], label=label, **look)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
@@ -136,8 +139,8 @@ def _heat(
     """A heat map with names on both sides and, with `shown`, a figure in each cell."""
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     image = axes.imshow(numbers, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), map(_short, columns), rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), map(_short, rows))
     axes.spines[:].set_visible(False)
     for y, row in enumerate(shown or []):
         for x, value in enumerate(row):
@@ -146,6 +149,10 @@ def _heat(
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="k" if r + g + b > 1.5 else "w")
     if label is not None:
         figure.colorbar(image, ax=axes, label=label)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}...{name[-6:]}"
 
 
 _DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
