@@ -20,10 +20,11 @@ from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluate import evaluate
 from modekit.printing import out as console
-from modekit.report.content import SAMPLE_BYTES, make_content, rounded
+from modekit.report.content import make_content, rounded
 from modekit.report.drawing import ticks
 from modekit.report.found import checkpoint_identity
 from modekit.report.page import FORMATS, make_page, shade, tint
+from modekit.report.routing import SAMPLE_BYTES
 from modekit.report.write import write_report
 from modekit.routing.refit import refit
 from modekit.train.run import train

@@ -38,7 +38,7 @@ def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Se
 
 
 def _jackknife(without: Sequence[float]) -> float | None:
-    """From the figure's values with one block left out each (Efron and Stein 1981, Eq. 1.3)."""
+    """From the figure's values with one block left out each (Tukey's jackknife; Efron and Stein, Annals of Statistics 1981)."""
     count = len(without)
     mean = sum(without) / count
     error = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))
