@@ -20,6 +20,7 @@ from modekit.errors import OutputError
 from modekit.evaluate import evaluate
 from modekit.licences import facts, front_matter, sources_of
 from modekit.routing.refit import refit
+from modekit.verify import is_proven, verify
 from refusal import borrow, copy_base, copy_expert, refuse, run_python
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n   http://www.apache.org/"
@@ -300,5 +301,6 @@ def test_a_native_mixture_with_its_card_is_still_loaded(mine: Workshop) -> None:
     save(tiny_model(seed=9), mine.root / "law")
     checkpoint = open_checkpoint(mine.build())
     write_card(checkpoint)
+    assert is_proven(verify(checkpoint))
     assert AutoModelForCausalLM.from_pretrained(checkpoint.folder) is not None
     assert open_checkpoint(checkpoint.folder).names == list(DOMAINS)

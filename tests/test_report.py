@@ -510,9 +510,9 @@ def test_without_matplotlib_the_page_is_written_and_says_what_to_install(
 
 
 def large(checkpoint: Checkpoint) -> dict[str, Any]:
-    """64 layers with a router per projection, 20 long texts."""
+    """64 layers with a router per projection, and longer texts than a page has room for."""
     routers = [(layer, part) for layer in range(64) for part in ("q", "k", "v", "o", "gate", "up", "down")]
-    return inspection_of(checkpoint, routers=routers, tokens=200, texts=5, pieces=("word ",))
+    return inspection_of(checkpoint, routers=routers, tokens=60, texts=2, pieces=("word ",))
 
 
 def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
@@ -524,8 +524,8 @@ def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened, tm
     assert len(data["routing"]["rows"]) == 64 and data["routing"]["rows"][-1] == "layer 63"
     samples = data["samples"]
     assert [sample["domain"] for sample in samples["texts"][:4]] == [*DOMAINS, "music"]
-    assert len(samples["texts"]) + samples["left_out"] == 20 and samples["left_out"]
-    assert all(sample["cut"] == 200 - len(sample["tokens"]) for sample in samples["texts"])
+    assert len(samples["texts"]) + samples["left_out"] == 8 and samples["left_out"]
+    assert all(sample["cut"] == 60 - len(sample["tokens"]) for sample in samples["texts"])
     assert SAMPLE_BYTES * 0.9 < len(json.dumps(samples["texts"], separators=(",", ":"))) <= SAMPLE_BYTES * 1.01
     tab = opened(report.page)
     tab.locator("#layer").fill("447")
@@ -659,8 +659,18 @@ def test_ticks_are_round_and_inside() -> None:
 
 def test_shades_go_one_way() -> None:
     assert [shade(value) for value in (0, 0.05, 0.5, 0.999, 1)] == ["q0", "q0", "q5", "q9", "q9"]
-    assert [tint(value, 2) for value in (-3, -2, -0.1, 0, 0.1, 2)] == ["dn5", "dn5", "dn1", "d0", "dp1", "dp5"]
+    assert [tint(value, 2) for value in (-3, -2, -0.1, 0, 0.03, 0.1, 2)] == ["dn5", "dn5", "dn1", "d0", "d0", "dp1", "dp5"]
     assert shade(None) == tint(None, 1) == tint(1, 0) == ""
+
+
+def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
+    assert [FORMATS["change"](value) for value in (0.1234, -0.1236, -0.0001, 0.0)] == [
+        "+0.123",
+        "\u22120.124",
+        "0.000",
+        "0.000",
+    ]
+    assert [FORMATS["gap"](value) for value in (0.5, -0.5, -0.001)] == ["0.50", "\u22120.50", "0.00"]
 
 
 def test_the_command(workshop: Workshop, tmp_path: Path) -> None:

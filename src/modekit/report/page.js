@@ -14,6 +14,10 @@
     if (content !== undefined) node.textContent = content;
     return node;
   };
+  const signed = (value) => {
+    const size = Math.abs(value).toFixed(3);
+    return Number(size) === 0 ? size : (value < 0 ? "\u2212" : "+") + size;
+  };
   const sample = () => data.texts[text];
   const weights = (token) => sample().weights[Number(layer.value)][token];
   const largest = (row) => row.indexOf(Math.max(...row));
@@ -90,7 +94,7 @@
     const left = Object.entries(sample().without).filter((entry) => entry[1] !== null);
     if (left.length) about.append(" With one expert left out: ");
     left.forEach(([expert, change], place) => {
-      about.append((place ? ", " : "") + expert + " ", figure(change, (change < 0 ? "\u2212" : "+") + Math.abs(change).toFixed(3), "without/" + expert.replaceAll("~", "~0").replaceAll("/", "~1")));
+      about.append((place ? ", " : "") + expert + " ", figure(change, signed(change), "without/" + expert.replaceAll("~", "~0").replaceAll("/", "~1")));
     });
     if (left.length) about.append(".");
     if (sample().cut) about.append(" The page holds the beginning of this text.");

@@ -22,7 +22,8 @@ from modekit.report.drawing import gap_bars, line_chart
 
 
 def _signed(text: str) -> str:
-    return text.replace("-", "\u2212")
+    """With a true minus, and without a sign where nothing but noughts is left."""
+    return text.lstrip("+-") if not text.strip("+-0.") else text.replace("-", "\u2212")
 
 
 FORMATS: dict[str, Callable[[float], str]] = {
@@ -43,6 +44,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
 }
 """How a figure is written, by what it is."""
 
+_NOTHING = 0.02  # of the largest difference: less has no colour
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -99,8 +101,8 @@ def tint(value: float | None, largest: float) -> str:
     """Class of a difference's colour: five steps to each side of nothing."""
     if value is None or largest <= 0:
         return ""
-    step = math.copysign(math.ceil(min(1.0, abs(value) / largest) * 5 - 1e-9), value)
-    return "d0" if abs(value) < 1e-9 or step == 0 else f"{'dp' if step > 0 else 'dn'}{abs(int(step))}"
+    share = min(1.0, abs(value) / largest)
+    return "d0" if share < _NOTHING else f"{'dp' if value > 0 else 'dn'}{math.ceil(share * 5 - 1e-9)}"
 
 
 def _largest_change(rows: Sequence[dict[str, float | None]]) -> float:
