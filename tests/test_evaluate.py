@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,10 +16,19 @@ import modekit.evaluate as evaluate_module
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.data import digest_of, encode, make_batches, read_documents, split_of
-from modekit.evaluate import Domain, Results, evaluate, held_out_domains, score_domain
+from modekit.evaluate import (
+    Domain,
+    Results,
+    belongs_to,
+    evaluate,
+    held_out_domains,
+    results_from_data,
+    score_domain,
+)
 from modekit.routing.fit import fit_documents
 from modekit.routing.refit import refit
 from modekit.specialize import specialize, trainable_parameters
+from modekit.spread import gap_error, in_blocks, mean_error
 from modekit.training import Training
 
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -202,3 +212,75 @@ def test_batches_of_any_size_score_the_same() -> None:
         with torch.inference_mode():
             total += float(torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
     assert expected == pytest.approx(total / domain.scored_tokens, rel=1e-5)
+
+
+def test_errors_are_the_spread_over_parts_of_the_text() -> None:
+    """Against the text-book error of a mean, and the spread of many draws of the text for a ratio."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(20, 60, 20).astype(float)
+    losses = draw.normal(4, 0.5, 20)
+    plain = np.full(20, 40.0)
+    assert mean_error(list(losses * plain), list(plain)) == pytest.approx(np.std(losses, ddof=1) / math.sqrt(20))
+
+    def sums(seed: int) -> tuple[list[float], list[float], list[float]]:
+        text = np.random.default_rng(seed).normal(4, 0.5, 20)  # what is hard is hard for every model
+        gain = np.random.default_rng(seed + 9000).normal(0.3, 0.05, 20)
+        return list(text * counts), list((text - gain) * counts), list((text - 0.5 * gain - 0.01) * counts)
+
+    def closed(base: list[float], own: list[float], row: list[float]) -> float:
+        return (sum(base) - sum(row)) / (sum(base) - sum(own))
+
+    found = np.std([closed(*sums(seed)) for seed in range(400)])
+    errors = [gap_error(*sums(seed)) for seed in range(40)]
+    assert np.mean([error for error in errors if error is not None]) == pytest.approx(found, rel=0.15)
+    base, own, row = sums(0)
+    assert gap_error(base, own, base) == 0 and gap_error(base, own, own) == pytest.approx(0, abs=1e-12)
+    assert gap_error(base, base, row) is None and gap_error(base, None, row) is None
+
+
+def test_parts_are_consecutive_and_lose_nothing() -> None:
+    assert in_blocks([1, 2, 4]) == (1, 2, 4)
+    parts = in_blocks([1.0] * 45)
+    assert len(parts) == 20 and sum(parts) == 45 and set(parts) == {2, 3}
+
+
+def test_a_table_carries_its_errors(evaluated: tuple[Checkpoint, Results]) -> None:
+    _, results = evaluated
+    for row in results.rows:
+        for name, score in row.scores.items():
+            assert score.loss_error is not None and 0 < score.loss_error < score.loss
+            assert score.blocks is not None and sum(score.blocks) == pytest.approx(
+                score.loss * (results.text[name]["tokens"] - results.text[name]["documents"]), rel=0.2
+            )
+            assert (score.gap_error is None) or score.gap_closed is not None
+    read = results_from_data(json.loads(json.dumps(results.as_data())))
+    assert read.rows == results.rows
+
+
+def test_a_table_of_an_earlier_version_is_read_and_gets_its_errors(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    path = checkpoint.folder / "results" / "eval.json"
+    data = json.loads(path.read_text())
+    for row in data["rows"]:
+        for score in row["domains"].values():
+            for key in ("loss_error", "gap_error", "blocks"):
+                del score[key]
+    path.write_text(json.dumps(data))
+    assert results_from_data(data).rows[0].scores["law"].loss == results.rows[0].scores["law"].loss
+    assert belongs_to(results_from_data(data), checkpoint)
+    assert evaluate(checkpoint, tokens_per_domain=300, sequence_length=32).rows == results.rows
+
+
+def test_results_know_whose_they_are(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
+    results = results_from_data(data)
+    assert belongs_to(results, checkpoint)
+    changed = refit(checkpoint, {"router": {"temperature": 0.01}})
+    assert not belongs_to(results, changed)
+    trained = Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"trained": {"model.norm.weight": "x"}}))
+    assert not belongs_to(results, trained)
+    assert not belongs_to(Results([], [], [], {}, []), checkpoint)
+    assert not belongs_to(results_from_data({**data, "text": {}}), checkpoint)

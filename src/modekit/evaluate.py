@@ -45,6 +45,7 @@ from modekit.progress import Progress, silent
 from modekit.recipe import BASE
 from modekit.routing.fit import fit_documents
 from modekit.sources import open_source
+from modekit.spread import gap_error, in_blocks, mean_error
 from modekit.writer import write_atomically, write_json
 
 RESULTS_FOLDER = "results"
@@ -57,12 +58,20 @@ Kind = Literal["base", "expert", "average", "oracle", "mixture"]
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on one domain: mean loss per token in nats, perplexity, bits per byte, share of the gap closed."""
+    """Of one model on one domain: mean loss per token in nats, perplexity, bits per byte, share of the gap closed.
+
+    `blocks` are the sums of loss, in nats, over up to 20 consecutive parts of the text, the same parts in every row;
+    `loss_error` and `gap_error` are standard errors over them. None when there are fewer than two sequences, or in a file of
+    an earlier version.
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float
     gap_closed: float | None = None
+    loss_error: float | None = None
+    gap_error: float | None = None
+    blocks: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,13 +210,13 @@ def evaluate(
     done = 0
     rows: list[Row] = []
     for job in jobs:
-        identity = hashlib.sha256(f"{job.identity} {[domain.record for domain in domains]}".encode()).hexdigest()
+        identity = _row_identity(job.identity, [domain.record for domain in domains])
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
         for domain in domains:
             if job.kind != "oracle" or domain.expert is not None:
                 score = earlier.get((identity, domain.name))
-                if score is None:
+                if score is None or (score.blocks is None and len(domain.sequences) > 1):
                     model = model if model is not None else job.load()
                     with job.within(model, domain):
                         score = score_domain(model, domain, partial(progress, f"score {job.name}", total=total), done)
@@ -298,19 +307,24 @@ def tokens_per_pass(config: Any) -> int:
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
     tokens = tokens_per_pass(model.config)
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):
             input_ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
             logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
             target = input_ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
-            loss_sum += losses.double().cpu()
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+            sums[list(batch.rows)] = losses.view_as(target).double().sum(1).cpu()
             done += int((target != -100).sum())
             progress(done)
-    loss = float(loss_sum) / domain.scored_tokens
+    loss = float(sums.sum()) / domain.scored_tokens
     scored_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
-    return Score(loss, math.exp(min(loss, 700.0)), float(loss_sum) / math.log(2) / max(scored_bytes, 1))
+    perplexity, bits = math.exp(min(loss, 700.0)), float(sums.sum()) / math.log(2) / max(scored_bytes, 1)
+    if len(domain.sequences) < 2:
+        return Score(loss, perplexity, bits)
+    blocks = in_blocks(sums.tolist())
+    error = mean_error(blocks, in_blocks([len(sequence.ids) - 1 for sequence in domain.sequences]))
+    return Score(loss, perplexity, bits, loss_error=error, blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -327,8 +341,8 @@ class _Job:
 def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str]) -> Iterator[_Job]:
     record = checkpoint.record
     folders = [(checkpoint.folder / source.folder).resolve() for source in record.sources]
-    hashes = [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in record.sources]
-    sizes, per_expert, dense = _parameters(checkpoint)
+    hashes = _hashes(checkpoint)
+    total, active, dense = parameters_of(checkpoint)
     load = partial(load_model, trust_remote_code=trust_remote_code)
     missing = [source.label for source, folder in zip(record.sources, folders, strict=True) if not folder.is_dir()]
     if missing:
@@ -345,18 +359,42 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load_expert, folders[0], folders[place], load) for place in members]
         yield _Job("weight average", "average", dense, dense, identity, lambda: _average(loads))
-    active = sizes - per_expert * (len(checkpoint.names) - record.recipe.top_k)
     carried, decided = _identities(checkpoint, hashes)
     load_mixture = partial(load, checkpoint.folder)
     weights = record.recipe.mixture.weights
     if weights is None:
         yield _Job(
-            "oracle", "oracle", sizes, active, f"oracle {carried}", load_mixture,
+            "oracle", "oracle", total, active, f"oracle {carried}", load_mixture,
             lambda model, domain: forced_expert(model, checkpoint, domain.expert or 0),
         )  # fmt: skip
     else:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
-    yield _Job("mixture", "mixture", sizes, active, f"{carried} {decided}", load_mixture)
+    yield _Job("mixture", "mixture", total, active, f"{carried} {decided}", load_mixture)
+
+
+def belongs_to(results: Results, checkpoint: Checkpoint) -> bool:
+    """Whether a table's mixture is this checkpoint as it is now: experts, router, training and text."""
+    mixture = next((row for row in results.rows if row.kind == "mixture"), None)
+    names = [*results.domains, *results.unseen]
+    if mixture is None or any(set(results.text.get(name, {})) != set(_RECORD_KEYS) for name in names):
+        return False
+    hashes = _hashes(checkpoint)
+    carried, decided = _identities(checkpoint, hashes)
+    return mixture.identity == _row_identity(f"{carried} {decided}", [results.text[name] for name in names])
+
+
+_RECORD_KEYS = ("documents", "tokens", "sha256", "sequence_length")
+
+
+def _row_identity(model: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Names a model on text: sha256 of both."""
+    ordered = [{key: record[key] for key in _RECORD_KEYS} for record in records]  # a file may hold them in another order
+    return hashlib.sha256(f"{model} {ordered}".encode()).hexdigest()
+
+
+def _hashes(checkpoint: Checkpoint) -> list[str]:
+    """One string per source that changes with its weights."""
+    return [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in checkpoint.record.sources]
 
 
 _DECIDES = {"method", "top_k", "top_p", "always_on", "weights", "router"}
@@ -373,6 +411,12 @@ def _identities(checkpoint: Checkpoint, hashes: Sequence[str]) -> tuple[str, str
     carried += f" {sorted(record.trained.items())}" if record.trained else ""
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
     return carried, f"{decides} {record.router.sha256}"
+
+
+def parameters_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Parameters: in all, active per token, and of a dense model of the family."""
+    total, per_expert, dense = _parameters(checkpoint)
+    return total, total - per_expert * (len(checkpoint.names) - checkpoint.record.recipe.top_k), dense
 
 
 def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
@@ -440,8 +484,12 @@ def _with_gaps(rows: Sequence[Row], domains: Sequence[Domain]) -> list[Row]:
     for row in rows:
         scores = {}
         for name, score in row.scores.items():
-            closed = (by_name[BASE].scores[name].loss - score.loss) / gaps[name] if name in gaps else None
-            scores[name] = Score(score.loss, score.perplexity, score.bits_per_byte, closed)
+            closed = error = None
+            if name in gaps:
+                base, own = by_name[BASE].scores[name], by_name[name].scores[name]
+                closed = (base.loss - score.loss) / gaps[name]
+                error = gap_error(base.blocks, own.blocks, score.blocks)
+            scores[name] = replace(score, gap_closed=closed, gap_error=error)
         completed.append(Row(row.name, row.kind, row.total_parameters, row.active_parameters, scores, row.identity))
     return completed
 
@@ -464,10 +512,15 @@ def rows_from_data(data: Mapping[str, Any]) -> list[Row]:
     return [
         Row(
             row["name"], row["kind"], row["total_parameters"], row["active_parameters"],
-            {domain: Score(**score) for domain, score in row["domains"].items()}, row["identity"],
+            {domain: _score_from_data(score) for domain, score in row["domains"].items()}, row["identity"],
         )
         for row in data["rows"]
     ]  # fmt: skip
+
+
+def _score_from_data(data: Mapping[str, Any]) -> Score:
+    blocks = data.get("blocks")
+    return Score(**{**data, "blocks": tuple(blocks) if blocks is not None else None})
 
 
 def _gap_text(score: Score | None) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from modekit.errors import SourceError
 from modekit.sources import ModelSource, TensorRef, check_no_code, open_source, read_config
 
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 
 
 def download(spec: str, revision: str | None, *, where: str) -> Path:

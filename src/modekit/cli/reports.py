@@ -1,0 +1,39 @@
+"""Commands that show a mixture to others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from modekit.cli.shell import OutFolder, Overwrite, app
+from modekit.printing import bytes_of, out
+
+
+@app.command()
+def report(
+    checkpoint: OutFolder,
+    output: Annotated[Path | None, typer.Option("--out", help="The page to write; default OUT/results/report.html.")] = None,
+) -> None:
+    """Write one page that shows what the mixture is and is worth, its numbers as JSON, and plots for papers."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.report.write import write_report
+
+    written = write_report(open_checkpoint(checkpoint.resolve()), page=output.resolve() if output is not None else None)
+    for note in written.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    out.print(f"[bold]{escape(str(written.page))}[/]: {bytes_of(written.page.stat().st_size)}, {len(written.plots)} plots")
+
+
+@app.command()
+def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
+    """Write the model card, OUT/README.md, with what the sources say of their licences."""
+    from modekit.card import write_card
+    from modekit.checkpoint import open_checkpoint
+
+    written = write_card(open_checkpoint(checkpoint.resolve()), overwrite=overwrite)
+    for note in written.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    out.print(f"[bold]{escape(', '.join(map(str, written.files)))}[/]: license {escape(written.licence)}")

@@ -1,0 +1,221 @@
+"""Everything a report shows, as plain data. report.json is this; page and plots are made from it and nothing else.
+
+Losses in nats per token, shares and weights between 0 and 1, numbers to 6 significant digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import yaml
+
+from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint
+from modekit.evaluate import Results, parameters_of
+from modekit.licences import Source, facts, sources_of
+from modekit.plan import backbone_label
+from modekit.report.found import Curve, Trained, find_inspection, find_results, find_tasks, find_training
+from modekit.report.routing import routing_of, samples_of
+
+_Each = TypeVar("_Each")
+_POINTS = 400  # of a curve; more are thinned
+
+
+def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Read what is there about a checkpoint; what is missing is null, and `missing` says why and what to run."""
+    missing: list[str] = []
+    results = find_results(checkpoint, missing)
+    inspection = find_inspection(checkpoint, missing)
+    trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
+    sources = sources_of(checkpoint)
+    content: dict[str, Any] = rounded(
+        {
+            "format": 1,
+            "name": checkpoint.folder.name,
+            "modekit_version": checkpoint.record.modekit_version,
+            "mixture": _mixture(checkpoint),
+            "sizes": _sizes(checkpoint),
+            "results": _results(results) if results is not None else None,
+            "routing": routing_of(inspection) if inspection is not None else None,
+            "samples": samples_of(inspection) if inspection is not None else None,
+            "training": _training(checkpoint, trained),
+            "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
+            # A search writes tune.json; what it tried has its place here, and a section after "tasks" in page.html.jinja.
+            "provenance": _provenance(checkpoint, results),
+            "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},
+            "missing": missing,
+        }
+    )
+    return content
+
+
+def rounded(value: Any) -> Any:
+    """The same data with floats to 6 significant digits, and null for what is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
+    record, recipe = checkpoint.record, checkpoint.record.recipe
+    linear = recipe.mixture.method == "linear"
+    return {
+        "architecture": str(checkpoint.config["architectures"][0]),
+        "native": checkpoint.native is not None,
+        "experts": checkpoint.names,
+        "method": recipe.mixture.method,
+        "top_k": recipe.top_k,
+        "top_p": recipe.mixture.top_p,
+        "router": "fixed weights" if linear else recipe.mixture.router.fit,
+        "granularity": "none" if linear else recipe.mixture.router.granularity,
+        "status": record.router.status,
+        "backbone": backbone_label(recipe),
+        "layers": checkpoint.layers,
+        "dtype": str(checkpoint.config["dtype"]),
+        "trainings": len(record.training),
+    }
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    total, active, dense = parameters_of(checkpoint)
+    files = sorted({ref.file for ref in checkpoint.tensors.values()})
+    statistics = checkpoint.folder / STATISTICS_FOLDER
+    kept = sum(path.stat().st_size for path in statistics.glob("*.safetensors")) if statistics.is_dir() else 0
+    gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
+    return {
+        "parameters": {
+            "total": total, "active": active, "dense": dense, "gates": gates,
+            "total_of_dense": total / dense, "active_of_dense": active / dense,
+        },
+        "bytes": {"weights": sum(file.stat().st_size for file in files), "statistics": kept},
+        "routers": len(checkpoint.slots),
+    }  # fmt: skip
+
+
+def _results(results: Results) -> dict[str, Any]:
+    """The table, and for every row means with their standard errors (domains' texts are independent)."""
+    rows = []
+    for row in results.rows:
+        scores = {
+            name: {key: value for key, value in vars(score).items() if key != "blocks"} for name, score in row.scores.items()
+        }
+        with_gap = [score for name, score in row.scores.items() if name in results.domains and score.gap_closed is not None]
+        rows.append(
+            {
+                "name": row.name, "kind": row.kind, "domains": scores,
+                "total_parameters": row.total_parameters, "active_parameters": row.active_parameters,
+                "mean": {
+                    "loss": row.mean_loss(results.domains) if results.domains else None,
+                    "gap_closed": row.mean_gap(results.domains),
+                    "gap_error": _mean_error([score.gap_error for score in with_gap]),
+                },
+            }
+        )  # fmt: skip
+    every = [*results.domains, *results.unseen]
+    lowest = {name: _best([(row.name, row.scores[name].loss) for row in results.rows if name in row.scores]) for name in every}
+    text = {name: dict(results.text[name]) for name in every if name in results.text}
+    return {
+        "domains": list(results.domains), "unseen": list(results.unseen), "rows": rows, "text": text,
+        "lowest": lowest, "against_base": _against_base(results), "notes": list(results.notes),
+    }  # fmt: skip
+
+
+def _against_base(results: Results) -> dict[str, dict[str, float]]:
+    """Loss less the base's, by row and domain; empty without a base."""
+    base = next((row for row in results.rows if row.kind == "base"), None)
+    if base is None:
+        return {}
+    return {
+        row.name: {name: score.loss - base.scores[name].loss for name, score in row.scores.items() if name in base.scores}
+        for row in results.rows
+    }
+
+
+def _best(losses: Sequence[tuple[str, float]]) -> str | None:
+    return min(losses, key=lambda pair: pair[1])[0] if losses else None
+
+
+def _mean_error(errors: Sequence[float | None]) -> float | None:
+    known = [error for error in errors if error is not None]
+    return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
+
+
+def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any] | None:
+    records = checkpoint.record.training
+    if not records:
+        return None
+    return {
+        "runs": [
+            {
+                "what": record.settings.get("what"), "losses": record.settings.get("losses"),
+                "speed": record.settings.get("speed"), "steps": record.steps, "tokens": record.tokens,
+                "parameters": record.parameters, "select_loss": _in_order(record.select_loss, checkpoint.names),
+                "notes": record.notes,
+            }
+            for record in records
+        ],
+        "results": _results(trained.results) if trained is not None and trained.results is not None else None,
+        "curve": _curve(trained.curve, list(_in_order(records[-1].select_loss, checkpoint.names)))
+        if trained is not None and trained.curve is not None
+        else None,
+    }  # fmt: skip
+
+
+def _curve(curve: Curve, domains: Sequence[str]) -> dict[str, Any]:
+    """Losses as [step, loss] points: of the training text, and held-out by domain and their mean."""
+
+    def points(*names: str) -> list[list[float]]:
+        values = next((curve.columns[name] for name in names if name in curve.columns), [])
+        found = [[step, value] for step, value in zip(curve.steps, values, strict=False) if value is not None]
+        return found[:: math.ceil(len(found) / _POINTS) or 1]
+
+    held_out = {name: points(f"eval_{name}_loss", f"eval_{name}") for name in domains}
+    return {
+        "training": points("loss"), "mean": points("eval_loss"), 
+        "domains": {name: each for name, each in held_out.items() if each},
+    }  # fmt: skip
+
+
+def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:
+    record = checkpoint.record
+    recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    scored = {name: dict(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
+    return {
+        "recipe": recipe,
+        "recipe_digest": record.recipe_digest,
+        "router_sha256": record.router.sha256,
+        "sources": [
+            {
+                "label": source.label, "spec": source.spec, "revision": source.revision,
+                "files": [{"name": name, "size": file.size, "blake3": file.blake3} for name, file in source.files.items()],
+            }
+            for source in record.sources
+        ],
+        "texts": {"fit": _texts(_in_order(record.router.text, checkpoint.names)), "scored": _texts(scored)},
+        "trained_tensors": len(record.trained),
+    }  # fmt: skip
+
+
+def _in_order(texts: dict[str, _Each], names: Sequence[str]) -> dict[str, _Each]:
+    return {name: texts[name] for name in [*names, *sorted(texts.keys() - set(names))] if name in texts}
+
+
+def _texts(texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    keys: Sequence[tuple[str, Callable[[Any], bool]]] = (
+        ("documents", lambda value: isinstance(value, int)), ("tokens", lambda value: isinstance(value, int)),
+        ("sha256", lambda value: isinstance(value, str)),
+    )  # fmt: skip
+    return {
+        name: {key: text[key] if key in text and is_kind(text[key]) else None for key, is_kind in keys}
+        for name, text in texts.items()
+    }
+
+
+def _licence(source: Source) -> dict[str, Any]:
+    return {
+        "used_as": list(source.used_as), "spec": source.spec, "revision": source.revision, "licence": source.said,
+        "link": source.licence_link, "found": source.found, "known": source.licence is not None,
+    }  # fmt: skip

@@ -1,0 +1,122 @@
+"""The page: one file, from the content alone. Nothing is fetched, nothing of the data is ever code.
+
+Every figure stands in a `<data>` element that names its place in report.json, so that it cannot say anything else. Text
+goes through autoescape; what the script shows comes from a JSON block and is set as textContent. The content security
+policy lets exactly this page's own style and script in, by their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from modekit.report.drawing import gap_bars, line_chart
+
+
+def _signed(text: str) -> str:
+    """With a true minus, and without a sign where nothing but noughts is left."""
+    return text.lstrip("+-") if not text.strip("+-0.") else text.replace("-", "\u2212")
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"{value:.3f}",
+    "perplexity": lambda value: f"{value:.1f}",
+    "gap": lambda value: _signed(f"{value:.2f}"),
+    "error": lambda value: f"±{value:.3f}",
+    "change": lambda value: _signed(f"{value:+.3f}"),
+    "share": lambda value: f"{100 * value:.0f}%",
+    "cell": lambda value: f"{100 * value:.0f}",
+    "similarity": lambda value: _signed(f"{value:.2f}"),
+    "factor": lambda value: f"{value:.2f}\u00d7",
+    "lift": lambda value: f"{value:.1f}\u00d7",
+    "count": lambda value: f"{value:,}",
+    "parameters": lambda value: f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.2f}M",
+    "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB",
+    "value": lambda value: f"{value:.3g}",
+}
+"""How a figure is written, by what it is."""
+
+_NOTHING = 0.02  # of the largest difference: less has no colour
+_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+def make_page(content: dict[str, Any]) -> str:
+    """The HTML of a report."""
+    environment = Environment(
+        loader=PackageLoader("modekit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    style, script = (files("modekit.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    figures = Figures(content)
+    samples = content["samples"]
+    return environment.get_template("page.html.jinja").render(
+        content=content, num=figures.number, style=Markup(style), script=Markup(script), policy=_policy(style, script),
+        shade=shade, tint=tint, samples_json=_json_block({"experts": content["mixture"]["experts"], **(samples or {})}),
+        gap_bars=gap_bars(content["results"], figures) if content["results"] else None, line_chart=line_chart,
+        largest=_largest_change,
+    ).strip() + "\n"  # fmt: skip
+
+
+class Figures:
+    """Figures of the content by their place in it."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._content = content
+
+    def value(self, *path: str | int) -> Any:
+        """What stands at a place; None when nothing does."""
+        value: Any = self._content
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else value[int(part)]
+            if value is None:
+                return None
+        return value
+
+    def number(self, kind: str, *parts: str | int | Sequence[str | int]) -> Markup:
+        """A figure as HTML, or a dash. Lists among the parts of its path are parts themselves."""
+        path: list[str | int] = [each for part in parts for each in ([part] if isinstance(part, (str, int)) else part)]
+        value = self.value(*path)
+        if value is None:
+            return Markup('<span class="none"><span aria-hidden="true">\u2013</span><span class="sr">none</span></span>')
+        place = "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in path)
+        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
+            json.dumps(value), place, kind, FORMATS[kind](value)
+        )
+
+
+def shade(value: float | None, steps: int = 10) -> str:
+    """Class of a share's colour: ten steps of one hue, dark is much."""
+    return "" if value is None else f"q{min(steps - 1, max(0, int(value * steps)))}"
+
+
+def tint(value: float | None, largest: float) -> str:
+    """Class of a difference's colour: five steps to each side of nothing."""
+    if value is None or largest <= 0:
+        return ""
+    share = min(1.0, abs(value) / largest)
+    return "d0" if share < _NOTHING else f"{'dp' if value > 0 else 'dn'}{math.ceil(share * 5 - 1e-9)}"
+
+
+def _largest_change(rows: Sequence[dict[str, float | None]]) -> float:
+    return max((abs(value) for row in rows for value in row.values() if value is not None), default=0.0)
+
+
+def _json_block(value: object) -> Markup:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup("".join(_UNSAFE.get(character, character) for character in text))
+
+
+def _policy(style: str, script: str) -> str:
+    def digest(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    return f"default-src 'none'; style-src {digest(style)}; script-src {digest(script)}; base-uri 'none'; form-action 'none'"

@@ -1,0 +1,45 @@
+"""How sure a held-out figure is: standard errors over parts of the text (delete-a-group jackknife)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_BLOCKS = 20
+
+
+def in_blocks(values: Sequence[float]) -> tuple[float, ...]:
+    """Sums over at most 20 consecutive parts: the pieces of a document stand side by side, and depend on each other."""
+    count = min(_BLOCKS, len(values))
+    return tuple(sum(values[len(values) * i // count : len(values) * (i + 1) // count]) for i in range(count))
+
+
+def mean_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
+    """Standard error of sum(sums) / sum(counts), from both by block."""
+    total, number = sum(sums), sum(counts)
+    return _jackknife([(total - s) / (number - n) for s, n in zip(sums, counts, strict=True)])
+
+
+def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Sequence[float] | None) -> float | None:
+    """Standard error of (base - row) / (base - own), from sums of loss by block.
+
+    All three read the same text, so that most of its spread cancels. None when blocks are missing, or when one part of the
+    text decides whether there is a gap at all.
+    """
+    if base is None or own is None or row is None or not len(base) == len(own) == len(row) > 1:
+        return None
+    without = []
+    for b, o, r in zip(base, own, row, strict=True):
+        gap = (sum(base) - b) - (sum(own) - o)
+        if gap <= 0:
+            return None
+        without.append(((sum(base) - b) - (sum(row) - r)) / gap)
+    return _jackknife(without)
+
+
+def _jackknife(without: Sequence[float]) -> float | None:
+    """From the figure's values with one block left out each (Tukey's jackknife; Efron and Stein, Annals of Statistics 1981)."""
+    count = len(without)
+    mean = sum(without) / count
+    error = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))
+    return error if math.isfinite(error) else None
