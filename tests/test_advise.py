@@ -25,7 +25,7 @@ from modekit.advise.drift import compare
 from modekit.advise.findings import Finding
 from modekit.advise.gain import PARTS, Losses, estimate
 from modekit.advise.groups import groups_of
-from modekit.advise.recipe_file import from_folder
+from modekit.advise.recipe_file import from_folder, recipe_text
 from modekit.advise.rules import EXPERTS, ROUTERS, Facts, choose
 from modekit.advise.run import advise
 from modekit.advise.swapped import Swapped, measure, on_average
@@ -333,6 +333,13 @@ def test_the_written_recipe_builds(trained: Workshop, tmp_path: Path, suffix: st
     build(make_plan(recipe, tmp_path), tmp_path / "OUT")
     checkpoint = open_checkpoint(tmp_path / "OUT")
     assert (checkpoint.native is not None) == native and checkpoint.record.router.status == "fitted"
+
+
+def test_nothing_in_a_finding_leaves_its_comment() -> None:
+    recipe = {"base_model": "b", "experts": [{"name": "a", "model": "c"}], "mixture": {"method": "linear"}}
+    bad = Finding("warning", "a", "x\nbase_model: evil\u2028output: {}\x85y \x1b[31m\x00", to_do="mixture: {}\r\nz")
+    text = recipe_text(recipe, choose(FACTS), [bad])
+    assert yaml.safe_load(text) == recipe and "evil" in text
 
 
 def test_what_n_grams_are_said_to_name_is_what_the_built_router_decides(trained: Workshop, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 
 def _comment(text: str) -> str:
+    """Lines of comment; whatever a path or model says in it stays on them and is printable."""
     indent = "# " + " " * (len(text) - len(text.lstrip()))
-    lines = textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    printable = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    lines = textwrap.wrap(printable, _WIDTH, initial_indent=indent, subsequent_indent=indent)
     return "".join(f"{line}\n" for line in lines)
