@@ -25,7 +25,7 @@ from modekit.advise.drift import compare
 from modekit.advise.findings import Finding
 from modekit.advise.gain import PARTS, Losses, estimate
 from modekit.advise.groups import groups_of
-from modekit.advise.recipe_file import from_folder, recipe_text
+from modekit.advise.recipe_file import recipe_text
 from modekit.advise.rules import EXPERTS, ROUTERS, Facts, choose
 from modekit.advise.run import advise
 from modekit.advise.swapped import Swapped, measure, on_average
@@ -38,6 +38,7 @@ from modekit.families import FAMILIES, family_of
 from modekit.models import decoder_layers, load_adapted, load_model, load_tokenizer
 from modekit.plan import make_plan
 from modekit.recipe import load_recipe, parse_recipe
+from modekit.relocate import from_folder
 from modekit.sources import Mappings, ModelSource, open_source
 from modekit.specialize import specialize
 from modekit.training import Training

@@ -22,7 +22,6 @@ from modekit.evaluate import evaluate
 from modekit.printing import out as console
 from modekit.report.content import make_content, rounded
 from modekit.report.drawing import ticks
-from modekit.report.found import checkpoint_identity
 from modekit.report.page import FORMATS, make_page, shade, tint
 from modekit.report.routing import SAMPLE_BYTES
 from modekit.report.write import write_report
@@ -80,7 +79,7 @@ def inspection_of(
     np.fill_diagonal(alike, 1)
     return rounded(
         {
-            "format": 1, "checkpoint": checkpoint_identity(checkpoint), "experts": experts, "domains": list(domains),
+            "format": 1, "checkpoint": checkpoint.identity, "experts": experts, "domains": list(domains),
             "unseen": list(unseen), "top_k": 2, "per_domain": per_domain, "utilisation": weights(len(routers)),
             "routers": [{"name": f"r{i}.gate", "layer": layer, "module": module} for i, (layer, module) in enumerate(routers)],
             "dead": [{"router": 0, "expert": experts[-1]}],

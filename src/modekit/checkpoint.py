@@ -213,6 +213,17 @@ class Checkpoint:
             mappings.close()
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What names a checkpoint as it is, so that results of another one, or of an earlier state, are recognised."""
+        record = self.record
+        trained = json.dumps(sorted(record.trained.items()))
+        return {
+            "recipe_digest": record.recipe_digest,
+            "router_sha256": record.router.sha256,
+            "trained": hashlib.sha256(trained.encode()).hexdigest() if record.trained else "",
+        }
+
+    @property
     def names(self) -> list[str]:
         """Experts in recipe order."""
         return self.record.recipe.names

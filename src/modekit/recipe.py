@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -605,29 +604,6 @@ def _known_keys(place: tuple[object, ...]) -> list[str]:
     }  # fmt: skip
     model = next((inner[part] for part in reversed(place) if part in inner), Recipe)
     return [field.alias or key for key, field in model.model_fields.items()]
-
-
-def recipe_text(recipe: Recipe, root: Path, folder: Path) -> str:
-    """A recipe as YAML for a file in `folder`: what it names on disk, relative to `root` so far, is found from there."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
-
-    def moved(spec: str) -> str:
-        path = locate(spec, root) if spec != BASE else None
-        if path is None or Path(spec).is_absolute():
-            return spec
-        relative = os.path.relpath(path, folder.resolve())
-        return relative if relative.startswith(".") else f"./{relative}"
-
-    raw["base_model"] = moved(raw["base_model"])
-    for expert in raw["experts"]:
-        for key in ("model", "adapter"):
-            if expert.get(key):
-                expert[key] = moved(expert[key])
-        if expert.get("text"):
-            expert["text"] = [moved(spec) for spec in expert["text"]]
-    if raw.get("eval"):
-        raw["eval"] = {name: [moved(spec) for spec in specs] for name, specs in raw["eval"].items()}
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def schema_text() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from modekit.advise.advice import Advice
 from modekit.advise.findings import Finding
 from modekit.advise.rules import Choice
 from modekit.errors import OutputError
-from modekit.recipe import locate
+from modekit.relocate import from_folder
 from modekit.writer import write_atomically
 
 _WIDTH = 110
@@ -49,37 +48,6 @@ def write_advised(path: Path, advice: Advice) -> None:
     assert advice.recipe is not None
     data = from_folder(advice.recipe, advice.root, path.resolve().parent)
     write_atomically(path, recipe_text(data, advice.choices, advice.findings).encode())
-
-
-def from_folder(recipe: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
-    """The recipe with every path on disk, relative to `root`, said relative to another folder. Hub ids stay as they are."""
-
-    def moved(spec: str) -> str:
-        path = locate(spec, root)
-        if folder == root or path is None or Path(spec).expanduser().is_absolute():
-            return spec
-        relative = os.path.relpath(root / spec, folder)
-        return relative if relative.startswith("..") else f"./{relative}"
-
-    def moved_texts(texts: str | Sequence[str]) -> str | list[str]:
-        return moved(texts) if isinstance(texts, str) else [moved(text) for text in texts]
-
-    paths = ("model", "adapter")
-    experts = [
-        {
-            key: (moved(value) if value != "base" else value)
-            if key in paths
-            else moved_texts(value)
-            if key == "text"
-            else value
-            for key, value in expert.items()
-        }
-        for expert in recipe["experts"]
-    ]
-    result = {**recipe, "base_model": moved(recipe["base_model"]), "experts": experts}
-    if "eval" in recipe:
-        result["eval"] = {domain: moved_texts(texts) for domain, texts in recipe["eval"].items()}
-    return result
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ Shape legend: S sequence, E experts, R routers, N sequences.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -62,7 +61,7 @@ def inspect(
     own = [domain.name for domain in domains if domain.expert is not None]
     data = {
         "format": FORMAT,
-        "checkpoint": identity_of(checkpoint),
+        "checkpoint": checkpoint.identity,
         "experts": checkpoint.names,
         "domains": own,
         "unseen": [domain.name for domain in domains if domain.expert is None],
@@ -82,17 +81,6 @@ def inspect(
         text = json.dumps(rounded, sort_keys=True, ensure_ascii=False) + "\n"  # indented it would be three times as long
         write_atomically(checkpoint.folder / RESULTS_FOLDER / INSPECT_FILE, text.encode())
     return rounded
-
-
-def identity_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """What tells whether results belong to a checkpoint as it is now."""
-    record = checkpoint.record
-    trained = json.dumps(sorted(record.trained.items()))
-    return {
-        "recipe_digest": record.recipe_digest,
-        "router_sha256": record.router.sha256,
-        "trained": hashlib.sha256(trained.encode()).hexdigest() if record.trained else "",
-    }
 
 
 def six_digits(value: Any) -> Any:

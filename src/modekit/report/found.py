@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -190,7 +189,7 @@ def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection |
     inspection = _read(checkpoint, INSPECT_FILE, "modekit inspect", Inspection.model_validate, problems)
     if inspection is None:
         return None
-    if inspection.checkpoint != checkpoint_identity(checkpoint) or inspection.experts != checkpoint.names:
+    if inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names:
         problems.append(_of_another(INSPECT_FILE, "modekit inspect"))
         return None
     return inspection
@@ -219,13 +218,6 @@ def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None
     if trained is None and len(problems) == before:
         problems.append(f"{TRAIN_FILE} is of another training, so its curve is left out")
     return trained
-
-
-def checkpoint_identity(checkpoint: Checkpoint) -> dict[str, str]:
-    """What names a checkpoint as it is, as inspect.json has it."""
-    record = checkpoint.record
-    trained = hashlib.sha256(json.dumps(sorted(record.trained.items())).encode()).hexdigest() if record.trained else ""
-    return {"recipe_digest": record.recipe_digest, "router_sha256": record.router.sha256, "trained": trained}
 
 
 def _path(checkpoint: Checkpoint, file: str) -> Path:

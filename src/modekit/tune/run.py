@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from modekit.build import build
 from modekit.checkpoint import Checkpoint, open_checkpoint
 from modekit.data import SELECTED_FILE
@@ -30,7 +32,8 @@ from modekit.models import load_model
 from modekit.plan import make_plan
 from modekit.planned import Plan
 from modekit.progress import Progress, silent
-from modekit.recipe import BASE, Recipe, recipe_text
+from modekit.recipe import BASE, Recipe
+from modekit.relocate import from_folder
 from modekit.sources import Mappings, TensorRef
 from modekit.tune.mount import Mount
 from modekit.tune.results import TuneResults
@@ -96,7 +99,8 @@ def tune(
     searched = time.perf_counter() - started
     checkpoint = _build(job, candidate_recipe(recipe, best.mixture), out, overwrite, progress)
     write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
-    write_atomically(out / "recipe.yaml", recipe_text(checkpoint.record.recipe, root, out).encode())
+    said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
+    write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
     results = TuneResults(
         found, best, pareto(found), scores, reference, dataclasses.asdict(settings),
         space.model_dump(mode="json"), {"select": _texts(select), "report": _texts(report)}, searched,
