@@ -109,6 +109,23 @@ TASKS = {
 }  # fmt: skip
 
 
+def search_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    def variant(name: str, status: str, loss: float, active: int, **marks: bool) -> dict[str, Any]:
+        report = {"mean_loss": loss + 0.01, "gap_closed": 0.5} if status == "scored" else None
+        return {
+            "name": name, "description": "ridge <b>T</b>", "status": status, "mean_loss": loss, "report": report,
+            "active": active, "native": True, "best": False, "pareto": False, **marks,
+        }  # fmt: skip
+
+    return {
+        "format": 1, "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}, "seconds": 12.5,
+        "candidates": [
+            variant("", "scored", 3.1, 2_000_000, best=True, pareto=True), variant("noisy", "scored", 3.4, 2_000_000),
+            variant("", "scored", 3.2, 1_500_000, pareto=True), variant("", "dropped", 3.9, 2_500_000),
+        ],
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("report"))
@@ -132,6 +149,7 @@ def told(workshop: Workshop) -> Checkpoint:
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
     put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
     put(done.checkpoint, "tasks.json", TASKS)
+    put(done.checkpoint, "tune.json", search_of(done.checkpoint))
     return done.checkpoint
 
 
@@ -232,6 +250,26 @@ class Shown(HTMLParser):
             self.figures.append((*self._figure, data))
         elif not {"script", "style", "code", "pre", "text", "title", "footer"} & set(self._open):
             self.text.append(data)
+
+
+def test_a_search_shows_its_variants_and_its_front(page: Path, opened: Opened) -> None:
+    search = data_of(page)["search"]
+    assert (search["tried"], search["dropped"], len(search["variants"])) == (4, 1, 3)
+    assert search["front"] == [[1_500_000, 3.2], [2_000_000, 3.1]]
+    tab = opened()
+    assert tab.locator("#search .dot").count() == 3 and tab.locator("#search .dot.front").count() == 2
+    assert "this mixture" in tab.locator("#search tr.mixture").inner_text()
+
+
+def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
+    data = {**search_of(told), "checkpoint": {"recipe_digest": "0"}}
+    kept = (told.folder / "results" / "tune.json").read_text()
+    try:
+        put(told, "tune.json", data)
+        content = make_content(told)
+    finally:
+        put(told, "tune.json", kept)
+    assert content["search"] is None and any("tune.json is of another recipe" in line for line in content["missing"])
 
 
 def test_every_figure_is_the_json_beside_it(page: Path) -> None:
@@ -475,7 +513,7 @@ def test_the_same_results_give_the_same_bytes(told: Checkpoint, page: Path, tmp_
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert first.page.read_bytes() == second.page.read_bytes() == page.read_bytes()
     assert {path.name for path in first.plots} == {
-        f"{name}.{kind}" for name in ("gap", "loss", "routing", "similarity", "training") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("gap", "loss", "routing", "similarity", "training", "pareto") for kind in ("png", "svg")
     } or not any(row["mean"]["gap_closed"] is not None for row in data_of(page)["results"]["rows"])
     for plot in first.plots:
         content = plot.read_bytes()

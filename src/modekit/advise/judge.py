@@ -64,13 +64,13 @@ def of_gains(recipe: Recipe, gains: Gains, moved: Sequence[int], domains: Collec
                 "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
                 "give more text, or more --tokens",
             )  # fmt: skip
-        for other in moved:
-            better = gains.better(other, place, place)
-            if _is_certain(better):
-                yield Finding(
-                    "warning", name, f"{recipe.names[other]} is better on its text than it is itself",
-                    f"{said(better)} nats per token", "check that models and texts are not mixed up",
-                )  # fmt: skip
+        best = min(moved, key=lambda other: gains.whole[other][place].mean)
+        better = gains.better(best, place, place)
+        if _is_certain(better) and has_gain(gains.gain(best, place)):
+            yield Finding(
+                "warning", name, f"{recipe.names[best]} is better on its text than it is itself",
+                f"{said(better)} nats per token", "check that models and texts are not mixed up",
+            )  # fmt: skip
 
 
 def of_words(recipe: Recipe, words: Words) -> Iterator[Finding]:

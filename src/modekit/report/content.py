@@ -15,10 +15,11 @@ from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint
 from modekit.evaluate import Results, parameters_of
 from modekit.licences import Source, facts, sources_of
 from modekit.plan import backbone_label
-from modekit.report.found import Curve, Trained, find_inspection, find_results, find_tasks, find_training
+from modekit.report.found import Curve, Search, Trained, find_inspection, find_results, find_search, find_tasks, find_training
 from modekit.report.routing import routing_of, samples_of
 
 _Each = TypeVar("_Each")
+_VARIANTS = 12  # of a search that are shown for their loss alone
 _POINTS = 400  # of a curve; more are thinned
 
 
@@ -28,6 +29,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
     results = find_results(checkpoint, missing)
     inspection = find_inspection(checkpoint, missing)
     trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
+    search = find_search(checkpoint, missing)
     sources = sources_of(checkpoint)
     content: dict[str, Any] = rounded(
         {
@@ -41,7 +43,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "samples": samples_of(inspection) if inspection is not None else None,
             "training": _training(checkpoint, trained),
             "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
-            # A search writes tune.json; what it tried has its place here, and a section after "tasks" in page.html.jinja.
+            "search": _search(search) if search is not None else None,
             "provenance": _provenance(checkpoint, results),
             "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},
             "missing": missing,
@@ -141,6 +143,23 @@ def _best(losses: Sequence[tuple[str, float]]) -> str | None:
 def _mean_error(errors: Sequence[float | None]) -> float | None:
     known = [error for error in errors if error is not None]
     return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
+
+
+def _search(search: Search) -> dict[str, Any]:
+    """The first variants of a search, the fixed ones and the front; all that were scored in full as [active, loss] points."""
+    shown = [
+        variant.model_dump(include={"name", "description", "mean_loss", "report", "active", "native", "best", "pareto"})
+        for place, variant in enumerate(search.candidates)
+        if variant.status == "scored" and (place < _VARIANTS or variant.name or variant.pareto or variant.best)
+    ]
+    scored = [variant for variant in search.candidates if variant.status == "scored" and variant.mean_loss is not None]
+    front = sorted((variant for variant in scored if variant.pareto), key=lambda variant: variant.active)
+    return {
+        "variants": shown, "tried": len(search.candidates),
+        "dropped": sum(variant.status == "dropped" for variant in search.candidates), "seconds": search.seconds,
+        "points": [[variant.active, variant.mean_loss] for variant in scored],
+        "front": [[variant.active, variant.mean_loss] for variant in front],
+    }  # fmt: skip
 
 
 def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any] | None:

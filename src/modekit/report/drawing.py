@@ -111,6 +111,41 @@ def line_chart(lines: Sequence[tuple[str, str, Any, Sequence[Sequence[float]]]],
     )
 
 
+def scatter_chart(points: Sequence[Sequence[float]], front: Sequence[Sequence[float]], label: str) -> Markup:
+    """(active parameters, loss) of every variant as dots, and the front among them as a line; axes carry round numbers only."""
+    if not points:
+        return Markup("")
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    pad, margin = (high - low) * 0.08 or abs(high) * 0.01 or 1.0, (right - left) * 0.05 or right * 0.05 or 1.0
+    left, right, low, high = left - margin, right + margin, low - pad, high + pad
+
+    def at(point: Sequence[float]) -> tuple[float, float]:
+        x = _LEFT + (point[0] - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
+        return x, _TOP + (high - point[1]) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for tick in ticks(low, high):
+        y = at((left, tick))[1]
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
+    unit, letter = (1e9, "B") if right >= 1e9 else (1e6, "M")
+    for tick in ticks(left / unit, right / unit):
+        x = at((tick * unit, low))[0]
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{tick:.6g}{letter}</text>')
+    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in map(at, front))
+    parts.append(f'<path class="line front" d="M{line}"/>' if line else "")
+    kept = [list(point) for point in front]
+    for point in points:
+        x, y = at(point)
+        on_front = list(point) in kept
+        parts.append(
+            f'<circle class="dot{" front" if on_front else ""}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if on_front else 3.5}"/>'
+        )
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        _WIDTH, _HEIGHT, label, Markup("".join(parts))
+    )
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers within a span."""
     raw = (high - low) / about

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from modekit.checkpoint import Checkpoint
 from modekit.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, results_from_data
 
-INSPECT_FILE, TRAIN_FILE, CURVE_FILE, TASKS_FILE = "inspect.json", "train.json", "train.csv", "tasks.json"
+INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
+TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
 _LARGEST = 2**28  # bytes of a results file; more is not one
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -157,6 +158,36 @@ class Tasks(_Data):
     notes: list[str] = []
 
 
+class Reported(_Data):
+    """What a variant came to on text that chose nothing."""
+
+    mean_loss: Number
+    gap_closed: Number | None
+
+
+class Variant(_Data):
+    """One candidate of a search."""
+
+    name: str
+    description: str
+    status: Literal["scored", "dropped", "refused"]
+    mean_loss: Number | None
+    report: Reported | None
+    active: int
+    native: bool
+    best: bool
+    pareto: bool
+
+
+class Search(_Data):
+    """tune.json: candidates from the best to the worst."""
+
+    format: Literal[1]
+    checkpoint: dict[str, str]
+    candidates: list[Variant]
+    seconds: Number
+
+
 class Curve(_Data):
     """train.csv: columns of numbers by step, None where nothing was logged."""
 
@@ -200,6 +231,17 @@ def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
     if not _path(checkpoint, TASKS_FILE).exists():
         return None
     return _read(checkpoint, TASKS_FILE, "the command that made it", Tasks.model_validate, problems)
+
+
+def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
+    """The search that this mixture came out of, when there was one."""
+    if not _path(checkpoint, SEARCH_FILE).exists():
+        return None
+    search = _read(checkpoint, SEARCH_FILE, "modekit tune", Search.model_validate, problems)
+    if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
+        problems.append(f"{SEARCH_FILE} is of another recipe: `modekit fit` has changed this mixture since")
+        return None
+    return search
 
 
 def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None:

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from modekit.report.drawing import gap_bars, line_chart
+from modekit.report.drawing import gap_bars, line_chart, scatter_chart
 
 
 def _signed(text: str) -> str:
@@ -28,6 +28,7 @@ def _signed(text: str) -> str:
 
 FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"{value:.3f}",
+    "loss4": lambda value: f"{value:.4f}",
     "perplexity": lambda value: f"{value:.1f}",
     "gap": lambda value: _signed(f"{value:.2f}"),
     "error": lambda value: f"±{value:.3f}",
@@ -61,7 +62,7 @@ def make_page(content: dict[str, Any]) -> str:
         content=content, num=figures.number, style=Markup(style), script=Markup(script), policy=_policy(style, script),
         shade=shade, tint=tint, samples_json=_json_block({"experts": content["mixture"]["experts"], **(samples or {})}),
         gap_bars=gap_bars(content["results"], figures) if content["results"] else None, line_chart=line_chart,
-        largest=_largest_change,
+        scatter_chart=scatter_chart, largest=_largest_change,
     ).strip() + "\n"  # fmt: skip
 
 

@@ -132,6 +132,20 @@ def _training(figure: Any, content: dict[str, Any]) -> bool:
     return True
 
 
+def _pareto(figure: Any, content: dict[str, Any]) -> bool:
+    search = content["search"]
+    if not search or len(search["points"]) < 2:
+        return False
+    axes = figure.subplots()
+    axes.scatter(*zip(*((active / 1e6, loss) for active, loss in search["points"]), strict=True), s=14, color="#8a949d")
+    front = list(zip(*((active / 1e6, loss) for active, loss in search["front"]), strict=True))
+    axes.plot(*front, color=_KIND_COLOURS["mixture"], marker="o", markersize=4, label="no other is better with as few")
+    axes.set_xlabel("active parameters, millions")
+    axes.set_ylabel("loss on the select split, nats per token")
+    axes.legend(frameon=False)
+    return True
+
+
 def _heat(
     figure: Any, axes: Any, values: list[list[float | None]], rows: list[str], columns: list[str],
     shown: list[list[float | None]] | None, colours: str, low: float, high: float, label: str | None,
@@ -157,4 +171,5 @@ def _short(name: str) -> str:
 
 _DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "gap": _gap, "loss": _loss, "routing": _routing, "similarity": _similarity, "training": _training,
+    "pareto": _pareto,
 }  # fmt: skip
