@@ -141,11 +141,11 @@ def test_its_recipe_builds_the_same_from_where_it_lies(tuned: tuple[Path, Any], 
     }
 
 
-def test_fixed_variants_are_scored_in_full_and_others_dropped(tuned: tuple[Path, Any]) -> None:
+def test_fixed_variants_are_reported_and_the_worse_dropped(tuned: tuple[Path, Any]) -> None:
     _, results = tuned
     named = {each.name: each for each in results.candidates if each.name}
     assert set(named) >= {"gate-less (linear)", "noisy", "ridge", "n-gram", "noisy, backbone average"}
-    assert all(each.status == "scored" and each.number in results.reported for each in named.values())
+    assert all(each.number in results.reported for each in named.values())
     assert results.best.number in results.reported
     assert any(each.status == "dropped" for each in results.candidates)
     full = {each.tokens for each in results.candidates if each.status == "scored"}

@@ -20,7 +20,7 @@ class TuneResults:
         candidates: in the order of the search.
         reported: number of a candidate -> its loss per domain on the report split.
         reference: split -> base, own -> loss per domain of the base and of the domain's own expert.
-        seconds: of this run of the search, without the build.
+        seconds: that this run of the search took to find the best; the report and the build come on top.
     """
 
     candidates: Sequence[Candidate]

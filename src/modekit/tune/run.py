@@ -94,9 +94,9 @@ def tune(
             "no candidate could be scored", where=str(folder), found=next((each.why for each in found), None),
             remedy="widen the space of the search",
         )  # fmt: skip
+    searched = time.perf_counter() - started
     scores = _report(job, plan, [best, *(each for each in found if each.name), *pareto(found)], report, progress)
     reference = _reference(job, plan, {"select": select, "report": report}, progress)
-    searched = time.perf_counter() - started
     checkpoint = _build(job, candidate_recipe(recipe, best.mixture), out, overwrite, progress)
     write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
     said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
@@ -224,7 +224,7 @@ def _report(
     known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     bodies = job.bodies()
     mount = Mount(trust_remote_code=job.trust_remote_code)
-    numbers = {candidate.number: candidate for candidate in shown if candidate.status == "scored"}
+    numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
     for place, (number, candidate) in enumerate(numbers.items()):
         progress("report", place, len(numbers))
         if str(number) not in known:

@@ -138,8 +138,7 @@ def _try_one(
     mixture = job.space.mixture(choice, job.recipe)
     key = json.dumps(mixture, sort_keys=True)
     before = _before(study, key)
-    name = str(trial.user_attrs.get("name", ""))
-    if before is not None and (before.state == TrialState.COMPLETE or not name):
+    if before is not None:
         trial.set_user_attr("again", before.number)
         study.tell(trial, before.value if before.state == TrialState.COMPLETE else None, state=before.state)
         return False
@@ -163,7 +162,7 @@ def _try_one(
         trial.report(tally.mean, resource)
         trial.set_user_attr("losses", tally.losses)
         trial.set_user_attr("tokens", tally.tokens)
-        if not name and resource < RUNGS[-1] and trial.should_prune():
+        if resource < RUNGS[-1] and trial.should_prune():
             dropped = True
             break
     trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
@@ -194,12 +193,7 @@ def candidates(job: Job) -> list[Candidate]:
                     said.get("active", 0), said.get("total", 0), said.get("native", False), said.get("seconds", 0.0),
                 )
             )  # fmt: skip
-    kept: dict[str, Candidate] = {}
-    for candidate in found:  # a named one that had been dropped before counts by its full score
-        key = json.dumps(candidate.mixture, sort_keys=True)
-        if key not in kept or kept[key].status != "scored":
-            kept[key] = candidate
-    return list(kept.values())
+    return found
 
 
 def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:
