@@ -93,6 +93,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Documents of one domain nothing was made from; `expert` is the place of its own expert, None for an unseen domain."""
+
+    name: str
+    expert: int | None
+    documents: Sequence[str]
+    where: str
+
+
+@dataclass(frozen=True)
 class Domain:
     """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain."""
 
@@ -201,7 +211,7 @@ def evaluate(
     done = 0
     rows: list[Row] = []
     for job in jobs:
-        identity = hashlib.sha256(f"{job.identity} {[domain.record for domain in domains]}".encode()).hexdigest()
+        identity = _row_identity(job.identity, [domain.record for domain in domains])
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
         for domain in domains:
@@ -243,12 +253,25 @@ def held_out_domains(
     seen: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> list[Domain]:
-    """The text every row is scored on: `eval` of the recipe, else a held-out split of the experts' text.
+    """The text every row is scored on, as token sequences; see `held_out_documents`."""
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    domains = []
+    for held in held_out_documents(checkpoint, split=split, seen=seen):
+        sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+        if not sequences:
+            raise _nothing_held_out(held.where)
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        record = {**text_record(held.documents, tokens), "sequence_length": sequence_length}
+        domains.append(Domain(held.name, held.expert, sequences, record))
+    return domains
+
+
+def held_out_documents(checkpoint: Checkpoint, *, split: Split = "report", seen: Collection[str] = ()) -> list[HeldOut]:
+    """Per domain the text that nothing was made from: `eval` of the recipe, else a held-out split of the experts' text.
 
     Of both, documents are dropped that set the router or that `modekit specialize` trained an expert on.
     """
     recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     used = {
         digest_of(document)[:TRAINED_DIGITS]
         for place, expert in enumerate(recipe.experts)
@@ -273,14 +296,9 @@ def held_out_domains(
         documents = [
             document for document in documents if not used & {digest_of(document), digest_of(document)[:TRAINED_DIGITS]}
         ]
-        sequences = encode(tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
-        if not sequences:
-            raise TextError(
-                "no held-out document is left to evaluate on", where=where,
-                remedy="give more documents (one in ten is held out), or other text under eval",
-            )  # fmt: skip
-        tokens = sum(len(sequence.ids) for sequence in sequences)
-        domains.append(Domain(name, expert, sequences, {**text_record(documents, tokens), "sequence_length": sequence_length}))
+        if not documents:
+            raise _nothing_held_out(where)
+        domains.append(HeldOut(name, expert, documents, where))
     if not any(domain.expert is not None for domain in domains):
         raise TextError(
             "there is no text to evaluate on",
@@ -288,6 +306,13 @@ def held_out_domains(
             remedy="add text per expert, or eval: {domain: text}",
         )
     return domains
+
+
+def _nothing_held_out(where: str) -> TextError:
+    return TextError(
+        "no held-out document is left to evaluate on", where=where,
+        remedy="give more documents (one in ten is held out), or other text under eval",
+    )  # fmt: skip
 
 
 def tokens_per_pass(config: Any) -> int:
@@ -327,7 +352,7 @@ class _Job:
 def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str]) -> Iterator[_Job]:
     record = checkpoint.record
     folders = [(checkpoint.folder / source.folder).resolve() for source in record.sources]
-    hashes = [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in record.sources]
+    hashes = _hashes(checkpoint)
     sizes, per_expert, dense = _parameters(checkpoint)
     load = partial(load_model, trust_remote_code=trust_remote_code)
     missing = [source.label for source, folder in zip(record.sources, folders, strict=True) if not folder.is_dir()]
@@ -357,6 +382,31 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     else:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
     yield _Job("mixture", "mixture", sizes, active, f"{carried} {decided}", load_mixture)
+
+
+def belongs_to(results: Results, checkpoint: Checkpoint) -> bool:
+    """Whether a table's mixture is this checkpoint as it is now: experts, router, training and text."""
+    mixture = next((row for row in results.rows if row.kind == "mixture"), None)
+    names = [*results.domains, *results.unseen]
+    if mixture is None or any(set(results.text.get(name, {})) != set(_RECORD_KEYS) for name in names):
+        return False
+    hashes = _hashes(checkpoint)
+    carried, decided = _identities(checkpoint, hashes)
+    return mixture.identity == _row_identity(f"{carried} {decided}", [results.text[name] for name in names])
+
+
+_RECORD_KEYS = ("documents", "tokens", "sha256", "sequence_length")
+
+
+def _row_identity(model: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Names a model on text: sha256 of both."""
+    ordered = [{key: record[key] for key in _RECORD_KEYS} for record in records]  # a file may hold them in another order
+    return hashlib.sha256(f"{model} {ordered}".encode()).hexdigest()
+
+
+def _hashes(checkpoint: Checkpoint) -> list[str]:
+    """One string per source that changes with its weights."""
+    return [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in checkpoint.record.sources]
 
 
 _DECIDES = {"method", "top_k", "top_p", "always_on", "weights", "router"}
