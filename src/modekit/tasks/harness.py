@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import ModekitError, TextError
 
 _PREFERRED = ("acc_norm", "acc", "exact_match")  # of the metrics of a task that is not ours; else its first
+_ALLOWS_CODE, _NO = {"trust_remote_code", "unsafe_code"}, {"false", "no", "off", "null", "~", ""}
 _CODE_READERS = {"pandas", "webdataset", "spark"}  # builders of the datasets library that unpickle what they read
 
 
@@ -173,18 +174,21 @@ def _code_in(file: Path, visited: set[Path]) -> str | None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 nodes += [key, value]
-                if (key.value, value.value) in {("trust_remote_code", "true"), ("unsafe_code", "true")} or (
-                    key.value == "dataset_path" and value.value in _CODE_READERS
-                ):
-                    return f"{key.value}: {value.value}"
-                included = [value] if isinstance(value, yaml.ScalarNode) else value.value
-                for other in included if key.value == "include" else []:
-                    found = _code_in(file.parent / str(other.value), visited)
-                    if found:
-                        return found
+                found = _code_said(str(key.value), value, file.parent, visited)
+                if found:
+                    return found
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
     return None
+
+
+def _code_said(key: str, value: yaml.Node, folder: Path, visited: set[Path]) -> str | None:
+    """The same for one key and its value."""
+    said = str(value.value)
+    if (key in _ALLOWS_CODE and said.lower() not in _NO) or (key == "dataset_path" and said in _CODE_READERS):
+        return f"{key}: {said}"
+    included = [] if key != "include" else [value] if isinstance(value, yaml.ScalarNode) else value.value
+    return next(filter(None, (_code_in(folder / str(other.value), visited) for other in included)), None)
 
 
 def run_tasks(

@@ -56,12 +56,12 @@ def bleu_sample(pairs: Sequence[tuple[str, str]]) -> Sample:
     from sacrebleu import sentence_bleu
     from sacrebleu.metrics.bleu import BLEU
 
-    scores = [sentence_bleu(text, [reference], use_effective_order=False) for reference, text in pairs]
+    scores = [sentence_bleu(text, [reference]) for reference, text in pairs]
     parts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores], dtype=np.float64)
 
     def one(sums_K: Floats) -> float:
         counts = [round(number) for number in sums_K]
-        return float(BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9]).score)
+        return float(BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score)
 
     return Sample(parts, lambda sums: np.apply_along_axis(one, -1, sums))
 

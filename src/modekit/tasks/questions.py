@@ -24,7 +24,7 @@ from modekit.tasks.entries import Entry, entries_of, head_words
 
 CHOICES = 4
 BEGINNING, CONTINUATION = 16, 16  # words of a passage
-QUESTIONS, GENERATIONS = 300, 60  # of a domain and kind at most
+QUESTIONS, GENERATIONS = 200, 50  # of a domain and kind at most
 _FEWEST = 8  # of a domain and kind: fewer say nothing
 _WORD = re.compile(r"\S+")
 

@@ -14,6 +14,7 @@ from modekit.tasks.intervals import Estimate
 from modekit.writer import write_atomically, write_json
 
 TASKS_FILE = "tasks.json"
+PERCENTAGES = ("chrf", "bleu", "rougeL")  # metrics from 0 to 100
 MIXTURE = "mixture"
 
 
@@ -178,14 +179,14 @@ def _table(
 
 
 def table_of(
-    models: Sequence[str], columns: Mapping[str, TaskScores], *, differences: bool = False, between: str = " "
+    models: Sequence[str], columns: Mapping[str, TaskScores], *, differences: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: a row per model and one of chance; `between` separates a value from its interval."""
-    header = ["model", *(f"{name}{between}({scores.metric}, {scores.items})" for name, scores in columns.items())]
+    """Header and cells: a row per model and one of chance."""
+    header = ["model", *(f"{name} ({scores.metric}, {scores.items})" for name, scores in columns.items())]
     picked = {name: scores.differences if differences else scores.rows for name, scores in columns.items()}
     body = []
     for model in models:
-        cells = [cell_of(rows.get(model), columns[name].metric, differences, between) for name, rows in picked.items()]
+        cells = [cell_of(rows.get(model), columns[name].metric, differences) for name, rows in picked.items()]
         if any(cell != "-" for cell in cells):
             body.append([model, *cells])
     chances = [scores.chance for scores in columns.values()]
@@ -194,13 +195,13 @@ def table_of(
     return header, body
 
 
-def cell_of(estimate: Estimate | None, metric: str, signed: bool = False, between: str = " ") -> str:
+def cell_of(estimate: Estimate | None, metric: str, signed: bool = False) -> str:
     """A score and its interval; accuracies with three digits behind the point, percentages with two."""
     if estimate is None:
         return "-"
-    digits = 2 if metric in {"chrf", "bleu", "rougeL"} else 3
+    digits = 2 if metric in PERCENTAGES else 3
     form = f"{'+' if signed else ''}.{digits}f"
     value = format(estimate.value, form)
     if estimate.low is None or estimate.high is None:
         return value
-    return f"{value}{between}[{estimate.low:{form}}, {estimate.high:{form}}]"
+    return f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"

@@ -53,21 +53,24 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
         """Sum of log p of each continuation's tokens, and whether each is the likeliest; too long ones lose their beginning."""
-        if any(not continuation for _, _, continuation in requests):
+        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        if any(not continuation for _, continuation in pairs):
             raise ValueError("a continuation without tokens")
+        asked = list(dict.fromkeys(pairs))  # tasks ask the same again: a continuation by itself, another form's pair
         longest = self.max_length + 1  # the last token is predicted, not read
-        sequences = [TokenSequence(tuple((context + continuation)[-longest:]), 0) for _, context, continuation in requests]
-        answers: dict[int, tuple[float, bool]] = {}
+        sequences = [TokenSequence((context + continuation)[-longest:], 0) for context, continuation in asked]
+        answers: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, bool]] = {}
         with torch.inference_mode():
             for batch in make_batches(sequences, tokens=tokens_per_pass(self.model.config)):
                 ids_BS, mask_BS = batch.input_ids.to(self.device), batch.mask.to(self.device)
                 logits_BSV = self.model(input_ids=ids_BS[:, :-1], attention_mask=mask_BS[:, :-1].long(), use_cache=False).logits
                 for place, row in enumerate(batch.rows):
                     length = len(sequences[row].ids)
-                    start = max(length - len(requests[row][2]), 1)
+                    start = max(length - len(asked[row][1]), 1)
                     target = ids_BS[place, start:length]
                     log_p = logits_BSV[place, start - 1 : length - 1].float().log_softmax(-1)
                     likeliest = bool((log_p.argmax(-1) == target).all())
-                    answers[row] = (float(log_p.gather(1, target[:, None]).double().sum()), likeliest)
+                    answers[asked[row]] = (float(log_p.gather(1, target[:, None]).double().sum()), likeliest)
                 self._advance(len(batch.rows))
-        return [answers[row] for row in range(len(requests))]
+        self._advance(len(requests) - len(asked))
+        return [answers[pair] for pair in pairs]
