@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint import Checkpoint, open_checkpoint
+from modekit.cli import main
 from modekit.data import documents_of_split, read_documents
 from modekit.errors import ModekitError, TextError
 from modekit.evaluate import evaluate
@@ -601,6 +602,16 @@ def test_code_in_a_folder_of_tasks_needs_the_flag(checkpoint: Checkpoint, tmp_pa
     assert not marker.exists()
 
 
+def test_code_in_another_encoding_is_seen_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = own_task(tmp_path / "tasks", **{"answer\n": "!function spell.target\n"})
+    (folder / "spell.yaml").write_bytes((folder / "spell.yaml").read_text().encode("utf-16"))
+    with pytest.raises(ModekitError, match="brings code of its own"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
+    (folder / "spell.yaml").write_text("task: [")
+    with pytest.raises(ModekitError, match="cannot be read"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
+
+
 def test_templates_stay_in_their_sandbox(checkpoint: Checkpoint, tmp_path: Path) -> None:
     reach = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
     folder = own_task(tmp_path / "tasks", **{'"{{word}}"': json.dumps(reach)})
@@ -615,12 +626,18 @@ def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> 
         harness.require_harness()
 
 
-def test_at_the_command_line(asked: Workshop) -> None:
+def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of the harness's noise, and JSON that is JSON."""
     folder = asked.build("shown")
-    command = [sys.executable, "-m", "modekit", "eval", str(folder), "--tasks", "continuations,generation", "--limit", "6"]
-    done = subprocess.run([*command, "--models", "base,mixture"], capture_output=True, text=True, check=False)
+    options = ["--tasks", "continuations,generation", "--limit", "6", "--models", "base,mixture"]
+    done = subprocess.run(
+        [sys.executable, "-m", "modekit", "eval", str(folder), *options], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "continuations (acc_mutual_info, chance 0.25)" in done.stdout and "tasks.json, tasks.md" in done.stdout
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert json.loads(done.stdout)["tasks"][task_name("continuations", "code")]["items"] == 6
+    monkeypatch.setattr(sys, "argv", ["modekit", "eval", str(folder), *options, "--json"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.err) == (0, "")
+    assert json.loads(printed.out)["tasks"][task_name("continuations", "code")]["items"] == 6

@@ -1,8 +1,4 @@
-"""lm-evaluation-harness: its tasks by name or from a folder, run on a loaded model, without its noise.
-
-A folder of tasks is read as data: its Python, data sets that bring code, and templates that reach out of their sandbox need
-the flag for remote code.
-"""
+"""lm-evaluation-harness: its tasks by name or from a folder, run on a loaded model, without its noise."""
 
 from __future__ import annotations
 
@@ -17,14 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, TextError
+from modekit.tasks.trust import check_folder
 
 _PREFERRED = ("acc_norm", "acc", "exact_match")  # of the metrics of a task that is not ours; else its first
-_ALLOWS_CODE, _NO = {"trust_remote_code", "unsafe_code"}, {"false", "no", "off", "null", "~", ""}
-_CODE_READERS = {"pandas", "webdataset", "spark"}  # builders of the datasets library that unpickle what they read
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool)
     from lm_eval.tasks import TaskManager
 
     for folder in folders:
-        _check_folder(folder, trusted)
+        check_folder(folder, trusted=trusted)
     manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
     if any(not manager.match_tasks([name]) for name in names):  # its own are thousands of files, read only when asked for
         manager = TaskManager(include_path=[str(folder) for folder in folders])
@@ -137,58 +131,6 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             remedy="its data set has to be on this machine or on a hub that can be reached: connect, unset HF_HUB_OFFLINE, "
             "or give tasks whose data are files",
         ) from None  # fmt: skip
-
-
-def _check_folder(folder: Path, trusted: bool) -> None:
-    if not folder.is_dir():
-        raise ModekitError(
-            "the folder of tasks does not exist", where="--include-path", found=str(folder), remedy="correct the path"
-        )
-    for file in sorted(folder.rglob("*.yaml")) if not trusted else []:
-        found = _code_in(file, set())
-        if found:
-            raise ModekitError(
-                "the folder of tasks brings code of its own", where=f"--include-path: {file}", found=found,
-                remedy="read it, and give --trust-remote-code if it may run",
-            )  # fmt: skip
-
-
-def _code_in(file: Path, visited: set[Path]) -> str | None:
-    """What in a task file, or one that it includes, would run code; None when nothing does."""
-    file = file.resolve()
-    if file in visited:
-        return None
-    visited.add(file)
-    try:
-        root = yaml.compose(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None  # the harness cannot read it either, and passes over it
-    nodes, reached = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or id(node) in reached:
-            continue
-        reached.add(id(node))
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            return f"{node.tag} {node.value}" if isinstance(node.value, str) else str(node.tag)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                nodes += [key, value]
-                found = _code_said(str(key.value), value, file.parent, visited)
-                if found:
-                    return found
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-    return None
-
-
-def _code_said(key: str, value: yaml.Node, folder: Path, visited: set[Path]) -> str | None:
-    """The same for one key and its value."""
-    said = str(value.value)
-    if (key in _ALLOWS_CODE and said.lower() not in _NO) or (key == "dataset_path" and said in _CODE_READERS):
-        return f"{key}: {said}"
-    included = [] if key != "include" else [value] if isinstance(value, yaml.ScalarNode) else value.value
-    return next(filter(None, (_code_in(folder / str(other.value), visited) for other in included)), None)
 
 
 def run_tasks(
