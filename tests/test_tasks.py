@@ -317,6 +317,16 @@ def test_generation_does_not_depend_on_the_batch(workshop: Workshop) -> None:
     assert together == alone
 
 
+def test_a_whole_text_is_scored_in_windows(workshop: Workshop) -> None:
+    """As tasks of perplexity ask: every token once, also of a text longer than the model reads."""
+    model, tokenizer = load_model(workshop.root / "base"), load_tokenizer(workshop.root / "base")
+    texts = ["a short text", "words and words " * 20]
+    found = scoring.LoadedModel(model, tokenizer).loglikelihood_rolling([Asked(text) for text in texts])
+    alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    assert found[0] == pytest.approx(direct(model, tokenizer, "", texts[0]), abs=1e-3)
+    assert found == pytest.approx(alone.loglikelihood_rolling([Asked(t) for t in texts], disable_tqdm=True), abs=1e-3)
+
+
 def test_too_long_a_text_loses_its_beginning(workshop: Workshop) -> None:
     model, tokenizer = load_model(workshop.root / "base"), load_tokenizer(workshop.root / "base")
     (found,) = scoring.LoadedModel(model, tokenizer).loglikelihood([Asked("b" * 300, "cd")])
