@@ -577,6 +577,10 @@ def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     assert "no name is given" in refuse("eval", out, "--tasks", " , ")
     assert "it belongs to --tasks" in refuse("eval", out, "--limit", "3")
     assert "--tasks scores no text" in refuse("eval", out, "--tasks", "glosses", "--tokens", "500")
+    assert "no tasks by name are asked for" in refuse("eval", out, "--tasks", "glosses", "--include-path", tmp_path)
+    tasks = own_task(tmp_path / "own")
+    message = refuse("eval", out, "--tasks", "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
+    assert "where:    --seen" in message and "no questions are asked for" in message
     message = refuse("eval", out, "--tasks", "spell", "--include-path", own_task(tmp_path / "a", **{"word": "nothing"}))
     assert "the task cannot be loaded" in message
 

@@ -94,8 +94,8 @@ def harness_task(config: Mapping[str, Any]) -> Any:
     return next(iter(TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()))
 
 
-def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool) -> dict[str, Any]:
-    """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own.
+def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Any]:
+    """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own; `others` could be meant, too.
 
     Raises ModekitError when a name is unknown or a folder brings code without the flag, TextError when a task's data cannot
     be had.
@@ -111,7 +111,7 @@ def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool)
     for name in names:
         matching = manager.match_tasks([name])
         if not matching:
-            close = difflib.get_close_matches(name, manager.all_tasks, 3)
+            close = difflib.get_close_matches(name, [*others, *manager.all_tasks], 3)
             raise ModekitError(
                 "unknown task", where="--tasks", found=name, expected=f"perhaps {', '.join(close)}" if close else None,
                 remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",

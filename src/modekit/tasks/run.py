@@ -29,6 +29,7 @@ from modekit.tasks.questions import make_questions
 from modekit.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
 
 FOLDER = "tasks"
+_FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,23 @@ def evaluate_tasks(
 
     Raises ModekitError when the extra is missing, a name unknown, or a task cannot be run; TextError without text.
     """
+    others = [name for name in names if name not in GROUPS]
+    forms = wanted_forms(names)
+    for where, said, needed in (("--include-path", folders, others), ("--seen", seen, forms), ("--seed", seed, forms)):
+        if said and not needed:
+            raise ModekitError(
+                "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
+            )
     require_harness()
     chosen = _chosen(checkpoint, models, trust_remote_code)
     notes: list[str] = []
     with quiet(trust_remote_code):
-        tasks = _question_tasks(checkpoint, wanted_forms(names), seen, seed, notes)
-        others = [name for name in names if name not in GROUPS]
-        for name, made in named_tasks(others, folders, trusted=trust_remote_code).items() if others else ():
+        found = named_tasks(others, folders, trusted=trust_remote_code, others=list(GROUPS)) if others else {}
+        tasks = _question_tasks(checkpoint, forms, seen, seed, notes)
+        for name, made in found.items():
             tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
         scored = _run(checkpoint, tasks, chosen, limit, trust_remote_code, notes, progress)
-    found = _results(tasks, scored, notes)
-    results = kept_results(checkpoint, found)
+    results = kept_results(checkpoint, _results(tasks, scored, notes))
     save_results(checkpoint, results)
     return results
 
