@@ -391,11 +391,12 @@ def test_who_knows_gets_everything_and_who_guesses_a_quarter(
     assert loads == ["OUT"]
     assert {group: scores.rows["mixture"].value for group, scores in found.macro.items()} == pytest.approx(
         {
-            **dict.fromkeys(["glosses", "continuations", "glosses_plain", "continuations_plain"], 1.0),
+            **dict.fromkeys(["questions", "glosses", "continuations", "glosses_plain", "continuations_plain"], 1.0),
             **dict.fromkeys(["generation", "generation:bleu", "generation:rougeL"], 100.0),
         }
     )
     assert found.macro["glosses"].rows["mixture"].low == 1.0
+    assert (found.macro["questions"].metric, len(found.macro["questions"].tasks)) == ("accuracy", 5)
     assert set(found.macro["glosses"].tasks) == {task_name("glosses", domain) for domain in ("medicine", "law")}
     monkeypatch.setattr(Oracle, "knows", False)
     guessed = evaluate_tasks(checkpoint, ALL, models=["mixture"])

@@ -25,6 +25,8 @@ def print_tasks(results: TaskResults) -> None:
             kinds.setdefault(kind, {})[scores.domain + (" unseen" if scores.unseen else "")] = scores
     for kind, by_domain in kinds.items():
         _print_table(results, kind, by_domain, results.macro.get(kind))
+    if "questions" in results.macro and len(kinds) > 1:
+        _print_table(results, "questions", {}, results.macro["questions"])
     named = {name: scores for name, scores in results.tasks.items() if scores.domain is None}
     for metric in dict.fromkeys(scores.metric for scores in named.values()):
         of_metric = {name: scores for name, scores in named.items() if scores.metric == metric}
@@ -35,12 +37,12 @@ def print_tasks(results: TaskResults) -> None:
 
 def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScores], mean: TaskScores | None) -> None:
     first = mean or next(iter(lines.values()))
-    chances = {scores.chance for scores in lines.values()}
+    chances = {scores.chance for scores in lines.values()} or {first.chance}
     chance = f", chance {first.chance:.2f}" if first.chance is not None and len(chances) == 1 else ""
     out.print(
         f"[bold]{escape(title)}[/] ({escape(first.metric)}{chance}{'' if first.higher_is_better else ', less is better'})"
     )
-    models = [model for model in results.models if any(model in scores.rows for scores in lines.values())]
+    models = [model for model in results.models if any(model in scores.rows for scores in [first, *lines.values()])]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("items", justify="right", style="dim")

@@ -186,8 +186,10 @@ def _results(tasks: Sequence[_Task], scored: Mapping[str, Mapping[str, Scored]],
             items = len(next(iter(of_task.values())).items)
             entries[name] = _scores(metric, items, drawn, task.domain, task.unseen)
             group = metric.name if task.group is None else task.group if place == 0 else f"{task.group}:{metric.name}"
-            if not task.unseen:
-                members.setdefault(group, []).append((name, metric, drawn))
+            # The questions are one mean, too: accuracies of the same number of choices, whatever their form.
+            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])]:
+                if not task.unseen:
+                    members.setdefault(each, []).append((name, metric, drawn))
     macro = {
         group: _scores(
             _mean_metric([metric for _, metric, _ in tasks_of_group]),
@@ -233,4 +235,9 @@ def _scores(
 def _mean_metric(metrics: Sequence[Metric]) -> Metric:
     chances = [metric.chance for metric in metrics if metric.chance is not None]
     whole = len(chances) == len(metrics)
-    return Metric(metrics[0].name, metrics[0].higher_is_better, sum(chances) / len(chances) if whole else None)
+    names = {metric.name for metric in metrics}
+    return Metric(
+        names.pop() if len(names) == 1 else "accuracy",
+        metrics[0].higher_is_better,
+        sum(chances) / len(chances) if whole else None,
+    )
