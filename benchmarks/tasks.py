@@ -21,15 +21,18 @@ import numpy as np
 from modekit.checkpoint import open_checkpoint
 from modekit.evaluate import load_expert_source
 from modekit.models import load_model, load_tokenizer
-from modekit.tasks.files import FORMS, task_config, tasks_of, write_tasks
+from modekit.tasks.files import FORMS, GROUPS, task_config, tasks_of, write_tasks
 from modekit.tasks.harness import harness_task, quiet, run_tasks
-from modekit.tasks.intervals import Drawn, Sample, average, bleu_sample, differences, draw, mean_sample, rows
+from modekit.tasks.intervals import Drawn, Estimate, Sample, average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.tasks.questions import Questions, make_questions
-from modekit.tasks.results import PERCENTAGES, cell_of
+from modekit.tasks.results import cell_of
 from modekit.tasks.scores import process_results
 
 MIXTURES = ("ngram", "routing")
 FEWER = ("glosses_plain", "continuations_plain")  # forms near chance: base and one mixture of the first seed show that
+
+Found = dict[str, list[dict[str, Any]]]
+"""Model -> per seed what `answers` gave."""
 
 
 def answers(seed: Path, model: str, forms: list[str], made: list[Questions], limit: int) -> dict[str, Any]:
@@ -70,47 +73,44 @@ def over_seeds(per_seed: list[dict[str, Any]], name: str, metric: str) -> Sample
     return Sample(np.sum([sample.parts_NK for sample in samples], axis=0), samples[0].worth)
 
 
-def table(found: dict[str, list[dict[str, Any]]], form: str, metric: str, made: list[Questions]) -> str:
+def drawn_of(found: Found, form: str, metric: str, made: list[Questions]) -> dict[str, Drawn]:
+    """Domain (items) -> models under the same draws, of those models that were asked."""
+    drawn = {}
+    for name, (_, questions) in tasks_of([form], made).items():
+        models = [model for model, seeds in found.items() if not questions.unseen and name in seeds[0]]
+        if models:
+            documents = found[models[0]][0][name]["document"]
+            samples = {model: over_seeds(found[model], name, metric) for model in models}
+            drawn[f"{questions.domain} ({len(documents)})"] = draw(samples, documents, name)
+    return drawn
+
+
+def table(drawn: dict[str, Drawn], metric: str) -> str:
     """Rows: models; columns: domains and their mean, then the mixtures' differences."""
-    names = {q.domain: name for name, (_, q) in tasks_of([form], made).items() if not q.unseen}
-    models = [model for model, seeds in found.items() if all(name in seeds[0] for name in names.values())]
-    drawn: dict[str, Drawn] = {}
-    for domain, name in names.items():
-        clusters = found[models[0]][0][name]["document"]
-        drawn[domain] = draw({model: over_seeds(found[model], name, metric) for model in models}, clusters, name)
     mean = average(list(drawn.values()))
-    mixtures = [model for model in models if model in MIXTURES]
-    counts = [len(found[models[0]][0][name]["document"]) for name in names.values()]
-    header = ["model", *(f"{domain} ({count})" for domain, count in zip(names, counts, strict=True)), "mean"]
-    header += [f"{mixture} minus it" for mixture in mixtures]
-    lines = []
-    for model in models:
-        cells = [model, *(cell_of(rows(each)[model], metric).split(" [")[0] for each in drawn.values())]
+    mixtures = [model for model in MIXTURES if model in mean.values]
+    lines = [["model", *drawn, "mean", *(f"{mixture} minus it" for mixture in mixtures)]]
+    lines.append(["---"] * len(lines[0]))
+    for model in mean.values:
+        cells = [model, *(cell_of(Estimate(each.values[model]), metric) for each in drawn.values())]
         cells.append(cell_of(rows(mean)[model], metric))
         cells += [cell_of(differences(mean, mixture).get(model), metric, signed=True) for mixture in mixtures]
         lines.append(cells)
-    written = [" | ".join(cells) for cells in [header, ["---"] * len(header), *lines]]
-    return "\n".join(f"| {line} |" for line in written)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def per_seed_line(found: dict[str, list[dict[str, Any]]], form: str, metric: str, made: list[Questions]) -> str:
-    """Mean over the domains by seed, for models and mixtures."""
-    names = [name for name, (_, q) in tasks_of([form], made).items() if not q.unseen]
+def per_seed_line(found: Found, forms: dict[str, str], made: list[Questions]) -> str:
+    """Mean over the tasks by seed, of every model; `forms` are forms and their metrics."""
     parts = []
     for model, seeds in found.items():
-        if all(name in seeds[0] for name in names):
-            values = [
-                np.mean([over_seeds([each], name, metric).value for name in names])
-                for each in seeds
-                if all(name in each for name in names)
-            ]
-            parts.append(f"{model} " + ", ".join(cell_of_value(value, metric) for value in values))
+        values = []
+        for each in seeds:
+            tasks = [(name, forms[form]) for name, (form, q) in tasks_of(list(forms), made).items() if not q.unseen]
+            if all(name in each for name, _ in tasks):
+                values.append(np.mean([over_seeds([each], name, metric).value for name, metric in tasks]))
+        if values:
+            parts.append(f"{model} " + ", ".join(cell_of(Estimate(float(v)), next(iter(forms.values()))) for v in values))
     return "By seed: " + "; ".join(parts) + "."
-
-
-def cell_of_value(value: Any, metric: str) -> str:
-    """A number as the table has it."""
-    return f"{value:.2f}" if metric in PERCENTAGES else f"{value:.3f}"
 
 
 def main() -> None:
@@ -129,17 +129,23 @@ def main() -> None:
         models = ["base", *first.names, *MIXTURES]
         run = partial(answers, made=made, limit=args.limit)
         wanted = args.forms.split(",")
-        found: dict[str, list[dict[str, Any]]] = {}
+        found: Found = {}
         for model in args.only.split(",") if args.only else models:
             more = FEWER if model in {"base", "routing"} else ()
             found[model] = [run(seed, model, [*wanted, *(more if seed == seeds[0] else ())]) for seed in seeds]
     if args.only:
         return
-    sections = []
+    sections: list[str] = []
+    whole: dict[str, Drawn] = {}
     for form in dict.fromkeys([*wanted, *FEWER]):
         for metric in [each["metric"] for each in FORMS[form]["metric_list"]]:
-            sections += [f"## {form}: {metric}", "", table(found, form, metric, made), ""]
-            sections += [per_seed_line(found, form, metric, made), ""]
+            drawn = drawn_of(found, form, metric, made)
+            sections += [f"## {form}: {metric}", "", table(drawn, metric), "", per_seed_line(found, {form: metric}, made), ""]
+            if form in GROUPS["questions"]:
+                whole |= {f"{domain} {form}": each for domain, each in drawn.items()}
+    forms = {"glosses": "acc", "continuations": "acc_mutual_info"}
+    mean = {"all questions": average(list(whole.values()))}
+    sections = ["## questions", "", table(mean, "acc"), "", per_seed_line(found, forms, made), "", *sections]
     text = "\n".join([f"{args.seeds} seeds, {platform.machine()}, float32.", "", *sections])
     print(text)
     if args.out:
