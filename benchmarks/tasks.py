@@ -144,7 +144,7 @@ def main() -> None:
             if form in GROUPS["questions"]:
                 whole |= {f"{domain} {form}": each for domain, each in drawn.items()}
     forms = {"glosses": "acc", "continuations": "acc_mutual_info"}
-    mean = {"all questions": average(list(whole.values()))}
+    mean = {"both kinds": average(list(whole.values()))}
     sections = ["## questions", "", table(mean, "acc"), "", per_seed_line(found, forms, made), "", *sections]
     text = "\n".join([f"{args.seeds} seeds, {platform.machine()}, float32.", "", *sections])
     print(text)
