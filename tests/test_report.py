@@ -261,6 +261,15 @@ def test_a_search_shows_its_variants_and_its_front(page: Path, opened: Opened) -
     assert "this mixture" in tab.locator("#search tr.mixture").inner_text()
 
 
+def test_tasks_of_another_checkpoint_are_left_out(told: Checkpoint) -> None:
+    try:
+        put(told, "tasks.json", {**TASKS, "checkpoint": {"recipe_digest": "0"}})
+        content = make_content(told)
+    finally:
+        put(told, "tasks.json", TASKS)
+    assert content["tasks"] is None and any("tasks.json is of another state" in line for line in content["missing"])
+
+
 def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
     data = {**search_of(told), "checkpoint": {"recipe_digest": "0"}}
     kept = (told.folder / "results" / "tune.json").read_text()

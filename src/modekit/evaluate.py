@@ -102,6 +102,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Documents of one domain nothing was made from; `expert` is the place of its own expert, None for an unseen domain."""
+
+    name: str
+    expert: int | None
+    documents: Sequence[str]
+    where: str
+
+
+@dataclass(frozen=True)
 class Domain:
     """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain."""
 
@@ -252,12 +262,25 @@ def held_out_domains(
     seen: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> list[Domain]:
-    """The text every row is scored on: `eval` of the recipe, else a held-out split of the experts' text.
+    """The text every row is scored on, as token sequences; see `held_out_documents`."""
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    domains = []
+    for held in held_out_documents(checkpoint, split=split, seen=seen):
+        sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+        if not sequences:
+            raise _nothing_held_out(held.where)
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        record = {**text_record(held.documents, tokens), "sequence_length": sequence_length}
+        domains.append(Domain(held.name, held.expert, sequences, record))
+    return domains
+
+
+def held_out_documents(checkpoint: Checkpoint, *, split: Split = "report", seen: Collection[str] = ()) -> list[HeldOut]:
+    """Per domain the text that nothing was made from: `eval` of the recipe, else a held-out split of the experts' text.
 
     Of both, documents are dropped that set the router or that `modekit specialize` trained an expert on.
     """
     recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     used = {
         digest_of(document)[:TRAINED_DIGITS]
         for place, expert in enumerate(recipe.experts)
@@ -282,14 +305,9 @@ def held_out_domains(
         documents = [
             document for document in documents if not used & {digest_of(document), digest_of(document)[:TRAINED_DIGITS]}
         ]
-        sequences = encode(tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
-        if not sequences:
-            raise TextError(
-                "no held-out document is left to evaluate on", where=where,
-                remedy="give more documents (one in ten is held out), or other text under eval",
-            )  # fmt: skip
-        tokens = sum(len(sequence.ids) for sequence in sequences)
-        domains.append(Domain(name, expert, sequences, {**text_record(documents, tokens), "sequence_length": sequence_length}))
+        if not documents:
+            raise _nothing_held_out(where)
+        domains.append(HeldOut(name, expert, documents, where))
     if not any(domain.expert is not None for domain in domains):
         raise TextError(
             "there is no text to evaluate on",
@@ -297,6 +315,13 @@ def held_out_domains(
             remedy="add text per expert, or eval: {domain: text}",
         )
     return domains
+
+
+def _nothing_held_out(where: str) -> TextError:
+    return TextError(
+        "no held-out document is left to evaluate on", where=where,
+        remedy="give more documents (one in ten is held out), or other text under eval",
+    )  # fmt: skip
 
 
 def tokens_per_pass(config: Any) -> int:

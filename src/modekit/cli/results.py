@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.tasks import score_tasks
 from modekit.errors import ModekitError
 from modekit.printing import (
     out,
@@ -22,19 +23,48 @@ from modekit.printing import (
 @app.command(name="eval")
 def evaluate(
     checkpoint: OutFolder,
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = 20_000,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
+    tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of text: tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
+            "continuations, generation), with commas between them."
+        ),
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="With --tasks: only these rows (base,medicine,mixture).")] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="With --tasks: a folder of your own YAML tasks; may be given several times.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: items per task at most.")] = None,
+    seen: Annotated[
+        list[str] | None, typer.Option(help="With questions: text the base was trained on, whose terms are not asked for.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="With questions: which are drawn, and the wrong answers (default 0).")
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score base, experts, weight average, oracle and mixture on held-out text."""
+    """Score base, experts, weight average, oracle and mixture on held-out text, or with --tasks on tasks."""
+    if tasks is not None:
+        _refuse_without_effect("--tasks scores no text", {"--tokens": tokens, "--sequence-length": sequence_length})
+        score_tasks(
+            checkpoint, tasks, models=models, include_path=include_path or (), limit=limit, seen=seen or (), seed=seed,
+            as_json=as_json, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return
+    of_tasks = {"--models": models, "--include-path": include_path, "--limit": limit, "--seen": seen, "--seed": seed}
+    _refuse_without_effect("it belongs to --tasks", of_tasks)
     from modekit.checkpoint import open_checkpoint
     from modekit.evaluate import RESULTS_FOLDER
     from modekit.evaluate import evaluate as run
 
     with drawn_progress() as progress:
         results = run(
-            open_checkpoint(checkpoint.resolve()), tokens_per_domain=tokens, sequence_length=sequence_length,
+            open_checkpoint(checkpoint.resolve()), tokens_per_domain=tokens or 20_000, sequence_length=sequence_length or 512,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -42,6 +72,12 @@ def evaluate(
     else:
         print_results(results)
         out.print(f"[dim]{escape(str(checkpoint / RESULTS_FOLDER))}: eval.json, eval.md[/]")
+
+
+def _refuse_without_effect(why: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value not in (None, []):
+            raise ModekitError("the setting has no effect", where=name, found=value, expected=why, remedy="remove it")
 
 
 @app.command()

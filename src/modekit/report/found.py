@@ -154,6 +154,7 @@ class Tasks(_Data):
     """tasks.json."""
 
     format: Literal[1]
+    checkpoint: dict[str, str] | None = None
     tasks: dict[str, Task]
     notes: list[str] = []
 
@@ -230,7 +231,11 @@ def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
     """What the mixture is worth on tasks, when that was asked."""
     if not _path(checkpoint, TASKS_FILE).exists():
         return None
-    return _read(checkpoint, TASKS_FILE, "the command that made it", Tasks.model_validate, problems)
+    tasks = _read(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
+    if tasks is not None and tasks.checkpoint not in (None, checkpoint.identity):
+        problems.append(_of_another(TASKS_FILE, "modekit eval --tasks"))
+        return None
+    return tasks
 
 
 def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:

@@ -1,0 +1,54 @@
+"""`modekit eval --tasks`: parses, calls tasks.run, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from modekit.cli.shell import drawn_progress
+from modekit.errors import ModekitError
+from modekit.printing import out
+
+
+def score_tasks(
+    checkpoint: Path,
+    tasks: str,
+    *,
+    models: str | None,
+    include_path: Sequence[Path],
+    limit: int | None,
+    seen: Sequence[str],
+    seed: int | None,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Run tasks named with commas between them and draw their table."""
+    from modekit.checkpoint import open_checkpoint
+    from modekit.evaluate import RESULTS_FOLDER
+    from modekit.printing_tasks import print_tasks
+    from modekit.tasks.run import evaluate_tasks
+
+    opened = open_checkpoint(checkpoint.resolve())
+    with drawn_progress() as progress:
+        results = evaluate_tasks(
+            opened, _listed(tasks, "--tasks"), models=_listed(models, "--models") if models is not None else (),
+            folders=[folder.resolve() for folder in include_path], limit=limit,
+            seen=[str(Path(each).resolve()) for each in seen], seed=seed or 0, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(results.as_data(opened), indent=2) + "\n")
+        return
+    print_tasks(results)
+    out.print(f"[dim]{escape(str(checkpoint / RESULTS_FOLDER))}: tasks.json, tasks.md[/]")
+
+
+def _listed(names: str, where: str) -> list[str]:
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    if not listed:
+        raise ModekitError("no name is given", where=where, found=repr(names), remedy="write names with commas between them")
+    return listed

@@ -1,0 +1,27 @@
+"""How generated text is scored. Copied beside the task files, where lm-evaluation-harness calls it: no import of modekit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+    """ChrF and ROUGE-L of one text, 0 to 100, and the pair (reference, text) that corpus BLEU is made of.
+
+    With doc["words"] only so many words of the text count. A last full stop does not.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import sentence_chrf
+
+    words = doc.get("words") or 0
+    reference, text = doc["reference"].strip(), results[0].strip()
+    if words:
+        text = " ".join(text.split()[:words])
+        reference = " ".join(reference.split())
+    else:
+        reference, text = reference.removesuffix("."), text.removesuffix(".")
+    return {
+        "chrf": sentence_chrf(text, [reference]).score,
+        "bleu": (reference, text),
+        "rougeL": 100 * RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure,
+    }
