@@ -45,7 +45,7 @@ def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScore
     models = [model for model in results.models if any(model in scores.rows for scores in [first, *lines.values()])]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    table.add_column("items", justify="right", style="dim")
+    table.add_column("n", justify="right", style="dim", no_wrap=True)
     for model in models:
         table.add_column(escape(model), justify="right", no_wrap=True, style="green" if model == "mixture" else None)
     for label, scores in lines.items():
