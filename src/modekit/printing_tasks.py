@@ -22,7 +22,7 @@ def print_tasks(results: TaskResults) -> None:
     for name, scores in results.tasks.items():
         if scores.domain is not None:
             kind = name.removeprefix(f"modekit_{scores.domain}_")
-            kinds.setdefault(kind, {})[scores.domain + (" unseen" if scores.unseen else "")] = scores
+            kinds.setdefault(kind, {})[scores.domain + ("\nunseen" if scores.unseen else "")] = scores
     for kind, by_domain in kinds.items():
         _print_table(results, kind, by_domain, results.macro.get(kind))
     if "questions" in results.macro and len(kinds) > 1:
