@@ -22,7 +22,7 @@ def print_tasks(results: TaskResults) -> None:
     for name, scores in results.tasks.items():
         if scores.domain is not None:
             kind = name.removeprefix(f"modekit_{scores.domain}_")
-            kinds.setdefault(kind, {})[scores.domain + (" unseen" if scores.unseen else "")] = scores
+            kinds.setdefault(kind, {})[scores.domain + ("\nunseen" if scores.unseen else "")] = scores
     for kind, by_domain in kinds.items():
         _print_table(results, kind, by_domain, results.macro.get(kind))
     if "questions" in results.macro and len(kinds) > 1:
@@ -45,7 +45,7 @@ def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScore
     models = [model for model in results.models if any(model in scores.rows for scores in [first, *lines.values()])]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    table.add_column("items", justify="right", style="dim")
+    table.add_column("n", justify="right", style="dim", no_wrap=True)
     for model in models:
         table.add_column(escape(model), justify="right", no_wrap=True, style="green" if model == "mixture" else None)
     for label, scores in lines.items():
