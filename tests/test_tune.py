@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 import modekit.tune.study as study_module
-from conftest import DOMAINS, Workshop, logits_of, make_workshop
+from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.data import TRAINED_DIGITS, digest_of, read_documents, split_of
@@ -216,6 +217,41 @@ def test_more_trials_go_on_from_the_others(shop: Workshop, tuned: tuple[Path, An
     after = tune(recipe_of(shop), shop.root, shop.root / "TUNED", space=SMALL, settings=settings, overwrite=True)
     assert [each.mixture for each in after.candidates][:14] == [each.mixture for each in before.candidates]
     assert len(after.candidates) == 17 and after.best.mean <= before.best.mean
+
+
+def test_a_search_of_other_models_or_text_is_not_gone_on_with(tmp_path: Path) -> None:
+    made = make_workshop(tmp_path)
+    out, space = tmp_path / "OUT", SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
+    tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS)
+    text = tmp_path / "text" / "law.jsonl"
+    text.write_text(text.read_text() + json.dumps({"text": "one more document"}) + "\n")
+    with pytest.raises(TuneError, match="other text"):
+        tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS, overwrite=True)
+    save(tiny_model(seed=9), tmp_path / "law")
+    with pytest.raises(TuneError, match="other models, text"):
+        tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS, overwrite=True)
+    shutil.rmtree(tmp_path / "OUT.tuning")
+    tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS, overwrite=True)
+    assert is_proven(verify(open_checkpoint(out)))  # the mixture of the new expert, not what was there
+
+
+def test_a_folder_of_others_is_refused_before_the_search(shop: Workshop) -> None:
+    (shop.root / "THESIS").mkdir()
+    (shop.root / "THESIS" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds something else"):
+        tune(recipe_of(shop), shop.root, shop.root / "THESIS", space=SMALL, settings=SETTINGS, overwrite=True)
+    assert not (shop.root / "THESIS.tuning").exists()
+
+
+def test_prompts_that_set_routers_choose_nothing(shop: Workshop) -> None:
+    documents = read_documents(["./text/law.jsonl"], root=shop.root, where="law")
+    prompts = [each for each in documents if split_of(each) == "select"][:2]
+    experts = [{**each, "prompts": prompts} if each["name"] == "law" else each for each in shop.recipe["experts"]]
+    select = read_selection(
+        recipe_of(shop, experts=experts), shop.root, [shop.root / "base"], split="select", tokens_per_domain=10**6,
+        sequence_length=64,
+    )  # fmt: skip
+    assert not {digest_of(prompt)[:TRAINED_DIGITS] for prompt in prompts} & set(select.digests)
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from modekit.build import build
-from modekit.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint import RECORD_FILE
 from modekit.data import SELECTED_FILE
-from modekit.errors import CheckpointError, OutputError, TuneError
+from modekit.errors import OutputError, TuneError
 from modekit.evaluate import RESULTS_FOLDER, load_expert, score_domain
 from modekit.models import load_model
 from modekit.plan import make_plan
@@ -40,7 +40,7 @@ from modekit.tune.results import TuneResults
 from modekit.tune.selection import Selection, Tally, read_selection
 from modekit.tune.space import Space, default_space
 from modekit.tune.study import Candidate, Job, candidate_recipe, candidates, pareto, prepare, work
-from modekit.writer import write_atomically, write_json
+from modekit.writer import refuse_existing, write_atomically, write_json
 
 _SETTINGS_FILE = "settings.json"
 _REPORTED_FILE = "reported.json"
@@ -67,15 +67,13 @@ def tune(
     `native`: only what a native architecture says. Raises what `make_plan` and `build` raise, TextError and TuneError.
     """
     settings = settings or TuneSettings()
-    if out.exists() and not overwrite:
-        raise OutputError("the output folder exists", where=str(out), remedy="choose another one, or add --overwrite")
+    refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
     plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
     native = native or recipe.output.format == "native"
     if native and plan.native is None:
         raise TuneError("there is no native architecture for these experts", found=plan.why, remedy="leave --native out")
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
-    _claim(folder, recipe, space, settings, native)
     job = Job(recipe, root, folder, space, plan.native is not None, settings.trials, settings.seed, trust_remote_code)
     select, report = (
         read_selection(
@@ -84,6 +82,7 @@ def tune(
         )
         for split in ("select", "report")
     )  # fmt: skip
+    _claim(job, settings, native, {"models": _stamp(plan), "text": select.read})
     started = time.perf_counter()
     prepare(job)
     _run(job, select, settings, progress)
@@ -97,7 +96,8 @@ def tune(
     searched = time.perf_counter() - started
     scores = _report(job, plan, [best, *(each for each in found if each.name), *pareto(found)], report, progress)
     reference = _reference(job, plan, {"select": select, "report": report}, progress)
-    checkpoint = _build(job, candidate_recipe(recipe, best.mixture), out, overwrite, progress)
+    built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
+    checkpoint = build(built, out, overwrite=overwrite, progress=progress)
     write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
     said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
     write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
@@ -163,11 +163,23 @@ def _folders(plan: Plan) -> list[Path]:
     return list(dict.fromkeys(source.folder for source in plan.sources))
 
 
-def _claim(folder: Path, recipe: Recipe, space: Space, settings: TuneSettings, native: bool) -> None:
-    """Make the work folder, or go on in that of the same search. Raises TuneError for another's."""
+def _stamp(plan: Plan) -> str:
+    """Changes with the models: size and time of every file."""
+    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
+    stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def _claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str]) -> None:
+    """Make the work folder, or go on in that of the same search of the same models and text (`read`: their digests).
+
+    Raises TuneError for another's.
+    """
+    folder = job.work
     asked = {
-        "recipe": recipe.digest(), "space": hashlib.sha256(space.model_dump_json().encode()).hexdigest(), "native": native,
-        "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length, "seed": settings.seed,
+        "recipe": job.recipe.digest(), "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
+        "native": native, "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length,
+        "seed": settings.seed, **read,
     }  # fmt: skip
     path = folder / _SETTINGS_FILE
     if not path.exists():
@@ -270,18 +282,6 @@ def _reference(
             found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
     write_json(path, found)
     return found
-
-
-def _build(job: Job, recipe: Recipe, out: Path, overwrite: bool, progress: Progress) -> Checkpoint:
-    """The best mixture in its place; one that is there already is kept."""
-    try:
-        there = open_checkpoint(out)
-        if there.record.recipe_digest == recipe.digest():
-            return there
-    except CheckpointError:
-        pass
-    plan = make_plan(recipe, job.root, trust_remote_code=job.trust_remote_code)
-    return build(plan, out, overwrite=overwrite, progress=progress)
 
 
 def _texts(selection: Selection) -> dict[str, Any]:
