@@ -29,6 +29,7 @@ from modekit.tune.selection import RUNGS, read_selection
 from modekit.tune.space import Space, read_space
 from modekit.tune.study import Candidate, candidate_recipe, pareto
 from modekit.verify import is_proven, verify
+from test_bad_adapters import UP, write_adapter
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
 RIDGE = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
@@ -293,6 +294,36 @@ def test_native_searches_what_native_can_say(shop: Workshop) -> None:
     mixture = space.mixture(space.choose(lambda axis, labels: (choices.append(axis), labels[-1])[1]), recipe)
     assert candidate_recipe(recipe, mixture).mixture.beyond_native() == []
     assert "ngram" not in space.router and space.granularity == ["token"]
+
+
+def test_native_is_what_comes_out(shop: Workshop) -> None:
+    """Whatever the space, the recipe's format or its router say; adapters, which a native build folds in, are refused."""
+    space = SMALL.model_copy(update={"router": ["linear", "ngram"], "order": [2], "backbone": ["base"]})
+    modekit, native = {"format": "modekit"}, {"format": "native"}
+    out = shop.root / "NATIVE"
+    results = tune(recipe_of(shop, output=modekit), shop.root, out, space=space, settings=SETTINGS, native=True)
+    assert open_checkpoint(out).native is not None and results.best.native
+    assert all("cannot say" in each.why for each in results.candidates if "router" in each.mixture)
+    plain = space.model_copy(update={"router": ["linear"]})
+    results = tune(recipe_of(shop, output=modekit), shop.root, shop.root / "NOT", space=plain, settings=SETTINGS)
+    assert open_checkpoint(shop.root / "NOT").native is None and not results.best.native
+    experts = [{**each, "as": "lora"} for each in shop.recipe["experts"]]
+    with pytest.raises(TuneError, match="candidates keep adapters low-rank"):
+        tune(recipe_of(shop, experts=experts), shop.root, shop.root / "FOLDED", settings=SETTINGS, native=True)
+    recipe = recipe_of(shop, output=native)
+    assert "ngram" not in space_of(recipe, shop.root, make_plan(plain_recipe(recipe), shop.root)).router
+
+
+def test_an_adapter_of_lower_layers_stops_no_search(tmp_path: Path) -> None:
+    """Mixing the upper layers alone would lose it: refused, and the search goes on."""
+    made = make_workshop(tmp_path)
+    tensors = {name: tensor for name, tensor in UP.items() if ".0." in name}
+    write_adapter(tmp_path / "low", tensors, layers_to_transform=[0])
+    law = {"name": "law", "adapter": "./low", "text": "./text/law.jsonl"}
+    recipe = recipe_of(made, experts=[law if each["name"] == "law" else each for each in made.recipe["experts"]])
+    space = SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"], "layers": [None, ["1-2"]]})
+    results = tune(recipe, tmp_path, tmp_path / "OUT", space=space, settings=SETTINGS)
+    assert [each.status for each in results.candidates if "layers" in each.mixture] == ["refused"]
 
 
 def test_pareto() -> None:

@@ -64,17 +64,26 @@ def tune(
 ) -> TuneResults:  # fmt: skip
     """Search, build the best at `out` and write what was found.
 
-    `native`: only what a native architecture says. Raises what `make_plan` and `build` raise, TextError and TuneError.
+    `native`: only what a native architecture says, which is what OUT is then built in. Raises what `make_plan` and `build`
+    raise, TextError and TuneError.
     """
     settings = settings or TuneSettings()
     refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
     plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
-    native = native or recipe.output.format == "native"
+    if native:  # a candidate that is not, whatever the space says, is then refused with the reason
+        recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
+    native = recipe.output.format == "native"
     if native and plan.native is None:
-        raise TuneError("there is no native architecture for these experts", found=plan.why, remedy="leave --native out")
+        low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+        raise TuneError(
+            "native mixtures of these experts cannot be searched",
+            found=f"{', '.join(low)}: candidates keep adapters low-rank" if low else plan.why,
+            remedy="leave --native and output: {format: native} out" + (", or give full models" if low else ""),
+        )
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
-    job = Job(recipe, root, folder, space, plan.native is not None, settings.trials, settings.seed, trust_remote_code)
+    built_native = plan.native is not None and recipe.output.format != "modekit"
+    job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, trust_remote_code)
     select, report = (
         read_selection(
             recipe, root, _folders(plan), split=split, tokens_per_domain=settings.tokens_per_domain,
@@ -118,20 +127,21 @@ def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) ->
     only_adapters = all(
         expert.adapter is not None or expert.lora_rank is not None or expert.is_base for expert in recipe.experts
     )
+    differ = not only_adapters and backbones_differ(recipe, root, trust_remote_code=plan.trust_remote_code)
     return default_space(
-        recipe, layers=plan.layers, backbones_differ=not only_adapters and backbones_differ(recipe, root),
-        only_adapters=only_adapters, native=native,
+        recipe, layers=plan.layers, backbones_differ=differ,
+        only_adapters=only_adapters, native=native or recipe.output.format == "native",
     )  # fmt: skip
 
 
-def backbones_differ(recipe: Recipe, root: Path) -> bool:
+def backbones_differ(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> bool:
     """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything.
 
     Reads until the first difference.
     """
     if all(expert.is_base for expert in recipe.experts):
         return False
-    merged = make_plan(plain_recipe(recipe, backbone="average"), root)
+    merged = make_plan(plain_recipe(recipe, backbone="average"), root, trust_remote_code=trust_remote_code)
     mappings = Mappings()
     try:
         for tensor in merged.tensors:

@@ -37,7 +37,7 @@ _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 class Job:
     """What every process of a search needs to know; all of it can be sent to another machine.
 
-    `native`: whether the family and the experts have a native architecture.
+    `native`: whether a candidate that a native architecture says is built in one.
     """
 
     recipe: Recipe
@@ -140,7 +140,8 @@ def _try_one(
     before = _before(study, key)
     if before is not None:
         trial.set_user_attr("again", before.number)
-        study.tell(trial, before.value if before.state == TrialState.COMPLETE else None, state=before.state)
+        state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
+        study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
         return False
     trial.set_user_attr("key", key)
     try:
@@ -171,11 +172,9 @@ def _try_one(
 
 
 def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
-    """The trial that scored the same mixture."""
-    for trial in study.get_trials(deepcopy=False):
-        if trial.user_attrs.get("key") == key and trial.state in _DONE and not _is_again(trial):
-            return trial
-    return None
+    """The trial that the same mixture is counted as."""
+    trials = study.get_trials(deepcopy=False)
+    return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
 
 
 def candidates(job: Job) -> list[Candidate]:
