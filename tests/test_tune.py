@@ -212,6 +212,43 @@ def test_a_killed_search_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch
     assert len(scored) >= SETTINGS.trials - 5  # the first four stand; the one that was cut short is tried again
 
 
+def test_an_unfinished_line_is_cut_off(shop: Workshop) -> None:
+    """What a full disk leaves of the journal's last line does not end the search for good."""
+    space, out = SMALL.model_copy(update={"router": ["linear", "random"]}), shop.root / "TORN"
+    before = tune(recipe_of(shop), shop.root, out, space=space, settings=TuneSettings(4, 300, 32))
+    with (shop.root / "TORN.tuning" / "study.log").open("ab") as log:
+        log.write(b'{"op_code":4,"wor')
+    after = tune(recipe_of(shop), shop.root, out, space=space, settings=TuneSettings(6, 300, 32), overwrite=True)
+    assert after.candidates[: len(before.candidates)] == before.candidates and len(after.candidates) > len(before.candidates)
+
+
+def test_a_process_that_dies_is_told(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = type("Context", (), {"Process": lambda *_, **__: type("Dead", (), {
+        "start": lambda _: None, "join": lambda _: None, "terminate": lambda _: None, "exitcode": -9})()})  # fmt: skip
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context())
+    settings = TuneSettings(trials=4, tokens_per_domain=300, sequence_length=32, processes=2)
+    space = SMALL.model_copy(update={"router": ["linear"]})
+    with pytest.raises(TuneError, match="a process of the search ended early"):
+        tune(recipe_of(shop), shop.root, shop.root / "DIED", space=space, settings=settings)
+
+
+def test_negative_prompts_keep_statistics_of_their_own(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Centroid and ridge in turn read the text twice, not every time."""
+    import modekit.routing.fit as fit_module
+
+    read: list[int] = []
+    real = fit_module.capture_domain
+    monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    centroid = {**RIDGE, "router": {**FIT, "fit": "centroid"}}
+    experts = [{**each, "negative_prompts": ["something else"]} for each in shop.recipe["experts"]]
+    recipe = recipe_of(shop, experts=experts, mixture=centroid)
+    for mixture in (centroid, RIDGE, centroid, RIDGE):
+        candidate, bodies = candidate_recipe(recipe, mixture), Bodies(tmp_path, shop.root, averages=[None])
+        body = bodies.checkpoint(bodies.plan(candidate))
+        bodies.gates(body, candidate)
+    assert len(read) == 2 * len(DOMAINS)
+
+
 def test_more_trials_go_on_from_the_others(shop: Workshop, tuned: tuple[Path, Any]) -> None:
     _, before = tuned
     settings = TuneSettings(trials=17, tokens_per_domain=300, sequence_length=32)
@@ -276,6 +313,11 @@ def test_every_choice_of_the_default_space_is_a_recipe(shop: Workshop) -> None:
         seen.add(describe(mixture))
     assert len(seen) > 150
     assert set(space.named()) >= {"gate-less (linear)", "noisy", "routing (default)", "n-gram", "whole models, n-gram"}
+
+
+def test_fixed_variants_of_whole_models_bear_their_own_names() -> None:
+    only = Space(router=["linear", "ngram"], order=[2], ngram_decay=[0.98], temperature=[1.0], top_k=[2], modules=["all"])
+    assert set(only.named()) == {"whole models, n-gram"}
 
 
 def test_backbones_are_searched_only_where_they_differ(shop: Workshop, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from modekit.writer import refuse_existing, write_atomically, write_json
 
 _SETTINGS_FILE = "settings.json"
 _REPORTED_FILE = "reported.json"
+_GO_ON = "see what it said above; the same command goes on from what is there, with --processes 1 in less memory"
 
 
 @dataclass(frozen=True)
@@ -216,14 +217,23 @@ def _run(job: Job, select: Selection, settings: TuneSettings, progress: Progress
         _spread_with_ray(job, select, settings.processes)
     elif settings.processes > 1:
         context = multiprocessing.get_context("spawn")
-        others = [context.Process(target=work, args=(job, select)) for _ in range(settings.processes - 1)]
+        others = [
+            context.Process(target=work, args=(job, select), kwargs={"process": place})
+            for place in range(1, settings.processes)
+        ]
         for process in others:
             process.start()
         try:
             work(job, select, progress)
+        except BaseException:
+            for process in others:
+                process.terminate()
+            raise
         finally:
             for process in others:
                 process.join()
+        if any(process.exitcode for process in others):
+            raise TuneError("a process of the search ended early", where=str(job.work), remedy=_GO_ON)
     else:
         work(job, select, progress)
 
@@ -235,7 +245,7 @@ def _spread_with_ray(job: Job, select: Selection, processes: int) -> None:
         raise TuneError("Ray is not installed", where="--ray", remedy="pip install ray, or use --processes") from None
     ray.init(ignore_reinit_error=True, logging_level="error")
     remote: Callable[..., Any] = ray.remote(work).remote
-    ray.get([remote(job, select) for _ in range(processes)])
+    ray.get([remote(job, select, process=place) for place in range(processes)])
 
 
 def _report(
