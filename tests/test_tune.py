@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 import modekit.tune.study as study_module
-from conftest import DOMAINS, Workshop, logits_of, make_workshop
+from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.build import build
 from modekit.checkpoint import open_checkpoint
 from modekit.data import TRAINED_DIGITS, digest_of, read_documents, split_of
@@ -28,6 +29,7 @@ from modekit.tune.selection import RUNGS, read_selection
 from modekit.tune.space import Space, read_space
 from modekit.tune.study import Candidate, candidate_recipe, pareto
 from modekit.verify import is_proven, verify
+from test_bad_adapters import UP, write_adapter
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
 RIDGE = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
@@ -210,12 +212,84 @@ def test_a_killed_search_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch
     assert len(scored) >= SETTINGS.trials - 5  # the first four stand; the one that was cut short is tried again
 
 
+def test_an_unfinished_line_is_cut_off(shop: Workshop) -> None:
+    """What a full disk leaves of the journal's last line does not end the search for good."""
+    space, out = SMALL.model_copy(update={"router": ["linear", "random"]}), shop.root / "TORN"
+    before = tune(recipe_of(shop), shop.root, out, space=space, settings=TuneSettings(4, 300, 32))
+    with (shop.root / "TORN.tuning" / "study.log").open("ab") as log:
+        log.write(b'{"op_code":4,"wor')
+    after = tune(recipe_of(shop), shop.root, out, space=space, settings=TuneSettings(6, 300, 32), overwrite=True)
+    assert after.candidates[: len(before.candidates)] == before.candidates and len(after.candidates) > len(before.candidates)
+
+
+def test_a_process_that_dies_is_told(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = type("Context", (), {"Process": lambda *_, **__: type("Dead", (), {
+        "start": lambda _: None, "join": lambda _: None, "terminate": lambda _: None, "exitcode": -9})()})  # fmt: skip
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context())
+    settings = TuneSettings(trials=4, tokens_per_domain=300, sequence_length=32, processes=2)
+    space = SMALL.model_copy(update={"router": ["linear"]})
+    with pytest.raises(TuneError, match="a process of the search ended early"):
+        tune(recipe_of(shop), shop.root, shop.root / "DIED", space=space, settings=settings)
+
+
+def test_negative_prompts_keep_statistics_of_their_own(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Centroid and ridge in turn read the text twice, not every time."""
+    import modekit.routing.fit as fit_module
+
+    read: list[int] = []
+    real = fit_module.capture_domain
+    monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    centroid = {**RIDGE, "router": {**FIT, "fit": "centroid"}}
+    experts = [{**each, "negative_prompts": ["something else"]} for each in shop.recipe["experts"]]
+    recipe = recipe_of(shop, experts=experts, mixture=centroid)
+    for mixture in (centroid, RIDGE, centroid, RIDGE):
+        candidate, bodies = candidate_recipe(recipe, mixture), Bodies(tmp_path, shop.root, averages=[None])
+        body = bodies.checkpoint(bodies.plan(candidate))
+        bodies.gates(body, candidate)
+    assert len(read) == 2 * len(DOMAINS)
+
+
 def test_more_trials_go_on_from_the_others(shop: Workshop, tuned: tuple[Path, Any]) -> None:
     _, before = tuned
     settings = TuneSettings(trials=17, tokens_per_domain=300, sequence_length=32)
     after = tune(recipe_of(shop), shop.root, shop.root / "TUNED", space=SMALL, settings=settings, overwrite=True)
     assert [each.mixture for each in after.candidates][:14] == [each.mixture for each in before.candidates]
     assert len(after.candidates) == 17 and after.best.mean <= before.best.mean
+
+
+def test_a_search_of_other_models_or_text_is_not_gone_on_with(tmp_path: Path) -> None:
+    made = make_workshop(tmp_path)
+    out, space = tmp_path / "OUT", SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
+    tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS)
+    text = tmp_path / "text" / "law.jsonl"
+    text.write_text(text.read_text() + json.dumps({"text": "one more document"}) + "\n")
+    with pytest.raises(TuneError, match="other text"):
+        tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS, overwrite=True)
+    save(tiny_model(seed=9), tmp_path / "law")
+    with pytest.raises(TuneError, match="other models, text"):
+        tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS, overwrite=True)
+    shutil.rmtree(tmp_path / "OUT.tuning")
+    tune(recipe_of(made), tmp_path, out, space=space, settings=SETTINGS, overwrite=True)
+    assert is_proven(verify(open_checkpoint(out)))  # the mixture of the new expert, not what was there
+
+
+def test_a_folder_of_others_is_refused_before_the_search(shop: Workshop) -> None:
+    (shop.root / "THESIS").mkdir()
+    (shop.root / "THESIS" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds something else"):
+        tune(recipe_of(shop), shop.root, shop.root / "THESIS", space=SMALL, settings=SETTINGS, overwrite=True)
+    assert not (shop.root / "THESIS.tuning").exists()
+
+
+def test_prompts_that_set_routers_choose_nothing(shop: Workshop) -> None:
+    documents = read_documents(["./text/law.jsonl"], root=shop.root, where="law")
+    prompts = [each for each in documents if split_of(each) == "select"][:2]
+    experts = [{**each, "prompts": prompts} if each["name"] == "law" else each for each in shop.recipe["experts"]]
+    select = read_selection(
+        recipe_of(shop, experts=experts), shop.root, [shop.root / "base"], split="select", tokens_per_domain=10**6,
+        sequence_length=64,
+    )  # fmt: skip
+    assert not {digest_of(prompt)[:TRAINED_DIGITS] for prompt in prompts} & set(select.digests)
 
 
 @pytest.mark.slow
@@ -241,6 +315,11 @@ def test_every_choice_of_the_default_space_is_a_recipe(shop: Workshop) -> None:
     assert set(space.named()) >= {"gate-less (linear)", "noisy", "routing (default)", "n-gram", "whole models, n-gram"}
 
 
+def test_fixed_variants_of_whole_models_bear_their_own_names() -> None:
+    only = Space(router=["linear", "ngram"], order=[2], ngram_decay=[0.98], temperature=[1.0], top_k=[2], modules=["all"])
+    assert set(only.named()) == {"whole models, n-gram"}
+
+
 def test_backbones_are_searched_only_where_they_differ(shop: Workshop, tmp_path: Path) -> None:
     recipe = recipe_of(shop)
     assert backbones_differ(recipe, shop.root)
@@ -257,6 +336,36 @@ def test_native_searches_what_native_can_say(shop: Workshop) -> None:
     mixture = space.mixture(space.choose(lambda axis, labels: (choices.append(axis), labels[-1])[1]), recipe)
     assert candidate_recipe(recipe, mixture).mixture.beyond_native() == []
     assert "ngram" not in space.router and space.granularity == ["token"]
+
+
+def test_native_is_what_comes_out(shop: Workshop) -> None:
+    """Whatever the space, the recipe's format or its router say; adapters, which a native build folds in, are refused."""
+    space = SMALL.model_copy(update={"router": ["linear", "ngram"], "order": [2], "backbone": ["base"]})
+    modekit, native = {"format": "modekit"}, {"format": "native"}
+    out = shop.root / "NATIVE"
+    results = tune(recipe_of(shop, output=modekit), shop.root, out, space=space, settings=SETTINGS, native=True)
+    assert open_checkpoint(out).native is not None and results.best.native
+    assert all("cannot say" in each.why for each in results.candidates if "router" in each.mixture)
+    plain = space.model_copy(update={"router": ["linear"]})
+    results = tune(recipe_of(shop, output=modekit), shop.root, shop.root / "NOT", space=plain, settings=SETTINGS)
+    assert open_checkpoint(shop.root / "NOT").native is None and not results.best.native
+    experts = [{**each, "as": "lora"} for each in shop.recipe["experts"]]
+    with pytest.raises(TuneError, match="candidates keep adapters low-rank"):
+        tune(recipe_of(shop, experts=experts), shop.root, shop.root / "FOLDED", settings=SETTINGS, native=True)
+    recipe = recipe_of(shop, output=native)
+    assert "ngram" not in space_of(recipe, shop.root, make_plan(plain_recipe(recipe), shop.root)).router
+
+
+def test_an_adapter_of_lower_layers_stops_no_search(tmp_path: Path) -> None:
+    """Mixing the upper layers alone would lose it: refused, and the search goes on."""
+    made = make_workshop(tmp_path)
+    tensors = {name: tensor for name, tensor in UP.items() if ".0." in name}
+    write_adapter(tmp_path / "low", tensors, layers_to_transform=[0])
+    law = {"name": "law", "adapter": "./low", "text": "./text/law.jsonl"}
+    recipe = recipe_of(made, experts=[law if each["name"] == "law" else each for each in made.recipe["experts"]])
+    space = SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"], "layers": [None, ["1-2"]]})
+    results = tune(recipe, tmp_path, tmp_path / "OUT", space=space, settings=SETTINGS)
+    assert [each.status for each in results.candidates if "layers" in each.mixture] == ["refused"]
 
 
 def test_pareto() -> None:

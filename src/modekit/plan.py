@@ -190,7 +190,7 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) ->
         changed = {*source.changes, *source.bias_changes, *source.replaced}
         outside = changed - mixed
         if not changed & mixed:
-            raise SourceError(
+            raise UnsupportedError(
                 "the adapter changes nothing that this recipe mixes", where=f"{source.label} ({source.spec})",
                 found=f"it changes {_kinds(changed)}",
                 remedy="mix these parts and layers (mixture.modules, mixture.layers), or remove the expert",

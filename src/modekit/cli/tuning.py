@@ -25,7 +25,7 @@ def tune(
     native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes that search at once.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Let Ray place the processes, on a cluster.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the order of the search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the search.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,

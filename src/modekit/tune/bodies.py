@@ -104,6 +104,7 @@ class Bodies:
         if router.fit != "ngram":
             says = recipe.mixture.model_dump(mode="json", include={"backbone", "modules", "layers"})
             reads = {**says, "averages": router.averages, "prefix": router.prefix_tokens, "scope": router.scope}
+            reads["negatives"] = [expert.negative_prompts for expert in recipe.experts]  # of a centroid fit alone
         return self._work / "statistics" / _digest(reads)
 
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:

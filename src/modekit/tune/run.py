@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from modekit.build import build
-from modekit.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint import RECORD_FILE
 from modekit.data import SELECTED_FILE
-from modekit.errors import CheckpointError, OutputError, TuneError
+from modekit.errors import OutputError, TuneError
 from modekit.evaluate import RESULTS_FOLDER, load_expert, score_domain
 from modekit.models import load_model
 from modekit.plan import make_plan
@@ -40,10 +40,11 @@ from modekit.tune.results import TuneResults
 from modekit.tune.selection import Selection, Tally, read_selection
 from modekit.tune.space import Space, default_space
 from modekit.tune.study import Candidate, Job, candidate_recipe, candidates, pareto, prepare, work
-from modekit.writer import write_atomically, write_json
+from modekit.writer import refuse_existing, write_atomically, write_json
 
 _SETTINGS_FILE = "settings.json"
 _REPORTED_FILE = "reported.json"
+_GO_ON = "see what it said above; the same command goes on from what is there, with --processes 1 in less memory"
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,26 @@ def tune(
 ) -> TuneResults:  # fmt: skip
     """Search, build the best at `out` and write what was found.
 
-    `native`: only what a native architecture says. Raises what `make_plan` and `build` raise, TextError and TuneError.
+    `native`: only what a native architecture says, which is what OUT is then built in. Raises what `make_plan` and `build`
+    raise, TextError and TuneError.
     """
     settings = settings or TuneSettings()
-    if out.exists() and not overwrite:
-        raise OutputError("the output folder exists", where=str(out), remedy="choose another one, or add --overwrite")
+    refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
     plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
-    native = native or recipe.output.format == "native"
+    if native:  # a candidate that is not, whatever the space says, is then refused with the reason
+        recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
+    native = recipe.output.format == "native"
     if native and plan.native is None:
-        raise TuneError("there is no native architecture for these experts", found=plan.why, remedy="leave --native out")
+        low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+        raise TuneError(
+            "native mixtures of these experts cannot be searched",
+            found=f"{', '.join(low)}: candidates keep adapters low-rank" if low else plan.why,
+            remedy="leave --native and output: {format: native} out" + (", or give full models" if low else ""),
+        )
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
-    _claim(folder, recipe, space, settings, native)
-    job = Job(recipe, root, folder, space, plan.native is not None, settings.trials, settings.seed, trust_remote_code)
+    built_native = plan.native is not None and recipe.output.format != "modekit"
+    job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, trust_remote_code)
     select, report = (
         read_selection(
             recipe, root, _folders(plan), split=split, tokens_per_domain=settings.tokens_per_domain,
@@ -84,6 +92,7 @@ def tune(
         )
         for split in ("select", "report")
     )  # fmt: skip
+    _claim(job, settings, native, {"models": _stamp(plan), "text": select.read})
     started = time.perf_counter()
     prepare(job)
     _run(job, select, settings, progress)
@@ -97,7 +106,8 @@ def tune(
     searched = time.perf_counter() - started
     scores = _report(job, plan, [best, *(each for each in found if each.name), *pareto(found)], report, progress)
     reference = _reference(job, plan, {"select": select, "report": report}, progress)
-    checkpoint = _build(job, candidate_recipe(recipe, best.mixture), out, overwrite, progress)
+    built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
+    checkpoint = build(built, out, overwrite=overwrite, progress=progress)
     write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
     said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
     write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
@@ -118,20 +128,21 @@ def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) ->
     only_adapters = all(
         expert.adapter is not None or expert.lora_rank is not None or expert.is_base for expert in recipe.experts
     )
+    differ = not only_adapters and backbones_differ(recipe, root, trust_remote_code=plan.trust_remote_code)
     return default_space(
-        recipe, layers=plan.layers, backbones_differ=not only_adapters and backbones_differ(recipe, root),
-        only_adapters=only_adapters, native=native,
+        recipe, layers=plan.layers, backbones_differ=differ,
+        only_adapters=only_adapters, native=native or recipe.output.format == "native",
     )  # fmt: skip
 
 
-def backbones_differ(recipe: Recipe, root: Path) -> bool:
+def backbones_differ(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> bool:
     """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything.
 
     Reads until the first difference.
     """
     if all(expert.is_base for expert in recipe.experts):
         return False
-    merged = make_plan(plain_recipe(recipe, backbone="average"), root)
+    merged = make_plan(plain_recipe(recipe, backbone="average"), root, trust_remote_code=trust_remote_code)
     mappings = Mappings()
     try:
         for tensor in merged.tensors:
@@ -163,11 +174,23 @@ def _folders(plan: Plan) -> list[Path]:
     return list(dict.fromkeys(source.folder for source in plan.sources))
 
 
-def _claim(folder: Path, recipe: Recipe, space: Space, settings: TuneSettings, native: bool) -> None:
-    """Make the work folder, or go on in that of the same search. Raises TuneError for another's."""
+def _stamp(plan: Plan) -> str:
+    """Changes with the models: size and time of every file."""
+    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
+    stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def _claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str]) -> None:
+    """Make the work folder, or go on in that of the same search of the same models and text (`read`: their digests).
+
+    Raises TuneError for another's.
+    """
+    folder = job.work
     asked = {
-        "recipe": recipe.digest(), "space": hashlib.sha256(space.model_dump_json().encode()).hexdigest(), "native": native,
-        "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length, "seed": settings.seed,
+        "recipe": job.recipe.digest(), "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
+        "native": native, "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length,
+        "seed": settings.seed, **read,
     }  # fmt: skip
     path = folder / _SETTINGS_FILE
     if not path.exists():
@@ -194,14 +217,23 @@ def _run(job: Job, select: Selection, settings: TuneSettings, progress: Progress
         _spread_with_ray(job, select, settings.processes)
     elif settings.processes > 1:
         context = multiprocessing.get_context("spawn")
-        others = [context.Process(target=work, args=(job, select)) for _ in range(settings.processes - 1)]
+        others = [
+            context.Process(target=work, args=(job, select), kwargs={"process": place})
+            for place in range(1, settings.processes)
+        ]
         for process in others:
             process.start()
         try:
             work(job, select, progress)
+        except BaseException:
+            for process in others:
+                process.terminate()
+            raise
         finally:
             for process in others:
                 process.join()
+        if any(process.exitcode for process in others):
+            raise TuneError("a process of the search ended early", where=str(job.work), remedy=_GO_ON)
     else:
         work(job, select, progress)
 
@@ -213,7 +245,7 @@ def _spread_with_ray(job: Job, select: Selection, processes: int) -> None:
         raise TuneError("Ray is not installed", where="--ray", remedy="pip install ray, or use --processes") from None
     ray.init(ignore_reinit_error=True, logging_level="error")
     remote: Callable[..., Any] = ray.remote(work).remote
-    ray.get([remote(job, select) for _ in range(processes)])
+    ray.get([remote(job, select, process=place) for place in range(processes)])
 
 
 def _report(
@@ -270,18 +302,6 @@ def _reference(
             found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
     write_json(path, found)
     return found
-
-
-def _build(job: Job, recipe: Recipe, out: Path, overwrite: bool, progress: Progress) -> Checkpoint:
-    """The best mixture in its place; one that is there already is kept."""
-    try:
-        there = open_checkpoint(out)
-        if there.record.recipe_digest == recipe.digest():
-            return there
-    except CheckpointError:
-        pass
-    plan = make_plan(recipe, job.root, trust_remote_code=job.trust_remote_code)
-    return build(plan, out, overwrite=overwrite, progress=progress)
 
 
 def _texts(selection: Selection) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Nothing of it is ever in the report split; what a recipe names under `eval` is s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,11 @@ RUNGS = (1, 3, 9)
 
 @dataclass(frozen=True)
 class Selection:
-    """Text of every domain, and the digests of its documents."""
+    """Text of every domain, the digests of its documents, and one digest of all that was read, whatever its split."""
 
     domains: Sequence[Domain]
     digests: Sequence[str]
+    read: str
 
     def rung(self, number: int) -> list[Domain]:
         """What a rung adds to those before it; domains of which it adds nothing are left out."""
@@ -56,19 +58,23 @@ def read_selection(
     trust_remote_code: bool = False,
 ) -> Selection:  # fmt: skip
     """Text of one split of every domain that has an expert. `model_folders`: the base's first; documents that
-    `modekit specialize` trained on are left out.
+    `modekit specialize` trained on, and prompts that set routers, are left out.
 
     Raises TextError when a domain has none.
     """
     tokenizer = load_tokenizer(model_folders[0], trust_remote_code=trust_remote_code)
     used = {digest for folder in model_folders for digest in digests_in(folder / TRAINED_FILE)}
+    used |= {digest_of(prompt)[:TRAINED_DIGITS] for expert in recipe.experts for prompt in expert.prompts or []}
     domains, digests = [], []
+    read = hashlib.sha256()
     for place, expert in enumerate(recipe.experts):
         specs = expert.text or recipe.eval.get(expert.name)
         if specs is None:
             continue
         where = f"experts[{place}] '{expert.name}': text" if expert.text else f"eval.{expert.name}"
-        documents = documents_of_split(read_documents(specs, root=root, where=where), split)
+        everything = read_documents(specs, root=root, where=where)
+        read.update("".join([expert.name, *map(digest_of, everything)]).encode())
+        documents = documents_of_split(everything, split)
         documents = [document for document in documents if digest_of(document)[:TRAINED_DIGITS] not in used]
         sequences: list[TokenSequence] = encode(
             tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length
@@ -86,7 +92,7 @@ def read_selection(
         raise TextError(
             "there is no text to choose by", where="experts[].text, eval", remedy="add text per expert: a search needs it"
         )
-    return Selection(domains, digests)
+    return Selection(domains, digests, read.hexdigest())
 
 
 class Tally:

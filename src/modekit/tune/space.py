@@ -144,7 +144,8 @@ class Space(BaseModel):
 
         choice = self.choose(ask)
         said = all(choice[axis] == value for axis, value in wanted.items() if axis in choice)
-        return choice if said and not missing else None
+        router = {"router", "router_of_whole"} & wanted.keys() <= choice.keys()  # of parts is another than of whole models
+        return choice if said and router and not missing else None
 
 
 _NAMED: dict[str, Choice] = {

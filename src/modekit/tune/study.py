@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from modekit.errors import MismatchError, RecipeError, UnsupportedError
@@ -37,7 +39,7 @@ _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 class Job:
     """What every process of a search needs to know; all of it can be sent to another machine.
 
-    `native`: whether the family and the experts have a native architecture.
+    `native`: whether a candidate that a native architecture says is built in one.
     """
 
     recipe: Recipe
@@ -86,44 +88,59 @@ class Candidate:
         return sum(self.losses.values()) / len(self.losses)
 
 
-def open_study(job: Job) -> optuna.Study:
-    """The study in the work folder, made if need be."""
+def open_study(job: Job, process: int = 0) -> optuna.Study:
+    """The study in the work folder, made if need be. Processes draw from different seeds, and so does a search that goes on."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        storage = JournalStorage(JournalFileBackend(str(job.work / _STUDY_FILE)))
-        sampler = optuna.samplers.TPESampler(seed=job.seed, n_startup_trials=12, constant_liar=True)
+        file = str(job.work / _STUDY_FILE)
+        # The other kind of lock is a symbolic link, which Windows gives to administrators alone.
+        storage = JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=RUNGS[0], reduction_factor=RUNGS[1] // RUNGS[0])
-        return optuna.create_study(
-            study_name="modekit", storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True, direction="minimize"
+        study = optuna.create_study(
+            study_name="modekit", storage=storage, pruner=pruner, load_if_exists=True, direction="minimize"
         )
+        seed = int(np.random.SeedSequence([job.seed, process, len(study.get_trials(deepcopy=False))]).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=12, constant_liar=True)
+    return study
 
 
 def prepare(job: Job) -> None:
     """Put the named variants first; what a killed process was at is tried again. Called once, before any process works."""
+    _mend(job.work / _STUDY_FILE)
     study = open_study(job)
+    named = job.space.named()
     cut_short = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
     for trial in cut_short:
         study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={"name": trial.user_attrs.get("name", "")})
+        name = trial.user_attrs.get("name", "")
+        study.enqueue_trial(named.get(name, trial.params), user_attrs={"name": name})
     known = {trial.user_attrs.get("name") for trial in study.get_trials(deepcopy=False)}
-    for name, choice in job.space.named().items():
+    for name, choice in named.items():
         if name not in known:
             study.enqueue_trial(choice, user_attrs={"name": name})
 
 
-def work(job: Job, selection: Selection, progress: Progress = silent) -> None:
+def _mend(path: Path) -> None:
+    """Cut off the line that a full disk or a power loss left unfinished: the journal could not be read with it."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def work(job: Job, selection: Selection, progress: Progress = silent, *, process: int = 0) -> None:
     """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
-    study = open_study(job)
+    study = open_study(job, process)
     bodies = job.bodies()
     mount = Mount(trust_remote_code=job.trust_remote_code)
     again = 0
     while again < _SAME_AGAIN:
         trials = study.get_trials(deepcopy=False)
         distinct = [trial for trial in trials if _counts(trial)]
-        waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        progress("search", min(len(distinct), job.trials), job.trials)
+        waiting = len([trial for trial in trials if trial.state == TrialState.WAITING])
+        progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
         if len(distinct) >= job.trials and not waiting:
             return
         again = 0 if _try_one(job, study, study.ask(), selection, bodies, mount) else again + 1
@@ -140,7 +157,8 @@ def _try_one(
     before = _before(study, key)
     if before is not None:
         trial.set_user_attr("again", before.number)
-        study.tell(trial, before.value if before.state == TrialState.COMPLETE else None, state=before.state)
+        state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
+        study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
         return False
     trial.set_user_attr("key", key)
     try:
@@ -171,18 +189,17 @@ def _try_one(
 
 
 def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
-    """The trial that scored the same mixture."""
-    for trial in study.get_trials(deepcopy=False):
-        if trial.user_attrs.get("key") == key and trial.state in _DONE and not _is_again(trial):
-            return trial
-    return None
+    """The trial that the same mixture is counted as."""
+    trials = study.get_trials(deepcopy=False)
+    return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
 
 
 def candidates(job: Job) -> list[Candidate]:
     """What was tried, each once, in the order of the search."""
     found = []
     trials = open_study(job).get_trials(deepcopy=False)
-    names = {trial.user_attrs["again"]: trial.user_attrs.get("name") for trial in trials if _is_again(trial)}
+    again = [trial.user_attrs for trial in trials if _is_again(trial)]
+    names = {said["again"]: said["name"] for said in again if said.get("name")}
     for trial in trials:
         if trial.state in _STATES and _counts(trial):
             said = trial.user_attrs
