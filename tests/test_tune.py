@@ -29,6 +29,7 @@ from modekit.tune.selection import RUNGS, read_selection
 from modekit.tune.space import Space, read_space
 from modekit.tune.study import Candidate, candidate_recipe, pareto
 from modekit.verify import is_proven, verify
+from refusal import run_python
 from test_bad_adapters import UP, write_adapter
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
@@ -424,6 +425,12 @@ def test_refusals(shop: Workshop, tuned: tuple[Path, Any]) -> None:
         tune(silent, shop.root, shop.root / "SILENT", space=SMALL, settings=SETTINGS)
     with pytest.raises(TuneError, match="Ray is not installed"):
         tune(recipe, shop.root, shop.root / "RAY", space=SMALL, settings=TuneSettings(ray=True))
+
+
+def test_without_optuna(shop: Workshop) -> None:
+    code = "import sys; sys.modules['optuna'] = None; from modekit.cli import main; sys.argv[:1] = ['modekit', 'tune']; main()"
+    ended = run_python(code, shop.write(), shop.root / "NONE")
+    assert ended.returncode == 2 and "modekit[tune]" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_two_commands_do_not_share_a_search(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
