@@ -151,6 +151,8 @@ def test_fixed_variants_are_reported_and_the_worse_dropped(tuned: tuple[Path, An
     assert all(each.number in results.reported for each in named.values())
     assert results.best.number in results.reported
     assert any(each.status == "dropped" for each in results.candidates)
+    ranked = [each.tokens for each in results.ranked()]
+    assert ranked == sorted(ranked, reverse=True)  # losses compare on the same text alone
     full = {each.tokens for each in results.candidates if each.status == "scored"}
     assert len(full) == 1 and all(each.tokens < min(full) for each in results.candidates if each.status == "dropped")
 

@@ -42,9 +42,11 @@ class TuneResults:
         return sum(gaps) / len(gaps) if gaps else None
 
     def ranked(self) -> list[Candidate]:
-        """By loss; those that were dropped behind those that were scored in full, refused ones last."""
+        """By loss; those that were dropped behind those that were scored in full, and behind those that were dropped after
+        more of the text, since losses on other text do not compare; refused ones last.
+        """
         order = {"scored": 0, "dropped": 1, "refused": 2}
-        return sorted(self.candidates, key=lambda each: (order[each.status], each.mean if each.losses else 0.0))
+        return sorted(self.candidates, key=lambda each: (order[each.status], -each.tokens, each.mean if each.losses else 0.0))
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
