@@ -29,6 +29,7 @@ from modekit.tune.selection import RUNGS, read_selection
 from modekit.tune.space import Space, read_space
 from modekit.tune.study import Candidate, candidate_recipe, pareto
 from modekit.verify import is_proven, verify
+from refusal import run_python
 from test_bad_adapters import UP, write_adapter
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
@@ -150,6 +151,8 @@ def test_fixed_variants_are_reported_and_the_worse_dropped(tuned: tuple[Path, An
     assert all(each.number in results.reported for each in named.values())
     assert results.best.number in results.reported
     assert any(each.status == "dropped" for each in results.candidates)
+    ranked = [each.tokens for each in results.ranked()]
+    assert ranked == sorted(ranked, reverse=True)  # losses compare on the same text alone
     full = {each.tokens for each in results.candidates if each.status == "scored"}
     assert len(full) == 1 and all(each.tokens < min(full) for each in results.candidates if each.status == "dropped")
 
@@ -426,6 +429,25 @@ def test_refusals(shop: Workshop, tuned: tuple[Path, Any]) -> None:
         tune(recipe, shop.root, shop.root / "RAY", space=SMALL, settings=TuneSettings(ray=True))
 
 
+def test_without_optuna(shop: Workshop) -> None:
+    code = "import sys; sys.modules['optuna'] = None; from modekit.cli import main; sys.argv[:1] = ['modekit', 'tune']; main()"
+    ended = run_python(code, shop.write(), shop.root / "NONE")
+    assert ended.returncode == 2 and "modekit[tune]" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_two_commands_do_not_share_a_search(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    import modekit.tune.run as run_module
+
+    def again(*_: Any) -> None:
+        with pytest.raises(TuneError, match="another command is at this search"):
+            tune(recipe_of(shop), shop.root, shop.root / "SHARED", space=SMALL, settings=SETTINGS)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "_run", again)
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe_of(shop), shop.root, shop.root / "SHARED", space=SMALL, settings=SETTINGS)
+
+
 def test_too_little_text(shop: Workshop) -> None:
     (shop.root / "text" / "short.jsonl").write_text(json.dumps({"text": "one document only"}) + "\n")
     experts = [{**each, "text": "./text/short.jsonl"} if each["name"] == "law" else each for each in shop.recipe["experts"]]
@@ -438,7 +460,9 @@ def test_a_variant_that_cannot_be_built_is_named(shop: Workshop) -> None:
     space = SMALL.model_copy(update={"router": ["random"], "top_k": [2, 9], "always_on": [None]})
     results = tune(recipe_of(shop), shop.root, shop.root / "REFUSED", space=space, settings=SETTINGS)
     refused = [each for each in results.candidates if each.status == "refused"]
-    assert refused and all("only 3 experts" in each.why for each in refused)
+    assert len(refused) == 2  # once per backbone, however often they are drawn
+    assert all("only 3 experts" in each.why for each in refused)
+    assert "only 3 experts" in results.markdown()
     assert results.best.status == "scored"
 
 

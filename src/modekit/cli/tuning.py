@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.errors import TuneError
 from modekit.printing import out, print_tune
 
 
@@ -33,9 +34,15 @@ def tune(
     """Find the best mixture of a recipe's experts on held-out text, and build it."""
     from modekit.plan import make_plan
     from modekit.recipe import load_recipe
-    from modekit.tune.run import TuneSettings, plain_recipe, space_of
-    from modekit.tune.run import tune as run
-    from modekit.tune.space import read_space
+
+    try:
+        from modekit.tune.run import TuneSettings, plain_recipe, space_of
+        from modekit.tune.run import tune as run
+        from modekit.tune.space import read_space
+    except ModuleNotFoundError as error:
+        if error.name not in {"optuna", "filelock"}:
+            raise
+        raise TuneError(f"a search needs {error.name}", remedy="pip install 'modekit[tune]'") from None
 
     parsed, root = load_recipe(recipe), recipe.resolve().parent
     wanted = None

@@ -42,9 +42,11 @@ class TuneResults:
         return sum(gaps) / len(gaps) if gaps else None
 
     def ranked(self) -> list[Candidate]:
-        """By loss; those that were dropped behind those that were scored in full, refused ones last."""
+        """By loss; those that were dropped behind those that were scored in full, and behind those that were dropped after
+        more of the text, since losses on other text do not compare; refused ones last.
+        """
         order = {"scored": 0, "dropped": 1, "refused": 2}
-        return sorted(self.candidates, key=lambda each: (order[each.status], each.mean if each.losses else 0.0))
+        return sorted(self.candidates, key=lambda each: (order[each.status], -each.tokens, each.mean if each.losses else 0.0))
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -83,7 +85,7 @@ class TuneResults:
             body.append([
                 mark, name + describe(candidate.mixture), _loss_text(candidate),
                 "-" if report is None else f"{_mean(report):.4f}", "-" if gap is None else f"{gap:.3f}",
-                f"{candidate.active / 1e6:.2f}M" if candidate.active else "-", "native" if candidate.native else "modekit",
+                f"{candidate.active / 1e6:.2f}M" if candidate.active else "-", _runs_as(candidate),
             ])  # fmt: skip
         return header, body
 
@@ -96,7 +98,9 @@ class TuneResults:
             "Mean loss over the domains in nats per token. Candidates were compared on the select split; the report split",
             "chose nothing. In brackets: dropped after a part of the text. Gap closed is that of the report split.",
         ]
-        return "\n".join([*about, "", *lines, ""])
+        reasons = {candidate.why: None for candidate in self.candidates if candidate.why}
+        refused = ["", "Refused:", *(f"* {' '.join(why.split())}" for why in reasons)] if reasons else []
+        return "\n".join([*about, "", *lines, *refused, ""])
 
 
 def describe(mixture: Mapping[str, Any]) -> str:
@@ -129,6 +133,12 @@ def _loss_text(candidate: Candidate) -> str:
     if not candidate.losses:
         return candidate.status
     return f"{candidate.mean:.4f}" if candidate.status == "scored" else f"({candidate.mean:.4f})"
+
+
+def _runs_as(candidate: Candidate) -> str:
+    if candidate.status == "refused":
+        return "-"
+    return "native" if candidate.native else "modekit"
 
 
 def _mean(losses: Losses) -> float:

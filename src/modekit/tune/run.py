@@ -16,12 +16,14 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from modekit.build import build
 from modekit.checkpoint import RECORD_FILE
@@ -93,34 +95,35 @@ def tune(
         for split in ("select", "report")
     )  # fmt: skip
     _claim(job, settings, native, {"models": _stamp(plan), "text": select.read})
-    started = time.perf_counter()
-    prepare(job)
-    _run(job, select, settings, progress)
-    found = candidates(job)
-    best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
-    if best is None:
-        raise TuneError(
-            "no candidate could be scored", where=str(folder), found=next((each.why for each in found), None),
-            remedy="widen the space of the search",
+    with _alone(folder):
+        started = time.perf_counter()
+        prepare(job)
+        _run(job, select, settings, progress)
+        found = candidates(job)
+        best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
+        if best is None:
+            raise TuneError(
+                "no candidate could be scored", where=str(folder), found=next((each.why for each in found), None),
+                remedy="widen the space of the search",
+            )  # fmt: skip
+        searched = time.perf_counter() - started
+        scores = _report(job, plan, [best, *(each for each in found if each.name), *pareto(found)], report, progress)
+        reference = _reference(job, plan, {"select": select, "report": report}, progress)
+        built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
+        checkpoint = build(built, out, overwrite=overwrite, progress=progress)
+        write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
+        said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
+        write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
+        results = TuneResults(
+            found, best, pareto(found), scores, reference, dataclasses.asdict(settings),
+            space.model_dump(mode="json"), {"select": _texts(select), "report": _texts(report)}, searched,
         )  # fmt: skip
-    searched = time.perf_counter() - started
-    scores = _report(job, plan, [best, *(each for each in found if each.name), *pareto(found)], report, progress)
-    reference = _reference(job, plan, {"select": select, "report": report}, progress)
-    built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
-    checkpoint = build(built, out, overwrite=overwrite, progress=progress)
-    write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
-    said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
-    write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
-    results = TuneResults(
-        found, best, pareto(found), scores, reference, dataclasses.asdict(settings),
-        space.model_dump(mode="json"), {"select": _texts(select), "report": _texts(report)}, searched,
-    )  # fmt: skip
-    (out / RESULTS_FOLDER).mkdir(exist_ok=True)
-    made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
-    write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
-    write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
-    job.bodies().remove()
-    return results
+        (out / RESULTS_FOLDER).mkdir(exist_ok=True)
+        made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
+        write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
+        write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
+        job.bodies().remove()
+        return results
 
 
 def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:
@@ -209,6 +212,22 @@ def _claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, st
             "the folder holds another search", where=str(folder), found=f"other {changed}",
             remedy="remove the folder to start over, or choose another OUT",
         )  # fmt: skip
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Held while a command searches: another would take its candidates for those that a kill cut short."""
+    lock = FileLock(folder / "search.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TuneError(
+            "another command is at this search", where=str(folder), remedy="wait for it, or use --processes for more at once"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(job: Job, select: Selection, settings: TuneSettings, progress: Progress) -> None:
