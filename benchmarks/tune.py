@@ -23,8 +23,9 @@ from modekit.models import load_model
 from modekit.plan import make_plan
 from modekit.recipe import Recipe, parse_recipe
 from modekit.tune.results import describe
-from modekit.tune.run import TuneSettings, tune
+from modekit.tune.run import tune
 from modekit.tune.selection import Tally, read_selection
+from modekit.tune.settings import TuneSettings
 from modekit.tune.study import Candidate, candidate_recipe
 
 

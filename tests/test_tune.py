@@ -24,8 +24,9 @@ from modekit.recipe import Recipe, load_recipe
 from modekit.tune.bodies import Bodies
 from modekit.tune.mount import Mount
 from modekit.tune.results import describe
-from modekit.tune.run import TuneSettings, backbones_differ, plain_recipe, space_of, tune
+from modekit.tune.run import backbones_differ, plain_recipe, space_of, tune
 from modekit.tune.selection import RUNGS, read_selection
+from modekit.tune.settings import TuneSettings
 from modekit.tune.space import Space, read_space
 from modekit.tune.study import Candidate, candidate_recipe, pareto
 from modekit.verify import is_proven, verify
@@ -348,7 +349,8 @@ def test_native_is_what_comes_out(shop: Workshop) -> None:
     out = shop.root / "NATIVE"
     results = tune(recipe_of(shop, output=modekit), shop.root, out, space=space, settings=SETTINGS, native=True)
     assert open_checkpoint(out).native is not None and results.best.native
-    assert all("cannot say" in each.why for each in results.candidates if "router" in each.mixture)
+    ngram = [each for each in results.candidates if each.mixture.get("router", {}).get("fit") == "ngram"]
+    assert ngram and all("cannot say" in each.why for each in ngram)
     plain = space.model_copy(update={"router": ["linear"]})
     results = tune(recipe_of(shop, output=modekit), shop.root, shop.root / "NOT", space=plain, settings=SETTINGS)
     assert open_checkpoint(shop.root / "NOT").native is None and not results.best.native
@@ -443,7 +445,7 @@ def test_two_commands_do_not_share_a_search(shop: Workshop, monkeypatch: pytest.
             tune(recipe_of(shop), shop.root, shop.root / "SHARED", space=SMALL, settings=SETTINGS)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "_run", again)
+    monkeypatch.setattr(run_module, "launch", again)
     with pytest.raises(KeyboardInterrupt):
         tune(recipe_of(shop), shop.root, shop.root / "SHARED", space=SMALL, settings=SETTINGS)
 
@@ -473,3 +475,20 @@ def test_a_loss_that_is_no_number_stops_with_its_place(shop: Workshop, monkeypat
     monkeypatch.setattr(selection_module, "score_domain", lambda *_: score)
     with pytest.raises(ModekitError, match="candidate 0, domain medicine"):
         tune(recipe_of(shop), shop.root, shop.root / "NAN", space=SMALL, settings=SETTINGS)
+
+
+def test_the_recipes_own_mixture_is_a_candidate(shop: Workshop) -> None:
+    """Even where no axis says it."""
+    own = {"method": "linear", "weights": {"medicine": 3.0, "law": 1.0, "code": 1.0}}
+    space = SMALL.model_copy(update={"router": ["random"], "top_k": [1]})
+    results = tune(recipe_of(shop, mixture=own), shop.root, shop.root / "OWN", space=space, settings=SETTINGS)
+    mine = next(each for each in results.candidates if each.name == "the recipe's own")
+    assert mine.mixture == own and mine.number in results.reported
+
+
+def test_a_smaller_mixture_is_scored_in_full_for_the_front(tuned: tuple[Path, Any]) -> None:
+    _, results = tuned
+    sizes = {each.active for each in results.candidates if each.status != "refused" and each.active <= results.best.active}
+    assert sizes == {each.active for each in results.candidates if each.status == "scored" and each.active in sizes}
+    front = [each.active for each in results.front]
+    assert front == sorted(set(front)) and results.front[-1].mean == results.best.mean

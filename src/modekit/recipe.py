@@ -514,7 +514,7 @@ def _parse_size(value: object) -> object:
     return value
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -548,7 +548,7 @@ def load_recipe(path: Path) -> Recipe:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, unchecked. Raises RecipeError."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except FileNotFoundError:
         raise RecipeError("the recipe does not exist", where=str(path), remedy="give the path of a recipe.yaml") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ from modekit.printing import out, print_tune
 def tune(
     recipe: RecipePath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the best mixture.")],
-    trials: Annotated[int, typer.Option(min=1, help="Variants to try, the fixed ones among them.")] = 48,
+    trials: Annotated[int, typer.Option(min=1, help="Variants to try; the fixed ones among them always are.")] = 48,
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = 8_192,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
     space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None,
@@ -36,8 +36,9 @@ def tune(
     from modekit.recipe import load_recipe
 
     try:
-        from modekit.tune.run import TuneSettings, plain_recipe, space_of
+        from modekit.tune.run import plain_recipe, space_of
         from modekit.tune.run import tune as run
+        from modekit.tune.settings import TuneSettings
         from modekit.tune.space import read_space
     except ModuleNotFoundError as error:
         if error.name not in {"optuna", "filelock"}:

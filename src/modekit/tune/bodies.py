@@ -109,7 +109,7 @@ class Bodies:
 
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
         """Folder -> settings of every router of the search that reads the same text through the same models."""
-        if router.granularity == "sequence" or router.fit not in _AVERAGED:
+        if router.granularity == "sequence" or router.fit not in _AVERAGED or len(router.averages) > 1:
             return {self._statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [
@@ -118,6 +118,12 @@ class Bodies:
             for decay in dict.fromkeys([*self._averages, router.averages[0]["decay"]])
         ]  # fmt: skip
         return {self._statistics_of(recipe, each): each for each in routers}
+
+    def must_read(self, recipe: Recipe) -> bool:
+        """Whether the gates of a candidate need text to be run through a model first."""
+        router = recipe.mixture.router
+        linear = recipe.mixture.method == "linear"
+        return not linear and router.fit in _AVERAGED and not self._statistics_of(recipe, router).exists()
 
     def remove(self) -> None:
         """Remove the bodies' weights; statistics stay, for a search that goes on."""

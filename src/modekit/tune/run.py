@@ -12,53 +12,32 @@ the Pareto front comes from the `report` split, which chose nothing.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from modekit.build import build
-from modekit.checkpoint import RECORD_FILE
+from modekit.checkpoint import RECORD_FILE, Checkpoint
 from modekit.data import SELECTED_FILE
-from modekit.errors import OutputError, TuneError
-from modekit.evaluate import RESULTS_FOLDER, load_expert, score_domain
-from modekit.models import load_model
+from modekit.errors import TuneError
+from modekit.evaluate import RESULTS_FOLDER
 from modekit.plan import make_plan
 from modekit.planned import Plan
 from modekit.progress import Progress, silent
 from modekit.recipe import BASE, Recipe
 from modekit.relocate import from_folder
 from modekit.sources import Mappings, TensorRef
-from modekit.tune.mount import Mount
+from modekit.tune.folder import alone, claim, stamp
+from modekit.tune.launch import launch
 from modekit.tune.results import TuneResults
-from modekit.tune.selection import Selection, Tally, read_selection
+from modekit.tune.scores import reference_losses, score_all, with_smaller_sizes
+from modekit.tune.selection import Selection, read_selection
+from modekit.tune.settings import TuneSettings
 from modekit.tune.space import Space, default_space
-from modekit.tune.study import Candidate, Job, candidate_recipe, candidates, pareto, prepare, work
+from modekit.tune.study import Job, candidate_recipe, candidates, pareto, prepare
 from modekit.writer import refuse_existing, write_atomically, write_json
-
-_SETTINGS_FILE = "settings.json"
-_REPORTED_FILE = "reported.json"
-_GO_ON = "see what it said above; the same command goes on from what is there, with --processes 1 in less memory"
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """How much a search does: candidates, tokens per domain and split, and what may run at once."""
-
-    trials: int = 48
-    tokens_per_domain: int = 8_192
-    sequence_length: int = 512
-    seed: int = 0
-    processes: int = 1
-    ray: bool = False
 
 
 def tune(
@@ -94,11 +73,11 @@ def tune(
         )
         for split in ("select", "report")
     )  # fmt: skip
-    _claim(job, settings, native, {"models": _stamp(plan), "text": select.read})
-    with _alone(folder):
+    claim(job, settings, native, {"models": stamp(plan), "text": select.read})
+    with alone(folder):
         started = time.perf_counter()
         prepare(job)
-        _run(job, select, settings, progress)
+        launch(job, select, settings.processes, settings.ray, progress)
         found = candidates(job)
         best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
         if best is None:
@@ -107,23 +86,29 @@ def tune(
                 remedy="widen the space of the search",
             )  # fmt: skip
         searched = time.perf_counter() - started
-        scores = _report(job, plan, [best, *(each for each in found if each.name), *pareto(found)], report, progress)
-        reference = _reference(job, plan, {"select": select, "report": report}, progress)
-        built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
-        checkpoint = build(built, out, overwrite=overwrite, progress=progress)
-        write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
-        said = from_folder(checkpoint.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
-        write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
+        found = with_smaller_sizes(job, found, select, progress)
+        shown = [best, *(each for each in found if each.name), *pareto(found)]
         results = TuneResults(
-            found, best, pareto(found), scores, reference, dataclasses.asdict(settings),
+            found, best, pareto(found), score_all(job, shown, report, "reported.json", "report", progress),
+            reference_losses(job, plan, {"select": select, "report": report}, progress), dataclasses.asdict(settings),
             space.model_dump(mode="json"), {"select": _texts(select), "report": _texts(report)}, searched,
         )  # fmt: skip
-        (out / RESULTS_FOLDER).mkdir(exist_ok=True)
-        made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
-        write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
-        write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
+        built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
+        _write(build(built, out, overwrite=overwrite, progress=progress), root, results, select)
         job.bodies().remove()
         return results
+
+
+def _write(checkpoint: Checkpoint, root: Path, results: TuneResults, select: Selection) -> None:
+    """Beside the best mixture: its recipe, what chose it, and what else was tried."""
+    out, recipe = checkpoint.folder, checkpoint.record.recipe
+    write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
+    said = from_folder(recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
+    write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
+    (out / RESULTS_FOLDER).mkdir(exist_ok=True)
+    made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
+    write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
+    write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
 
 
 def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:
@@ -173,155 +158,9 @@ def plain_recipe(recipe: Recipe, backbone: str = BASE) -> Recipe:
     return Recipe.model_validate({**raw, "mixture": mixture, "output": {}})
 
 
-def _folders(plan: Plan) -> list[Path]:
-    return list(dict.fromkeys(source.folder for source in plan.sources))
-
-
-def _stamp(plan: Plan) -> str:
-    """Changes with the models: size and time of every file."""
-    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
-    stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def _claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str]) -> None:
-    """Make the work folder, or go on in that of the same search of the same models and text (`read`: their digests).
-
-    Raises TuneError for another's.
-    """
-    folder = job.work
-    asked = {
-        "recipe": job.recipe.digest(), "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
-        "native": native, "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length,
-        "seed": settings.seed, **read,
-    }  # fmt: skip
-    path = folder / _SETTINGS_FILE
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise OutputError(
-                "a folder that modekit did not make is in the way",
-                where=str(folder),
-                remedy="move it away, or choose another OUT",
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, asked)
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if known != asked:
-        changed = ", ".join(sorted(key for key in asked if known.get(key) != asked[key]))
-        raise TuneError(
-            "the folder holds another search", where=str(folder), found=f"other {changed}",
-            remedy="remove the folder to start over, or choose another OUT",
-        )  # fmt: skip
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Held while a command searches: another would take its candidates for those that a kill cut short."""
-    lock = FileLock(folder / "search.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TuneError(
-            "another command is at this search", where=str(folder), remedy="wait for it, or use --processes for more at once"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _run(job: Job, select: Selection, settings: TuneSettings, progress: Progress) -> None:
-    """Search in this process, in several on this machine, or where Ray puts them: the same function everywhere."""
-    if settings.ray:
-        _spread_with_ray(job, select, settings.processes)
-    elif settings.processes > 1:
-        context = multiprocessing.get_context("spawn")
-        others = [
-            context.Process(target=work, args=(job, select), kwargs={"process": place})
-            for place in range(1, settings.processes)
-        ]
-        for process in others:
-            process.start()
-        try:
-            work(job, select, progress)
-        except BaseException:
-            for process in others:
-                process.terminate()
-            raise
-        finally:
-            for process in others:
-                process.join()
-        if any(process.exitcode for process in others):
-            raise TuneError("a process of the search ended early", where=str(job.work), remedy=_GO_ON)
-    else:
-        work(job, select, progress)
-
-
-def _spread_with_ray(job: Job, select: Selection, processes: int) -> None:
-    try:
-        import ray
-    except ImportError:
-        raise TuneError("Ray is not installed", where="--ray", remedy="pip install ray, or use --processes") from None
-    ray.init(ignore_reinit_error=True, logging_level="error")
-    remote: Callable[..., Any] = ray.remote(work).remote
-    ray.get([remote(job, select, process=place) for place in range(processes)])
-
-
-def _report(
-    job: Job, plan: Plan, shown: Sequence[Candidate], report: Selection, progress: Progress
-) -> dict[int, dict[str, float]]:
-    """Loss per domain on the report split, by number of the candidate; what an earlier run found is kept."""
-    path = job.work / _REPORTED_FILE
-    known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    bodies = job.bodies()
-    mount = Mount(trust_remote_code=job.trust_remote_code)
-    numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
-    for place, (number, candidate) in enumerate(numbers.items()):
-        progress("report", place, len(numbers))
-        if str(number) not in known:
-            recipe = candidate_recipe(job.recipe, candidate.mixture)
-            body = bodies.checkpoint(bodies.plan(recipe))
-            model = mount.put(body, bodies.gates(body, recipe))
-            tally = Tally()
-            tally.add(model, report.domains, f"candidate {number}")
-            known[str(number)] = tally.losses
-            write_json(path, known)
-    progress("report", len(numbers), len(numbers))
-    return {number: known[str(number)] for number in numbers}
-
-
-def _reference(
-    job: Job, plan: Plan, splits: Mapping[str, Selection], progress: Progress
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Per split and domain, the loss of the base and of the domain's own expert."""
-    path = job.work / "reference.json"
-    if path.exists():
-        known: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
-        return known
-    found: dict[str, dict[str, dict[str, float]]] = {split: {"base": {}, "own": {}} for split in splits}
-    base = plan.sources[0].folder
-
-    def load(folder: Path) -> Any:
-        return load_model(folder, trust_remote_code=job.trust_remote_code)
-
-    model = load(base)
-    for split, selection in splits.items():
-        for domain in selection.domains:
-            found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss
-    for place, domain in enumerate(splits["select"].domains):
-        progress("score the experts", place, len(splits["select"].domains))
-        assert domain.expert is not None
-        own = (
-            model
-            if job.recipe.experts[domain.expert].is_base
-            else load_expert(base, plan.sources[1 + domain.expert].folder, load)
-        )
-        for split, selection in splits.items():
-            text = next(each for each in selection.domains if each.name == domain.name)
-            found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
-    write_json(path, found)
-    return found
-
-
 def _texts(selection: Selection) -> dict[str, Any]:
     return {domain.name: dict(domain.record) for domain in selection.domains}
+
+
+def _folders(plan: Plan) -> list[Path]:
+    return list(dict.fromkeys(source.folder for source in plan.sources))

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modekit.errors import RecipeError
-from modekit.recipe import BASE, READ_AT, READ_BY, AlwaysOn, Backbone, BackboneMerge, Part, Recipe
+from modekit.recipe import BASE, READ_AT, READ_BY, AlwaysOn, Backbone, BackboneMerge, Part, Recipe, StrictLoader
 
 Choice = dict[str, str]
 Ask = Callable[[str, Sequence[str]], str]
@@ -217,7 +217,7 @@ def default_space(recipe: Recipe, *, layers: int, backbones_differ: bool, only_a
 def read_space(path: Path, default: Space) -> Space:
     """Axes from a YAML file; those that it does not name stay as they are. Raises RecipeError."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
         if not isinstance(raw, dict):
             raise ValueError("not a mapping of axes")
         return Space.model_validate({**{name: getattr(default, name) for name in Space.model_fields}, **raw})

@@ -21,7 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from modekit.errors import MismatchError, RecipeError, UnsupportedError
+from modekit.errors import MismatchError, RecipeError, TuneError, UnsupportedError
 from modekit.progress import Progress, silent
 from modekit.recipe import Recipe, parse_recipe
 from modekit.tune.bodies import Bodies
@@ -30,6 +30,7 @@ from modekit.tune.selection import RUNGS, Selection, Tally
 from modekit.tune.space import Choice, Space
 
 _STUDY_FILE = "study.log"
+OWN = "the recipe's own"
 _SAME_AGAIN = 40  # choices in a row that were tried before: the space is used up, or nearly
 _STATES = {TrialState.COMPLETE: "scored", TrialState.PRUNED: "dropped", TrialState.FAIL: "refused"}
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -115,8 +116,13 @@ def prepare(job: Job) -> None:
     for trial in cut_short:
         study.tell(trial.number, state=TrialState.FAIL)
         name = trial.user_attrs.get("name", "")
-        study.enqueue_trial(named.get(name, trial.params), user_attrs={"name": name})
-    known = {trial.user_attrs.get("name") for trial in study.get_trials(deepcopy=False)}
+        if name != OWN:
+            study.enqueue_trial(named.get(name, trial.params), user_attrs={"name": name})
+    cut_off = {trial.number for trial in cut_short}
+    known = {trial.user_attrs.get("name") for trial in study.get_trials(deepcopy=False) if trial.number not in cut_off}
+    if OWN not in known and job.recipe.mixture.model_fields_set:
+        own = json.dumps(job.recipe.mixture.model_dump(mode="json", exclude_unset=True))
+        study.enqueue_trial({}, user_attrs={"name": OWN, "mixture": own})
     for name, choice in named.items():
         if name not in known:
             study.enqueue_trial(choice, user_attrs={"name": name})
@@ -151,8 +157,7 @@ def _try_one(
 ) -> bool:  # fmt: skip
     """Score one candidate; False when it was tried before."""
     started = time.perf_counter()
-    choice: Choice = job.space.choose(lambda axis, labels: str(trial.suggest_categorical(axis, list(labels))))
-    mixture = job.space.mixture(choice, job.recipe)
+    mixture = _mixture_of(job, trial)
     key = json.dumps(mixture, sort_keys=True)
     before = _before(study, key)
     if before is not None:
@@ -172,11 +177,18 @@ def _try_one(
         if attribute in {"active", "total", "native"}:
             trial.set_user_attr(attribute, value)
     body = bodies.checkpoint(plan)
+    if bodies.must_read(recipe):  # with a model of its own
+        mount.clear()
     model = mount.put(body, bodies.gates(body, recipe))
     tally = Tally()
     dropped = False
     for number, resource in enumerate(RUNGS):
-        tally.add(model, selection.rung(number), f"candidate {trial.number}")
+        try:
+            tally.add(model, selection.rung(number), f"candidate {trial.number}")
+        except TuneError as error:
+            trial.set_user_attr("why", str(error))
+            study.tell(trial, state=TrialState.FAIL)
+            return True
         trial.report(tally.mean, resource)
         trial.set_user_attr("losses", tally.losses)
         trial.set_user_attr("tokens", tally.tokens)
@@ -192,6 +204,14 @@ def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
     """The trial that the same mixture is counted as."""
     trials = study.get_trials(deepcopy=False)
     return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
+
+
+def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
+    """What a trial is about: the recipe's own mixture, or a choice along the axes."""
+    if "mixture" in trial.user_attrs:
+        return dict(json.loads(trial.user_attrs["mixture"]))
+    choice: Choice = job.space.choose(lambda axis, labels: str(trial.suggest_categorical(axis, list(labels))))
+    return job.space.mixture(choice, job.recipe)
 
 
 def candidates(job: Job) -> list[Candidate]:
