@@ -616,3 +616,23 @@ def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path
     assert "no text to evaluate on" in refuse("inspect", silent.build("SILENT"))
     one = built(shared_workshop, tmp_path, "ngram").folder
     assert "one router serves the whole model" in refuse("inspect", one, "--layer", 0, "--text", "a b")
+
+
+def test_a_text_in_no_domains_language_is_said_to_be_so(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Characters that the tokenizer has never seen, under gates that see nothing in them."""
+    text = "Сегодня идёт дождь, 今日は雨です. Il était une fois"
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    plant(checkpoint, [])
+    trace = inspect_text(open_checkpoint(checkpoint.folder), text)
+    assert "The routers are unsure" in drawn(trace)
+    assert {round(weight, 4) for router in trace["weights"] for row in router for weight in row} == {0.0, 0.5}
+    trace["entropy"] = 0.1  # as gates that are sure would have it
+    assert "unsure" not in drawn(trace)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_words(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    trace = inspect_text(checkpoint, "a fever " * 50_000)
+    assert len(trace["tokens"]) == 400_000 and all(len(router) == 400_000 for router in trace["weights"])
+    assert len(drawn(trace)) < 8_000
