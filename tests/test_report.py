@@ -122,6 +122,7 @@ def search_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "candidates": [
             variant("", "scored", 3.1, 2_000_000, best=True, pareto=True), variant("noisy", "scored", 3.4, 2_000_000),
             variant("", "scored", 3.2, 1_500_000, pareto=True), variant("", "dropped", 3.9, 2_500_000),
+            {**variant("gate-less", "dropped", 3.8, 2_000_000), "report": {"mean_loss": 3.7, "gap_closed": 0.1}},
         ],
     }  # fmt: skip
 
@@ -254,7 +255,8 @@ class Shown(HTMLParser):
 
 def test_a_search_shows_its_variants_and_its_front(page: Path, opened: Opened) -> None:
     search = data_of(page)["search"]
-    assert (search["tried"], search["dropped"], len(search["variants"])) == (4, 1, 3)
+    assert (search["tried"], search["dropped"], len(search["variants"])) == (5, 2, 4)
+    assert [variant["mean_loss"] for variant in search["variants"] if variant["name"] == "gate-less"] == [None]
     assert search["front"] == [[1_500_000, 3.2], [2_000_000, 3.1]]
     tab = opened()
     assert tab.locator("#search .dot").count() == 3 and tab.locator("#search .dot.front").count() == 2

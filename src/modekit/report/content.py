@@ -147,10 +147,13 @@ def _mean_error(errors: Sequence[float | None]) -> float | None:
 
 def _search(search: Search) -> dict[str, Any]:
     """The first variants of a search, the fixed ones and the front; all that were scored in full as [active, loss] points."""
+    keys = {"name", "description", "mean_loss", "report", "active", "native", "best", "pareto"}
     shown = [
-        variant.model_dump(include={"name", "description", "mean_loss", "report", "active", "native", "best", "pareto"})
+        # What a dropped one came to is of a part of the text, and no figure to stand beside the others'.
+        variant.model_dump(include=keys) | ({} if variant.status == "scored" else {"mean_loss": None})
         for place, variant in enumerate(search.candidates)
-        if variant.status == "scored" and (place < _VARIANTS or variant.name or variant.pareto or variant.best)
+        if variant.status != "refused"
+        and (variant.name or variant.pareto or variant.best or (variant.status == "scored" and place < _VARIANTS))
     ]
     scored = [variant for variant in search.candidates if variant.status == "scored" and variant.mean_loss is not None]
     front = sorted((variant for variant in scored if variant.pareto), key=lambda variant: variant.active)

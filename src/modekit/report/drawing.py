@@ -135,12 +135,10 @@ def scatter_chart(points: Sequence[Sequence[float]], front: Sequence[Sequence[fl
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in map(at, front))
     parts.append(f'<path class="line front" d="M{line}"/>' if line else "")
     kept = [list(point) for point in front]
-    for point in points:
+    for point in sorted(points, key=lambda point: list(point) in kept):  # the front last, on top
         x, y = at(point)
-        on_front = list(point) in kept
-        parts.append(
-            f'<circle class="dot{" front" if on_front else ""}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if on_front else 3.5}"/>'
-        )
+        look, radius = ("dot front", 5) if list(point) in kept else ("dot", 3.5)
+        parts.append(f'<circle class="{look}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>')
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, label, Markup("".join(parts))
     )
