@@ -492,3 +492,12 @@ def test_a_smaller_mixture_is_scored_in_full_for_the_front(tuned: tuple[Path, An
     assert sizes == {each.active for each in results.candidates if each.status == "scored" and each.active in sizes}
     front = [each.active for each in results.front]
     assert front == sorted(set(front)) and results.front[-1].mean == results.best.mean
+
+
+@pytest.mark.parametrize("own", [{"top_p": 0.7, "router": {"fit": "random"}}, {"router": {**FIT, "granularity": "context"}}])
+def test_a_recipe_that_leaves_defaults_unsaid_is_searched_and_described(shop: Workshop, own: dict[str, Any]) -> None:
+    space = SMALL.model_copy(update={"router": ["linear"]})
+    out = shop.root / f"UNSAID-{len(own)}"
+    results = tune(recipe_of(shop, mixture=own), shop.root, out, space=space, settings=SETTINGS)
+    mine = next(each for each in results.candidates if each.name == "the recipe's own")
+    assert mine.mixture == own and results.as_data() and results.markdown()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from modekit.evaluate import SMALLEST_GAP
 from modekit.tune.space import label, short_backbone
 from modekit.tune.study import Candidate
 
@@ -37,7 +38,9 @@ class TuneResults:
         """Mean share of the gap closed, over the domains that have one."""
         base, own = self.reference[split]["base"], self.reference[split]["own"]
         gaps = [
-            (base[name] - loss) / (base[name] - own[name]) for name, loss in losses.items() if base[name] - own[name] > 1e-3
+            (base[name] - loss) / (base[name] - own[name])
+            for name, loss in losses.items()
+            if base[name] - own[name] > SMALLEST_GAP
         ]
         return sum(gaps) / len(gaps) if gaps else None
 
@@ -107,15 +110,17 @@ def describe(mixture: Mapping[str, Any]) -> str:
     """A mixture in a line."""
     router = mixture.get("router", {})
     words = []
-    if mixture["method"] == "linear":
+    if mixture.get("method") == "linear":
         words.append("linear")
-    else:
-        words.append("noisy" if router["fit"] == "random" else router["fit"])
+    else:  # a recipe's own mixture need not say what is the default
+        fit = router.get("fit", "logistic")
+        words.append("noisy" if fit == "random" else fit)
         words += [router["granularity"]] if "granularity" in router else []
         words += [f"order {router['order']}"] if "order" in router else []
-        words += [f"decay {router['decay'][0]:g}"] if "decay" in router else []
+        words += [f"decay {router['decay'][0]:g}"] if router.get("decay") else []
         words += [f"T {router['temperature']:g}"] if router.get("temperature", 1.0) != 1.0 else []
-        words.append(f"top-{mixture['top_k']}")
+        words += [f"top-{mixture['top_k']}"] if mixture.get("top_k") else []
+        words += [f"top_p {mixture['top_p']:g}"] if mixture.get("top_p") else []
     always_on = mixture.get("always_on")
     if always_on is not None:
         share = f" {always_on['weight']:g}" if always_on.get("weight") else ""
