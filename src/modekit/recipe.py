@@ -116,17 +116,17 @@ class Expert(_Strict):
         return (self.rank or 16) if self.as_ == "lora" else None
 
 
-_STATISTICS_FITS = ("logistic", "ridge", "lda", "centroid")
+STATISTICS_FITS = ("logistic", "ridge", "lda", "centroid")
 READ_BY: dict[str, tuple[str, ...]] = {
-    "temperature": (*_STATISTICS_FITS, "ngram", "arrow", "spectr", "seqr", "random"),  # PHATGOOSE's gates are standardised
+    "temperature": (*STATISTICS_FITS, "ngram", "arrow", "spectr", "seqr", "random"),  # PHATGOOSE's gates are standardised
     "l2": ("logistic", "ridge", "lda"),
-    "tokens_per_domain": (*_STATISTICS_FITS, "phatgoose"),
-    "sequence_length": (*_STATISTICS_FITS, "ngram", "phatgoose"),
-    "keep_tokens": (*_STATISTICS_FITS, "ngram"),
-    "compute_dtype": _STATISTICS_FITS,
+    "tokens_per_domain": (*STATISTICS_FITS, "phatgoose"),
+    "sequence_length": (*STATISTICS_FITS, "ngram", "phatgoose"),
+    "keep_tokens": (*STATISTICS_FITS, "ngram"),
+    "compute_dtype": STATISTICS_FITS,
     "seed": ("random", "phatgoose"),
     "steps": ("phatgoose",),
-    "jitter": (*_STATISTICS_FITS, "arrow", "spectr", "seqr", "phatgoose", "random"),  # an n-gram is there or not
+    "jitter": (*STATISTICS_FITS, "arrow", "spectr", "seqr", "phatgoose", "random"),  # an n-gram is there or not
     "order": ("ngram",),
     "buckets": ("ngram",),
     "smoothing": ("ngram",),
@@ -197,7 +197,7 @@ class Router(_Strict):
     @property
     def fit_is_shared(self) -> bool:
         """Whether processes can share the fit's text: its statistics add up."""
-        return self.fit in _STATISTICS_FITS
+        return self.fit in STATISTICS_FITS
 
     @property
     def scope(self) -> Literal["layer", "model", "projection", "feature"]:

@@ -36,11 +36,12 @@ from modekit.checkpoint import (
 from modekit.plan import make_plan
 from modekit.planned import ROUTER_FILE, Plan, PlannedTensor, Shard
 from modekit.progress import Progress, silent
-from modekit.recipe import Output, Recipe, Router, parse_recipe
+from modekit.recipe import ADAPTER_FITS, STATISTICS_FITS, Output, Recipe, Router, parse_recipe
 from modekit.routing.constant import constant_gates
 from modekit.routing.fit import fit_router, read_statistics
 from modekit.sources import Mappings
 from modekit.tensors import PieceReader
+from modekit.tune.mount import structure
 from modekit.writer import link, safetensors_header, write_all, write_json
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -67,7 +68,7 @@ class Bodies:
         if recipe.mixture.method == "linear":  # a body has routers, whether its candidate asks them or not
             plan = self.plan(_with_routers(recipe))
         plan = replace(plan, shards=tuple(_by_layer(plan)))
-        folder = self._work / "bodies" / _digest([_structure(plan), [_identities(plan, shard) for shard in plan.shards]])
+        folder = self._work / "bodies" / _digest([structure(plan.config), [_identities(plan, shard) for shard in plan.shards]])
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / RECORD_FILE).exists():
@@ -86,13 +87,13 @@ class Bodies:
         # Logits are divided by the temperature, so that one fit serves all.
         plain = router.model_copy(update={"temperature": 1.0})
         folder = self._statistics_of(recipe, router)
-        key = _digest([str(folder), plain.model_dump(mode="json"), body.folder.name if router.fit in _OF_WEIGHTS else ""])
+        key = _digest([str(folder), plain.model_dump(mode="json"), body.folder.name if router.fit in ADAPTER_FITS else ""])
         if key not in self._gates:
             folder.parent.mkdir(parents=True, exist_ok=True)
             unscaled = recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": plain})})
             together = self._read_with(recipe, router)
             with FileLock(next(iter(together)).with_suffix(".lock")):
-                if router.fit in _AVERAGED:
+                if router.fit in STATISTICS_FITS:
                     read_statistics(body, unscaled, self._root, together, trust_remote_code=self._trust, progress=progress)
                 fitted = fit_router(body, unscaled, self._root, folder, trust_remote_code=self._trust, progress=progress)
             self._gates[key] = fitted.gates
@@ -109,7 +110,7 @@ class Bodies:
 
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
         """Folder -> settings of every router of the search that reads the same text through the same models."""
-        if router.granularity == "sequence" or router.fit not in _AVERAGED or len(router.averages) > 1:
+        if router.granularity == "sequence" or router.fit not in STATISTICS_FITS or len(router.averages) > 1:
             return {self._statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [
@@ -123,7 +124,7 @@ class Bodies:
         """Whether the gates of a candidate need text to be run through a model first."""
         router = recipe.mixture.router
         linear = recipe.mixture.method == "linear"
-        return not linear and router.fit in _AVERAGED and not self._statistics_of(recipe, router).exists()
+        return not linear and router.fit in STATISTICS_FITS and not self._statistics_of(recipe, router).exists()
 
     def remove(self) -> None:
         """Remove the bodies' weights; statistics stay, for a search that goes on."""
@@ -160,12 +161,6 @@ class Bodies:
         partial.rename(folder)
 
 
-_AVERAGED = ("centroid", "lda", "ridge", "logistic")
-"""Fits whose statistics can be read for several granularities at once."""
-_OF_WEIGHTS = ("arrow", "spectr", "seqr", "phatgoose")
-"""Fits that read the body's weights and keep no statistics."""
-
-
 def _by_layer(plan: Plan) -> list[Shard]:
     """Shards such that what candidates may share is a file: a layer's experts, a layer's backbone, the rest."""
     groups: dict[tuple[str, str], list[PlannedTensor]] = {}
@@ -197,12 +192,6 @@ def _identities(plan: Plan, shard: Shard) -> list[Any]:
         ]
         for tensor in shard.tensors
     ]  # fmt: skip
-
-
-def _structure(plan: Plan) -> dict[str, Any]:
-    """Where routers stand and what they read; a gate's rows are set with the gate."""
-    places = plan.config["modekit"]["places"]
-    return {name: {key: value for key, value in place.items() if key != "rows"} for name, place in places.items()}
 
 
 def _with_routers(recipe: Recipe) -> Recipe:

@@ -5,6 +5,7 @@ Shape legend: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,7 @@ class Mount:
 
     def put(self, body: Checkpoint, gates: Gates) -> PreTrainedModel:
         """The mixture of a body under its routing and these gates."""
-        places = {
-            name: {key: value for key, value in place.items() if key != "rows"}
-            for name, place in body.config["modekit"]["places"].items()
-        }
+        places = structure(body.config)
         refs = {name: ref for name, ref in body.tensors.items() if not name.endswith(".router.gate")}
         if self._model is None or places != self._places:
             self.clear()
@@ -62,6 +60,12 @@ class Mount:
             with safe_open(file, framework="pt") as tensors:
                 for name in names:
                     state[name].data.copy_(tensors.get_tensor(name))
+
+
+def structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where routers stand and what they read; a gate's rows are set with the gate."""
+    places = config["modekit"]["places"]
+    return {name: {key: value for key, value in place.items() if key != "rows"} for name, place in places.items()}
 
 
 def _route(model: PreTrainedModel, body: Checkpoint, gates: Gates) -> None:

@@ -15,15 +15,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modekit.errors import RecipeError
-from modekit.recipe import BASE, READ_AT, READ_BY, AlwaysOn, Backbone, BackboneMerge, Part, Recipe, StrictLoader
+from modekit.recipe import (
+    BASE,
+    READ_AT,
+    READ_BY,
+    STATISTICS_FITS,
+    AlwaysOn,
+    Backbone,
+    BackboneMerge,
+    Part,
+    Recipe,
+    StrictLoader,
+)
 
 Choice = dict[str, str]
 Ask = Callable[[str, Sequence[str]], str]
 """Axis and its labels -> the label that is tried."""
 
 Kind = Literal["linear", "random", "centroid", "lda", "ridge", "logistic", "ngram", "arrow", "spectr", "seqr", "phatgoose"]
-_GRANULAR = ("centroid", "lda", "ridge", "logistic")
-_TEMPERED = (*_GRANULAR, "ngram", "arrow", "spectr", "seqr")
 _SEARCHED = {"method", "top_k", "top_p", "modules", "layers", "always_on", "backbone", "weights"}
 _SEARCHED_OF_ROUTERS = {"fit", "granularity", "temperature", "decay", "order", "prefix", "per"}
 
@@ -67,12 +76,12 @@ class Space(BaseModel):
         # Whole models decide before the first layer: other routers are no choice there, and backbone and layers mean nothing.
         routers = [kind for kind in self.router if not whole or kind in {"linear", "ngram", "logistic"}] or ["ngram"]
         router = pick("router", routers, "router_of_whole" if whole else "router")
-        if router in _GRANULAR and not whole and pick("granularity", self.granularity) == "context":
+        if router in STATISTICS_FITS and not whole and pick("granularity", self.granularity) == "context":
             pick("decay", self.decay)
         if router == "ngram":
             pick("order", self.order)
             pick("ngram_decay", self.ngram_decay)
-        if router in _TEMPERED:
+        if router != "random" and router in READ_BY["temperature"]:
             pick("temperature", self.temperature)
         if router != "linear":
             pick("top_k", self.top_k)
