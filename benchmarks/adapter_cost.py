@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from modekit.build import build
-from modekit.plan import make_plan
-from modekit.recipe import parse_recipe
+from modekit.building.build import build
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import parse_recipe
 
 ADAPTERS = 8
 PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.writer import safetensors_header
+from modekit.checkpoint.staging import safetensors_header
 
 COPY = """
 import json, mmap, sys
@@ -111,8 +111,8 @@ def main() -> None:
         recipe.write_text(
             f"base_model: ./base\nexperts:\n{experts}mixture: {{method: routing, top_k: 2, router: {{fit: random}}}}\n"
         )
-        from modekit.plan import make_plan
-        from modekit.recipe import load_recipe
+        from modekit.planning.make import make_plan
+        from modekit.recipes.recipe import load_recipe
 
         plan = make_plan(load_recipe(recipe), folder)
         pieces = {

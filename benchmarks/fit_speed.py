@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modekit.data import TokenSequence, make_batches
-from modekit.recipe import Router
+from modekit.recipes.recipe import Router
 from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
+from modekit.text.documents import TokenSequence, make_batches
 
 TOKEN = Router().averages
 

@@ -26,18 +26,18 @@ from typing import Any
 import torch
 import yaml
 
-from modekit.build import build
-from modekit.checkpoint import open_checkpoint
-from modekit.data import documents_of_split, encode, read_documents
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN
-from modekit.evaluate import held_out_domains, score_domain
-from modekit.models import DenseView, decoder_layers, load_model, load_tokenizer
-from modekit.plan import make_plan
-from modekit.recipe import Router, parse_recipe
+from modekit.evaluation.evaluate import held_out_domains, score_domain
+from modekit.loaded.models import DenseView, decoder_layers, load_model, load_tokenizer
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import Router, parse_recipe
 from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
+from modekit.text.documents import documents_of_split, encode, read_documents
 
 TOKENS = 16_384
 EVAL_TOKENS = 4_096

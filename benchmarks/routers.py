@@ -26,16 +26,16 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from modekit.build import build
-from modekit.checkpoint import Checkpoint, open_checkpoint
-from modekit.data import make_batches
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.evaluate import Domain, held_out_domains
-from modekit.models import forced_expert, load_model
-from modekit.plan import make_plan
-from modekit.recipe import READ_BY, parse_recipe
+from modekit.evaluation.evaluate import Domain, held_out_domains
+from modekit.loaded.models import forced_expert, load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import READ_BY, parse_recipe
 from modekit.routing.refit import refit
+from modekit.text.documents import make_batches
 
 EVAL_TOKENS = 16_384
 PLACES = ((0, 4), (4, 16), (16, 64), (64, SEQUENCE_LENGTH))

@@ -18,15 +18,25 @@ from typing import Any
 
 import numpy as np
 
-from modekit.checkpoint import open_checkpoint
-from modekit.evaluate import load_expert_source
-from modekit.models import load_model, load_tokenizer
-from modekit.tasks.files import FORMS, GROUPS, task_config, tasks_of, write_tasks
-from modekit.tasks.harness import harness_task, quiet, run_tasks
-from modekit.tasks.intervals import Drawn, Estimate, Sample, average, bleu_sample, differences, draw, mean_sample, rows
-from modekit.tasks.questions import Questions, make_questions
-from modekit.tasks.results import cell_of
-from modekit.tasks.scores import process_results
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.evaluation.evaluate import load_expert_source
+from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, tasks_of, write_tasks
+from modekit.evaluation.tasks.harness import harness_task, quiet, run_tasks
+from modekit.evaluation.tasks.intervals import (
+    Drawn,
+    Estimate,
+    Sample,
+    average,
+    bleu_sample,
+    differences,
+    draw,
+    mean_sample,
+    rows,
+)
+from modekit.evaluation.tasks.questions import Questions, make_questions
+from modekit.evaluation.tasks.results import cell_of
+from modekit.evaluation.tasks.scores import process_results
+from modekit.loaded.models import load_model, load_tokenizer
 
 MIXTURES = ("ngram", "routing")
 FEWER = ("glosses_plain", "continuations_plain")  # forms near chance: base and one mixture of the first seed show that

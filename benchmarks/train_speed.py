@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from modekit.checkpoint import open_checkpoint
-from modekit.data import encode
-from modekit.models import load_model, load_tokenizer
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.loaded.models import load_model, load_tokenizer
 from modekit.routing.fit import fit_documents
-from modekit.train.batches import Batches, Corpus, plan_parts
-from modekit.train.cheap import train_cheap
-from modekit.train.low_rank import make_trainable
-from modekit.train.moving import moving_of
-from modekit.train.objective import Objective
-from modekit.train.settings import TrainSettings
+from modekit.text.documents import encode
+from modekit.training.batches import Batches, Corpus, plan_parts
+from modekit.training.cheap import train_cheap
+from modekit.training.low_rank import make_trainable
+from modekit.training.moving import moving_of
+from modekit.training.objective import Objective
+from modekit.training.settings import TrainSettings
 
 torch.set_num_threads(1)
 

@@ -23,15 +23,15 @@ from typing import Any
 
 import yaml
 
-from modekit.build import build
-from modekit.checkpoint import Checkpoint
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.evaluate import Domain, held_out_domains, load_expert_source, score_domain
-from modekit.models import load_model
-from modekit.plan import make_plan
-from modekit.recipe import parse_recipe
-from modekit.train.run import train
-from modekit.train.settings import train_settings
+from modekit.evaluation.evaluate import Domain, held_out_domains, load_expert_source, score_domain
+from modekit.loaded.models import load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import parse_recipe
+from modekit.training.settings import train_settings
+from modekit.training.train import train
 
 TOKENS = 16_384
 FIT = {"tokens_per_domain": 131_072, "keep_tokens": 16_384}

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import yaml
 
-from modekit.build import build
-from modekit.models import load_model
-from modekit.plan import make_plan
-from modekit.recipe import Recipe, parse_recipe
-from modekit.tune.results import describe
-from modekit.tune.run import tune
-from modekit.tune.selection import Tally, read_selection
-from modekit.tune.settings import TuneSettings
-from modekit.tune.study import Candidate, candidate_recipe
+from modekit.building.build import build
+from modekit.loaded.models import load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.search.tune.results import describe
+from modekit.search.tune.selection import Tally, read_selection
+from modekit.search.tune.settings import TuneSettings
+from modekit.search.tune.study import Candidate, candidate_recipe
+from modekit.search.tune.tune import tune
 
 
 def main() -> None:

@@ -99,9 +99,9 @@ class Workshop:
 
     def build(self, name: str = "OUT", **changes: Any) -> Path:
         """Build the recipe with changes; returns the checkpoint folder."""
-        from modekit.build import build
-        from modekit.plan import make_plan
-        from modekit.recipe import load_recipe
+        from modekit.building.build import build
+        from modekit.planning.make import make_plan
+        from modekit.recipes.recipe import load_recipe
 
         build(make_plan(load_recipe(self.write(**changes)), self.root), self.root / name, overwrite=True)
         return self.root / name

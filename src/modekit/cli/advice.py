@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from modekit.cli.printing.advice import print_advice
+from modekit.cli.printing.mixtures import out
 from modekit.cli.shell import AsJson, RecipePath, Trust, app, drawn_progress
-from modekit.printing import out
-from modekit.printing_advise import print_advice
 
 
 @app.command()
@@ -32,8 +32,8 @@ def advise(
 
     What the recipe says under `mixture` is not read. Exit code 1 when nothing is left to mix.
     """
-    from modekit.advise.recipe_file import check_target, write_advised
-    from modekit.advise.run import advise as run
+    from modekit.search.advise.advise import advise as run
+    from modekit.search.advise.recipe_file import check_target, write_advised
 
     if write is not None:
         check_target(write)

@@ -10,13 +10,13 @@ from typing import Annotated, Any, cast
 import typer
 from rich.markup import escape
 
-from modekit.cli.shell import AsJson, Overwrite, Trust, app, drawn_progress
-from modekit.errors import ModekitError
-from modekit.printing import (
+from modekit.cli.printing.mixtures import (
     bytes_of,
     out,
     print_extract,
 )
+from modekit.cli.shell import AsJson, Overwrite, Trust, app, drawn_progress
+from modekit.errors import ModekitError
 
 
 @app.command()
@@ -45,9 +45,9 @@ def specialize(
         )
     if rank is not None and train != "lora":
         raise ModekitError("the setting has no effect", where="--rank", found=rank, remedy="remove it, or add --train lora")
-    from modekit.locate import model_folder
-    from modekit.specialize import specialize as run
-    from modekit.training import Training
+    from modekit.experts.specialize import specialize as run
+    from modekit.loaded.next_token import Training
+    from modekit.sources.open import model_folder
 
     rate = learning_rate if learning_rate is not None else 1e-3 if train == "lora" else 1e-4
     training = Training(steps=steps, learning_rate=rate, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed)
@@ -82,8 +82,8 @@ def extract(
     trust_remote_code: Trust = False,
 ) -> None:
     """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
-    from modekit.extract import extract as run
-    from modekit.locate import model_folder
+    from modekit.experts.extract import extract as run
+    from modekit.sources.open import model_folder
 
     if tokens is not None and not text:
         raise ModekitError("the setting has no effect", where="--tokens", found=tokens, remedy="remove it, or add --text")

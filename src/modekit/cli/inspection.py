@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from modekit.cli.printing.inspection import print_inspection, print_trace
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
 from modekit.errors import ModekitError
-from modekit.printing_inspection import print_inspection, print_trace
 
 
 @app.command()
@@ -26,10 +26,10 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
-    from modekit.checkpoint import open_checkpoint
-    from modekit.evaluate import RESULTS_FOLDER
-    from modekit.inspection.run import inspect as run
-    from modekit.inspection.text import STDIN, inspect_text, read_text
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.evaluation.evaluate import RESULTS_FOLDER
+    from modekit.evaluation.inspection.inspect import inspect as run
+    from modekit.evaluation.inspection.text import STDIN, inspect_text, read_text
 
     if text is not None and text_file is not None:
         raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")

@@ -10,23 +10,23 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app, drawn_progress
-from modekit.errors import ModekitError
-from modekit.printing import (
+from modekit.cli.printing.mixtures import (
     bytes_of,
     out,
     print_checks,
     print_plan,
 )
+from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.errors import ModekitError
 
 
 @app.command()
 def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
     """Show what a build would do, from configs and headers alone."""
-    from modekit.data import check_present
-    from modekit.plan import make_plan
-    from modekit.plan import summary as summarise
-    from modekit.recipe import load_recipe
+    from modekit.planning.make import make_plan
+    from modekit.planning.make import summary as summarise
+    from modekit.recipes.recipe import load_recipe
+    from modekit.text.documents import check_present
 
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     summary = summarise(make_plan(parsed, root, trust_remote_code=trust_remote_code, headers_only=True))
@@ -46,9 +46,9 @@ def build(
     overwrite: Overwrite = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write the mixture: stream the experts, fit the router."""
-    from modekit.build import build as run
-    from modekit.plan import make_plan
-    from modekit.recipe import load_recipe
+    from modekit.building.build import build as run
+    from modekit.planning.make import make_plan
+    from modekit.recipes.recipe import load_recipe
 
     made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
     with drawn_progress() as progress:
@@ -76,7 +76,7 @@ def fit(
     trust_remote_code: Trust = False,
 ) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
-    from modekit.checkpoint import open_checkpoint
+    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
@@ -107,9 +107,9 @@ def verify(
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
 ) -> None:  # fmt: skip
     """Prove that the checkpoint is what it says; exit code 1 when it is not."""
-    from modekit.checkpoint import open_checkpoint
-    from modekit.verify import is_proven
-    from modekit.verify import verify as run
+    from modekit.building.verify import is_proven
+    from modekit.building.verify import verify as run
+    from modekit.checkpoint.checkpoint import open_checkpoint
 
     with drawn_progress() as progress:
         checks = run(
@@ -131,8 +131,8 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the adapters of a mixture as ordinary PEFT folders, bit for bit."""
-    from modekit.checkpoint import open_checkpoint
-    from modekit.export import adapter_experts, export_adapter
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.experts.export import adapter_experts, export_adapter
 
     opened = open_checkpoint(checkpoint.resolve())
     names = expert or adapter_experts(opened)
@@ -151,6 +151,6 @@ def export(
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
-    from modekit.recipe import schema_text
+    from modekit.recipes.recipe import schema_text
 
     sys.stdout.write(schema_text())

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from modekit.cli.printing.mixtures import bytes_of, out
 from modekit.cli.shell import OutFolder, Overwrite, app
-from modekit.printing import bytes_of, out
 
 
 @app.command()
@@ -18,7 +18,7 @@ def report(
     output: Annotated[Path | None, typer.Option("--out", help="The page to write; default OUT/results/report.html.")] = None,
 ) -> None:
     """Write one page that shows what the mixture is and is worth, its numbers as JSON, and plots for papers."""
-    from modekit.checkpoint import open_checkpoint
+    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.write import write_report
 
     written = write_report(open_checkpoint(checkpoint.resolve()), page=output.resolve() if output is not None else None)
@@ -30,8 +30,8 @@ def report(
 @app.command()
 def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
     """Write the model card, OUT/README.md, with what the sources say of their licences."""
-    from modekit.card import write_card
-    from modekit.checkpoint import open_checkpoint
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.card import write_card
 
     written = write_card(open_checkpoint(checkpoint.resolve()), overwrite=overwrite)
     for note in written.notes:

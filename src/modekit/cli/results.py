@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
-from modekit.cli.tasks import score_tasks
-from modekit.errors import ModekitError
-from modekit.printing import (
+from modekit.cli.printing.mixtures import (
     out,
     print_results,
     print_summary,
 )
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.tasks import score_tasks
+from modekit.errors import ModekitError
 
 
 @app.command(name="eval")
@@ -58,9 +58,9 @@ def evaluate(
         return
     of_tasks = {"--models": models, "--include-path": include_path, "--limit": limit, "--seen": seen, "--seed": seed}
     _refuse_without_effect("it belongs to --tasks", of_tasks)
-    from modekit.checkpoint import open_checkpoint
-    from modekit.evaluate import RESULTS_FOLDER
-    from modekit.evaluate import evaluate as run
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.evaluation.evaluate import RESULTS_FOLDER
+    from modekit.evaluation.evaluate import evaluate as run
 
     with drawn_progress() as progress:
         results = run(
@@ -95,7 +95,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False,
 ) -> None:
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
-    from modekit.demo.run import run_demo
+    from modekit.demo.demo import run_demo
 
     if full and adapters:
         raise ModekitError("the experts are either full models or adapters", where="--full, --adapters", remedy="give one")

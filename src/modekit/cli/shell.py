@@ -13,8 +13,8 @@ import typer
 from rich.markup import escape
 from typer.exceptions import TyperException
 
+from modekit.cli.printing.mixtures import err
 from modekit.errors import InterruptError, ModekitError
-from modekit.printing import err
 from modekit.progress import Progress
 
 app = typer.Typer(

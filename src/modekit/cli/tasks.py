@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from modekit.cli.printing.mixtures import out
 from modekit.cli.shell import drawn_progress
 from modekit.errors import ModekitError
-from modekit.printing import out
 
 
 def score_tasks(
@@ -27,10 +27,10 @@ def score_tasks(
     trust_remote_code: bool,
 ) -> None:
     """Run tasks named with commas between them and draw their table."""
-    from modekit.checkpoint import open_checkpoint
-    from modekit.evaluate import RESULTS_FOLDER
-    from modekit.printing_tasks import print_tasks
-    from modekit.tasks.run import evaluate_tasks
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.cli.printing.tasks import print_tasks
+    from modekit.evaluation.evaluate import RESULTS_FOLDER
+    from modekit.evaluation.tasks.ask import evaluate_tasks
 
     opened = open_checkpoint(checkpoint.resolve())
     with drawn_progress() as progress:

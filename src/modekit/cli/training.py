@@ -9,11 +9,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
-from modekit.errors import ModekitError
-from modekit.printing import (
+from modekit.cli.printing.mixtures import (
     print_training,
 )
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.errors import ModekitError
 
 
 @app.command()
@@ -60,10 +60,10 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Make a mixture better by gradient; by default only its routers move. Works under torchrun and accelerate launch."""
-    from modekit.checkpoint import open_checkpoint
+    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
-    from modekit.train.run import train as run
-    from modekit.train.settings import read_settings, train_settings
+    from modekit.training.settings import read_settings, train_settings
+    from modekit.training.train import train as run
 
     said: dict[str, Any] = {
         "what": what, "losses": _weights(loss), "speed": "cheap" if cheap else None, "lora": lora, "steps": steps,
@@ -91,7 +91,7 @@ def train(
 
 def _weights(losses: list[str] | None) -> dict[str, float] | None:
     """NAME or NAME=WEIGHT -> weight."""
-    from modekit.train.settings import WEIGHTS
+    from modekit.training.settings import WEIGHTS
 
     if not losses:
         return None

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from modekit.cli.printing.mixtures import out, print_tune
 from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app, drawn_progress
 from modekit.errors import TuneError
-from modekit.printing import out, print_tune
 
 
 @app.command()
@@ -32,14 +32,14 @@ def tune(
     trust_remote_code: Trust = False,
 ) -> None:
     """Find the best mixture of a recipe's experts on held-out text, and build it."""
-    from modekit.plan import make_plan
-    from modekit.recipe import load_recipe
+    from modekit.planning.make import make_plan
+    from modekit.recipes.recipe import load_recipe
 
     try:
-        from modekit.tune.run import plain_recipe, space_of
-        from modekit.tune.run import tune as run
-        from modekit.tune.settings import TuneSettings
-        from modekit.tune.space import read_space
+        from modekit.search.tune.settings import TuneSettings
+        from modekit.search.tune.space import read_space
+        from modekit.search.tune.tune import plain_recipe, space_of
+        from modekit.search.tune.tune import tune as run
     except ModuleNotFoundError as error:
         if error.name not in {"optuna", "filelock"}:
             raise

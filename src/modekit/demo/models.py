@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modekit.data import TokenSequence, documents_of_split, read_documents
+from modekit.checkpoint.staging import staging
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
+from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress
-from modekit.training import Training, train_language_model, training_sequences
-from modekit.writer import staging
+from modekit.text.documents import TokenSequence, documents_of_split, read_documents
 
 VOCABULARY = 3_072
 SEQUENCE_LENGTH = 512  # a whole document of the demo's text

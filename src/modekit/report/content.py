@@ -11,11 +11,20 @@ from typing import Any, TypeVar
 
 import yaml
 
-from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint
-from modekit.evaluate import Results, parameters_of
-from modekit.licences import Source, facts, sources_of
-from modekit.plan import backbone_label
-from modekit.report.found import Curve, Search, Trained, find_inspection, find_results, find_search, find_tasks, find_training
+from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint
+from modekit.evaluation.evaluate import Results, parameters_of
+from modekit.planning.make import backbone_label
+from modekit.report.licences import Source, facts, sources_of
+from modekit.report.result_files import (
+    Curve,
+    Search,
+    Trained,
+    find_inspection,
+    find_results,
+    find_search,
+    find_tasks,
+    find_training,
+)
 from modekit.report.routing import routing_of, samples_of
 
 _Each = TypeVar("_Each")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modekit.checkpoint import Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import OutputError
-from modekit.evaluate import RESULTS_FOLDER
+from modekit.evaluation.evaluate import RESULTS_FOLDER
 from modekit.report.content import make_content
 from modekit.report.page import make_page
 from modekit.report.plots import make_plots
-from modekit.writer import write_atomically, write_json
 
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.data import TokenSequence, make_batches
-from modekit.models import ExpertView
+from modekit.loaded.models import ExpertView
 from modekit.processes import ALONE, Processes, processes
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
+from modekit.text.documents import TokenSequence, make_batches
 
 _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from modekit.errors import RecipeError
-from modekit.recipe import Router
+from modekit.recipes.recipe import Router
 from modekit.routing.statistics import DomainStatistics
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modekit.checkpoint import Gates
-from modekit.planned import RouterSlot
-from modekit.recipe import Recipe
+from modekit.checkpoint.checkpoint import Gates
+from modekit.planning.plan import RouterSlot
+from modekit.recipes.recipe import Recipe
 
 _RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from modekit.checkpoint import Checkpoint, Gates, RouterRecord
-from modekit.data import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
+from modekit.checkpoint.checkpoint import Checkpoint, Gates, RouterRecord
 from modekit.errors import TextError
-from modekit.models import ExpertView, expert_view, load_tokenizer
+from modekit.loaded.models import ExpertView, expert_view, load_tokenizer
 from modekit.processes import processes
 from modekit.progress import Progress, silent
-from modekit.recipe import DATA_FREE, Expert, Recipe, Router
+from modekit.recipes.recipe import DATA_FREE, Expert, Recipe, Router
 from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.low_rank import adapter_gates
 from modekit.routing.ngram import count_domain, load_ngram_statistics, ngram_gate, source_of
 from modekit.routing.phatgoose import train_gates
 from modekit.routing.statistics import DomainStatistics, load_statistics
+from modekit.text.documents import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from modekit.checkpoint import Checkpoint
-from modekit.families import family_of
-from modekit.plan_modekit import readers, routers_of, whole_module_unscored
-from modekit.planned import RouterSlot
-from modekit.recipe import Router
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.planning.modekit import readers, routers_of, whole_module_unscored
+from modekit.planning.plan import RouterSlot
+from modekit.recipes.recipe import Router
+from modekit.sources.families import family_of
 
 
 def adapter_gates(checkpoint: Checkpoint, settings: Router) -> list[np.ndarray[Any, np.dtype[np.float32]]]:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from modekit.checkpoint import Checkpoint
-from modekit.data import TokenSequence
-from modekit.models import load_model
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.models import load_model
+from modekit.loaded.next_token import Training, train_language_model
 from modekit.progress import Progress, silent
-from modekit.recipe import Router
-from modekit.training import Training, train_language_model
+from modekit.recipes.recipe import Router
+from modekit.text.documents import TokenSequence
 
 STEPS = 100
 _LEARNING_RATE = 1e-3

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modekit.checkpoint import STATISTICS_FOLDER, Checkpoint, RouterRecord
+from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint, RouterRecord
 from modekit.errors import RecipeError
 from modekit.processes import processes
 from modekit.progress import Progress, silent
-from modekit.recipe import BASE, READ_AT, READ_BY, Recipe, parse_recipe
+from modekit.recipes.recipe import BASE, READ_AT, READ_BY, Recipe, parse_recipe
 from modekit.routing.constant import constant_gates
 from modekit.routing.fit import fit_router
 

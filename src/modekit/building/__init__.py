@@ -1,0 +1,1 @@
+"""Plan -> checkpoint, and the proof of it."""

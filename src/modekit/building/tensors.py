@@ -1,0 +1,144 @@
+"""The bytes of every planned tensor that is not a plain copy: cast, scaled, folded, factored, merged or zero, in blocks.
+
+`build` writes them and `verify` computes them again, so that both say the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.errors import SourceError
+from modekit.planning.plan import Piece, Plan, PlannedTensor
+from modekit.sources.model import Mappings, TensorRef
+from modekit.weights.factorise import Factors, factorise
+from modekit.weights.folding import Folded, folded_bias, reader
+from modekit.weights.merge import FlatArray, merge_blocks
+from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
+
+_KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed for A serves for B
+
+
+class PieceReader:
+    """Reads pieces as flat arrays of numbers, computing what adapters and low-rank parts make of a tensor."""
+
+    def __init__(self, mappings: Mappings) -> None:
+        self.mappings = mappings
+        self._read = reader(mappings)
+        self._factors: OrderedDict[tuple[object, ...], Factors] = OrderedDict()
+
+    def values(self, piece: Piece) -> FlatArray:
+        """The piece's elements in order: its own dtype when it is plain, else float32."""
+        if piece.factor is not None:
+            factors = self._factored(piece)
+            return (factors.a if piece.factor.side == "A" else factors.b).ravel()
+        plain = self._read(piece.ref)
+        if piece.change is None:
+            return plain
+        if piece.of_bias:
+            return folded_bias(piece.change, plain, self._read)
+        rows, columns = piece.ref.shape
+        return Folded(piece.change, plain, (rows, columns), self._read)
+
+    def _factored(self, piece: Piece) -> Factors:
+        factor = piece.factor
+        assert factor is not None
+        key = (piece.ref.file, piece.ref.start, factor.expert.file, factor.expert.start, factor.rank)
+        if key not in self._factors:
+            with np.errstate(over="ignore"):
+                delta = to_float32(self._read(factor.expert)) - to_float32(self._read(piece.ref))
+            self._factors[key] = factorise(delta.reshape(piece.ref.shape), rank=factor.rank)
+            if len(self._factors) > _KEPT_FACTORS:
+                self._factors.popitem(last=False)
+        return self._factors[key]
+
+
+def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    """The tensor's bytes in order. Raises SourceError for NaN or Inf in a source, or what does not fit the dtype."""
+    if tensor.operation == "zeros":
+        for part in blocks(tensor.nbytes):
+            yield memoryview(bytes(part.stop - part.start))
+        return
+    for ref in dict.fromkeys(ref for piece in tensor.pieces for ref in piece.refs):
+        # Before computing, which can hide them: ties drops a NaN from its sum.
+        check_finite(plan, ref, read.mappings.view(ref))
+    if tensor.operation == "merge":
+        yield from _merged(plan, tensor, read)
+    elif tensor.operation == "columns":
+        yield from _side_by_side(plan, tensor, read)
+    else:
+        for piece in tensor.pieces:
+            yield from _converted(plan, piece, tensor, read)
+
+
+def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
+    """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
+    if not is_finite(view, ref.dtype):
+        source = next(source for source in plan.sources if ref.file in source.files)
+        raise SourceError(
+            "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {ref.name}",
+            remedy="the model is damaged: save or download it again",
+        )  # fmt: skip
+
+
+def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
+    try:
+        return read.values(piece)
+    except ValueError:  # what factorise makes of an infinite difference between finite weights
+        source = plan.sources[piece.source]
+        raise SourceError(
+            "the expert's difference to the base model overflows float32",
+            where=f"{source.label} ({source.spec}): {piece.ref.name}", remedy="the model is damaged: save or download it again",
+        ) from None  # fmt: skip
+
+
+def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    values = _values(plan, piece, read)
+    for part in blocks(len(values)):
+        block = to_float32(values[part])
+        if tensor.factor != 1.0:
+            block *= np.float32(tensor.factor)
+        converted = to_bytes(block, tensor.dtype)
+        if not is_finite(converted, tensor.dtype):
+            _refuse_overflow(plan, piece, tensor)
+        yield converted
+
+
+def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    """Pieces (O, R_e) as the columns of one (O, R) tensor."""
+    rows = tensor.shape[0]
+    parts: list[npt.NDArray[np.generic]] = [np.asarray(_values(plan, piece, read)).reshape(rows, -1) for piece in tensor.pieces]
+    group = max(1, BLOCK // tensor.shape[1])
+    for start in range(0, rows, group):
+        taken = [np.ascontiguousarray(to_float32(part[start : start + group])) for part in parts]
+        converted = to_bytes(np.concatenate(taken, axis=1).ravel(), tensor.dtype)
+        if not is_finite(converted, tensor.dtype):
+            finite = (is_finite(to_bytes(part.ravel(), tensor.dtype), tensor.dtype) for part in taken)
+            _refuse_overflow(plan, next(piece for piece, fits in zip(tensor.pieces, finite, strict=True) if not fits), tensor)
+        yield converted
+
+
+def _refuse_overflow(plan: Plan, piece: Piece, tensor: PlannedTensor) -> NoReturn:
+    source = plan.sources[piece.source]
+    raise SourceError(
+        f"the weights do not fit {DTYPES[tensor.dtype]}", where=f"{source.label} ({source.spec}): {piece.ref.name}",
+        remedy="choose output: {dtype: bfloat16} or float32",
+    )  # fmt: skip
+
+
+def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    settings = plan.recipe.mixture.merge
+    assert settings is not None
+    base, *experts = (read.values(piece) for piece in tensor.pieces)
+    for block in merge_blocks(settings, base, experts):
+        merged = to_bytes(block.astype(np.float32), tensor.dtype)
+        if not is_finite(merged, tensor.dtype):
+            raise SourceError(
+                f"the merged backbone overflows {DTYPES[tensor.dtype]}", where=f"mixture.backbone: {tensor.name}",
+                remedy="choose output: {dtype: bfloat16} or float32, or a smaller scale",
+            )  # fmt: skip
+        yield merged

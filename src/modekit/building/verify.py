@@ -1,0 +1,248 @@
+"""Proof that a checkpoint is what modekit.json says: `modekit verify OUT`.
+
+Each check is a row with its own verdict; a checkpoint is proven when no row failed. Sources that are gone make the
+comparison impossible, which is reported as such and never as a success.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from modekit.building.tensors import PieceReader, computed_blocks
+from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
+from modekit.errors import ModekitError
+from modekit.planning.make import make_plan
+from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
+from modekit.progress import Progress, silent
+from modekit.sources.model import Mappings
+from modekit.weights.numeric import blocks, is_finite
+
+Verdict = Literal["proven", "failed", "not possible"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the proof."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+def verify(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False, reload: bool = True, progress: Progress = silent
+) -> list[Check]:
+    """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers."""
+    checks = [_check_digest(checkpoint), *_check_sources(checkpoint, progress)]
+    try:
+        plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root, trust_remote_code=trust_remote_code)
+    except ModekitError as error:
+        checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
+        plan = None
+    mappings = Mappings()
+    try:
+        checks.append(_check_names(checkpoint, plan))
+        if plan is not None:
+            checks.append(_check_config(checkpoint, plan))
+            checks.append(_check_files(checkpoint, plan))
+            checks.append(_check_copies(checkpoint, plan, mappings, progress))
+            checks.append(_check_computed(checkpoint, plan, mappings, progress))
+        if checkpoint.record.trained:
+            checks.append(_check_trained(checkpoint, mappings))
+        checks.append(_check_finite(checkpoint, mappings, progress))
+    finally:
+        mappings.close()
+    checks.append(_check_router(checkpoint))
+    if reload:
+        checks.append(_check_reload(checkpoint.folder, trust_remote_code))
+    return checks
+
+
+def is_proven(checks: Iterable[Check]) -> bool:
+    """Whether no check failed and none was impossible."""
+    return all(check.verdict == "proven" for check in checks)
+
+
+def _check_digest(checkpoint: Checkpoint) -> Check:
+    record = checkpoint.record
+    same = record.recipe.digest() == record.recipe_digest
+    return Check(
+        "recipe digest", "proven" if same else "failed", record.recipe_digest[:16] if same else f"{RECORD_FILE} was edited"
+    )
+
+
+def _check_sources(checkpoint: Checkpoint, progress: Progress) -> Iterator[Check]:
+    for source in checkpoint.record.sources:
+        folder = (checkpoint.folder / source.folder).resolve()
+        name = f"source {source.label}"
+        gone = [file for file in source.files if not (folder / file).exists()]
+        if gone:
+            yield Check(name, "not possible", f"no longer at {folder}")
+            continue
+        changed = []
+        for file, expected in source.files.items():
+            if (folder / file).stat().st_size != expected.size or _blake3(folder / file, progress, name) != expected.blake3:
+                changed.append(file)
+        if changed:
+            yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
+        else:
+            yield Check(name, "proven", f"{len(source.files)} files, blake3 as recorded")
+
+
+def _blake3(path: Path, progress: Progress, stage: str) -> str:
+    digest, size, done = blake3(), path.stat().st_size, 0
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(4 * 2**20):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(stage, done, size)
+    return digest.hexdigest()
+
+
+def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
+    found = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
+    if plan is None:
+        return Check("tensor names and shapes", "not possible", "no plan without the sources")
+    planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+    wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
+    if wrong:
+        return Check("tensor names and shapes", "failed", f"{len(wrong)} differ from the plan, first {wrong[0]}")
+    return Check("tensor names and shapes", "proven", f"{len(found)} tensors as planned")
+
+
+def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
+    trained = checkpoint.record.trained
+    copied = [tensor for tensor in plan.tensors if tensor.operation == "copy" and tensor.name not in trained]
+    total, done = sum(tensor.nbytes for tensor in copied), 0
+    for tensor in copied:
+        if not _same_bytes(checkpoint, tensor, mappings):
+            return Check("copied tensors", "failed", f"{tensor.name} differs from its source")
+        done += tensor.nbytes
+        progress("compare", done, total)
+    return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit")
+
+
+def _check_trained(checkpoint: Checkpoint, mappings: Mappings) -> Check:
+    """What a training moved cannot be computed again; it is what modekit.json records."""
+    for name, digest in checkpoint.record.trained.items():
+        ref = checkpoint.tensors.get(name)
+        if ref is None or blake3(mappings.view(ref)).hexdigest() != digest:
+            return Check("trained tensors", "failed", f"{name} is not the one that {RECORD_FILE} records")
+    runs = len(checkpoint.record.training)
+    return Check("trained tensors", "proven", f"{len(checkpoint.record.trained)} tensors as recorded by {runs} training(s)")
+
+
+def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
+    planned, found = dict(plan.config), checkpoint.config
+    wrong = sorted(key for key in planned.keys() | found.keys() if planned.get(key) != found.get(key))
+    if wrong:
+        detail = f"{wrong[0]} is {found.get(wrong[0])!r}, planned {planned.get(wrong[0])!r}"
+        return Check("config.json", "failed", f"{len(wrong)} settings differ: {detail}")
+    return Check("config.json", "proven", f"{len(found)} settings as planned")
+
+
+def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
+    for file in (*plan.copied_files, *plan.code_files):
+        ours = checkpoint.folder / file.name
+        if not ours.exists() or ours.read_bytes() != file.read_bytes():
+            return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
+    count = len(plan.copied_files)
+    code = f", {len(plan.code_files)} of code as this version's" if plan.code_files else ""
+    return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
+
+
+def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
+    trained = checkpoint.record.trained
+    computed = [
+        tensor
+        for tensor in plan.tensors
+        if tensor.role != "router" and tensor.operation != "copy" and tensor.name not in trained
+    ]
+    read = PieceReader(mappings)
+    total, done = sum(tensor.nbytes for tensor in computed), 0
+    for tensor in computed:
+        ref = checkpoint.tensors.get(tensor.name)
+        content = mappings.view(ref) if ref is not None else memoryview(b"")
+        start = 0
+        for block in computed_blocks(plan, tensor, read):
+            if not np.array_equal(np.frombuffer(content[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8)):
+                return Check("computed tensors", "failed", f"{tensor.name} is not what the recipe makes of its sources")
+            start += len(block)
+        done += tensor.nbytes
+        progress("compute again", done, total)
+    return Check("computed tensors", "proven", f"{len(computed)} cast, scaled, folded, merged or zero tensors computed again")
+
+
+def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mappings) -> bool:
+    if tensor.name not in checkpoint.tensors:
+        return False
+    ours = mappings.view(checkpoint.tensors[tensor.name])
+    start = 0
+    for piece in tensor.pieces:
+        theirs = mappings.view(piece.ref)
+        if len(ours) < start + len(theirs):
+            return False
+        for part in blocks(len(theirs)):
+            mine = ours[start + part.start : start + part.stop]
+            if not np.array_equal(np.frombuffer(mine, np.uint8), np.frombuffer(theirs[part], np.uint8)):
+                return False
+        start += len(theirs)
+    return start == len(ours)
+
+
+def _check_finite(checkpoint: Checkpoint, mappings: Mappings, progress: Progress) -> Check:
+    total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
+    for name, ref in checkpoint.tensors.items():
+        view = mappings.view(ref)
+        for part in blocks(len(view)):
+            if not is_finite(view[part], ref.dtype):
+                return Check("finite values", "failed", f"NaN or Inf in {name}")
+        done += ref.nbytes
+        progress("finite", done, total)
+    return Check("finite values", "proven", f"{total:,} bytes")
+
+
+def _check_router(checkpoint: Checkpoint) -> Check:
+    for slot in checkpoint.slots:
+        ref = checkpoint.tensors.get(slot.name)
+        if ref is None or ref.shape != slot.shape:
+            found = None if ref is None else list(ref.shape)
+            return Check("router", "failed", f"{slot.name}: {found}, expected {list(slot.shape)}")
+    if hashlib.sha256((checkpoint.folder / ROUTER_FILE).read_bytes()).hexdigest() != checkpoint.record.router.sha256:
+        return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
+    recipe = checkpoint.record.recipe
+    if checkpoint.with_recipe(recipe).config != checkpoint.config:
+        return Check("router", "failed", "config.json routes in another way than the recipe in modekit.json")
+    shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
+    status = checkpoint.record.router.status
+    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}")
+
+
+def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from modekit.loaded import models as _models  # noqa: F401  (quiets transformers' progress bars)
+
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    try:
+        model, report = load(folder, trust_remote_code=trust_remote_code, output_loading_info=True)
+    except Exception as error:  # whatever transformers raises, the proof has failed
+        return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        return Check(
+            "reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}"
+        )
+    with torch.inference_mode():
+        logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+    if not torch.isfinite(logits).all():
+        return Check("reload in transformers", "failed", "the logits of a first pass are not finite")
+    return Check("reload in transformers", "proven", f"{type(model).__name__}, all keys matched, finite logits")

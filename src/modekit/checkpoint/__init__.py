@@ -1,0 +1,1 @@
+"""The result folder: how it appears, its record, its router file."""

@@ -1,0 +1,157 @@
+"""What `modekit advise` draws on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from modekit.cli.printing.mixtures import bytes_of, count_of, out
+
+if TYPE_CHECKING:
+    from modekit.search.advise.advice import Advice
+    from modekit.search.advise.findings import Finding
+    from modekit.search.advise.gain import Estimate
+
+_MOST_WITH_ERRORS = 4  # columns that fit a terminal
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+
+
+def print_advice(advice: Advice) -> None:
+    """Draw what was found, from the files to the recipe."""
+    moved = [place for place in advice.usable if advice.drift.moved[place]]
+    if moved:
+        _print_drift(advice, moved)
+    if len(moved) > 1:
+        _print_cosines(advice, moved)
+    if advice.measured.gains is not None:
+        _print_losses(advice)
+        _print_gains(advice)
+    if advice.measured.words is not None:
+        _print_words(advice)
+    print_findings(advice.findings)
+    _print_choices(advice)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
+    return table
+
+
+def _print_drift(advice: Advice, moved: Sequence[int]) -> None:
+    drift = advice.drift
+    table = _table("expert", "all", *drift.groups)
+    for place in moved:
+        cells = []
+        for group in drift.groups:
+            relative, share = drift.relative(place, group), drift.share(place, group)
+            cells.append("0" if share == 0 else f"{'-' if relative is None else f'{relative:.3f}'}  {share:4.0%}")
+        table.add_row(escape(advice.name(place)), f"{drift.total(place):.3f}", *cells)
+    out.print("How far experts moved: |difference| / |base|, and the group's share of the squared difference.")
+    out.print(table)
+
+
+def _print_cosines(advice: Advice, moved: Sequence[int]) -> None:
+    table = _table("expert", *(escape(advice.name(place)) for place in moved))
+    for place in moved:
+        cosines = ((other, advice.drift.cosine(place, other)) for other in moved)
+        table.add_row(
+            escape(advice.name(place)),
+            *("" if other == place or cosine is None else f"{cosine:.2f}" for other, cosine in cosines),
+        )
+    out.print("\nWhether they moved the same way: cosine of their differences from the base.")
+    out.print(table)
+
+
+def _print_losses(advice: Advice) -> None:
+    gains = advice.measured.gains
+    assert gains is not None
+    domains = list(next(iter(gains.whole.values())))
+    table = _table("model", *(escape(advice.name(place)) for place in domains))
+    for model, row in gains.whole.items():
+        cells = [f"[bold]{row[domain].mean:.3f}[/]" if domain == model else f"{row[domain].mean:.3f}" for domain in domains]
+        table.add_row(escape(advice.name(model)), *cells)
+    tokens = [advice.measured.texts[place]["tokens"] for place in domains]
+    size = f"{min(tokens):,}" + (f" to {max(tokens):,}" if min(tokens) < max(tokens) else "")
+    out.print(
+        f"\nHeld-out loss in nats per token ({size} tokens per domain of the select split), an expert's own text in bold."
+    )
+    out.print(table)
+
+
+def _print_gains(advice: Advice) -> None:
+    gains = advice.measured.gains
+    assert gains is not None
+    columns = {place: shares for place in gains.parts if (shares := advice.shares(place)) is not None}
+    if not columns:
+        return
+    errors = len(columns) <= _MOST_WITH_ERRORS
+
+    def figure(share: Estimate) -> str:
+        return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if errors and share.error else "")
+
+    table = _table("put into the base", *(escape(advice.name(place)) for place in columns))
+    for part in next(iter(columns.values())):
+        table.add_row(part, *(figure(shares[part]) for shares in columns.values()))
+    if gains.on_average:
+        on_average = (gains.share(place, gains.on_average[place]) for place in columns)
+        table.add_row("ffn, rest averaged", *map(figure, on_average))
+    title = "Where the gain sits: share of an expert's gain on its own text"
+    out.print(f"\n{title}, with its standard error." if errors else f"\n{title} (standard errors: --json).")
+    out.print(table)
+
+
+def _print_words(advice: Advice) -> None:
+    words = advice.measured.words
+    assert words is not None
+    table = _table("text of", *(escape(advice.name(place)) for place in words.domains))
+    for row, place in enumerate(words.domains):
+        table.add_row(escape(advice.name(place)), *(f"{share:.2f}" for share in words.named[row]))
+    out.print("\nWhich domain n-grams take a token for, knowing the text so far: share of held-out tokens.")
+    out.print(table)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Draw findings, the gravest first."""
+    if findings:
+        out.print("\nFindings")
+    for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
+        found = f": {finding.found}" if finding.found else ""
+        colour = _COLOURS[finding.level]
+        text = f"[{colour}]{finding.level}[/]  [bold]{escape(finding.about)}[/]  {escape(finding.what + found)}"
+        out.print(text, highlight=False, soft_wrap=True)
+        if finding.to_do:
+            out.print(f"  [dim]to do: {escape(finding.to_do)}[/]", highlight=False, soft_wrap=True)
+
+
+def _print_choices(advice: Advice) -> None:
+    out.print("\nAdvice")
+    if advice.recipe is None:
+        out.print("  Nothing is left to mix: no expert can be used and differs from the base for the better.")
+        return
+    for choice in advice.choices:
+        keys = ", ".join(f"{key}: {_inline(value)}" for key, value in choice.mixture.items())
+        out.print(f"[bold green]{escape(keys)}[/]", highlight=False, soft_wrap=True)
+        out.print(f"  {escape(choice.why)}", highlight=False, soft_wrap=True)
+        out.print(f"  [dim]{escape(choice.source)}[/]", highlight=False, soft_wrap=True)
+    plan = advice.plan
+    assert plan is not None
+    sizes = plan["parameters"]
+    out.print(
+        f"[bold]gives[/] {escape(plan['architecture'])}, {count_of(sizes['total'])} parameters, {count_of(sizes['active'])} "
+        f"active per token, {bytes_of(plan['bytes']['written'])}", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for note in plan["notes"]:
+        out.print(f"  [yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    for limit in advice.limits:
+        out.print(f"[dim]{escape(limit)}[/]", highlight=False, soft_wrap=True)
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_inline(entry)}" for key, entry in value.items()) + "}"
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)

@@ -1,0 +1,239 @@
+"""What `modekit inspect` draws: tables of a mixture, and a text whose words are tinted by the experts that lead on them.
+
+Texts and names are drawn as they are: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.markup import escape
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from modekit.cli.printing.mixtures import out
+
+if TYPE_CHECKING:
+    from modekit.evaluation.inspection.words import Word
+
+_MOST_WORDS = 200
+_MOST_LAYERS = 8
+_TOP_TOKENS = 10
+_UNSURE = 0.8  # of the largest entropy
+_GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
+
+
+def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
+    """Draw what inspect.json holds, the mean over the routers where there are several."""
+    names, domains = data["experts"], data["per_domain"]
+    unseen = set(data["unseen"])
+    titles = [f"{name}\nunseen" if name in unseen else name for name in domains]
+    used = data["utilisation"]
+
+    out.print("Mean weight of each expert per domain; in brackets the fraction of tokens that chose it.")
+    rows: list[_Row] = []
+    for place, name in enumerate(names):
+        cells = [
+            f"{_mean(r[place] for r in entry['shares']):.2f} ({_mean(r[place] for r in entry['chosen']):.2f})"
+            for entry in domains.values()
+        ]
+        rows.append((name, [*_bold_own(cells, domains, name), f"{_mean(router[place] for router in used):.2f}"], ""))
+    agreement = [entry["agreement"] for entry in domains.values()]
+    rows.append(("agreement", ["-" if each is None else f"{_mean(each):.2f}" for each in agreement] + [""], "dim"))
+    rows.append(("entropy", [f"{_mean(entry['entropy']):.2f}" for entry in domains.values()] + [""], "dim"))
+    _print_table("expert", [*titles, "used"], rows)
+    _print_routers(data)
+    if any(entry["without"] for entry in domains.values()):
+        _print_without(names, titles, domains)
+    out.print(f"\nSimilarity (cosine) of {escape(data['similarity']['of'])}.")
+    cosines = zip(names, data["similarity"]["experts"], strict=True)
+    _print_table("", names, [(name, [f"{value:.2f}" for value in row], "") for name, row in cosines])
+    _print_dead(data)
+    out.print("\nTokens with the largest mean weight of each expert.")
+    for name, found in data["top_tokens"].items():
+        tokens = "  ".join(printable(each["token"]) for each in found[:_TOP_TOKENS])
+        out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
+    _print_notes(data["notes"])
+    out.print(f"[dim]{escape(str(folder))}: inspect.json[/]")
+
+
+def _print_routers(data: Mapping[str, Any]) -> None:
+    """Agreement and entropy layer by layer, of a few layers when there are many."""
+    routers = data["routers"]
+    layers = sorted({router["layer"] for router in routers if router["layer"] is not None})
+    if len(layers) < 2:
+        return
+    own = [data["per_domain"][name] for name in data["domains"]]
+    shown = layers[:: math.ceil(len(layers) / _MOST_LAYERS)]
+    out.print("\nAgreement with the domain's own expert, entropy in brackets, by layer; means over domains.")
+    rows: list[_Row] = []
+    for module in dict.fromkeys(router["module"] for router in routers if router["layer"] is not None):
+        places = {router["layer"]: place for place, router in enumerate(routers) if router["module"] == module}
+        cells = [
+            f"{_mean(e['agreement'][places[layer]] for e in own):.2f} ({_mean(e['entropy'][places[layer]] for e in own):.2f})"
+            if layer in places
+            else "-"
+            for layer in shown
+        ]
+        rows.append((module, cells, ""))
+    _print_table("router", [str(layer) for layer in shown], rows)
+
+
+def _print_without(names: Sequence[str], titles: Sequence[str], domains: Mapping[str, Any]) -> None:
+    out.print("\nWhat leaving out an expert adds to the loss, nats per token. named: texts that miss their own expert most.")
+    rows: list[_Row] = []
+    for name in names:
+        cells = [f"{entry['without'][name]:+.3f}" for entry in domains.values()]
+        rows.append((name, _bold_own(cells, domains, name), ""))
+    rows.append(("loss", [f"{entry['loss']:.3f}" for entry in domains.values()], "dim"))
+    named = [entry["named"] for entry in domains.values()]
+    rows.append(("named", ["-" if each is None else f"{each:.0%}" for each in named], "dim"))
+    _print_table("left out", titles, rows)
+
+
+def _bold_own(cells: Sequence[str], domains: Mapping[str, Any], name: str) -> list[str]:
+    """The cells of an expert with that of its own domain in bold."""
+    own = [entry["expert"] == name for entry in domains.values()]
+    return [f"[bold]{cell}[/]" if mine else cell for cell, mine in zip(cells, own, strict=True)]
+
+
+def _print_dead(data: Mapping[str, Any]) -> None:
+    routers: dict[str, list[str]] = {}
+    for dead in data["dead"]:
+        router = data["routers"][dead["router"]]
+        routers.setdefault(dead["expert"], []).append(
+            "" if router["layer"] is None else f"{router['layer']} {router['module']}"
+        )
+    out.print("\nDead experts: " + ("none." if not routers else ""))
+    for name, places in routers.items():
+        where = "in every router" if len(places) == len(data["routers"]) else f"in layer {', '.join(places)}"
+        out.print(f"  [yellow]{escape(name)}[/] {escape(where)}")
+
+
+def print_trace(trace: Mapping[str, Any]) -> None:
+    """Draw a text word by word, then what each expert is worth for it."""
+    from modekit.evaluation.inspection.words import words_of
+
+    names = trace["experts"]
+    words, more = words_of(trace, _MOST_WORDS)
+    coloured = out.color_system is not None and not out.no_color
+    letters = [chr(ord("A") + place) if place < 26 else f"E{place}" for place in range(len(names))]
+    legend = Text("  ").join(
+        Text(f" {name} ", style=_tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
+        for place, name in enumerate(names)
+    )
+    if coloured:
+        out.print(
+            "Each word by the expert that leads on it, the stronger its weight the stronger the colour; below it its loss."
+        )
+        _print_glossed(words, lambda word: _loss(word), lambda word: _tint(word.leader, float(word.weights_E.max())))
+    else:
+        out.print("Below each word: the leading expert's letter and its weight in percent, and the word's loss.")
+
+        def gloss(word: Word) -> str:
+            return f"{letters[word.leader]}{100 * word.weights_E.max():.0f} {_loss(word)}"
+
+        _print_glossed(words, gloss, lambda _: Style())
+    out.print(legend)
+    if more:
+        out.print(f"[dim]The first {len(words)} words are shown; the text has {len(trace['tokens']):,} tokens.[/]")
+    _print_worth(trace)
+    _print_notes(trace["notes"])
+
+
+def _print_worth(trace: Mapping[str, Any]) -> None:
+    names = trace["experts"]
+    rows: list[_Row] = []
+    for place, name in enumerate(names):
+        share = _mean(_mean(token[place] for token in router) for router in trace["weights"])
+        rows.append((name, [f"{share:.2f}", f"{trace['without'][name]:+.3f}" if trace["without"] else "-"], ""))
+    out.print()
+    _print_table("expert", ["mean\nweight", "left out\nadds"], rows)
+    largest = math.log(min(trace["top_k"] or len(names), len(names)))
+    base = "" if trace["base_loss"] is None else f", of the base model {trace['base_loss']:.3f}"
+    out.print(f"loss {trace['loss']:.3f} nats per token{base}; entropy {trace['entropy']:.2f} of at most {largest:.2f} nats")
+    if largest and trace["entropy"] > _UNSURE * largest:
+        out.print("[yellow]The routers are unsure: this text is like that of no domain, or of several.[/]")
+    if trace["base_loss"] is not None and trace["loss"] >= trace["base_loss"]:
+        out.print("[yellow]The base model is as good without any expert: this text is like that of no domain.[/]")
+
+
+def _print_glossed(words: Sequence[Word], gloss: Callable[[Word], str], style: Callable[[Word], Style]) -> None:
+    """Words side by side with a line below them, wrapped to the terminal's width."""
+    above, below, used = Text(), Text(), 0
+    for word in words:
+        shown, under = printable(word.text), gloss(word)
+        width = min(max(cell_len(shown), cell_len(under)), out.width - 1)
+        if used and used + width > out.width - 1:
+            _print_lines(above, below)
+            above, below, used = Text(), Text(), 0
+        tinted = Text(set_cell_size(shown, min(cell_len(shown), width)), style=style(word))
+        above.append_text(tinted).append(" " * (width - tinted.cell_len + 1))
+        below.append(set_cell_size(under, width) + " ")
+        used += width + 1
+    if used:
+        _print_lines(above, below)
+
+
+def _print_lines(above: Text, below: Text) -> None:
+    below.stylize("dim")
+    for line in (above, below):
+        line.rstrip()
+        out.print(line, no_wrap=True, overflow="crop", highlight=False)
+
+
+def _loss(word: Word) -> str:
+    return "-" if word.loss is None else f"{word.loss:.1f}"
+
+
+def _tint(expert: int, strength: float) -> Style:
+    """Black on a colour of the expert's own, paler the weaker."""
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert * _GOLDEN % 1, 0.7 * strength, 1.0))
+    return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: control and format characters are written out, a space at an end is shown."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    stripped = shown.strip(" ")
+    return "␣" * (len(shown) - len(shown.lstrip(" "))) + stripped if stripped else "␣" * len(shown)
+
+
+_Row = tuple[str, Sequence[str], str]
+"""Name, cells in markup, style."""
+
+
+def _print_table(first: str, titles: Sequence[str], rows: Sequence[_Row]) -> None:
+    """Draw a table; what is too wide for the terminal goes on in another one below."""
+    lines = [[title.split("\n") for title in titles], *([[Text.from_markup(c).plain] for c in cells] for _, cells, _ in rows)]
+    widths = [max(cell_len(line) for cells in lines for line in cells[place]) + 2 for place in range(len(titles))]
+    names = max(cell_len(name) for name in (first, *(name for name, _, _ in rows)))
+    start = 0
+    while start < len(titles):
+        stop = start + 1
+        while stop < len(titles) and names + sum(widths[start : stop + 1]) <= out.width:
+            stop += 1
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(escape(first), no_wrap=True)
+        for title in titles[start:stop]:
+            table.add_column(escape(title), justify="right", no_wrap=True)
+        for name, cells, style in rows:
+            table.add_row(escape(name), *cells[start:stop], style=style)
+        out.print(table)
+        start = stop
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def _mean(values: Iterable[float]) -> float:
+    every = list(values)
+    return sum(every) / len(every)

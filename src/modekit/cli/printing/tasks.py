@@ -1,0 +1,75 @@
+"""What the command line draws of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from modekit.cli.printing.mixtures import out
+
+if TYPE_CHECKING:
+    from modekit.evaluation.tasks.intervals import Estimate
+    from modekit.evaluation.tasks.results import TaskResults, TaskScores
+
+
+def print_tasks(results: TaskResults) -> None:
+    """Draw a table per kind of question, a column per model; then one of the tasks asked for by name."""
+    out.print("Scores of each model, 95 % interval below; mixture -: the mixture's mean minus the model's, paired.")
+    kinds: dict[str, dict[str, TaskScores]] = {}
+    for name, scores in results.tasks.items():
+        if scores.domain is not None:
+            kind = name.removeprefix(f"modekit_{scores.domain}_")
+            kinds.setdefault(kind, {})[scores.domain + ("\nunseen" if scores.unseen else "")] = scores
+    for kind, by_domain in kinds.items():
+        _print_table(results, kind, by_domain, results.macro.get(kind))
+    if "questions" in results.macro and len(kinds) > 1:
+        _print_table(results, "questions", {}, results.macro["questions"])
+    named = {name: scores for name, scores in results.tasks.items() if scores.domain is None}
+    for metric in dict.fromkeys(scores.metric for scores in named.values()):
+        of_metric = {name: scores for name, scores in named.items() if scores.metric == metric}
+        _print_table(results, "tasks", of_metric, results.macro.get(metric))
+    for note in results.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScores], mean: TaskScores | None) -> None:
+    first = mean or next(iter(lines.values()))
+    chances = {scores.chance for scores in lines.values()} or {first.chance}
+    chance = f", chance {first.chance:.2f}" if first.chance is not None and len(chances) == 1 else ""
+    out.print(
+        f"[bold]{escape(title)}[/] ({escape(first.metric)}{chance}{'' if first.higher_is_better else ', less is better'})"
+    )
+    models = [model for model in results.models if any(model in scores.rows for scores in [first, *lines.values()])]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("n", justify="right", style="dim", no_wrap=True)
+    for model in models:
+        table.add_column(escape(model), justify="right", no_wrap=True, style="green" if model == "mixture" else None)
+    for label, scores in lines.items():
+        cells = [_cell(scores.rows.get(model), scores.metric) for model in models]
+        table.add_row(escape(label), str(scores.items), *map(escape, cells))
+    if mean is not None:
+        table.add_row("mean", str(mean.items), *(escape(_cell(mean.rows.get(m), mean.metric)) for m in models), style="bold")
+    if first is mean and first.differences:
+        cells = [_cell(mean.differences.get(model), mean.metric, "+") for model in models]
+        table.add_row("mixture -", "", *map(escape, cells))
+    out.print(table)
+    out.print()
+
+
+def _cell(estimate: Estimate | None, metric: str, sign: str = "") -> str:
+    """A score, and below it the bounds of its interval, short enough for six models on a terminal."""
+    from modekit.evaluation.tasks.results import PERCENTAGES
+
+    if estimate is None:
+        return "-"
+    digits, fewer = (1, 1) if metric in PERCENTAGES else (3, 2)
+    value = f"{estimate.value:{sign}.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    bounds = (f"{bound:{sign}.{fewer}f}".replace("0.", ".", 1) if fewer == 2 else f"{bound:{sign}.{fewer}f}"
+              for bound in (estimate.low, estimate.high))  # fmt: skip
+    return f"{value}\n{' '.join(bounds)}"

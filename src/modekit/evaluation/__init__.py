@@ -1,0 +1,1 @@
+"""What a mixture is worth and what its routers do."""

@@ -1,0 +1,216 @@
+"""`modekit inspect OUT`: routing statistics per domain, leave one expert out, similarity; OUT/results/inspect.json.
+
+The text is what `modekit eval` scores. A *text* here is one sequence of it: a document, or a piece of one.
+
+Shape legend: S sequence, E experts, R routers, N sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.staging import write_atomically
+from modekit.evaluation.evaluate import RESULTS_FOLDER, Domain, held_out_domains
+from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
+from modekit.evaluation.inspection.routers import routers_of
+from modekit.evaluation.inspection.similarity import similarity
+from modekit.evaluation.inspection.tokens import TopTokens, token_texts
+from modekit.loaded.models import load_model, load_tokenizer
+from modekit.progress import Progress, silent
+from modekit.text.documents import TokenSequence
+
+INSPECT_FILE = "inspect.json"
+FORMAT = 1
+_DEAD = 1e-3  # mean weight below which an expert is dead in a router
+_SAMPLES = 3  # texts per domain that are written with the weights of every token
+_SAMPLE_TOKENS = 200
+_SAMPLE_WEIGHTS = 2**17  # of all routers and experts together: a text is cut shorter where there are many
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    *,
+    tokens_per_domain: int = 8_192,
+    sequence_length: int = 512,
+    trust_remote_code: bool = False,
+    write: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """What docs/inspect.md describes, as plain data; with `write` in OUT/results/inspect.json, too.
+
+    Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text.
+    """
+    domains = held_out_domains(
+        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, trust_remote_code=trust_remote_code
+    )
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(routers_of(checkpoint)) * len(checkpoint.names))))
+    samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
+    advance = counted(progress, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
+    top = TopTokens(int(model.config.vocab_size), len(checkpoint.names))
+    per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
+    shown = _of_samples(model, checkpoint, tokenizer, [sequence for _, sequence in samples], advance)
+    alike = similarity(checkpoint, progress)
+    own = [domain.name for domain in domains if domain.expert is not None]
+    data = {
+        "format": FORMAT,
+        "checkpoint": checkpoint.identity,
+        "experts": checkpoint.names,
+        "domains": own,
+        "unseen": [domain.name for domain in domains if domain.expert is None],
+        "routers": [vars(router) for router in routers_of(checkpoint)],
+        "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
+        "per_domain": per_domain,
+        "utilisation": np.mean([per_domain[name]["shares"] for name in own], axis=0).tolist(),
+        "dead": _dead(checkpoint.names, per_domain),
+        "similarity": {"experts": alike.experts.tolist(), "of": alike.of},
+        "top_tokens": top.by_expert(tokenizer, checkpoint.names),
+        "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
+        "notes": [*_notes(checkpoint), *alike.notes],
+    }
+    rounded: dict[str, Any] = six_digits(data)
+    if write:
+        (checkpoint.folder / RESULTS_FOLDER).mkdir(exist_ok=True)
+        text = json.dumps(rounded, sort_keys=True, ensure_ascii=False) + "\n"  # indented it would be three times as long
+        write_atomically(checkpoint.folder / RESULTS_FOLDER / INSPECT_FILE, text.encode())
+    return rounded
+
+
+def six_digits(value: Any) -> Any:
+    """Plain data with every float rounded to six significant digits."""
+    if isinstance(value, dict):
+        return {key: six_digits(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [six_digits(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def counted(progress: Progress, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
+    """An `Advance` that reports tokens of all passes over these sequences: as they are, and without each expert."""
+    passes = 1 + (len(checkpoint.names) if len(checkpoint.names) > 1 else 0)
+    total, done = passes * sum(len(sequence.ids) for sequence in sequences), 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress("inspect", done, total)
+
+    return advance
+
+
+def named_changes(checkpoint: Checkpoint, changes_E: Array64) -> dict[str, float]:
+    """Expert -> what leaving it out changes; of a single expert nothing is known."""
+    return dict(zip(checkpoint.names[: len(changes_E)], changes_E.tolist(), strict=True))
+
+
+def _of_domain(
+    model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, top: TopTokens, advance: Advance
+) -> dict[str, Any]:
+    """The entry of a domain under `per_domain`."""
+    sequences, names = domain.sequences, checkpoint.names
+    shape = (len(sequences), len(routers_of(checkpoint)))
+    shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
+    entropy_NR, agreement_NR = np.zeros(shape), np.zeros(shape)
+
+    def consume(row: int, weights_RSE: Array32, chosen_RSE: Array32, entropy_RS: Array32) -> None:
+        shares_NRE[row] = weights_RSE.sum(1, dtype=np.float64)
+        chosen_NRE[row] = chosen_RSE.sum(1, dtype=np.float64)
+        entropy_NR[row] = entropy_RS.sum(1, dtype=np.float64)
+        if domain.expert is not None:
+            agreement_NR[row] = _leading(weights_RSE, domain.expert).sum(1)
+        top.add(sequences[row].ids, weights_RSE.mean(0))
+
+    whole_N = sums_of(traced_losses(model, checkpoint, sequences, consume, advance))
+    changes_EN = changes_without(model, checkpoint, sequences, whole_N, advance)
+    tokens = sum(len(sequence.ids) for sequence in sequences)
+    shares_RE = shares_NRE.sum(0) / tokens
+    if not _base_is_outside(checkpoint):
+        shares_RE = shares_RE / shares_RE.sum(-1, keepdims=True)  # rounding
+    return {
+        "expert": None if domain.expert is None else names[domain.expert],
+        "documents": len(sequences),
+        "tokens": tokens,
+        "loss": float(whole_N.sum()) / domain.scored_tokens,
+        "shares": shares_RE.tolist(),
+        "chosen": (chosen_NRE.sum(0) / tokens).tolist(),
+        "entropy": (entropy_NR.sum(0) / tokens).tolist(),
+        "agreement": None if domain.expert is None else (agreement_NR.sum(0) / tokens).tolist(),
+        "without": named_changes(checkpoint, changes_EN.sum(1) / domain.scored_tokens),
+        "named": _named(changes_EN, domain.expert),
+    }
+
+
+def _leading(weights_RSE: Array32, expert: int) -> Array64:
+    """1 where no expert has a larger weight, (R, S); a draw of several counts for each its part."""
+    leads_RSE = weights_RSE >= weights_RSE.max(-1, keepdims=True)
+    leading: Array64 = leads_RSE[..., expert] / leads_RSE.sum(-1)
+    return leading
+
+
+def _named(changes_EN: Array64, expert: int | None) -> float | None:
+    """Fraction of sequences for which leaving out this expert hurts more than leaving out any other."""
+    if expert is None or not len(changes_EN):
+        return None
+    others = np.delete(changes_EN, expert, axis=0).max(0)
+    return float(np.mean(changes_EN[expert] > others))
+
+
+def _samples(sequences: Sequence[TokenSequence], longest: int) -> list[TokenSequence]:
+    """A few texts that are long enough to show something, cut to what is shown."""
+    order = sorted(range(len(sequences)), key=lambda row: (-min(longest, len(sequences[row].ids)), row))
+    return [TokenSequence(sequences[row].ids[:longest], 0) for row in sorted(order[:_SAMPLES])]
+
+
+def _of_samples(
+    model: PreTrainedModel, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence],
+    advance: Advance,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The entries of samples under `texts`."""
+    weights: dict[int, Array32] = {}
+
+    def consume(row: int, weights_RSE: Array32, _chosen: Array32, _entropy: Array32) -> None:
+        weights[row] = weights_RSE
+
+    losses = traced_losses(model, checkpoint, sequences, consume, advance)
+    changes_EN = changes_without(model, checkpoint, sequences, sums_of(losses), advance)
+    found = []
+    for row, sequence in enumerate(sequences):
+        texts = token_texts(tokenizer, sequence.ids)
+        tokens = [{"text": text, "loss": loss} for text, loss in zip(texts, [None, *losses[row].tolist()], strict=True)]
+        found.append(
+            {
+                "text": "".join(texts), "loss": float(losses[row].mean(dtype=np.float64)), "tokens": tokens,
+                "weights": weights[row].tolist(), "without": named_changes(checkpoint, changes_EN[:, row] / len(losses[row])),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _dead(names: Sequence[str], per_domain: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Experts that hardly weigh anything in any domain, by router."""
+    most_RE = np.max([entry["shares"] for entry in per_domain.values()], axis=0)
+    return [{"router": int(router), "expert": names[expert]} for router, expert in np.argwhere(most_RE < _DEAD)]
+
+
+def _base_is_outside(checkpoint: Checkpoint) -> bool:
+    always_on = checkpoint.record.recipe.mixture.always_on
+    return always_on is not None and always_on.expert not in checkpoint.names
+
+
+def _notes(checkpoint: Checkpoint) -> list[str]:
+    recipe, notes = checkpoint.record.recipe, []
+    if _base_is_outside(checkpoint) and recipe.mixture.always_on is not None:
+        share = recipe.mixture.always_on.weight
+        notes.append(f"the base model takes part in every token with {share}: the experts' weights sum to the rest")
+    if len(recipe.experts) == 1:
+        notes.append("there is one expert: none can be left out")
+    if any(slot.features for slot in checkpoint.slots):
+        notes.append("routers decide per output feature: weights are means over the features")
+    return notes

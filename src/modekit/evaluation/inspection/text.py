@@ -1,0 +1,156 @@
+"""What the routers do with one text, token by token: `modekit inspect OUT --text "..."`.
+
+A long text is read in windows that start anew, as evaluation reads a long document. Nothing grows with its length but a few
+numbers per token.
+
+Shape legend: S tokens of a window, T tokens of the text, E experts, R routers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import ModekitError, TextError
+from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
+from modekit.evaluation.inspection.passes import Array32, changes_without, sums_of, token_losses, traced_losses
+from modekit.evaluation.inspection.routers import RouterPlace, routers_of
+from modekit.evaluation.inspection.tokens import split_text, token_texts
+from modekit.loaded.models import load_model, load_tokenizer
+from modekit.progress import Progress, silent
+from modekit.text.documents import TokenSequence
+
+STDIN = "-"
+_MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean
+
+
+def read_text(path: Path | None) -> str:
+    """A text file, or standard input. Raises TextError when it is not there or no UTF-8."""
+    name = "standard input" if path is None else str(path)
+    try:
+        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            "the text is not UTF-8 (binary file?)", where=name, found=f"byte {error.start}: {error.reason}",
+            remedy="save it as UTF-8",
+        ) from None  # fmt: skip
+    except OSError as error:
+        raise TextError("the text cannot be read", where=name, found=error.strerror, remedy="correct the path") from None
+
+
+def inspect_text(
+    checkpoint: Checkpoint,
+    text: str,
+    *,
+    layer: int | None = None,
+    sequence_length: int = 512,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """A trace as those under `texts` in inspect.json, with `experts`, `routers`, `entropy`, `base_loss`, `windows`, `notes`.
+
+    `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
+    Raises TextError for a text of fewer than two tokens, ModekitError when there is no router in that layer.
+    """
+    routers = routers_of(checkpoint)
+    kept = _kept_routers(routers, layer)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    ids, texts = _encoded(tokenizer, text)
+    model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
+    windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
+    detailed = len(ids) <= _MOST_DETAIL
+    read = _Read(len(kept) if detailed else 1, len(ids), len(checkpoint.names), kept, length)
+    advance = counted(progress, checkpoint, windows)
+    losses = traced_losses(model, checkpoint, windows, read.consume, advance)
+    changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
+    del model  # before the base model comes
+    base_losses = _base_losses(checkpoint, windows, trust_remote_code)
+    per_token = [loss for each in losses for loss in (None, *each.tolist())]
+    data = {
+        "experts": checkpoint.names,
+        "routers": [vars(routers[place]) for place in kept] if detailed else [{"name": "mean", "layer": layer, "module": ""}],
+        "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
+        "text": "".join(texts),
+        "loss": _mean(losses),
+        "base_loss": None if base_losses is None else _mean(base_losses),
+        "entropy": float(read.entropy_T.mean()),
+        "windows": len(windows),
+        "tokens": [{"text": token, "loss": loss} for token, loss in zip(texts, per_token, strict=True)],
+        "weights": read.weights_RTE.tolist(),
+        "without": named_changes(checkpoint, changes_EN.sum(1) / sum(len(each) for each in losses)),
+        "notes": _notes(len(windows), length, detailed, base_losses is not None),
+    }
+    rounded: dict[str, Any] = six_digits(data)
+    return rounded
+
+
+class _Read:
+    """Weights and entropies of a text that is read in windows of `length` tokens: of the kept routers each, or their mean."""
+
+    def __init__(self, rows: int, tokens: int, experts: int, kept: Sequence[int], length: int) -> None:
+        self.weights_RTE = np.zeros((rows, tokens, experts), np.float32)
+        self.entropy_T = np.zeros(tokens)
+        self._kept, self._length = list(kept), length
+
+    def consume(self, row: int, weights_RSE: Array32, _chosen_RSE: Array32, entropy_RS: Array32) -> None:
+        """Take a window."""
+        window = slice(row * self._length, row * self._length + weights_RSE.shape[1])
+        kept = weights_RSE[self._kept]
+        self.weights_RTE[:, window] = kept if len(kept) == len(self.weights_RTE) else kept.mean(0)
+        self.entropy_T[window] = entropy_RS[self._kept].mean(0)
+
+
+def _mean(losses: Sequence[Array32]) -> float:
+    return float(sums_of(losses).sum()) / sum(len(each) for each in losses)
+
+
+def _kept_routers(routers: Sequence[RouterPlace], layer: int | None) -> list[int]:
+    kept = [place for place, router in enumerate(routers) if layer in (None, router.layer)]
+    if not kept:
+        layers = sorted({router.layer for router in routers if router.layer is not None})
+        raise ModekitError(
+            "there is no router in this layer", where="--layer", found=layer,
+            expected=f"one of {', '.join(map(str, layers))}" if layers else "none: one router serves the whole model",
+            remedy="choose another layer, or leave --layer out for the mean over all routers",
+        )  # fmt: skip
+    return kept
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[str]]:
+    """Token ids, and the text that belongs to each."""
+    clean = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+    encoded: Any = tokenizer(clean, return_offsets_mapping=tokenizer.is_fast, verbose=False) if clean.strip() else {}
+    ids: list[int] = encoded.get("input_ids", [])
+    if len(ids) < 2:
+        short = "the text is too short: its first token is not predicted, so that two are needed"
+        raise TextError(
+            short if ids else "the text is empty", where="--text", found=f"{len(ids)} tokens", remedy="give more text"
+        )
+    return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
+
+
+def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], trust_remote_code: bool) -> list[Array32] | None:
+    """Of the base model on the same tokens; None when it is no longer there."""
+    folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
+    if not folder.is_dir():
+        return None
+    return token_losses(load_model(folder, trust_remote_code=trust_remote_code), windows, lambda _: None)
+
+
+def _notes(windows: int, length: int, detailed: bool, with_base: bool) -> list[str]:
+    notes = []
+    if windows > 1:
+        notes.append(f"the text was read in {windows} windows of up to {length} tokens, each starting anew")
+    if not detailed:
+        notes.append("long text: weights are the mean over the routers")
+    if not with_base:
+        notes.append("the base model is no longer where the recipe found it: no loss to compare with")
+    return notes

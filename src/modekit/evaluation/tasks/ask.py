@@ -1,0 +1,252 @@
+"""`modekit eval OUT --tasks`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
+
+    OUT/results/tasks.json, tasks.md    scores with 95 % intervals, and the mixture's differences, paired over items
+    OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
+
+Results of earlier runs on the same checkpoint stay beside the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import ModekitError
+from modekit.evaluation.evaluate import RESULTS_FOLDER, load_expert_source
+from modekit.evaluation.tasks.files import GROUPS, task_config, tasks_of, wanted_forms, write_tasks
+from modekit.evaluation.tasks.harness import (
+    Metric,
+    Scored,
+    harness_task,
+    metrics_of,
+    named_tasks,
+    quiet,
+    require_harness,
+    run_tasks,
+)
+from modekit.evaluation.tasks.intervals import Drawn, Sample, average, bleu_sample, differences, draw, mean_sample, rows
+from modekit.evaluation.tasks.questions import make_questions
+from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
+from modekit.loaded.models import load_model, load_tokenizer
+from modekit.progress import Progress, silent
+from modekit.recipes.recipe import BASE
+
+FOLDER = "tasks"
+_FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A task to run. `group`: what it is averaged with; `domain`: whose questions it asks, None for a task by name."""
+
+    name: str
+    made: Any
+    metrics: Sequence[Metric]
+    group: str | None
+    domain: str | None
+    unseen: bool
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    load: Callable[[], PreTrainedModel | None]
+
+
+def evaluate_tasks(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    *,
+    models: Sequence[str] = (),
+    folders: Sequence[Path] = (),
+    limit: int | None = None,
+    seen: Sequence[str] = (),
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> TaskResults:
+    """Run tasks and write OUT/results/tasks.json and tasks.md.
+
+    Args:
+        names: tasks of lm-evaluation-harness, its own or from `folders`, or questions (see `files.GROUPS`).
+        models: rows to run; all by default.
+        limit: items per task at most.
+        seen: text that the base model was trained on, whose terms are no questions.
+        seed: of the questions.
+
+    Raises ModekitError when the extra is missing, a name unknown, or a task cannot be run; TextError without text.
+    """
+    others = [name for name in names if name not in GROUPS]
+    forms = wanted_forms(names)
+    for where, said, needed in (("--include-path", folders, others), ("--seen", seen, forms), ("--seed", seed, forms)):
+        if said and not needed:
+            raise ModekitError(
+                "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
+            )
+    require_harness()
+    chosen = _chosen(checkpoint, models, trust_remote_code)
+    notes: list[str] = []
+    with quiet(trust_remote_code):
+        found = named_tasks(others, folders, trusted=trust_remote_code, others=list(GROUPS)) if others else {}
+        tasks = _question_tasks(checkpoint, forms, seen, seed, notes)
+        for name, made in found.items():
+            tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
+        scored = _run(checkpoint, tasks, chosen, limit, trust_remote_code, notes, progress)
+    results = kept_results(checkpoint, _results(tasks, scored, notes))
+    save_results(checkpoint, results)
+    return results
+
+
+def model_names(checkpoint: Checkpoint) -> list[str]:
+    """Rows that can be asked for: the base, every expert that is not the base itself, the mixture."""
+    places = checkpoint.record.expert_sources
+    return [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
+
+
+def _chosen(checkpoint: Checkpoint, models: Sequence[str], trusted: bool) -> list[_Model]:
+    known = model_names(checkpoint)
+    for name in models:
+        if name not in known:
+            raise ModekitError(
+                "unknown model", where="--models", found=name, expected=", ".join(known), remedy="write some of them"
+            )
+
+    def load(name: str) -> PreTrainedModel | None:
+        if name == MIXTURE:
+            return load_model(checkpoint.folder, trust_remote_code=trusted)
+        if name != BASE:
+            return load_expert_source(checkpoint, checkpoint.names.index(name), trust_remote_code=trusted)
+        folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
+        return load_model(folder, trust_remote_code=trusted) if folder.is_dir() else None
+
+    return [_Model(name, partial(load, name)) for name in known if not models or name in models]
+
+
+def _question_tasks(
+    checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, notes: list[str]
+) -> list[_Task]:
+    if not forms:
+        return []
+    from modekit.evaluation.tasks.scores import process_results
+
+    made, said = make_questions(checkpoint, seen=seen, seed=seed)
+    notes += said
+    folder = checkpoint.folder / RESULTS_FOLDER / FOLDER
+    write_tasks(folder, made)
+    tasks = []
+    for name, (form, questions) in tasks_of(forms, made).items():
+        own = {"process_results": process_results} if form == "generation" else {}
+        task = harness_task({**task_config(form, questions, folder.resolve()), **own})
+        tasks.append(_Task(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
+    for form in forms:
+        if form not in {task.group for task in tasks}:
+            notes.append(f"no domain's text gives {form.replace('_plain', '')}")
+    return tasks
+
+
+def _run(
+    checkpoint: Checkpoint,
+    tasks: Sequence[_Task],
+    models: Sequence[_Model],
+    limit: int | None,
+    trusted: bool,
+    notes: list[str],
+    progress: Progress,
+) -> dict[str, dict[str, Scored]]:
+    """Model -> task -> its items. One model is in memory at a time."""
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trusted)
+    for task in tasks:
+        task.made.build_all_requests(limit=limit)
+    total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(stage, done, total)
+
+    scored: dict[str, dict[str, Scored]] = {}
+    for model in models:
+        stage = f"score {model.name}"
+        loaded = model.load()
+        if loaded is None:
+            notes.append(f"{model.name} left out: it is no longer where the recipe found it")
+            continue
+        scored[model.name] = run_tasks(
+            loaded, tokenizer, {task.name: task.made for task in tasks}, limit=limit, trusted=trusted, advance=advance
+        )
+        del loaded
+    return scored
+
+
+def _results(tasks: Sequence[_Task], scored: Mapping[str, Mapping[str, Scored]], notes: Sequence[str]) -> TaskResults:
+    entries: dict[str, TaskScores] = {}
+    members: dict[str, list[tuple[str, Metric, Drawn]]] = {}
+    for task in tasks:
+        of_task = {model: found[task.name] for model, found in scored.items()}
+        for place, metric in enumerate(task.metrics):
+            name = task.name if place == 0 else f"{task.name}:{metric.name}"
+            drawn = _drawn(task, metric.name, of_task)
+            items = len(next(iter(of_task.values())).items)
+            entries[name] = _scores(metric, items, drawn, task.domain, task.unseen)
+            group = metric.name if task.group is None else task.group if place == 0 else f"{task.group}:{metric.name}"
+            # The questions are one mean, too: accuracies of the same number of choices, whatever their form.
+            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])]:
+                if not task.unseen:
+                    members.setdefault(each, []).append((name, metric, drawn))
+    macro = {
+        group: _scores(
+            _mean_metric([metric for _, metric, _ in tasks_of_group]),
+            sum(entries[name].items for name, _, _ in tasks_of_group),
+            average([drawn for _, _, drawn in tasks_of_group]),
+            None,
+            False,
+            [name for name, _, _ in tasks_of_group],
+        )
+        for group, tasks_of_group in members.items()
+        if len(tasks_of_group) > 1
+    }
+    return TaskResults(entries, macro, list(notes))
+
+
+def _drawn(task: _Task, metric: str, of_task: Mapping[str, Scored]) -> Drawn:
+    """Of a metric that is no mean of its items, and not corpus BLEU, the harness's value without draws."""
+    samples: dict[str, Sample] = {}
+    for model, scored in of_task.items():
+        values = [item[metric] for item in scored.items if metric in item]
+        sample: Sample | None = None
+        if metric == "bleu" and values and isinstance(values[0], tuple):
+            sample = bleu_sample(values)
+        elif len(values) == len(scored.items) and all(isinstance(value, (int, float)) for value in values):
+            sample = mean_sample([float(value) for value in values])
+        if sample is None or abs(sample.value - scored.totals[metric]) > 1e-6 * max(1.0, abs(sample.value)):
+            return Drawn({name: each.totals[metric] for name, each in of_task.items()}, dict.fromkeys(of_task))
+        samples[model] = sample
+    items = next(iter(of_task.values())).items
+    clusters = [item["doc"].get("document") if task.group else item["doc_id"] for item in items]
+    return draw(samples, clusters, task.name)
+
+
+def _scores(
+    metric: Metric, items: int, drawn: Drawn, domain: str | None, unseen: bool, tasks: Sequence[str] = ()
+) -> TaskScores:
+    return TaskScores(
+        metric.name, metric.higher_is_better, metric.chance, items, rows(drawn), differences(drawn, MIXTURE), domain, unseen,
+        list(tasks),
+    )  # fmt: skip
+
+
+def _mean_metric(metrics: Sequence[Metric]) -> Metric:
+    chances = [metric.chance for metric in metrics if metric.chance is not None]
+    whole = len(chances) == len(metrics)
+    names = {metric.name for metric in metrics}
+    return Metric(
+        names.pop() if len(names) == 1 else "accuracy",
+        metrics[0].higher_is_better,
+        sum(chances) / len(chances) if whole else None,
+    )

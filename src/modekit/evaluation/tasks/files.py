@@ -1,0 +1,119 @@
+"""Questions as tasks of lm-evaluation-harness: a YAML and a JSONL per task, in a folder that `lm_eval` itself can run.
+
+cd OUT/results/tasks
+lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks modekit_glosses
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modekit.evaluation.tasks import scores
+from modekit.evaluation.tasks.questions import Questions
+
+FUNCTION = "!function"
+_ACCURACY = {"aggregation": "mean", "higher_is_better": True}
+_CHOICE: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_target": "answer"}
+FORMS: dict[str, dict[str, Any]] = {
+    # Which head makes the gloss likeliest, log p(gloss | head): the noisy channel of arXiv:2108.04106.
+    "glosses": {
+        "output_type": "multiple_choice", "doc_to_text": "answer", "doc_to_choice": "heads", "doc_to_target": "gloss",
+        "target_delimiter": " ", "metric_list": [{"metric": "acc", **_ACCURACY}],
+    },
+    # Which term follows the gloss, log p(term | gloss) per character.
+    "glosses_plain": {
+        **_CHOICE, "doc_to_text": "asked", "doc_to_choice": "terms", "target_delimiter": " ",
+        "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
+    },
+    # Which continuation gains most by the beginning, log p(continuation | beginning) - log p(continuation).
+    "continuations": {
+        **_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": "",
+        "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}],
+    },
+    # Which continuation is likeliest, log p(continuation | beginning) per character.
+    "continuations_plain": {
+        **_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": "",
+        "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
+    },
+    "generation": {
+        "output_type": "generate_until", "doc_to_text": "prompt", "doc_to_target": "reference",
+        "generation_kwargs": {"until": ["\n\n", ". "], "max_gen_toks": 48, "do_sample": False},
+        "metric_list": [
+            {"metric": "chrf", **_ACCURACY},
+            {"metric": "bleu", "aggregation": "bleu", "higher_is_better": True},
+            {"metric": "rougeL", **_ACCURACY},
+        ],
+    },
+}  # fmt: skip
+"""Form -> what its task file says; the kind of question is the form's first word."""
+
+GROUPS = {**{form: (form,) for form in FORMS}, "questions": ("glosses", "continuations")}
+"""Names that --tasks takes for the questions -> forms."""
+
+
+def task_name(form: str, domain: str) -> str:
+    """The task of a form and domain."""
+    return f"modekit_{domain}_{form}"
+
+
+def write_tasks(folder: Path, made: Sequence[Questions]) -> None:
+    """Write every task of the questions; the folder appears whole, and what an earlier run left there goes."""
+    stage = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    (stage / "scores.py").write_bytes(Path(scores.__file__).read_bytes())
+    for questions in made:
+        lines = [json.dumps(item, ensure_ascii=False, sort_keys=True) for item in questions.items]
+        (stage / _data_file(questions)).write_bytes(("\n".join(lines) + "\n").encode())
+        for form in _forms_of(questions.kind):
+            config = task_config(form, questions, folder=None)
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            if form == "generation":
+                text += f"process_results: {FUNCTION} scores.process_results\n"
+            (stage / f"{task_name(form, questions.domain)}.yaml").write_bytes(text.encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    stage.rename(folder)
+
+
+def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, Any]:
+    """What the task file says; with a folder, the text is found from anywhere."""
+    file = _data_file(questions)
+    return {
+        "task": task_name(form, questions.domain),
+        "tag": f"modekit_{form}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": file if folder is None else str(folder / file)}},
+        "test_split": "test",
+        **FORMS[form],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }
+
+
+def wanted_forms(names: Sequence[str]) -> list[str]:
+    """The forms that names of --tasks ask for."""
+    return list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
+
+
+def tasks_of(forms: Sequence[str], made: Sequence[Questions]) -> dict[str, tuple[str, Questions]]:
+    """Task name -> form and questions, of those forms."""
+    return {
+        task_name(form, questions.domain): (form, questions)
+        for form in forms
+        for questions in made
+        if form in _forms_of(questions.kind)
+    }
+
+
+def _forms_of(kind: str) -> list[str]:
+    return [form for form in FORMS if form.split("_")[0] == kind]
+
+
+def _data_file(questions: Questions) -> str:
+    return f"{questions.domain}_{questions.kind}.jsonl"

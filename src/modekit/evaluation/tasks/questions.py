@@ -1,0 +1,173 @@
+"""Questions made from held-out text: four answers each, one of them right; and beginnings to go on from.
+
+    glosses        a gloss, and which of four heads of the domain it belongs to
+    continuations  a passage's beginning, and which of four continuations of the domain's documents is its own
+    generation     a head to explain, or a beginning to continue, and what the text says
+
+Dictionary entries give glosses. Their split is by term: an entry of which any synonym is a head word in text that a model or
+a router was made from is no question. All is chosen at random by seed, domain and kind, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import TextError
+from modekit.evaluation.evaluate import held_out_documents
+from modekit.evaluation.tasks.entries import Entry, entries_of, head_words
+from modekit.text.documents import digest_of, documents_of_split, read_documents
+
+CHOICES = 4
+BEGINNING, CONTINUATION = 16, 16  # words of a passage
+QUESTIONS, GENERATIONS = 200, 50  # of a domain and kind at most
+_FEWEST = 8  # of a domain and kind: fewer say nothing
+_WORD = re.compile(r"\S+")
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The items of one kind from one domain's held-out text; `unseen` domains have no expert of their own."""
+
+    kind: str
+    domain: str
+    unseen: bool
+    items: Sequence[Item]
+
+
+def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: int = 0) -> tuple[list[Questions], list[str]]:
+    """All kinds for all domains, and notes about what a domain's text was too little for.
+
+    `seen` is further text (files, folders) that the base model was trained on, relative to the working folder of the recipe.
+    Raises TextError when no domain's held-out text gives questions.
+    """
+    known = seen_terms(checkpoint, seen)
+    made: list[Questions] = []
+    notes = []
+    for held in held_out_documents(checkpoint):
+        glosses = gloss_items(held.documents, known, random.Random(f"{seed} {held.name} glosses"))
+        continuations = continuation_items(held.documents, random.Random(f"{seed} {held.name} continuations"))
+        kinds = {"glosses": glosses, "continuations": continuations, "generation": generation_items(glosses, continuations)}
+        for kind, items in kinds.items():
+            if len(items) >= _FEWEST:
+                made.append(Questions(kind, held.name, held.expert is None, items))
+            elif kind == "continuations" or any(map(entries_of, held.documents)):
+                notes.append(f"{held.name}: no {kind}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
+    if not made:
+        raise TextError(
+            "no domain has enough held-out text for questions", where="experts[].text, eval", found="; ".join(notes),
+            expected=f"passages of {BEGINNING + CONTINUATION} words from {CHOICES} documents, or dictionary entries",
+            remedy="give more or longer documents (one in ten is held out), or other text under eval",
+        )  # fmt: skip
+    return made, notes
+
+
+def seen_terms(checkpoint: Checkpoint, seen: Sequence[str] = ()) -> set[str]:
+    """Head words of the fit split of every expert's text, which experts, base and router saw, and of `seen` whole."""
+    recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
+    terms = head_words(read_documents(seen, root=root, where="--seen")) if seen else set()
+    for place, expert in enumerate(recipe.experts):
+        if expert.text:
+            documents = read_documents(expert.text, root=root, where=f"experts[{place}] '{expert.name}': text")
+            terms |= head_words(documents_of_split(documents, "fit"))
+    return terms
+
+
+def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:
+    """One item per entry that is not `known`: its gloss, four heads, and the same question with bare terms."""
+    entries = [(digest_of(document), entry) for document in documents for entry in entries_of(document)]
+    entries = _first_of_each([(digest, entry) for digest, entry in entries if not entry.keys & set(known)])
+    chance.shuffle(entries)
+    items: list[Item] = []
+    for digest, entry in entries[:QUESTIONS]:
+        others = _others(entry, [other for _, other in entries], chance)
+        if len(others) == CHOICES - 1:
+            choices = [entry, *others]
+            chance.shuffle(choices)
+            items.append(
+                {
+                    "document": digest[:16],
+                    "gloss": entry.gloss + ".",
+                    "heads": [f"{choice.head}:" for choice in choices],
+                    "asked": _capital(entry.gloss) + ":",
+                    "terms": [choice.terms[0] for choice in choices],
+                    "answer": choices.index(entry),
+                }
+            )
+    return items
+
+
+def _first_of_each(entries: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entry]]:
+    """Entries none of which shares a term or a gloss with one before it: no question has two right answers."""
+    taken: set[str] = set()
+    kept = []
+    for digest, entry in entries:
+        marks = {*entry.keys, f": {entry.gloss}"}
+        if entry.gloss and not marks & taken:
+            taken |= marks
+            kept.append((digest, entry))
+    return kept
+
+
+def _others(entry: Entry, entries: Sequence[Entry], chance: random.Random) -> list[Entry]:
+    return chance.sample([other for other in entries if other is not entry], min(CHOICES - 1, len(entries) - 1))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def continuation_items(documents: Sequence[str], chance: random.Random) -> list[Item]:
+    """Passages of the documents from their beginnings on, none overlapping, each with continuations of three others."""
+    passages = [(digest_of(document), *passage) for document in documents for passage in _passages(document)]
+    items: list[Item] = []
+    for digest, beginning, own in chance.sample(passages, min(QUESTIONS, len(passages))):
+        continuations = [own]
+        for other, _, continuation in chance.sample(passages, len(passages)):
+            if len(continuations) == CHOICES:
+                break
+            if other != digest and " ".join(continuation.split()) not in {" ".join(c.split()) for c in continuations}:
+                continuations.append(continuation)
+        if len(continuations) == CHOICES:
+            chance.shuffle(continuations)
+            items.append(
+                {
+                    "document": digest[:16],
+                    "beginning": beginning,
+                    "continuations": continuations,
+                    "answer": continuations.index(own),
+                }
+            )
+    return items
+
+
+def _passages(document: str) -> Iterator[tuple[str, str]]:
+    """Beginning and continuation, cut behind whole words; white space is kept as it is and begins the continuation."""
+    words = list(_WORD.finditer(document))
+    for start in range(0, len(words) - BEGINNING - CONTINUATION + 1, BEGINNING + CONTINUATION):
+        cut, end = words[start + BEGINNING - 1].end(), words[start + BEGINNING + CONTINUATION - 1].end()
+        yield document[words[start].start() : cut], document[cut:end]
+
+
+def generation_items(glosses: Sequence[Item], continuations: Sequence[Item]) -> list[Item]:
+    """What a model should write: glosses where there are entries, else continuations (`words`: as many are compared)."""
+    if len(glosses) >= _FEWEST:
+        return [
+            {"document": item["document"], "prompt": item["heads"][item["answer"]], "reference": item["gloss"], "words": 0}
+            for item in glosses[:GENERATIONS]
+        ]
+    return [
+        {
+            "document": item["document"],
+            "prompt": item["beginning"],
+            "reference": item["continuations"][item["answer"]].strip(),
+            "words": CONTINUATION,
+        }
+        for item in continuations[:GENERATIONS]
+    ]

@@ -1,0 +1,1 @@
+"""Experts made, taken out of full models, and given back."""

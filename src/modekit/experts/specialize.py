@@ -1,0 +1,164 @@
+"""Fine-tune a base model on a domain so that it mixes well: `modekit specialize BASE OUT --text ... --train mlp|lora|full`.
+
+mlp     only the FFN moves; attention, norms, embeddings and head stay bit-identical, so that a mixture of such
+experts on the base's backbone loses nothing of them (FlexOlmo and DUME train this way)
+lora    low-rank changes of every linear layer of the decoder; OUT is an adapter, an ordinary PEFT folder
+full    everything moves, as in most models one finds; what moved outside the FFN cannot be carried by FFN experts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.staging import refuse_existing, staging, write_json
+from modekit.errors import TextError, UnsupportedError
+from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.next_token import Training, train_language_model, training_sequences
+from modekit.progress import Progress, silent
+from modekit.sources.families import LAYER, family_of
+from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.text.documents import (
+    TRAINED_DIGITS,
+    TRAINED_FILE,
+    digest_of,
+    documents_of_split,
+    encode,
+    read_documents,
+    text_record,
+)
+
+SPECIALIST_FILE = "specialist.json"
+What = Literal["mlp", "lora", "full"]
+
+
+def specialize(
+    base: Path,
+    out: Path,
+    texts: Sequence[str],
+    *,
+    root: Path,
+    train: What = "mlp",
+    rank: int = 16,
+    training: Training | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
+
+    `rank` is that of the adapter, and so is its alpha: scale 1.
+
+    Only documents of the fit split are read, so that the held-out ones stay held out. Returns what specialist.json in OUT
+    says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
+    """
+    training = training or Training()
+    refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
+    source = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    documents = read_documents(texts, root=root, where="--text")
+    fit = documents_of_split(documents, "fit")
+    sequences = training_sequences(tokenizer, fit, training)
+    if not sequences:
+        raise TextError(
+            "no document is left for training after the held-out split", where="--text", remedy="give more documents"
+        )
+    held_out = encode(
+        tokenizer,
+        documents_of_split(documents, "report"),
+        max_tokens=training.held_out_tokens,
+        sequence_length=training.sequence_length,
+    )
+    model = load_model(base, trust_remote_code=trust_remote_code)
+    parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
+    domain = Domain("held-out", None, held_out, {})
+    before = score_domain(model, domain, lambda _: None).loss if held_out else None
+    with staging(
+        out,
+        f"specialize {training} {train} {rank} {text_record(fit, 0)} {[str(file) for file in source.files]}",
+        overwrite=overwrite,
+        marker=SPECIALIST_FILE,
+    ) as stage:
+        losses = train_language_model(model, parameters, sequences, training, progress=progress)
+        after = score_domain(model, domain, lambda _: None).loss if held_out else None
+        record = {
+            "specialist": train,
+            "base_model": base.name,
+            **({"rank": rank} if train == "lora" else {}),
+            "training": {**dataclasses.asdict(training), "steps": len(losses)},
+            "text": text_record(fit, sum(len(sequence.ids) for sequence in sequences)),
+            "training_loss": {"first": losses[0], "last": losses[-1]},
+            "held_out_loss": {"before": before, "after": after},
+        }
+        save(stage.folder)
+        if train != "lora":
+            tokenizer.save_pretrained(stage.folder)
+        (stage.folder / TRAINED_FILE).write_text("".join(f"{digest_of(document)[:TRAINED_DIGITS]}\n" for document in fit))
+        write_json(stage.folder / SPECIALIST_FILE, record)
+    return record
+
+
+Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]
+"""The parameters that move, and how to save what came of it."""
+
+
+def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainable:
+    parameters = trainable_parameters(model, train)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        for name, parameter in model.named_parameters():
+            if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
+                parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
+        model.config.dtype = next(model.parameters()).dtype
+        model.save_pretrained(folder)
+
+    return parameters, save
+
+
+def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
+    """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def save(folder: Path) -> None:
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with the base's path on this machine
+
+    return moving, save
+
+
+def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
+    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies.
+
+    Raises UnsupportedError when mlp is asked of a family that is not in the table.
+    """
+    named = dict(model.named_parameters())
+    if train == "full":
+        return list(named.values())
+    try:
+        family = family_of({"model_type": model.config.model_type}, where="--train mlp")
+    except UnsupportedError as error:
+        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
+    layers = int(model.config.num_hidden_layers)
+    return [named[name] for layer in range(layers) for name in _ffn_names(family.mlp, layer)]
+
+
+def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
+    return [LAYER.format(layer=layer) + suffix for suffix in dict.fromkeys(mlp.values())]

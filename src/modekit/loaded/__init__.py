@@ -1,0 +1,1 @@
+"""Mixtures and experts as models in memory."""

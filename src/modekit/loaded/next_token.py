@@ -1,0 +1,183 @@
+"""Next-token training of some parameters of a model on the text of a domain, on one device.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.errors import TextError
+from modekit.loaded.models import default_device, head_of
+from modekit.progress import Progress, silent
+from modekit.text.documents import TokenSequence, encode, make_batches
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimiser steps; None passes once over the text.
+        batch_tokens: tokens per step, pads included.
+        sequence_length: longest piece of a document, in tokens.
+        learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
+        muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
+        weight_decay, warmup, clip: as usual.
+        autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
+        max_tokens: text read at most.
+        held_out_tokens: tokens on which the loss before and after is measured.
+        seed: order of the sequences.
+    """
+
+    steps: int | None = None
+    batch_tokens: int = 4_096
+    sequence_length: int = 512
+    learning_rate: float = 2e-5
+    muon_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    clip: float = 1.0
+    autocast: bool = False
+    max_tokens: int = 50_000_000
+    held_out_tokens: int = 8_192
+    seed: int = 0
+
+    def with_(self, **changes: Any) -> Training:
+        """The same settings with some changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
+    """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
+    return encode(
+        tokenizer, documents, max_tokens=training.max_tokens, sequence_length=training.sequence_length,
+        shortest_rest=training.sequence_length // 4,
+    )  # fmt: skip
+
+
+def train_language_model(
+    model: PreTrainedModel,
+    parameters: Sequence[torch.nn.Parameter],
+    sequences: Sequence[TokenSequence],
+    training: Training,
+    *,
+    progress: Progress = silent,
+    stage: str = "train",
+) -> list[float]:
+    """Next-token training on `sequences`; documents are never joined, pads never count. Returns the loss of each step.
+
+    Raises TextError when the loss stops being finite.
+    """
+    device = default_device()
+    model.to(device).train()
+    head = head_of(model)
+    batches = _Batches(sequences, training)
+    steps = training.steps or len(batches)
+    optimizers = _optimizers(model, parameters, training)
+    losses = []
+    for step, (input_ids, mask) in zip(range(steps), batches.forever(), strict=False):
+        factor = _schedule(step, steps, training.warmup)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        keep = mask[:, 1:]
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast and has_bfloat16_products(device)):
+            hidden = model.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            logits = head(hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
+        loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
+        if not torch.isfinite(loss):
+            raise TextError(
+                "the training loss is not finite",
+                where=f"step {step}",
+                found=float(loss.detach()),
+                remedy="lower the learning rate",
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, training.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        progress(stage, step + 1, steps)
+    model.eval()
+    return losses
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones here.
+
+    Of processors without tile units, AMD's are twice as fast in bfloat16, Intel's half as fast, and others emulate it.
+    """
+    if device.type != "cpu":
+        return True
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    warm = max(1, math.ceil(steps * warmup))
+    return min((step + 1) / warm, max(0.02, 1.0 - max(0, step - warm) / max(1, steps - warm)))
+
+
+def _optimizers(
+    model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter], training: Training
+) -> list[torch.optim.Optimizer]:
+    in_layers = {id(parameter) for name, parameter in model.named_parameters() if ".layers." in name and parameter.ndim == 2}
+    matrices = [p for p in parameters if training.muon_learning_rate > 0 and id(p) in in_layers]
+    others = [p for p in parameters if not (training.muon_learning_rate > 0 and id(p) in in_layers)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        optimizers.append(
+            torch.optim.AdamW(others, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
+        )
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=training.muon_learning_rate, weight_decay=training.weight_decay, adjust_lr_fn="original"
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+class _Batches:
+    """Padded batches in a seeded order that is drawn anew for every pass."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
+        self._sequences = sequences
+        self._rows = max(1, training.batch_tokens // min(training.sequence_length, max(len(s.ids) for s in sequences)))
+        self._generator = torch.Generator().manual_seed(training.seed)
+
+    def __len__(self) -> int:
+        return max(1, len(self._sequences) // self._rows)
+
+    def forever(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """(input_ids, mask) of (B, S), without end."""
+        pending: list[int] = []
+        while True:
+            while len(pending) < self._rows:
+                pending += torch.randperm(len(self._sequences), generator=self._generator).tolist()
+            rows, pending = pending[: self._rows], pending[self._rows :]
+            (batch,) = make_batches([self._sequences[row] for row in rows], tokens=2**31)
+            yield batch.input_ids, batch.mask

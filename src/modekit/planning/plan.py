@@ -1,0 +1,276 @@
+"""What a plan is made of: every tensor of the result and the pieces of the sources it comes from.
+
+Shape legend: L layers, D width of what a router reads, E experts, J parts of a gate, R rank, O and I width out and in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from modekit.errors import SourceError
+from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import Change
+from modekit.sources.families import Family
+from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.sources.native import Native
+
+ROUTER_FILE = "model-router.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+Role = Literal["backbone", "expert", "adapter", "router", "constant"]
+Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros"]
+
+_BUILD_FLOOR = 150 * 2**20  # interpreter, numpy and one block of copies
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`)."""
+
+    side: Literal["A", "B"]
+    rank: int
+    expert: TensorRef
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one source gives to a tensor.
+
+    Attributes:
+        source: place of the model or adapter in `Plan.sources`; errors name it.
+        ref: a tensor of the source; with `change` or `factor`, the base model's tensor.
+        change: what an adapter does to `ref`.
+        of_bias: `ref` is a bias and `change` that of its module.
+        factor: a low-rank part of another tensor's difference to `ref`.
+    """
+
+    source: int
+    ref: TensorRef
+    change: Change | None = None
+    of_bias: bool = False
+    factor: Factor | None = None
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is read for it."""
+        changed = self.change.refs if self.change is not None else ()
+        return (self.ref, *changed, *((self.factor.expert,) if self.factor is not None else ()))
+
+    def identity(self) -> list[Any]:
+        """What distinguishes it from other pieces, for a plan's digest."""
+        factor = None if self.factor is None else [self.factor.side, self.factor.rank]
+        where = [[str(ref.file), ref.name, ref.start] for ref in self.refs]
+        return [
+            self.source,
+            where,
+            self.of_bias,
+            factor,
+            getattr(self.change, "scale", None),
+            getattr(self.change, "rows", None),
+        ]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the result.
+
+    copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
+    fold: the same, where adapters are folded in. factor: the same, of low-rank parts. columns: the pieces concatenated
+    along the second axis. scale: the piece times `factor`. merge: the backbone merge of the pieces, base first. zeros: no
+    piece.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    operation: Operation
+    pieces: tuple[Piece, ...] = ()
+    factor: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+def joined(name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...]) -> PlannedTensor:
+    """A tensor made of pieces one after the other, by the cheapest operation that gives it."""
+    operation: Operation = "copy" if all(piece.ref.dtype == dtype for piece in pieces) else "cast"
+    if any(piece.change is not None for piece in pieces):
+        operation = "fold"
+    elif any(piece.factor is not None for piece in pieces):
+        operation = "factor"
+    return PlannedTensor(name, dtype, shape, role, operation, pieces)
+
+
+@dataclass(frozen=True)
+class RouterSlot:
+    """One router of the result: its gate tensor (max(features, 1) * sum(rows), J * D).
+
+    Attributes:
+        name: of the gate tensor.
+        width: D.
+        rows: of the gate, per expert.
+        features: decisions, when there is one per output feature; else 0.
+        parts: J, causal averages that the gate reads.
+    """
+
+    name: str
+    width: int
+    rows: tuple[int, ...]
+    features: int = 0
+    parts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the gate."""
+        return max(self.features, 1) * sum(self.rows), self.parts * self.width
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result and its tensors in order."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Data bytes, without the header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
+
+    `native` is the row of the native architecture, None for the modekit architecture; `why` says why it was chosen.
+    """
+
+    recipe: Recipe
+    root: Path
+    family: Family
+    native: Native | None
+    why: str
+    sources: tuple[ModelSource, ...]
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    slots: tuple[RouterSlot, ...]
+    router_dtype: str
+    copied_files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    trust_remote_code: bool = False
+    code_files: tuple[Path, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.recipe.experts)
+
+    @property
+    def router(self) -> tuple[PlannedTensor, ...]:
+        """The gates."""
+        return tuple(PlannedTensor(slot.name, self.router_dtype, slot.shape, "router", "zeros") for slot in self.slots)
+
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """All tensors of the result, router last."""
+        return (*(tensor for shard in self.shards for tensor in shard.tensors), *self.router)
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the weights."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of source tensors that the result is made from; a source used twice counts once."""
+        refs = (ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs)
+        return sum({(ref.file, ref.start): ref.nbytes for ref in refs}.values())
+
+    def parameters(self) -> dict[str, int]:
+        """total, active (per token), per expert (of its own, adapters aside), adapters, backbone, router."""
+        by_role: dict[str, int] = {"backbone": 0, "expert": 0, "adapter": 0, "router": 0, "constant": 0}
+        for tensor in self.tensors:
+            by_role[tensor.role] += tensor.numel
+        per_expert = by_role["expert"] // self.experts
+        total = sum(by_role.values())
+        return {
+            "total": total,
+            "active": total - per_expert * (self.experts - self.recipe.top_k),
+            "per_expert": per_expert,
+            "adapters": by_role["adapter"],
+            "backbone": by_role["backbone"],
+            "router": by_role["router"],
+        }
+
+    def statistics_bytes(self, *, in_memory: bool) -> int:
+        """Bytes of the statistics that a fit keeps of all domains, on disk or while it solves."""
+        keep = self.recipe.mixture.router.keep_tokens
+        if self.recipe.mixture.router.fit == "ngram":  # counts, and documents on which the temperature is chosen
+            return self.experts * 4 * (self.recipe.mixture.router.buckets + 2 * keep)
+        moments = [8 * slot.shape[1] if in_memory else 2 * (slot.shape[1] + 1) for slot in self.slots]
+        return sum(
+            self.experts * slot.shape[1] * (moment + 16 + 2 * keep) for slot, moment in zip(self.slots, moments, strict=True)
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of anonymous memory to build, to fit the router (0 when nothing is fitted), and to load the result."""
+        parameters = self.parameters()
+        router = self.recipe.mixture.router
+        fit = 0
+        if router.fit == "ngram":  # no model is run
+            fit = 4 * self.statistics_bytes(in_memory=True)
+        elif self.recipe.mixture.keeps_statistics:
+            itemsize = 4 if router.compute_dtype == "float32" else 2
+            one = parameters["backbone"] + parameters["per_expert"] if self.native is not None else parameters["total"]
+            activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
+            fit = one * itemsize + self.statistics_bytes(in_memory=True) + activations
+        largest = max((ref.numel for t in self.tensors for p in t.pieces if p.factor for ref in p.refs), default=0)
+        return {"build": _BUILD_FLOOR + 6 * 4 * largest, "fit": fit, "load": self.bytes_written}
+
+    def digest(self) -> str:
+        """Identity of this build: version, recipe, every planned tensor, and size and time of every source file."""
+        try:
+            stats = [(file, file.stat()) for source in self.sources for file in source.files]
+        except OSError as error:
+            raise SourceError(
+                "a source file cannot be read",
+                where=str(error.filename),
+                found=error.strerror,
+                remedy="put it back and build again",
+            ) from None
+        identity = {
+            "modekit": version("modekit"),
+            "recipe": self.recipe.digest(),
+            "config": dict(self.config),
+            "tensors": [
+                [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces]]
+                for t in self.tensors
+            ],
+            "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

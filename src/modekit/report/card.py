@@ -1,0 +1,265 @@
+"""The model card of a mixture: OUT/README.md as the hub reads it.
+
+Metadata in front, then what it is, how it was made, how to use it, what it is worth, its sources and their licences, its
+limits. Where the sources' licences do not say one and the same, LICENSE.md lists them and the metadata says `other`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.staging import write_atomically
+from modekit.errors import OutputError
+from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, parameters_of, results_from_data
+from modekit.planning.make import backbone_label
+from modekit.recipes.recipe import BASE
+from modekit.report.licences import Source, facts, sources_of
+from modekit.text.documents import is_local
+
+CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
+_MARK = re.compile(r"\n<!-- modekit card ([0-9a-f]{64}) -->\n\Z")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What was written, and what the card could not say."""
+
+    files: Sequence[Path]
+    licence: str
+    notes: Sequence[str]
+
+
+def write_card(checkpoint: Checkpoint, *, overwrite: bool = False, ask_hub: bool = True) -> Card:
+    """Write OUT/README.md, and OUT/LICENSE.md where one licence does not say it all.
+
+    Licences of hub models whose README is not at hand are asked for with `ask_hub`. Raises OutputError when there is a file
+    that modekit did not write, or that was changed since, unless `overwrite`.
+    """
+    sources = sources_of(checkpoint, ask_hub=ask_hub)
+    known = facts(sources)
+    results, problem = _results(checkpoint)
+    notes = [*([problem] if problem else []), *known]
+    data = _metadata(checkpoint, sources)
+    if data.base_model is None:
+        notes.append("base_model is left out: the sources are folders, and none of them says what it was made from")
+    contents = {CARD_FILE: f"---\n{data.to_yaml()}\n---\n\n{_body(checkpoint, sources, known, results, problem)}"}
+    if data.license_link == LICENCE_FILE:
+        contents[LICENCE_FILE] = _licence_page(sources, known)
+    files = {checkpoint.folder / name: content for name, content in contents.items()}
+    for path in files:
+        if not overwrite and not _is_ours(path):
+            raise OutputError(
+                "a file that modekit did not write, or that was changed since, would be lost", where=str(path),
+                remedy="move it away, or pass --overwrite",
+            )  # fmt: skip
+    for path, content in files.items():
+        write_atomically(path, _marked(content).encode())
+    return Card(list(files), str(data.license), notes)
+
+
+def _marked(content: str) -> str:
+    return f"{content}\n<!-- modekit card {hashlib.sha256(content.encode()).hexdigest()} -->\n"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nothing is there, or what modekit wrote and nobody changed."""
+    if not path.exists():
+        return True
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    mark = _MARK.search(text)
+    return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
+
+
+def _results(checkpoint: Checkpoint) -> tuple[Results | None, str | None]:
+    """The table if it is this checkpoint's, else why there is none."""
+    path = checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE
+    try:
+        results = results_from_data(json.loads(path.read_text(encoding="utf-8")))
+        if belongs_to(results, checkpoint):
+            return results, None
+    except FileNotFoundError:
+        return None, "not evaluated yet: `modekit eval` makes the table"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, f"{RESULTS_FOLDER}/{RESULTS_FILE} cannot be read: `modekit eval` makes it anew"
+    return None, f"{RESULTS_FOLDER}/{RESULTS_FILE} is of another state of this mixture: `modekit eval` makes it anew"
+
+
+def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
+    """The front matter. A mixture of fine-tunes is a `merge` in the hub's words (adapter, finetune, merge, quantized)."""
+    bases = list(dict.fromkeys(name for s in sources for name in ([s.hub_id] if s.hub_id else s.base_models)))
+    recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
+    texts = [spec for expert in recipe.experts for spec in expert.text or []]
+    languages = list(dict.fromkeys(language for source in sources for language in source.languages))
+    data_sets = list(dict.fromkeys(spec for spec in texts if not is_local(spec, root)))
+    licence, name, link = _licence(sources)
+    return ModelCardData(
+        base_model=bases or None, base_model_relation="merge" if bases else None, datasets=data_sets or None,
+        language=languages or None, license=licence, license_name=name, license_link=link, library_name="transformers",
+        pipeline_tag="text-generation", tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
+    )  # fmt: skip
+
+
+def _licence(sources: Sequence[Source]) -> tuple[str, str | None, str | None]:
+    """The one licence of all sources; else `other`, by the name of a page that lists them."""
+    said = {(source.licence, source.licence_name, source.licence_link) for source in sources}
+    licence, name, link = next(iter(said))
+    if len({source.licence for source in sources}) == 1 and licence not in {None, "other"}:
+        return str(licence), None, None
+    if len(said) == 1 and licence == "other" and name and link and "://" in link:
+        return "other", name, link
+    return "other", "of-the-sources", LICENCE_FILE
+
+
+def _body(
+    checkpoint: Checkpoint, sources: Sequence[Source], known: Sequence[str], results: Results | None, problem: str | None
+) -> str:
+    title = _plain(checkpoint.folder.name) or "mixture"
+    parts = [
+        f"# {title}", _what(checkpoint), "## Use", _use(checkpoint), "## How it was made", _made(checkpoint),
+        "## What it is worth", _worth(results, problem), "## Sources and licences", _source_table(sources),
+        "\n".join(f"* {_plain(fact)}" for fact in known), "## Limits", _limits(checkpoint, results),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _what(checkpoint: Checkpoint) -> str:
+    recipe = checkpoint.record.recipe
+    total, active, _ = parameters_of(checkpoint)
+    layout = "plain transformers opens it" if checkpoint.native is not None else "it brings the code that opens it"
+    architecture, dtype = _plain(str(checkpoint.config["architectures"][0])), _plain(str(checkpoint.config["dtype"]))
+    return (
+        f"A Mixture of Domain Experts, made with modekit from one base model and {len(checkpoint.names)} experts "
+        f"({', '.join(map(_plain, checkpoint.names))}): {_decides(checkpoint)}. Architecture {architecture} ({layout}), "
+        f"{_count(total)} parameters, {_count(active)} active per token, {dtype}; everything that is no expert is from "
+        f"{_plain(_backbone(backbone_label(recipe)))}."
+    )
+
+
+def _backbone(label: str) -> str:
+    return "the base model" if label == BASE else label if label.startswith("expert ") else f"the models merged by {label}"
+
+
+def _decides(checkpoint: Checkpoint) -> str:
+    mixture = checkpoint.record.recipe.mixture
+    if mixture.method == "linear":
+        return "every expert takes part in every token with a fixed weight"
+    if mixture.top_p is not None:
+        return f"per token the fewest experts whose probabilities reach {mixture.top_p}"
+    chosen = checkpoint.record.recipe.top_k
+    return "a router weighs all experts" if mixture.method == "gating" else f"a router chooses {chosen} of them"
+
+
+def _use(checkpoint: Checkpoint) -> str:
+    name = json.dumps(checkpoint.folder.name)
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if checkpoint.native is None:
+        lines = ["import modekit  # or, without it: from_pretrained(..., trust_remote_code=True)", *lines]
+    lines += [
+        "", f"folder = {name}  # or this model's name on the hub",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)", "model = AutoModelForCausalLM.from_pretrained(folder)",
+        'inputs = tokenizer("The", return_tensors="pt")', "output = model.generate(**inputs, max_new_tokens=20)",
+        "print(tokenizer.decode(output[0]))",
+    ]  # fmt: skip
+    return _fenced("\n".join(lines), "python")
+
+
+def _made(checkpoint: Checkpoint) -> str:
+    record = checkpoint.record
+    router = record.router
+    recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=120)
+    text = [
+        _row([domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))])
+        for domain, used in router.text.items()
+    ]
+    parts = [
+        f"`modekit build` from this recipe (sha256 `{record.recipe_digest[:16]}`, modekit {_plain(record.modekit_version)}); "
+        f"router {router.status}" + (f", {len(record.training)} training(s) since." if record.training else "."),
+        _fenced(recipe.rstrip(), "yaml"),
+    ]
+    if text:
+        head = ["| domain | documents | tokens | sha256 |", "|---|---|---|---|"]
+        parts += ["Text that set the router:", "\n".join([*head, *text])]
+    if record.training:
+        parts.append("\n".join(_training(training.settings, training.steps, training.tokens) for training in record.training))
+    return "\n\n".join(parts)
+
+
+def _training(settings: dict[str, Any], steps: int, tokens: int) -> str:
+    moved = ", ".join(map(str, settings.get("what", [])))
+    losses = ", ".join(map(str, settings.get("losses", {})))
+    return f"* trained: {_plain(moved)} towards {_plain(losses)}, {steps} steps, {tokens:,} tokens"
+
+
+def _worth(results: Results | None, problem: str | None) -> str:
+    if results is None:
+        return f"{problem}."
+    header, body = results.table()
+    lines = [_row(header), "|---" * len(header) + "|", *map(_row, body)]
+    explained = (
+        "Held-out loss in nats per token / perplexity; the same tokens in every row. Gap closed: 0 is the base model, 1 is as "
+        "good as each domain's own expert. The oracle knows each text's domain: no router can do better."
+    )
+    return "\n\n".join([explained, "\n".join(lines), "\n".join(f"* {_plain(note)}" for note in results.notes)]).strip()
+
+
+def _source_table(sources: Sequence[Source]) -> str:
+    lines = ["| used as | model | revision | licence | said by |", "|---|---|---|---|---|"]
+    for source in sources:
+        lines.append(_row([", ".join(source.used_as), source.spec, source.revision or "-", source.said, source.found]))
+    return "\n".join(lines)
+
+
+def _limits(checkpoint: Checkpoint, results: Results | None) -> str:
+    lines = [
+        "It knows what its experts know, with their faults; nothing here makes it safer than they are.",
+        "The router was set for the domains above. Other text is mixed as it comes.",
+    ]
+    if results is not None:
+        lines.append("Loss was measured on held-out text like that of the experts; it says little about tasks.")
+    if checkpoint.record.router.status == "unfitted" and checkpoint.record.recipe.mixture.method != "linear":
+        lines.append("Its router is not fitted to text: which expert takes part says nothing about the domain.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _licence_page(sources: Sequence[Source], known: Sequence[str]) -> str:
+    said = "\n".join(f"* {_plain(fact)}" for fact in known)
+    return (
+        "# Licences of the sources\n\nThis model was made from the models below, and each keeps its licence. What that "
+        f"means together is for you to judge; these are the facts.\n\n{_source_table(sources)}\n\n{said}\n"
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_plain, cells)) + " |"
+
+
+def _fenced(text: str, kind: str) -> str:
+    """A code block, with a fence that is longer than any inside."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return f"{fence}{kind}\n{text}\n{fence}"
+
+
+def _plain(text: str) -> str:
+    """Text of others as text: no markup, no links, one line."""
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", lambda found: _ENTITY.get(found[1], "\\" + found[1]), one_line)
+
+
+_ENTITY = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"

@@ -1,0 +1,197 @@
+"""What a mixture's sources say of their licences: read from their own folders, nothing judged.
+
+A model's README.md with front matter counts first, then a licence file whose title is known. Hub models that were downloaded
+without a README are asked for it, when asked to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modekit.checkpoint.checkpoint import Checkpoint, SourceRecord
+from modekit.recipes.recipe import locate
+
+NONE_FOUND = "no licence found"
+_LARGEST = 2**20  # bytes of a README or licence file; more is not one
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.-]*$")
+_FRONT_MATTER = re.compile(r"^---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
+_TITLE = 600  # characters in which a licence's title stands
+_TITLES = (
+    ("apache license version 2.0", "apache-2.0"),
+    ("mit license", "mit"),
+    ("permission is hereby granted, free of charge, to any person obtaining a copy", "mit"),
+    ("gnu affero general public license version 3", "agpl-3.0"),
+    ("gnu lesser general public license version 3", "lgpl-3.0"),
+    ("gnu general public license version 3", "gpl-3.0"),
+    ("gnu general public license version 2", "gpl-2.0"),
+    ("mozilla public license version 2.0", "mpl-2.0"),
+    ("attribution-noncommercial-sharealike 4.0", "cc-by-nc-sa-4.0"),
+    ("attribution-noncommercial-noderivatives 4.0", "cc-by-nc-nd-4.0"),
+    ("attribution-noncommercial 4.0", "cc-by-nc-4.0"),
+    ("attribution-sharealike 4.0", "cc-by-sa-4.0"),
+    ("attribution-noderivatives 4.0", "cc-by-nd-4.0"),
+    ("attribution 4.0 international", "cc-by-4.0"),
+    ("cc0 1.0 universal", "cc0-1.0"),
+    ("llama 2 community license", "llama2"),
+    ("llama 3 community license", "llama3"),
+    ("meta llama 3 community license", "llama3"),
+    ("llama 3.1 community license", "llama3.1"),
+    ("llama 3.2 community license", "llama3.2"),
+    ("llama 3.3 community license", "llama3.3"),
+    ("gemma terms of use", "gemma"),
+)
+"""What a licence file begins with -> the hub's id."""
+_KINDS = (
+    ("non-commercial use only", re.compile(r"(^|-)nc(-|$)|non-?commercial")),
+    ("share-alike (what is made of it goes under the same licence)", re.compile(r"(^|-)sa(-|$)|^a?gpl|^lgpl|^osl|^eupl|^odbl")),
+    ("no derivatives", re.compile(r"(^|-)nd(-|$)")),
+    ("terms of its own, to be read", re.compile(r"^other$|^llama|^gemma|rail|research|community|^deepfloyd|^apple-")),
+)
+"""What a licence's id says of it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model of a mixture: who it is and what its own files say.
+
+    Attributes:
+        used_as: "base model", and the experts made of it.
+        hub_id: when the recipe names a model of the hub.
+        licence: the hub's id of the licence, "other", or None when nothing was found.
+        licence_name, licence_link: of a licence that is "other", as the source says them.
+        found: where that stands.
+        languages, base_models: as its front matter says.
+    """
+
+    used_as: tuple[str, ...]
+    spec: str
+    hub_id: str | None
+    revision: str | None
+    licence: str | None
+    licence_name: str | None
+    licence_link: str | None
+    found: str
+    languages: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """The licence in a word or two."""
+        if self.licence == "other" and self.licence_name:
+            return f"other ({self.licence_name})"
+        return self.licence or NONE_FOUND
+
+
+def sources_of(checkpoint: Checkpoint, *, ask_hub: bool = False) -> list[Source]:
+    """Every model that a mixture was made from, in the order of modekit.json. `ask_hub` may use the network."""
+    record = checkpoint.record
+    sources = []
+    for place, source in enumerate(record.sources):
+        names = [name for name, own in zip(checkpoint.names, record.expert_sources, strict=True) if own == place]
+        used_as = (*(["base model"] if place == 0 else []), *(f"expert {name}" for name in names))
+        sources.append(_source(source, used_as, checkpoint, ask_hub))
+    return sources
+
+
+def facts(sources: Sequence[Source]) -> list[str]:
+    """What has to be known of the licences together, one plain sentence each; none when all say one and the same."""
+    by_licence: dict[str, list[Source]] = {}
+    for source in sources:
+        by_licence.setdefault(source.said, []).append(source)
+    found = []
+    if len(by_licence) > 1:
+        told = "; ".join(f"{licence}: {_names(group)}" for licence, group in by_licence.items())
+        found.append(f"the sources' licences differ ({told})")
+    if NONE_FOUND in by_licence:
+        found.append(f"no licence was found for {_names(by_licence[NONE_FOUND])}")
+    for kind, pattern in _KINDS:
+        meant = [source for source in sources if source.licence and pattern.search(source.licence)]
+        if meant:
+            found.append(f"{kind}: {', '.join(dict.fromkeys(s.said for s in meant))} ({_names(meant)})")
+    return found
+
+
+def _names(sources: Iterable[Source]) -> str:
+    return ", ".join(name for source in sources for name in source.used_as)
+
+
+def _source(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoint, ask_hub: bool) -> Source:
+    hub_id = record.spec if locate(record.spec, checkpoint.recipe_root) is None and _HUB_ID.match(record.spec) else None
+    folder = (checkpoint.folder / record.folder).resolve()
+    readme = folder / "README.md"
+    if not readme.exists() and hub_id and ask_hub:
+        readme = _hub_readme(hub_id, record.revision) or readme
+    matter = front_matter(readme)
+    languages, bases = _words(matter.get("language")), _words(matter.get("base_model"))
+    licence, name, link = _licence_in(matter)
+    found = "README.md"
+    if licence is None:
+        found, licence = _licence_file(folder)
+    return Source(used_as, record.spec, hub_id, record.revision, licence, name, link, found, languages, bases)
+
+
+def front_matter(readme: Path) -> dict[str, Any]:
+    """The YAML at the head of a README; empty when there is none that can be read."""
+    matched = _FRONT_MATTER.match(_text_of(readme))
+    try:
+        data = yaml.safe_load(matched[1]) if matched else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        data = None
+    return data if isinstance(data, dict) else {}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig") if path.is_file() and path.stat().st_size <= _LARGEST else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _words(value: object) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(each for each in values if isinstance(each, str) and each))
+
+
+def _licence_in(matter: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
+    """Id, name and link. Several licences, and what is no id, are "other"."""
+    said = _words(matter.get("license"))
+    name, link = (next(iter(_words(matter.get(key))), None) for key in ("license_name", "license_link"))
+    if not said or said == ("unknown",):
+        return None, None, None
+    if len(said) == 1 and _LICENCE_ID.match(said[0].lower()):
+        return said[0].lower(), name, link
+    return "other", name or " and ".join(said), link
+
+
+def _licence_file(folder: Path) -> tuple[str, str | None]:
+    """Name of the licence file, or that there is none, and the licence's id."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying)", path.name))
+    except OSError:
+        return "the folder is gone", None
+    for name in names:
+        title = " ".join(_text_of(folder / name)[: 4 * _TITLE].lower().replace(",", ", ").split())
+        head = title.replace(" ,", ",")[:_TITLE]
+        known = next((licence for words, licence in _TITLES if words in head), None)
+        if known is None and "redistribution and use in source and binary forms" in title:
+            whole = _text_of(folder / name).lower()
+            known = "bsd-3-clause" if "neither the name" in whole else "bsd-2-clause"
+        return name, known or "other"
+    return "neither README.md nor a licence file says one", None
+
+
+def _hub_readme(hub_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, "README.md", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None

@@ -1,0 +1,313 @@
+"""What lies in OUT/results: read, checked, and left out with a reason when it is not this checkpoint's."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, results_from_data
+
+INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
+TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
+_LARGEST = 2**28  # bytes of a results file; more is not one
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3)]
+_Read = TypeVar("_Read")
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Router(_Data):
+    """A router slot; `layer` is None for one that serves several."""
+
+    name: str
+    layer: int | None
+    module: str
+
+
+class Dead(_Data):
+    """An expert that a router never chooses."""
+
+    router: int
+    expert: str
+
+
+class Token(_Data):
+    """A token of a sample, with its loss in nats (None for the first)."""
+
+    text: str
+    loss: Number | None
+
+
+class Sample(_Data):
+    """A held-out text word by word; `weights` are [router][token][expert]."""
+
+    domain: str
+    text: str
+    loss: Number
+    tokens: list[Token]
+    weights: list[list[list[Share]]]
+    without: dict[str, Number | None] = {}
+
+
+class Usage(_Data):
+    """How the routers treat one domain; lists are per router."""
+
+    expert: str | None
+    documents: int
+    tokens: int
+    loss: Number
+    shares: list[list[Share]]
+    chosen: list[list[Share]]
+    entropy: list[Number]
+    agreement: list[Share] | None
+    without: dict[str, Number | None]
+    named: Share | None
+
+
+class Similarity(_Data):
+    """Of each pair of experts, 1 for identical ones."""
+
+    experts: list[list[Number]]
+    of: str
+
+
+class TopToken(_Data):
+    """A token that an expert takes more than others."""
+
+    token: str
+    share: Share
+    count: int
+    lift: Number
+
+
+class Inspection(_Data):
+    """inspect.json."""
+
+    format: Literal[1]
+    checkpoint: dict[str, str]
+    experts: list[str] = Field(min_length=1)
+    domains: list[str]
+    unseen: list[str]
+    routers: list[Router]
+    top_k: int | None
+    per_domain: dict[str, Usage]
+    utilisation: list[list[Share]]
+    dead: list[Dead]
+    similarity: Similarity | None
+    top_tokens: dict[str, list[TopToken]]
+    texts: list[Sample]
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Inspection:
+        experts, routers = len(self.experts), len(self.routers)
+
+        def check(rows: list[list[float]], where: str) -> None:
+            if len(rows) != routers or any(len(row) != experts for row in rows):
+                raise ValueError(f"{where} is not {routers} routers x {experts} experts")
+
+        if set(self.per_domain) != {*self.domains, *self.unseen}:
+            raise ValueError("per_domain does not name the domains")
+        for domain, usage in self.per_domain.items():
+            check(usage.shares, f"per_domain.{domain}.shares")
+            check(usage.chosen, f"per_domain.{domain}.chosen")
+        check(self.utilisation, "utilisation")
+        for sample in self.texts:
+            if len(sample.weights) != routers or any(len(tokens) != len(sample.tokens) for tokens in sample.weights):
+                raise ValueError("texts[].weights is not routers x tokens")
+            for tokens in sample.weights:
+                if any(len(row) != experts for row in tokens):
+                    raise ValueError("texts[].weights does not name every expert")
+        if self.similarity is not None and [len(row) for row in self.similarity.experts] != [experts] * experts:
+            raise ValueError("similarity.experts is not experts x experts")
+        return self
+
+
+class TaskRow(_Data):
+    """A model's result on a task, with the bounds of its interval."""
+
+    value: Number
+    low: Number | None = None
+    high: Number | None = None
+
+
+class Task(_Data):
+    """One task."""
+
+    metric: str
+    rows: dict[str, TaskRow]
+
+
+class Tasks(_Data):
+    """tasks.json."""
+
+    format: Literal[1]
+    checkpoint: dict[str, str] | None = None
+    tasks: dict[str, Task]
+    notes: list[str] = []
+
+
+class Reported(_Data):
+    """What a variant came to on text that chose nothing."""
+
+    mean_loss: Number
+    gap_closed: Number | None
+
+
+class Variant(_Data):
+    """One candidate of a search."""
+
+    name: str
+    description: str
+    status: Literal["scored", "dropped", "refused"]
+    mean_loss: Number | None
+    report: Reported | None
+    active: int
+    native: bool
+    best: bool
+    pareto: bool
+
+
+class Search(_Data):
+    """tune.json: candidates from the best to the worst."""
+
+    format: Literal[1]
+    checkpoint: dict[str, str]
+    candidates: list[Variant]
+    seconds: Number
+
+
+class Curve(_Data):
+    """train.csv: columns of numbers by step, None where nothing was logged."""
+
+    steps: list[int]
+    columns: dict[str, list[float | None]]
+
+
+class Trained(_Data):
+    """train.json: the last training and, where there was text, the table before and after."""
+
+    results: Results | None = None
+    curve: Curve | None = None
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+def find_results(checkpoint: Checkpoint, problems: list[str]) -> Results | None:
+    """The table of `modekit eval`; what is wrong with it goes to `problems`."""
+    results = _read(checkpoint, RESULTS_FILE, "modekit eval", results_from_data, problems)
+    if results is not None and not belongs_to(results, checkpoint):
+        problems.append(_of_another(RESULTS_FILE, "modekit eval"))
+        return None
+    if results is not None and not results.domains:
+        problems.append(f"{RESULTS_FILE} has no domain with an expert of its own")
+    return results
+
+
+def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection | None:
+    """What `modekit inspect` found."""
+    inspection = _read(checkpoint, INSPECT_FILE, "modekit inspect", Inspection.model_validate, problems)
+    if inspection is None:
+        return None
+    if inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names:
+        problems.append(_of_another(INSPECT_FILE, "modekit inspect"))
+        return None
+    return inspection
+
+
+def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
+    """What the mixture is worth on tasks, when that was asked."""
+    if not _path(checkpoint, TASKS_FILE).exists():
+        return None
+    tasks = _read(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
+    if tasks is not None and tasks.checkpoint not in (None, checkpoint.identity):
+        problems.append(_of_another(TASKS_FILE, "modekit eval --tasks"))
+        return None
+    return tasks
+
+
+def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
+    """The search that this mixture came out of, when there was one."""
+    if not _path(checkpoint, SEARCH_FILE).exists():
+        return None
+    search = _read(checkpoint, SEARCH_FILE, "modekit tune", Search.model_validate, problems)
+    if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
+        problems.append(f"{SEARCH_FILE} is of another recipe: `modekit fit` has changed this mixture since")
+        return None
+    return search
+
+
+def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None:
+    """Tables and curve of the last training; None when there was none, or its files are of another one."""
+    if not checkpoint.record.training or not _path(checkpoint, TRAIN_FILE).exists():
+        return None
+
+    def parse(data: dict[str, Any]) -> Trained | None:
+        if data["training"] != checkpoint.record.training[-1].model_dump(mode="json"):
+            return None
+        table = data["results"]
+        return Trained(results=results_from_data(table) if table else None, curve=_curve(_path(checkpoint, CURVE_FILE)))
+
+    before = len(problems)
+    trained = _read(checkpoint, TRAIN_FILE, "modekit train", parse, problems)
+    if trained is None and len(problems) == before:
+        problems.append(f"{TRAIN_FILE} is of another training, so its curve is left out")
+    return trained
+
+
+def _path(checkpoint: Checkpoint, file: str) -> Path:
+    return checkpoint.folder / RESULTS_FOLDER / file
+
+
+def _of_another(file: str, command: str) -> str:
+    return f"{file} is of another state of this mixture (router, recipe or training changed since): run `{command}` again"
+
+
+def _read(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:
+    path = _path(checkpoint, file)
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        return parse(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+    except FileNotFoundError:
+        problems.append(f"there is no {file}: run `{command}`")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        problems.append(f"{file} is damaged or of another version ({place or 'whole file'}: {first['msg']}): run `{command}`")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problems.append(f"{file} is damaged or of another version ({type(error).__name__}): run `{command}`")
+    return None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(name)
+
+
+def _curve(path: Path) -> Curve | None:
+    """The log of a training; None when there is none that can be read."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        steps = [int(row["step"]) for row in rows]
+        names = [name for name in rows[0] if name != "step"]
+        columns = {name: [_number(row[name]) for row in rows] for name in names}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
+        return None
+    return Curve(steps=steps, columns=columns)
+
+
+def _number(cell: str) -> float | None:
+    value = float(cell) if cell else None
+    return value if value is not None and math.isfinite(value) else None

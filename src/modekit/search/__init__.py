@@ -1,0 +1,1 @@
+"""Which mixture: advice before a build, and a search over variants."""

@@ -1,0 +1,156 @@
+"""Can the experts be mixed, and do they read text as the base does? From files, without torch; everything that is wrong.
+
+`plan` and `build` stop at the first of these with an error. Here each becomes a finding, and an expert that a build would
+refuse is left out of the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modekit.errors import ModekitError
+from modekit.planning.pieces import piece_of
+from modekit.recipes.recipe import Expert, Recipe
+from modekit.search.advise.findings import Finding, finding_of
+from modekit.sources.adapter import AdapterSource, open_adapter
+from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
+from modekit.sources.families import Family, family_of
+from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.sources.open import model_folder
+from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer
+
+
+@dataclass(frozen=True)
+class Models:
+    """The base and the experts that can be mixed, by their place in the recipe; a base expert is the base's source."""
+
+    base: ModelSource
+    family: Family
+    experts: dict[int, ModelSource]
+    findings: list[Finding]
+
+
+def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> Models:
+    """Open and check every model. Raises what is wrong with the base model, without which there is nothing to say."""
+    folder = model_folder(recipe.base_model, recipe.revision, root=root, label="base_model")
+    base = open_source("base_model", recipe.base_model, folder, revision=recipe.revision, trust_remote_code=trust_remote_code)
+    where = f"base_model ({base.spec})"
+    family = family_of(base.config, where=where)
+    check_sizes(base)
+    check_dtypes(base)
+    check_complete(base, family, int(base.config["num_hidden_layers"]))
+    check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
+    experts: dict[int, ModelSource] = {}
+    findings: list[Finding] = []
+    for place, expert in enumerate(recipe.experts):
+        if expert.is_base:
+            experts[place] = base
+            continue
+        try:
+            source = _open(expert, place, base, root, trust_remote_code)
+        except ModekitError as error:
+            findings.append(finding_of(error, expert.name))
+            continue
+        refused = list(_refusals(expert.name, source, base, family))
+        findings += [*refused, *_remarks(expert, source, base)]
+        if not refused:
+            experts[place] = source
+    return Models(base, family, experts, findings)
+
+
+def _open(expert: Expert, place: int, base: ModelSource, root: Path, trust_remote_code: bool) -> ModelSource:
+    label = f"experts[{place}] '{expert.name}'"
+    folder = model_folder(expert.source, expert.revision, root=root, label=label)
+    if expert.adapter is not None:
+        return open_adapter(label, expert.source, folder, base, revision=expert.revision)
+    return open_source(label, expert.source, folder, revision=expert.revision, trust_remote_code=trust_remote_code)
+
+
+def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family) -> Iterator[Finding]:
+    """What a build would refuse; every check speaks for itself, so that one does not hide the next."""
+    layers = int(base.config["num_hidden_layers"])
+
+    def shapes() -> None:
+        for ref in base.tensors.values():
+            if ref.name in source.tensors:
+                piece_of((base, source), 1, ref)
+
+    of_full_models: list[Callable[[], object]] = [
+        lambda: check_sizes(source),
+        lambda: check_dtypes(source),
+        lambda: check_same_architecture(base, source, family),
+        lambda: check_complete(source, family, layers),
+        shapes,
+    ]
+
+    def tokenizers() -> None:
+        check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+
+    for check in [*([] if isinstance(source, AdapterSource) else of_full_models), tokenizers]:
+        try:
+            check()
+        except ModekitError as error:
+            yield finding_of(error, name)
+
+
+def _remarks(expert: Expert, source: ModelSource, base: ModelSource) -> Iterator[Finding]:
+    """What a build takes without a word and a user may be surprised by."""
+    name = expert.name
+    if isinstance(source, AdapterSource):
+        yield from (Finding("note", name, note) for note in source.notes)
+    elif not any((source.folder / file).exists() for file in TOKENIZER_FILES):
+        yield Finding("note", name, "the folder has no tokenizer; the base model's is taken to be its own")
+    ours, theirs = chat_template(base.folder), chat_template(source.folder)
+    if theirs is not None and ours != theirs:
+        yield Finding(
+            "warning", name, "its chat template is not the base model's, and a mixture has the base model's",
+            "none in the base" if ours is None else "another one in the base",
+            "if all experts share it, put it into the base model's folder before building; else prompt as each expert knows",
+        )  # fmt: skip
+    if isinstance(source, AdapterSource):
+        return
+    ends = [model.config.get("eos_token_id") for model in (base, source)]
+    if ends[0] != ends[1]:
+        yield Finding(
+            "warning", name, "it ends its answers with another token than the base model",
+            f"eos_token_id {ends[1]}, base {ends[0]}", "name both in the base model's generation_config.json before building",
+        )  # fmt: skip
+    ours_dtypes, theirs_dtypes = _dtypes(base), _dtypes(source)
+    if ours_dtypes != theirs_dtypes:
+        yield Finding(
+            "note", name, "its tensors have another dtype than the base model's", f"{theirs_dtypes}, base {ours_dtypes}",
+            f"a build casts to the base model's; output: {{dtype: {theirs_dtypes.split(', ')[0]}}} keeps these as they are",
+        )  # fmt: skip
+    if expert.lora_rank is not None:
+        yield Finding(
+            "note", name, f"as: lora keeps a part of rank {expert.lora_rank}; the figures here are of the whole model",
+            to_do="`modekit extract` says what a rank loses",
+        )  # fmt: skip
+
+
+def _dtypes(source: ModelSource) -> str:
+    """The float dtypes of a model, the most frequent (by bytes) first."""
+    sizes: dict[str, int] = {}
+    for ref in source.tensors.values():
+        if ref.dtype in DTYPE_NAMES:
+            sizes[DTYPE_NAMES[ref.dtype]] = sizes.get(DTYPE_NAMES[ref.dtype], 0) + ref.nbytes
+    return ", ".join(sorted(sizes, key=lambda dtype: -sizes[dtype]))
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
+    try:
+        if (folder / "chat_template.jinja").exists():
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8").strip()
+        for file in ("chat_template.json", "tokenizer_config.json"):
+            if (folder / file).exists():
+                template: Any = json.loads((folder / file).read_text(encoding="utf-8")).get("chat_template")
+                if template is not None:
+                    return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None

@@ -1,0 +1,148 @@
+"""How far experts moved from the base, and from each other: one pass over all files, in blocks, in flat memory.
+
+Of every group of tensors the products of the experts' differences from the base are summed, which holds all of it:
+
+    drift     |D_e| / |base|        share    |D_e|^2 in the group / |D_e|^2 in all        (Frobenius)
+    cosine    <D_e, D_f> / |D_e| |D_f|        distance    |D_e - D_f| / max(|D_e|, |D_f|)
+
+Shape legend: E experts, N elements of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.building.tensors import PieceReader
+from modekit.planning.pieces import piece_of, touched
+from modekit.progress import Progress, silent
+from modekit.search.advise.groups import GROUPS, Group
+from modekit.sources.model import Mappings, ModelSource, TensorRef
+from modekit.weights.merge import FlatArray
+from modekit.weights.numeric import BLOCK, is_finite, to_float32
+
+_Double = npt.NDArray[np.float64]
+_STEP = BLOCK // 8  # float64 rows of every expert side by side stay as small as one block of a copy
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Sums over the tensors of each group; experts by their number in `compare`.
+
+    Attributes:
+        base: squared length of the base's tensors.
+        products: <D_e, D_f>, (E, E) float64.
+        moved: per expert the names of the tensors that differ from the base's.
+        damaged: per expert the names of tensors with NaN or Inf, whose differences are counted as zero.
+        base_damaged: names of such tensors in the base.
+    """
+
+    base: Mapping[Group, float]
+    products: Mapping[Group, _Double]
+    moved: Sequence[frozenset[str]]
+    damaged: Sequence[tuple[str, ...]]
+    base_damaged: tuple[str, ...]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Groups that the base has, in their order."""
+        return [group for group in GROUPS if group in self.base]
+
+    def relative(self, expert: int, group: Group) -> float | None:
+        """|D| / |base|; None where the base is zero and the difference is not."""
+        square = float(self.products[group][expert, expert])
+        return math.sqrt(square / self.base[group]) if self.base[group] else None if square else 0.0
+
+    def share(self, expert: int, group: Group) -> float:
+        """Of the expert's squared difference; 0 for an expert that equals the base."""
+        every = self._all[expert, expert]
+        return float(self.products[group][expert, expert] / every) if every else 0.0
+
+    def total(self, expert: int) -> float:
+        """|D| / |base| of all tensors together."""
+        return math.sqrt(self._all[expert, expert] / sum(self.base.values()))
+
+    def cosine(self, first: int, second: int) -> float | None:
+        """Of two experts' differences from the base; None when one has none."""
+        lengths = self._all[first, first] * self._all[second, second]
+        return float(np.clip(self._all[first, second] / math.sqrt(lengths), -1, 1)) if lengths else None
+
+    def distance(self, first: int, second: int) -> float:
+        """Between two experts, relative to the one that moved further; 0 for equal ones."""
+        longest = max(self._all[first, first], self._all[second, second])
+        between = self._all[first, first] + self._all[second, second] - 2 * self._all[first, second]
+        return math.sqrt(max(between, 0.0) / longest) if longest else 0.0
+
+    @property
+    def _all(self) -> _Double:
+        every: _Double = np.sum([*self.products.values()], axis=0)
+        return every
+
+
+def compare(
+    base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[str, Group], *, progress: Progress = silent
+) -> Drift:
+    """Read every tensor of the base and of the experts once. Raises SourceError when a file becomes shorter meanwhile."""
+    sources = (base, *experts)
+    squares: dict[Group, float] = {}
+    products: dict[Group, _Double] = {}
+    moved: list[set[str]] = [set() for _ in experts]
+    damaged: list[list[str]] = [[] for _ in sources]
+    mappings = Mappings()
+    read = PieceReader(mappings)
+    try:
+        for done, (name, group) in enumerate(groups.items(), 1):
+            ref = base.tensor(name)
+            changed = [
+                place for place in range(1, len(sources)) if sources[place] is not base and touched(sources[place], name)
+            ]
+            pieces = {0: piece_of(sources, 0, ref), **{place: piece_of(sources, place, ref) for place in changed}}
+            broken = {place: _broken(piece.refs, mappings) for place, piece in pieces.items()}
+            for place, names in broken.items():
+                if place == 0 or not broken[0]:
+                    damaged[place] += names
+            whole = [place for place in changed if not broken[place]]
+            arrays = [read.values(pieces[place]) for place in whole]
+            square, product = (0.0, np.zeros((0, 0))) if broken[0] else _sums(read.values(pieces[0]), arrays)
+            squares[group] = squares.get(group, 0.0) + square
+            rows = np.array(whole, dtype=int) - 1
+            products.setdefault(group, np.zeros((len(experts), len(experts))))
+            if not broken[0]:
+                for row, length in zip(rows, np.diagonal(product), strict=True):
+                    if not np.isfinite(length):  # DoRA of a row of zeros
+                        damaged[row + 1].append(name)
+                    elif length:
+                        moved[row].add(name)
+                products[group][np.ix_(rows, rows)] += np.nan_to_num(product, nan=0.0)
+            for piece in pieces.values():
+                for part in piece.refs:
+                    mappings.forget(part)
+            del arrays
+            progress("compare", done, len(groups))
+    finally:
+        mappings.close()
+    return Drift(
+        squares, products, [frozenset(names) for names in moved], [tuple(dict.fromkeys(names)) for names in damaged[1:]],
+        tuple(dict.fromkeys(damaged[0])),
+    )  # fmt: skip
+
+
+def _sums(base: FlatArray, experts: Sequence[FlatArray]) -> tuple[float, _Double]:
+    """|base|^2 and <D_e, D_f> (E, E) of one tensor."""
+    square, product = 0.0, np.zeros((len(experts), len(experts)))
+    for start in range(0, len(base), _STEP):
+        part = slice(start, min(start + _STEP, len(base)))
+        origin = to_float32(base[part]).astype(np.float64)
+        square += float(origin @ origin)
+        if experts:
+            delta_EN = np.stack([to_float32(expert[part]) - origin for expert in experts])
+            product += delta_EN @ delta_EN.T
+    return square, product
+
+
+def _broken(refs: Sequence[TensorRef], mappings: Mappings) -> list[str]:
+    return [ref.name for ref in refs if not is_finite(mappings.view(ref), ref.dtype)]

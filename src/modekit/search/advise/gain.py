@@ -1,0 +1,100 @@
+"""Where an expert's gain sits: held-out loss of the base with only some groups of the expert's tensors put into it.
+
+    share of a part = (loss of base - loss of base with the part) / (loss of base - loss of the whole expert)
+
+Shares of parts need not add up to one: what a part is worth depends on what is around it.
+
+Losses are kept for a few blocks of the text; leaving out one block at a time says how far a figure can be trusted (jackknife).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.search.advise.groups import Group
+
+PARTS: dict[str, frozenset[Group]] = {
+    "ffn": frozenset({"ffn"}),
+    "attention": frozenset({"attention"}),
+    "norms": frozenset({"norms"}),
+    "embeddings + head": frozenset({"embeddings", "head"}),
+    "ffn + attention": frozenset({"ffn", "attention"}),
+    "ffn + attention + norms": frozenset({"ffn", "attention", "norms"}),
+    "all but embeddings": frozenset({"ffn", "attention", "norms", "head"}),
+    "all": frozenset({"ffn", "attention", "norms", "embeddings", "head"}),
+}
+"""What is put into the base, by the name it has in tables."""
+BASE_PLACE = -1
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed loss (nats) and scored tokens of each block of a domain's text."""
+
+    sums: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error; None with a single block of text."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What was scored: `whole[model][domain]` with BASE_PLACE for the base, `parts[expert][part]` on the expert's own text.
+
+    `on_average[expert]`: the expert's FFN on a backbone that is the average of all experts.
+    """
+
+    whole: Mapping[int, Mapping[int, Losses]]
+    parts: Mapping[int, Mapping[str, Losses]]
+    on_average: Mapping[int, Losses] = field(default_factory=dict)
+
+    def with_average(self, losses: Mapping[int, Losses]) -> Gains:
+        """The same with what FFNs do on the average backbone."""
+        return replace(self, on_average=losses)
+
+    def gain(self, model: int, domain: int) -> Estimate:
+        """Loss of the base less that of a whole expert on a domain."""
+        return estimate(lambda base, own: base - own, self.whole[BASE_PLACE][domain], self.whole[model][domain])
+
+    def better(self, first: int, second: int, domain: int) -> Estimate:
+        """Loss of the second less that of the first on a domain."""
+        return estimate(lambda one, other: other - one, self.whole[first][domain], self.whole[second][domain])
+
+    def share(self, expert: int, losses: Losses) -> Estimate:
+        """Of the gain of an expert on its own text."""
+        return estimate(
+            lambda base, own, part: (base - part) / (base - own),
+            self.whole[BASE_PLACE][expert], self.whole[expert][expert], losses,
+        )  # fmt: skip
+
+
+def estimate(figure: Callable[..., float], *losses: Losses) -> Estimate:
+    """A function of mean losses on the same text, and its jackknife standard error over the blocks."""
+    value = figure(*(each.mean for each in losses))
+    count = len(losses[0].sums)
+    if count < 2:
+        return Estimate(value, None)
+    left_out = []
+    for block in range(count):
+        kept = np.arange(count) != block
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left_out.append(figure(*(each.sums[kept].sum() / each.tokens[kept].sum() for each in losses)))
+    spread = np.array(left_out) - np.mean(left_out)
+    error = math.sqrt((count - 1) / count * float(spread @ spread))
+    return Estimate(value, error if math.isfinite(error) else None)

@@ -1,0 +1,208 @@
+"""Bodies: everything of a mixture but what its routers say, written once for all candidates that share it.
+
+    WORK/tensors/<digest>.safetensors   the experts, or the backbone, of one layer
+    WORK/bodies/<digest>/               a modekit checkpoint whose shards are links to those, its gates zero
+    WORK/statistics/<digest>/           what routers read on one backbone
+
+Two candidates with the same backbone share a body; two with different backbones share their experts' bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from modekit.building.build import write_tensor
+from modekit.building.tensors import PieceReader
+from modekit.checkpoint.checkpoint import (
+    RECORD_FILE,
+    Checkpoint,
+    Gates,
+    RouterRecord,
+    make_record,
+    open_checkpoint,
+    write_index,
+    write_router_file,
+)
+from modekit.checkpoint.staging import link, safetensors_header, write_all, write_json
+from modekit.planning.make import make_plan
+from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
+from modekit.progress import Progress, silent
+from modekit.recipes.recipe import ADAPTER_FITS, STATISTICS_FITS, Output, Recipe, Router, parse_recipe
+from modekit.routing.constant import constant_gates
+from modekit.routing.fit import fit_router, read_statistics
+from modekit.search.tune.mount import structure
+from modekit.sources.model import Mappings
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+class Bodies:
+    """The bodies and statistics in a work folder. Processes may share it."""
+
+    def __init__(
+        self, work: Path, root: Path, *, averages: Sequence[float | None] = (), trust_remote_code: bool = False
+    ) -> None:  # fmt: skip
+        self._work, self._root, self._trust = work, root, trust_remote_code
+        self._averages = averages
+        self._gates: dict[str, Gates] = {}
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """Of a candidate: in the modekit architecture, which says all of them."""
+        output = Output(format="modekit", dtype=recipe.output.dtype)
+        return make_plan(recipe.model_copy(update={"output": output}), self._root, trust_remote_code=self._trust)
+
+    def checkpoint(self, plan: Plan) -> Checkpoint:
+        """The body of a plan, written if need be, with the plan's routing; its gates are zero."""
+        recipe = plan.recipe
+        if recipe.mixture.method == "linear":  # a body has routers, whether its candidate asks them or not
+            plan = self.plan(_with_routers(recipe))
+        plan = replace(plan, shards=tuple(_by_layer(plan)))
+        folder = self._work / "bodies" / _digest([structure(plan.config), [_identities(plan, shard) for shard in plan.shards]])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not (folder / RECORD_FILE).exists():
+                self._write(plan, folder)
+        return open_checkpoint(folder).with_recipe(recipe)
+
+    def gates(self, body: Checkpoint, recipe: Recipe, progress: Progress = silent) -> Gates:
+        """What a candidate's routers say over a body: fitted on statistics that are read once per backbone and granularity.
+
+        Raises TextError, RecipeError.
+        """
+        constant = constant_gates(recipe, body.slots)
+        if constant is not None:
+            return constant
+        mixture, router = recipe.mixture, recipe.mixture.router
+        # Logits are divided by the temperature, so that one fit serves all.
+        plain = router.model_copy(update={"temperature": 1.0})
+        folder = self._statistics_of(recipe, router)
+        key = _digest([str(folder), plain.model_dump(mode="json"), body.folder.name if router.fit in ADAPTER_FITS else ""])
+        if key not in self._gates:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unscaled = recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": plain})})
+            together = self._read_with(recipe, router)
+            with FileLock(next(iter(together)).with_suffix(".lock")):
+                if router.fit in STATISTICS_FITS:
+                    read_statistics(body, unscaled, self._root, together, trust_remote_code=self._trust, progress=progress)
+                fitted = fit_router(body, unscaled, self._root, folder, trust_remote_code=self._trust, progress=progress)
+            self._gates[key] = fitted.gates
+        return [gate / np.float32(router.temperature) for gate in self._gates[key]]
+
+    def _statistics_of(self, recipe: Recipe, router: Router) -> Path:
+        """Where the statistics lie that a router is fitted on."""
+        reads: dict[str, Any] = {"ngram": [router.order, router.buckets]}
+        if router.fit != "ngram":
+            says = recipe.mixture.model_dump(mode="json", include={"backbone", "modules", "layers"})
+            reads = {**says, "averages": router.averages, "prefix": router.prefix_tokens, "scope": router.scope}
+            reads["negatives"] = [expert.negative_prompts for expert in recipe.experts]  # of a centroid fit alone
+        return self._work / "statistics" / _digest(reads)
+
+    def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
+        """Folder -> settings of every router of the search that reads the same text through the same models."""
+        if router.granularity == "sequence" or router.fit not in STATISTICS_FITS or len(router.averages) > 1:
+            return {self._statistics_of(recipe, router): router}
+        update = {"fit": "ridge", "temperature": 1.0}
+        routers = [
+            router.model_copy(update={**update, "granularity": "token", "decay": None} if decay is None else
+                              {**update, "granularity": "context", "decay": [decay]})
+            for decay in dict.fromkeys([*self._averages, router.averages[0]["decay"]])
+        ]  # fmt: skip
+        return {self._statistics_of(recipe, each): each for each in routers}
+
+    def must_read(self, recipe: Recipe) -> bool:
+        """Whether the gates of a candidate need text to be run through a model first."""
+        router = recipe.mixture.router
+        linear = recipe.mixture.method == "linear"
+        return not linear and router.fit in STATISTICS_FITS and not self._statistics_of(recipe, router).exists()
+
+    def remove(self) -> None:
+        """Remove the bodies' weights; statistics stay, for a search that goes on."""
+        for name in ("bodies", "tensors"):
+            shutil.rmtree(self._work / name, ignore_errors=True)
+
+    def _write(self, plan: Plan, folder: Path) -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        pool = self._work / "tensors"
+        pool.mkdir(exist_ok=True)
+        mappings = Mappings()
+        try:
+            read = PieceReader(mappings)
+            for shard in plan.shards:
+                kept = pool / (_digest(_identities(plan, shard)) + ".safetensors")
+                with FileLock(kept.with_suffix(".lock")):
+                    if not kept.exists():
+                        _write_shard(plan, shard, kept, read)
+                link(kept, partial / shard.file)
+        finally:
+            mappings.close()
+        write_index(plan, partial)
+        write_json(partial / "config.json", dict(plan.config))
+        for file in (*plan.copied_files, *plan.code_files):
+            shutil.copyfile(file, partial / file.name)
+        zeros = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
+        sha256 = write_router_file(partial / ROUTER_FILE, plan.slots, zeros, plan.router_dtype)
+        # Sources are hashed by the build of what the search finds; nothing here is shown.
+        hashes = {str(file): "" for source in plan.sources for file in source.files}
+        record = make_record(plan, folder, hashes, RouterRecord.unfitted(plan.recipe, sha256))
+        write_json(partial / RECORD_FILE, record.model_dump(mode="json"))
+        partial.rename(folder)
+
+
+def _by_layer(plan: Plan) -> list[Shard]:
+    """Shards such that what candidates may share is a file: a layer's experts, a layer's backbone, the rest."""
+    groups: dict[tuple[str, str], list[PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        if tensor.role != "router":
+            match = _LAYER.search(tensor.name)
+            groups.setdefault((match[1] if match else "rest", tensor.role), []).append(tensor)
+    return [Shard(f"model-{layer}-{role}.safetensors", tuple(tensors)) for (layer, role), tensors in groups.items()]
+
+
+def _write_shard(plan: Plan, shard: Shard, path: Path, read: PieceReader) -> None:
+    partial = path.with_suffix(".partial")
+    with io.FileIO(partial, "w") as stream:
+        entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
+        write_all(stream, memoryview(safetensors_header(entries)))
+        for tensor in shard.tensors:
+            write_tensor(plan, tensor, read, stream)
+    partial.replace(path)
+
+
+def _identities(plan: Plan, shard: Shard) -> list[Any]:
+    """What distinguishes a shard's bytes from those of others."""
+    merge = plan.recipe.mixture.merge
+    return [
+        [
+            tensor.name, tensor.dtype, list(tensor.shape), tensor.operation, tensor.factor,
+            [piece.identity() for piece in tensor.pieces],
+            merge.model_dump(mode="json") if tensor.operation == "merge" and merge is not None else None,
+        ]
+        for tensor in shard.tensors
+    ]  # fmt: skip
+
+
+def _with_routers(recipe: Recipe) -> Recipe:
+    """The same experts and backbone behind routers."""
+    mixture = recipe.mixture.model_dump(mode="json", exclude_unset=True)
+    mixture = {key: value for key, value in mixture.items() if key != "weights"}
+    whole = {"granularity": "sequence", "per": "model"} if mixture.get("modules") == "all" else {}
+    routed = {**mixture, "method": "routing", "router": {"fit": "random", **whole}}
+    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    return parse_recipe({**raw, "mixture": routed})
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -1,0 +1,72 @@
+"""OUT.tuning: whose search it is, and that one command at a time is at it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from modekit.checkpoint.staging import write_json
+from modekit.errors import OutputError, TuneError
+from modekit.planning.plan import Plan
+from modekit.search.tune.settings import TuneSettings
+from modekit.search.tune.study import Job
+
+_SETTINGS_FILE = "settings.json"
+
+
+def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str]) -> None:
+    """Make the work folder, or go on in that of the same search of the same models and text (`read`: their digests).
+
+    Raises TuneError for another's.
+    """
+    folder = job.work
+    asked = {
+        "recipe": job.recipe.digest(), "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
+        "native": native, "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length,
+        "seed": settings.seed, **read,
+    }  # fmt: skip
+    path = folder / _SETTINGS_FILE
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise OutputError(
+                "a folder that modekit did not make is in the way",
+                where=str(folder),
+                remedy="move it away, or choose another OUT",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, asked)
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if known != asked:
+        changed = ", ".join(sorted(key for key in asked if known.get(key) != asked[key]))
+        raise TuneError(
+            "the folder holds another search", where=str(folder), found=f"other {changed}",
+            remedy="remove the folder to start over, or choose another OUT",
+        )  # fmt: skip
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Held while a command searches: another would take its candidates for those that a kill cut short."""
+    lock = FileLock(folder / "search.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TuneError(
+            "another command is at this search", where=str(folder), remedy="wait for it, or use --processes for more at once"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def stamp(plan: Plan) -> str:
+    """Changes with the models: size and time of every file."""
+    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
+    stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

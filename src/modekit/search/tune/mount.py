@@ -1,0 +1,90 @@
+"""One loaded model that becomes one candidate after the other: only what differs is read.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from modekit.architecture.modekit_router import Router
+from modekit.checkpoint.checkpoint import Checkpoint, Gates
+from modekit.loaded.models import load_model
+from modekit.sources.model import TensorRef
+from modekit.weights.numeric import as_array, to_bytes, to_float32
+
+_Bytes = tuple[int, int, int]
+
+
+class Mount:
+    """A modekit model under changing bodies and routers."""
+
+    def __init__(self, *, trust_remote_code: bool = False) -> None:
+        self._trust = trust_remote_code
+        self._places: dict[str, Any] | None = None
+        self._bytes: dict[str, _Bytes] = {}
+        self._model: PreTrainedModel | None = None
+        self.loads = 0
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._model, self._places, self._bytes = None, None, {}
+
+    def put(self, body: Checkpoint, gates: Gates) -> PreTrainedModel:
+        """The mixture of a body under its routing and these gates."""
+        places = structure(body.config)
+        refs = {name: ref for name, ref in body.tensors.items() if not name.endswith(".router.gate")}
+        if self._model is None or places != self._places:
+            self.clear()
+            self._model = load_model(body.folder, trust_remote_code=self._trust)
+            self.loads += 1
+        else:
+            self._read(self._model, {name: ref for name, ref in refs.items() if self._bytes[name] != _bytes_of(ref)})
+        self._places, self._bytes = places, {name: _bytes_of(ref) for name, ref in refs.items()}
+        _route(self._model, body, gates)
+        return self._model
+
+    def _read(self, model: PreTrainedModel, refs: dict[str, TensorRef]) -> None:
+        """Put tensors of another body into the model."""
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        by_file: dict[Path, list[str]] = {}
+        for name, ref in refs.items():
+            by_file.setdefault(ref.file, []).append(name)
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    state[name].data.copy_(tensors.get_tensor(name))
+
+
+def structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where routers stand and what they read; a gate's rows are set with the gate."""
+    places = config["modekit"]["places"]
+    return {name: {key: value for key, value in place.items() if key != "rows"} for name, place in places.items()}
+
+
+def _route(model: PreTrainedModel, body: Checkpoint, gates: Gates) -> None:
+    """Let every router of the model decide as the body's routing says."""
+    routing = body.config["modekit"]["routing"]
+    model.base_model.flow.averages = any(average["decay"] is not None for average in routing["averages"])
+    said = {slot.name.removesuffix(".gate"): (slot, gate) for slot, gate in zip(body.slots, gates, strict=True)}
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            module.routing = dict(routing)
+            if name in said:
+                slot, gate = said[name]
+                code = body.tensors[slot.name].dtype  # in which a build would write it
+                rounded = to_float32(as_array(to_bytes(gate.ravel(), code), code)).reshape(gate.shape)
+                module.rows = list(slot.rows)
+                module.gate = torch.nn.Parameter(torch.from_numpy(rounded.copy()).to(model.device), requires_grad=False)
+
+
+def _bytes_of(ref: TensorRef) -> _Bytes:
+    """Where a tensor's bytes lie, whatever the file is called here."""
+    stat = ref.file.stat()
+    return stat.st_dev, stat.st_ino, ref.start

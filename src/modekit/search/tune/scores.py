@@ -1,0 +1,99 @@
+"""Losses that a search shows beside those it chose by: on the report split, of base and experts, and of smaller mixtures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modekit.checkpoint.staging import write_json
+from modekit.evaluation.evaluate import load_expert, score_domain
+from modekit.loaded.models import load_model
+from modekit.planning.plan import Plan
+from modekit.progress import Progress
+from modekit.search.tune.mount import Mount
+from modekit.search.tune.selection import Selection, Tally
+from modekit.search.tune.study import Candidate, Job, candidate_recipe
+
+Losses = dict[str, float]
+"""Domain -> nats per token."""
+
+
+def score_all(
+    job: Job, shown: Sequence[Candidate], text: Selection, file: str, stage: str, progress: Progress
+) -> dict[int, Losses]:
+    """Loss per domain on all of a text, by number of the candidate; refused ones are left out, what WORK/`file` has is kept."""
+    path = job.work / file
+    known: dict[str, Losses] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    bodies = job.bodies()
+    mount = Mount(trust_remote_code=job.trust_remote_code)
+    numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
+    for place, (number, candidate) in enumerate(numbers.items()):
+        progress(stage, place, len(numbers))
+        if str(number) not in known:
+            recipe = candidate_recipe(job.recipe, candidate.mixture)
+            body = bodies.checkpoint(bodies.plan(recipe))
+            model = mount.put(body, bodies.gates(body, recipe))
+            tally = Tally()
+            tally.add(model, text.domains, f"candidate {number}")
+            known[str(number)] = tally.losses
+            write_json(path, known)
+    progress(stage, len(numbers), len(numbers))
+    return {number: known[str(number)] for number in numbers}
+
+
+def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, progress: Progress) -> list[Candidate]:
+    """The candidates, where of every number of active parameters below the best's the most promising is scored in full.
+
+    Dropping compares losses alone; whoever weighs loss against size needs a figure for the smaller ones, too.
+    """
+    scored = [candidate for candidate in found if candidate.status == "scored"]
+    if not scored:
+        return list(found)
+    best = min(scored, key=lambda each: each.mean)
+    known = {candidate.active for candidate in scored}
+    promising: dict[int, Candidate] = {}
+    for candidate in sorted(found, key=lambda each: (-each.tokens, each.mean if each.losses else 0.0)):
+        if candidate.status == "dropped" and candidate.active < best.active and candidate.active not in known:
+            promising.setdefault(candidate.active, candidate)
+    losses = score_all(job, list(promising.values()), select, "smaller.json", "smaller mixtures", progress)
+    tokens = sum(domain.scored_tokens for domain in select.domains)
+    return [
+        replace(each, status="scored", losses=losses[each.number], tokens=tokens) if each.number in losses else each
+        for each in found
+    ]
+
+
+def reference_losses(
+    job: Job, plan: Plan, splits: Mapping[str, Selection], progress: Progress
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Per split and domain, the loss of the base and of the domain's own expert."""
+    path = job.work / "reference.json"
+    if path.exists():
+        known: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
+        return known
+    found: dict[str, dict[str, dict[str, float]]] = {split: {"base": {}, "own": {}} for split in splits}
+    base = plan.sources[0].folder
+
+    def load(folder: Path) -> Any:
+        return load_model(folder, trust_remote_code=job.trust_remote_code)
+
+    model = load(base)
+    for split, selection in splits.items():
+        for domain in selection.domains:
+            found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss
+    for place, domain in enumerate(splits["select"].domains):
+        progress("score the experts", place, len(splits["select"].domains))
+        assert domain.expert is not None
+        own = (
+            model
+            if job.recipe.experts[domain.expert].is_base
+            else load_expert(base, plan.sources[1 + domain.expert].folder, load)
+        )
+        for split, selection in splits.items():
+            text = next(each for each in selection.domains if each.name == domain.name)
+            found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
+    write_json(path, found)
+    return found

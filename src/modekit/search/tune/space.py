@@ -1,0 +1,242 @@
+"""What a search may vary, and the mixture that one choice of it gives.
+
+A choice is a flat dict of labels, one per axis that counts under the choices before it: `order` means nothing to a ridge
+fit. Labels are strings, so that a sampler of any library can handle them; `Space.mixture` turns them into a recipe's mixture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modekit.errors import RecipeError
+from modekit.recipes.recipe import (
+    BASE,
+    READ_AT,
+    READ_BY,
+    STATISTICS_FITS,
+    AlwaysOn,
+    Backbone,
+    BackboneMerge,
+    Part,
+    Recipe,
+    StrictLoader,
+)
+
+Choice = dict[str, str]
+Ask = Callable[[str, Sequence[str]], str]
+"""Axis and its labels -> the label that is tried."""
+
+Kind = Literal["linear", "random", "centroid", "lda", "ridge", "logistic", "ngram", "arrow", "spectr", "seqr", "phatgoose"]
+_SEARCHED = {"method", "top_k", "top_p", "modules", "layers", "always_on", "backbone", "weights"}
+_SEARCHED_OF_ROUTERS = {"fit", "granularity", "temperature", "decay", "order", "prefix", "per"}
+
+
+class Space(BaseModel):
+    """The axes of a search; each is a list of what may be tried.
+
+    `layers` and `always_on` hold None for what a recipe means that does not name them; a number under `always_on` is the share
+    of the base in every token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    router: list[Kind] = Field(min_length=1, description="linear (no gate), or how the gate is set.")
+    granularity: list[Literal["token", "context", "sequence"]] = Field(["token", "context"], min_length=1)
+    top_k: list[int] = Field(min_length=1, description="Experts per token.")
+    temperature: list[float] = Field([0.5, 1.0, 2.0], min_length=1)
+    decay: list[float] = Field([0.8, 0.9, 0.97], min_length=1, description="Of context routers.")
+    ngram_decay: list[float] = Field([0.95, 0.98, 0.99, 1.0], min_length=1)
+    order: list[int] = Field([1, 2, 3], min_length=1, description="Of n-gram routers.")
+    modules: list[Literal["auto", "all"] | list[Part]] = Field(["auto"], min_length=1)
+    layers: list[list[int | str] | None] = Field([None], min_length=1)
+    always_on: list[float | AlwaysOn | None] = Field([None, 0.1], min_length=1)
+    backbone: list[Backbone] = Field(["base"], min_length=1)
+
+    def averages(self) -> list[float | None]:
+        """Decays of what fitted gates may read; None is the token itself."""
+        token: list[float | None] = [None] if "token" in self.granularity else []
+        return token + (list(self.decay) if "context" in self.granularity else [])
+
+    def choose(self, ask: Ask) -> Choice:
+        """A choice, axis by axis, each asked only where it counts."""
+        choice: Choice = {}
+
+        def pick(axis: str, values: Sequence[object], name: str = "") -> str:
+            labels = list(dict.fromkeys(label(value) for value in values))
+            choice[name or axis] = labels[0] if len(labels) == 1 else ask(name or axis, labels)
+            return choice[name or axis]
+
+        whole = pick("modules", self.modules) == "all"
+        # Whole models decide before the first layer: other routers are no choice there, and backbone and layers mean nothing.
+        routers = [kind for kind in self.router if not whole or kind in {"linear", "ngram", "logistic"}] or ["ngram"]
+        router = pick("router", routers, "router_of_whole" if whole else "router")
+        if router in STATISTICS_FITS and not whole and pick("granularity", self.granularity) == "context":
+            pick("decay", self.decay)
+        if router == "ngram":
+            pick("order", self.order)
+            pick("ngram_decay", self.ngram_decay)
+        if router != "random" and router in READ_BY["temperature"]:
+            pick("temperature", self.temperature)
+        if router != "linear":
+            pick("top_k", self.top_k)
+            pick("always_on", self.always_on)
+        if not whole:
+            pick("layers", self.layers)
+            pick("backbone", self.backbone)
+        return choice
+
+    def mixture(self, choice: Choice, recipe: Recipe) -> dict[str, Any]:
+        """The recipe's mixture under a choice; what is not searched stays as the recipe has it."""
+        kept = recipe.mixture.model_dump(mode="json", exclude_unset=True)
+        settings = {key: value for key, value in kept.pop("router", {}).items() if key not in _SEARCHED_OF_ROUTERS}
+        mixture: dict[str, Any] = {key: value for key, value in kept.items() if key not in _SEARCHED}
+        whole = choice["modules"] == "all"
+        router = choice["router_of_whole" if whole else "router"]
+        said = {key: value_of(choice[key]) for key in ("modules", "layers", "backbone", "always_on") if key in choice}
+        unsaid = {"modules": "auto", "layers": None, "backbone": BASE, "always_on": None}
+        mixture |= {key: value for key, value in said.items() if value != unsaid[key]}
+        if router == "linear":
+            return {**mixture, "method": "linear"}
+        granularity = choice.get("granularity", "token")
+        if whole and router == "logistic":
+            granularity, settings["per"] = "sequence", "model"
+        settings = {
+            key: value for key, value in settings.items()
+            if (key not in READ_BY or router in READ_BY[key]) and READ_AT.get(key, granularity) == granularity
+        }  # fmt: skip
+        settings["fit"] = router
+        settings |= {"granularity": granularity} if granularity != "token" else {}
+        settings |= {"temperature": float(choice["temperature"])} if "temperature" in choice else {}
+        settings |= {"decay": [float(choice["decay"])]} if "decay" in choice else {}
+        settings |= {"decay": [float(choice["ngram_decay"])], "order": int(choice["order"])} if router == "ngram" else {}
+        mixture |= {"method": "routing", "top_k": int(choice["top_k"]), "router": settings}
+        if isinstance(mixture.get("always_on"), float):
+            mixture["always_on"] = {"expert": BASE, "weight": mixture["always_on"]}
+        return mixture
+
+    def named(self) -> dict[str, Choice]:
+        """Name -> choice of the variants that a table should have: the paper's and the fixed ones of this project.
+
+        Those that the axes do not hold are left out.
+        """
+        plain = {"modules": label(self.modules[0]), "layers": "null", "always_on": "null", "temperature": "1.0"}
+        found: dict[str, Choice] = {}
+        for backbone in (name for name in map(label, self.backbone) if name in {"base", "average"}):
+            behind = "" if backbone == "base" else f", backbone {backbone}"
+            for name, says in _NAMED.items():
+                wanted = {**plain, "backbone": backbone, "top_k": "2", **says}
+                choice = self._wanted(wanted)
+                if choice is not None:
+                    found[name + behind] = choice
+        if "all" in self.modules:
+            for name, router in (("whole models, n-gram", "ngram"), ("whole models, sequence", "logistic")):
+                ngram = {"order": "2", "ngram_decay": "0.98"} if router == "ngram" else {}
+                choice = self._wanted({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
+                if choice is not None:
+                    found[name] = choice
+        return found
+
+    def _wanted(self, wanted: Mapping[str, str]) -> Choice | None:
+        """The choice that takes these labels wherever it is asked; None when an axis does not hold one."""
+        missing = False
+
+        def ask(axis: str, labels: Sequence[str]) -> str:
+            nonlocal missing
+            missing = missing or wanted.get(axis) not in labels
+            return wanted[axis] if wanted.get(axis) in labels else labels[0]
+
+        choice = self.choose(ask)
+        said = all(choice[axis] == value for axis, value in wanted.items() if axis in choice)
+        router = {"router", "router_of_whole"} & wanted.keys() <= choice.keys()  # of parts is another than of whole models
+        return choice if said and router and not missing else None
+
+
+_NAMED: dict[str, Choice] = {
+    "n-gram": {"router": "ngram", "order": "2", "ngram_decay": "0.98"},
+    "routing, context": {"router": "logistic", "granularity": "context", "decay": "0.9"},
+    "routing (default)": {"router": "logistic", "granularity": "token"},
+    "ridge": {"router": "ridge", "granularity": "token"},
+    "centroid": {"router": "centroid", "granularity": "token"},
+    "gate-less (linear)": {"router": "linear"},
+    "noisy": {"router": "random"},
+}
+"""What is usually better comes first, so that the rest is soon dropped; all of them are reported."""
+
+
+def label(value: object) -> str:
+    """A value of an axis as a string."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(mode="json", exclude_unset=True), sort_keys=True)
+    return json.dumps(value, sort_keys=True)
+
+
+def value_of(text: str) -> Any:
+    """What a label stands for."""
+    try:
+        return json.loads(text)
+    except ValueError:  # a word
+        return text
+
+
+def short_backbone(backbone: str) -> str:
+    """A backbone in a few words."""
+    if not backbone.startswith("{"):
+        return backbone.replace("_", " ")
+    data = json.loads(backbone)
+    if "expert" in data:
+        return f"of {data['expert']}"
+    settings = (f"{value:g}" for key, value in sorted(data.items()) if key != "method")
+    return " ".join([data["method"].replace("_", " "), *settings])
+
+
+def default_space(recipe: Recipe, *, layers: int, backbones_differ: bool, only_adapters: bool, native: bool) -> Space:
+    """What is searched unless a file says otherwise.
+
+    Backbones only where experts differ from the base outside of what is mixed; whole models only where there are whole experts.
+    `native`: only what a native architecture can say.
+    """
+    count = len(recipe.experts)
+    merged = len([expert for expert in recipe.experts if not expert.is_base])
+    kinds: list[Kind] = ["linear", "random", "centroid", "ridge", "logistic"]
+    fitted = all(expert.text or expert.prompts for expert in recipe.experts)
+    kinds = kinds if fitted else ["linear", "random"]
+    backbone: list[Any] = ["base"]
+    if backbones_differ and merged:
+        backbone += ["average", *(BackboneMerge(method="task_arithmetic", scale=scale) for scale in (0.4, 0.7)), "ties"]
+    counts = sorted({1, min(2, count), count})
+    if native:
+        return Space(router=kinds, granularity=["token"], top_k=counts, always_on=[None], backbone=backbone)
+    upper: list[list[int | str] | None] = [None, [f"{layers // 2}-{layers - 1}"]] if layers > 1 else [None]
+    if fitted:
+        kinds.append("ngram")
+    if only_adapters:
+        kinds += ["arrow", "spectr"]
+    whole = backbones_differ and not only_adapters
+    return Space(router=kinds, top_k=counts, backbone=backbone, layers=upper, modules=["auto", "all"] if whole else ["auto"])
+
+
+def read_space(path: Path, default: Space) -> Space:
+    """Axes from a YAML file; those that it does not name stay as they are. Raises RecipeError."""
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        if not isinstance(raw, dict):
+            raise ValueError("not a mapping of axes")
+        return Space.model_validate({**{name: getattr(default, name) for name in Space.model_fields}, **raw})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            "the space of the search has a problem", where=f"{path}: {place}", found=first["msg"],
+            expected=f"lists under {', '.join(Space.model_fields)}", remedy="correct it",
+        ) from None  # fmt: skip
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        found = " ".join(str(error).split())
+        raise RecipeError("the space of the search cannot be read", where=str(path), found=found, remedy="correct it") from None

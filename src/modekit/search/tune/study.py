@@ -1,0 +1,262 @@
+"""The search itself: trials of a sampler, each a candidate that is scored rung by rung and dropped when others do better.
+
+Everything it knows stands in WORK/study.log, which several processes may append to and a killed search goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
+
+from modekit.errors import MismatchError, RecipeError, TuneError, UnsupportedError
+from modekit.progress import Progress, silent
+from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.search.tune.bodies import Bodies
+from modekit.search.tune.mount import Mount
+from modekit.search.tune.selection import RUNGS, Selection, Tally
+from modekit.search.tune.space import Choice, Space
+
+_STUDY_FILE = "study.log"
+OWN = "the recipe's own"
+_SAME_AGAIN = 40  # choices in a row that were tried before: the space is used up, or nearly
+_STATES = {TrialState.COMPLETE: "scored", TrialState.PRUNED: "dropped", TrialState.FAIL: "refused"}
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a search needs to know; all of it can be sent to another machine.
+
+    `native`: whether a candidate that a native architecture says is built in one.
+    """
+
+    recipe: Recipe
+    root: Path
+    work: Path
+    space: Space
+    native: bool
+    trials: int
+    seed: int
+    trust_remote_code: bool
+
+    def bodies(self) -> Bodies:
+        """What candidates share."""
+        return Bodies(self.work, self.root, averages=self.space.averages(), trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant that was tried.
+
+    Attributes:
+        number: in the order of the search.
+        name: of a fixed variant; "" otherwise.
+        mixture: as a recipe says it.
+        status: scored on all of the text, dropped early, or refused with `why`.
+        losses: nats per token on the select split, per domain, of the tokens that were scored.
+        active, total: parameters.
+        native: whether a native architecture says it.
+    """
+
+    number: int
+    name: str
+    mixture: dict[str, Any]
+    status: str
+    why: str
+    losses: dict[str, float]
+    tokens: int
+    active: int
+    total: int
+    native: bool
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over the domains."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+def open_study(job: Job, process: int = 0) -> optuna.Study:
+    """The study in the work folder, made if need be. Processes draw from different seeds, and so does a search that goes on."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = str(job.work / _STUDY_FILE)
+        # The other kind of lock is a symbolic link, which Windows gives to administrators alone.
+        storage = JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=RUNGS[0], reduction_factor=RUNGS[1] // RUNGS[0])
+        study = optuna.create_study(
+            study_name="modekit", storage=storage, pruner=pruner, load_if_exists=True, direction="minimize"
+        )
+        seed = int(np.random.SeedSequence([job.seed, process, len(study.get_trials(deepcopy=False))]).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=12, constant_liar=True)
+    return study
+
+
+def prepare(job: Job) -> None:
+    """Put the named variants first; what a killed process was at is tried again. Called once, before any process works."""
+    _mend(job.work / _STUDY_FILE)
+    study = open_study(job)
+    named = job.space.named()
+    cut_short = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+    for trial in cut_short:
+        study.tell(trial.number, state=TrialState.FAIL)
+        name = trial.user_attrs.get("name", "")
+        if name != OWN:
+            study.enqueue_trial(named.get(name, trial.params), user_attrs={"name": name})
+    cut_off = {trial.number for trial in cut_short}
+    known = {trial.user_attrs.get("name") for trial in study.get_trials(deepcopy=False) if trial.number not in cut_off}
+    if OWN not in known and job.recipe.mixture.model_fields_set:
+        own = json.dumps(job.recipe.mixture.model_dump(mode="json", exclude_unset=True))
+        study.enqueue_trial({}, user_attrs={"name": OWN, "mixture": own})
+    for name, choice in named.items():
+        if name not in known:
+            study.enqueue_trial(choice, user_attrs={"name": name})
+
+
+def _mend(path: Path) -> None:
+    """Cut off the line that a full disk or a power loss left unfinished: the journal could not be read with it."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def work(job: Job, selection: Selection, progress: Progress = silent, *, process: int = 0) -> None:
+    """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
+    study = open_study(job, process)
+    bodies = job.bodies()
+    mount = Mount(trust_remote_code=job.trust_remote_code)
+    again = 0
+    while again < _SAME_AGAIN:
+        trials = study.get_trials(deepcopy=False)
+        distinct = [trial for trial in trials if _counts(trial)]
+        waiting = len([trial for trial in trials if trial.state == TrialState.WAITING])
+        progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
+        if len(distinct) >= job.trials and not waiting:
+            return
+        again = 0 if _try_one(job, study, study.ask(), selection, bodies, mount) else again + 1
+
+
+def _try_one(
+    job: Job, study: optuna.Study, trial: optuna.Trial, selection: Selection, bodies: Bodies, mount: Mount
+) -> bool:  # fmt: skip
+    """Score one candidate; False when it was tried before."""
+    started = time.perf_counter()
+    mixture = _mixture_of(job, trial)
+    key = json.dumps(mixture, sort_keys=True)
+    before = _before(study, key)
+    if before is not None:
+        trial.set_user_attr("again", before.number)
+        state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
+        study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
+        return False
+    trial.set_user_attr("key", key)
+    try:
+        recipe = candidate_recipe(job.recipe, mixture)
+        plan = bodies.plan(recipe)
+    except (RecipeError, UnsupportedError, MismatchError) as error:
+        trial.set_user_attr("why", str(error))
+        study.tell(trial, state=TrialState.FAIL)
+        return True
+    for attribute, value in (*plan.parameters().items(), ("native", job.native and not recipe.mixture.beyond_native())):
+        if attribute in {"active", "total", "native"}:
+            trial.set_user_attr(attribute, value)
+    body = bodies.checkpoint(plan)
+    if bodies.must_read(recipe):  # with a model of its own
+        mount.clear()
+    model = mount.put(body, bodies.gates(body, recipe))
+    tally = Tally()
+    dropped = False
+    for number, resource in enumerate(RUNGS):
+        try:
+            tally.add(model, selection.rung(number), f"candidate {trial.number}")
+        except TuneError as error:
+            trial.set_user_attr("why", str(error))
+            study.tell(trial, state=TrialState.FAIL)
+            return True
+        trial.report(tally.mean, resource)
+        trial.set_user_attr("losses", tally.losses)
+        trial.set_user_attr("tokens", tally.tokens)
+        if resource < RUNGS[-1] and trial.should_prune():
+            dropped = True
+            break
+    trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
+    study.tell(trial, None if dropped else tally.mean, state=TrialState.PRUNED if dropped else TrialState.COMPLETE)
+    return True
+
+
+def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
+    """The trial that the same mixture is counted as."""
+    trials = study.get_trials(deepcopy=False)
+    return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
+
+
+def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
+    """What a trial is about: the recipe's own mixture, or a choice along the axes."""
+    if "mixture" in trial.user_attrs:
+        return dict(json.loads(trial.user_attrs["mixture"]))
+    choice: Choice = job.space.choose(lambda axis, labels: str(trial.suggest_categorical(axis, list(labels))))
+    return job.space.mixture(choice, job.recipe)
+
+
+def candidates(job: Job) -> list[Candidate]:
+    """What was tried, each once, in the order of the search."""
+    found = []
+    trials = open_study(job).get_trials(deepcopy=False)
+    again = [trial.user_attrs for trial in trials if _is_again(trial)]
+    names = {said["again"]: said["name"] for said in again if said.get("name")}
+    for trial in trials:
+        if trial.state in _STATES and _counts(trial):
+            said = trial.user_attrs
+            found.append(
+                Candidate(
+                    trial.number, said.get("name") or names.get(trial.number) or "", json.loads(said["key"]),
+                    _STATES[trial.state], said.get("why", ""), said.get("losses", {}), said.get("tokens", 0),
+                    said.get("active", 0), said.get("total", 0), said.get("native", False), said.get("seconds", 0.0),
+                )
+            )  # fmt: skip
+    return found
+
+
+def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:
+    """The recipe with another mixture. Raises RecipeError."""
+    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    if mixture.get("router", {}).get("fit") != "centroid":
+        for expert in raw["experts"]:
+            expert.pop("negative_prompts", None)
+    return parse_recipe({**raw, "mixture": mixture}, where="candidate")
+
+
+def _counts(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial is one candidate, in work or done; those that a kill cut short are not."""
+    cut_short = trial.state == TrialState.FAIL and "why" not in trial.user_attrs
+    return trial.state != TrialState.WAITING and not cut_short and not _is_again(trial)
+
+
+def _is_again(trial: optuna.trial.FrozenTrial) -> bool:
+    return "again" in trial.user_attrs
+
+
+def pareto(found: Sequence[Candidate]) -> list[Candidate]:
+    """Of the fully scored: those that no other beats in loss with as few active parameters, from few to many."""
+    front: list[Candidate] = []
+    scored = [candidate for candidate in found if candidate.status == "scored"]
+    for candidate in sorted(scored, key=lambda each: (each.active, each.mean)):
+        if not front or candidate.mean < front[-1].mean:
+            front.append(candidate)
+    return front

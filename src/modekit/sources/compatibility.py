@@ -1,0 +1,164 @@
+"""Can these models be mixed? Checked from configs and headers, before anything is planned.
+
+Each model must be whole and in a float format; each expert must have the base model's architecture in every setting that
+changes what a tensor means.
+"""
+
+from __future__ import annotations
+
+import re
+
+from modekit.errors import MismatchError, SourceError
+from modekit.sources.families import CONFIG_MUST_MATCH, LAYER, Family
+from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
+
+
+def is_tied(source: ModelSource, family: Family) -> bool:
+    """Whether the head is the embedding."""
+    return bool(family.dense_config(source.config).get("tie_word_embeddings"))
+
+
+def check_sizes(source: ModelSource) -> None:
+    """Raise SourceError when config.json lacks a size that every plan needs."""
+    for key in _SIZES:
+        size = source.config.get(key)
+        if not isinstance(size, int) or size < 1:
+            raise SourceError(
+                f"config.json gives no usable {key}", where=f"{source.label} ({source.spec}): config.json", found=size,
+                expected="a whole number > 0", remedy="download or save the model again",
+            )  # fmt: skip
+    kinds = source.config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise SourceError(
+            "config.json gives no usable layer_types", where=f"{source.label} ({source.spec}): config.json", found=kinds,
+            expected="a list of names", remedy="download or save the model again",
+        )  # fmt: skip
+
+
+def check_dtypes(source: ModelSource) -> None:
+    """Raise SourceError for quantised models and tensors that are no floats."""
+    where = f"{source.label} ({source.spec})"
+    if source.config.get("quantization_config"):
+        raise SourceError(
+            "the model is quantised; its tensors cannot be mixed exactly", where=where,
+            remedy="give the unquantised model",
+        )  # fmt: skip
+    for name, ref in source.tensors.items():
+        if ref.dtype not in DTYPE_NAMES and not IGNORED.search(name):
+            raise SourceError(
+                "tensor dtype cannot be mixed", where=f"{where}: {name}", found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES), remedy="give the model in bf16, fp16 or fp32",
+            )  # fmt: skip
+
+
+def check_complete(source: ModelSource, family: Family, layers: int) -> None:
+    """Raise SourceError unless the model is whole.
+
+    Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
+    """
+    where = f"{source.label} ({source.spec})"
+    deepest = max((int(match[1]) for name in source.tensors if (match := _IN_LAYER.match(name))), default=-1) + 1
+    if deepest < layers:
+        source.tensor(LAYER.format(layer=deepest) + family.mlp["down"])
+    kinds = source.config.get("layer_types") or []
+    kinds = kinds if len(kinds) == layers else [""] * layers
+    found: list[set[str]] = [set() for _ in range(layers)]
+    for name in source.tensors:
+        match = _IN_LAYER.match(name)
+        if match is None or IGNORED.search(name):
+            continue
+        if int(match[1]) >= layers:
+            raise SourceError(
+                "the weights have more layers than config.json says", where=f"{where}: {name}", expected=f"{layers} layers",
+                remedy="correct config.json, or save the model again",
+            )  # fmt: skip
+        found[int(match[1])].add(match[2])
+    for layer, kind in enumerate(kinds):
+        alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
+        for suffix in sorted((alike | set(family.mlp.values())) - found[layer]):
+            source.tensor(LAYER.format(layer=layer) + suffix)
+    needed = {
+        "model.embed_tokens.weight": True, "model.norm.weight": family.norms_have_weights,
+        "lm_head.weight": not is_tied(source, family),
+    }  # fmt: skip
+    for name in (name for name, is_needed in needed.items() if is_needed):
+        source.tensor(name)
+    hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
+    shapes = {"model.embed_tokens.weight": (int(source.config["vocab_size"]), hidden)}
+    for layer in range(layers):
+        for part, suffix in family.mlp.items():
+            rows = expert_hidden * list(family.mlp.values()).count(suffix)  # gate and up in one module
+            shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
+    heads, head_dim = (family.dense_config(source.config)[key] for key in ("num_key_value_heads", "head_dim"))
+    if not isinstance(heads, int) or not isinstance(head_dim, int):
+        raise SourceError(
+            "config.json gives no usable attention sizes", where=f"{where}: config.json", expected="whole numbers",
+            found=f"num_key_value_heads {heads!r}, head_dim {head_dim!r}", remedy="correct config.json",
+        )  # fmt: skip
+    for layer in range(layers):
+        for name in (f"{LAYER.format(layer=layer)}self_attn.{part}_proj.weight" for part in ("k", "v")):
+            if name in source.tensors:
+                shapes[name] = (heads * head_dim, hidden)
+    for name, shape in shapes.items():
+        if source.tensor(name).shape != shape:
+            raise SourceError(
+                "a tensor has another shape than config.json says", where=f"{where}: {name}",
+                found=list(source.tensor(name).shape), expected=list(shape),
+                remedy="correct config.json, or save the model again",
+            )  # fmt: skip
+
+
+def check_same_architecture(base: ModelSource, source: ModelSource, family: Family) -> None:
+    """Raise MismatchError that names the setting in which an expert differs from the base model."""
+    where = f"{source.label} ({source.spec}): config.json"
+    theirs_type = source.config.get("model_type")
+    if theirs_type != family.model_type:
+        raise MismatchError(
+            "the expert is of another family than the base model", where=where, found=theirs_type,
+            expected=family.model_type, remedy="use experts fine-tuned from this base model",
+        )  # fmt: skip
+    extra = sorted(
+        name
+        for name in source.tensors.keys() - base.tensors.keys()
+        if not IGNORED.search(name) and not (name == "lm_head.weight" and is_tied(source, family))
+    )
+    if extra:
+        raise MismatchError(
+            "the expert has tensors that the base model lacks, and they would be lost", where=f"{source.label} ({source.spec})",
+            found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
+            remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
+        )  # fmt: skip
+    ours, theirs = family.dense_config(base.config), family.dense_config(source.config)
+    keys = [*CONFIG_MUST_MATCH]
+    if ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
+        keys.append("max_position_embeddings")  # these ropes depend on it
+    for key in keys:
+        if _plain(ours.get(key)) != _plain(theirs.get(key)):
+            raise MismatchError(
+                f"the expert's {key} differs from the base model's", where=where, found=theirs.get(key),
+                expected=ours.get(key), remedy="use experts fine-tuned from this base model without changing its architecture",
+            )  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """Equal settings compare equal: 10000 and 10000.0, false and null."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, bool) or value is None:
+        return bool(value)
+    return float(value) if isinstance(value, int) else value
+
+
+def matching(source: ModelSource, name: str, ref: TensorRef) -> TensorRef:
+    """The expert\'s tensor of that name. Raises MismatchError when its shape is not that of `ref`, the base model\'s."""
+    other = source.tensor(name)
+    if other.shape != ref.shape:
+        raise MismatchError(
+            "the expert's tensor has another shape than the base model's", where=f"{source.label} ({source.spec}): {name}",
+            found=list(other.shape), expected=list(ref.shape), remedy="use an expert fine-tuned from this base model",
+        )  # fmt: skip
+    return other

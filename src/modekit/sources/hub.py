@@ -1,0 +1,73 @@
+"""Models on the hub: downloaded whole for a build, or read by their headers for a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from modekit.errors import SourceError
+from modekit.sources.model import ModelSource, TensorRef, check_no_code, open_source, read_config
+
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+
+
+def download(spec: str, revision: str | None, *, where: str) -> Path:
+    """The local folder of a hub model, downloaded when it is not in the cache. Raises SourceError."""
+    with _explained(where):
+        patterns = [
+            *_SMALL_FILES,
+            "model*.safetensors",
+            "adapter_model.safetensors",
+        ]  # not consolidated.safetensors, the same weights again
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+
+
+def open_hub_headers(label: str, spec: str, revision: str | None, *, trust_remote_code: bool = False) -> ModelSource:
+    """A hub model by config and tensor headers alone; no weights are downloaded. Raises SourceError."""
+    where = f"{label} ({spec})"
+    with _explained(where):
+        folder = Path(snapshot_download(spec, revision=revision, allow_patterns=_SMALL_FILES))
+    if any(folder.glob("model*.safetensors")):
+        return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
+    config = read_config(folder, where=where)
+    check_no_code(config, where=where, trust_remote_code=trust_remote_code)
+    with _explained(where):
+        metadata = get_safetensors_metadata(spec, revision=revision)
+    tensors = {
+        name: TensorRef(name, folder / file, info.dtype, tuple(info.shape), *info.data_offsets)
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+    return ModelSource(label, spec, folder, revision, config, tensors)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (RepositoryNotFoundError, HFValidationError):
+        raise SourceError(
+            "neither a folder nor a model on the hub", where=where,
+            remedy="correct the path or the hub id (a private model needs a login)",
+        ) from None  # fmt: skip
+    except NotASafetensorsRepoError:
+        raise SourceError(
+            "the model on the hub has no safetensors weights", where=where, remedy="choose a revision with safetensors"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise SourceError(
+            "no such folder, and the hub cannot be reached for a model of that name", where=where,
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy="correct the path; or connect to the hub, or download the model elsewhere and give its folder",
+        ) from None  # fmt: skip

@@ -1,0 +1,353 @@
+"""The native MoE architecture that says a family's mixture of whole FFN experts exactly: one row of data each.
+
+A row names where the native architecture keeps experts and router, and how its config follows from the dense one.
+`choose_native` returns the first row of a family whose rules all hold, or every reason why none does. A new pair is a
+new row; the oracle tests in tests/test_families.py run over `NATIVES`.
+
+What makes a row exact is written in its rules and `fixed` settings: the native block must renormalise the weights of
+the chosen experts to one, attention, norms and rotary embedding must be the same code, and every default that differs
+between the two configs must be written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modekit.sources.families import FAMILIES, Config, Family
+
+Rule = tuple[Callable[[Config], bool], str]
+"""(holds for this dense config, reason shown when it does not)."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the native architecture wants and the dense family lacks: zeros, so that it adds nothing.
+
+    `shape` is given in the letters D hidden, F expert hidden, E experts, or digits.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Native:
+    """The native partner of one dense family.
+
+    Attributes:
+        family: the dense family.
+        native_type: `model_type` of the result.
+        native_class: `architectures[0]` of the result.
+        experts: native name per projection with `{expert}`; None when the native layout fuses experts in one tensor.
+        fused: native names of the fused (E, 2F, D) and (E, D, F) tensors; None when experts are tensors of their own.
+        router: native name under the layer of the (E, D) gate.
+        router_module: attribute path under the loaded decoder layer of the module that returns (logits, weights, index).
+        block_module: attribute path of the block in a loaded native layer.
+        num_experts_key, top_k_key: config keys of the native architecture.
+        expert_hidden_key: native config key of F when it is not `intermediate_size`.
+        fixed: native settings that make the row exact.
+        computed: native settings that follow from the dense config.
+        dropped: dense keys that mean nothing to the native architecture.
+        constants: see `Constant`.
+        rules: what must hold.
+        serves: where the result runs besides transformers.
+    """
+
+    family: Family
+    native_type: str
+    native_class: str
+    router: str = "mlp.gate.weight"
+    experts: Mapping[str, str] | None = field(
+        default_factory=lambda: {
+            "gate": "mlp.experts.{expert}.gate_proj.weight",
+            "up": "mlp.experts.{expert}.up_proj.weight",
+            "down": "mlp.experts.{expert}.down_proj.weight",
+        }
+    )
+    fused: tuple[str, str] | None = None
+    router_module: str = "mlp.gate"
+    block_module: str = "mlp"
+    num_experts_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+    expert_hidden_key: str | None = None
+    writes_head_dim: bool = True
+    rope_per_layer_type: bool = False
+    fixed: Config = field(default_factory=dict)
+    computed: Mapping[str, Callable[[Config], object]] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    constants: tuple[Constant, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    serves: str = "vLLM"
+
+    @property
+    def label(self) -> str:
+        """Row name for messages and tests."""
+        return f"{self.family.model_type}->{self.native_type}"
+
+    def refusals(self, config: Config) -> list[str]:
+        """Why this row does not fit a dense config; empty when it does."""
+        full = self.family.dense_config(config)
+        return [reason for holds, reason in self.rules if not holds(full)]
+
+    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, Any]:
+        """The native config.json: the dense one, renamed and completed.
+
+        `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
+        """
+        native = self.family.dense_config(config)
+        for key in (*self.dropped, *_NOT_ARCHITECTURE):
+            native.pop(key, None)
+        if not self.writes_head_dim:
+            native.pop("head_dim", None)
+        if self.rope_per_layer_type:
+            rope = native["rope_parameters"]
+            native["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
+        native.update(self.fixed)
+        native.update(
+            {
+                "architectures": [self.native_class],
+                "model_type": self.native_type,
+                "dtype": dtype,
+                self.num_experts_key: experts,
+                self.top_k_key: top_k,
+                "intermediate_size": expert_hidden,
+            }
+        )
+        if self.expert_hidden_key is not None:
+            native[self.expert_hidden_key] = expert_hidden
+        native.update({key: compute(native) for key, compute in self.computed.items()})
+        return native
+
+
+_NOT_ARCHITECTURE = (
+    "_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type",
+)  # fmt: skip
+
+
+def _silu(config: Config) -> bool:
+    return config.get("hidden_act", "silu") in {"silu", "swish"}
+
+
+def _whole_heads(config: Config) -> bool:
+    heads = int(config["num_attention_heads"])
+    head_dim = config.get("head_dim")
+    return int(config["hidden_size"]) % heads == 0 and head_dim in {None, int(config["hidden_size"]) // heads}
+
+
+def _one_attention_kind(config: Config) -> bool:
+    return len(set(config.get("layer_types") or [])) < 2
+
+
+def _no_window(config: Config) -> bool:
+    return "sliding_attention" not in (config.get("layer_types") or [])
+
+
+_NO_MLP_BIAS: Rule = (lambda c: not c.get("mlp_bias"), "the FFN has biases (mlp_bias), the native experts have none")
+_SILU: Rule = (_silu, "the activation is not SiLU, which the native architecture's engines assume")
+
+_MIXTRAL: dict[str, Any] = {
+    "native_type": "mixtral",
+    "native_class": "MixtralForCausalLM",
+    "router": "block_sparse_moe.gate.weight",
+    "experts": {
+        "gate": "block_sparse_moe.experts.{expert}.w1.weight",
+        "up": "block_sparse_moe.experts.{expert}.w3.weight",
+        "down": "block_sparse_moe.experts.{expert}.w2.weight",
+    },
+    "num_experts_key": "num_local_experts",
+    "fixed": {"output_router_logits": False, "router_jitter_noise": 0.0},
+    "dropped": frozenset({"attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window"}),
+    "serves": "vLLM, llama.cpp",
+}
+_GRANITE_MOE: dict[str, Any] = {
+    "native_type": "granitemoe",
+    "native_class": "GraniteMoeForCausalLM",
+    "router": "block_sparse_moe.router.layer.weight",
+    "experts": None,
+    "fused": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "router_module": "block_sparse_moe.router",
+    "block_module": "block_sparse_moe",
+    "num_experts_key": "num_local_experts",
+    "writes_head_dim": False,
+    "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
+    "serves": "vLLM, llama.cpp",
+}
+_FAMILY = {family.model_type: family for family in FAMILIES}
+
+NATIVES: tuple[Native, ...] = (
+    Native(
+        family=_FAMILY["llama"],
+        **_MIXTRAL,
+        rules=(
+            (lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"),
+            _NO_MLP_BIAS,
+            _SILU,
+        ),
+    ),
+    Native(
+        family=_FAMILY["llama"],
+        **_GRANITE_MOE,
+        fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
+        computed={"attention_multiplier": lambda c: (c["hidden_size"] // c["num_attention_heads"]) ** -0.5},
+        rules=(
+            _NO_MLP_BIAS,
+            _SILU,
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
+        ),
+    ),
+    Native(
+        family=_FAMILY["mistral"],
+        **_MIXTRAL,
+        rules=(
+            _SILU,
+            (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike"),
+        ),
+    ),
+    Native(
+        family=_FAMILY["qwen2"],
+        native_type="qwen2_moe",
+        native_class="Qwen2MoeForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        fixed={
+            "norm_topk_prob": True, "qkv_bias": True, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "output_router_logits": False,
+        },
+        constants=(
+            Constant("mlp.shared_expert.gate_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.up_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
+            Constant("mlp.shared_expert_gate.weight", ("1", "D")),
+        ),
+        rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Qwen2-MoE assumes")),
+    ),
+    Native(
+        family=_FAMILY["qwen3"],
+        native_type="qwen3_moe",
+        native_class="Qwen3MoeForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        fixed={
+            "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False,
+            "use_sliding_window": False, "sliding_window": None,
+        },
+        dropped=frozenset({"layer_types", "max_window_layers"}),
+        rules=(
+            _SILU,
+            (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
+        ),
+        serves="vLLM, llama.cpp",
+    ),
+    Native(
+        family=_FAMILY["qwen3"],
+        native_type="mellum",
+        native_class="MellumForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        rope_per_layer_type=True,
+        fixed={"norm_topk_prob": True, "output_router_logits": False},
+        dropped=frozenset({"max_window_layers", "use_sliding_window"}),
+        rules=(_SILU, (lambda c: bool(c["sliding_window"]), "it is needed only for layers with a window, and there is none")),
+    ),
+    Native(
+        family=_FAMILY["granite"],
+        **_GRANITE_MOE,
+        rules=(
+            _NO_MLP_BIAS,
+            _SILU,
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
+        ),
+    ),
+    Native(
+        family=_FAMILY["olmo2"],
+        native_type="flex_olmo",
+        native_class="FlexOlmoForCausalLM",
+        writes_head_dim=False,
+        fixed={"norm_topk_prob": True, "output_router_logits": False},
+        rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which FlexOlmo assumes")),
+    ),
+    Native(
+        family=_FAMILY["cohere2"],
+        native_type="cohere2_moe",
+        native_class="Cohere2MoeForCausalLM",
+        dropped=frozenset({"sliding_window_pattern"}),
+        fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
+        rules=(
+            _SILU,
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
+        ),
+    ),
+    Native(
+        family=_FAMILY["ernie4_5"],
+        native_type="ernie4_5_moe",
+        native_class="Ernie4_5_MoeForCausalLM",
+        num_experts_key="moe_num_experts",
+        top_k_key="moe_k",
+        expert_hidden_key="moe_intermediate_size",
+        fixed={
+            "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+            "output_router_logits": False,
+        },
+        constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
+        rules=(_SILU, (lambda c: not c.get("use_bias"), "layers have biases (use_bias), the experts' are not copied")),
+    ),
+    Native(
+        family=_FAMILY["hunyuan_v1_dense"],
+        native_type="hunyuan_v1_moe",
+        native_class="HunYuanMoEV1ForCausalLM",
+        router="mlp.gate.wg.weight",
+        top_k_key="moe_topk",
+        fixed={"output_router_logits": False},
+        constants=(
+            Constant("mlp.shared_mlp.gate_proj.weight", ("F", "D")),
+            Constant("mlp.shared_mlp.up_proj.weight", ("F", "D")),
+            Constant("mlp.shared_mlp.down_proj.weight", ("D", "F")),
+        ),
+        rules=(_SILU,),
+    ),
+    Native(
+        family=_FAMILY["qwen3_5_text"],
+        native_type="qwen3_5_moe_text",
+        native_class="Qwen3_5MoeForCausalLM",
+        expert_hidden_key="moe_intermediate_size",
+        fixed={"shared_expert_intermediate_size": 0, "output_router_logits": False},
+        constants=(
+            Constant("mlp.shared_expert.gate_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.up_proj.weight", ("0", "D")),
+            Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
+            Constant("mlp.shared_expert_gate.weight", ("1", "D")),
+        ),
+        dropped=frozenset({"full_attention_interval"}),
+        rules=(_SILU,),
+    ),
+)  # fmt: skip
+
+
+def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
+    """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried."""
+    tried = []
+    for row in NATIVES:
+        if row.family is family:
+            refusals = row.refusals(config)
+            if not refusals:
+                return row, []
+            tried.append(f"{row.native_type}: {'; '.join(refusals)}")
+    reason = _WITHOUT_PARTNER.get(family.model_type, "nobody has written one")
+    return None, tried or [f"no native architecture says a mixture of '{family.model_type}': {reason}"]
+
+
+def native_of(native_type: str, model_type: str) -> Native:
+    """The row of a finished checkpoint. Raises StopIteration when there is none."""
+    return next(row for row in NATIVES if (row.native_type, row.family.model_type) == (native_type, model_type))
+
+
+_WITHOUT_PARTNER = {
+    "gemma": "GeGLU experts",
+    "gemma2": "GeGLU experts and sandwich norms",
+    "gemma3_text": "GeGLU experts and sandwich norms",
+    "phi3": "fused projections",
+    "olmo3": "a window that differs between layers",
+    "smollm3": "layers without rotary embedding",
+    "exaone4": "norms after the block",
+    "glm4": "four norms per layer and interleaved partial rotary embedding",
+    "starcoder2": "an FFN without a gate",
+}

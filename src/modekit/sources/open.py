@@ -1,0 +1,73 @@
+"""Where the models of a recipe are: a folder beside it, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modekit.errors import SourceError
+from modekit.recipes.recipe import Expert, Recipe
+from modekit.sources.adapter import open_adapter
+from modekit.sources.model import ModelSource, open_source
+
+
+def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
+    """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
+
+    Raises SourceError when it is a path to nothing.
+    """
+    try:
+        folder = (root / Path(spec).expanduser()).resolve()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
+        folder = root / spec
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise SourceError(
+            "model folder does not exist", where=f"{label} ({spec})", found=str(folder), remedy="correct the path"
+        )
+    return None
+
+
+def model_folder(spec: str, revision: str | None, *, root: Path, label: str) -> Path:
+    """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
+    folder = local_folder(spec, root=root, label=label)
+    if folder is None:
+        from modekit.sources.hub import download  # its import takes longer than a whole local plan
+
+        return download(spec, revision, where=f"{label} ({spec})")
+    if revision is not None:
+        raise SourceError(
+            "a revision has no effect with a folder", where=f"{label} ({spec})", found=revision,
+            remedy="remove revision, or name the model by its hub id",
+        )  # fmt: skip
+    return folder
+
+
+def open_recipe_sources(
+    recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False
+) -> tuple[ModelSource, ...]:
+    """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
+
+    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers.
+    """
+
+    def opened(label: str, spec: str, revision: str | None) -> ModelSource:
+        if headers_only and local_folder(spec, root=root, label=label) is None:
+            from modekit.sources.hub import open_hub_headers
+
+            return open_hub_headers(label, spec, revision, trust_remote_code=trust_remote_code)
+        folder = model_folder(spec, revision, root=root, label=label)
+        return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
+
+    base = opened("base_model", recipe.base_model, recipe.revision)
+
+    def expert_source(label: str, expert: Expert) -> ModelSource:
+        if expert.is_base:
+            return base
+        if expert.adapter is None:
+            return opened(label, expert.source, expert.revision)
+        folder = model_folder(expert.adapter, expert.revision, root=root, label=label)
+        return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
+
+    experts = (expert_source(f"experts[{place}] '{expert.name}'", expert) for place, expert in enumerate(recipe.experts))
+    return (base, *experts)

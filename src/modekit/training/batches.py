@@ -1,0 +1,216 @@
+"""Which text a training reads in which step: domains mixed by share, short sets begun anew, documents packed into rows.
+
+A step's sequences are drawn before they are dealt out to processes and parts, so that two processes read in a step what
+one would. Everything is drawn from the seed in advance: a training that goes on after a kill reads what it would have read.
+
+Shape legend: B rows, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from modekit.text.documents import TokenSequence
+from modekit.training.losses import GENERIC
+from modekit.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text of one domain in sequences; `expert` is the place of its own expert, GENERIC for text of no domain."""
+
+    name: str
+    expert: int
+    sequences: Sequence[TokenSequence]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, each once."""
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Where each sequence begins among the tokens of all, and where the last one ends."""
+        return torch.tensor([0, *(len(sequence.ids) for sequence in self.sequences)]).cumsum(0)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sequence of a step: where it stands, and the label it is given (randomised or not)."""
+
+    corpus: int
+    sequence: int
+    label: int
+
+
+Row = list[Draw]
+"""Sequences side by side in one row of a batch."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that go through the model together, and how many predicted tokens the whole step has."""
+
+    rows: list[Row]
+    step_targets: int
+
+
+def shares(corpora: Sequence[Corpus], settings: TrainSettings) -> list[float]:
+    """Share of the tokens that each corpus gets: they sum to 1."""
+    exponent = {"equal": 0.0, "proportional": 1.0, "temperature": 1.0 / settings.mix_temperature}[settings.mix]
+    sizes = [corpus.tokens**exponent if corpus.expert != GENERIC else 0.0 for corpus in corpora]
+    generic = sum(corpus.expert == GENERIC for corpus in corpora)
+    rest = 1.0 - (settings.generic_share if generic else 0.0)
+    total = sum(sizes)
+    return [
+        settings.generic_share / generic if corpus.expert == GENERIC else rest * size / total
+        for corpus, size in zip(corpora, sizes, strict=True)
+    ]
+
+
+def steps_of_one_pass(corpora: Sequence[Corpus], settings: TrainSettings) -> int:
+    """Steps after which as many tokens were read as the domains have."""
+    return max(1, round(sum(corpus.tokens for corpus in corpora) / settings.batch_tokens))
+
+
+def plan_parts(
+    corpora: Sequence[Corpus], settings: TrainSettings, *, steps: int, experts: int, parts: int, pack: bool
+) -> list[Part]:
+    """All parts of all steps, `parts` per step, in order."""
+    planned: list[Part] = []
+    for draws in _draw_steps(corpora, settings, steps, experts):
+        sequences = {draw: corpora[draw.corpus].sequences[draw.sequence] for draw in draws}
+        targets = sum(len(sequences[draw].ids) - 1 for draw in draws)
+        lengths = [len(sequences[draw].ids) for draw in draws]
+        rows = _packed(draws, lengths, settings.sequence_length) if pack else [[draw] for draw in draws]
+        sizes = [sum(len(sequences[draw].ids) for draw in row) for row in rows]
+        planned += [Part(dealt, targets) for dealt in _deal(rows, sizes, parts)]
+    return planned
+
+
+def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, experts: int) -> Iterator[list[Draw]]:
+    """Sequences of each step: the corpus that lags its share most comes next."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    wanted = shares(corpora, settings)
+    pending: list[list[int]] = [[] for _ in corpora]
+    read = [0] * len(corpora)
+    for _ in range(steps):
+        draws: list[Draw] = []
+        tokens = 0
+        while tokens < settings.batch_tokens:
+            total = sum(read) + 1
+            place = max(range(len(corpora)), key=lambda each: (wanted[each] - read[each] / total, -each))
+            if not pending[place]:
+                pending[place] = torch.randperm(len(corpora[place].sequences), generator=generator).tolist()
+            sequence = pending[place].pop()
+            size = len(corpora[place].sequences[sequence].ids)
+            if draws and tokens + size > settings.batch_tokens * 1.1:  # the next step begins with it
+                pending[place].append(sequence)
+                break
+            draws.append(Draw(place, sequence, _label(corpora[place].expert, settings.randomise, experts, generator)))
+            read[place] += size
+            tokens += size
+        yield draws
+
+
+def _label(expert: int, randomise: float, experts: int, generator: torch.Generator) -> int:
+    """The domain's own expert; with probability `randomise` none, or another, half and half."""
+    if randomise == 0 or expert == GENERIC:
+        return expert
+    chance, which = torch.rand(2, generator=generator).tolist()
+    if chance >= randomise:
+        return expert
+    if chance < randomise / 2 or experts == 1:
+        return GENERIC
+    return (expert + 1 + int(which * (experts - 1))) % experts
+
+
+def _packed(draws: Sequence[Draw], lengths: Sequence[int], size: int) -> list[Row]:
+    """Rows of at most `size` tokens: longest first, each into the first row with room."""
+    rows: list[Row] = []
+    room: list[int] = []
+    for place in sorted(range(len(draws)), key=lambda place: -lengths[place]):
+        row = next((row for row, free in enumerate(room) if free >= lengths[place]), None)
+        if row is None:
+            rows.append([])
+            room.append(size)
+            row = len(rows) - 1
+        rows[row].append(draws[place])
+        room[row] -= lengths[place]
+    return rows
+
+
+def _deal(rows: list[Row], sizes: Sequence[int], parts: int) -> list[list[Row]]:
+    """Deal rows out into parts that cost about the same, similar lengths together so that little is padding.
+
+    A part without a row gets one of another's twice with no weight; see `Batches`.
+    """
+    order = sorted(range(len(rows)), key=lambda row: -sizes[row])
+    total = sum(sizes)
+    dealt: list[list[Row]] = [[] for _ in range(parts)]
+    done = 0.0
+    for row in order:
+        dealt[min(parts - 1, int(done / total * parts))].append(rows[row])
+        done += sizes[row]
+    return dealt
+
+
+class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The parts as tensors.
+
+    Each item: input_ids (B, S) int64; real (B, S) bool; position_ids (B, S) int64, from 0 for every sequence; labels (B, S)
+    int64, the expert that the router is to take, GENERIC for none; corpus and place (B, S) int64, where each token stands in
+    the corpora; targets, how many tokens the whole step predicts.
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], parts: Sequence[Part], pad_id: int) -> None:
+        self._corpora = corpora
+        self._parts = parts
+        self._pad_id = pad_id
+        self._starts = [corpus.starts.tolist() for corpus in corpora]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        part = self._parts[number]
+        rows = part.rows or [[]]  # a process without a row still takes part in the step
+        length = max(2, *(sum(len(self._ids(draw)) for draw in row) for row in rows))
+        shape = (len(rows), length)
+        item = {
+            "input_ids": torch.full(shape, self._pad_id), "real": torch.zeros(shape, dtype=torch.bool),
+            "position_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, GENERIC),
+            "corpus": torch.zeros(shape, dtype=torch.int64), "place": torch.zeros(shape, dtype=torch.int64),
+            "targets": torch.tensor(part.step_targets),
+        }  # fmt: skip
+        for place, row in enumerate(rows):
+            start = 0
+            for draw in row:
+                ids = self._ids(draw)
+                here = slice(start, start + len(ids))
+                first = self._starts[draw.corpus][draw.sequence]
+                item["input_ids"][place, here] = torch.tensor(ids)
+                item["real"][place, here] = True
+                item["position_ids"][place, here] = torch.arange(len(ids))
+                item["labels"][place, here] = draw.label
+                item["corpus"][place, here] = draw.corpus
+                item["place"][place, here] = torch.arange(first, first + len(ids))
+                start += len(ids)
+            item["position_ids"][place, start:] = torch.arange(length - start)  # pads are a sequence of their own
+        return item
+
+    def describe(self, number: int) -> str:
+        """Domains of a part and the opening tokens' places, for messages."""
+        counts: dict[str, int] = {}
+        for row in self._parts[number].rows:
+            for draw in row:
+                name = self._corpora[draw.corpus].name
+                counts[name] = counts.get(name, 0) + 1
+        return ", ".join(f"{count} of {name}" for name, count in counts.items())
+
+    def _ids(self, draw: Draw) -> tuple[int, ...]:
+        return self._corpora[draw.corpus].sequences[draw.sequence].ids

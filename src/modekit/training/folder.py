@@ -1,0 +1,100 @@
+"""OUT.training: what a training has come to, so that the same command goes on after a kill in whatever phase.
+
+settings.json      whose training this is: digests of what was asked for and of what it started from
+checkpoint-N/      states while it trains (engine.py)
+trained.json       how it ended, once it has
+before.json        the table of the mixture as it was
+written            the trained mixture is in its place; only tables are missing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.staging import write_json
+from modekit.errors import TrainingError
+from modekit.processes import processes
+from modekit.training.settings import TrainSettings
+from modekit.training.texts import Text
+
+_WRITTEN = "written"
+_OF_MEMORY = {"accumulate", "checkpointing", "cache_bytes"}  # what a training may go on with otherwise
+
+
+class TrainingFolder:
+    """Use `claim`. The main process writes; all read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there is something to go on from."""
+        return next(self.path.glob("checkpoint-*"), None) is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the trained mixture is in its place."""
+        return (self.path / _WRITTEN).exists()
+
+    def mark_written(self) -> None:
+        """Say so."""
+        (self.path / _WRITTEN).touch()
+
+    def recall(self, name: str) -> Any:
+        """What was kept under a name; None when nothing."""
+        path = self.path / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep plain data."""
+        write_json(self.path / f"{name}.json", value)
+
+    def remove(self) -> None:
+        """All is done, or nothing has begun."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[Text]) -> None:
+        """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
+        request, state = _request(settings, texts), _state(checkpoint)
+        problem = self._claim(request, state) if processes().is_main else None
+        problem = processes().agree(problem)
+        if problem:
+            raise TrainingError(
+                "an unfinished training is in the way", where=str(self.path), found=problem,
+                remedy="run the command that began it to finish it, or remove the folder",
+            )  # fmt: skip
+
+    def _claim(self, request: str, state: str) -> str | None:
+        kept = self.recall("settings")
+        if kept is None and self.path.exists() and any(self.path.iterdir()):
+            return "a folder that no training made"
+        if kept is not None and kept["request"] == request and (kept["state"] == state or self.is_written):
+            return None
+        if kept is not None and self.has_states and not self.is_written:
+            return "other settings or text" if kept["request"] != request else "OUT is no longer what it started from"
+        self.remove()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.keep("settings", {"request": request, "state": state})
+        return None
+
+
+def _request(settings: TrainSettings, texts: Sequence[Text]) -> str:
+    """What was asked for, but for settings that only trade memory for time."""
+    asked = settings.model_dump(mode="json", exclude=_OF_MEMORY)
+    return _digest([asked, [[text.corpus.name, text.record, text.selected_by] for text in texts]])
+
+
+def _state(checkpoint: Checkpoint) -> str:
+    record = checkpoint.record
+    return _digest([record.recipe_digest, record.router.sha256, sorted(record.trained.items()), len(record.training)])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

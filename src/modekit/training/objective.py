@@ -1,0 +1,167 @@
+"""A mixture and what it is trained towards, as one module: a batch goes in, a loss comes out.
+
+The loss is computed inside `forward`, so that DDP and FSDP see the whole of it.
+
+Shape legend: B rows, S sequence, N predicted tokens, T real tokens, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.models import gate_parameters, set_top_k
+from modekit.loaded.trace import router_trace
+from modekit.training.losses import distillation, domain_label, importance, language_model, load_balance, z_loss
+from modekit.training.settings import OF_ROUTERS, TrainSettings
+from modekit.training.teachers import Teacher
+
+
+class Objective(nn.Module):
+    """`mixture` with its losses. Nothing but the mixture has parameters.
+
+    `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several
+    sequences.
+    """
+
+    def __init__(
+        self,
+        mixture: PreTrainedModel,
+        checkpoint: Checkpoint,
+        settings: TrainSettings,
+        *,
+        teachers: Sequence[Teacher | None],
+        train_top_k: int | None,
+        packed: bool,
+    ) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.config = mixture.config  # where accelerate looks for sizes and for layers to shard
+        self._no_split_modules = mixture._no_split_modules
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._teachers = list(teachers)
+        self._train_top_k = train_top_k
+        self._top_k = train_top_k or checkpoint.record.recipe.top_k
+        self._packed = packed
+        gates = {id(gate) for gate in gate_parameters(mixture, checkpoint)}
+        self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
+        # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
+        # not reach what stands behind the last one.
+        own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
+        self.skips_parameters: bool = (checkpoint.native is None and own) or settings.losses.keys() <= OF_ROUTERS
+        set_top_k(mixture, checkpoint, train_top_k)
+        sources = checkpoint.record.expert_sources
+        self._base = sources.index(0) if 0 in sources else None
+        self._sums: dict[str, float] = {}
+
+    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of a batch from `Batches`: its share of the step's, times `factor`.
+
+        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real).
+        """
+        if score:
+            logits = self.mixture(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
+            keep = item["real"][:, 1:]
+            return {"loss": language_model(logits[:, :-1][keep], item["input_ids"][:, 1:][keep])}
+        wanted = OF_ROUTERS & self._settings.losses.keys()
+        with router_trace(self.mixture, self._checkpoint) if wanted else nullcontext() as trace:
+            # Packed rows hold several sequences: positions that begin anew keep them apart.
+            apart = {"position_ids": item["position_ids"]} if self._packed else {"attention_mask": item["real"].long()}
+            logits = self.mixture(input_ids=item["input_ids"], use_cache=False, **apart).logits
+            losses = self._losses(logits, item, trace or ())
+        weights = self._weights(losses)
+        targets = item["targets"].to(logits.device)
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach() / targets)
+        total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        return {"loss": total * (factor / targets)}
+
+    def _losses(
+        self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: Iterable[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        real, positions = item["real"], item["position_ids"]
+        predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
+        logits_NV = logits[:, :-1][predicted]
+        losses: dict[str, torch.Tensor] = {}
+        names = self._settings.losses
+        if "lm" in names:
+            losses["lm"] = language_model(logits_NV, item["input_ids"][:, 1:][predicted])
+        for name in ("distill", "distill_reverse"):
+            if name in names:
+                losses[name] = self._distillation(logits_NV, predicted, item, reverse=name.endswith("reverse"))
+        if OF_ROUTERS & names.keys():
+            self._add_router_losses(losses, real, item["labels"], trace)
+        return losses
+
+    def _distillation(
+        self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor], *, reverse: bool
+    ) -> torch.Tensor:
+        """From each domain's own expert; a sequence whose label was taken or changed has no teacher."""
+        corpus_N, place_N = item["corpus"][:, :-1][predicted], item["place"][:, :-1][predicted]
+        label_N = item["labels"][:, :-1][predicted]
+        total = logits_NV.sum() * 0.0  # keeps the graph when no token has a teacher
+        for number, teacher in enumerate(self._teachers):
+            if teacher is None:
+                continue
+            rows = ((corpus_N == number) & (label_N == teacher.expert)).nonzero().squeeze(-1)
+            if len(rows):
+                with torch.no_grad():
+                    wanted = teacher.logits(place_N[rows], logits_NV.device)
+                total = total + distillation(logits_NV[rows], wanted, self._settings.temperature, reverse=reverse)
+        return total
+
+    def _add_router_losses(
+        self, losses: dict[str, torch.Tensor], real: torch.Tensor, labels: torch.Tensor, trace: Iterable[torch.Tensor]
+    ) -> None:
+        names = self._settings.losses
+        said = [logits.reshape(*real.shape, -1, logits.shape[-1]) for logits in trace]  # (B, S, features or 1, E)
+        for logits in said:
+            mask = real.to(logits.device)
+            logits_TFE = logits[mask]
+            features = logits_TFE.shape[1]
+            logits_TE = logits_TFE.flatten(0, 1)
+            share = 1.0 / (features * len(said))
+            values: dict[str, torch.Tensor] = {}
+            if "label" in names:
+                labels_T = labels.to(logits.device)[mask].repeat_interleave(features)
+                values["label"] = domain_label(logits_TE, labels_T, self._base)
+            if "balance" in names:
+                values["balance"] = load_balance(logits_TE, self._top_k)
+            if "importance" in names:
+                values["importance"] = importance(logits_TE)
+            if "z" in names:
+                values["z"] = z_loss(logits_TE)
+            for name, value in values.items():
+                losses[name] = losses.get(name, torch.zeros((), device=value.device)) + value * share
+
+    def _weights(self, losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""
+        weights: dict[str, float] = {name: self._settings.losses[name] for name in losses}  # type: ignore[index]
+        if self._settings.adaptive:
+            shared = [name for name in ("lm", "distill", "distill_reverse") if name in losses]
+            whole, values = sum(weights[name] for name in shared), {name: float(losses[name].detach()) for name in shared}
+            total = sum(values.values())
+            if total > 0:
+                weights |= {name: whole * value / total for name, value in values.items()}
+        return weights
+
+    @contextmanager
+    def as_configured(self) -> Iterator[None]:
+        """While open, routers choose as the checkpoint's config says and not as they do in training."""
+        set_top_k(self.mixture, self._checkpoint, None)
+        try:
+            yield
+        finally:
+            set_top_k(self.mixture, self._checkpoint, self._train_top_k)
+
+    def drain(self) -> dict[str, float]:
+        """Every loss of the last step: of this process's parts, per predicted token of the step."""
+        losses = {f"loss_{name}": value for name, value in self._sums.items()}
+        self._sums = {}
+        return losses

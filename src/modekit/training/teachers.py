@@ -1,0 +1,98 @@
+"""What the domains' own experts say about the training text, for distillation.
+
+Each expert reads the text of its domain once, before the training starts; its last hidden states are kept on disk in
+float16 and turned into logits batch by batch with its own head. So one teacher is in memory at a time, a step costs one
+matrix product more, and the divergence is over the whole vocabulary.
+
+Shape legend: N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modekit.architecture.modekit_mixed import Mixed
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import TrainingError
+from modekit.evaluation.evaluate import load_expert_source
+from modekit.loaded.models import Head, forced_expert, head_of, load_model
+from modekit.processes import processes
+from modekit.progress import Progress
+from modekit.routing.capture import to_float16
+from modekit.text.documents import make_batches
+from modekit.training.batches import Corpus
+from modekit.training.losses import GENERIC
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Of one domain: hidden states of all its tokens, (N, D) float16 mapped from disk, and the head that reads them.
+
+    `expert` is the place of the expert that says them.
+    """
+
+    expert: int
+    hidden_ND: torch.Tensor
+    head: Head
+
+    def logits(self, places_N: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Logits (N, V) of the tokens at some places of the corpus."""
+        return self.head(self.hidden_ND[places_N.cpu()].to(device, torch.float32))
+
+
+def make_teachers(
+    checkpoint: Checkpoint, corpora: Sequence[Corpus], folder: Path, *, trust_remote_code: bool, progress: Progress
+) -> list[Teacher | None]:
+    """One teacher per corpus; None for text of no domain.
+
+    The teacher is the expert's own model where it still is, with all that it learned; else the mixture with this expert
+    forced, which has what the mixture carries of it.
+    """
+    teachers: list[Teacher | None] = []
+    for corpus in corpora:
+        path = folder / f"teacher-{corpus.expert}-{processes().rank}.bin"
+        generic = corpus.expert == GENERIC
+        teachers.append(None if generic else _read(checkpoint, corpus, path, trust_remote_code, progress))
+    heads: list[Head] = []
+    for teacher in teachers:  # experts that share the base's head share one copy of it
+        if teacher is not None:
+            same = next((head for head in heads if head.equals(teacher.head)), None)
+            if same is None:
+                heads.append(teacher.head)
+            else:
+                teacher.head.linear = same.linear
+    return teachers
+
+
+def _read(checkpoint: Checkpoint, corpus: Corpus, path: Path, trust_remote_code: bool, progress: Progress) -> Teacher:
+    model = load_expert_source(checkpoint, corpus.expert, trust_remote_code=trust_remote_code)
+    forced = model is None
+    if model is None:
+        model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    model.requires_grad_(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = int(model.config.hidden_size)
+    hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
+    done = 0
+    with torch.inference_mode(), forced_expert(model, checkpoint, corpus.expert) if forced else nullcontext():
+        for batch in make_batches(corpus.sequences):
+            mask = batch.mask.to(model.device)
+            output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)
+            within = torch.arange(batch.mask.shape[1])
+            places = (corpus.starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
+            hidden_ND[places] = to_float16(output.last_hidden_state[mask].float())
+            done += len(places)
+            progress(f"teacher {corpus.name}", done, corpus.tokens)
+    head = head_of(model)
+    if isinstance(head.linear, Mixed):
+        raise TrainingError(
+            "the expert's own model is gone, and the mixture's head cannot stand in for it", where=f"distill: {corpus.name}",
+            remedy="put the model back where the recipe found it, or train without distillation",
+        )  # fmt: skip
+    return Teacher(corpus.expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))

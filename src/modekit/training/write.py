@@ -1,0 +1,133 @@
+"""Write what a training moved: new tensors in the place of old ones, everything else bit for bit.
+
+Gates alone are a file of their own and are replaced where they are. For other tensors a folder is made beside OUT, in which
+files without a moved tensor are linked or copied and the others written anew, and it takes OUT's place by rename.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint, Record, TrainingRecord, open_checkpoint, write_router_file
+from modekit.checkpoint.staging import link, staging, write_all, write_atomically, write_json
+from modekit.errors import TrainingError
+from modekit.evaluation.evaluate import RESULTS_FOLDER
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.sources.model import Mappings, TensorRef
+from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, digests_in
+from modekit.weights.numeric import DTYPES, is_finite, to_bytes
+
+
+def write_trained(
+    checkpoint: Checkpoint, out: Path, tensors: Mapping[str, torch.Tensor], training: TrainingRecord, *,
+    trained_on: Sequence[str], selected_by: Sequence[str],
+) -> Checkpoint:  # fmt: skip
+    """Write a checkpoint with new tensors (by their names on disk) to `out`, which may be its own folder.
+
+    `trained_on` and `selected_by` are digests of documents that no table may show any more. Each tensor gets the dtype that
+    it has on disk. Raises TrainingError when one is not finite in it.
+    """
+    content = {name: _bytes_of(checkpoint, name, tensor) for name, tensor in tensors.items()}
+    gate_names = {slot.name for slot in checkpoint.slots}
+    files = {
+        name: "".join(f"{digest}\n" for digest in sorted({*digests, *digests_in(checkpoint.folder / name)}))
+        for name, digests in ((TRAINED_FILE, trained_on), (SELECTED_FILE, selected_by))
+    }
+    record = _record(checkpoint, out, tensors.keys() - gate_names, content, training)
+    gates = [
+        tensors[slot.name].detach().float().contiguous().numpy() if slot.name in tensors else gate
+        for slot, gate in zip(checkpoint.slots, checkpoint.gates(), strict=True)
+    ]
+    dtype = checkpoint.tensors[checkpoint.slots[0].name].dtype if checkpoint.slots else "F32"
+    if out == checkpoint.folder and tensors.keys() <= gate_names:
+        sha256 = write_router_file(out / ROUTER_FILE, checkpoint.slots, gates, dtype)
+        _write_rest(out, record, sha256, files)
+        return open_checkpoint(out)
+    with staging(
+        out, f"train {training.settings} {sorted(record.trained.items())}", overwrite=out == checkpoint.folder,
+        marker=RECORD_FILE,
+    ) as stage:  # fmt: skip
+        _copy_rest(checkpoint, stage.folder, results=out == checkpoint.folder)
+        mappings = Mappings()
+        try:
+            for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
+                inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
+                if not any(name in content for name, _ in inside):
+                    link(file, stage.folder / file.name)
+                    continue
+                entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
+
+                stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, mappings))
+        finally:
+            mappings.close()
+        sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
+        _write_rest(stage.folder, record, sha256, files)
+    return open_checkpoint(out)
+
+
+def _write_tensor(
+    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, place: int,
+    stream: io.FileIO,
+) -> None:  # fmt: skip
+    name, ref = inside[place]
+    write_all(stream, content[name] if name in content else mappings.view(ref))
+
+
+def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memoryview:
+    ref = checkpoint.tensors[name]
+    assert tuple(tensor.shape) == tuple(ref.shape), f"{name}: {tuple(tensor.shape)} for {ref.shape}"
+    view = to_bytes(tensor.detach().float().contiguous().numpy().ravel(), ref.dtype)
+    if not is_finite(view, ref.dtype):
+        raise TrainingError(
+            f"a trained tensor is not finite in {DTYPES[ref.dtype]}", where=name, remedy="lower the learning rate"
+        )
+    return view
+
+
+def _record(
+    checkpoint: Checkpoint, out: Path, moved: set[str], content: Mapping[str, memoryview], training: TrainingRecord
+) -> Record:
+    """modekit.json after the training, its router's sha256 still to be set."""
+    old = checkpoint.record
+    gates_moved = any(name not in moved for name in content)
+    router = old.router.model_copy(update={"status": "trained"} if gates_moved else {})
+    return old.model_copy(
+        update={
+            "router": router,
+            "trained": {**old.trained, **{name: blake3(content[name]).hexdigest() for name in sorted(moved)}},
+            "training": [*old.training, training],
+            "recipe_folder": os.path.relpath(checkpoint.recipe_root, out),
+            "sources": [
+                source.model_copy(update={"folder": os.path.relpath((checkpoint.folder / source.folder).resolve(), out)})
+                for source in old.sources
+            ],
+        }
+    )
+
+
+def _write_rest(folder: Path, record: Record, router_sha256: str, files: Mapping[str, str]) -> None:
+    for name, content in files.items():
+        write_atomically(folder / name, content.encode())
+    router = record.router.model_copy(update={"sha256": router_sha256})
+    write_json(folder / RECORD_FILE, record.model_copy(update={"router": router}).model_dump(mode="json"))
+
+
+def _copy_rest(checkpoint: Checkpoint, folder: Path, *, results: bool) -> None:
+    """Everything that is neither weights nor the record: config, tokenizer, code, statistics, and `results` if wanted."""
+    weights = {ref.file.name for ref in checkpoint.tensors.values()}
+    for path in checkpoint.folder.iterdir():
+        if path.name in {RECORD_FILE, ROUTER_FILE, *weights} or (path.name == RESULTS_FOLDER and not results):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, folder / path.name)
+    assert (folder / INDEX_FILE).exists()

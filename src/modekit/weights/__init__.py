@@ -1,0 +1,1 @@
+"""Numbers of tensors: casts, adapters folded in, low-rank parts, merges."""

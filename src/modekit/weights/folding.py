@@ -1,0 +1,158 @@
+"""Weights of the base with an adapter's change folded in, computed by rows, so that memory stays a few blocks.
+
+Products and sums are kept in float64 and rounded once to float32: float32 products depend on the BLAS, the number of
+threads and the shape of the block, and `verify` must compute again, anywhere, what `build` wrote.
+
+Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.sources.adapter import Change, LowRank, Scaling
+from modekit.sources.model import Mappings, TensorRef
+from modekit.weights.numeric import BLOCK, as_array, to_float32
+
+Array = npt.NDArray[np.generic]
+Read = Callable[[TensorRef], Array]
+"""The flat array of a tensor of the adapter, in its own dtype."""
+_Single = npt.NDArray[np.float32]
+_Double = npt.NDArray[np.float64]
+
+
+def reader(mappings: Mappings) -> Read:
+    """Read adapter tensors from memory maps, without a copy."""
+    return lambda ref: as_array(mappings.view(ref), ref.dtype)
+
+
+class Folded:
+    """One changed weight as a flat float32 array that is computed where it is read: `len(folded)`, `folded[start:stop]`.
+
+    An element never depends on the slices by which it is read, since rows are always computed in the same groups. Reading
+    in order computes every row once (a DoRA embedding twice, for the norms of its columns).
+
+    Args:
+        change: what the adapter does to the weight.
+        base: the base's weight, or the adapter's replacement of it, flat, in any float dtype.
+        shape: (O, I), or (V, D) of an embedding.
+        read: gives the adapter's tensors; see `reader`.
+    """
+
+    def __init__(self, change: Change, base: Array, shape: tuple[int, int], read: Read) -> None:
+        self._base: Array = base.reshape(shape)
+        self._columns = shape[1]
+        self._group = max(1, BLOCK // 4 // max(1, shape[1]))  # float64 and its temporaries fit in a block
+        self._change: _LowRankRows | _ScaledRows = (
+            _LowRankRows(change, self._base, self._group, read)
+            if isinstance(change, LowRank)
+            else _ScaledRows(change, self._base, read)
+        )
+        self._last: tuple[int, _Single] = (-1, np.empty(0, np.float32))
+
+    def __len__(self) -> int:
+        return int(self._base.size)
+
+    def __getitem__(self, part: slice) -> _Single:
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a folded weight is read in order, not by steps of {step}")
+        size = self._group * self._columns
+        result = np.empty(max(0, stop - start), np.float32)
+        for place in range(start // size, -(-stop // size)) if stop > start else ():
+            offset = place * size
+            values = self._rows(place)[max(0, start - offset) : stop - offset]
+            at = max(0, offset - start)
+            result[at : at + len(values)] = values
+        return result
+
+    def _rows(self, place: int) -> _Single:
+        if self._last[0] != place:
+            self._last = (place, self._change(slice(place * self._group, (place + 1) * self._group)).ravel())
+        return self._last[1]
+
+
+def folded_bias(change: Change, base: Array, read: Read) -> _Single:
+    """A module's bias, (O,), with lora_bias added or scaled by IA3 (`AdapterSource.bias_changes`); `base` in any dtype."""
+    bias = to_float32(base)
+    if isinstance(change, Scaling):
+        return bias * to_float32(_part(read(change.vector), change.rows)) if change.axis == "rows" else bias
+    if change.bias is None:
+        return bias
+    with np.errstate(over="ignore"):
+        return _moved(bias, change.scale * _part(read(change.bias), change.rows).astype(np.float64)).astype(np.float32)
+
+
+class _LowRankRows:
+    """Rows of W + scale * B A (LoRA, arXiv:2106.09685), and of DoRA's m * W' / ||W'|| (Eq. 5, arXiv:2402.09353)."""
+
+    def __init__(self, change: LowRank, base: Array, group: int, read: Read) -> None:
+        self._base, self._group, self._scale = base, group, change.scale
+        a, b = read(change.a).reshape(change.a.shape), read(change.b).reshape(change.b.shape)
+        # One factor is needed whole for every row and is small; of the other, rows are taken as they come.
+        self._left: Array = a.T if change.transposed else _part(b, change.rows)
+        right: Array = b.T if change.transposed else a
+        self._right = right.astype(np.float64)
+        self._by_column = change.transposed
+        self._magnitude: _Double | None = None
+        if change.magnitude is not None:
+            self._magnitude = _part(read(change.magnitude), change.rows).astype(np.float64)
+        self._factor_of_columns: _Double | None = None
+
+    def __call__(self, rows: slice) -> _Single:
+        moved = self._plain(rows)
+        if self._magnitude is not None:
+            moved *= self._column_factor() if self._by_column else _ratio(self._magnitude[rows], _squares(moved, 1))[:, None]
+        with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
+            return moved.astype(np.float32)
+
+    def _plain(self, rows: slice) -> _Double:
+        return _moved(to_float32(self._base[rows]), self._scale * (self._left[rows].astype(np.float64) @ self._right))
+
+    def _column_factor(self) -> _Double:
+        if self._factor_of_columns is None:
+            assert self._magnitude is not None
+            squares = np.zeros(self._base.shape[1], np.float64)
+            for start in range(0, self._base.shape[0], self._group):
+                squares += _squares(self._plain(slice(start, start + self._group)), 0)
+            self._factor_of_columns = _ratio(self._magnitude, squares)
+        return self._factor_of_columns
+
+
+class _ScaledRows:
+    """Rows of W with outputs or inputs scaled (IA3, arXiv:2205.05638)."""
+
+    def __init__(self, change: Scaling, base: Array, read: Read) -> None:
+        self._base, self._by_row = base, change.axis == "rows"
+        self._vector = to_float32(_part(read(change.vector), change.rows))
+
+    def __call__(self, rows: slice) -> _Single:
+        return to_float32(self._base[rows]) * (self._vector[rows, None] if self._by_row else self._vector)
+
+
+def _part(array: Array, rows: tuple[int, int] | None) -> Array:
+    return array if rows is None else array[rows[0] : rows[1]]
+
+
+def _moved(origin: _Single, shift: _Double) -> _Double:
+    """The sum of both, where a shift of zero keeps even the sign of a zero."""
+    moved: _Double = np.where(shift == 0, origin, origin + shift)
+    return moved
+
+
+def _squares(values: _Double, axis: int) -> _Double:
+    total: _Double = np.square(values).sum(axis=axis)
+    return total
+
+
+def _ratio(magnitude: _Double, squares: _Double) -> _Double:
+    """DoRA's m / ||W'||, from sums of squares. The norm is rounded to float32 as PEFT's is, so that an untrained m gives one.
+
+    A row of zeros gives NaN, as in PEFT; whoever writes the weight checks that it is finite.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: _Double = magnitude / np.sqrt(squares).astype(np.float32)
+    return ratio

@@ -1,0 +1,128 @@
+"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SLERP.
+
+Sources are read as float32; sums are kept in float64 and rounded once, so that merging copies of one model gives that
+model back bit for bit. Memory is a few blocks, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.recipes.recipe import BackboneMerge
+from modekit.weights.numeric import blocks
+
+
+class FlatArray(Protocol):
+    """What is merged: a flat array, or something that is read like one and computes what it gives."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.generic]: ...
+
+
+Block = npt.NDArray[np.float64]
+
+
+def merge_blocks(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Iterator[Block]:
+    """Blocks of the merged tensor, in order, in float64.
+
+    `base` and `experts` are flat arrays of equal length in any float format.
+    """
+    if settings.method == "slerp":
+        yield from _slerp(settings.t, *experts)
+        return
+    rule = _elementwise(settings, base, experts)
+    for part in blocks(len(base)):
+        yield rule(_read(base, part), [_read(expert, part) for expert in experts])
+
+
+def _read(array: FlatArray, part: slice) -> Block:
+    return array[part].astype(np.float32).astype(np.float64)
+
+
+def _elementwise(
+    settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]
+) -> Callable[[Block, list[Block]], Block]:
+    if settings.method == "average":
+        return lambda _, values: _sum(values) / len(values)
+    if settings.method == "task_arithmetic":  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
+        return lambda origin, values: _moved(origin, settings.scale * _sum([value - origin for value in values]))
+    thresholds = [_magnitude_threshold(base, expert, settings.density) for expert in experts]
+    return lambda origin, values: _ties(origin, values, thresholds, settings.scale)
+
+
+def _sum(values: Sequence[Block]) -> Block:
+    """The sum in order; unlike numpy's it starts with the first value, not with zero, so that -0.0 stays -0.0."""
+    return functools.reduce(np.add, values)
+
+
+def _moved(origin: Block, shift: Block) -> Block:
+    """The sum of both, where a shift of zero keeps even the sign of a zero."""
+    moved: Block = np.where(shift == 0, origin, origin + shift)
+    return moved
+
+
+def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale: float) -> Block:
+    """Trim, elect sign, disjoint mean (Algorithm 1, arXiv:2306.01708)."""
+    deltas = [value - base for value in values]
+    trimmed = np.stack(
+        [
+            np.where(np.abs(delta).astype(np.float32) >= least, delta, 0.0)
+            for delta, least in zip(deltas, thresholds, strict=True)
+        ]
+    )
+    elected = np.sign(trimmed.sum(axis=0))
+    agrees = (np.sign(trimmed) == elected) & (elected != 0)
+    count = agrees.sum(axis=0)
+    mean: Block = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
+    return _moved(base, scale * mean)
+
+
+def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> np.float32:
+    """The k-th largest |expert - base| in float32, k = ceil(density * n), exactly and in bounded memory.
+
+    Non-negative floats sort like their bit patterns, so two counting passes over 16 bits each find the value.
+    """
+    keep = max(1, int(np.ceil(density * len(base))))
+    high = np.zeros(1 << 16, np.int64)
+    for part in blocks(len(base)):
+        high += np.bincount(_magnitude_bits(base, expert, part) >> 16, minlength=1 << 16)
+    from_top = np.cumsum(high[::-1])
+    bucket = (1 << 16) - 1 - int(np.searchsorted(from_top, keep))
+    above = int(from_top[(1 << 16) - 2 - bucket]) if bucket < (1 << 16) - 1 else 0
+    low = np.zeros(1 << 16, np.int64)
+    for part in blocks(len(base)):
+        bits = _magnitude_bits(base, expert, part)
+        low += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
+    rest = (1 << 16) - 1 - int(np.searchsorted(np.cumsum(low[::-1]), keep - above))
+    threshold: np.float32 = np.uint32(bucket << 16 | rest).view(np.float32)
+    return threshold
+
+
+def _magnitude_bits(base: FlatArray, expert: FlatArray, part: slice) -> npt.NDArray[np.uint32]:
+    return np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32)
+
+
+def _slerp(t: float, first: FlatArray, second: FlatArray) -> Iterator[Block]:
+    """Spherical interpolation of two flattened tensors (Shoemake 1985); nearly parallel ones are interpolated linearly."""
+    dot = square_first = square_second = 0.0
+    for part in blocks(len(first)):
+        a, b = _read(first, part), _read(second, part)
+        dot += float(a @ b)
+        square_first += float(a @ a)
+        square_second += float(b @ b)
+    norms = np.sqrt(square_first * square_second)
+    cosine = float(np.clip(dot / norms, -1.0, 1.0)) if norms > 0 else 1.0
+    if 1.0 - abs(cosine) < 1e-6:
+        weights = (1.0 - t, t)
+    else:
+        angle = np.arccos(cosine)
+        weights = (float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle)))
+    for part in blocks(len(first)):
+        a, b = _read(first, part), _read(second, part)
+        yield _moved(a, weights[1] * (b - a)) if weights == (1.0 - t, t) else weights[0] * a + weights[1] * b

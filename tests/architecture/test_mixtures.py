@@ -1,0 +1,923 @@
+"""The promises of the design over random recipes, families and inputs, against a reference that is written down here.
+
+The reference is the base model of transformers with hooks: at every mixed module a loop over the experts' own modules, in
+full, with weights computed anew from the gates. It shares no code with src/modekit, only the table of families.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conftest import VOCAB, save, tiny_model
+from modekit.architecture.modekit_router import causal_average, select
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import UnsupportedError
+from modekit.loaded.models import expert_view, forced_expert
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import READ_BY, Router, parse_recipe
+from modekit.routing.capture import Read, capture_domain
+from modekit.routing.closed_form import fit_gates
+from modekit.routing.statistics import DomainStatistics
+from modekit.sources.families import FAMILIES, Family
+from modekit.text.documents import Batch, TokenSequence, make_batches
+from refusal import run_python, tree
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2,
+    },
+    "cohere2": {**WINDOWS, "logit_scale": 0.3},
+    "ernie4_5": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "qwen3_5_text": {
+        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, **WINDOWS},
+    "gemma3_text": {"head_dim": 8, **WINDOWS},
+    "olmo3": WINDOWS,
+    "glm4": {"head_dim": 8},
+    "starcoder2": {"use_bias": True},
+    "seed_oss": {"head_dim": 8},
+}  # fmt: skip
+NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses
+TYPES = [family.model_type for family in FAMILIES]
+BY_TYPE = {family.model_type: family for family in FAMILIES}
+PROMPTS = ["fever artery lesion", "licence clause party", "def return self", "salt pepper onion"]
+
+BASE, ONE, TWO, ALIKE = {"model": "base"}, {"model": "./one"}, {"model": "./two"}, {"model": "./base"}
+PLAIN, UNEVEN, DORA = {"adapter": "./plain"}, {"adapter": "./uneven"}, {"adapter": "./dora"}
+PART = {"model": "./two", "as": "lora", "rank": 5}
+KINDS: list[dict[str, Any]] = [BASE, ONE, TWO, ALIKE, PLAIN, UNEVEN, DORA, PART]
+FULL = [ONE, TWO, ALIKE]
+LOW_RANK: list[dict[str, Any]] = [BASE, PLAIN, UNEVEN, PART]
+
+
+# --- models
+
+
+def named(family: Family, *parts: str) -> list[str]:
+    """Last names of the modules that hold these parts."""
+    return sorted({family.parts[part].rpartition(".")[2] for part in parts if part in family.parts})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with a base, two full models and three adapters of one family, and the same as dense models in memory."""
+
+    family: Family
+    root: Path
+    made: dict[str, PreTrainedModel]
+
+    def dense(self, expert: dict[str, Any]) -> PreTrainedModel:
+        """What an expert is by itself: a plain model of the family."""
+        if expert.get("as") == "lora":
+            return self._low_rank_part(expert["rank"])
+        return self.made[(expert.get("model") or expert["adapter"]).removeprefix("./")]
+
+    def _low_rank_part(self, rank: int) -> PreTrainedModel:
+        """The base with the best rank-R approximation of its difference to `two` on every linear layer."""
+        model = copy.deepcopy(self.made["base"])
+        other = self.made["two"]
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear) and name != "lm_head":
+                    delta = other.get_submodule(name).weight.double() - module.weight.double()
+                    left, singular, right = torch.linalg.svd(delta, full_matrices=False)
+                    module.weight.add_((left[:, :rank] * singular[:rank] @ right[:rank]).float())
+        return model
+
+
+@functools.cache
+def bench_of(model_type: str) -> Bench:
+    """The bench of a family, made once."""
+    family, overrides = BY_TYPE[model_type], OVERRIDES.get(model_type, {})
+    root = Path(_folder()) / model_type
+    made = {}
+    for seed, name in enumerate(("base", "one", "two")):
+        save(tiny_model(model_type, seed=seed, **overrides), root / name)
+        made[name] = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32).eval()
+    every = named(family, *family.parts)
+    adapters: dict[str, dict[str, Any]] = {
+        "plain": {"r": 3, "lora_alpha": 7, "target_modules": every},
+        "uneven": {
+            "r": 2, "use_rslora": True, "rank_pattern": dict.fromkeys(named(family, "down", "v"), 4),
+            "alpha_pattern": dict.fromkeys(named(family, "q"), 5), "target_modules": named(family, "q", "v", "down"),
+        },
+        "dora": {"r": 2, "use_dora": True, "target_modules": named(family, "o", "gate", "up")},
+    }  # fmt: skip
+    for name, config in adapters.items():
+        made[name] = train(root / "base", LoraConfig(**config), root / name)
+    return Bench(family, root, made)
+
+
+@functools.cache
+def _folder() -> str:
+    folder = tempfile.TemporaryDirectory()
+    _KEPT.append(folder)
+    return folder.name
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def train(base: Path, config: LoraConfig, folder: Path) -> PreTrainedModel:
+    """Write an adapter with random parameters; returns the model that PEFT merges it to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        model.save_pretrained(folder)
+        fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return PeftModel.from_pretrained(fresh, folder).merge_and_unload().eval()
+
+
+# --- what a recipe means, written down anew
+
+
+def expert_list(kinds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Experts of a recipe, each with a name and a text of its own."""
+    return [{"name": f"e{place}", "prompts": [PROMPTS[place % 4]], **kind} for place, kind in enumerate(kinds)]
+
+
+def kinds_of(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipe's experts without names and texts."""
+    return [{key: value for key, value in expert.items() if key not in {"name", "prompts"}} for expert in recipe["experts"]]
+
+
+def mixed_modules(bench: Bench, recipe: dict[str, Any]) -> dict[str, str]:
+    """Module of the base that is mixed -> the decision that it takes part in, in the order of execution."""
+    mixture, family, base, kinds = recipe["mixture"], bench.family, bench.made["base"], kinds_of(recipe)
+    per, modules = mixture.get("router", {}).get("per", "layer"), mixture.get("modules", "auto")
+    dense = [bench.dense(kind) for kind in kinds]
+
+    def is_changed(name: str) -> bool:
+        return any(kind in FULL or differs(base, other, name) for kind, other in zip(kinds, dense, strict=True))
+
+    if modules == "all":
+        names = [name for name, module in base.named_modules() if list(module.parameters(recurse=False))]
+        return dict.fromkeys(["model.embed_tokens", *filter(is_changed, names)], "model")
+    if modules == "auto":
+        low = [other for kind, other in zip(kinds, dense, strict=True) if kind not in FULL]
+        changed = [
+            part for part in family.parts if any(differs(base, each, n) for each in low for n in paths(base, family, part))
+        ]
+        modules = [*changed, *(["mlp"] if not changed or any(kind in FULL for kind in kinds) else [])]
+    if "mlp" in modules and (per in {"projection", "feature"} or any("adapter" in kind or "as" in kind for kind in kinds)):
+        modules = [*(part for part in modules if part != "mlp"), "gate", "up", "down"]
+    found: dict[str, str] = {}
+    for layer in mixture.get("layers", range(3)):
+        for part in ("q", "k", "v", "o", "mlp", "gate", "up", "down"):
+            path = "mlp" if part == "mlp" else family.parts.get(part)
+            name = f"model.layers.{layer}.{path}"
+            if part in modules and path is not None and has(base, name) and is_changed(name):
+                block = "attention" if part in "qkvo" else "ffn"
+                found.setdefault(name, {"layer": f"{layer} {block}", "model": "model"}.get(per, name))
+    return found
+
+
+def has(model: PreTrainedModel, name: str) -> bool:
+    return any(name == other for other, _ in model.named_modules())
+
+
+def paths(base: PreTrainedModel, family: Family, part: str) -> list[str]:
+    return [name for layer in range(3) if has(base, name := f"model.layers.{layer}.{family.parts[part]}")]
+
+
+def differs(base: PreTrainedModel, other: PreTrainedModel, name: str) -> bool:
+    """Whether a module of two models has other values."""
+    ours, theirs = base.get_submodule(name).state_dict(), other.get_submodule(name).state_dict()
+    return any(not torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def expected_model(bench: Bench, recipe: dict[str, Any], expert: dict[str, Any], backbone: PreTrainedModel) -> PreTrainedModel:
+    """The backbone with one expert's modules at every mixed place."""
+    model, own = copy.deepcopy(backbone), bench.dense(expert)
+    for name in mixed_modules(bench, recipe):
+        model.set_submodule(name, copy.deepcopy(own.get_submodule(name)))
+    return model
+
+
+def backbone_of(bench: Bench, recipe: dict[str, Any]) -> PreTrainedModel:
+    """Where everything comes from that is not mixed."""
+    wanted = recipe["mixture"].get("backbone", "base")
+    sources = {expert["name"]: bench.made[(expert.get("model") or expert["adapter"]).removeprefix("./")]
+               for expert in recipe["experts"]}  # fmt: skip
+    if wanted == "base":
+        return copy.deepcopy(bench.made["base"])
+    if wanted != "average":
+        return copy.deepcopy(sources[wanted["expert"]])
+    model = copy.deepcopy(bench.made["base"])
+    merged = [dict(sources[expert["name"]].named_parameters()) for expert in recipe["experts"] if expert.get("model") != "base"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.stack([other[name].double() for other in merged]).mean(0))
+    return model
+
+
+def chosen(logits: torch.Tensor, recipe: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (..., E) of the experts by their logits, in float64, and whether the choice (...) is as good as a tie."""
+    mixture = recipe["mixture"]
+    names = [expert["name"] for expert in recipe["experts"]]
+    always = mixture.get("always_on") or {}
+    own = names.index(always["expert"]) if always.get("expert") in names else None
+    method = mixture.get("method", "routing")
+    flat = logits.double().reshape(-1, len(names))
+    weights, ties = torch.zeros_like(flat), torch.zeros(len(flat), dtype=torch.bool)
+    for row, (token, shares) in enumerate(zip(flat.tolist(), flat.softmax(-1).tolist(), strict=True)):
+        order, largest = sorted(range(len(names)), key=lambda expert: -token[expert]), max(map(abs, token))
+        if own is not None and always.get("weight") is None:
+            order.remove(own)
+            order.insert(0, own)
+        taken = order
+        if method == "routing" and "top_p" in mixture:
+            taken, reached = [], 0.0
+            for expert in order:
+                if reached < mixture["top_p"]:
+                    taken.append(expert)
+                    reached += shares[expert]
+                    ties[row] |= abs(reached - mixture["top_p"]) < 1e-5 * max(1.0, largest)
+        elif method == "routing":
+            taken = order[: mixture.get("top_k", min(2, len(names)))]
+        if len(taken) < len(names):
+            ties[row] |= abs(token[taken[-1]] - token[order[len(taken)]]) < 1e-5 * largest
+        weights[row, taken] = flat[row, taken].softmax(-1)
+    if always.get("weight") is not None:
+        weights *= 1 - always["weight"]
+        if own is not None:
+            weights[:, own] += always["weight"]
+    return weights.reshape(logits.shape), ties.reshape(logits.shape[:-1])
+
+
+def so_far(values: torch.Tensor, mask: torch.Tensor, decay: float, prefix: int | None) -> torch.Tensor:
+    """The causal average of values (B, S, G) over real tokens, at every token, summed one by one."""
+    result = torch.zeros_like(values)
+    for row in range(len(values)):
+        total, weight, seen = torch.zeros(values.shape[-1], dtype=values.dtype), 0.0, 0
+        for token in range(values.shape[1]):
+            if mask[row, token] and (prefix is None or seen < prefix):
+                total, weight = decay * total + values[row, token], decay * weight + 1
+            seen += int(mask[row, token])
+            result[row, token] = total / max(weight, 1e-12)
+    return result
+
+
+class Reference:
+    """The backbone with hooks that sum the experts' modules by their weights.
+
+    `theirs` are the weights that the mixture decided, one decision after the other. They are taken where two choices are
+    as good as a tie, which rounding may break either way, and for nothing else.
+    """
+
+    def __init__(self, bench: Bench, recipe: dict[str, Any], checkpoint: Checkpoint, theirs: list[torch.Tensor]) -> None:
+        self.recipe, self.groups, self.theirs = recipe, mixed_modules(bench, recipe), theirs
+        self.gates = read_gates(checkpoint)
+        self.model = backbone_of(bench, recipe)
+        self.weights: dict[str, torch.Tensor] = {}
+        self.base = bench.made["base"]
+        self.mask = torch.ones(0)
+        experts = [
+            bench.dense({k: v for k, v in expert.items() if k not in {"name", "prompts"}}) for expert in recipe["experts"]
+        ]
+        for name in self.groups:
+            modules = [expert.get_submodule(name) for expert in experts]
+            self.model.get_submodule(name).register_forward_hook(self._hook(name, modules))
+
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self.weights, self.mask = {}, mask
+        with torch.inference_mode():
+            return self.model(input_ids=ids, attention_mask=mask).logits
+
+    def _hook(self, name: str, modules: list[nn.Module]) -> Callable[..., torch.Tensor]:
+        def mix(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
+            weights = self._decide(name, args[0])
+            heads_first = args[0].ndim == 4 and args[0].shape[2] == self.mask.shape[1]
+            total = torch.zeros(())
+            parts = [*zip(modules, weights.unbind(-1), strict=True), (self.base.get_submodule(name), 1 - weights.sum(-1))]
+            for module, weight in parts:
+                y = module(args[0])
+                weight = weight[:, None] if heads_first else weight
+                total = total + weight.reshape(*weight.shape, *[1] * (y.ndim - weight.ndim)).to(y) * y
+            return total
+
+        return mix
+
+    def _decide(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Weights (B, S, E) or (B, S, O, E); the first module of a decision takes it for all."""
+        group, mixture = self.groups[name], self.recipe["mixture"]
+        if group in self.weights:
+            return self.weights[group]
+        experts = self.recipe["experts"]
+        if mixture.get("method") == "linear":
+            given = torch.tensor([mixture.get("weights", {}).get(expert["name"], 1.0) for expert in experts])
+            self.weights[group] = (given / given.sum()).expand(*self.mask.shape, -1)
+            return self.weights[group]
+        router = mixture["router"]
+        x = (self.base.get_submodule(name)(x) if x.ndim == 2 else x).double()
+        gate, rows = self.gates[name]
+        granularity = router.get("granularity", "token")
+        decays = {"token": [0.0], "sequence": [1.0]}.get(granularity, router.get("decay", [0.9]))
+        prefix = router.get("prefix", 64) if granularity == "sequence" else None
+        logits = torch.zeros(())
+        for decay, part in zip(decays, gate.chunk(len(decays), dim=1), strict=True):
+            scores = score(x, part, rows, router["fit"])
+            logits = logits + (so_far(scores, self.mask, decay, prefix) if decay else scores)
+        if router.get("per") == "feature":
+            logits = logits.unflatten(-1, (-1, len(experts)))
+        weights, ties = chosen(logits, self.recipe)
+        if self.theirs:
+            if router["fit"] == "random":  # gates of adapters tie wherever two experts have the same change, or none
+                assert ties[self.mask.bool()].float().mean() < 0.05
+            weights[ties] = self.theirs[len(self.weights)][ties].double()
+        self.weights[group] = weights
+        return weights
+
+
+def score(x: torch.Tensor, gate: torch.Tensor, rows: list[int], fit: str) -> torch.Tensor:
+    """Of every expert (B, S, E): w x; its length, for rows of low-rank changes; or the cosine-like one of PHATGOOSE."""
+    if fit == "phatgoose":
+        x, gate = (((each - each.mean(-1, keepdim=True)) / (each.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
+                   for each in (x, gate))  # fmt: skip
+        return x @ gate.T / x.shape[-1] ** 0.5
+    if fit in {"arrow", "spectr", "seqr"}:
+        return torch.stack([(x @ part.T).norm(dim=-1) for part in gate.split(rows)], dim=-1)
+    return x @ gate.T
+
+
+def read_gates(checkpoint: Checkpoint) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """Module that decides -> gate in float64, and its rows per expert."""
+    found = {}
+    for slot in checkpoint.slots:
+        with safe_open(checkpoint.tensors[slot.name].file, framework="pt") as file:
+            place = slot.name.removesuffix(".router.gate")
+            if checkpoint.native is not None:
+                place = f"model.layers.{slot.name.split('.')[2]}.mlp"
+            found[place] = (file.get_tensor(slot.name).double(), list(slot.rows))
+    return found
+
+
+# --- one mixture and everything that must hold of it
+
+
+@contextmanager
+def built(bench: Bench, recipe: dict[str, Any]) -> Iterator[tuple[Checkpoint, PreTrainedModel]]:
+    with tempfile.TemporaryDirectory(dir=bench.root) as folder:
+        out = Path(folder) / "OUT"
+        build(make_plan(parse_recipe(recipe), bench.root), out)
+        yield open_checkpoint(out), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+
+
+def a_batch(seed: int = 5, length: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three sequences, two of them padded on the left."""
+    ids = torch.randint(3, VOCAB, (3, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    mask[2, :1] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """The same logits at every real token."""
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=tolerance, rtol=0)
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """The weights that the modekit routers of a model decide."""
+    seen: list[torch.Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, nn.Module) and type(module).__name__ == "Router"]
+    handles = [router.register_forward_hook(lambda _m, _args, output: seen.append(output)) for router in routers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_weights(seen: list[torch.Tensor], recipe: dict[str, Any], mask: torch.Tensor) -> None:
+    """They sum to one, less what an always-on base takes, and as many are taken as the recipe says."""
+    mixture, experts = recipe["mixture"], recipe["experts"]
+    always = mixture.get("always_on") or {}
+    whole = 1 - always["weight"] if always.get("expert") == "base" else 1.0
+    for weights in seen:
+        assert bool((weights >= 0).all())
+        torch.testing.assert_close(weights.sum(-1), torch.full(weights.shape[:-1], whole), atol=1e-5, rtol=0)
+        most = len(experts) if mixture.get("method", "routing") != "routing" or "top_p" in mixture else mixture.get("top_k", 2)
+        assert int((weights > 0).sum(-1).max()) <= most + (always.get("expert") in {e["name"] for e in experts})
+
+
+def check_mixture(bench: Bench, recipe: dict[str, Any], seed: int = 5) -> None:
+    """The built mixture is the reference, and forced on each expert it is the backbone with that expert's parts."""
+    ids, mask = a_batch(seed)
+    with built(bench, recipe) as (checkpoint, model):
+        with watched(model) as seen:
+            free = logits_of(model, ids, mask)
+        assert checkpoint.native is not None or seen
+        reference = Reference(bench, recipe, checkpoint, seen)
+        check_weights(seen, recipe, mask)
+        close(free, reference.logits(ids, mask), mask)
+        backbone = backbone_of(bench, recipe)
+        for place, kind in enumerate(kinds_of(recipe)):
+            with forced_expert(model, checkpoint, place):
+                forced = logits_of(model, ids, mask)
+            close(forced, logits_of(expected_model(bench, recipe, kind, backbone), ids, mask), mask)
+        assert torch.equal(logits_of(model, ids, mask), free)
+
+
+# --- random recipes
+
+
+@st.composite
+def recipes(draw: st.DrawFn, kinds: list[dict[str, Any]] = KINDS, fits: tuple[str, ...] = ("random",)) -> dict[str, Any]:
+    """A family and a recipe of two to four experts that says something."""
+    model_type = draw(st.sampled_from(TYPES))
+    taken = draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=4))
+    experts = expert_list(taken if any(kind != BASE for kind in taken) else [kinds[1], *taken[1:]])
+    return {
+        "family": model_type,
+        "recipe": {"base_model": "./base", "experts": experts, "mixture": draw_mixture(draw, model_type, experts, fits)},
+    }
+
+
+def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]], fits: tuple[str, ...]) -> dict[str, Any]:
+    family, names = BY_TYPE[model_type], [expert["name"] for expert in experts]
+    modules = draw(st.sampled_from(["auto", "auto", "some", "some", "some", *(["all"] if model_type not in NO_ALL else [])]))
+    if modules == "some":
+        wanted = draw(st.lists(st.sampled_from([*family.parts]), min_size=1, max_size=4, unique=True))
+        shared = {family.parts[part] for part in wanted}
+        modules = [part for part in family.parts if family.parts[part] in shared]
+        if draw(st.booleans()) or not {"q", "v", "down"} & set(modules) or not {"o", "gate", "up"} & set(modules):
+            modules = ["mlp", *(part for part in modules if part in "qkvo"), *(["o"] if "o" not in modules else [])]
+    mixture: dict[str, Any] = {
+        "modules": modules,
+        "method": draw(st.sampled_from(["routing", "routing", "routing", "gating", "linear"])),
+    }
+    if modules != "all" and draw(st.integers(0, 3)) == 0:
+        mixture["layers"] = draw(st.sampled_from([[1], [0, 2], [1, 2]])) if model_type not in NO_ALL else [0, 1]
+    if modules != "all" and draw(st.integers(0, 3)) == 0:
+        mixture["backbone"] = draw(st.sampled_from(["average", {"expert": names[0]}]))
+    if mixture["method"] == "linear":
+        if draw(st.booleans()):
+            mixture["weights"] = {name: draw(st.sampled_from([0.5, 1.0, 3.0])) for name in names}
+        return mixture
+    if modules == "all":
+        fits = tuple(fit for fit in fits if fit not in {"arrow", "spectr", "seqr"})  # they read no embedding
+    router: dict[str, Any] = {"fit": draw(st.sampled_from(fits))}
+    drawn = {
+        "temperature": draw(st.sampled_from([1.0, 0.1, 0.01])), "seed": draw(st.integers(0, 99)), "tokens_per_domain": 32,
+        "steps": 1,
+    }  # fmt: skip
+    router |= {key: value for key, value in drawn.items() if router["fit"] in READ_BY[key]}
+    router["granularity"] = "sequence" if modules == "all" else draw(st.sampled_from(["token", "token", "context", "sequence"]))
+    if router["granularity"] == "context" and draw(st.booleans()):
+        router["decay"] = draw(st.sampled_from([[1.0], [0.5], [0, 0.9, 1.0]]))
+    if router["granularity"] == "sequence" and draw(st.booleans()):
+        router["prefix"] = draw(st.sampled_from([1, 4]))
+    pers = ["layer", "layer", "model", "projection", "feature"]
+    pers = pers[:-1] if router["fit"] in {"arrow", "spectr", "seqr", "phatgoose"} else pers
+    router["per"] = "model" if modules == "all" else draw(st.sampled_from(pers))
+    mixture["router"] = router
+    if mixture["method"] == "routing":
+        key = draw(st.sampled_from(["top_k", "top_k", "top_p", None]))
+        if key is not None:
+            mixture[key] = draw(st.integers(1, len(names)) if key == "top_k" else st.sampled_from([0.1, 0.5, 0.9]))
+    leaves_a_choice = mixture["method"] == "routing" and mixture.get("top_k") != 1
+    always = draw(st.sampled_from([None, None, None, "base", "share", *(["own"] if leaves_a_choice else [])]))
+    if always is not None:
+        mixture["always_on"] = {"expert": "base" if always == "base" else names[-1]}
+        mixture["always_on"] |= {"weight": draw(st.sampled_from([0.25, 0.6]))} if always != "own" else {}
+    return mixture
+
+
+FEW = settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@FEW
+@given(drawn=recipes(LOW_RANK, ("arrow", "spectr", "seqr", "phatgoose")), seed=st.integers(0, 99))
+def test_a_mixture_of_adapters_is_routed_by_what_its_gates_say(drawn: dict[str, Any], seed: int) -> None:
+    check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
+
+
+@FEW
+@given(drawn=recipes(), seed=st.integers(0, 99))
+def test_a_mixture_is_the_weighted_sum_of_its_experts(drawn: dict[str, Any], seed: int) -> None:
+    check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
+
+
+@pytest.mark.slow
+@MANY
+@given(drawn=recipes(), seed=st.integers(0, 99))
+def test_many_mixtures_are_the_weighted_sums_of_their_experts(drawn: dict[str, Any], seed: int) -> None:
+    check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
+
+
+EVERY_FAMILY: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "default": ([BASE, ONE, TWO], {"router": {"fit": "random", "temperature": 0.1}}),
+    "all kinds": ([BASE, ONE, PLAIN, DORA, PART], {
+        "modules": ["mlp", "q", "k", "v", "o"], "top_k": 3, "always_on": {"expert": "base", "weight": 0.25},
+        "router": {"fit": "random", "temperature": 0.1, "granularity": "context", "decay": [0, 0.9]},
+    }),
+    "everything": ([ONE, UNEVEN, TWO, BASE, PART], {
+        "modules": "all", "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
+    }),
+    "deep": ([BASE, TWO, UNEVEN, PLAIN], {
+        "top_p": 0.6, "backbone": "average", "layers": [1], "router": {"fit": "random", "temperature": 0.1, "per": "feature"},
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_family_mixes_every_kind_of_expert(model_type: str, name: str) -> None:
+    kinds, mixture = EVERY_FAMILY[name]
+    recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
+    if name == "everything" and model_type in NO_ALL:
+        with pytest.raises(UnsupportedError, match="cannot mix this kind of tensor"):
+            make_plan(parse_recipe(recipe), bench_of(model_type).root)
+        return
+    check_mixture(bench_of(model_type), recipe)
+
+
+def test_each_sequence_may_be_fixed_on_an_expert_of_its_own() -> None:
+    bench, (ids, mask) = bench_of("olmo2"), a_batch()
+    mixture = {"modules": ["mlp", "q"], "router": {"fit": "random"}}
+    recipe = {"base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "mixture": mixture}
+    with built(bench, recipe) as (_, model):
+        model.use_expert(torch.tensor([2, 0, 1]))
+        together = logits_of(model, ids, mask)
+        for row, name in enumerate(("e2", "e0", "e1")):
+            model.use_expert(name)
+            close(together[row : row + 1], logits_of(model, ids, mask)[row : row + 1], mask[row : row + 1], 1e-5)
+        with pytest.raises(ValueError, match="no expert 'e9'; there are e0, e1, e2"):
+            model.use_expert("e9")
+
+
+# --- promise 1: copies of one expert are that expert, whatever the router says
+
+TEXT_FITS = ("centroid", "lda", "logistic", "ridge")
+ADAPTER_FITS = ("arrow", "spectr", "seqr", "phatgoose")
+
+
+@st.composite
+def copies(draw: st.DrawFn) -> dict[str, Any]:
+    """A family and a recipe of one expert two to four times, with any router."""
+    model_type, kind = draw(st.sampled_from(TYPES)), draw(st.sampled_from([ONE, ONE, PLAIN, UNEVEN, DORA, PART]))
+    experts = expert_list([kind] * draw(st.integers(2, 4)))
+    fits = ("random", *TEXT_FITS, *(ADAPTER_FITS if kind in LOW_RANK else ()))
+    mixture = draw_mixture(draw, model_type, experts, fits)
+    if mixture.get("always_on", {}).get("expert") == "base":
+        del mixture["always_on"]
+    base = draw(st.sampled_from(["./base", "./one"])) if kind == ONE else "./base"
+    return {"family": model_type, "recipe": {"base_model": base, "experts": experts, "mixture": mixture}}
+
+
+def check_copies(drawn: dict[str, Any], seed: int) -> None:
+    bench, recipe = bench_of(drawn["family"]), drawn["recipe"]
+    ids, mask = a_batch(seed)
+    if recipe["base_model"] == "./one":
+        expected = bench.made["one"]
+    else:
+        expected = expected_model(bench, recipe, kinds_of(recipe)[0], backbone_of(bench, recipe))
+    with built(bench, recipe) as (_, model):
+        close(logits_of(model, ids, mask), logits_of(expected, ids, mask), mask)
+
+
+@FEW
+@given(drawn=copies(), seed=st.integers(0, 99))
+def test_copies_of_one_expert_are_that_expert(drawn: dict[str, Any], seed: int) -> None:
+    check_copies(drawn, seed)
+
+
+@pytest.mark.slow
+@MANY
+@given(drawn=copies(), seed=st.integers(0, 99))
+def test_many_copies_of_one_expert_are_that_expert(drawn: dict[str, Any], seed: int) -> None:
+    check_copies(drawn, seed)
+
+
+@pytest.mark.parametrize("kind", [ONE, PLAIN], ids=["full", "adapter"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_copies_in_every_family(model_type: str, kind: dict[str, Any]) -> None:
+    mixture: dict[str, Any] = {"modules": "auto", "top_k": 2, "router": {"fit": "random", "temperature": 0.001}}
+    recipe = {"base_model": "./base", "experts": expert_list([kind] * 3), "mixture": mixture}
+    check_copies({"family": model_type, "recipe": recipe}, 5)
+
+
+# --- routers
+
+
+LOGITS = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows=LOGITS, top_p=st.floats(0.01, 1.0), own=st.none() | st.integers(0, 3))
+def test_top_p_takes_the_fewest_experts_that_reach_it(rows: list[list[float]], top_p: float, own: int | None) -> None:
+    logits = torch.tensor(rows)
+    always_on = None if own is None else {"expert": own, "weight": None}
+    weights = select(logits, {"method": "routing", "top_k": None, "top_p": top_p, "always_on": always_on})
+    for weight, shares in zip(weights, logits.double().softmax(-1), strict=True):
+        taken = (weight > 0).nonzero().flatten().tolist()
+        left = [expert for expert in range(4) if expert not in taken and shares[expert] > 1e-6]
+        others = [expert for expert in taken if expert != own]
+        assert own is None or own in taken or shares[own] < 1e-6
+        assert float(shares[taken].sum()) > top_p - 1e-5
+        if others:
+            assert float(shares[taken].sum() - shares[others].min()) < top_p + 1e-5, "one expert fewer would do"
+            assert all(shares[expert] <= shares[others].min() + 1e-7 for expert in left)
+        torch.testing.assert_close(weight[taken].double(), shares[taken] / shares[taken].sum(), atol=1e-5, rtol=0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows=LOGITS, top_k=st.integers(1, 5), own=st.integers(0, 3), share=st.none() | st.floats(0.05, 0.95), base=st.booleans())
+def test_always_on_takes_its_share_and_the_rest_is_routed(
+    rows: list[list[float]], top_k: int, own: int, share: float | None, base: bool
+) -> None:
+    logits = torch.tensor(rows)
+    routing: dict[str, Any] = {"method": "routing", "top_k": top_k, "top_p": None}
+    free = select(logits, {**routing, "always_on": None})
+    assert bool(((free > 0).sum(-1) <= top_k).all())
+    torch.testing.assert_close(free.sum(-1), torch.ones(len(rows)))
+    if share is None:
+        weights = select(logits, {**routing, "always_on": {"expert": own, "weight": None}})
+        assert bool(((weights > 0).sum(-1) <= top_k).all())
+        ratio = (logits[:, own].double() - logits.double().max(-1).values).exp()  # it is chosen, and weighs what its logit says
+        assert bool((weights[:, own].double() >= ratio / 4 - 1e-6).all())
+        torch.testing.assert_close(weights.sum(-1), torch.ones(len(rows)))
+        return
+    weights = select(logits, {**routing, "always_on": {"expert": None if base else own, "weight": share}})
+    expected = free * (1 - share)
+    if not base:
+        expected[:, own] += share
+    torch.testing.assert_close(weights, expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    length=st.integers(1, 300), decay=st.sampled_from([0.3, 0.9, 1.0]), prefix=st.none() | st.integers(1, 200),
+    pads=st.sampled_from([0.0, 0.3]), cuts=st.lists(st.integers(1, 299), max_size=3), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_causal_averages_are_the_sums_one_by_one(
+    length: int, decay: float, prefix: int | None, pads: float, cuts: list[int], seed: int
+) -> None:
+    """Also when the tokens come in pieces, and with pads anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, length, 3, generator=generator)
+    mask = (torch.rand(2, length, generator=generator) >= pads).float()
+    expected = so_far(values.double(), mask, decay, prefix)
+    state, parts = None, []
+    ends = [0, *sorted({cut for cut in cuts if cut < length}), length]
+    for start, end in pairwise(ends):
+        part, state = causal_average(values[:, start:end], mask[:, start:end], decay, state, prefix=prefix)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1).double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def mixed_module(model: PreTrainedModel, name: str) -> nn.Module:
+    """A mixed module of a loaded mixture, called on its own."""
+    module = model.get_submodule(name)
+    model.base_model.flow.mask_BS = None
+    return module
+
+
+@pytest.mark.parametrize("kinds", [[BASE, ONE, TWO], [BASE, ONE, PLAIN, UNEVEN]], ids=["whole", "whole and low-rank"])
+def test_the_deep_router_weighs_every_output_feature(kinds: list[dict[str, Any]]) -> None:
+    """y_f = sum_e g_ef E_e(x)_f."""
+    bench, name = bench_of("llama"), "model.layers.1.mlp.down_proj"
+    mixture = {"top_k": 2, "modules": ["down"], "router": {"fit": "random", "per": "feature", "temperature": 0.01}}
+    recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+    with built(bench, recipe) as (checkpoint, model), torch.inference_mode():
+        y = mixed_module(model, name)(x)
+        gate, _ = read_gates(checkpoint)[name]
+    logits = torch.einsum("oed,bsd->bsoe", gate.reshape(32, len(kinds), 48), x.double())
+    lowest = logits.topk(2).values[..., 1:]
+    weights = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
+    outputs = torch.stack([bench.dense(kind).get_submodule(name)(x) for kind in kinds], -1)
+    torch.testing.assert_close(y, (weights * outputs).sum(-1).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [[ONE, TWO], [ONE, BASE, PLAIN], [PLAIN, UNEVEN]], ids=["whole", "all", "low-rank"])
+@pytest.mark.parametrize("method", ["routing", "gating"])
+def test_an_always_on_base_adds_its_share(kinds: list[dict[str, Any]], method: str) -> None:
+    """Y = w base(x) + (1 - w) mixture(x), and the same when the base is in the list of experts."""
+    bench, name, share = bench_of("llama"), "model.layers.1.mlp.down_proj", 0.3
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+    outputs = {}
+    for always_on in (None, "base", "e0"):
+        mixture: dict[str, Any] = {"method": method, "modules": ["down"], "router": {"fit": "random", "temperature": 0.01}}
+        mixture |= {"always_on": {"expert": always_on, "weight": share}} if always_on else {}
+        recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
+        with built(bench, recipe) as (_, model), torch.inference_mode():
+            outputs[always_on] = mixed_module(model, name)(x)
+    for always_on, kind in (("base", BASE), ("e0", kinds[0])):
+        alone = bench.dense(kind).get_submodule(name)(x)
+        torch.testing.assert_close(outputs[always_on], share * alone + (1 - share) * outputs[None], atol=1e-5, rtol=1e-5)
+
+
+# --- promise 5: the same recipe twice gives the same bytes
+
+TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
+    "native": ("llama", [BASE, ONE, TWO], {"router": {"fit": "logistic", "tokens_per_domain": 64}}, "auto"),
+    "native with adapters": ("qwen3", [ONE, PLAIN, DORA], {"backbone": "average", "router": {"fit": "random"}}, "native"),
+    "modekit": ("phi3", [BASE, ONE, PLAIN, UNEVEN, DORA, PART], {
+        "modules": ["q", "k", "v", "mlp"], "router": {"fit": "ridge", "granularity": "context", "tokens_per_domain": 64},
+    }, "modekit"),
+    "everything": ("gemma3_text", [ONE, PLAIN, TWO], {
+        "modules": "all", "router": {"fit": "lda", "granularity": "sequence", "per": "model", "tokens_per_domain": 64},
+    }, "auto"),
+    "arrow": ("glm4", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
+    "phatgoose": ("starcoder2", [BASE, PLAIN, UNEVEN], {
+        "router": {"fit": "phatgoose", "steps": 2, "tokens_per_domain": 64},
+    }, "auto"),
+    "deep": ("olmo2", [BASE, TWO, PLAIN], {"top_p": 0.7, "router": {"fit": "centroid", "per": "feature"}}, "auto"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_the_same_recipe_twice_gives_the_same_bytes_and_is_proven(name: str) -> None:
+    model_type, kinds, mixture, form = TWICE[name]
+    bench = bench_of(model_type)
+    recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture, "output": {"format": form}}
+    with tempfile.TemporaryDirectory(dir=bench.root) as folder:
+        for out in ("a", "b"):
+            build(make_plan(parse_recipe(recipe), bench.root), Path(folder) / out)
+        checks = verify(open_checkpoint(Path(folder) / "a"))
+        assert is_proven(checks), checks
+        first, second = (tree(Path(folder) / out) for out in ("a", "b"))
+    assert [path for path in first.keys() | second.keys() if first.get(path) != second.get(path)] == []
+    assert "modekit.json" in first and "model-router.safetensors" in first
+
+
+BUILD = """
+import json, sys
+from pathlib import Path
+from modekit.building.build import build
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import parse_recipe
+build(make_plan(parse_recipe(json.loads(sys.argv[1])), Path(sys.argv[2])), Path(sys.argv[3]))
+"""
+
+
+def test_another_process_writes_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of sets differs from process to process; nothing may depend on it."""
+    bench = bench_of("llama")
+    mixture = {"modules": ["q", "v", "o", "mlp"], "backbone": "average", "router": {"fit": "random"}}
+    recipe = {"base_model": "./base", "experts": expert_list([ONE, PLAIN, UNEVEN, DORA, PART]), "mixture": mixture}
+    results = []
+    with tempfile.TemporaryDirectory(dir=bench.root) as folder:
+        for seed in ("1", "2"):
+            monkeypatch.setenv("PYTHONHASHSEED", seed)
+            run = run_python(BUILD, json.dumps(recipe), bench.root, Path(folder) / seed)
+            assert run.returncode == 0, run.stderr
+            results.append(tree(Path(folder) / seed))
+    assert results[0] == results[1]
+
+
+# --- promise 7: neither padding nor the order of batches changes a fit, or a mixture
+
+READS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "context": {"granularity": "context", "decay": [0, 0.7, 1.0]},
+    "sequence": {"granularity": "sequence", "prefix": 6},
+}
+BATCHES: dict[str, Callable[[list[TokenSequence]], Iterator[Batch]]] = {
+    "one by one": lambda sequences: make_batches(sequences, tokens=1),
+    "small, last first": lambda sequences: iter(list(make_batches(sequences, tokens=70))[::-1]),
+    "other pads": lambda sequences: make_batches(sequences, pad_id=7),
+    "wider": lambda sequences: (wider(batch) for batch in make_batches(sequences)),
+}
+
+
+def wider(batch: Batch) -> Batch:
+    """A batch with seven more pads on the right of every row."""
+    more = (0, 7)
+    return Batch(
+        nn.functional.pad(batch.input_ids, more, value=9), nn.functional.pad(batch.mask, more, value=False), batch.rows
+    )
+
+
+def captured(checkpoint: Checkpoint, sequences: list[list[TokenSequence]]) -> list[DomainStatistics]:
+    """Statistics of each expert's sequences."""
+    view, router, found = expert_view(checkpoint), checkpoint.record.recipe.mixture.router, []
+    for place, own in enumerate(sequences):
+        view.use_expert(place)
+        read = Read(router.averages, router.prefix_tokens, {})
+        found += capture_domain(view, own, [], reads=[read], keep_tokens=64, advance=lambda _: None)
+    return found
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("per", ["layer", "feature", "model"])
+def test_padding_and_batch_order_never_change_a_fit(reads: str, per: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of("qwen2")
+    mixture = {"modules": ["mlp", "o"], "router": {"fit": "random", "per": per, **READS[reads]}}
+    recipe = {"base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "mixture": mixture}
+    generator = torch.Generator().manual_seed(2)
+    sequences = [
+        [TokenSequence(tuple(torch.randint(3, VOCAB, (size,), generator=generator).tolist()), 1) for size in sizes]
+        for sizes in ([5, 31, 12, 40], [9, 2, 40, 33], [17, 24, 8, 30])
+    ]
+    with built(bench, recipe) as (checkpoint, _):
+        expected = captured(checkpoint, sequences)
+        for batches in BATCHES.values():
+            monkeypatch.setattr("modekit.routing.capture.make_batches", batches)
+            for ours, theirs in zip(captured(checkpoint, sequences), expected, strict=True):
+                for one, other in zip(ours.slots, theirs.slots, strict=True):
+                    torch.testing.assert_close(one.sum_D, other.sum_D, rtol=1e-5, atol=1e-4)
+                    torch.testing.assert_close(one.outer_DD, other.outer_DD, rtol=1e-4, atol=1e-3)
+                    torch.testing.assert_close(one.sample_ND, other.sample_ND, rtol=2e-3, atol=2e-3)
+            for fit in ("centroid", "ridge"):
+                gates = [fit_gates(Router(fit=fit), each) for each in (captured(checkpoint, sequences), expected)]
+                for one, other in zip(*gates, strict=True):
+                    torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text", "gemma3_text", "cohere2"])
+def test_padding_batch_order_and_cache_never_change_a_mixture(model_type: str, reads: str) -> None:
+    bench = bench_of(model_type)
+    mixture = {"modules": ["mlp", "o"], "router": {"fit": "random", "temperature": 0.05, **READS[reads]}}
+    recipe = {"base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN, TWO]), "mixture": mixture}
+    ids, _ = a_batch(length=18)
+    lengths = [18, 11, 4]
+    mask = torch.tensor([[int(place < length) for place in range(18)] for length in lengths])
+    with built(bench, recipe) as (_, model):
+        together = logits_of(model, ids.masked_fill(mask == 0, 9), mask)
+        torch.testing.assert_close(logits_of(model, ids.flip(0), mask.flip(0)).flip(0)[mask.bool()], together[mask.bool()],
+                                   atol=1e-5, rtol=0)  # fmt: skip
+        for row, length in enumerate(lengths):
+            with torch.inference_mode():
+                alone = model(input_ids=ids[row : row + 1, :length]).logits[0]
+            torch.testing.assert_close(alone, together[row, :length], atol=1e-5, rtol=0)
+        cache, steps = None, []
+        with torch.inference_mode():
+            for start, end in ((0, 5), (5, 6), (6, 7), (7, 18)):
+                output = model(input_ids=ids[:1, start:end], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                steps.append(output.logits)
+        torch.testing.assert_close(torch.cat(steps, 1)[0], together[0], atol=1e-4, rtol=0)
+
+
+# --- promise 8: it opens in transformers
+
+RELOAD = """
+import sys
+sys.modules["modekit"] = None  # not importable
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.tensor([[5, 9, 30, 41, 7, 8]])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)
+with torch.inference_mode():
+    torch.save(model(input_ids=ids).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_transformers_alone_says_the_same(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of("llama")
+    recipe = {
+        "base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "output": {"format": form},
+        "mixture": {"router": {"fit": "random", "temperature": 0.1}},
+    }  # fmt: skip
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    ids = torch.tensor([[5, 9, 30, 41, 7, 8]])
+    with built(bench, recipe) as (checkpoint, model):
+        ours = logits_of(model, ids, torch.ones_like(ids))
+        run = run_python(RELOAD, checkpoint.folder, tmp_path / "logits.pt")
+        assert run.returncode == 0, run.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), ours)

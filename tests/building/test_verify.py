@@ -1,0 +1,107 @@
+"""`modekit verify` proves what is right and finds what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import Workshop
+from modekit.building.verify import Check, is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.planning.plan import ROUTER_FILE
+
+
+def checks_of(folder: Path) -> dict[str, Check]:
+    return {check.name: check for check in verify(open_checkpoint(folder), reload=False)}
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_fresh_build_is_proven(workshop: Workshop) -> None:
+    assert is_proven(verify(open_checkpoint(workshop.build())))
+
+
+@pytest.mark.parametrize("backbone", ["average", {"expert": "law"}])
+def test_merged_and_borrowed_backbones_are_proven_too(workshop: Workshop, backbone: object) -> None:
+    mixture = {**workshop.recipe["mixture"], "backbone": backbone}
+    assert is_proven(verify(open_checkpoint(workshop.build(mixture=mixture)), reload=False))
+
+
+def test_one_flipped_bit_in_an_expert_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    flip(out / "model-00001-of-00001.safetensors", -100)
+    assert checks_of(out)["copied tensors"].verdict == "failed"
+
+
+def test_another_router_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    flip(out / ROUTER_FILE, -1)
+    assert checks_of(out)["router"].verdict == "failed"
+
+
+def test_a_changed_source_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    flip(workshop.root / "law" / "model.safetensors", -10)
+    assert checks_of(out)["source experts[1] 'law'"].verdict == "failed"
+
+
+def test_a_missing_source_is_no_success(workshop: Workshop) -> None:
+    out = workshop.build()
+    (workshop.root / "law" / "model.safetensors").unlink()
+    checks = verify(open_checkpoint(out), reload=False)
+    assert {check.verdict for check in checks} >= {"not possible"} and not is_proven(checks)
+
+
+def test_an_edited_recipe_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    record = json.loads((out / "modekit.json").read_text())
+    record["recipe"]["mixture"]["top_k"] = 1
+    (out / "modekit.json").write_text(json.dumps(record))
+    checks = checks_of(out)
+    assert checks["recipe digest"].verdict == "failed" and checks["router"].verdict == "failed"
+
+
+def test_a_checkpoint_that_transformers_cannot_read_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    config = json.loads((out / "config.json").read_text())
+    config["num_local_experts"] = 2
+    (out / "config.json").write_text(json.dumps(config))
+    checks = {check.name: check for check in verify(open_checkpoint(out))}
+    assert checks["reload in transformers"].verdict == "failed"
+
+
+def test_an_edited_config_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert checks_of(out)["config.json"].verdict == "failed"
+
+
+def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:
+    out = workshop.build()
+    flip(out / "tokenizer.json", 30)
+    assert checks_of(out)["tokenizer files"].verdict == "failed"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": {"dtype": "bfloat16"}},
+        {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}}},
+        {"mixture": {"router": {"fit": "random"}, "backbone": "ties"}},
+    ],
+)
+def test_one_flipped_bit_in_a_computed_tensor_is_found(workshop: Workshop, changes: dict[str, object]) -> None:
+    out = workshop.build(**changes)
+    assert checks_of(out)["computed tensors"].verdict == "proven"
+    checkpoint = open_checkpoint(out)
+    name = "model.norm.weight" if "mixture" in changes and "ties" in str(changes) else "w2.weight"
+    ref = next(ref for key, ref in checkpoint.tensors.items() if key.endswith(name))
+    flip(ref.file, ref.start)
+    assert checks_of(out)["computed tensors"].verdict == "failed"

@@ -1,0 +1,79 @@
+"""The demo: its text, its folder, and (slow) a whole quick run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modekit.demo.demo as run_module
+from modekit.demo.demo import run_demo
+from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
+from modekit.errors import OutputError
+from modekit.progress import silent
+from modekit.text.documents import documents_of_split, read_documents
+
+
+def test_the_shipped_text_is_enough_and_no_document_is_in_two_domains(tmp_path: Path) -> None:
+    seen: dict[str, str] = {}
+    for name, path in unpack_text(tmp_path).items():
+        documents = read_documents([str(path)], root=tmp_path, where=name)
+        if name in DOMAINS:
+            assert len(documents_of_split(documents, "report")) >= 30
+            assert sum(map(len, documents_of_split(documents, "fit"))) > 250_000
+        assert not {seen[document] for document in documents if document in seen}
+        seen.update(dict.fromkeys(documents, name))
+    assert set(seen.values()) == {*DOMAINS, GENERAL, UNSEEN}
+    assert "WordNet" in (tmp_path / "NOTICE").read_text()
+
+
+def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReachedError(Exception):
+        pass
+
+    def reached(*_: Any) -> Any:
+        raise ReachedError
+
+    monkeypatch.setattr(run_module, "_run_seed", reached)
+    with pytest.raises(ReachedError):
+        run_demo(tmp_path / "demo", progress=silent)
+    for other in ({"quick": True}, {"real": True}, {"what": "full"}):
+        with pytest.raises(OutputError, match="another kind"):
+            run_demo(tmp_path / "demo", progress=silent, **other)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_demo(tmp_path / "demo", quick=True, progress=silent)
+    table = first.merged(0)
+    names = [row.name for row in table.rows]
+    assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing", "context", "ngram"]
+    for name in DOMAINS:
+        assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
+    assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text()) == json.loads(json.dumps(first.as_data()))
+
+    def no_training(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a finished model was trained again")
+
+    monkeypatch.setattr(run_module, "make_base", no_training)
+    monkeypatch.setattr(run_module, "specialize", no_training)
+    monkeypatch.setattr(run_module, "build", no_training)
+    assert run_demo(tmp_path / "demo", quick=True, progress=silent).as_data() == first.as_data()
+
+
+@pytest.mark.slow
+def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
+    table = run_demo(tmp_path / "demo", quick=True, what="lora", progress=silent).merged(0)
+    assert [row.name for row in table.rows] == [
+        "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing",
+        "context", "ngram",
+        "routing folded", "routing folded average",
+    ]  # fmt: skip
+    for name in DOMAINS:  # low-rank experts are carried whole; folded into FFNs they leave their attention behind
+        assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
+    seed = tmp_path / "demo" / "seed0"
+    assert (seed / DOMAINS[0] / "adapter_config.json").exists()
+    low_rank, folded = (json.loads((seed / name / "config.json").read_text()) for name in ("routing", "routing-folded"))
+    assert low_rank["architectures"] != folded["architectures"] == ["MixtralForCausalLM"]

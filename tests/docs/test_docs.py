@@ -1,0 +1,106 @@
+"""The tutorial's blocks are executed in order, in an empty folder; README's recipe and docs' tables are checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.search.tune.space import Space
+from modekit.sources.families import FAMILIES
+from modekit.sources.native import NATIVES
+from modekit.training.settings import WEIGHTS, Group, TrainSettings
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for kind, text in blocks("docs/tutorial.md"):
+        if kind == "yaml":
+            (tmp_path / text.splitlines()[0].removeprefix("# file: ")).write_text(text)
+            continue
+        command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_every_recipe_shown_is_a_recipe(page: str) -> None:
+    recipes = [text for kind, text in blocks(page) if kind == "yaml" and "# file: training.yaml" not in text]
+    assert recipes
+    for text in recipes:
+        parse_recipe(yaml.safe_load(text))
+
+
+def test_the_recipe_page_names_every_key() -> None:
+    page = (ROOT / "docs/recipe.md").read_text()
+
+    def keys(schema: dict, definitions: dict, prefix: str = "") -> set[str]:  # type: ignore[type-arg]
+        found = set()
+        for name, entry in schema.get("properties", {}).items():
+            target = entry
+            suffix = ""
+            if entry.get("type") == "array" and "$ref" in entry.get("items", {}):
+                target, suffix = entry["items"], "[]"
+            if "$ref" in target:
+                inner = definitions[target["$ref"].split("/")[-1]]
+                found |= keys(inner, definitions, f"{prefix}{name}{suffix}.")
+            else:
+                found.add(prefix + name)
+        return found
+
+    schema = Recipe.model_json_schema()
+    missing = {key for key in keys(schema, schema["$defs"]) if f"`{key}`" not in page}
+    assert not missing
+
+
+def test_every_setting_of_a_training_is_explained() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    named = [*TrainSettings.model_fields, *WEIGHTS, *get_args(Group)]
+    assert not [name for name in named if f"`{name}" not in page]
+
+
+def test_every_axis_of_a_search_is_explained() -> None:
+    page = (ROOT / "docs/tune.md").read_text()
+    assert not [name for name in Space.model_fields if f"`{name}`" not in page]
+    assert not [name for name in get_args(get_args(Space.model_fields["router"].annotation)[0]) if name not in page.lower()]
+
+
+def test_every_family_is_on_the_recipe_page() -> None:
+    page = (ROOT / "docs/recipe.md").read_text().lower().replace("-", "").replace(" ", "").replace(".", "")
+    for native in NATIVES:
+        assert native.native_type.replace("_", "").removesuffix("text").removesuffix("v1moe") in page, native.label
+    for family in FAMILIES:
+        name = family.model_type.replace("_", "").removesuffix("text").removesuffix("v1dense")
+        assert name in page, family.model_type
+
+
+def test_no_page_has_a_gap_left() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        assert "@@" not in page.read_text() and "TODO" not in page.read_text(), page.name
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,286 @@
+"""The table: honest losses, the right rows, nothing scored that set the router."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modekit.evaluation.evaluate as evaluate_module
+from conftest import DOMAINS, Workshop, save, tiny_model
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.evaluation.evaluate import (
+    Domain,
+    Results,
+    belongs_to,
+    evaluate,
+    held_out_domains,
+    results_from_data,
+    score_domain,
+)
+from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
+from modekit.experts.specialize import specialize, trainable_parameters
+from modekit.loaded.next_token import Training
+from modekit.routing.fit import fit_documents
+from modekit.routing.refit import refit
+from modekit.text.documents import digest_of, encode, make_batches, read_documents, split_of
+
+RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+
+
+def ffn_specialists(workshop: Workshop) -> None:
+    """Experts that differ from the base in the FFN alone."""
+    for seed, name in enumerate(DOMAINS, 11):
+        model = AutoModelForCausalLM.from_pretrained(workshop.root / "base", dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trainable_parameters(model, "mlp"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        save(model, workshop.root / name)
+
+
+@pytest.fixture(scope="module")
+def evaluated(shared_workshop: Workshop) -> tuple[Checkpoint, Results]:
+    checkpoint = open_checkpoint(shared_workshop.build("EVAL", mixture=RIDGE))
+    return checkpoint, evaluate(checkpoint, tokens_per_domain=500, sequence_length=32)
+
+
+def test_rows_and_their_order(evaluated: tuple[Checkpoint, Results]) -> None:
+    _, results = evaluated
+    assert [row.name for row in results.rows] == ["base", *DOMAINS, "weight average", "oracle", "mixture"]
+    assert results.domains == list(DOMAINS)
+
+
+def test_loss_is_the_mean_over_real_tokens(evaluated: tuple[Checkpoint, Results]) -> None:
+    """Against one pass per sequence without any padding."""
+    checkpoint, results = evaluated
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / "law", dtype=torch.float32).eval()
+    domain = held_out_domains(checkpoint, tokens_per_domain=500, sequence_length=32)[1]
+    total = count = 0.0
+    with torch.inference_mode():
+        for sequence in domain.sequences:
+            ids = torch.tensor([sequence.ids])
+            losses = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+            total, count = total + float(losses), count + len(sequence.ids) - 1
+    score = results.row("law").scores["law"]
+    assert score.loss == pytest.approx(total / count, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    text_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
+    assert score.bits_per_byte == pytest.approx(total / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_weight_average_is_the_average(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = evaluated
+    models = [AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / name, dtype=torch.float32) for name in DOMAINS]
+    state = {name: sum(m.state_dict()[name] for m in models) / 3 for name in models[0].state_dict()}
+    models[0].load_state_dict(state)
+    domain = held_out_domains(checkpoint, tokens_per_domain=500, sequence_length=32)[0]
+    assert score_domain(models[0].eval(), domain, lambda _: None).loss == pytest.approx(
+        results.row("weight average").scores["medicine"].loss, rel=1e-5
+    )
+
+
+def test_no_scored_document_set_the_router(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, _ = evaluated
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    used: set[tuple[int, ...]] = set()
+    for place, expert in enumerate(checkpoint.record.recipe.experts):
+        documents = fit_documents(expert, checkpoint.recipe_root, place)
+        used |= {sequence.ids for sequence in encode(tokenizer, documents, max_tokens=10**6, sequence_length=200)}
+    for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=200):
+        assert not used & {sequence.ids for sequence in domain.sequences}
+
+
+def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(
+        workshop.build(mixture=RIDGE, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"})
+    )
+    (workshop.root / "text" / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
+    domains = {domain.name: domain for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=64)}
+    seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
+    assert domains["law"].record["documents"] == 60 - len(seen)
+    assert domains["poetry"].expert is None
+
+
+def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop: Workshop) -> None:
+    """Without text for a fit, only the specialist's own list tells what it has seen."""
+    (workshop.root / "law").rename(workshop.root / "old")
+    training = Training(steps=1, batch_tokens=64, sequence_length=32)
+    specialize(workshop.root / "base", workshop.root / "law", ["text/law.jsonl"], root=workshop.root, training=training)
+    experts = [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}]
+    out = workshop.build(experts=experts, mixture={"router": {"fit": "random"}}, eval={"law": "./text/law.jsonl"})
+    (domain,) = held_out_domains(open_checkpoint(out), tokens_per_domain=10**6, sequence_length=64)
+    documents = read_documents(["text/law.jsonl"], root=workshop.root, where="law")
+    assert domain.record["documents"] == len([d for d in documents if split_of(d) != "fit"]) < len(documents)
+
+
+def test_domains_without_a_gap_are_named(evaluated: tuple[Checkpoint, Results]) -> None:
+    """Random experts: where one is not better than the base, there is no gap, and the table says so."""
+    _, results = evaluated
+    gapless = [name for name in DOMAINS if results.row("mixture").scores[name].gap_closed is None]
+    assert all(name in " ".join(results.notes) for name in gapless) and bool(gapless) == bool(results.notes)
+
+
+def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> None:
+    ffn_specialists(workshop)
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    results = evaluate(checkpoint, tokens_per_domain=400, sequence_length=32)
+    for name in DOMAINS:
+        oracle, own = results.row("oracle").scores[name], results.row(name).scores[name]
+        assert oracle.loss == pytest.approx(own.loss, abs=1e-4)
+        if own.gap_closed is not None:
+            assert own.gap_closed == pytest.approx(1.0) and oracle.gap_closed == pytest.approx(1.0, abs=1e-2)
+
+
+def test_mixture_of_copies_is_worth_what_the_base_is(workshop: Workshop) -> None:
+    experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    results = evaluate(
+        open_checkpoint(workshop.build(experts=experts, mixture=RIDGE)), tokens_per_domain=300, sequence_length=32
+    )
+    assert [row.name for row in results.rows] == ["base", "weight average", "oracle", "mixture"]
+    for row in results.rows:
+        for name, score in row.scores.items():
+            assert score.loss == pytest.approx(results.row("base").scores[name].loss, abs=1e-4)
+            assert score.gap_closed is None  # no expert is better than the base, so there is no gap to close
+
+
+def test_after_a_refit_only_the_mixture_is_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    first = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    checkpoint = refit(checkpoint, {"router": {"temperature": 0.01}})
+    loaded: list[Path] = []
+    real = evaluate_module.load_model
+    monkeypatch.setattr(evaluate_module, "load_model", lambda folder, **k: (loaded.append(folder), real(folder, **k))[1])
+    second = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    assert loaded == [checkpoint.folder]
+    assert second.rows[:-1] == first.rows[:-1] and second.rows[-1] != first.rows[-1]
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    assert len(loaded) > 5  # other tokens: every row again
+
+
+def test_results_on_disk_are_the_results(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = evaluated
+    data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
+    assert data == json.loads(json.dumps(results.as_data()))
+    markdown = (checkpoint.folder / "results" / "eval.md").read_text()
+    for row in results.rows:
+        assert f"{row.scores['code'].loss:.3f} / {row.scores['code'].perplexity:.1f}" in markdown
+
+
+def test_parameters_are_counted(evaluated: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = evaluated
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint.folder).parameters())
+    dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / "base").parameters())
+    ffn = 3 * 3 * 32 * 48
+    assert results.row("mixture").total_parameters == total
+    assert results.row("mixture").active_parameters == total - ffn
+    assert results.row("base").total_parameters == dense
+
+
+def test_rows_whose_models_are_gone_are_left_out_and_named(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    (workshop.root / "law").rename(workshop.root / "elsewhere")
+    results = evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    assert [row.name for row in results.rows] == ["base", "medicine", "code", "oracle", "mixture"]
+    assert "law" in results.notes[0]
+
+
+def test_given_weights_weigh_the_experts_and_leave_no_oracle(workshop: Workshop) -> None:
+    """All weight on one expert: the mixture is the base with that expert's FFN."""
+    ffn_specialists(workshop)
+    mixture = {"method": "linear", "weights": {"medicine": 0, "law": 2, "code": 0}}
+    results = evaluate(open_checkpoint(workshop.build(mixture=mixture)), tokens_per_domain=300, sequence_length=32)
+    for name in DOMAINS:
+        assert results.row("mixture").scores[name].loss == pytest.approx(results.row("law").scores[name].loss, abs=1e-4)
+    assert "oracle" not in [row.name for row in results.rows] and "oracle" in results.notes[0]
+
+
+def test_batches_of_any_size_score_the_same() -> None:
+    model = tiny_model()
+    sequences: Any = [type("S", (), {"ids": tuple(range(3, 3 + n)), "scored_bytes": n})() for n in (5, 17, 30, 2)]
+    domain = Domain("x", None, sequences, {})
+    expected = score_domain(model, domain, lambda _: None).loss
+    total = 0.0
+    for batch in make_batches(sequences, tokens=1):
+        ids = batch.input_ids
+        with torch.inference_mode():
+            total += float(torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
+    assert expected == pytest.approx(total / domain.scored_tokens, rel=1e-5)
+
+
+def test_errors_are_the_spread_over_parts_of_the_text() -> None:
+    """Against the text-book error of a mean, and the spread of many draws of the text for a ratio."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(20, 60, 20).astype(float)
+    losses = draw.normal(4, 0.5, 20)
+    plain = np.full(20, 40.0)
+    assert mean_error(list(losses * plain), list(plain)) == pytest.approx(np.std(losses, ddof=1) / math.sqrt(20))
+
+    def sums(seed: int) -> tuple[list[float], list[float], list[float]]:
+        text = np.random.default_rng(seed).normal(4, 0.5, 20)  # what is hard is hard for every model
+        gain = np.random.default_rng(seed + 9000).normal(0.3, 0.05, 20)
+        return list(text * counts), list((text - gain) * counts), list((text - 0.5 * gain - 0.01) * counts)
+
+    def closed(base: list[float], own: list[float], row: list[float]) -> float:
+        return (sum(base) - sum(row)) / (sum(base) - sum(own))
+
+    found = np.std([closed(*sums(seed)) for seed in range(400)])
+    errors = [gap_error(*sums(seed)) for seed in range(40)]
+    assert np.mean([error for error in errors if error is not None]) == pytest.approx(found, rel=0.15)
+    base, own, row = sums(0)
+    assert gap_error(base, own, base) == 0 and gap_error(base, own, own) == pytest.approx(0, abs=1e-12)
+    assert gap_error(base, base, row) is None and gap_error(base, None, row) is None
+
+
+def test_parts_are_consecutive_and_lose_nothing() -> None:
+    assert in_blocks([1, 2, 4]) == (1, 2, 4)
+    parts = in_blocks([1.0] * 45)
+    assert len(parts) == 20 and sum(parts) == 45 and set(parts) == {2, 3}
+
+
+def test_a_table_carries_its_errors(evaluated: tuple[Checkpoint, Results]) -> None:
+    _, results = evaluated
+    for row in results.rows:
+        for name, score in row.scores.items():
+            assert score.loss_error is not None and 0 < score.loss_error < score.loss
+            assert score.blocks is not None and sum(score.blocks) == pytest.approx(
+                score.loss * (results.text[name]["tokens"] - results.text[name]["documents"]), rel=0.2
+            )
+            assert (score.gap_error is None) or score.gap_closed is not None
+    read = results_from_data(json.loads(json.dumps(results.as_data())))
+    assert read.rows == results.rows
+
+
+def test_a_table_of_an_earlier_version_is_read_and_gets_its_errors(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    path = checkpoint.folder / "results" / "eval.json"
+    data = json.loads(path.read_text())
+    for row in data["rows"]:
+        for score in row["domains"].values():
+            for key in ("loss_error", "gap_error", "blocks"):
+                del score[key]
+    path.write_text(json.dumps(data))
+    assert results_from_data(data).rows[0].scores["law"].loss == results.rows[0].scores["law"].loss
+    assert belongs_to(results_from_data(data), checkpoint)
+    assert evaluate(checkpoint, tokens_per_domain=300, sequence_length=32).rows == results.rows
+
+
+def test_results_know_whose_they_are(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
+    results = results_from_data(data)
+    assert belongs_to(results, checkpoint)
+    changed = refit(checkpoint, {"router": {"temperature": 0.01}})
+    assert not belongs_to(results, changed)
+    trained = Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"trained": {"model.norm.weight": "x"}}))
+    assert not belongs_to(results, trained)
+    assert not belongs_to(Results([], [], [], {}, []), checkpoint)
+    assert not belongs_to(results_from_data({**data, "text": {}}), checkpoint)

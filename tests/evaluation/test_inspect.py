@@ -1,0 +1,638 @@
+"""`modekit inspect`: planted routers give the planted numbers, an expert left out is a mixture without it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import modekit.cli.printing.inspection as printing_module
+import modekit.evaluation.inspection.inspect as run_module
+import modekit.evaluation.inspection.passes as passes_module
+from conftest import DOMAINS, Workshop, logits_of
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.cli import main
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.routers import routers_of
+from modekit.evaluation.inspection.similarity import similarity
+from modekit.evaluation.inspection.text import inspect_text
+from modekit.evaluation.inspection.tokens import split_text, token_texts
+from modekit.evaluation.inspection.words import words_of
+from modekit.loaded.models import forced_expert, left_out_expert, load_model
+from modekit.planning.plan import ROUTER_FILE
+from modekit.text.documents import make_batches
+from refusal import borrow, refuse
+
+SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 32}
+MODEKIT = {"output": {"format": "modekit"}}
+RANDOM = {"fit": "random", "seed": 1}
+CONTEXT = {**RANDOM, "granularity": "context"}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "native": {"mixture": {"method": "routing", "top_k": 2, "router": RANDOM}},
+    "native linear": {"mixture": {"method": "linear"}},
+    "native weighted": {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 5}}},
+    "token": {"mixture": {"method": "routing", "top_k": 2, "router": RANDOM}, **MODEKIT},
+    "best": {"mixture": {"method": "routing", "top_k": 1, "router": RANDOM}, **MODEKIT},
+    "gating": {"mixture": {"method": "gating", "router": RANDOM}, **MODEKIT},
+    "top_p": {"mixture": {"method": "routing", "top_p": 0.6, "router": RANDOM}, **MODEKIT},
+    "context": {"mixture": {"method": "routing", "top_k": 2, "router": CONTEXT}, **MODEKIT},
+    "sequence": {"mixture": {"method": "routing", "router": {**RANDOM, "granularity": "sequence", "prefix": 4}}, **MODEKIT},
+    "ngram": {"mixture": {"method": "routing", "router": {"fit": "ngram", "buckets": 512}}, **MODEKIT},
+    "everything": {"mixture": {"method": "routing", "modules": "all", "router": {"fit": "ngram", "buckets": 512}}, **MODEKIT},
+    "model": {"mixture": {"method": "routing", "router": {**RANDOM, "per": "model"}}, **MODEKIT},
+    "projection": {"mixture": {"method": "routing", "modules": ["q", "mlp"], "router": {**RANDOM, "per": "projection"}}},
+    "feature": {"mixture": {"method": "routing", "modules": ["q", "down"], "router": {**RANDOM, "per": "feature"}}},
+    "always on": {"mixture": {"method": "routing", "always_on": {"expert": "code", "weight": 0.2}, "router": RANDOM}},
+    "always chosen": {"mixture": {"method": "routing", "always_on": {"expert": "code"}, "router": RANDOM}},
+    "always base": {"mixture": {"method": "routing", "always_on": {"expert": "base", "weight": 0.2}, "router": RANDOM}},
+    "linear": {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 5}}, **MODEKIT},
+}
+
+
+def built(shared: Workshop, root: Path, name: str, **changes: Any) -> Checkpoint:
+    return open_checkpoint(borrow(shared, root).build(**{**MIXTURES[name], **changes}))
+
+
+def plant(checkpoint: Checkpoint, rows: list[list[float]]) -> None:
+    """Write gates with these values at their beginning and zeros elsewhere."""
+    gates = load_file(checkpoint.folder / ROUTER_FILE)
+    for gate in gates.values():
+        gate.zero_()
+        for row, values in enumerate(rows):
+            gate[row, : len(values)] = torch.tensor(values)
+    save_file(gates, checkpoint.folder / ROUTER_FILE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", [name for name in MIXTURES if name not in {"always chosen", "always on"}])
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_expert_left_out_is_a_mixture_without_it(
+    shared_workshop: Workshop, tmp_path: Path, ids: torch.Tensor, name: str, place: int
+) -> None:
+    checkpoint = built(shared_workshop, tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    smaller = without(shared_workshop, tmp_path / "smaller", name, place, model)
+    free = logits_of(model, ids)
+    with left_out_expert(model, checkpoint, place):
+        left = logits_of(model, ids)
+    torch.testing.assert_close(left, logits_of(smaller, ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(left, free, atol=1e-3)
+    assert torch.equal(logits_of(model, ids), free)
+
+
+@pytest.mark.parametrize("name", ["always on", "always chosen"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_expert_that_is_always_on_can_be_left_out(
+    shared_workshop: Workshop, tmp_path: Path, ids: torch.Tensor, name: str, place: int
+) -> None:
+    """Leaving another one out keeps it on; leaving it out is the mixture without that setting."""
+    checkpoint = built(shared_workshop, tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    mixture = dict(MIXTURES[name]["mixture"])
+    if place == 2:
+        del mixture["always_on"]
+    smaller = without(shared_workshop, tmp_path / "smaller", name, place, model, mixture=mixture)
+    with left_out_expert(model, checkpoint, place):
+        torch.testing.assert_close(logits_of(model, ids), logits_of(smaller, ids), atol=1e-4, rtol=1e-4)
+
+
+def without(
+    shared: Workshop, root: Path, name: str, place: int, model: PreTrainedModel, **changes: Any
+) -> PreTrainedModel:  # fmt: skip
+    """The same mixture built without one expert, its gates those of `model` without that expert's rows."""
+    root.mkdir()
+    workshop = borrow(shared, root)
+    workshop.recipe["experts"] = [expert for row, expert in enumerate(workshop.recipe["experts"]) if row != place]
+    changed = {**MIXTURES[name], **changes}
+    weights = changed["mixture"].get("weights")
+    if weights:
+        kept = {expert: weight for expert, weight in weights.items() if expert != DOMAINS[place]}
+        changed["mixture"] = {**changed["mixture"], "weights": kept}
+    changed["output"] = {"format": "native" if name.startswith("native") else "modekit"}
+    smaller = AutoModelForCausalLM.from_pretrained(workshop.build(**changed), dtype=torch.float32).eval()
+    parameters = dict(smaller.named_parameters())
+    with torch.no_grad():
+        for gate_name, gate in model.named_parameters():
+            if gate_name.endswith(".gate") or gate_name.endswith(".gate.weight"):
+                by_expert = gate.reshape(-1, 3, gate.shape[-1])
+                rows = [row for row in range(3) if row != place]
+                parameters[gate_name].copy_(by_expert[:, rows].reshape(parameters[gate_name].shape))
+    return smaller
+
+
+def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Of the modekit architecture, whose modules keep what they used; every way to decide."""
+    for name in ("token", "gating", "top_p", "context", "ngram", "always on", "always base", "feature", "linear"):
+        checkpoint = built(shared_workshop, tmp_path, name)
+        data = inspect_text(checkpoint, "fever dose breach", layer=None)
+        model = load_model(checkpoint.folder)
+        ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)("fever dose breach")["input_ids"]])
+        with torch.inference_mode():
+            model(input_ids=ids)
+        for router, weights in zip(routers_of(checkpoint), data["weights"], strict=True):
+            used = model.get_submodule(router.name.removesuffix(".router.gate")).weights[0]
+            used = used.mean(1) if used.ndim == 3 else used
+            torch.testing.assert_close(torch.tensor(weights), used, atol=1e-5, rtol=1e-4)
+
+
+def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """What docs/inspect.md promises of inspect.json."""
+    assert set(data) == {
+        "format", "checkpoint", "experts", "domains", "unseen", "routers", "top_k", "per_domain", "utilisation", "dead",
+        "similarity", "top_tokens", "texts", "notes",
+    }  # fmt: skip
+    count, routers = len(data["experts"]), len(data["routers"])
+    assert data["experts"] == checkpoint.names and routers == len(routers_of(checkpoint))
+    assert set(data["checkpoint"]) == {"recipe_digest", "router_sha256", "trained"}
+    assert all(set(router) == {"name", "layer", "module"} for router in data["routers"])
+    assert set(data["per_domain"]) == {*data["domains"], *data["unseen"]}
+    for name, entry in data["per_domain"].items():
+        assert set(entry) == {
+            "expert", "documents", "tokens", "loss", "shares", "chosen", "entropy", "agreement", "without", "named",
+        }  # fmt: skip
+        assert (entry["expert"] is None) == (entry["agreement"] is None) == (entry["named"] is None) == (name in data["unseen"])
+        for key in ("shares", "chosen"):
+            assert [len(row) for row in entry[key]] == [count] * routers
+        assert len(entry["entropy"]) == routers and list(entry["without"]) == data["experts"]
+        assert all(0 <= value <= 1 for row in entry["chosen"] for value in row)
+        assert all(0 <= value <= math.log(count) + 1e-6 for value in entry["entropy"])
+    assert [len(row) for row in data["utilisation"]] == [count] * routers
+    assert [len(row) for row in data["similarity"]["experts"]] == [count] * count and data["similarity"]["of"]
+    for tokens in data["top_tokens"].values():
+        assert all(set(token) == {"token", "share", "count", "lift"} for token in tokens)
+    for text in data["texts"]:
+        assert set(text) == {"domain", "text", "loss", "tokens", "weights", "without"}
+        assert 1 < len(text["tokens"]) <= 200 and text["text"] == "".join(token["text"] for token in text["tokens"])
+        assert [len(router) for router in text["weights"]] == [len(text["tokens"])] * routers
+        assert text["tokens"][0]["loss"] is None and all(token["loss"] is not None for token in text["tokens"][1:])
+        mean = sum(token["loss"] for token in text["tokens"][1:]) / (len(text["tokens"]) - 1)
+        assert text["loss"] == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_mixture_is_inspected(shared_workshop: Workshop, tmp_path: Path, name: str) -> None:
+    poetry = tmp_path / "poetry.jsonl"
+    poetry.write_text(json.dumps({"text": "a rose is a rose is a rose"}))
+    checkpoint = built(shared_workshop, tmp_path, name, eval={"poetry": str(poetry)})
+    data = inspect(checkpoint, **SMALL)
+    check_schema(data, checkpoint)
+    assert data["domains"] == list(DOMAINS) and data["unseen"] == ["poetry"]
+    total = 0.8 if name == "always base" else 1.0
+    assert bool(data["notes"]) == (name in {"always base", "feature"})
+    for entry in data["per_domain"].values():
+        assert all(sum(row) == pytest.approx(total, abs=1e-5) for row in entry["shares"])
+    expected = {"native weighted": [0.125, 0.25, 0.625], "linear": [0.125, 0.25, 0.625], "native linear": [1 / 3] * 3}
+    for row in data["utilisation"] if name in expected else ():
+        assert row == pytest.approx(expected[name], abs=1e-6)
+    assert json.loads((checkpoint.folder / "results" / "inspect.json").read_text()) == data
+
+
+def test_where_routers_stand(shared_workshop: Workshop, tmp_path: Path) -> None:
+    def places(name: str) -> list[tuple[int | None, str]]:
+        return [(router.layer, router.module) for router in routers_of(built(shared_workshop, tmp_path, name))]
+
+    assert places("native") == places("token") == places("linear") == [(0, "mlp"), (1, "mlp"), (2, "mlp")]
+    assert places("model") == places("ngram") == places("everything") == [(None, "")]
+    mixed = ["self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert sorted(places("projection")) == sorted((layer, module) for layer in range(3) for module in mixed)
+    workshop = borrow(shared_workshop, tmp_path)
+    out = workshop.build(mixture={"router": RANDOM, "modules": ["q", "v", "mlp"], "layers": [1]})
+    assert [(router.layer, router.module) for router in routers_of(open_checkpoint(out))] == [(1, "mlp"), (1, "self_attn")]
+
+
+def test_losses_are_those_of_eval(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "context")
+    data, results = inspect(checkpoint, **SMALL), evaluate(checkpoint, **SMALL, write=False)
+    for name, entry in data["per_domain"].items():
+        assert entry["loss"] == pytest.approx(results.row("mixture").scores[name].loss, rel=1e-5)
+        assert entry["tokens"] == results.text[name]["tokens"]
+
+
+def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """An n-gram table whose rows for law are high: everything else is dead, worth nothing and never agrees."""
+    checkpoint = built(shared_workshop, tmp_path, "ngram")
+    plant(checkpoint, [[0.0] * 512, [500.0] * 512, [0.0] * 512])
+    data = inspect(checkpoint, **SMALL)
+    assert data["utilisation"] == [[0, 1, 0]]
+    assert data["dead"] == [{"router": 0, "expert": "medicine"}, {"router": 0, "expert": "code"}]
+    forced, domain_losses = load_model(checkpoint.folder), {}
+    for domain in run_module.held_out_domains(checkpoint, **SMALL):
+        with forced_expert(forced, checkpoint, 1):
+            losses = passes_module.token_losses(forced, domain.sequences, lambda _: None)
+        domain_losses[domain.name] = float(passes_module.sums_of(losses).sum()) / domain.scored_tokens
+    for name, entry in data["per_domain"].items():
+        assert entry["shares"] == entry["chosen"] == [[0, 1, 0]] and entry["entropy"] == [0]
+        assert entry["agreement"] == [1 if name == "law" else 0]
+        assert entry["loss"] == pytest.approx(domain_losses[name], rel=1e-5)
+        assert entry["without"]["medicine"] == entry["without"]["code"] == 0 != entry["without"]["law"]
+    assert all(token["lift"] == token["share"] == 1 for token in data["top_tokens"]["law"])
+    assert data["top_tokens"]["law"] and not data["top_tokens"]["medicine"] and not data["top_tokens"]["code"]
+
+
+def test_a_gate_of_zeros_weighs_all_alike(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 3, "router": RANDOM}))
+    assert checkpoint.native is not None
+    plant(checkpoint, [])
+    data = inspect(checkpoint, **SMALL)
+    for entry in data["per_domain"].values():
+        for shares, chosen in zip(entry["shares"], entry["chosen"], strict=True):
+            assert shares == pytest.approx([1 / 3] * 3, abs=1e-6) and chosen == [1, 1, 1]
+        assert entry["entropy"] == pytest.approx([math.log(3)] * 3, abs=1e-5)
+        assert entry["agreement"] == pytest.approx([1 / 3] * 3, abs=1e-5)
+    assert data["dead"] == []
+
+
+def test_a_text_names_the_expert_it_misses_most(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """`named` per domain, against one pass per text."""
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    data, model = inspect(checkpoint, **SMALL), load_model(checkpoint.folder)
+
+    def loss(ids: tuple[int, ...]) -> float:
+        tensor = torch.tensor([ids])
+        with torch.inference_mode():
+            return float(torch.nn.functional.cross_entropy(model(input_ids=tensor).logits[0, :-1], tensor[0, 1:]))
+
+    for domain in run_module.held_out_domains(checkpoint, **SMALL):
+        named = 0
+        for sequence in domain.sequences:
+            changes = []
+            for expert in range(3):
+                with left_out_expert(model, checkpoint, expert):
+                    changes.append(loss(sequence.ids))
+            named += changes.index(max(changes)) == domain.expert
+        assert data["per_domain"][domain.name]["named"] == pytest.approx(named / len(domain.sequences), abs=1e-5)
+
+
+def test_copies_are_alike_and_none_is_missed(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    law = workshop.recipe["experts"][1]
+    workshop.recipe["experts"] = [{**law, "name": name} for name in ("one", "two")] + [
+        {"name": "three", "model": "base", "text": law["text"]}, {"name": "four", "model": "base", "text": law["text"]},
+    ]  # fmt: skip
+    checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 4, "router": RANDOM}))
+    cosines = similarity(checkpoint).experts
+    assert cosines.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    workshop.recipe["experts"] = workshop.recipe["experts"][:2]
+    data = inspect(open_checkpoint(workshop.build(mixture={"method": "routing", "router": RANDOM})), **SMALL)
+    for entry in data["per_domain"].values():
+        assert all(abs(change) < 1e-5 for change in entry["without"].values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("llama", {}), ("granite", {}), ("qwen3", {"head_dim": 8})], ids=["llama", "fused", "qwen3"]
+)
+@pytest.mark.parametrize("base_is_there", [True, False])
+def test_similarity_of_native_experts(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], base_is_there: bool
+) -> None:  # fmt: skip
+    from conftest import make_workshop
+
+    workshop = make_workshop(tmp_path, model_type, **overrides)
+    checkpoint = open_checkpoint(workshop.build())
+    assert checkpoint.native is not None
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("base", *DOMAINS)]
+    vectors = [torch.cat([p.flatten() for name, p in m.named_parameters() if ".mlp." in name]).detach() for m in models]
+    changes = torch.stack(vectors[1:]) - (vectors[0] if base_is_there else 0.0)
+    expected = torch.nn.functional.normalize(changes, dim=-1)
+    if not base_is_there:
+        (tmp_path / "base").rename(tmp_path / "gone")
+    found = similarity(checkpoint)
+    torch.testing.assert_close(torch.tensor(found.experts), (expected @ expected.T).double(), atol=1e-5, rtol=0)
+    assert ("own tensors" in found.of) == ("no longer" in " ".join(found.notes)) == (not base_is_there)
+
+
+def test_similarity_sees_through_given_weights(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Weights are folded into the last projection of native experts; the experts are as alike as without them."""
+    plain = similarity(built(shared_workshop, tmp_path, "native")).experts
+    weighted = similarity(built(shared_workshop, tmp_path, "native weighted")).experts
+    torch.testing.assert_close(torch.tensor(plain), torch.tensor(weighted), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("block", [64, 2**18])
+def test_similarity_of_low_rank_whole_and_unchanged_experts(
+    shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Against every change multiplied out."""
+    import modekit.evaluation.inspection.similarity as similarity_module
+
+    monkeypatch.setattr(similarity_module, "_BLOCK", block)
+    workshop = borrow(shared_workshop, tmp_path)
+    medicine, law, code = workshop.recipe["experts"]
+    experts = [
+        {**medicine, "as": "lora", "rank": 3}, law, {**code, "as": "lora", "rank": 5}, {"name": "plain", "model": "base"},
+        {**medicine, "name": "same", "as": "lora", "rank": 3},
+    ]  # fmt: skip
+    checkpoint = open_checkpoint(workshop.build(experts=experts, mixture={"router": RANDOM}))
+    with safe_open(checkpoint.folder / "model-00001-of-00001.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+    changes: list[list[torch.Tensor]] = [[] for _ in experts]
+    for module, place in checkpoint.config["modekit"]["places"].items():
+        base = tensors[f"{module}.base.weight"]
+        for expert in range(5):
+            change, start = torch.zeros_like(base), sum(place["ranks"][:expert])
+            ranks = slice(start, start + place["ranks"][expert])
+            if place["ranks"][expert]:
+                change = place["scales"][expert] * tensors[f"{module}.lora_B"][:, ranks] @ tensors[f"{module}.lora_A"][ranks]
+            elif expert in place["own"]:
+                change = tensors[f"{module}.experts.{place['own'].index(expert)}.weight"] - base
+            changes[expert].append(change.flatten())
+    matrix = torch.nn.functional.normalize(torch.stack([torch.cat(each) for each in changes]), dim=-1)
+    expected = matrix @ matrix.T
+    expected[3, 3] = 1
+    found = torch.tensor(similarity(checkpoint).experts)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert found[0, 4] == pytest.approx(1.0, abs=1e-9) and abs(float(found[0, 1])) > 1e-3
+
+
+def test_padding_and_the_order_of_batches_change_nothing(
+    shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("native", "context", "ngram", "feature"):
+        checkpoint = built(shared_workshop, tmp_path, name)
+        together = inspect(checkpoint, **SMALL)
+
+        def one_by_one(sequences: Any, *, tokens: int) -> Iterator[Any]:
+            yield from reversed(list(make_batches(sequences, tokens=1)))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(passes_module, "make_batches", one_by_one)
+            alone = inspect(checkpoint, **SMALL)
+        assert_alike(together, alone)
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    else:
+        assert one == other
+
+
+def test_each_expert_costs_at_most_two_passes(
+    shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, passes = built(shared_workshop, tmp_path, "native"), []
+
+    def counting(folder: Path, **kwargs: Any) -> PreTrainedModel:
+        model = load_model(folder, **kwargs)
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        return model
+
+    monkeypatch.setattr(run_module, "load_model", counting)
+    inspect(checkpoint, **SMALL)
+    batches = len(DOMAINS) + 1  # each domain is one batch, and so are the samples
+    assert len(passes) == batches * (1 + 3) <= 2 * 3 * batches
+
+
+def test_a_single_expert_cannot_be_left_out(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    workshop.recipe["experts"] = workshop.recipe["experts"][:1]
+    checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": RANDOM}))
+    data = inspect(checkpoint, **SMALL)
+    (entry,) = data["per_domain"].values()
+    assert entry["without"] == {} and entry["named"] is None and "one expert" in data["notes"][0]
+    printing_module.print_inspection(Path("OUT"), data)
+    printing_module.print_trace(inspect_text(checkpoint, "fever and dose"))
+
+
+# One text.
+
+
+def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    text = "fever artery, breach\nof clause"
+    trace = inspect_text(checkpoint, text)
+    assert trace["text"] == text == "".join(token["text"] for token in trace["tokens"])
+    model, ids = load_model(checkpoint.folder), torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)(text).input_ids])
+    losses = torch.nn.functional.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:], reduction="none")
+    assert [token["loss"] for token in trace["tokens"]][1:] == pytest.approx(losses.tolist(), rel=1e-4)
+    for place, name in enumerate(DOMAINS):
+        with left_out_expert(model, checkpoint, place):
+            left = torch.nn.functional.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:])
+        assert trace["without"][name] == pytest.approx(float(left - losses.mean()), abs=1e-5)
+    base = load_model(checkpoint.recipe_root / checkpoint.record.recipe.base_model)
+    expected = torch.nn.functional.cross_entropy(logits_of(base, ids)[0, :-1], ids[0, 1:])
+    assert trace["base_loss"] == pytest.approx(float(expected), rel=1e-5)
+    one = inspect_text(checkpoint, text, layer=1)
+    assert one["weights"] == trace["weights"][1:2] and [router["layer"] for router in one["routers"]] == [1]
+
+
+def test_words_are_the_text_between_spaces(shared_workshop: Workshop, tmp_path: Path) -> None:
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "fever  dose x")
+    words, more = words_of(trace, 10)
+    assert [word.text for word in words] == ["fever", "dose", "x"] and not more
+    places = [5, 6, 7, 8, 9, 10]  # two spaces and the letters of dose
+    assert words[1].loss == pytest.approx(sum(trace["tokens"][place]["loss"] for place in places), rel=1e-5)
+    mean = sum(trace["weights"][router][place][1] for router in range(3) for place in places) / 18
+    assert words[1].weights_E[1] == pytest.approx(mean, rel=1e-4)
+    assert words_of(trace, 2)[1] and len(words_of(trace, 2)[0]) == 2
+
+
+def test_a_text_longer_than_the_models_positions_is_read_in_windows(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "context")
+    text = ("fever artery dose " * 60)[: 128 * 6 + 1]  # the last token stands alone
+    trace = inspect_text(checkpoint, text)
+    assert trace["windows"] == math.ceil(len(trace["tokens"]) / 128) > 5 and "windows of up to 128" in trace["notes"][0]
+    assert [place for place, token in enumerate(trace["tokens"]) if token["loss"] is None] == list(
+        range(0, len(trace["tokens"]), 128)
+    )
+    assert [len(router) for router in trace["weights"]] == [len(trace["tokens"])] * 3
+    alone = inspect_text(checkpoint, "".join(token["text"] for token in trace["tokens"][128:256]))
+    assert trace["weights"][2][128:256] == [pytest.approx(row, abs=1e-5) for row in alone["weights"][2]]
+
+
+def test_a_very_long_text_keeps_means_only_and_prints_its_beginning(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    text = "the patient " * 600
+    trace = inspect_text(checkpoint, text)
+    assert len(trace["tokens"]) == 7200 and [len(router) for router in trace["weights"]] == [7200]
+    short = inspect_text(checkpoint, text[:128])
+    means = torch.tensor(short["weights"]).mean(0)
+    torch.testing.assert_close(torch.tensor(trace["weights"][0][:128]), means, atol=1e-5, rtol=0)
+    shown = drawn(trace)
+    assert "The first 200 words are shown; the text has 7,200 tokens." in shown and len(shown) < 8_000
+
+
+def drawn(trace: dict[str, Any], **options: Any) -> str:
+    """What the terminal gets."""
+    stream = io.StringIO()
+    with patch.object(printing_module, "out", Console(file=stream, width=100, **options)):
+        printing_module.print_trace(trace)
+    return stream.getvalue()
+
+
+HOSTILE = "fever [bold red]x[/] \x1b[31mred\x1b[0m [link=http://x]y[/link] \x07 \u202e\u200b <script>"
+
+
+def test_a_text_is_drawn_and_not_obeyed(shared_workshop: Workshop, tmp_path: Path) -> None:
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "abc def")
+    words = HOSTILE.split(" ")
+    trace["tokens"] = [{"text": f" {word}", "loss": 1.0} for word in words]
+    trace["weights"] = [[[0.1, 0.9, 0.0]] * len(words)] * 3
+    trace["experts"] = ["[red]a[/]", "b", "c"]
+    trace["without"] = dict.fromkeys(trace["experts"], 0.5)
+    plain = drawn(trace)
+    assert "\x1b" not in plain and "\x07" not in plain and "\u202e" not in plain
+    assert (
+        "[bold" in plain
+        and "red]x[/]" in plain
+        and "\\x1b[31mred\\x1b[0m" in plain
+        and "[red]a[/]" in plain
+        and "<script>" in plain
+    )
+    assert "B90 1.0" in plain
+    coloured = drawn(trace, force_terminal=True, color_system="truecolor")
+    assert "48;2;" in coloured and "\x1b[31m" not in coloured and "\\x1b[31mred" in coloured
+    assert "\x1b]8" not in coloured
+
+
+def test_without_colour_the_text_can_still_be_read(shared_workshop: Workshop, tmp_path: Path) -> None:
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "fever dose")
+    shown = drawn(trace, force_terminal=True, color_system="truecolor", no_color=True)
+    assert "48;2" not in shown and "A medicine" in shown and "Below each word" in shown
+
+
+def test_characters_of_several_tokens_come_whole() -> None:
+    class Bytes:
+        bos_token_id = None
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    text = "aé漢 \ufffd\ufffd b" + "\ufffd" * 20
+    tokens = token_texts(Bytes(), list(text.encode()))  # type: ignore[arg-type]
+    assert "".join(tokens) == text and tokens[:3] == ["a", "", "é"]
+    assert token_texts(Bytes(), [97, 0xC3]) == ["a", "\ufffd"]  # type: ignore[arg-type]
+
+
+def test_a_text_is_cut_at_its_tokens() -> None:
+    text = " aé漢 b "
+    assert split_text(text, [(0, 0), (1, 2), (2, 3), (2, 3), (3, 4), (5, 6)]) == ["", " a", "é", "", "漢", " b "]
+
+
+def test_a_text_of_no_domain_is_said_to_be_one(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 3, "router": RANDOM}))
+    plant(checkpoint, [])
+    trace = inspect_text(checkpoint, "zzz qqq xxx")
+    assert trace["entropy"] == pytest.approx(math.log(3), abs=1e-5)
+    assert "routers are unsure" in drawn(trace)
+    assert "without any expert" in drawn({**trace, "base_loss": trace["loss"]})
+    assert "without any expert" not in drawn({**trace, "base_loss": trace["loss"] + 0.1})
+
+
+# The command line.
+
+
+def run(*arguments: object, stdin: bytes = b"") -> str:
+    stream = io.StringIO()
+    source = io.TextIOWrapper(io.BytesIO(stdin))
+    with (
+        patch.object(sys, "argv", ["modekit", *map(str, arguments)]),
+        patch.object(sys, "stdin", source),
+        patch.object(printing_module, "out", Console(file=stream, width=120)),
+        redirect_stdout(stream),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert end.value.code == 0, stream.getvalue()
+    return stream.getvalue()
+
+
+def test_the_command_prints_tables(shared_workshop: Workshop, tmp_path: Path) -> None:
+    out = built(shared_workshop, tmp_path, "native").folder
+    options = ("--tokens", 300, "--sequence-length", 32)
+    shown = run("inspect", out, *options)
+    for piece in ("agreement", "left out", "named", "Similarity", "Dead experts", "largest mean weight", "inspect.json"):
+        assert piece in shown
+    data = json.loads(run("inspect", out, *options, "--json"))
+    assert data == json.loads((out / "results" / "inspect.json").read_text())
+    assert f"{data['per_domain']['law']['without']['code']:+.3f}" in shown
+
+
+def test_a_narrow_terminal_gets_every_number(shared_workshop: Workshop, tmp_path: Path) -> None:
+    data = inspect(built(shared_workshop, tmp_path, "native"), **SMALL)
+    shown = []
+    for width in (40, 200):
+        stream = io.StringIO()
+        with patch.object(printing_module, "out", Console(file=stream, width=width)):
+            printing_module.print_inspection(Path("OUT"), data)
+        shown.append(sorted(cell for cell in stream.getvalue().replace("\n", " ").split(" ") if "0." in cell))
+    assert shown[0] == shown[1] and len(shown[0]) == 48
+
+
+def test_the_command_prints_a_text(shared_workshop: Workshop, tmp_path: Path) -> None:
+    out = built(shared_workshop, tmp_path, "native").folder
+    (tmp_path / "a.txt").write_text("fever dose [bold]")
+    traces = [
+        json.loads(run("inspect", out, "--json", *given, stdin=b"fever dose [bold]"))
+        for given in (("--text", "fever dose [bold]"), ("--text-file", tmp_path / "a.txt"), ("--text", "-"))
+    ]
+    assert traces[0] == traces[1] == traces[2]
+    shown = run("inspect", out, "--text", "fever dose [bold]", "--layer", 2)
+    assert "[bold]" in shown and "nats per token, of the base model" in shown
+    assert not (out / "results" / "inspect.json").exists()
+
+
+def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
+    out = built(shared_workshop, tmp_path, "native").folder
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "text is empty" in refuse("inspect", out, "--text", " \n ")
+    assert "too short" in refuse("inspect", out, "--text", "a")
+    assert "cannot be read" in refuse("inspect", out, "--text-file", tmp_path / "none")
+    assert "not UTF-8" in refuse("inspect", out, "--text-file", tmp_path / "binary")
+    assert "two texts" in refuse("inspect", out, "--text", "a b", "--text-file", tmp_path / "binary")
+    assert "with a text only" in refuse("inspect", out, "--layer", 1)
+    message = refuse("inspect", out, "--layer", 9, "--text", "a b")
+    assert "no router in this layer" in message and "one of 0, 1, 2" in message
+    assert "not a modekit checkpoint" in refuse("inspect", shared_workshop.root / "base")
+    for expert in shared_workshop.recipe["experts"]:
+        assert Path(shared_workshop.root / expert["text"]).exists()
+    silent = borrow(shared_workshop, tmp_path)
+    silent.recipe["experts"] = [
+        {key: value for key, value in expert.items() if key != "text"} for expert in silent.recipe["experts"]
+    ]
+    assert "no text to evaluate on" in refuse("inspect", silent.build("SILENT"))
+    one = built(shared_workshop, tmp_path, "ngram").folder
+    assert "one router serves the whole model" in refuse("inspect", one, "--layer", 0, "--text", "a b")
+
+
+def test_a_text_in_no_domains_language_is_said_to_be_so(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Characters that the tokenizer has never seen, under gates that see nothing in them."""
+    text = "Сегодня идёт дождь, 今日は雨です. Il était une fois"
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    plant(checkpoint, [])
+    trace = inspect_text(open_checkpoint(checkpoint.folder), text)
+    assert "The routers are unsure" in drawn(trace)
+    assert {round(weight, 4) for router in trace["weights"] for row in router for weight in row} == {0.0, 0.5}
+    trace["entropy"] = 0.1  # as gates that are sure would have it
+    assert "unsure" not in drawn(trace)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_words(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    trace = inspect_text(checkpoint, "a fever " * 50_000)
+    assert len(trace["tokens"]) == 400_000 and all(len(router) == 400_000 for router in trace["weights"])
+    assert len(drawn(trace)) < 8_000

@@ -1,0 +1,659 @@
+"""Tasks: questions from held-out text, lm-evaluation-harness on every model, and how sure the scores are."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conftest import Workshop, make_workshop, save, tiny_model
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.cli import main
+from modekit.errors import ModekitError, TextError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.tasks import ask as run
+from modekit.evaluation.tasks import harness, scoring
+from modekit.evaluation.tasks.ask import evaluate_tasks
+from modekit.evaluation.tasks.entries import Entry, entries_of, head_words, key_of
+from modekit.evaluation.tasks.files import FORMS, task_name
+from modekit.evaluation.tasks.intervals import average, bleu_sample, differences, draw, mean_sample, rows
+from modekit.evaluation.tasks.questions import CHOICES, continuation_items, gloss_items, make_questions
+from modekit.evaluation.tasks.results import results_of
+from modekit.evaluation.tasks.scores import process_results
+from modekit.loaded.models import load_model, load_tokenizer
+from modekit.text.documents import documents_of_split, read_documents
+from refusal import refuse
+
+TREE = "any of several trees [bold]not bold[/] {{ 7 * 7 }} of the genus"
+
+
+def invented(chance: random.Random) -> str:
+    return "".join(chance.choice("bdfgklmnprst") + chance.choice("aeiou") for _ in range(3))
+
+
+def dictionary(name: str, documents: int, entries: int = 5, again: str = "") -> list[str]:
+    """Documents of entries with invented terms, two synonyms each; `again` is a head word that some documents repeat."""
+    chance = random.Random(name)
+    texts = []
+    for number in range(documents):
+        heads = [f"{invented(chance).capitalize()}, {invented(chance)}" for _ in range(entries)]
+        if again and number % 2:
+            heads[-1] = f"{invented(chance).capitalize()}, {again}"
+        texts.append(" ".join(f"{head}: {TREE} {invented(chance)} {invented(chance)}." for head in heads))
+    return texts
+
+
+def prose(name: str, documents: int, words: int = 70) -> list[str]:
+    chance = random.Random(name)
+    return ["\n".join(" ".join(invented(chance) for _ in range(7)) for _ in range(words // 7)) for _ in range(documents)]
+
+
+def write(path: Path, documents: list[str]) -> None:
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents) + "\n")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A workshop whose medicine and law are dictionaries, in part of the same terms, and whose code is none."""
+    workshop = make_workshop(tmp_path_factory.mktemp("asked"), max_position_embeddings=1024)
+    write(workshop.root / "text" / "medicine.jsonl", dictionary("medicine", 130, again="dosis"))
+    write(workshop.root / "text" / "law.jsonl", dictionary("law", 130, again="Dosis"))
+    write(workshop.root / "text" / "code.jsonl", prose("code", 60))
+    workshop.build()
+    return workshop
+
+
+@pytest.fixture(scope="module")
+def checkpoint(asked: Workshop) -> Checkpoint:
+    return open_checkpoint(asked.root / "OUT")
+
+
+def held_out(workshop: Workshop, domain: str, split: str = "report") -> list[str]:
+    documents = read_documents([f"text/{domain}.jsonl"], root=workshop.root, where=domain)
+    return documents_of_split(documents, split)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------- entries
+
+
+def test_entries_are_read_as_they_stand() -> None:
+    text = (
+        'Croup, spasmodic laryngitis: a disease: of "children"; harsh coughing. Tuberculosis, TB, T.B.: infection by bacilli. '
+        "Down, John L. H. Down: English physician who described vitamin A. 4-wheeler: [red]a car[/]"
+    )
+    assert entries_of(text) == [
+        Entry("Croup, spasmodic laryngitis", ("Croup", "spasmodic laryngitis"), 'a disease: of "children"; harsh coughing'),
+        Entry("Tuberculosis, TB, T.B.", ("Tuberculosis", "TB", "T.B."), "infection by bacilli"),
+        Entry("Down, John L. H. Down", ("Down", "John L. H. Down"), "English physician who described vitamin A"),
+        Entry("4-wheeler", ("4-wheeler",), "[red]a car[/]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class FTPHandler(BaseHandler):\n    def ftp_open(self, req):\n        if not host:\n            raise URLError",
+        "7.4. Creative Commons Corporation is not a party to this Licence: it says so. Term: it says that too.",
+        "Croup: a disease. Angina: another.",
+        "a text: that begins small. Croup: a disease. Angina: another. Quinsy: a third.",
+    ],
+)
+def test_other_text_has_no_entries(text: str) -> None:
+    assert entries_of(text) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- questions
+
+
+def test_the_right_answer_is_in_the_text_and_the_wrong_ones_are_not(asked: Workshop) -> None:
+    documents = held_out(asked, "law")
+    items = gloss_items(documents, set(), random.Random(0))
+    assert len(items) > 30
+    for item in items:
+        right, wrong = item["heads"][item["answer"]], [h for i, h in enumerate(item["heads"]) if i != item["answer"]]
+        assert len(set(map(key_of, item["heads"]))) == CHOICES
+        assert any(f"{right} {item['gloss']}" in document for document in documents)
+        assert not any(f"{head} {item['gloss']}" in document for document in documents for head in wrong)
+        assert item["gloss"].startswith(TREE)  # markup and templates in text are text
+        assert right.startswith(item["terms"][item["answer"]])
+    answers = [item["answer"] for item in items]
+    assert {answers.count(place) > 0 for place in range(CHOICES)} == {True}
+
+
+def test_no_question_has_two_right_answers() -> None:
+    documents = [
+        "Ague, fever: a shaking chill. Febris, Fever: another gloss. Chill, ague: a third gloss. Shiver: a shaking chill.",
+        "Alpha: first. Beta: second. Gamma: third. Delta: fourth.",
+    ]
+    for seed in range(20):
+        for item in gloss_items(documents, set(), random.Random(seed)):
+            firsts = [head for head in item["heads"] if head.startswith(("Ague", "Febris", "Chill", "Shiver"))]
+            assert firsts in ([], ["Ague, fever:"])
+
+
+def test_questions_depend_on_seed_and_text_alone(checkpoint: Checkpoint) -> None:
+    first, second, other = (make_questions(checkpoint, seed=seed)[0] for seed in (0, 0, 1))
+    assert first == second
+    assert [q.domain for q in first] == [q.domain for q in other] and first != other
+
+
+def test_no_term_that_was_seen_is_asked_for(asked: Workshop, checkpoint: Checkpoint) -> None:
+    """Looked for in the text itself, not by the parser: also in another domain, another case, and as a second synonym."""
+    made, _ = make_questions(checkpoint)
+    fit = [text.casefold() for domain in ("medicine", "law", "code") for text in held_out(asked, domain, "fit")]
+    assert "dosis" in head_words(held_out(asked, "law"))  # or the test would prove nothing
+    heads = [head for q in made if q.kind == "glosses" for item in q.items for head in item["heads"]]
+    assert heads
+    for term in {term for head in heads for term in head.removesuffix(":").casefold().split(", ")}:
+        head_word = re.compile(rf"(^|\. |, ){re.escape(term)}(, [^:.]*)?: ")
+        assert not any(head_word.search(document) for document in fit), term
+
+
+def test_what_the_base_saw_is_not_asked_for(asked: Workshop, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    entries = [entry for document in held_out(asked, "law") for entry in entries_of(document)]
+    write(tmp_path / "seen.jsonl", [" ".join(f"{e.terms[1].upper()}: something." for e in entries[:6])])
+
+    def heads(seen: list[str]) -> set[str]:
+        made, _ = make_questions(checkpoint, seen=seen)
+        return {head for q in made if (q.kind, q.domain) == ("glosses", "law") for item in q.items for head in item["heads"]}
+
+    asked_for = [e.head + ":" for e in entries[:6] if e.head + ":" in heads([])]
+    assert asked_for and not heads([str(tmp_path / "seen.jsonl")]) & set(asked_for)
+
+
+def test_continuations_are_cut_at_words_and_stay_as_they_are(asked: Workshop) -> None:
+    documents = held_out(asked, "code")
+    items = continuation_items(documents, random.Random(0))
+    assert len(items) > 8
+    for item in items:
+        whole = item["beginning"] + item["continuations"][item["answer"]]
+        (home,) = [document for document in documents if whole in document]
+        assert len({" ".join(c.split()) for c in item["continuations"]}) == CHOICES
+        assert {len(c.split()) for c in item["continuations"]} == {16} and len(item["beginning"].split()) == 16
+        assert all(c[0].isspace() for c in item["continuations"]) and not item["beginning"][-1].isspace()
+        assert not any(c in home for i, c in enumerate(item["continuations"]) if i != item["answer"])
+
+
+def test_too_little_text_says_so(workshop: Workshop) -> None:
+    workshop.build()
+    message = refuse("eval", workshop.root / "OUT", "--tasks", "questions")
+    assert "no domain has enough held-out text for questions" in message and "passages of 32 words from 4 documents" in message
+    workshop.recipe["experts"] = [{**expert, "text": None} for expert in workshop.recipe["experts"]]
+    workshop.build()
+    assert "there is no text to evaluate on" in refuse("eval", workshop.root / "OUT", "--tasks", "questions")
+
+
+# -------------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_intervals_of_planted_scores() -> None:
+    values = np.random.default_rng(0).random(400) < 0.7
+    shifted = values * 0.5 + 0.25
+    drawn = draw({"a": mean_sample(values.tolist()), "mixture": mean_sample(shifted.tolist())}, range(400), "planted")
+    found = rows(drawn)["a"]
+    half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.01) and found.high == pytest.approx(
+        values.mean() + half, abs=0.01
+    )
+    # Unpaired, the interval of the difference would be 0.1 wide; paired it is that of half the values.
+    difference = differences(drawn, "mixture")["a"]
+    assert difference.value == pytest.approx(shifted.mean() - values.mean())
+    assert difference.high - difference.low == pytest.approx(half, rel=0.15)  # type: ignore[operator]
+    same = draw({"a": mean_sample(values.tolist()), "mixture": mean_sample((values + 0.125).tolist())}, range(400), "x")
+    assert differences(same, "mixture")["a"].low == pytest.approx(0.125) == differences(same, "mixture")["a"].high
+
+
+def test_items_of_one_document_are_drawn_together() -> None:
+    values = [0.0, 1.0] * 50
+    alone = rows(draw({"a": mean_sample(values)}, range(100), "x"))["a"]
+    pairs = rows(draw({"a": mean_sample(values)}, [place // 2 for place in range(100)], "x"))["a"]
+    blocks = rows(draw({"a": mean_sample(sorted(values))}, [place // 10 for place in range(100)], "x"))["a"]
+    one = rows(draw({"a": mean_sample(values)}, ["document"] * 100, "x"))["a"]
+    assert pairs.low == pairs.high == 0.5  # each document is half right
+    assert blocks.high - blocks.low > 2 * (alone.high - alone.low)  # type: ignore[operator]
+    assert (one.value, one.low, one.high) == (0.5, None, None)
+
+
+def test_corpus_bleu_from_sentences() -> None:
+    chance = random.Random(0)
+    words = ["a", "the", "of", "tree", "bark", "leaf", "root", "genus", "family", "plant"]
+    references = [" ".join(chance.choices(words, k=9)) for _ in range(30)]
+    texts = [" ".join(w if chance.random() < 0.7 else "x" for w in reference.split()) for reference in references]
+    sample = bleu_sample(list(zip(references, texts, strict=True)))
+    assert sample.value == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score)
+    picked = [3, 3, 7, 9, 12]
+    again = sacrebleu.corpus_bleu([texts[i] for i in picked], [[references[i] for i in picked]]).score
+    assert float(sample.worth(sample.parts_NK[picked].sum(0))) == pytest.approx(again)
+    poor = bleu_sample([("a b c d e", "z"), ("f g h i", "f y")])
+    assert poor.value == pytest.approx(sacrebleu.corpus_bleu(["z", "f y"], [["a b c d e", "f g h i"]]).score)
+
+
+def test_a_mean_over_tasks_weighs_them_alike() -> None:
+    a = draw({"m": mean_sample([1.0] * 9 + [0.0])}, range(10), "a")
+    b = draw({"m": mean_sample([0.0, 1.0] * 100)}, range(200), "b")
+    mean = rows(average([a, b]))["m"]
+    assert mean.value == pytest.approx(0.7)
+    assert mean.low < 0.7 < mean.high  # type: ignore[operator]
+
+
+# ---------------------------------------------------------------------------------------------------------------- scoring
+
+PAIRS = [
+    ("Ague:", " a shaking chill."),
+    ("", "return self"),
+    ("def", " "),
+    ("x" * 40, "y" * 3),
+    ("Ague:", " a tree."),
+    ("q ", "z"),
+]
+
+
+def direct(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> float:
+    """Log p(continuation | context), one text at a time, token by token."""
+    before = tokenizer(context)["input_ids"] if context.strip() else [tokenizer.bos_token_id]
+    ids = (tokenizer(context)["input_ids"] if context else [tokenizer.bos_token_id]) + tokenizer(continuation)["input_ids"]
+    before = tokenizer(context.rstrip())["input_ids"] if context else before
+    with torch.inference_mode():
+        log_p = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(log_p[place - 1, ids[place]]) for place in range(len(before), len(ids)))
+
+
+class Asked:
+    """A request as the harness makes it."""
+
+    task_name = None
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"output": {"format": "modekit"}},
+        *(
+            {"mixture": {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": granularity}}}
+            for granularity in ("context", "sequence")
+        ),
+    ],
+    ids=["native", "modekit", "context", "sequence"],
+)
+def test_log_likelihoods_are_those_of_the_model(workshop: Workshop, changes: dict[str, Any]) -> None:
+    """Whatever stands beside a text in its batch: the harness's own scoring gives routers the pads to read."""
+    folder = workshop.build(**changes)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    found = scoring.LoadedModel(model, tokenizer).loglikelihood([Asked(*pair) for pair in PAIRS])
+    expected = [direct(model, tokenizer, *pair) for pair in PAIRS]
+    assert [value for value, _ in found] == pytest.approx(expected, abs=1e-3)
+    alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(
+        [Asked(*p) for p in PAIRS], disable_tqdm=True
+    )
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in alone], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+
+
+def test_generation_does_not_depend_on_the_batch(workshop: Workshop) -> None:
+    mixture = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}
+    folder = workshop.build(mixture=mixture)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    wanted = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    prompts = ["Ague:", "x", "a long beginning of something"]
+    together = scoring.LoadedModel(model, tokenizer).generate_until([Asked(prompt, wanted) for prompt in prompts])
+    alone = [scoring.LoadedModel(model, tokenizer).generate_until([Asked(prompt, wanted)])[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_a_whole_text_is_scored_in_windows(workshop: Workshop) -> None:
+    """As tasks of perplexity ask: every token once, also of a text longer than the model reads."""
+    model, tokenizer = load_model(workshop.root / "base"), load_tokenizer(workshop.root / "base")
+    texts = ["a short text", "words and words " * 20]
+    found = scoring.LoadedModel(model, tokenizer).loglikelihood_rolling([Asked(text) for text in texts])
+    alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    assert found[0] == pytest.approx(direct(model, tokenizer, "", texts[0]), abs=1e-3)
+    assert found == pytest.approx(alone.loglikelihood_rolling([Asked(t) for t in texts], disable_tqdm=True), abs=1e-3)
+
+
+def test_too_long_a_text_loses_its_beginning(workshop: Workshop) -> None:
+    model, tokenizer = load_model(workshop.root / "base"), load_tokenizer(workshop.root / "base")
+    (found,) = scoring.LoadedModel(model, tokenizer).loglikelihood([Asked("b" * 300, "cd")])
+    with torch.inference_mode():
+        ids = tokenizer("b" * 127 + "cd")["input_ids"]
+        log_p = model(input_ids=torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+    assert found[0] == pytest.approx(float(log_p[-2, ids[-2]] + log_p[-1, ids[-1]]), abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+class Oracle(LM):  # type: ignore[misc]
+    """Knows every right answer, or none: then it guesses by the hash of what it is asked."""
+
+    knows = True
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        if not self.knows:
+            return [(-1 - random.Random(str(r.args)).random() * len(r.args[1]), False) for r in requests]
+        return [(0.0 if self._is_right(r) else -100.0, False) for r in requests]
+
+    def _is_right(self, request: Any) -> bool:
+        doc, (context, text) = request.doc, request.args
+        if "gloss" in doc:
+            place = (doc["heads"].index(context)) if context in doc["heads"] else doc["terms"].index(text.strip())
+            return bool(place == doc["answer"])
+        return context != "" and doc["continuations"].index(text) == doc["answer"]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        return [" " + r.doc["reference"] if self.knows else "nothing of the kind" for r in requests]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Which models `run` loads."""
+    loaded: list[str] = []
+
+    def counted(folder: Path, **options: Any) -> PreTrainedModel:
+        loaded.append(folder.name)
+        return load_model(folder, **options)
+
+    monkeypatch.setattr(run, "load_model", counted)
+    monkeypatch.setattr("modekit.evaluation.evaluate.load_model", counted)
+    yield loaded
+
+
+ALL = ["questions", "glosses_plain", "continuations_plain", "generation"]
+
+
+def test_who_knows_gets_everything_and_who_guesses_a_quarter(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, loads: list[str]
+) -> None:
+    monkeypatch.setattr(scoring, "LoadedModel", Oracle)
+    found = evaluate_tasks(checkpoint, ALL, models=["mixture"])
+    assert loads == ["OUT"]
+    assert {group: scores.rows["mixture"].value for group, scores in found.macro.items()} == pytest.approx(
+        {
+            **dict.fromkeys(["questions", "glosses", "continuations", "glosses_plain", "continuations_plain"], 1.0),
+            **dict.fromkeys(["generation", "generation:bleu", "generation:rougeL"], 100.0),
+        }
+    )
+    assert found.macro["glosses"].rows["mixture"].low == 1.0
+    assert (found.macro["questions"].metric, len(found.macro["questions"].tasks)) == ("accuracy", 5)
+    assert set(found.macro["glosses"].tasks) == {task_name("glosses", domain) for domain in ("medicine", "law")}
+    monkeypatch.setattr(Oracle, "knows", False)
+    guessed = evaluate_tasks(checkpoint, ALL, models=["mixture"])
+    for form in ("glosses", "glosses_plain", "continuations"):
+        assert guessed.macro[form].chance == 0.25
+        assert guessed.macro[form].rows["mixture"].value == pytest.approx(0.25, abs=0.13)
+    assert guessed.macro["generation"].rows["mixture"].value < 20
+
+
+def test_every_model_is_loaded_once_and_its_answers_are_its_own(checkpoint: Checkpoint, loads: list[str]) -> None:
+    found = evaluate_tasks(checkpoint, ["glosses"], limit=12)
+    assert loads == ["base", "medicine", "law", "code", "OUT"]
+    assert found.models == ["base", "medicine", "law", "code", "mixture"]
+    name = task_name("glosses", "law")
+    scores = found.tasks[name]
+    assert (scores.metric, scores.higher_is_better, scores.chance, scores.items) == ("acc", True, 0.25, 12)
+    lines = (checkpoint.folder / "results" / "tasks" / "law_glosses.jsonl").read_text().splitlines()
+    tokenizer = load_tokenizer(checkpoint.folder)
+    for row, folder in (("base", checkpoint.folder.parent / "base"), ("mixture", checkpoint.folder)):
+        model, right = load_model(folder), 0
+        for item in map(json.loads, lines[:12]):
+            likely = [direct(model, tokenizer, head, " " + item["gloss"]) for head in item["heads"]]
+            right += likely.index(max(likely)) == item["answer"]
+        assert scores.rows[row].value == pytest.approx(right / 12)
+    expected = scores.rows["mixture"].value - scores.rows["base"].value
+    assert scores.differences["base"].value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_harness_itself_runs_what_was_written(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """From the folder, with stock HFLM: the same score."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    ours = evaluate_tasks(checkpoint, [form], models=["mixture"], limit=8)
+    monkeypatch.chdir(checkpoint.folder / "results" / "tasks")
+    lm = HFLM(pretrained=str(checkpoint.folder), device="cpu", dtype="float32", batch_size=1)
+    manager = TaskManager(include_path=".", include_defaults=False)
+    theirs = simple_evaluate(lm, tasks=[f"modekit_{form}"], task_manager=manager, limit=8, bootstrap_iters=0)
+    assert theirs is not None
+    compared = 0
+    for name, scores in ours.tasks.items():
+        if name.partition(":")[0] in theirs["results"] and name.partition(":")[0].endswith(f"_{form}"):
+            value = theirs["results"][name.partition(":")[0]][f"{scores.metric},none"]
+            assert scores.rows["mixture"].value == pytest.approx(value, rel=1e-5)
+            compared += 1
+    assert compared >= 2
+
+
+OWN = """task: spell
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{word}}}}"
+doc_to_choice: ["a", "b", "c"]
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def own_task(folder: Path, **changes: str) -> Path:
+    """A task of one's own, with pieces of its file replaced."""
+    folder.mkdir()
+    (folder / "spell.jsonl").write_text("\n".join(json.dumps({"word": f"word {n}", "answer": n % 3}) for n in range(9)))
+    text = OWN.format(file=folder / "spell.jsonl")
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (folder / "spell.yaml").write_text(text)
+    return folder
+
+
+def test_a_task_of_one_s_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = own_task(tmp_path / "tasks")
+    found = evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base", "mixture"])
+    scores = found.tasks["spell"]
+    assert (scores.metric, scores.items, scores.chance) == ("acc_norm", 9, pytest.approx(1 / 3))
+    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+    right = 0
+    for number in range(9):
+        likely = [direct(model, tokenizer, f"word {number}", letter) for letter in "abc"]
+        right += likely.index(max(likely)) == number % 3
+    assert scores.rows["mixture"].value == pytest.approx(right / 9)
+
+
+def test_adapters_are_rows(tmp_path: Path) -> None:
+    """An expert that is an adapter is scored as the base with the adapter folded in."""
+    from peft import LoraConfig, get_peft_model
+
+    from modekit.loaded.models import load_adapted
+    from modekit.sources.adapter import open_adapter
+    from modekit.sources.model import open_source
+
+    workshop = make_workshop(tmp_path)
+    torch.manual_seed(3)
+    tuned = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "lora")
+    workshop.recipe["experts"][1] = {"name": "law", "adapter": "./lora", "text": "./text/law.jsonl"}
+    folder = workshop.build()
+    found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")])
+    assert found.models == ["base", "medicine", "law", "code", "mixture"]
+    base = workshop.root / "base"
+    model = load_adapted(base, open_adapter("law", "lora", tmp_path / "lora", open_source("base_model", "base", base)))
+    tokenizer = load_tokenizer(folder)
+    likely = [[direct(model, tokenizer, f"word {n}", letter) for letter in "abc"] for n in range(9)]
+    expected = sum(each.index(max(each)) == n % 3 for n, each in enumerate(likely)) / 9
+    assert found.tasks["spell"].rows["law"].value == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- the results
+
+
+def test_results_stay_beside_each_other_until_the_checkpoint_changes(asked: Workshop, tmp_path: Path) -> None:
+    folder = asked.build("again")
+    checkpoint = open_checkpoint(folder)
+    evaluate_tasks(checkpoint, ["continuations"], models=["base", "mixture"], limit=8)
+    tasks = own_task(tmp_path / "tasks")
+    found = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"])
+    data = json.loads((folder / "results" / "tasks.json").read_text())
+    assert data["format"] == 1 and data["checkpoint"] == checkpoint.identity
+    assert {"spell", task_name("continuations", "code")} <= set(data["tasks"]) and "continuations" in data["macro"]
+    assert results_of(data).as_data(checkpoint)["tasks"] == found.as_data(checkpoint)["tasks"]
+    data["checkpoint"]["router_sha256"] = "of another"
+    (folder / "results" / "tasks.json").write_text(json.dumps(data))
+    alone = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"])
+    assert list(alone.tasks) == ["spell"] and "of another state of the checkpoint" in alone.notes[-1]
+    for damaged in ("{", '{"checkpoint": 3}', "[]", json.dumps({**alone.as_data(checkpoint), "tasks": 3})):
+        (folder / "results" / "tasks.json").write_text(damaged)
+        assert list(evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"]).tasks) == ["spell"]
+
+
+def test_perplexity_stands_beside_the_questions_when_it_is_this_checkpoint_s(asked: Workshop) -> None:
+    folder = asked.build("beside")
+    checkpoint = open_checkpoint(folder)
+    table = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64)
+    evaluate_tasks(checkpoint, ["continuations"], models=["mixture"], limit=8)
+    shown = f"{table.row('mixture').scores['law'].perplexity:.1f}"
+    text = (folder / "results" / "tasks.md").read_text()
+    assert "| model | perplexity | continuations (acc_mutual_info, 8) |" in text and f"| mixture | {shown} |" in text
+    asked.build("other", mixture={"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 7}})
+    other = open_checkpoint(asked.root / "other")
+    (other.folder / "results").mkdir()
+    (other.folder / "results" / "eval.json").write_bytes((folder / "results" / "eval.json").read_bytes())
+    evaluate_tasks(other, ["continuations"], models=["mixture"], limit=8)
+    assert "perplexity" not in (other.folder / "results" / "tasks.md").read_text()
+
+
+def test_a_model_that_is_gone_is_left_out(asked: Workshop, tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, {**asked.recipe})
+    for name in ("base", "medicine", "law", "code"):
+        save(tiny_model(seed=1), tmp_path / name)
+    (tmp_path / "text").symlink_to(asked.root / "text")
+    folder = workshop.build()
+    (tmp_path / "law").rename(tmp_path / "moved")
+    found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")])
+    assert found.models == ["base", "medicine", "code", "mixture"]
+    assert any("law left out" in note for note in found.notes)
+
+
+def test_generated_text_is_compared_as_far_as_the_reference_goes() -> None:
+    doc = {"reference": "one two\nthree", "words": 3, "prompt": "x"}
+    assert process_results(doc, [" one two three four five"])["chrf"] == pytest.approx(100)
+    doc = {"reference": "a shaking chill.", "words": 0, "prompt": "Ague:"}
+    found = process_results(doc, [" a shaking chill"])
+    assert found == {"chrf": pytest.approx(100), "bleu": ("a shaking chill", "a shaking chill"), "rougeL": pytest.approx(100)}
+    assert process_results(doc, [""])["rougeL"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
+    out = asked.root / "OUT"
+    assert "expected: base, medicine, law, code, mixture" in refuse("eval", out, "--tasks", "glosses", "--models", "all")
+    assert "the folder of tasks does not exist" in refuse("eval", out, "--tasks", "x", "--include-path", tmp_path / "none")
+    assert "no name is given" in refuse("eval", out, "--tasks", " , ")
+    assert "it belongs to --tasks" in refuse("eval", out, "--limit", "3")
+    assert "--tasks scores no text" in refuse("eval", out, "--tasks", "glosses", "--tokens", "500")
+    assert "no tasks by name are asked for" in refuse("eval", out, "--tasks", "glosses", "--include-path", tmp_path)
+    tasks = own_task(tmp_path / "own")
+    message = refuse("eval", out, "--tasks", "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
+    assert "where:    --seen" in message and "no questions are asked for" in message
+    message = refuse("eval", out, "--tasks", "spell", "--include-path", own_task(tmp_path / "a", **{"word": "nothing"}))
+    assert "the task cannot be loaded" in message
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness(asked: Workshop) -> None:
+    """Its thousands of files are looked through: half a minute."""
+    assert "perhaps hellaswag" in refuse("eval", asked.root / "OUT", "--tasks", "helaswag")
+    message = refuse("eval", asked.root / "OUT", "--tasks", "hellaswag")
+    assert "--tasks hellaswag" in message and "on a hub that can be reached" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answer\n": "!function spell.target\n"},
+        {"output_type": "class: !function spell.Task\noutput_type"},
+        {"test_split": "unsafe_code: true\ntest_split"},
+        {"dataset_path: json": "dataset_path: pandas"},
+        {"{{data": "{{trust_remote_code: true, data", "kwargs: {data": "kwargs: {trust_remote_code: true, data"},
+        {"test_split": "include: ../other/with_code.yaml\ntest_split"},
+        {"task: spell": "%TAG !f! !func\n---\ntask: spell", "answer\n": "!f!tion spell.target\n"},
+    ],
+)
+def test_code_in_a_folder_of_tasks_needs_the_flag(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, str]) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "with_code.yaml").write_text("doc_to_text: !function spell.text\n")
+    folder = own_task(tmp_path / "tasks", **change)
+    marker = tmp_path / "ran"
+    (folder / "spell.py").write_text(f"open({str(marker)!r}, 'w').close()\ntarget = text = lambda doc: 'a'\n")
+    with pytest.raises(ModekitError, match="brings code of its own"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
+    assert not marker.exists()
+
+
+def test_code_in_another_encoding_is_seen_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = own_task(tmp_path / "tasks", **{"answer\n": "!function spell.target\n"})
+    (folder / "spell.yaml").write_bytes((folder / "spell.yaml").read_text().encode("utf-16"))
+    with pytest.raises(ModekitError, match="brings code of its own"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
+    (folder / "spell.yaml").write_text("task: [")
+    with pytest.raises(ModekitError, match="cannot be read"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
+
+
+def test_templates_stay_in_their_sandbox(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    reach = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
+    folder = own_task(tmp_path / "tasks", **{'"{{word}}"': json.dumps(reach)})
+    with pytest.raises(TextError, match="SecurityError"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
+
+
+def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    assert "pip install 'modekit[eval]'" in refuse("eval", asked.root / "OUT", "--tasks", "glosses")
+    with pytest.raises(ModekitError, match="not installed"):
+        harness.require_harness()
+
+
+def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of the harness's noise, and JSON that is JSON."""
+    folder = asked.build("shown")
+    options = ["--tasks", "continuations,generation", "--limit", "6", "--models", "base,mixture"]
+    done = subprocess.run(
+        [sys.executable, "-m", "modekit", "eval", str(folder), *options], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "continuations (acc_mutual_info, chance 0.25)" in done.stdout and "tasks.json, tasks.md" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["modekit", "eval", str(folder), *options, "--json"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.err) == (0, "")
+    assert json.loads(printed.out)["tasks"][task_name("continuations", "code")]["items"] == 6

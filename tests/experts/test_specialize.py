@@ -1,0 +1,91 @@
+"""Specialists: what moves, what stays bit-identical, what text they read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import modekit.loaded.next_token as training_module
+from conftest import Workshop, save, tiny_model
+from modekit.errors import TextError
+from modekit.experts.specialize import specialize
+from modekit.loaded.next_token import Training
+from modekit.text.documents import split_of
+
+TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
+
+
+def run(workshop: Workshop, name: str, **kwargs: Any) -> dict[str, Any]:
+    return specialize(
+        workshop.root / "base", workshop.root / name, ["./text/law.jsonl"], root=workshop.root, training=TRAINING, **kwargs
+    )
+
+
+def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop) -> None:
+    record = run(workshop, "new")
+    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record
+
+
+def test_full_moves_everything(workshop: Workshop) -> None:
+    run(workshop, "new", train="full")
+    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_dtype_of_the_base_is_kept_and_its_backbone_stays_exact(workshop: Workshop) -> None:
+    save(tiny_model().to(torch.bfloat16), workshop.root / "base")
+    run(workshop, "new")
+    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+
+
+def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
+    """bf16 matrices and fp32 norms, as some bases have: whatever did not move is bit-identical."""
+    before = load_file(workshop.root / "base" / "model.safetensors")
+    before = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in before.items()}
+    save_file(before, workshop.root / "base" / "model.safetensors", metadata={"format": "pt"})
+    run(workshop, "new")
+    after = load_file(workshop.root / "new" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+
+
+def test_only_the_fit_split_is_read(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    real = training_module.encode
+
+    def spy(tokenizer: Any, documents: Any, **kwargs: Any) -> Any:
+        documents = list(documents)
+        seen.extend(documents if kwargs["max_tokens"] == TRAINING.max_tokens else [])
+        return real(tokenizer, documents, **kwargs)
+
+    monkeypatch.setattr(training_module, "encode", spy)
+    run(workshop, "new")
+    assert seen and {split_of(document) for document in seen} == {"fit"}
+
+
+def test_the_same_seed_gives_the_same_bytes(workshop: Workshop) -> None:
+    run(workshop, "one")
+    run(workshop, "two")
+    one, two = ((workshop.root / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="not finite"):
+        specialize(
+            workshop.root / "base", workshop.root / "new", ["./text/law.jsonl"], root=workshop.root,
+            training=TRAINING.with_(learning_rate=1e30, clip=1e30),
+        )  # fmt: skip
+    assert not list(workshop.root.glob("new*"))

@@ -1,0 +1,306 @@
+"""`modekit card`: metadata as the hub reads it, a snippet that runs, licences as the sources say them, nobody's file lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import modekit.report.licences as licences_module
+from conftest import DOMAINS, Workshop, save, tiny_model
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import OutputError
+from modekit.evaluation.evaluate import evaluate
+from modekit.report.card import write_card
+from modekit.report.licences import facts, front_matter, sources_of
+from modekit.routing.refit import refit
+from refusal import borrow, copy_base, copy_expert, refuse, run_python
+
+APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n   http://www.apache.org/"
+GPL = "                    GNU GENERAL PUBLIC LICENSE\n                       Version 3, 29 June 2007\n\n Copyright (C) 2007"
+BSD = "Copyright (c) 2020, A\n\nRedistribution and use in source and binary forms, with or without\nmodification {} the name"
+
+
+@pytest.fixture
+def mine(shared_workshop: Workshop, tmp_path: Path) -> Workshop:
+    """A workshop whose base and experts this test may write into."""
+    workshop = borrow(shared_workshop, tmp_path)
+    copy_base(workshop)
+    for place in range(len(DOMAINS)):
+        copy_expert(workshop, place)
+    return workshop
+
+
+def says(folder: Path, **matter: Any) -> None:
+    """Give a model a README that says so."""
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(matter)}---\n# A model\n")
+
+
+def card_of(checkpoint: Checkpoint, **options: Any) -> tuple[dict[str, Any], str]:
+    """Metadata and text of the card, read by the hub's own library."""
+    write_card(checkpoint, **options)
+    card = ModelCard.load(checkpoint.folder / "README.md")
+    return card.data.to_dict(), card.text
+
+
+def test_one_licence_of_all_is_that_of_the_mixture(mine: Workshop) -> None:
+    for name in ("base", *DOMAINS):
+        says(mine.root / name, license="apache-2.0", language=["en", "de"] if name == "law" else "en")
+    checkpoint = open_checkpoint(mine.build())
+    data, text = card_of(checkpoint)
+    assert data["license"] == "apache-2.0" and "license_name" not in data and "license_link" not in data
+    assert data["language"] == ["en", "de"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert {"modekit", "moe", "merge"} <= set(data["tags"])
+    assert "differ" not in text and not (checkpoint.folder / "LICENSE.md").exists()
+    assert [f"| {name} |" in text for name in ("base model", "expert law")] == [True, True]
+
+
+def test_licences_that_differ_are_named_in_plain_words(mine: Workshop) -> None:
+    says(mine.root / "base", license="apache-2.0")
+    says(mine.root / "medicine", license="cc-by-nc-sa-4.0")
+    (mine.root / "law" / "LICENSE").write_text(GPL)
+    checkpoint = open_checkpoint(mine.build())
+    data, text = card_of(checkpoint)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "of-the-sources", "LICENSE.md")
+    page = (checkpoint.folder / "LICENSE.md").read_text()
+    for shown in (text, page):
+        plain = shown.replace("\\", "")
+        assert "licences differ (apache-2.0: base model; cc-by-nc-sa-4.0: expert medicine; gpl-3.0: expert law; " in plain
+        assert "no licence was found for expert code" in plain
+        assert "non-commercial use only: cc-by-nc-sa-4.0 (expert medicine)" in plain
+        assert "share-alike (what is made of it goes under the same licence): cc-by-nc-sa-4.0, gpl-3.0" in plain
+    assert "advice" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("LICENSE", APACHE, "apache-2.0"),
+        ("LICENSE.txt", GPL, "gpl-3.0"),
+        ("LICENCE.md", "MIT License\n\nCopyright (c) 2020", "mit"),
+        ("LICENSE", "Permission is hereby granted, free of charge, to any person obtaining a copy of this", "mit"),
+        ("COPYING", BSD.format("Neither"), "bsd-3-clause"),
+        ("COPYING", BSD.format("where"), "bsd-2-clause"),
+        ("LICENSE", "Attribution-NonCommercial 4.0 International\n=====", "cc-by-nc-4.0"),
+        ("LICENSE", "Attribution-NonCommercial-ShareAlike 4.0 International", "cc-by-nc-sa-4.0"),
+        ("LICENSE", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date", "llama3.1"),
+        ("LICENSE", "You may do what you like on Sundays. " * 60 + "GNU GENERAL PUBLIC LICENSE Version 3", "other"),
+        ("LICENSE", "\x00\xff", "other"),
+        ("NOTICE", APACHE, None),
+    ],
+)  # fmt: skip
+def test_a_licence_file_is_known_by_its_title(mine: Workshop, name: str, content: str, expected: str | None) -> None:
+    (mine.root / "law" / name).write_text(content, encoding="latin-1")
+    source = sources_of(open_checkpoint(mine.build()))[2]
+    assert source.licence == expected and source.used_as == ("expert law",)
+    assert source.found == (name if expected else "neither README.md nor a licence file says one")
+
+
+@pytest.mark.parametrize(
+    ("matter", "expected"),
+    [
+        ("license: MIT", ("mit", None)),
+        ("license: [mit, apache-2.0]", ("other", "mit and apache-2.0")),
+        ("license: other\nlicense_name: my-terms\nlicense_link: https://example.org/terms", ("other", "my-terms")),
+        ("license: Ask me!", ("other", "Ask me!")),
+        ("license: unknown", (None, None)),
+        ("license: 3", (None, None)),
+        ("license: {a: b}", (None, None)),
+        ("license: &a [*a]", (None, None)),
+        ("license: !!python/object/apply:os.system [id]", (None, None)),
+        ("- mit", (None, None)),
+        ("a: [", (None, None)),
+    ],
+)
+def test_a_front_matter_is_read_and_not_trusted(mine: Workshop, matter: str, expected: tuple[str | None, str | None]) -> None:
+    (mine.root / "law" / "README.md").write_text(f"---\n{matter}\n---\ntext\n---\nlicense: gpl-3.0\n---\n")
+    source = sources_of(open_checkpoint(mine.build()))[2]
+    assert (source.licence, source.licence_name) == expected
+
+
+def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:
+    (mine.root / "law" / "LICENSE").write_text(GPL)
+    says(mine.root / "law", license="mit")
+    assert sources_of(open_checkpoint(mine.build()))[2].said == "mit"
+    (mine.root / "law" / "README.md").write_text("---\n" + "x" * 2**20 + "\n---\n")
+    assert front_matter(mine.root / "law" / "README.md") == {}
+    shutil.rmtree(mine.root / "law")
+    assert sources_of(open_checkpoint(mine.root / "OUT"))[2].found == "the folder is gone"
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_link(mine: Workshop) -> None:
+    for name in ("base", *DOMAINS):
+        says(mine.root / name, license="other", license_name="terms", license_link="https://example.org/terms")
+    checkpoint = open_checkpoint(mine.build())
+    data, text = card_of(checkpoint)
+    assert [data[key] for key in ("license", "license_name", "license_link")] == ["other", "terms", "https://example.org/terms"]
+    assert "terms of its own, to be read: other \\(terms\\)" in text
+
+
+def hub_model(mine: Workshop, monkeypatch: pytest.MonkeyPatch, readme: str | None) -> Checkpoint:
+    """A checkpoint whose base and law expert the recipe names by hub ids, as a record says after a build."""
+    checkpoint = open_checkpoint(mine.build())
+    named = {"./base": "org/base-1b", "./law": "org/law-1b"}
+    sources = [
+        source.model_copy(
+            update={"spec": named.get(source.spec, source.spec), "revision": "abc" if source.spec in named else None}
+        )
+        for source in checkpoint.record.sources
+    ]
+    asked = mine.root / "asked.md"
+    if readme is not None:
+        asked.write_text(readme)
+
+    def ask(hub_id: str, revision: str | None) -> Path | None:
+        assert hub_id.startswith("org/") and revision == "abc"
+        return asked if readme is not None else None
+
+    monkeypatch.setattr(licences_module, "_hub_readme", ask)
+    return Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"sources": sources}))
+
+
+def test_hub_models_are_named_and_asked(mine: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    says(mine.root / "medicine", license="mit", base_model="org/base-1b")
+    says(mine.root / "code", license="mit", base_model=["org/code-1b"])
+    checkpoint = hub_model(mine, monkeypatch, "---\nlicense: mit\nlanguage: en\n---\n")
+    data, _ = card_of(checkpoint)
+    assert data["base_model"] == ["org/base-1b", "org/law-1b", "org/code-1b"]
+    assert data["base_model_relation"] == "merge"
+    assert data["license"] == "mit" and data["language"] == ["en"]
+
+
+def test_without_the_hub_what_is_not_known_is_said(mine: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = hub_model(mine, monkeypatch, None)
+    card = write_card(checkpoint)
+    assert any(note.startswith("no licence was found for base model") for note in card.notes)
+    assert ModelCard.load(checkpoint.folder / "README.md").data.license == "other"
+
+
+def test_offline_the_hub_is_not_reached(mine: Workshop) -> None:
+    """The tests run offline: the library's own refusal is no error here."""
+    assert licences_module._hub_readme("org/nothing-there", None) is None
+
+
+def test_texts_that_are_hub_data_sets_are_named(mine: Workshop) -> None:
+    experts = [{**expert} for expert in mine.recipe["experts"]]
+    checkpoint = open_checkpoint(mine.build(experts=experts))
+    recipe = checkpoint.record.recipe
+    changed = [recipe.experts[0].model_copy(update={"text": ["org/papers"]}), *recipe.experts[1:]]
+    record = checkpoint.record.model_copy(update={"recipe": recipe.model_copy(update={"experts": changed})})
+    data, _ = card_of(Checkpoint(checkpoint.folder, record))
+    assert data["datasets"] == ["org/papers"]
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [{"method": "routing", "top_k": 2, "router": {"fit": "random"}},
+     {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}],
+)  # fmt: skip
+def test_the_snippet_runs(mine: Workshop, mixture: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(mine.build('A mix\'s "own" name', mixture=mixture))
+    _, text = card_of(checkpoint)
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert ("import modekit" in snippet) == (checkpoint.native is None)
+    done = run_python(snippet, cwd=checkpoint.folder.parent)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_table_is_in_it_when_it_is_this_mixtures(mine: Workshop) -> None:
+    mixture = {"method": "routing", "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+    checkpoint = open_checkpoint(mine.build(mixture=mixture))
+    _, text = card_of(checkpoint)
+    assert "not evaluated yet" in text
+    results = evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    _, text = card_of(checkpoint)
+    loss = results.row("mixture").scores["law"].loss
+    assert f"{loss:.3f} / " in text and "| mixture |" in text and "oracle" in text
+    changed = refit(checkpoint, {"router": {"temperature": 0.01}})
+    _, text = card_of(changed)
+    assert "another state" in text and "| mixture |" not in text
+    (changed.folder / "results" / "eval.json").write_text("[3]")
+    assert "cannot be read" in card_of(changed)[1]
+
+
+def test_the_recipe_in_it_is_the_recipe(mine: Workshop) -> None:
+    checkpoint = open_checkpoint(mine.build())
+    _, text = card_of(checkpoint)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert yaml.safe_load(recipe) == json.loads((checkpoint.folder / "modekit.json").read_text())["recipe"]
+
+
+def test_a_card_that_modekit_did_not_write_is_kept(mine: Workshop) -> None:
+    checkpoint = open_checkpoint(mine.build())
+    readme = checkpoint.folder / "README.md"
+    readme.write_text("my own words")
+    message = refuse("card", checkpoint.folder)
+    assert "pass --overwrite" in message and str(readme) in message
+    assert readme.read_text() == "my own words" and not (checkpoint.folder / "LICENSE.md").exists()
+    write_card(checkpoint, overwrite=True)
+    first = readme.read_bytes()
+    write_card(checkpoint)  # its own, unchanged
+    assert readme.read_bytes() == first
+    readme.write_text(readme.read_text().replace("## Limits", "## Limits, and what I found"))
+    with pytest.raises(OutputError, match="changed since"):
+        write_card(checkpoint)
+    (checkpoint.folder / "LICENSE.md").write_bytes(b"\xff")
+    shutil.copy(checkpoint.folder / "config.json", readme)
+    with pytest.raises(OutputError):
+        write_card(checkpoint)
+
+
+def test_what_others_wrote_is_text_in_it(mine: Workshop) -> None:
+    """A folder whose name is markup, and a licence whose name closes the table."""
+    hostile = "a|b`<script>alert(1)</script>](javascript:x)"
+    folder = mine.root / "law"
+    says(folder, license="other", license_name="| x |\n\n# <script>alert(2)</script> ``` ---", license_link="javascript:x")
+    checkpoint = open_checkpoint(mine.build())
+    sources = [
+        source.model_copy(update={"spec": hostile}) if source.spec == "./law" else source
+        for source in checkpoint.record.sources
+    ]
+    _, text = card_of(Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"sources": sources})))
+    page = (checkpoint.folder / "LICENSE.md").read_text()
+    for shown in (text, page):
+        outside = re.sub(r"```.*?```", "", shown, flags=re.DOTALL)
+        assert "<script>" not in outside and "\n# <" not in outside and "](javascript" not in outside
+        rows = [line for line in outside.splitlines() if line.startswith("| expert law")]
+        assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)
+
+
+def test_facts_are_none_when_all_say_the_same(mine: Workshop) -> None:
+    for name in ("base", *DOMAINS):
+        says(mine.root / name, license="apache-2.0")
+    assert facts(sources_of(open_checkpoint(mine.build()))) == []
+
+
+def test_an_expert_that_is_the_base_is_one_source(mine: Workshop) -> None:
+    experts = [*mine.recipe["experts"], {"name": "general", "model": "base", "text": mine.recipe["experts"][0]["text"]}]
+    sources = sources_of(open_checkpoint(mine.build(experts=experts)))
+    assert sources[0].used_as == ("base model", "expert general") and len(sources) == 4
+
+
+def test_the_command(mine: Workshop) -> None:
+    out = mine.build()
+    done = run_python("from modekit.cli import main; main()", "card", out)
+    assert done.returncode == 0, done.stderr
+    assert "no licence was found" in done.stdout and "license other" in done.stdout
+    assert (out / "README.md").exists()
+
+
+def test_a_native_mixture_with_its_card_is_still_loaded(mine: Workshop) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save(tiny_model(seed=9), mine.root / "law")
+    checkpoint = open_checkpoint(mine.build())
+    write_card(checkpoint)
+    assert is_proven(verify(checkpoint))
+    assert AutoModelForCausalLM.from_pretrained(checkpoint.folder) is not None
+    assert open_checkpoint(checkpoint.folder).names == list(DOMAINS)

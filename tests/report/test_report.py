@@ -1,0 +1,739 @@
+"""`modekit report`: what the page shows is what the JSON says, it runs nothing of the data, and people can read it."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import DOMAINS, Workshop, make_workshop
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.cli.printing.mixtures import out as console
+from modekit.evaluation.evaluate import evaluate
+from modekit.report.content import make_content, rounded
+from modekit.report.drawing import ticks
+from modekit.report.page import FORMATS, make_page, shade, tint
+from modekit.report.routing import SAMPLE_BYTES
+from modekit.report.write import write_report
+from modekit.routing.refit import refit
+from modekit.training.settings import train_settings
+from modekit.training.train import train
+from refusal import refuse, run_python, tree
+
+LIMIT = 2_000_000
+RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+HOSTILE = (
+    "<script>window.hacked = 1</script>", "</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>",
+    "{{ 7 * 7 }}", "<!--", "]]>", "\u2028\u2029", "&lt;b&gt;", "' onmouseover='window.hacked=1", "a\nb", "\\u003c",
+    "</style>", "",
+)  # fmt: skip
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def inspection_of(
+    checkpoint: Checkpoint, *, routers: list[tuple[int | None, str]] | None = None, domains: tuple[str, ...] = DOMAINS,
+    unseen: tuple[str, ...] = ("music",), tokens: int = 40, texts: int = 2, pieces: tuple[str, ...] = HOSTILE,
+) -> dict[str, Any]:  # fmt: skip
+    """An inspect.json of the agreed shape, with numbers that are drawn."""
+    draw = np.random.default_rng(0)
+    experts = checkpoint.names
+    routers = routers or [(layer, "mlp") for layer in range(checkpoint.layers)]
+
+    def weights(*shape: int) -> list[Any]:
+        return rounded(draw.dirichlet(np.full(len(experts), 0.3), size=shape).tolist())
+
+    per_domain = {
+        name: {
+            "expert": name if name in experts else None, "documents": 5, "tokens": 123, "loss": float(draw.uniform(3, 5)),
+            "shares": weights(len(routers)), "chosen": weights(len(routers)),
+            "entropy": draw.uniform(0, 1, len(routers)).tolist(),
+            "agreement": draw.uniform(0, 1, len(routers)).tolist() if name in experts else None,
+            "without": {expert: float(draw.normal(0, 0.1)) for expert in experts}, "named": 0.75 if name in experts else None,
+        }
+        for name in (*domains, *unseen)
+    }  # fmt: skip
+    samples = []
+    for name in (*domains, *unseen):
+        for _ in range(texts):
+            words = [pieces[place % len(pieces)] for place in range(tokens)]
+            losses = [None, *draw.uniform(0, 9, tokens - 1).tolist()]
+            samples.append(
+                {
+                    "domain": name, "text": "".join(words), "loss": float(np.mean(losses[1:])),
+                    "tokens": [{"text": word, "loss": loss} for word, loss in zip(words, losses, strict=True)],
+                    "weights": weights(len(routers), tokens),
+                    "without": {expert: float(draw.normal(0, 0.1)) for expert in experts},
+                }
+            )  # fmt: skip
+    alike = draw.uniform(-0.2, 0.9, (len(experts), len(experts)))
+    np.fill_diagonal(alike, 1)
+    return rounded(
+        {
+            "format": 1, "checkpoint": checkpoint.identity, "experts": experts, "domains": list(domains),
+            "unseen": list(unseen), "top_k": 2, "per_domain": per_domain, "utilisation": weights(len(routers)),
+            "routers": [{"name": f"r{i}.gate", "layer": layer, "module": module} for i, (layer, module) in enumerate(routers)],
+            "dead": [{"router": 0, "expert": experts[-1]}],
+            "similarity": {"experts": alike.tolist(), "of": "cosine of <b>changes</b>"},
+            "top_tokens": {
+                expert: [{"token": piece, "share": 0.5, "count": 3, "lift": 1.5} for piece in pieces] for expert in experts
+            },
+            "texts": samples, "notes": ["a note with <i>markup</i>"], "a key of a later version": 1,
+        }
+    )  # type: ignore[no-any-return] # fmt: skip
+
+
+def put(checkpoint: Checkpoint, name: str, data: object) -> None:
+    folder = checkpoint.folder / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
+
+
+TASKS = {
+    "format": 1, "notes": ["three <questions>"], "later": 1,
+    "tasks": {
+        "qa <i>1</i>": {
+            "metric": "accuracy", "rows": {"base": {"value": 0.25, "low": 0.2, "high": 0.31}, "mixture": {"value": 0.5}},
+        },
+        "items": {"metric": "rouge", "rows": {"mixture": {"value": 0.125, "low": 0.1, "high": 0.15, "n": 3}}},
+    },
+}  # fmt: skip
+
+
+def search_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    def variant(name: str, status: str, loss: float, active: int, **marks: bool) -> dict[str, Any]:
+        report = {"mean_loss": loss + 0.01, "gap_closed": 0.5} if status == "scored" else None
+        return {
+            "name": name, "description": "ridge <b>T</b>", "status": status, "mean_loss": loss, "report": report,
+            "active": active, "native": True, "best": False, "pareto": False, **marks,
+        }  # fmt: skip
+
+    return {
+        "format": 1, "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}, "seconds": 12.5,
+        "candidates": [
+            variant("", "scored", 3.1, 2_000_000, best=True, pareto=True), variant("noisy", "scored", 3.4, 2_000_000),
+            variant("", "scored", 3.2, 1_500_000, pareto=True), variant("", "dropped", 3.9, 2_500_000),
+            {**variant("gate-less", "dropped", 3.8, 2_000_000), "report": {"mean_loss": 3.7, "gap_closed": 0.1}},
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def told(workshop: Workshop) -> Checkpoint:
+    """A trained checkpoint with everything a report can show, and a licence that is not to be trusted."""
+    (workshop.root / "law" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: <script>window.hacked=1</script>\nlicense_link: javascript:window.hacked=1\n---\n"
+    )
+    workshop.recipe["eval"] = {"music": str(write_music(workshop.root))}
+    checkpoint = open_checkpoint(workshop.build("TOLD", mixture=RIDGE))
+    settings = train_settings(
+        {"steps": 4, "batch_tokens": 300, "sequence_length": 64, "select_tokens": 300, "evaluate_every": 1,
+         "learning_rate": 0.02},
+        where="test",
+    )  # fmt: skip
+    done = train(checkpoint, settings, evaluate_tokens=400)
+    assert done.improved
+    evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
+    put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
+    put(done.checkpoint, "tasks.json", TASKS)
+    put(done.checkpoint, "tune.json", search_of(done.checkpoint))
+    return done.checkpoint
+
+
+def write_music(root: Path) -> Path:
+    path = root / "text" / "music.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{n} a rose is a rose is a rose"}) for n in range(30)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(told: Checkpoint) -> Path:
+    report = write_report(told)
+    assert report.notes == []
+    return report.page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium was found, and CI must not pass without having looked at the page")
+        pytest.skip("no Chromium was found")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield started
+        started.close()
+
+
+Opened = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Iterator[Opened]:
+    """Open a page; at the end nothing was wrong, nothing was fetched and nothing of the data has run."""
+    contexts, wrong, fetched = [], [], []
+
+    def open_page(file: Path = page, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: wrong.append(message.text))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.on("request", lambda request: fetched.append(request.url))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        for tab in context.pages:
+            if context is not None and tab.evaluate("1") == 1:
+                assert tab.evaluate("window.hacked") is None
+        context.close()
+    assert wrong == []
+    assert len(fetched) == len(contexts) and all(url.startswith("file:") and url.endswith(".html") for url in fetched)
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    return json.loads(page.with_suffix(".json").read_text())  # type: ignore[no-any-return]
+
+
+def at(data: Any, pointer: str) -> Any:
+    for part in pointer.removeprefix("/").split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    return data
+
+
+class Shown(HTMLParser):
+    """Figures of a page (place, kind, value, text), and text that stands outside of figures, code, pictures and scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.figures: list[tuple[str, str, str, str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self._figure: tuple[str, str, str] | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        if tag not in {"meta", "input", "br"}:
+            self._open.append(tag)
+        if tag == "data":
+            self._figure = (str(given["data-at"]), str(given["data-as"]), str(given["value"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == "data":
+            self._figure = None
+
+    def handle_data(self, data: str) -> None:
+        if self._figure is not None:
+            self.figures.append((*self._figure, data))
+        elif not {"script", "style", "code", "pre", "text", "title", "footer"} & set(self._open):
+            self.text.append(data)
+
+
+def test_a_search_shows_its_variants_and_its_front(page: Path, opened: Opened) -> None:
+    search = data_of(page)["search"]
+    assert (search["tried"], search["dropped"], len(search["variants"])) == (5, 2, 4)
+    assert [variant["mean_loss"] for variant in search["variants"] if variant["name"] == "gate-less"] == [None]
+    assert search["front"] == [[1_500_000, 3.2], [2_000_000, 3.1]]
+    tab = opened()
+    assert tab.locator("#search .dot").count() == 3 and tab.locator("#search .dot.front").count() == 2
+    assert "this mixture" in tab.locator("#search tr.mixture").inner_text()
+
+
+def test_tasks_of_another_checkpoint_are_left_out(told: Checkpoint) -> None:
+    try:
+        put(told, "tasks.json", {**TASKS, "checkpoint": {"recipe_digest": "0"}})
+        content = make_content(told)
+    finally:
+        put(told, "tasks.json", TASKS)
+    assert content["tasks"] is None and any("tasks.json is of another state" in line for line in content["missing"])
+
+
+def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
+    data = {**search_of(told), "checkpoint": {"recipe_digest": "0"}}
+    kept = (told.folder / "results" / "tune.json").read_text()
+    try:
+        put(told, "tune.json", data)
+        content = make_content(told)
+    finally:
+        put(told, "tune.json", kept)
+    assert content["search"] is None and any("tune.json is of another recipe" in line for line in content["missing"])
+
+
+def test_every_figure_is_the_json_beside_it(page: Path) -> None:
+    data, shown = data_of(page), Shown(page.read_text())
+    assert len(shown.figures) > 300
+    for pointer, kind, value, text in shown.figures:
+        assert json.loads(value) == at(data, pointer), pointer
+        assert text == FORMATS[kind](at(data, pointer)), pointer
+    places = {pointer.split("/")[1] for pointer, *_ in shown.figures}
+    assert {"results", "routing", "training", "tasks", "sizes", "provenance"} <= places
+    loose = [text for text in shown.text if re.search(r"\d[.,]\d", text)]
+    assert loose == []  # no figure stands there on its own
+
+
+def test_what_the_json_says_is_what_was_measured(told: Checkpoint, page: Path) -> None:
+    data = data_of(page)
+    measured = json.loads((told.folder / "results" / "eval.json").read_text())
+    for row, shown in zip(measured["rows"], data["results"]["rows"], strict=True):
+        assert shown["name"] == row["name"]
+        for name, score in row["domains"].items():
+            assert shown["domains"][name]["loss"] == pytest.approx(score["loss"], rel=1e-5)
+            if score["gap_error"] is not None:
+                assert shown["domains"][name]["gap_error"] == pytest.approx(score["gap_error"], rel=1e-5)
+            base = measured["rows"][0]["domains"][name]["loss"]
+            assert data["results"]["against_base"][row["name"]][name] == pytest.approx(score["loss"] - base, abs=1e-4)
+    inspected = json.loads((told.folder / "results" / "inspect.json").read_text())
+    for name in (*DOMAINS, "music"):
+        assert data["routing"]["per_domain"][name]["shares"] == inspected["per_domain"][name]["shares"]
+        mean = np.mean(inspected["per_domain"][name]["shares"], axis=0)
+        assert data["routing"]["per_domain"][name]["mean_share"] == pytest.approx(mean, rel=1e-4)
+    for sample in data["samples"]["texts"]:
+        assert [token["text"] for token in sample["tokens"]] == [HOSTILE[place % len(HOSTILE)] for place in range(40)]
+    assert [sample["domain"] for sample in data["samples"]["texts"]] == [*DOMAINS, "music"] * 2
+    assert data["tasks"]["tasks"]["items"]["rows"]["mixture"]["value"] == 0.125
+    before = told.record.training[-1].select_loss["law"]["before"]
+    assert data["training"]["runs"][0]["select_loss"]["law"]["before"] == pytest.approx(before, rel=1e-5)
+    assert data["training"]["curve"]["domains"]["law"][0] == [0, pytest.approx(before, rel=1e-5)]
+
+
+def test_it_opens_from_disk_without_a_fault_and_fetches_nothing(opened: Opened, page: Path) -> None:
+    tab = opened()
+    assert tab.title() == "TOLD: modekit report"
+    assert page.stat().st_size < LIMIT
+    heard = tab.evaluate("performance.getEntriesByType('resource').length")
+    assert heard == 0
+
+
+def test_the_page_may_run_its_own_script_alone(opened: Opened, page: Path) -> None:
+    """A script that got in by markup is stopped by the policy: one that we put there ourselves does not run."""
+    broken = page.with_name("broken.html")
+    broken.write_text(page.read_text().replace("</main>", "<script>window.got_in = 1</script></main>"))
+    context = opened().context
+    tab = context.browser.new_context().new_page()
+    tab.goto(broken.as_uri())
+    assert tab.evaluate("window.got_in") is None
+    assert tab.locator(".tok").count() == 40
+    tab.context.close()
+    broken.unlink()
+
+
+def weights_shown(tab: Any) -> dict[str, float]:
+    names = tab.locator("#detail li span").all_text_contents()
+    return dict(zip(names, map(float, tab.locator("#detail li data").all_text_contents()), strict=True))
+
+
+def test_the_slider_and_pointing_change_what_is_shown(opened: Opened, page: Path) -> None:
+    data, tab = data_of(page)["samples"], opened()
+
+    def expect(text: int, router: int, token: int) -> None:
+        sample = data["texts"][text]
+        wanted = dict(zip(DOMAINS, (weight / 1000 for weight in sample["weights"][router][token]), strict=True))
+        assert weights_shown(tab) == pytest.approx(wanted, abs=0.0051)
+        said = tab.locator("#detail p").text_content()
+        assert f"Token {token + 1} of 40" in said and data["routers"][router] in said
+        loss = sample["tokens"][token]["loss"]
+        assert ("not predicted" in said) if loss is None else (f"loss {loss:.2f} nats" in said)
+        for place in range(40):
+            row = sample["weights"][router][place]
+            assert f"e{row.index(max(row))}" in tab.locator(f"#t{place}").get_attribute("class").split()
+        for figure in tab.locator("#detail data, #about data").all():
+            assert float(figure.get_attribute("value")) == at(data_of(page), figure.get_attribute("data-at"))
+
+    expect(0, 1, 1)
+    tab.locator("#t7").hover()
+    expect(0, 1, 7)
+    tab.locator("#layer").fill("2")
+    expect(0, 2, 7)
+    assert tab.locator("#layer-name").text_content() == "layer 2" == tab.locator("#layer").get_attribute("aria-valuetext")
+    tab.locator("#tokens").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
+        tab.keyboard.press(key)
+    expect(0, 2, 8)
+    assert tab.locator("#tokens").get_attribute("aria-activedescendant") == "t8"
+    tab.keyboard.press("End")
+    expect(0, 2, 39)
+    tab.keyboard.press("ArrowRight")
+    expect(0, 2, 39)
+    tab.locator("#sample").select_option(index=4)
+    expect(4, 2, 1)
+    tab.keyboard.press("Home")
+    assert tab.locator("#sample option").all_text_contents()[4] == "medicine, 2"
+
+
+def test_text_of_others_is_shown_and_never_run(opened: Opened, page: Path) -> None:
+    tab = opened()
+    shown = [tab.locator(f"#t{place}").text_content() for place in range(len(HOSTILE))]
+    assert [text.replace("⏎", "") for text in shown] == list(HOSTILE)
+    for place in range(len(HOSTILE)):
+        tab.locator(f"#t{place}").dispatch_event("click")
+    body = tab.locator("body").inner_text()
+    for text in (
+        "cosine of <b>changes</b>",
+        "a note with <i>markup</i>",
+        "qa <i>1</i>",
+        "three <questions>",
+        "javascript:window",
+    ):
+        assert text in body
+    assert tab.locator("#main b, #main img, #main i:not(.ramp i)").count() == 0
+    links = tab.locator("a").evaluate_all("nodes => nodes.map(node => node.getAttribute('href'))")
+    assert links and all(link.startswith("#") for link in links)
+    source = page.read_text()
+    assert source.count("<script") == 2 and source.count("</script") == 2 and "\u2028" not in source
+
+
+def test_a_phone_scrolls_tables_and_not_the_page(opened: Opened) -> None:
+    tab = opened(viewport={"width": 390, "height": 800}, device_scale_factor=2)
+    tab.locator("details").evaluate_all("nodes => nodes.forEach(node => node.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    boxes = tab.locator(".box").evaluate_all("nodes => nodes.map(node => node.scrollWidth > node.clientWidth)")
+    assert any(boxes)
+    narrow = tab.locator("main p").evaluate_all("nodes => Math.max(...nodes.map(node => node.getBoundingClientRect().right))")
+    assert narrow <= 390
+
+
+_CONTRASTS = """() => {
+  const blank = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+  const canvas = blank.getContext("2d", {willReadFrequently: true});
+  const rgba = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
+  const over = (top, below) => [0, 1, 2].map((k) => top[k] * top[3] + below[k] * (1 - top[3])).concat([1]);
+  const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = (c) => { const l = c.slice(0, 3).map((v) => linear(v / 255));
+    return .2126 * l[0] + .7152 * l[1] + .0722 * l[2]; };
+  const under = (node) => { const layers = []; for (let at = node; at; at = at.parentElement)
+    layers.push(rgba(getComputedStyle(at).backgroundColor)); let colour = [255, 255, 255, 1];
+    for (const layer of layers.reverse()) colour = over(layer, colour); return colour; };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const text = [...node.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).join("");
+    if (!text || node.closest(".sr,.skip,script,noscript,option") || !node.checkVisibility()) continue;
+    const style = getComputedStyle(node), below = under(node);
+    const ink = over(rgba(node.closest("svg") ? style.fill : style.color), below);
+    const [a, b] = [light(ink), light(below)].sort((x, y) => y - x);
+    found.push([(a + .05) / (b + .05), node.tagName + "." + (node.getAttribute("class") || "") + ": " + text.slice(0, 30)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_what_is_behind_it(opened: Opened, scheme: str) -> None:
+    tab = opened(color_scheme=scheme)
+    tab.locator("details").evaluate_all("nodes => nodes.forEach(node => node.open = true)")
+    found = tab.evaluate(_CONTRASTS)
+    assert len(found) > 400
+    assert [entry for entry in found if entry[0] < 4.5] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_colour_of_a_heat_map_can_be_read(opened: Opened, scheme: str) -> None:
+    """Whatever the shares of this page: all steps of both scales."""
+    tab = opened(color_scheme=scheme)
+    steps = [shade(value / 20) for value in range(21)] + [tint(value / 10, 1.0) for value in range(-10, 11)]
+    assert len(set(steps)) == 10 + 11
+    cell = "Object.assign(document.createElement('td'), {className: step, textContent: '12'})"
+    tab.evaluate(
+        f"steps => document.querySelector('#worth tbody tr').replaceChildren(...steps.map((step) => {cell}))",
+        sorted(set(steps)),
+    )
+    cells = [entry for entry in tab.evaluate(_CONTRASTS) if entry[1].endswith(": 12")]
+    assert len(cells) >= 21 and min(cells)[0] >= 4.5
+
+
+def test_dark_is_not_light(opened: Opened) -> None:
+    looks = []
+    for scheme in ("light", "dark"):
+        tab = opened(color_scheme=scheme)
+        looks.append(
+            tab.evaluate(
+                "[document.body, document.querySelector('.q5, .q4, .q3')].map(n => getComputedStyle(n).backgroundColor)"
+            )
+        )
+    assert looks[0][0] != looks[1][0] and looks[0][1] != looks[1][1]
+
+
+def test_who_does_not_see_it_can_use_it(opened: Opened, page: Path) -> None:
+    """Landmarks, headings in order, captions, scopes, names; every scrolling box can be reached by keyboard."""
+    tags = Shown(page.read_text()).tags
+    names = [tag for tag, _ in tags]
+    assert [names.count(tag) for tag in ("main", "header", "footer", "h1", "nav")] == [1] * 5
+    levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert names.count("caption") == names.count("table") > 8
+    assert all("scope" in given for tag, given in tags if tag == "th")
+    for tag, given in tags:
+        if tag == "svg":
+            assert given.get("aria-hidden") == "true" or given.get("aria-label")
+        if given.get("class", "") and "box" in str(given["class"]).split() and "gaps" not in str(given["class"]):
+            assert given.get("tabindex") == "0" and given.get("aria-label") and given.get("role") == "region"
+    html = next(given for tag, given in tags if tag == "html")
+    assert html["lang"] == "en"
+    tab = opened()
+    assert tab.locator("#detail").get_attribute("aria-live") == "polite"
+    for label in ("Text", re.compile("Router")):
+        assert tab.get_by_label(label, exact=isinstance(label, str)).count() >= 1
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    assert tab.locator(".skip").bounding_box()["x"] >= 0
+
+
+def test_without_scripts_all_but_the_words_is_there(opened: Opened, browser: Any, page: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(page.as_uri())
+    text = tab.locator("body").inner_text()
+    assert "This part needs JavaScript" in text and "Loss of every model on every domain" in text
+    context.close()
+
+
+def test_each_expert_has_a_look_that_is_not_its_colour_alone(opened: Opened) -> None:
+    tab = opened()
+    looks = tab.locator("header .chip").evaluate_all(
+        "nodes => nodes.map(node => [getComputedStyle(node).textDecorationStyle, getComputedStyle(node).textDecorationColor])"
+    )
+    assert len({style for style, _ in looks}) == len({colour for _, colour in looks}) == len(DOMAINS)
+
+
+def test_the_same_results_give_the_same_bytes(told: Checkpoint, page: Path, tmp_path: Path) -> None:
+    first, second = write_report(told, page=tmp_path / "a" / "page.html"), write_report(told, page=tmp_path / "b" / "page.html")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert first.page.read_bytes() == second.page.read_bytes() == page.read_bytes()
+    assert {path.name for path in first.plots} == {
+        f"{name}.{kind}" for name in ("gap", "loss", "routing", "similarity", "training", "pareto") for kind in ("png", "svg")
+    } or not any(row["mean"]["gap_closed"] is not None for row in data_of(page)["results"]["rows"])
+    for plot in first.plots:
+        content = plot.read_bytes()
+        assert content.startswith(b"\x89PNG") if plot.suffix == ".png" else b"<svg" in content and b"<dc:date>" not in content
+
+
+def test_a_style_of_the_users_own_changes_no_byte(told: Checkpoint, page: Path, tmp_path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": "x", "axes.facecolor": "red"}):
+        mine = write_report(told, page=tmp_path / "page.html")
+        assert matplotlib.rcParams["font.size"] == 20
+    for plot in mine.plots:
+        assert plot.read_bytes() == (page.parent / "plots" / plot.name).read_bytes()
+
+
+def test_without_matplotlib_the_page_is_written_and_says_what_to_install(
+    told: Checkpoint, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    report = write_report(told, page=tmp_path / "page.html")
+    assert report.notes == ["plots need matplotlib: pip install 'modekit[report]'"] and report.plots == []
+    assert report.page.read_bytes() == page.read_bytes() and not (tmp_path / "plots").exists()
+
+
+def large(checkpoint: Checkpoint) -> dict[str, Any]:
+    """64 layers with a router per projection, and longer texts than a page has room for."""
+    routers = [(layer, part) for layer in range(64) for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    return inspection_of(checkpoint, routers=routers, tokens=60, texts=2, pieces=("word ",))
+
+
+def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(workshop.build("LARGE"))
+    put(checkpoint, "inspect.json", large(checkpoint))
+    report = write_report(checkpoint, page=tmp_path / "page.html")
+    data = data_of(report.page)
+    assert report.page.stat().st_size < LIMIT
+    assert len(data["routing"]["rows"]) == 64 and data["routing"]["rows"][-1] == "layer 63"
+    samples = data["samples"]
+    assert [sample["domain"] for sample in samples["texts"][:4]] == [*DOMAINS, "music"]
+    assert len(samples["texts"]) + samples["left_out"] == 8 and samples["left_out"]
+    assert all(sample["cut"] == 60 - len(sample["tokens"]) for sample in samples["texts"])
+    assert SAMPLE_BYTES * 0.9 < len(json.dumps(samples["texts"], separators=(",", ":"))) <= SAMPLE_BYTES * 1.01
+    tab = opened(report.page)
+    tab.locator("#layer").fill("447")
+    assert tab.locator("#layer-name").text_content() == "layer 63 down"
+    assert "no room" in tab.locator("#words").inner_text()
+
+
+def test_names_at_their_limits(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
+    names = ["items", "constructor", "9" + "x._-" * 15 + "abc", "values"]
+    experts = [{"name": name, "model": "base", "text": "./text/law.jsonl"} for name in names]
+    checkpoint = open_checkpoint(workshop.build("NAMES", experts=experts, eval={}))
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    put(checkpoint, "inspect.json", inspection_of(checkpoint, domains=tuple(names), unseen=("get",)))
+    report = write_report(checkpoint, page=tmp_path / "page.html")
+    assert report.notes == []
+    for pointer, kind, value, text in Shown(report.page.read_text()).figures:
+        assert json.loads(value) == at(data_of(report.page), pointer) and text == FORMATS[kind](json.loads(value))
+    tab = opened(report.page, viewport={"width": 390, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert tab.locator("header .chip").all_text_contents() == names
+    assert sorted(weights_shown(tab)) == sorted(names)
+
+
+def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(workshop.build("OLD", mixture=RIDGE))
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    put(checkpoint, "inspect.json", inspection_of(checkpoint))
+    assert write_report(checkpoint, page=tmp_path / "page.html").notes == []
+    changed = refit(checkpoint, {"router": {"temperature": 0.01}})
+    report = write_report(changed, page=tmp_path / "page.html")
+    assert [note.split()[0] for note in report.notes] == ["eval.json", "inspect.json"]
+    assert all("another state" in note for note in report.notes)
+    assert "`modekit eval`" in report.notes[0] and "`modekit inspect`" in report.notes[1]
+    data = data_of(report.page)
+    assert data["results"] is None and data["routing"] is None and data["samples"] is None
+    text = opened(report.page).locator("body").inner_text()
+    assert "Left out of this page" in text and "modekit inspect" in text and "Word by word" not in text
+    assert "Size and cost" in text
+
+
+def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop: Workshop, opened: Opened) -> None:
+    checkpoint = open_checkpoint(workshop.build("NEW"))
+    report = write_report(checkpoint)
+    assert report.notes == ["there is no eval.json: run `modekit eval`", "there is no inspect.json: run `modekit inspect`"]
+    assert report.plots == [] and report.page == checkpoint.folder / "results" / "report.html"
+    opened(report.page)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"rows": 3}', '{"format": 1e999}', "\x00", "[" * 5000, '{"rows": [NaN]}']
+)
+def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
+    folder = workshop.root / "DAMAGED"
+    checkpoint = open_checkpoint(folder if folder.exists() else workshop.build("DAMAGED"))
+    for name in ("eval.json", "inspect.json", "tasks.json"):
+        put(checkpoint, name, damage)
+    content = make_content(checkpoint)
+    assert len(content["missing"]) == 3 and all("damaged or of another version" in line for line in content["missing"])
+    make_page(content)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (["per_domain", "law", "shares", 0], [0.5, 0.5], "per_domain.law.shares is not 3 routers x 3 experts"),
+        (["per_domain", "law", "loss"], "4", "per_domain.law.loss"),
+        (["texts", 0, "weights", 0, 0], [1.0], "texts[].weights does not name every expert"),
+        (["texts", 0, "weights", 0], [], "texts[].weights is not routers x tokens"),
+        (["utilisation"], [], "utilisation is not 3 routers x 3 experts"),
+        (["similarity", "experts"], [[1.0]], "similarity.experts is not experts x experts"),
+        (["domains"], ["law"], "per_domain does not name the domains"),
+        (["per_domain", "law", "shares", 0, 0], 7.0, "per_domain.law.shares.0.0"),
+    ],
+)
+def test_an_inspection_whose_parts_do_not_fit_is_left_out(workshop: Workshop, path: list[Any], value: Any, said: str) -> None:
+    folder = workshop.root / "MISFIT"
+    checkpoint = open_checkpoint(folder if folder.exists() else workshop.build("MISFIT"))
+    data = inspection_of(checkpoint)
+    at_ = data
+    for part in path[:-1]:
+        at_ = at_[part]
+    at_[path[-1]] = "no number" if value == "4" else value
+    put(checkpoint, "inspect.json", data)
+    content = make_content(checkpoint)
+    assert content["routing"] is None and said in content["missing"][1] and "`modekit inspect`" in content["missing"][1]
+
+
+def test_a_curve_of_another_training_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
+    path = told.folder / "results" / "train.json"
+    kept = path.read_text()
+    data = json.loads(kept)
+    data["training"]["steps"] += 1
+    try:
+        path.write_text(json.dumps(data))
+        content = make_content(told)
+    finally:
+        path.write_text(kept)
+    assert content["training"]["curve"] is None and content["training"]["runs"][0]["steps"] == 4
+    assert content["missing"] == ["train.json is of another training, so its curve is left out"]
+
+
+def test_a_mixture_without_routers_has_a_page(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
+    mixture = {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 0}}
+    checkpoint = open_checkpoint(workshop.build("LINEAR", mixture=mixture))
+    data = inspection_of(checkpoint)
+    data |= {"routers": [], "utilisation": [], "top_k": None, "similarity": None, "dead": [], "top_tokens": {}}
+    for usage in data["per_domain"].values():
+        usage |= {"shares": [], "chosen": [], "entropy": [], "agreement": [] if usage["agreement"] else None}
+    for text in data["texts"]:
+        text["weights"] = []
+    put(checkpoint, "inspect.json", data)
+    report = write_report(checkpoint, page=tmp_path / "page.html")
+    text = opened(report.page).locator("body").inner_text()
+    assert "no routers" in text and "Word by word" not in text and "One expert left out" in text
+
+
+def test_one_decision_for_the_whole_model(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(workshop.build("NGRAM", mixture={"router": {"fit": "ngram", "buckets": 64}}))
+    put(checkpoint, "inspect.json", inspection_of(checkpoint, routers=[(None, "")]))
+    report = write_report(checkpoint, page=tmp_path / "page.html")
+    assert data_of(report.page)["routing"]["rows"] == ["whole model"]
+    tab = opened(report.page)
+    assert tab.locator("#layer").is_hidden() and "whole model" in tab.locator("#detail").inner_text()
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(3.97, 4.21) == [4, 4.05, 4.1, 4.15, 4.2]
+    assert ticks(1e-6, 3e-6)[0] >= 1e-6
+
+
+def test_shades_go_one_way() -> None:
+    assert [shade(value) for value in (0, 0.05, 0.5, 0.999, 1)] == ["q0", "q0", "q5", "q9", "q9"]
+    assert [tint(value, 2) for value in (-3, -2, -0.1, 0, 0.03, 0.1, 2)] == ["dn5", "dn5", "dn1", "d0", "d0", "dp1", "dp5"]
+    assert shade(None) == tint(None, 1) == tint(1, 0) == ""
+
+
+def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
+    assert [FORMATS["change"](value) for value in (0.1234, -0.1236, -0.0001, 0.0)] == [
+        "+0.123",
+        "\u22120.124",
+        "0.000",
+        "0.000",
+    ]
+    assert [FORMATS["gap"](value) for value in (0.5, -0.5, -0.001)] == ["0.50", "\u22120.50", "0.00"]
+
+
+def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
+    out = workshop.build("COMMAND")
+    with console.capture() as said:
+        code = "import sys; sys.argv[1:1] = []; from modekit.cli import main; main()"
+        done = run_python(code, "report", out, "--out", tmp_path / "my.html")
+    assert done.returncode == 0, done.stderr
+    assert said.get() == "" and "my.html" in done.stdout and "modekit eval" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"my.html", "my.json"}
+
+
+def test_what_the_command_refuses(workshop: Workshop, tmp_path: Path) -> None:
+    out = workshop.build("REFUSED")
+    assert "name the file to write" in refuse("report", out, "--out", tmp_path)
+    assert "name the file to write" in refuse("report", out, "--out", tmp_path / "page.json")
+    assert "not a modekit checkpoint" in refuse("report", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,180 @@
+"""Routers of adapters: Arrow, SpectR and SEQR against their definitions, PHATGOOSE's gates, and refits between them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_adapters import train as train_adapter
+from transformers import AutoModelForCausalLM
+
+from conftest import Workshop
+from modekit.architecture.modekit_router import select
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import RecipeError
+from modekit.loaded.models import load_model
+from modekit.recipes.recipe import parse_recipe
+from modekit.routing.refit import refit
+from modekit.sources.adapter import open_adapter
+from modekit.sources.model import open_source
+from refusal import refuse
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TARGETS = {"medicine": ["q_proj", "v_proj", "up_proj"], "law": ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]}
+RANKS = {"medicine": 3, "law": 5}
+PLACES = ("self_attn.q_proj", "mlp.gate_proj")
+HIDDEN, LAYERS = 32, 3
+TEXT = {"tokens_per_domain": 600, "sequence_length": 32}
+
+
+@pytest.fixture
+def bench(workshop: Workshop) -> Workshop:
+    """The base and two adapters of different ranks and targets."""
+    experts = []
+    for name, targets in TARGETS.items():
+        config = peft.LoraConfig(r=RANKS[name], lora_alpha=2 * RANKS[name], target_modules=targets, task_type="CAUSAL_LM")
+        train_adapter(workshop.root / "base", config, workshop.root / f"{name}-lora")
+        experts.append({"name": name, "adapter": f"./{name}-lora", "text": f"./text/{name}.jsonl"})
+    experts.append({"name": "general", "model": "base", "text": "./text/code.jsonl"})
+    workshop.recipe["experts"] = experts
+    return workshop
+
+
+def changes(bench: Workshop, name: str, modules: tuple[str, ...], layer: int = 0) -> torch.Tensor:
+    """Scale B A of all `modules` that an adapter changes, one below the other, from its own file."""
+    tensors = load_file(bench.root / f"{name}-lora" / "adapter_model.safetensors")
+    parts = []
+    for module in modules:
+        key = f"base_model.model.model.layers.{layer}.{module}"
+        if f"{key}.lora_A.weight" in tensors:
+            parts.append(2.0 * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"])
+    return torch.cat(parts)
+
+
+def expected_scores(fit: str, change: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What the papers say, on the whole product: no factorisation shared with the code."""
+    if fit == "arrow":
+        return (x @ torch.linalg.svd(change.double(), full_matrices=False)[2][0].float()).abs()
+    lengths = (x @ change.T).norm(dim=-1)
+    return lengths if fit == "spectr" else lengths / torch.linalg.matrix_norm(change)
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr"])
+@pytest.mark.parametrize(("per", "place", "modules"), [
+    ("layer", "self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("layer", "mlp.gate_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    ("projection", "self_attn.q_proj", ("self_attn.q_proj",)),
+    ("projection", "mlp.up_proj", ("mlp.up_proj",)),
+])  # fmt: skip
+def test_a_router_without_data_scores_what_the_adapters_make_of_x(
+    bench: Workshop, fit: str, per: str, place: str, modules: tuple[str, ...]
+) -> None:
+    out = bench.build(mixture={"method": "routing", "top_k": 2, "router": {"fit": fit, "temperature": 0.5, "per": per}})
+    model = load_model(out)
+    router = model.get_submodule(f"model.layers.0.{place}").router
+    x = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(0))
+    scores = torch.stack([expected_scores(fit, changes(bench, name, modules), x) for name in TARGETS], dim=-1)
+    scores = torch.cat([scores, torch.zeros(2, 7, 1)], dim=-1) / 0.5  # the base changes nothing
+    torch.testing.assert_close(router.logits(x), scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(router(x), select(scores, {"method": "routing", "top_k": 2}), rtol=1e-4, atol=1e-4)
+    assert open_checkpoint(out).record.router.status == "fitted"
+    assert is_proven(verify(open_checkpoint(out)))
+
+
+def test_whole_modules_are_refused_before_a_byte_is_copied(bench: Workshop) -> None:
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    train_adapter(bench.root / "base", config, bench.root / "ia3")
+    bench.recipe["experts"][0]["adapter"] = "./ia3"
+    bench.write(mixture={"router": {"fit": "arrow"}})
+    assert "no low-rank change" in refuse("plan", bench.root / "recipe.yaml")
+
+
+def test_a_context_of_scores_is_the_average_of_the_scores(bench: Workshop) -> None:
+    mixture = {"router": {"fit": "spectr", "granularity": "context", "decay": [1.0]}}
+    router = load_model(bench.build(mixture=mixture)).get_submodule("model.layers.0.mlp.gate_proj").router
+    x = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    token = torch.stack(
+        [expected_scores("spectr", changes(bench, n, ("mlp.gate_proj", "mlp.up_proj")), x) for n in TARGETS], -1
+    )
+    mean = token.cumsum(1) / torch.arange(1, 6)[:, None]
+    torch.testing.assert_close(router.logits(x)[..., :2], mean, rtol=1e-4, atol=1e-4)
+
+
+def phatgoose_gates(bench: Workshop, name: str, **router: object) -> dict[str, torch.Tensor]:
+    mixture = {"router": {"fit": "phatgoose", "steps": 3, **TEXT, **router}}
+    out = bench.build(name, mixture=mixture)
+    assert open_checkpoint(out).record.router.status == "trained"
+    return load_file(out / "model-router.safetensors")
+
+
+def test_phatgoose_trains_each_gate_alone(bench: Workshop) -> None:
+    first = phatgoose_gates(bench, "first")
+    again = phatgoose_gates(bench, "again")
+    config = peft.LoraConfig(r=2, target_modules=TARGETS["law"], task_type="CAUSAL_LM")
+    train_adapter(bench.root / "base", config, bench.root / "other-lora")
+    bench.recipe["experts"][1]["adapter"] = "./other-lora"
+    swapped = phatgoose_gates(bench, "swapped")
+    assert set(first) == {f"model.layers.{layer}.{place}.router.gate" for layer in range(LAYERS) for place in PLACES}
+    for name, gate in first.items():
+        assert torch.equal(gate, again[name])
+        assert torch.equal(gate[0], swapped[name][0])  # medicine's gate does not know what the other expert is
+        assert not torch.equal(gate[1], swapped[name][1])
+        assert gate[:2].abs().max() > 0 and gate[2].abs().max() == 0  # the base has nothing to gate
+
+
+def test_phatgoose_compares_standardised_vectors(bench: Workshop) -> None:
+    gates = phatgoose_gates(bench, "OUT")
+    model = load_model(bench.root / "OUT")
+    router = model.get_submodule("model.layers.1.mlp.gate_proj").router
+    x = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+    def standardised(v: torch.Tensor) -> torch.Tensor:
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+
+    gate = gates["model.layers.1.mlp.gate_proj.router.gate"]
+    torch.testing.assert_close(router.logits(x), standardised(x) @ standardised(gate).T / HIDDEN**0.5, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_can_be_set_anew_by_every_fit(bench: Workshop) -> None:
+    out = bench.build(mixture={"router": {"fit": "random"}})
+    untouched = {file.name: file.read_bytes() for file in out.glob("model-0*.safetensors")}
+    for router in (
+        {"fit": "spectr"}, {"fit": "arrow"}, {"fit": "ridge", **TEXT}, {"fit": "seqr"}, {"fit": "phatgoose", "steps": 2},
+        {"fit": "logistic", "granularity": "context"}, {"granularity": "sequence"}, {"fit": "random"},
+    ):  # fmt: skip
+        done = refit(open_checkpoint(out), {"router": router})
+        assert is_proven(verify(done)), router
+        fresh = bench.build("FRESH", mixture=done.record.recipe.mixture.model_dump(mode="json", exclude_unset=True))
+        for file in ("model-router.safetensors", "config.json", "model.safetensors.index.json"):
+            assert (out / file).read_bytes() == (fresh / file).read_bytes(), (router, file)
+    assert {file.name: file.read_bytes() for file in out.glob("model-0*.safetensors")} == untouched
+
+
+def test_a_mixture_of_given_scores_opens_without_its_text(bench: Workshop, tmp_path: Path) -> None:
+    for expert in bench.recipe["experts"]:
+        expert.pop("text")
+    out = bench.build(mixture={"router": {"fit": "arrow"}})
+    ids = torch.randint(3, 90, (1, 12))
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits).all()
+
+
+@pytest.mark.parametrize(("router", "key"), [
+    ({"fit": "phatgoose", "temperature": 2.0}, "temperature"), ({"fit": "arrow", "seed": 5}, "seed"),
+    ({"fit": "arrow", "l2": 0.5}, "l2"), ({"fit": "seqr", "tokens_per_domain": 100}, "tokens_per_domain"),
+    ({"fit": "random", "keep_tokens": 3}, "keep_tokens"), ({"fit": "logistic", "seed": 5}, "seed"),
+    ({"fit": "centroid", "l2": 0.5}, "l2"), ({"fit": "phatgoose", "compute_dtype": "bfloat16"}, "compute_dtype"),
+])  # fmt: skip
+def test_a_setting_that_would_do_nothing_is_refused(bench: Workshop, router: dict[str, object], key: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{key}' has no effect"):
+        parse_recipe({**bench.recipe, "mixture": {"router": router}})
+
+
+def test_sources_of_these_tests_are_low_rank(bench: Workshop) -> None:
+    base = open_source("base_model", "./base", bench.root / "base")
+    for name in TARGETS:
+        assert open_adapter("e", name, bench.root / f"{name}-lora", base).changes

@@ -1,0 +1,814 @@
+"""Adapters read by file and folded into their base: every tensor as PEFT's merge_and_unload makes it, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
+from transformers import AutoModelForCausalLM
+
+from conftest import SMALL, logits_of, tiny_model
+from modekit.building.build import build
+from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
+from modekit.loaded.models import forced_expert
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import parse_recipe
+from modekit.sources.adapter import AdapterSource, LowRank, Scaling, is_adapter, open_adapter
+from modekit.sources.adapter_config import _NO_EFFECT, LoraSettings
+from modekit.sources.model import Mappings, ModelSource, open_source
+from modekit.weights import folding
+from modekit.weights.folding import Folded, folded_bias, reader
+from modekit.weights.numeric import to_float32
+
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True},
+    "qwen2": {},
+    "phi3": {},
+    "tied llama": {"tie_word_embeddings": True},
+    "narrow llama": {"hidden_size": 16},
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a base model by name; each is made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            family = name.split()[0] if "llama" not in name else "llama"
+            tiny_model(family, num_hidden_layers=2, **BASES[name]).save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT warns at almost every setting tested here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train(base: Path, config: peft.PeftConfig, folder: Path) -> Path:
+    """An adapter whose trainable parameters are all random, saved by PEFT."""
+    with quiet():
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad or "lora_B" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        model.save_pretrained(folder)
+    return folder
+
+
+def merged(base: Path, adapter: Path) -> dict[str, np.ndarray]:
+    """PEFT's merge of an adapter folder into its base."""
+    with quiet():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    return {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+
+
+def opened(base: Path, adapter: Path) -> AdapterSource:
+    """The adapter as modekit reads it."""
+    return open_adapter("experts[0] 'law'", "./law", adapter, open_source("base_model", "./base", base))
+
+
+def folded(base: ModelSource, adapter: AdapterSource) -> dict[str, np.ndarray]:
+    """Every tensor of the base with the adapter folded in."""
+    mappings = Mappings()
+    read, result = reader(mappings), {}
+    for name, ref in base.tensors.items():
+        values: Any = read(adapter.replaced.get(name, ref))
+        if name in adapter.changes:
+            values = Folded(adapter.changes[name], values, (ref.shape[0], ref.shape[1]), read)[:]
+        elif name in adapter.bias_changes:
+            values = folded_bias(adapter.bias_changes[name], values, read)
+        result[name] = to_float32(values).reshape(ref.shape).copy()
+    mappings.close()
+    return result
+
+
+def check_as_merged(base: Path, adapter: Path) -> AdapterSource:
+    """Every tensor of the base with the adapter folded in is what PEFT merges."""
+    theirs, source = merged(base, adapter), open_source("base_model", "./base", base)
+    ours = opened(base, adapter)
+    for name, values in folded(source, ours).items():
+        if name in {*ours.changes, *ours.bias_changes}:
+            np.testing.assert_allclose(values, theirs[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        else:
+            assert np.array_equal(values.view(np.uint32), theirs[name].view(np.uint32)), name
+    return ours
+
+
+SOME_TARGETS: list[Any] = [
+    ["q_proj", "v_proj"],
+    ["o_proj", "gate_proj", "up_proj", "down_proj"],
+    ["k_proj", "embed_tokens", "lm_head"],
+    ["model.layers.1.self_attn.q_proj", "v_proj"],
+    r".*\.self_attn\.(q|v)_proj",
+    r"model\.layers\.0\..*(up|down)_proj|model\.embed_tokens",
+    "all-linear",
+]
+LORA = st.fixed_dictionaries(
+    {
+        "r": st.sampled_from([1, 4, 5]),
+        "lora_alpha": st.sampled_from([1, 8, 20]),
+        "target_modules": st.sampled_from(SOME_TARGETS),
+        "use_rslora": st.booleans(),
+        "use_dora": st.booleans(),
+        "rank_pattern": st.sampled_from([{}, {"q_proj": 2, "v_proj": 3}, {r"layers\.1\..*": 7}, {"proj": 2, "up_proj": 6}]),
+        "alpha_pattern": st.sampled_from([{}, {"embed_tokens": 3, ".*_proj": 11}, {"model.layers.0.self_attn.q_proj": 2}]),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
+        "layers_to_transform": st.sampled_from([None, None, 1, [0], []]),
+        "layers_pattern": st.sampled_from([None, None, "layers", ["blocks", "layers"]]),
+        "exclude_modules": st.sampled_from([None, None, ["v_proj", "1.mlp.up_proj"], r".*layers\.0.*", "lm_head"]),
+        "modules_to_save": st.sampled_from([None, None, ["lm_head"], ["norm", "o_proj"], ["embed_tokens"]]),
+        "fan_in_fan_out": st.booleans(),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
+    }
+)
+
+
+@EXAMPLES
+@given(family=st.sampled_from(["llama", "llama with biases", "qwen2"]), given_settings=LORA)
+def test_lora_folds_to_what_peft_merges(bases: Callable[[str], Path], family: str, given_settings: dict[str, Any]) -> None:
+    if isinstance(given_settings["target_modules"], str) or given_settings["layers_to_transform"] is None:
+        given_settings |= {"layers_to_transform": None, "layers_pattern": None}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(bases(family), LoraConfig(**given_settings), Path(folder))
+        except ValueError as error:  # nothing is left to adapt
+            assume("No modules were targeted" not in str(error) and "not found in the base" not in str(error))
+            raise
+        check_as_merged(bases(family), Path(folder))
+
+
+EACH_SETTING: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "rslora": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 9}}),
+    "dora": ("qwen2", {"use_dora": True}),
+    "dora on embedding and head": ("llama", {"use_dora": True, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "lora_bias": ("qwen2", {"lora_bias": True}),
+    "lora_bias on trained biases": ("llama with biases", {"lora_bias": True, "bias": "all", "use_rslora": True}),
+    "biases of saved modules": ("llama with biases", {"bias": "all", "modules_to_save": ["o_proj", "input_layernorm"]}),
+    "a saved block": ("llama", {"modules_to_save": ["0.mlp"]}),
+    "named layers": ("llama", {"layers_to_transform": [1]}),
+    "fused modules": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"], "use_dora": True}),
+    "every linear layer": ("phi3", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
+    "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "mica": ("llama", {"init_lora_weights": "mica"}),
+    "eva": ("llama", {"init_lora_weights": "eva"}),
+    "tied, embedding left alone": ("tied llama", {"target_modules": "all-linear"}),
+    "tied copies": ("tied llama", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("name", EACH_SETTING)
+def test_each_setting_of_lora(bases: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    family, changes = EACH_SETTING[name]
+    train(bases(family), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **changes}), tmp_path)
+    assert is_adapter(tmp_path)
+    check_as_merged(bases(family), tmp_path)
+
+
+@EXAMPLES
+@given(
+    family=st.sampled_from(["llama with biases", "qwen2", "phi3"]),
+    targets=st.sampled_from(
+        [["q_proj", "k_proj", "down_proj"], r".*\.(v_proj|up_proj|qkv_proj)", ["gate_up_proj", "o_proj"], "all-linear"]
+    ),
+    feedforward=st.sampled_from([["down_proj"], ["_proj"], [], r".*up_proj"]),
+    saved=st.sampled_from([None, ["lm_head", "norm"]]),
+)  # fmt: skip
+def test_ia3_folds_to_what_peft_merges(
+    bases: Callable[[str], Path], family: str, targets: Any, feedforward: Any, saved: list[str] | None
+) -> None:
+    if isinstance(targets, list) and isinstance(feedforward, list):
+        feedforward = [name for name in targets if name.endswith(tuple(feedforward))]  # PEFT wants a subset
+    assume(isinstance(targets, str) == isinstance(feedforward, str))
+    with tempfile.TemporaryDirectory() as folder:
+        config = IA3Config(target_modules=targets, feedforward_modules=feedforward, modules_to_save=saved)
+        try:
+            train(bases(family), config, Path(folder))
+        except ValueError as error:
+            assume("not found in the base" not in str(error))
+            raise
+        check_as_merged(bases(family), Path(folder))
+
+
+def test_keys_may_lack_the_prefix_of_peft(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    train(bases("llama"), LoraConfig(target_modules=["q_proj"]), tmp_path)
+    before = folded(open_source("", "", bases("llama")), opened(bases("llama"), tmp_path))
+    change_tensors(tmp_path, lambda tensors: {name.removeprefix("base_model.model."): tensors[name] for name in tensors})
+    after = folded(open_source("", "", bases("llama")), opened(bases("llama"), tmp_path))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_all_linear_in_the_config_means_what_peft_makes_of_it(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    train(bases("llama"), LoraConfig(target_modules="all-linear"), tmp_path)
+    change_config(tmp_path, target_modules="ALL-linear")  # PEFT saves the list that it stands for
+    ours = check_as_merged(bases("llama"), tmp_path)
+    assert len(ours.changes) == 14
+
+
+def test_an_embedding_in_the_adapter_file_comes_before_the_change(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    train(bases("llama"), LoraConfig(r=4, target_modules=["embed_tokens"]), tmp_path)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    change_tensors(tmp_path, lambda tensors: {**tensors, name: tensors[name] * 1.5})
+    ours = check_as_merged(bases("llama"), tmp_path)
+    assert "model.embed_tokens.weight" in ours.changes
+    assert any("its own copy of model.embed_tokens.weight" in note for note in ours.notes)
+
+
+def test_an_embedding_saved_without_being_adapted_replaces_the_base_s(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    train(bases("llama"), LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    change_tensors(tmp_path, lambda tensors: {**tensors, "base_model.model.lm_head.weight": np.ones((96, 32), np.float32)})
+    assert set(check_as_merged(bases("llama"), tmp_path).replaced) == {"lm_head.weight"}
+
+
+def test_an_adapter_in_half_precision(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    train(bases("llama"), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_torch_file({name: tensor.bfloat16() for name, tensor in load_torch_file(file).items()}, file)
+    check_as_merged(bases("llama"), tmp_path)
+
+
+def test_settings_without_effect_are_noted(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    train(bases("llama"), LoraConfig(target_modules=["q_proj"], alpha_pattern={"k_proj": 3}), tmp_path)
+    change_config(tmp_path, fan_in_fan_out=True)
+    notes = check_as_merged(bases("llama"), tmp_path).notes
+    assert len(notes) == 2 and "fan_in_fan_out" in notes[0] and "k_proj" in notes[1]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_a_fused_module_is_split_for_a_base_that_keeps_its_parts(
+    bases: Callable[[str], Path], tmp_path: Path, dora: bool
+) -> None:
+    base = bases("llama")
+    source = open_source("base_model", "./base", base)
+    generator = np.random.default_rng(0)
+    split = {"mlp": (["gate_proj", "up_proj"], [48, 48]), "self_attn": (["q_proj", "k_proj", "v_proj"], [32, 16, 16])}
+    fused, apart = {}, {}
+    for layer in range(2):
+        for block, (parts, rows) in split.items():
+            prefix = f"base_model.model.model.layers.{layer}.{block}."
+            name = prefix + ("gate_up_proj" if block == "mlp" else "qkv_proj")
+            a = generator.normal(size=(4, 32)).astype(np.float32)
+            b, m = (generator.normal(size=(sum(rows), *rest)).astype(np.float32) for rest in ((4,), ()))
+            fused |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.lora_magnitude_vector": m}
+            ends = np.cumsum(rows)[:-1]
+            for part, own_b, own_m in zip(parts, np.split(b, ends), np.split(m, ends), strict=True):
+                apart |= {f"{prefix}{part}.lora_A.weight": a, f"{prefix}{part}.lora_B.weight": own_b}
+                apart |= {f"{prefix}{part}.lora_magnitude_vector": own_m}
+    for folder, tensors, targets in (
+        ("fused", fused, ["qkv_proj", "gate_up_proj"]),
+        ("apart", apart, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]),
+    ):
+        kept = {name: value for name, value in tensors.items() if dora or "magnitude" not in name}
+        write_adapter(tmp_path / folder, kept, target_modules=targets, use_dora=dora, r=4, lora_alpha=6)
+    check_as_merged(base, tmp_path / "apart")
+    ours = opened(base, tmp_path / "fused")
+    assert isinstance(ours.changes["model.layers.1.mlp.up_proj.weight"], LowRank)
+    assert ours.changes["model.layers.1.mlp.up_proj.weight"].rows == (48, 96)
+    expected = folded(source, opened(base, tmp_path / "apart"))
+    for name, values in folded(source, ours).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    names = [f"base_model.model.model.layers.{layer}.mlp.gate_up_proj.ia3_l" for layer in range(2)]
+    vector = np.arange(96, dtype=np.float32)[:, None]
+    config: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["gate_up_proj"], "feedforward_modules": []}
+    ours = opened(bases("llama"), write_adapter(tmp_path, dict.fromkeys(names, vector), **config))
+    source = open_source("", "", bases("llama"))
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert ours.changes[up] == Scaling(ours.tensors[names[0]], "rows", (48, 96))
+    original = to_float32(reader(Mappings())(source.tensors[up])).reshape(48, 32)
+    assert np.array_equal(folded(source, ours)[up], original * vector[48:])
+
+
+# --- built into a mixture, in both architectures (promise 3)
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
+    "rank and alpha": ("llama", LoraConfig(r=5, lora_alpha=3, target_modules=ALL)),
+    "rslora": ("llama", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=ALL)),
+    "rank_pattern and alpha_pattern": ("llama", LoraConfig(
+        r=2, target_modules=ALL, rank_pattern={"up_proj": 7, r"layers\.1\..*q_proj": 3}, alpha_pattern={"(down|v)_proj": 20},
+    )),
+    "uneven targets": ("qwen2", LoraConfig(r=3, target_modules=r".*layers\.0.*(q|down)_proj|.*layers\.1.*up_proj")),
+    "named layers": ("llama", LoraConfig(r=3, target_modules=["up_proj", "o_proj"], layers_to_transform=[1])),
+    "fan_in_fan_out": ("llama", LoraConfig(r=3, target_modules=ALL, fan_in_fan_out=True)),
+    "dora": ("qwen2", LoraConfig(r=3, target_modules=ALL, use_dora=True)),
+    "biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL, bias="all")),
+    "lora_bias": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, use_rslora=True)),
+    "lora_bias and biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, bias="lora_only")),
+    "ia3": ("qwen2", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "embedding and head": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "up_proj"])),
+    "embedding and head, dora": ("llama", LoraConfig(
+        r=3, use_dora=True, target_modules=["embed_tokens", "lm_head", "up_proj"],
+    )),
+    "saved modules": ("llama", LoraConfig(r=3, target_modules=["up_proj"], modules_to_save=["norm", "o_proj", "lm_head"])),
+    "saved FFN": ("llama", LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["down_proj"])),
+    "tied copies": ("tied llama", LoraConfig(
+        r=3, target_modules=["up_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True,
+    )),
+    "fused modules": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
+    "fused modules, dora": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"], use_dora=True)),
+}  # fmt: skip
+EVERYTHING = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
+NO_NATIVE = {"phi3"}
+
+
+def in_mixture(base: Path, adapter: Path, ids: torch.Tensor, out: Path, form: str, mixture: dict[str, Any]) -> torch.Tensor:
+    """Logits of a mixture of base and adapter whose routers are fixed on the adapter."""
+    recipe = parse_recipe({
+        "base_model": str(base), "experts": [{"name": "plain", "model": "base"}, {"name": "law", "adapter": str(adapter)}],
+        "mixture": mixture, "output": {"format": form},
+    })  # fmt: skip
+    checkpoint = build(make_plan(recipe, out.parent), out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with forced_expert(model, checkpoint, 0):
+        torch.testing.assert_close(logits_of(model, ids), logits_of(base, ids), atol=1e-5, rtol=0)
+    with forced_expert(model, checkpoint, 1):
+        return logits_of(model, ids)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_mixture_fixed_on_an_adapter_is_the_model_of_peft(
+    bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str
+) -> None:
+    family, config = BUILT[name]
+    base, adapter = bases(family), train(bases(family), copy.deepcopy(config), tmp_path / "law")
+    with quiet():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        expected = logits_of(model, ids)
+    assert (expected - logits_of(base, ids)).abs().max() > 1e-2
+    ours = in_mixture(base, adapter, ids, tmp_path / "OUT", "modekit", EVERYTHING)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+@pytest.mark.parametrize("name", BUILT)
+def test_parts_of_an_adapter_that_are_not_mixed_are_the_base_s(
+    bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str, form: str
+) -> None:
+    """Against the base with what PEFT merges into the FFN."""
+    family, config = BUILT[name]
+    base, adapter = bases(family), train(bases(family), copy.deepcopy(config), tmp_path / "law")
+    mixture = {"modules": ["mlp"], "router": {"fit": "random"}}
+    own = merged(base, adapter)
+    expected = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        ffn = {key: value.numpy() for key, value in expected.named_parameters() if ".mlp." in key}
+        changed = [key for key, value in ffn.items() if not np.array_equal(value, own[key])]
+        for key in changed:
+            expected.get_parameter(key).copy_(torch.from_numpy(own[key]))
+    if not changed or (form == "native" and family in NO_NATIVE):
+        with pytest.raises(ModekitError, match=r"changes nothing that|no expert differs|no native architecture"):
+            in_mixture(base, adapter, ids, tmp_path / "OUT", form, mixture)
+        return
+    ours = in_mixture(base, adapter, ids, tmp_path / "OUT", form, mixture)
+    torch.testing.assert_close(ours, logits_of(expected, ids), atol=1e-5, rtol=0)
+
+
+# --- the arithmetic of folding
+
+
+class _Made:
+    """A change over random tensors of given shapes, without a file."""
+
+    def __init__(self, rows: int, columns: int, kind: str, generator: np.random.Generator) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"a": (3, columns), "b": (rows, 3), "m": (rows,), "v": (rows, 1)}
+        if kind == "embedding":
+            shapes |= {"a": (3, rows), "b": (columns, 3), "m": (columns,)}
+        self.values = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        refs = {name: _ref(name, shape) for name, shape in shapes.items()}
+        self.change: LowRank | Scaling
+        if kind == "ia3":
+            self.change = Scaling(refs["v"], "rows")
+        else:
+            magnitude = refs["m"] if kind in {"dora", "embedding"} else None
+            self.change = LowRank(refs["a"], refs["b"], 0.5, None, magnitude, transposed=kind == "embedding")
+        self.base = generator.normal(size=rows * columns).astype(np.float32)
+        self.shape = (rows, columns)
+
+    def folded(self) -> Folded:
+        return Folded(self.change, self.base, self.shape, lambda ref: self.values[ref.name].ravel())
+
+
+def _ref(name: str, shape: tuple[int, ...]) -> Any:
+    from modekit.sources.model import TensorRef
+
+    return TensorRef(name, Path("none"), "F32", shape, 0, 4 * int(np.prod(shape)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["lora", "dora", "embedding", "ia3"]),
+    rows=st.integers(1, 40), columns=st.integers(1, 40), block=st.integers(1, 2000),
+    cuts=st.lists(st.floats(0, 1), max_size=6),
+)  # fmt: skip
+@example(kind="embedding", rows=40, columns=7, block=4, cuts=[0.1, 0.5])
+def test_any_slices_of_a_folded_weight_are_bit_for_bit_those_of_the_whole(
+    kind: str, rows: int, columns: int, block: int, cuts: list[float]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folding, "BLOCK", block)
+        made = _Made(rows, columns, kind, np.random.default_rng(rows))
+        whole = made.folded()[:]
+        assert len(made.folded()) == len(whole) == rows * columns
+        ends = sorted({0, len(whole), *(int(cut * len(whole)) for cut in cuts)})
+        parts = [made.folded()[start:stop] for start, stop in pairwise(ends)]
+        assert all(part.dtype == np.float32 for part in parts)
+        assert np.array_equal(np.concatenate(parts).view(np.uint32), whole.view(np.uint32))
+        assert len(made.folded()[5:5]) == 0
+
+
+def test_rows_that_the_adapter_leaves_alone_keep_every_bit() -> None:
+    made = _Made(6, 5, "lora", np.random.default_rng(0))
+    made.base[:10] = -0.0
+    made.values["b"][:4] = 0.0
+    values = made.folded()[:]
+    assert np.array_equal(values[:20].view(np.uint32), made.base[:20].view(np.uint32))
+    assert not np.array_equal(values[20:], made.base[20:])
+
+
+def test_folding_a_large_weight_needs_a_few_blocks_of_memory() -> None:
+    import tracemalloc
+
+    made = _Made(3000, 4000, "dora", np.random.default_rng(0))
+    weight = made.folded()
+    tracemalloc.start()
+    for part in folding_blocks(len(weight)):
+        weight[part]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 4 * folding.BLOCK
+
+
+def folding_blocks(count: int) -> Iterator[slice]:
+    from modekit.weights.numeric import blocks
+
+    return blocks(count)
+
+
+# --- refusals
+
+
+Q = "base_model.model.model.layers.{}.self_attn.q_proj."
+FIRST = Q.format(0)
+Tensors = dict[str, np.ndarray]
+
+
+def plain_tensors() -> Tensors:
+    """A rank-4 LoRA on q_proj of both layers."""
+    tensors: Tensors = {}
+    for layer in range(2):
+        tensors[Q.format(layer) + "lora_A.weight"] = np.ones((4, 32), np.float32)
+        tensors[Q.format(layer) + "lora_B.weight"] = np.ones((32, 4), np.float32)
+    return tensors
+
+
+def write_adapter(folder: Path, tensors: Tensors | None = None, **config: Any) -> Path:
+    """An adapter folder by hand, by default `plain_tensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(plain_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors")
+    defaults = {"peft_type": "LORA", "target_modules": ["q_proj"], **({} if config.get("peft_type") == "IA3" else {"r": 4})}
+    (folder / "adapter_config.json").write_text(json.dumps({**defaults, **config}))
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def refused(error: type[ModekitError], base: Path, folder: Path, *words: str) -> None:
+    """The adapter is refused with an error of that class that names place, remedy and the given words."""
+    with pytest.raises(error) as caught:
+        opened(base, folder)
+    message = str(caught.value)
+    assert "where:    experts[0] 'law' (./law)" in message and "to do:" in message
+    for word in words:
+        assert word in message, message
+
+
+def test_the_plain_adapter_of_these_tests_is_good(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    check_as_merged(bases("llama"), write_adapter(tmp_path))
+
+
+def test_refuses_missing_and_pickled_weights(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / "adapter_model.safetensors").unlink()
+    refused(SourceError, bases("llama"), tmp_path, "no weights", "adapter_model.safetensors")
+    (tmp_path / "adapter_model.bin").write_bytes(b"never opened")
+    refused(SourceError, bases("llama"), tmp_path, "pickled", "adapter_model.bin")
+
+
+def test_refuses_a_truncated_file(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = write_adapter(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(SourceError, bases("llama"), tmp_path, "disagree")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", '"LORA"', "{}", '{"peft_type": 3}', '{"peft_type": null}', "[" * 10**5]
+)
+def test_refuses_a_config_that_is_none(bases: Callable[[str], Path], tmp_path: Path, text: str) -> None:
+    (write_adapter(tmp_path) / "adapter_config.json").write_text(text)
+    refused(SourceError, bases("llama"), tmp_path, "adapter_config.json")
+
+
+def test_refuses_a_config_that_is_no_text(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
+    refused(SourceError, bases("llama"), tmp_path, "adapter_config.json")
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "PREFIX_TUNING", "OFT", "made up"])
+def test_refuses_other_kinds_of_adapters_and_lists_the_known_ones(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    refused(UnsupportedError, bases("llama"), write_adapter(tmp_path, peft_type=kind), kind, "LORA or IA3")
+
+
+REFUSED_SETTINGS: dict[str, Any] = {
+    "layer_replication": [[0, 2]],
+    "target_parameters": ["mlp.experts.down_proj"],
+    "trainable_token_indices": [1],
+    "use_qalora": True,
+    "alora_invocation_tokens": [1, 2],
+    "megatron_config": {"a": 1},
+    "monteclora_config": {"num_samples": 2},
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3},
+    "kasa_config": {"beta": 1},
+    "velora_config": {"num_groups": 2},
+    "a_setting_of_a_later_peft": 0.5,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED_SETTINGS)
+def test_refuses_settings_whose_maths_is_not_known(bases: Callable[[str], Path], tmp_path: Path, key: str) -> None:
+    write_adapter(tmp_path, **{key: REFUSED_SETTINGS[key]})
+    refused(UnsupportedError, bases("llama"), tmp_path, f"{key}: ", "merge_and_unload")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+def test_refuses_initialisations_that_change_the_base(bases: Callable[[str], Path], tmp_path: Path, init: str) -> None:
+    refused(UnsupportedError, bases("llama"), write_adapter(tmp_path, init_lora_weights=init), init)
+
+
+def test_every_setting_of_the_installed_peft_is_known() -> None:
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields <= LoraSettings.model_fields.keys() | _NO_EFFECT | REFUSED_SETTINGS.keys()
+    assert {field.name for field in dataclasses.fields(IA3Config)} <= {
+        *_NO_EFFECT, "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "feedforward_modules"
+    }  # fmt: skip
+
+
+def test_what_a_default_config_says_is_accepted(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(write_adapter(tmp_path))
+    assert opened(bases("llama"), tmp_path).notes == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": [4]}, {"r": "4"}, {"r": 0}, {"r": -4}, {"r": True}, {"r": 4.5}, {"r": None}, {"lora_alpha": [8]},
+        {"lora_alpha": "x"}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"lora_alpha": 10**400},
+        {"target_modules": 3}, {"target_modules": None}, {"target_modules": [1]}, {"target_modules": {"q_proj": 1}},
+        {"rank_pattern": [1]}, {"rank_pattern": {"q_proj": "4"}}, {"rank_pattern": {"q_proj": 0}},
+        {"alpha_pattern": {"q_proj": []}}, {"alpha_pattern": 3}, {"use_rslora": "yes"}, {"use_dora": 1}, {"bias": 7},
+        {"bias": "some"}, {"layers_to_transform": "1"}, {"layers_to_transform": [0.5]}, {"layers_pattern": 3},
+        {"modules_to_save": "lm_head"}, {"modules_to_save": [3]}, {"exclude_modules": 3}, {"init_lora_weights": 3},
+        {"fan_in_fan_out": []}, {"lora_bias": "no"}, {"peft_type": "IA3"}, {"peft_type": "IA3", "feedforward_modules": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses_values_of_the_wrong_kind(bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    key = "feedforward_modules" if "peft_type" in changes else next(iter(changes))
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, **changes), key)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "(q_proj"}, {"exclude_modules": "["}, {"rank_pattern": {"(": 4}}, {"modules_to_save": ["("]},
+        {"layers_pattern": "(", "layers_to_transform": 1}, {"alpha_pattern": {"a{99999999999}": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses_patterns_that_are_none(bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, **changes), "regular expression")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(key=st.sampled_from(sorted({*LoraSettings.model_fields, *_NO_EFFECT, "feedforward_modules"})), value=JSON, kind=JSON)
+def test_garbage_in_the_config_never_crashes(bases: Callable[[str], Path], key: str, value: Any, kind: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ia3 = {"peft_type": "IA3", "feedforward_modules": [], key: value}
+        for changes in ({key: value}, {"peft_type": kind}, ia3):
+            write_adapter(Path(folder), **changes)
+            try:
+                opened(bases("llama"), Path(folder))
+            except ModekitError as error:
+                assert error.where and error.remedy
+
+
+def test_refuses_an_adapter_of_another_base(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    write_adapter(tmp_path, target_modules=["q_proj"])
+    refused(MismatchError, bases("phi3"), tmp_path, "model.layers.0.self_attn.q_proj", "phi3", "lacks")
+
+
+def test_refuses_other_sizes_and_names_both(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    refused(MismatchError, bases("narrow llama"), tmp_path, "[4, 32]", "[4, 16]", "q_proj.lora_A")
+
+
+def test_refuses_a_resized_vocabulary(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "base_model.model.lm_head.weight"
+    write_adapter(tmp_path, {**plain_tensors(), name: np.ones((98, 32), np.float32)})
+    refused(MismatchError, bases("llama"), tmp_path, "[98, 32]", f"[{SMALL['vocab_size']}, 32]", name)
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, {"rank_pattern": {"1.self_attn.q_proj": 2}}])
+def test_refuses_another_rank_than_the_config_s(bases: Callable[[str], Path], tmp_path: Path, config: dict[str, Any]) -> None:
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, **config), "rank", "q_proj.lora_A", "found:    4")
+
+
+def test_refuses_layers_beyond_the_base_s(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    more = {Q.format(7) + part: value[:] for part, value in zip(
+        ("lora_A.weight", "lora_B.weight"), plain_tensors().values(), strict=False
+    )}  # fmt: skip
+    write_adapter(tmp_path, {**plain_tensors(), **more})
+    refused(MismatchError, bases("llama"), tmp_path, "more layers", "layer 7", "2 layers")
+
+
+def test_refuses_targets_that_the_file_lacks(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    for targets in (["q_proj", "v_proj"], r".*(q|v)_proj", "all-linear"):
+        write_adapter(tmp_path, target_modules=targets)
+        refused(SourceError, bases("llama"), tmp_path, "lacks modules", "_proj")
+    first = {name: value for name, value in plain_tensors().items() if ".0." in name}
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, first), "lacks modules", "layers.1.self_attn.q_proj")
+    fused = {name.replace("q_proj", "qkv_proj"): value for name, value in first.items()}
+    write_adapter(tmp_path, fused, target_modules=["qkv_proj"])
+    refused(SourceError, bases("llama"), tmp_path, "lacks modules", "layers.1.self_attn.qkv_proj")
+
+
+def test_refuses_modules_to_save_that_the_file_lacks(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    write_adapter(tmp_path, modules_to_save=["lm_head"])
+    refused(SourceError, bases("llama"), tmp_path, "lm_head.weight", "modules_to_save")
+    refused(SourceError, bases("tied llama"), tmp_path, "lm_head.weight", "modules_to_save")
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+def test_refuses_half_a_lora(bases: Callable[[str], Path], tmp_path: Path, part: str) -> None:
+    tensors = {name: value for name, value in plain_tensors().items() if name != FIRST + part}
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, tensors), "lacks a part", part, "layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
+def test_refuses_missing_magnitudes_and_biases(bases: Callable[[str], Path], tmp_path: Path, config: dict[str, Any]) -> None:
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, **config), "lacks a part")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (FIRST + "lora_magnitude_vector", (32,)),
+        (FIRST + "lora_B.bias", (32,)),
+        (FIRST + "weight", (32, 32)),
+        (FIRST + "lora_embedding_A", (4, 32)),
+        (FIRST + "ia3_l", (32, 1)),
+        ("base_model.model.model.layers.0.self_attn.k_proj.base_layer.weight", (16, 32)),
+    ],
+)
+def test_refuses_tensors_that_no_rule_explains(
+    bases: Callable[[str], Path], tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    write_adapter(tmp_path, {**plain_tensors(), name: np.ones(shape, np.float32)})
+    refused(SourceError, bases("llama"), tmp_path, "would be lost", name)
+
+
+@pytest.mark.parametrize("name", ["base_model.model.score.weight", FIRST + "lora_A.default.weight", "x", "x.lora_A.weight"])
+def test_refuses_tensors_that_the_base_has_no_place_for(bases: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path, {**plain_tensors(), name: np.ones((4, 32), np.float32)})
+    refused(MismatchError, bases("llama"), tmp_path, "lacks", name)
+
+
+def test_refuses_adapters_of_modules_that_are_no_target(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    for config in ({"target_modules": ["v_proj"]}, {"exclude_modules": ["0.self_attn.q_proj"]}, {"layers_to_transform": [1]}):
+        refused(SourceError, bases("llama"), write_adapter(tmp_path, **config), "would be lost", "no target")
+
+
+def test_refuses_one_module_under_two_names(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    twice = {name.removeprefix("base_model.model."): value for name, value in plain_tensors().items()}
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, {**plain_tensors(), **twice}), "mean the same")
+
+
+def test_refuses_a_fused_module_together_with_its_parts(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    fused = {name.replace("q_proj", "qkv_proj"): value for name, value in plain_tensors().items()}
+    write_adapter(tmp_path, {**plain_tensors(), **fused}, target_modules=["q_proj", "qkv_proj"])
+    refused(SourceError, bases("llama"), tmp_path, "qkv_proj", "its parts")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float64])
+def test_refuses_tensors_that_are_no_floats_of_a_model(bases: Callable[[str], Path], tmp_path: Path, dtype: type) -> None:
+    write_adapter(tmp_path, {name: value.astype(dtype) for name, value in plain_tensors().items()})
+    refused(SourceError, bases("llama"), tmp_path, "dtype", "bf16")
+
+
+def test_refuses_lora_on_a_norm(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    names = {"base_model.model.model.norm.lora_A.weight": (4, 32), "base_model.model.model.norm.lora_B.weight": (32, 4)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in names.items()}
+    write_adapter(tmp_path, tensors, target_modules=["model.norm"])
+    refused(UnsupportedError, bases("llama"), tmp_path, "no linear layer", "model.norm")
+
+
+def test_refuses_ia3_on_an_embedding_and_vectors_of_the_other_axis(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "base_model.model.model.embed_tokens.ia3_l"
+    config: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["embed_tokens"], "feedforward_modules": []}
+    write_adapter(tmp_path, {name: np.ones((96, 1), np.float32)}, **config)
+    refused(UnsupportedError, bases("llama"), tmp_path, "no linear layer", "embed_tokens")
+    vectors = {Q.format(layer) + "ia3_l": np.ones((1, 32), np.float32) for layer in range(2)}
+    write_adapter(tmp_path, vectors, peft_type="IA3", target_modules=["q_proj"], feedforward_modules=[])
+    refused(MismatchError, bases("llama"), tmp_path, "[1, 32]", "[32, 1]")
+
+
+def test_refuses_a_bias_where_the_layer_has_none(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    biases = {Q.format(layer) + "lora_B.bias": np.ones(32, np.float32) for layer in range(2)}
+    write_adapter(tmp_path, {**plain_tensors(), **biases}, lora_bias=True)
+    refused(UnsupportedError, bases("llama"), tmp_path, "lora_bias", "q_proj")
+
+
+def test_refuses_combinations_that_peft_refuses(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    refused(SourceError, bases("llama"), write_adapter(tmp_path, use_dora=True, lora_bias=True), "exclude each other")
+    write_adapter(tmp_path, target_modules=".*q_proj", layers_to_transform=[0, 1])
+    refused(SourceError, bases("llama"), tmp_path, "layers_to_transform")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_refuses_to_change_one_of_two_tied_tensors(
+    bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    train(bases("tied llama"), LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes}), tmp_path)
+    refused(UnsupportedError, bases("tied llama"), tmp_path, "one tensor", "tie_word_embeddings: false")
+
+
+def test_refuses_an_adapter_that_changes_nothing(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    write_adapter(tmp_path, {}, target_modules=["w1"])
+    refused(SourceError, bases("llama"), tmp_path, "changes nothing")
+
+
+def test_neither_torch_nor_peft_is_imported() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, modekit.weights.folding; assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,479 @@
+"""An adapter that is missing, damaged, foreign or hostile is refused by name, and nothing is left behind.
+
+What each setting of PEFT means is in tests/test_adapters.py; here the command line builds a recipe with such an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from conftest import Workshop, logits_of, save, tiny_model
+from modekit.planning.make import make_plan
+from modekit.recipes.recipe import parse_recipe
+from refusal import borrow, refuse_build, run_python, tree
+
+LAW = "experts[1] 'law' (./law)"
+PREFIX = "base_model.model.model.layers."
+RANDOM: dict[str, Any] = {"router": {"fit": "random"}}
+FORMATS = ["native", "modekit"]
+Tensors = dict[str, np.ndarray]
+
+
+def lora(part: str, rows: int, columns: int, rank: int = 4, layers: int = 3) -> Tensors:
+    """A and B on one module of every layer."""
+    generator = np.random.default_rng(0)
+    return {
+        f"{PREFIX}{layer}.{part}.lora_{side}.weight": generator.normal(size=shape).astype(np.float32)
+        for layer in range(layers)
+        for side, shape in (("A", (rank, columns)), ("B", (rows, rank)))
+    }
+
+
+UP, Q = lora("mlp.up_proj", 48, 32), lora("self_attn.q_proj", 32, 32)
+UP_A, UP_B = f"{PREFIX}1.mlp.up_proj.lora_A.weight", f"{PREFIX}1.mlp.up_proj.lora_B.weight"
+
+
+def write_adapter(folder: Path, tensors: Tensors = UP, **config: Any) -> Path:
+    """An adapter folder by hand: LoRA on up_proj, unless said otherwise. A setting `...` is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["up_proj"], **config}
+    kept = {key: value for key, value in settings.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+    """A recipe over a shared full model and an adapter `law` of this test's own."""
+    workshop = borrow(shared_workshop, tmp_path)
+    first, second, _ = workshop.recipe["experts"]
+    adapter = {key: value for key, value in second.items() if key != "model"} | {"adapter": "./law"}
+    workshop.recipe |= {"experts": [first, adapter], "mixture": RANDOM}
+    write_adapter(tmp_path / "law")
+    return workshop
+
+
+def law(bench: Workshop) -> Path:
+    return bench.root / "law"
+
+
+def refused(bench: Workshop, *words: str, **changes: Any) -> str:
+    """Both formats refuse the recipe with the same words, and name the adapter."""
+    messages = [refuse_build(bench, output={"format": form}, **changes) for form in FORMATS]
+    for message in messages:
+        for word in (LAW, *words):
+            assert word in message, message
+    return messages[0]
+
+
+def planned(bench: Workshop, form: str, **changes: Any) -> Any:
+    return make_plan(parse_recipe({**bench.recipe, "output": {"format": form}, **changes}), bench.root)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_adapter_of_these_tests_is_good(bench: Workshop, form: str) -> None:
+    assert planned(bench, form).notes is not None
+    bench.build(output={"format": form})
+
+
+# Folders and files
+
+
+def test_missing_folders(bench: Workshop) -> None:
+    file = "./law/adapter_config.json"
+    for spec in ("./nowhere", "../nowhere/at/all", "~nobody-of-that-name/adapter", "x" * 300, "a\0b", file):
+        experts = [{"name": "law", "adapter": spec}]
+        message = refuse_build(bench, experts=experts)
+        assert "model folder does not exist" in message
+        assert "experts[0] 'law'" in message
+
+
+def test_a_full_model_given_as_an_adapter_and_the_other_way_round(bench: Workshop, shared_workshop: Workshop) -> None:
+    bench.recipe["experts"][1]["adapter"] = str(shared_workshop.root / "law")
+    message = refuse_build(bench)
+    assert "a full model, not an adapter" in message and "model: in place of adapter:" in message
+    bench.recipe["experts"][1] = {"name": "law", "model": "./law"}
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "this is an adapter" in message and "adapter: in place of model:" in message
+
+
+def test_an_adapter_of_an_adapter(bench: Workshop) -> None:
+    write_adapter(bench.root / "first")
+    message = refuse_build(bench, base_model="./first")
+    assert "base_model (./first)" in message
+    assert "this is an adapter, not a full model" in message
+
+
+def test_an_empty_folder(bench: Workshop) -> None:
+    for file in law(bench).iterdir():
+        file.unlink()
+    refused(bench, "adapter_config.json")
+
+
+def test_missing_config(bench: Workshop) -> None:
+    (law(bench) / "adapter_config.json").unlink()
+    refused(bench, "adapter_config.json is missing")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"peft_type": 1}', "\udcff", "[" * 10**5])
+def test_damaged_config(bench: Workshop, content: str) -> None:
+    (law(bench) / "adapter_config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    refused(bench, "adapter_config.json")
+
+
+def test_folders_where_files_should_be(bench: Workshop) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (law(bench) / name).unlink()
+        (law(bench) / name).mkdir()
+        refused(bench, name)
+
+
+def test_weights_only_as_a_pickle_are_never_opened(bench: Workshop) -> None:
+    (law(bench) / "adapter_model.safetensors").unlink()
+    (law(bench) / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch OPENED'\ntR.")
+    refused(bench, "pickled", "adapter_model.bin", "save_pretrained")
+
+
+def test_no_weights(bench: Workshop) -> None:
+    (law(bench) / "adapter_model.safetensors").unlink()
+    refused(bench, "no weights")
+
+
+def test_truncated_weights(bench: Workshop) -> None:
+    file = law(bench) / "adapter_model.safetensors"
+    content = file.read_bytes()
+    for size in (0, 4, 8, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:size])
+        refused(bench, "adapter_model.safetensors", "truncated")
+
+
+def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda header: header[UP_A].update(shape=[4, 64]),
+        lambda header: header[UP_A].update(shape=[2**62, 2**62]),
+        lambda header: header[UP_A].update(shape=[-4, -32]),
+        lambda header: header[UP_A].update(data_offsets=[0, 10**12]),
+        lambda header: header[UP_A].update(dtype="F64"),
+        lambda header: header.pop(UP_A),
+    ],
+    ids=["shape", "huge", "negative", "offsets", "dtype", "hole"],
+)
+def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], object]) -> None:
+    change_header(law(bench), lie)
+    refused(bench, "adapter_model.safetensors")
+
+
+# What the config and the file say
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "ADALORA", "BONE", "lora", ""])
+def test_unknown_kinds(bench: Workshop, kind: str) -> None:
+    write_adapter(law(bench), peft_type=kind)
+    refused(bench, f"peft_type {kind}", "LORA or IA3", "merge_and_unload")
+
+
+@pytest.mark.parametrize("key", [UP_A, UP_B])
+def test_missing_half(bench: Workshop, key: str) -> None:
+    write_adapter(law(bench), {name: value for name, value in UP.items() if name != key})
+    refused(bench, "lacks a part", "layers.1.mlp.up_proj", key.rpartition("up_proj.")[2])
+
+
+@pytest.mark.parametrize("rank", [..., 2, 8, 10**6, 10**30])
+def test_rank_against_the_file(bench: Workshop, rank: Any) -> None:
+    write_adapter(law(bench), r=rank)
+    refused(bench, "rank", "found:    4", f"expected: {8 if rank is ... else rank},")
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "4", None, True, [4]])
+def test_ranks_that_are_none(bench: Workshop, rank: Any) -> None:
+    write_adapter(law(bench), r=rank)
+    refused(bench, "adapter_config.json", "r has no usable value")
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, 10**400, "8", [8]])
+def test_alphas_that_are_none(bench: Workshop, alpha: Any) -> None:
+    write_adapter(law(bench), lora_alpha=alpha)
+    refused(bench, "adapter_config.json", "lora_alpha has no usable value")
+
+
+def test_without_alpha_it_is_the_one_of_peft(bench: Workshop) -> None:
+    write_adapter(law(bench), lora_alpha=...)
+    plan = planned(bench, "modekit")
+    assert plan.config["modekit"]["places"]["model.layers.1.mlp.up_proj"]["scales"] == [1.0, 8 / 4]
+
+
+@pytest.mark.parametrize("names", [["nothing_of_that_name"], ["lm_head"], ["norm"]])
+def test_modules_to_save_that_are_not_in_the_file(bench: Workshop, names: list[str]) -> None:
+    write_adapter(law(bench), modules_to_save=names)
+    if names == ["nothing_of_that_name"]:  # PEFT ignores it, too
+        assert planned(bench, "modekit")
+    else:
+        refused(bench, "lacks tensors of modules_to_save", names[0])
+
+
+@pytest.mark.parametrize("layers", [[7], 7, [-1]])
+def test_layers_out_of_range(bench: Workshop, layers: Any) -> None:
+    write_adapter(law(bench), layers_to_transform=layers)
+    refused(bench, "would be lost", "no target")
+
+
+def test_more_layers_than_the_base(bench: Workshop) -> None:
+    write_adapter(law(bench), lora("mlp.up_proj", 48, 32, layers=4))
+    refused(bench, "more layers than the base model", "layer 3", "3 layers")
+
+
+@pytest.mark.parametrize("part", ["mlp.w1", "mlp.experts.0.up_proj", "self_attn.qkv", "attention.query"])
+def test_modules_that_the_family_does_not_have(bench: Workshop, part: str) -> None:
+    write_adapter(law(bench), lora(part, 48, 32), target_modules=[part.rpartition(".")[2]])
+    refused(bench, "a part that the base model lacks", part)
+
+
+def test_targets_of_which_there_are_none(bench: Workshop) -> None:
+    write_adapter(law(bench), {}, target_modules=["w1"])
+    refused(bench, "the adapter changes nothing")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        UP_A.replace("base_model.model.", "base_model.model.base_model.model."),
+        UP_A.replace("base_model.model.", "module."),
+        UP_A.replace("base_model.model.", "base_model.model.model."),
+        UP_A.replace("base_model.model.", "../../../../"),
+        UP_A.replace("lora_A", "lora_A.default"),
+        "/etc/passwd", "..", "", ".", "lora_A.weight", ".lora_A.weight", "\n", "[bold]x[/bold]", "x" * 10_000,
+    ],
+)  # fmt: skip
+def test_odd_names_of_tensors(bench: Workshop, key: str) -> None:
+    write_adapter(law(bench), {**UP, key: np.ones((4, 32), np.float32)})
+    refused(bench, "a part that the base model lacks", key[:100].strip())
+
+
+@pytest.mark.parametrize("name", ["../law", "law/..", "/law", "", ".law", "a\nb", "x" * 65, "[bold]"])
+def test_odd_names_of_experts(bench: Workshop, name: str) -> None:
+    experts = [{**bench.recipe["experts"][1], "name": name}]
+    assert "experts[0].name" in refuse_build(bench, experts=experts)
+
+
+def test_two_adapters_of_one_name(bench: Workshop) -> None:
+    expert = bench.recipe["experts"][1]
+    assert "two experts are named 'law'" in refuse_build(bench, experts=[expert, expert])
+
+
+def test_model_and_adapter_together_and_neither(bench: Workshop) -> None:
+    both = {"name": "law", "model": "base", "adapter": "./law"}
+    for expert in (both, {"name": "law"}):
+        assert "give either 'model' or 'adapter'" in refuse_build(bench, experts=[expert])
+
+
+def test_a_revision_of_a_folder(bench: Workshop) -> None:
+    bench.recipe["experts"][1]["revision"] = "main"
+    refused(bench, "a revision has no effect with a folder")
+
+
+# Adapters of another base
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(48, 64), (64, 32), (47, 32), (48, 31)], ids=["hidden size", "FFN", "one row less", "one column less"]
+)
+def test_other_sizes(bench: Workshop, rows: int, columns: int) -> None:
+    write_adapter(law(bench), lora("mlp.up_proj", rows, columns))
+    refused(bench, "does not fit the base model's sizes", "trained on this base model", "layers.0.mlp.up_proj.lora_")
+
+
+def test_of_another_family(bench: Workshop) -> None:
+    write_adapter(law(bench), lora("self_attn.out_proj", 32, 32), target_modules=["out_proj"])
+    refused(bench, "a part that the base model lacks", "self_attn.out_proj", "llama")
+
+
+@pytest.mark.parametrize("base", ["someone/else", "", None, "../../etc", "/nowhere"])
+def test_the_name_of_another_base_alone_is_no_mistake(bench: Workshop, base: Any) -> None:
+    """Folders are renamed and hub ids copied; the shapes and names of tensors are what has to fit."""
+    write_adapter(law(bench), base_model_name_or_path=base)
+    for form in FORMATS:
+        assert planned(bench, form)
+
+
+def test_another_tokenizer(bench: Workshop, shared_workshop: Workshop) -> None:
+    tokenizer = json.loads((shared_workshop.root / "base" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (law(bench) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(bench, "tokenizer differs", "2 tokens")
+
+
+# What is mixed and what is not
+
+
+def test_adapters_of_what_is_not_mixed(bench: Workshop) -> None:
+    write_adapter(law(bench), Q, target_modules=["q_proj"])
+    message = refuse_build(bench, output={"format": "native"})
+    assert LAW in message and "changes nothing that this recipe mixes" in message and "q_proj" in message
+    for modules in (["k"], ["mlp"], ["o", "down"]):
+        message = refuse_build(bench, mixture={**RANDOM, "modules": modules})
+        assert LAW in message and "changes nothing that this recipe mixes" in message
+    alone = [bench.recipe["experts"][1]]
+    assert "no expert differs from the base" in refuse_build(bench, experts=alone, mixture={**RANDOM, "modules": ["k"]})
+
+
+def test_adapters_of_layers_that_are_not_mixed(bench: Workshop) -> None:
+    first = {name: value for name, value in UP.items() if ".0." in name}
+    write_adapter(law(bench), first, layers_to_transform=[0])
+    message = refuse_build(bench, mixture={**RANDOM, "layers": [1, 2]})
+    assert LAW in message and "changes nothing that this recipe mixes" in message
+    assert "there is no such layer" in refuse_build(bench, mixture={**RANDOM, "layers": [0, 3]})
+
+
+def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) -> None:
+    write_adapter(law(bench), {**UP, **Q}, target_modules=["up_proj", "q_proj"])
+    for form, mixture in (("native", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
+        (note,) = [note for note in planned(bench, form, mixture=mixture).notes if "also changes" in note]
+        assert note.startswith("law: ") and "q_proj (3 tensors)" in note and "lost" in note
+
+
+# Routers
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr", "phatgoose"])
+def test_routers_of_adapters_refuse_full_models(bench: Workshop, fit: str) -> None:
+    message = refuse_build(bench, mixture={"router": {"fit": fit}})
+    assert f"router fit '{fit}' scores low-rank changes" in message and "medicine" in message and "as: lora" in message
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr"])
+def test_routers_of_adapters_refuse_what_is_no_low_rank_change(bench: Workshop, fit: str) -> None:
+    magnitudes = {f"{PREFIX}{layer}.mlp.up_proj.lora_magnitude_vector": np.ones(48, np.float32) for layer in range(3)}
+    write_adapter(law(bench), {**UP, **magnitudes}, use_dora=True)
+    experts = [{"name": "plain", "model": "base"}, bench.recipe["experts"][1]]
+    message = refuse_build(bench, experts=experts, mixture={"router": {"fit": fit}})
+    assert "no low-rank change" in message and "expert 'law': model.layers.0.mlp.up_proj" in message
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr", "phatgoose"])
+def test_routers_of_adapters_are_no_deep_routers(bench: Workshop, fit: str) -> None:
+    message = refuse_build(bench, experts=[bench.recipe["experts"][1]], mixture={"router": {"fit": fit, "per": "feature"}})
+    assert "mixture.router" in message and "one decision per module" in message
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr"])
+def test_routers_of_adapters_have_nothing_to_score_at_the_embedding(bench: Workshop, fit: str) -> None:
+    router = {"fit": fit, "granularity": "sequence", "per": "model"}
+    message = refuse_build(bench, experts=[bench.recipe["experts"][1]], mixture={"modules": "all", "router": router})
+    assert "reads the embedding" in message and "name the parts under modules" in message
+
+
+# As: lora
+
+
+def test_as_lora_of_what_is_no_full_model(bench: Workshop) -> None:
+    for expert in ({"name": "law", "adapter": "./law", "as": "lora"}, {"name": "law", "model": "base", "as": "lora"}):
+        assert "'as: lora' makes an adapter of a full model" in refuse_build(bench, experts=[expert])
+    assert "'rank' has no effect" in refuse_build(bench, experts=[{"name": "law", "adapter": "./law", "rank": 2}])
+
+
+def test_as_lora_in_a_native_architecture(bench: Workshop) -> None:
+    experts = [{**bench.recipe["experts"][0], "as": "lora"}, bench.recipe["experts"][1]]
+    assert "'as: lora'" in refuse_build(bench, experts=experts, output={"format": "native"})
+
+
+@pytest.mark.parametrize("rank", [0, -3, 1.5, "4", 10**30])
+def test_ranks_of_as_lora(bench: Workshop, rank: Any) -> None:
+    experts = [{**bench.recipe["experts"][0], "as": "lora", "rank": rank}]
+    if rank == 10**30:  # larger than the matrix: all of it
+        ranks = planned(bench, "modekit", experts=experts).config["modekit"]["places"]["model.layers.0.mlp.up_proj"]["ranks"]
+        assert ranks == [32]
+    else:
+        assert "experts[0].rank" in refuse_build(bench, experts=experts)
+
+
+def test_a_rank_larger_than_the_matrix_is_the_whole_difference(bench: Workshop, ids: torch.Tensor) -> None:
+    full = bench.recipe["experts"][0]
+    results = []
+    for changes in ({"as": "lora", "rank": 1000}, {}):
+        mixture = {"method": "linear", "modules": ["mlp"]}
+        results.append(logits_of(bench.build(experts=[{**full, **changes}], mixture=mixture), ids))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+
+
+def test_a_difference_that_overflows(bench: Workshop, shared_workshop: Workshop) -> None:
+    for name, sign in (("base", 1), ("full", -1)):
+        model = tiny_model(seed=1)
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] = sign * 3e38
+        save(model, bench.root / name)
+    experts = [{"name": "full", "model": "./full", "as": "lora"}]
+    message = refuse_build(bench, base_model="./base", experts=experts)
+    assert "experts[0] 'full' (./full)" in message and "model.layers.1.mlp.up_proj.weight" in message
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", [UP_A, UP_B])
+def test_nan_and_inf(bench: Workshop, key: str, value: float) -> None:
+    tensors = {name: tensor.copy() for name, tensor in UP.items()}
+    tensors[key].flat[-1] = value
+    write_adapter(law(bench), tensors)
+    refused(bench, "NaN or Inf", key)
+
+
+def test_values_that_overflow_the_result(bench: Workshop) -> None:
+    tensors = {**UP, UP_B: np.full_like(UP[UP_B], 1e5)}
+    write_adapter(law(bench), tensors)
+    message = refuse_build(bench, output={"dtype": "float16", "format": "native"})
+    assert LAW in message and "do not fit float16" in message
+    message = refuse_build(bench, output={"dtype": "float16", "format": "modekit"})
+    assert LAW in message and "do not fit float16" in message and UP_B in message
+    write_adapter(law(bench), {**UP, UP_A: np.full_like(UP[UP_A], 1e30), UP_B: np.full_like(UP[UP_B], 1e30)})
+    message = refuse_build(bench, output={"format": "native"})
+    assert LAW in message and "do not fit float32" in message
+
+
+def test_nan_in_a_magnitude_and_a_row_of_zeros(bench: Workshop) -> None:
+    name = f"{PREFIX}1.mlp.up_proj.lora_magnitude_vector"
+    magnitudes = {f"{PREFIX}{layer}.mlp.up_proj.lora_magnitude_vector": np.ones(48, np.float32) for layer in range(3)}
+    magnitudes[name] = np.full(48, np.nan, np.float32)
+    write_adapter(law(bench), {**UP, **magnitudes}, use_dora=True)
+    refused(bench, "NaN or Inf", name)
+
+
+# In a process of its own
+
+COMMAND = "import sys; from modekit.cli import main; sys.argv = ['modekit', *sys.argv[1:]]; main()"
+
+
+@pytest.mark.parametrize("key", ["\ud800", "\x1b[31mred", "\u202ered"], ids=["surrogate", "escape", "direction"])
+def test_names_that_no_terminal_can_show(bench: Workshop, key: str) -> None:
+    change_header(law(bench), lambda header: header.update({key: header.pop(UP_A)}))
+    recipe = bench.write()
+    before = tree(bench.root)
+    run = run_python(COMMAND, "build", recipe, bench.root / "OUT")
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert run.stderr.startswith("error: ") and "Traceback" not in run.stderr
+    assert LAW in run.stderr and "to do: " in run.stderr
+    assert "\x1b" not in run.stderr
+    assert tree(bench.root) == before

@@ -1,0 +1,403 @@
+"""A model that is missing, damaged, foreign or unsafe is refused by name, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import Workshop, save, tiny_model
+from modekit.cli import main
+from modekit.planning import make as plan
+from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
+
+LAW = "experts[1] 'law' (./law)"
+FFN = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.layers.2.input_layernorm.weight"
+
+
+@pytest.fixture
+def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+    """A recipe over the shared models."""
+    return borrow(shared_workshop, tmp_path)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+# Folders and files
+
+
+def test_missing_folders(bench: Workshop) -> None:
+    for spec in ("./nowhere", "../nowhere/at/all", "nowhere", "~nobody-of-that-name/model", "x" * 300):
+        assert f"base_model ({spec})" in refuse_build(bench, base_model=spec)
+        experts = [{"name": "law", "model": spec}]
+        message = refuse_build(bench, experts=experts, mixture={"router": {"fit": "random"}})
+        assert f"experts[0] 'law' ({spec})" in message
+        assert "model folder does not exist" in message
+
+
+def test_a_file_is_not_a_model_folder(bench: Workshop) -> None:
+    weights = Path(bench.recipe["base_model"]) / "model.safetensors"
+    assert "model folder does not exist" in refuse_build(bench, base_model=str(weights))
+
+
+@pytest.mark.parametrize("spec", ["some/name", "some name/with spaces"])
+def test_a_hub_model_without_the_hub(bench: Workshop, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refuse_build(bench, base_model=spec)
+    assert f"base_model ({spec})" in message
+    assert "hub" in message
+
+
+def test_an_empty_folder(bench: Workshop) -> None:
+    (bench.root / "empty").mkdir()
+    assert "config.json is missing" in refuse_build(bench, base_model="./empty")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"architectures": []}', "\udcff"])
+def test_damaged_config(bench: Workshop, content: str) -> None:
+    (copy_expert(bench) / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "config.json" in message
+
+
+@pytest.mark.parametrize("value", ["absent", None, "three", -1])
+def test_config_without_a_size(bench: Workshop, value: object) -> None:
+    change_config(copy_base(bench), num_hidden_layers=value)
+    message = refuse_build(bench)
+    assert "base_model (./base): config.json" in message
+    assert "num_hidden_layers" in message
+
+
+def test_weights_of_other_sizes_than_the_config_says(bench: Workshop) -> None:
+    folder = copy_base(bench)
+    for key, value, name in (
+        ("intermediate_size", 64, "model.layers.0.mlp.gate_proj.weight"),
+        ("vocab_size", 100, "model.embed_tokens.weight"),
+        ("num_hidden_layers", 2, "model.layers.2."),
+        ("num_hidden_layers", 4, "model.layers.3."),
+    ):
+        kept = (folder / "config.json").read_text()
+        change_config(folder, **{key: value})
+        assert name in refuse_build(bench)
+        (folder / "config.json").write_text(kept)
+
+
+@pytest.mark.parametrize("name", [FFN, NORM, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_missing_tensor(bench: Workshop, name: str) -> None:
+    change_tensors(copy_base(bench), lambda tensors: tensors.pop(name))
+    assert f"base_model: {name}" in refuse_build(bench)
+    change_tensors(copy_expert(bench), lambda tensors: tensors.pop(name))
+    bench.recipe["base_model"] = bench.recipe["experts"][0]["model"]
+    assert f"experts[1] 'law': {name}" in refuse_build(bench)
+
+
+def test_missing_shard(bench: Workshop) -> None:
+    folder = copy_expert(bench)
+    (folder / "model.safetensors").unlink()
+    tiny_model(seed=2).save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    message = refuse_build(bench)
+    assert LAW in message
+    assert shards[1].name in message
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_damaged_index(bench: Workshop, content: str) -> None:
+    (copy_expert(bench) / "model.safetensors.index.json").write_text(content)
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "model.safetensors.index.json" in message
+
+
+def test_truncated_weights(bench: Workshop) -> None:
+    path = copy_expert(bench) / "model.safetensors"
+    content = path.read_bytes()
+    for size in (0, 4, 8, 100, 3000, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        message = refuse_build(bench)
+        assert f"{LAW}: model.safetensors" in message
+        assert "truncated" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"garbage" * 100,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 8) + b"not json",
+        struct.pack("<Q", 4) + b"[1 ]",
+        struct.pack("<Q", 4) + b"\xff\xfe{}",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+        struct.pack("<Q", 12) + b'{"a": {}}   ',
+        struct.pack("<Q", 8) + b'{"a": 1}',
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    ],
+    ids=["text", "huge header", "no json", "list", "no utf-8", "deep", "no entry", "number", "git lfs pointer"],
+)
+def test_garbage_weights(bench: Workshop, content: bytes) -> None:
+    (copy_expert(bench) / "model.safetensors").write_bytes(content)
+    message = refuse_build(bench)
+    assert f"{LAW}: model.safetensors" in message
+    assert "download or save the file again" in message
+
+
+LIES: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("offsets beyond the file", lambda header: header[FFN].update(data_offsets=[0, 10**9])),
+    ("all offsets far out", lambda header: header[FFN].update(data_offsets=[10**9, 10**9 + 48 * 32 * 4])),
+    ("negative offset", lambda header: header[FFN].update(data_offsets=[-6144, 0])),
+    ("reversed offsets", lambda header: header[FFN].update(data_offsets=header[FFN]["data_offsets"][::-1])),
+    ("larger shape", lambda header: header[FFN].update(shape=[48, 64])),
+    ("smaller dtype", lambda header: header[FFN].update(dtype="BF16")),
+    ("negative shape", lambda header: header[FFN].update(shape=[-48, -32])),
+    ("fractional shape", lambda header: header[FFN].update(shape=[48.0, 32.0])),
+    ("dtype that is no word", lambda header: header[FFN].update(dtype=["F32"])),
+    ("overlap", lambda header: header[FFN].update(data_offsets=header["model.layers.1.mlp.gate_proj.weight"]["data_offsets"])),
+    ("hole", lambda header: header.pop("model.layers.1.mlp.gate_proj.weight")),
+]
+
+
+@pytest.mark.parametrize("lie", [lie for _, lie in LIES], ids=[name for name, _ in LIES])
+def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], object]) -> None:
+    change_header(copy_expert(bench), lie)
+    message = refuse_build(bench)
+    assert f"{LAW}: model.safetensors" in message
+    assert "download or save the file again" in message
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (FFN, {}),
+        (FFN, {"output": {"dtype": "float32"}}),
+        (FFN, {"output": {"dtype": "float16"}}),
+        (
+            "model.layers.1.mlp.down_proj.weight",
+            {"mixture": {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}}},
+        ),
+        (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": {"expert": "law"}}}),
+        (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "average"}}),
+        (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "task_arithmetic"}}),
+        (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "ties"}}),
+    ],
+    ids=["copied", "to float32", "to float16", "scaled", "copied backbone", "average", "task_arithmetic", "ties"],
+)
+def test_nan_and_inf(bench: Workshop, value: float, dtype: torch.dtype, name: str, changes: dict[str, Any]) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items()})
+        tensors[name].view(-1)[-1] = value
+
+    change_tensors(copy_expert(bench), spoil)
+    message = refuse_build(bench, **changes)
+    assert f"{LAW}: {name}" in message
+    assert "NaN or Inf" in message
+
+
+def test_nan_in_the_base_and_under_slerp(bench: Workshop) -> None:
+    folder = copy_base(bench)
+    change_tensors(folder, lambda tensors: tensors[NORM].fill_(math.nan))
+    assert f"base_model (./base): {NORM}" in refuse_build(bench)
+    bench.recipe["base_model"] = bench.recipe["experts"][2]["model"]
+    shutil.rmtree(folder)
+    change_tensors(copy_expert(bench), lambda tensors: tensors[NORM][3].fill_(math.nan))
+    mixture = {"router": {"fit": "random"}, "backbone": "slerp"}
+    assert f"{LAW}: {NORM}" in refuse_build(bench, mixture=mixture, experts=bench.recipe["experts"][:2])
+
+
+def test_values_that_overflow_the_result(bench: Workshop) -> None:
+    change_tensors(copy_expert(bench), lambda tensors: tensors[FFN][0, 0].fill_(70_000.0))
+    message = refuse_build(bench, output={"dtype": "float16"})
+    assert f"{LAW}: {FFN}" in message
+    assert "do not fit float16" in message
+    change_tensors(bench.root / "law", lambda tensors: tensors[NORM].fill_(60_000.0))
+    mixture = {"router": {"fit": "random"}, "backbone": {"method": "task_arithmetic", "scale": 2.0}}
+    change_tensors(bench.root / "law", lambda tensors: tensors[FFN][0, 0].fill_(1.0))
+    message = refuse_build(bench, output={"dtype": "float16"}, mixture=mixture)
+    assert f"mixture.backbone: {NORM}" in message
+    assert "overflows float16" in message
+
+
+# Models that do not belong together
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ({"intermediate_size": 64}, "intermediate_size"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers"),
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"vocab_size": 97}, "vocab_size"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}, "rope_parameters"),
+    ],
+)
+def test_expert_of_another_architecture(bench: Workshop, overrides: dict[str, Any], key: str) -> None:
+    save(tiny_model(seed=5, **overrides), bench.root / "law")
+    bench.recipe["experts"][1]["model"] = "./law"
+    message = refuse_build(bench)
+    assert LAW in message
+    assert f"the expert's {key} differs" in message
+    assert "expected:" in message
+
+
+def test_expert_of_another_family(bench: Workshop) -> None:
+    save(tiny_model("qwen3", seed=5, head_dim=8), bench.root / "law")
+    bench.recipe["experts"][1]["model"] = "./law"
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "another family" in message
+    assert "qwen3" in message
+
+
+def test_base_of_a_family_without_partner(bench: Workshop) -> None:
+    change_config(copy_base(bench), model_type="gpt_neox")
+    message = refuse_build(bench)
+    assert "base_model (./base)" in message
+    assert "'gpt_neox'" in message
+
+
+def test_expert_with_one_tensor_of_another_shape(bench: Workshop) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(64, 32)
+
+    change_tensors(copy_expert(bench), widen)
+    message = refuse_build(bench, mixture={"router": {"fit": "random"}, "backbone": "average"})
+    assert f"{LAW}: model.layers.1.self_attn.q_proj.weight" in message
+    assert "[64, 32]" in message
+    assert "[32, 32]" in message
+
+
+def test_tokenizers_that_differ_name_their_tokens(bench: Workshop) -> None:
+    folder = copy_expert(bench)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tokenizer))
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "2 tokens" in message
+    assert f"'a' (base {vocab['b']}, expert {vocab['a']})" in message
+    path.write_text("{")
+    assert f"{LAW}: tokenizer.json" in refuse_build(bench)
+
+
+# Weights that modekit does not read
+
+
+def test_pickled_weights(bench: Workshop) -> None:
+    folder = copy_expert(bench)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "pytorch_model.bin" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter(bench: Workshop, with_config: bool) -> None:
+    folder = copy_expert(bench)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    if not with_config:
+        (folder / "config.json").unlink()
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "adapter" in message
+    assert "name it as adapter:" in message
+
+
+def test_no_weights_at_all(bench: Workshop) -> None:
+    (copy_expert(bench) / "model.safetensors").unlink()
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "no safetensors weights" in message
+
+
+def test_a_quantised_model(bench: Workshop) -> None:
+    folder = copy_expert(bench)
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "unquantised" in message
+    change_config(folder, quantization_config="absent")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        change_tensors(folder, lambda tensors, dtype=dtype: tensors.update({FFN: torch.zeros(48, 32).to(dtype)}))
+        assert f"{LAW}: {FFN}" in refuse_build(bench)
+    change_header(folder, lambda header: header[FFN].update(dtype="F4", shape=[48, 64]))
+    assert f"{LAW}: {FFN}" in refuse_build(bench)
+
+
+def test_remote_code_needs_consent(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_expert(bench)
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    (folder / "modeling_own.py").write_text("raise SystemExit('this code must not run')\n")
+    message = refuse_build(bench)
+    assert LAW in message
+    assert "--trust-remote-code" in message
+    out = bench.root / "OUT"
+    monkeypatch.setattr("sys.argv", ["modekit", "build", str(bench.root / "recipe.yaml"), str(out), "--trust-remote-code"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in {0, None}
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert not list(out.glob("*.py"))
+
+
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 30_000), Path.unlink], ids=["cut", "removed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_source_that_vanishes_after_the_plan(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], dtype: str
+) -> None:
+    file = copy_expert(bench) / "model.safetensors"
+    make_plan = plan.make_plan
+
+    def plan_and_change(*args: Any, **kwargs: Any) -> plan.Plan:
+        made = make_plan(*args, **kwargs)
+        change(file)
+        return made
+
+    monkeypatch.setattr(plan, "make_plan", plan_and_change)
+    message = refuse("build", bench.write(output={"dtype": dtype}), bench.root / "OUT")
+    assert str(file) in message
+    assert {path.split("/")[0] for path in tree(bench.root)} == {"law", "recipe.yaml"}

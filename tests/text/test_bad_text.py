@@ -1,0 +1,231 @@
+"""Text that cannot set a router or be scored is refused by domain and file, before the experts are copied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from conftest import Workshop, write_text
+from modekit.text.documents import read_documents, split_of
+from refusal import borrow, refuse, refuse_build, tree
+
+MIXTURE = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens": 8}}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+    """A recipe that fits its router, over the shared models and texts."""
+    workshop = borrow(shared_workshop, tmp_path)
+    workshop.recipe["mixture"] = MIXTURE
+    return workshop
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shared_workshop: Workshop) -> Path:
+    """A fitted checkpoint with its text beside it; copy the folder before damaging it."""
+    workshop = borrow(shared_workshop, tmp_path_factory.mktemp("fitted"))
+    for place, (name, path) in enumerate(write_text(workshop.root / "text").items()):
+        workshop.recipe["experts"][place]["text"] = f"./text/{path.name}"
+        assert workshop.recipe["experts"][place]["name"] == name
+    return workshop.build("OUT", mixture=MIXTURE)
+
+
+@pytest.fixture
+def fitted(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the fitted checkpoint, with its text, that a test may damage."""
+    shutil.copytree(checkpoint.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "OUT"
+
+
+def use_text(workshop: Workshop, text: object) -> None:
+    workshop.recipe["experts"][1]["text"] = text
+
+
+HELD_OUT = [document for document in map("document {}".format, range(100)) if split_of(document) != "fit"]
+
+
+BAD_FILES: list[tuple[str, bytes, str]] = [
+    ("law.txt", b"", "the text is empty"),
+    ("law.txt", b" \n\n\t\n", "the text is empty"),
+    ("law.jsonl", b"", "the text is empty"),
+    ("law.jsonl", b'{"text": "  "}\n', "the text is empty"),
+    ("law.txt", b"plain \x00\x01 text", "NUL"),
+    ("law.txt", b"caf\xe9 au lait", "not UTF-8"),
+    ("law.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', "not UTF-8"),
+    ("law.jsonl", b'{"text": "good"}\n{"text": \n', "law.jsonl:2"),
+    ("law.jsonl", b'{"text": "good"}\n\n{"body": "x"}\n', "law.jsonl:3"),
+    ("law.jsonl", b'{"text": 3}\n', "law.jsonl:1"),
+    ("law.jsonl", b'["text"]\n', "law.jsonl:1"),
+    ("law.jsonl", b"[" * 100_000, "law.jsonl:1"),
+    ("law.parquet", b"not parquet at all", "no readable column 'text'"),
+    ("law.md", HELD_OUT[0].encode(), "no document is left for the fit"),
+    ("law.jsonl", "\n".join(json.dumps({"text": text}) for text in HELD_OUT).encode(), "no document is left for the fit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "part"), BAD_FILES)
+def test_bad_file(bench: Workshop, name: str, content: bytes, part: str) -> None:
+    (bench.root / name).write_bytes(content)
+    use_text(bench, f"./{name}")
+    message = refuse_build(bench)
+    assert "experts[1] 'law'" in message
+    assert name in message or part.startswith("no document")
+    assert part in message
+
+
+def test_parquet_without_a_text_column(bench: Workshop) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"]}), bench.root / "law.parquet")
+    use_text(bench, "./law.parquet")
+    message = refuse_build(bench)
+    assert "experts[1] 'law': text: law.parquet" in message
+    assert "a column named 'text'" in message
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([None, None], pyarrow.string())}), bench.root / "law.parquet"
+    )
+    assert "the text is empty" in refuse_build(bench)
+
+
+def test_text_that_is_not_there(bench: Workshop) -> None:
+    for spec in ("./law.txt", "law.jsonl", "/nowhere/law", "~nobody-of-that-name/law.txt", "x" * 300 + ".txt"):
+        use_text(bench, spec)
+        message = refuse_build(bench)
+        assert "experts[1] 'law'" in message
+        assert "the text does not exist" in message
+
+
+def test_a_hub_data_set_without_the_hub(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    use_text(bench, "some/dataset")
+    message = refuse_build(bench)
+    assert "experts[1] 'law'" in message
+    assert "some/dataset" in message
+    assert "hub" in message
+
+
+def test_text_of_one_domain_is_missing(bench: Workshop) -> None:
+    del bench.recipe["experts"][1]["text"]
+    message = refuse_build(bench)
+    assert "missing: law" in message
+    assert "add experts[].text" in message
+
+
+def test_folder_without_text(bench: Workshop) -> None:
+    (bench.root / "empty").mkdir()
+    (bench.root / "empty" / "picture.png").write_bytes(b"\x89PNG")
+    use_text(bench, "./empty")
+    message = refuse_build(bench)
+    assert "experts[1] 'law'" in message
+    assert "the folder holds no text" in message
+    assert ".jsonl" in message
+
+
+def test_text_too_short(bench: Workshop) -> None:
+    del bench.recipe["experts"][1]["text"]
+    bench.recipe["experts"][1]["prompts"] = ["x"]
+    message = refuse_build(bench)
+    assert "experts[1] 'law'" in message
+    assert "shorter than two tokens" in message
+
+
+def test_bad_text_is_found_before_the_experts_are_copied(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modekit.building.build.staging", None)
+    use_text(bench, "./law.txt")
+    assert "the text does not exist" in refuse_build(bench)
+
+
+def test_a_base_without_tokenizer(bench: Workshop) -> None:
+    shutil.copytree(bench.recipe["base_model"], bench.root / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    bench.recipe["base_model"] = "./base"
+    assert "the base model has no tokenizer" in refuse_build(bench)
+
+
+def test_unusual_text_is_read(tmp_path: Path) -> None:
+    lines = [{"text": "line\u2028separator"}, {"text": "next\x85line"}, {"text": "half \ud800 pair"}]
+    (tmp_path / "law.jsonl").write_bytes(
+        b"\r\n".join(json.dumps(line, ensure_ascii="\ud800" in line["text"]).encode() for line in lines)
+    )
+    assert set(read_documents(["law.jsonl"], root=tmp_path, where="law")) == {
+        "line\u2028separator",
+        "next\x85line",
+        "half ? pair",
+    }
+
+
+# eval and fit
+
+
+def test_eval_without_its_text(fitted: Path) -> None:
+    (fitted.parent / "text" / "law.jsonl").unlink()
+    before = tree(fitted)
+    message = refuse("eval", fitted)
+    assert "experts[1] 'law'" in message
+    assert "the text does not exist" in message
+    assert tree(fitted) == before
+
+
+def test_eval_of_text_that_was_used_or_is_too_short(fitted: Path) -> None:
+    record = json.loads((fitted / "modekit.json").read_text())
+    used = next(
+        text for text in read_documents(["law.jsonl"], root=fitted.parent / "text", where="law") if split_of(text) == "fit"
+    )
+    for text in (used, "x"):
+        (fitted.parent / "held_out.txt").write_text(text)
+        record["recipe"]["eval"] = {"law": ["./held_out.txt"]}
+        (fitted / "modekit.json").write_text(json.dumps(record))
+        message = refuse("eval", fitted)
+        assert "eval.law" in message
+        assert "no held-out document is left" in message
+
+
+def test_eval_without_any_text(bench: Workshop) -> None:
+    for expert in bench.recipe["experts"]:
+        del expert["text"]
+    folder = bench.build(mixture={"router": {"fit": "random"}})
+    assert "there is no text to evaluate on" in refuse("eval", folder)
+
+
+def test_fit_with_text_that_is_gone(fitted: Path) -> None:
+    (fitted.parent / "text" / "code.jsonl").unlink()
+    before = tree(fitted)
+    message = refuse("fit", fitted, "--tokens-per-domain", "50")  # kept statistics do not say this
+    assert "experts[2] 'code'" in message
+    assert tree(fitted) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "other keys"])
+def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
+    path = fitted / "router" / "law.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(
+        {"cut": content[:-10], "garbage": b"\x00" * 50, "other keys": (fitted / "model-router.safetensors").read_bytes()}[
+            damage
+        ]
+    )
+    before = tree(fitted)
+    message = refuse("fit", fitted, "--fit", "ridge")
+    assert str(path) in message
+    assert "delete the file" in message
+    assert tree(fitted) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (("--fit", "magic"), "mixture.router.fit"),
+        (("--top-k", "9"), "mixture.top_k is 9"),
+        (("--method", "sum"), "mixture.method"),
+        (("--temperature", "0"), "mixture.router.temperature"),
+        (("--tokens-per-domain", "1"), "mixture.router.tokens_per_domain"),
+        (("--method", "linear", "--fit", "ridge"), "'router' has no effect"),
+        (("--method", "gating", "--top-k", "2"), "'top_k' has no effect"),
+    ],
+)
+def test_fit_with_a_wrong_setting(checkpoint: Path, flags: tuple[str, ...], part: str) -> None:
+    before = tree(checkpoint)
+    assert part in refuse("fit", checkpoint, *flags)
+    assert tree(checkpoint) == before

@@ -1,0 +1,98 @@
+"""Text -> documents -> splits -> sequences -> batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from conftest import character_tokenizer
+from modekit.text.documents import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, split_of
+
+
+def read(path: Path, *names: str) -> list[str]:
+    return read_documents([str(path / name) for name in names] or [str(path)], root=path, where="text")
+
+
+def test_the_same_text_in_any_format_is_the_same_documents(tmp_path: Path) -> None:
+    texts = [f"document {number}" for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in texts))
+    parquet.write_table(pa.table({"text": texts[::-1]}), tmp_path / "b.parquet")
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text + "\n")
+    assert read(tmp_path, "a.jsonl") == read(tmp_path, "b.parquet") == read(tmp_path, "c")
+    assert read(tmp_path, "a.jsonl", "b.parquet") == read(tmp_path, "a.jsonl")  # exact duplicates once
+
+
+def test_plain_text_is_cut_at_blank_lines_only(tmp_path: Path) -> None:
+    paragraphs = [f"{number} " + "word " * 120 for number in range(20)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    documents = read(tmp_path, "book.txt")
+    assert 1 < len(documents) < 20
+    found = sorted((part.strip() for document in documents for part in document.split("\n\n")), key=lambda p: int(p.split()[0]))
+    assert found == [paragraph.strip() for paragraph in paragraphs]
+
+
+@given(st.text(min_size=1))
+def test_a_split_depends_on_the_text_alone(text: str) -> None:
+    assert split_of(text) == split_of(f"  {text.strip()}\n")
+    assert digest_of(text) == digest_of(text + " ")
+
+
+def test_splits_are_disjoint_and_about_eight_to_one_to_one() -> None:
+    documents = [f"text {number}" for number in range(3_000)]
+    parts = [documents_of_split(documents, split) for split in ("fit", "select", "report")]
+    assert sorted(document for part in parts for document in part) == sorted(documents)
+    assert [round(len(part) / 300) for part in parts] == [8, 1, 1]
+
+
+def test_encode_keeps_documents_apart_and_obeys_both_limits() -> None:
+    tokenizer = character_tokenizer()
+    sequences = encode(tokenizer, ["a" * 25, "b" * 7, "c" * 50], max_tokens=40, sequence_length=10)
+    assert [len(sequence.ids) for sequence in sequences] == [10, 10, 5, 7, 8]
+    assert [sequence.scored_bytes for sequence in sequences] == [9, 9, 4, 6, 7]
+    assert all(len(set(sequence.ids)) == 1 for sequence in sequences)
+
+
+def test_special_tokens_at_the_end_cover_no_bytes() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (sequence,) = encode(tokenizer, ["abcd"], max_tokens=100, sequence_length=10)
+    assert len(sequence.ids) == 6 and sequence.scored_bytes == 4
+
+
+def test_encode_drops_pieces_in_which_nothing_can_be_predicted() -> None:
+    sequences = encode(character_tokenizer(), ["a" * 11], max_tokens=100, sequence_length=10)
+    assert [len(sequence.ids) for sequence in sequences] == [10]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(1, 200))
+def test_batches_hold_every_token_once(lengths: list[int], tokens: int) -> None:
+    sequences = [TokenSequence(tuple(range(1000 * row, 1000 * row + length)), 0) for row, length in enumerate(lengths)]
+    seen: dict[int, torch.Tensor] = {}
+    for batch in make_batches(sequences, tokens=tokens, pad_id=7):
+        assert batch.input_ids.shape == batch.mask.shape
+        assert len(batch.rows) == 1 or batch.input_ids.numel() <= tokens
+        for place, row in enumerate(batch.rows):
+            assert row not in seen
+            seen[row] = batch.input_ids[place][batch.mask[place]]
+            assert (batch.input_ids[place][~batch.mask[place]] == 7).all()
+    assert {row: tuple(ids.tolist()) for row, ids in seen.items()} == {row: s.ids for row, s in enumerate(sequences)}
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_plain_files_are_read(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a{suffix}").write_text("def f():\n    return 1\n")
+    assert read(tmp_path, f"a{suffix}") == ["def f():\n    return 1"]

@@ -1,0 +1,167 @@
+"""Two processes under a launcher (gloo, on the processor) do what one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from conftest import Workshop
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.slow
+FIT = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
+TRAINING = {
+    "what": ["routers", "attention", "experts"], "losses": {"lm": 1.0, "label": 0.1, "distill": 0.5}, "steps": 4,
+    "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 2, "learning_rate": 0.05,
+    "backbone_learning_rate": 0.002,
+}  # fmt: skip
+CONTEXT = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}
+
+
+def launch(processes: int, *args: str) -> str:
+    """Run a module under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, *args], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def modekit(*args: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "modekit", *args], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def gates(folder: Path) -> dict[str, torch.Tensor]:
+    return tensors(folder, "model-router.safetensors")
+
+
+def tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob(pattern)):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def test_a_fit_adds_up_over_processes(workshop: Workshop) -> None:
+    mixture = {"method": "routing", "top_k": 2, "router": FIT}
+    one, two = workshop.build("ONE", mixture=mixture), workshop.build("TWO", mixture=mixture)
+    for path in (two / "router").iterdir():
+        path.unlink()
+    launch(2, "-m", "modekit", "fit", str(two), "--l2", "0.001")
+    for name, gate in gates(one).items():
+        assert torch.allclose(gate, gates(two)[name], atol=1e-4 * float(gate.abs().max())), name
+    statistics = tensors(two / "router", "law.safetensors")
+    for name, value in tensors(one / "router", "law.safetensors").items():
+        assert torch.allclose(value.double(), statistics[name].double(), rtol=1e-4, atol=1e-3), name
+    assert is_proven(verify(open_checkpoint(two)))
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
+def test_training_with_two_processes_is_training_with_one(workshop: Workshop, mixture: dict[str, object] | None) -> None:
+    changes = {"mixture": mixture} if mixture else {}
+    one, two = workshop.build("ONE", **changes), workshop.build("TWO", **changes)
+    settings = workshop.root / "training.yaml"
+    settings.write_text(yaml.safe_dump({**TRAINING, **({"accumulate": 2} if mixture else {})}))
+    modekit("train", str(one), "--settings", str(settings), "--tokens", "0")
+    settings.write_text(yaml.safe_dump({**TRAINING, **({"accumulate": 1} if mixture else {})}))
+    launch(2, "-m", "modekit", "train", str(two), "--settings", str(settings), "--tokens", "0")
+    before, after = tensors(one), tensors(two)
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=2e-6), name
+    assert is_proven(verify(open_checkpoint(two)))
+
+
+def test_a_training_that_was_killed_outright_ends_the_same(workshop: Workshop) -> None:
+    one, two = workshop.build("ONE"), workshop.build("TWO")
+    settings = workshop.root / "training.yaml"
+    settings.write_text(yaml.safe_dump({**TRAINING, "steps": 20, "evaluate_every": 2, "patience": 99}))
+    args = ["--settings", str(settings), "--tokens", "0"]
+    modekit("train", str(one), *args)
+    running = subprocess.Popen([sys.executable, "-m", "modekit", "train", str(two), *args], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((workshop.root / "TWO.training").glob("checkpoint-*/complete")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert (workshop.root / "TWO.training").exists(), "it was done before it could be killed"
+    modekit("train", str(two), *args)
+    before, after = tensors(one), tensors(two)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (one / "results" / "train.csv").read_text() == (two / "results" / "train.csv").read_text()
+    assert not (workshop.root / "TWO.training").exists()
+
+
+def test_other_commands_refuse_a_launcher(workshop: Workshop) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "modekit", "plan", str(workshop.write())], capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "this command runs in one process" in done.stderr
+
+
+SHARDED = """
+import sys
+import torch, torch.distributed
+from pathlib import Path
+from torch.distributed.fsdp import fully_shard
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.text.documents import TokenSequence
+from modekit.loaded.models import load_model
+from modekit.training.batches import Batches, Corpus, plan_parts
+from modekit.training.objective import Objective
+from modekit.training.settings import train_settings
+
+torch.distributed.init_process_group("gloo")
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+settings = train_settings({"losses": {"lm": 1.0, "label": 0.2, "z": 0.01}, "what": ["all"]}, where="test")
+draw = torch.Generator().manual_seed(3)
+corpora = [
+    Corpus(name, place, [TokenSequence(tuple(torch.randint(3, 96, (31,), generator=draw).tolist()), 31)] * 2)
+    for place, name in enumerate("abc")
+]
+batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=2, pack=False), 0)
+
+def objective():
+    mixture = load_model(checkpoint.folder)
+    if checkpoint.native is not None:
+        mixture.set_experts_implementation("eager")
+    return Objective(mixture, checkpoint, settings, teachers=[], train_top_k=None, packed=False)
+
+whole = objective()
+for number in range(2):
+    whole(**batches[number])["loss"].backward()
+sharded = objective()
+for layer in sharded.mixture.model.layers:
+    fully_shard(layer)
+fully_shard(sharded)
+sharded(factor=2.0, **batches[torch.distributed.get_rank()])["loss"].backward()
+for (name, one), two in zip(whole.named_parameters(), sharded.parameters()):
+    if one.grad is not None and float(one.grad.abs().max()) > 0:
+        assert torch.allclose(two.grad.full_tensor(), one.grad, atol=1e-6), name
+print("the same gradients")
+"""
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
+def test_a_sharded_mixture_has_the_same_gradients(workshop: Workshop, mixture: dict[str, object] | None) -> None:
+    """FSDP2 (fully_shard): parameters are whole only while their layer runs."""
+    folder = workshop.build("OUT", **({"mixture": mixture} if mixture else {}))
+    script = workshop.root / "sharded.py"
+    script.write_text(SHARDED)
+    assert "the same gradients" in launch(2, str(script), str(folder))

@@ -1,0 +1,908 @@
+"""`modekit train`: what moves and what does not, losses, text, resume, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import modekit.training.objective as objective_module
+import modekit.training.train as run_module
+from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import TextError, TrainingError
+from modekit.evaluation.evaluate import evaluate, held_out_domains
+from modekit.experts.export import export_adapter
+from modekit.loaded.models import forced_expert, load_model
+from modekit.planning.plan import ROUTER_FILE
+from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, TokenSequence, digest_of, digests_in
+from modekit.training.batches import Batches, Corpus, plan_parts, shares
+from modekit.training.losses import (
+    GENERIC,
+    distillation,
+    domain_label,
+    importance,
+    language_model,
+    load_balance,
+    z_loss,
+)
+from modekit.training.moving import moving_of
+from modekit.training.objective import Objective
+from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.teachers import make_teachers
+from modekit.training.train import train
+from refusal import tree
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SHORT: dict[str, Any] = {
+    "steps": 3, "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 1,
+    "learning_rate": 0.02, "backbone_learning_rate": 0.002,
+}  # fmt: skip
+CONTEXT = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}
+FEW = {"method": "routing", "top_k": 2, "modules": ["q", "down"], "layers": [0, 2], "router": {"fit": "random"}}
+
+
+def settings_of(**changes: Any) -> TrainSettings:
+    values = {**SHORT, **changes}
+    what = values.get("what", ["routers"])
+    if what == ["routers"]:
+        values.pop("backbone_learning_rate", None)  # which would have no effect
+    if not {"routers", "all"} & set(what):
+        values.pop("learning_rate", None)
+    return train_settings(values, where="test")
+
+
+def built(workshop: Workshop, name: str = "OUT", mixture: dict[str, Any] | None = None) -> Checkpoint:
+    return open_checkpoint(workshop.build(name, **({"mixture": mixture} if mixture else {})))
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """Every tensor's bytes, by name."""
+    found: dict[str, bytes] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            found |= {name: opened.get_tensor(name).tobytes() for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def run(checkpoint: Checkpoint, **changes: Any) -> run_module.Training:
+    return train(checkpoint, settings_of(**changes), evaluate_tokens=None)
+
+
+# What moves.
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT, FEW], ids=["native", "context", "few"])
+@pytest.mark.parametrize("what", ["routers", "attention", "norms", "embeddings", "head", "experts", "mlp"])
+def test_only_what_was_named_has_other_bytes(workshop: Workshop, mixture: dict[str, Any] | None, what: str) -> None:
+    checkpoint = built(workshop, mixture=mixture)
+    before = tensors_of(checkpoint.folder)
+    groups = moving_of(load_model(checkpoint.folder), checkpoint).groups
+    if not groups[what]:  # type: ignore[index]
+        with pytest.raises(TrainingError, match=f"no {what} to train"):
+            run(checkpoint, what=[what])
+        return
+    rate = {"learning_rate": 0.3} if what == "routers" else {"backbone_learning_rate": 0.01}
+    done = run(checkpoint, what=[what], **rate)
+    after = tensors_of(checkpoint.folder)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert done.improved
+    assert changed, "nothing moved"
+    assert all(group_of(name) == what for name in changed), changed
+    assert changed == {name for name in before if group_of(name, mixture) == what} or what in {"routers", "experts"}
+    opened = open_checkpoint(checkpoint.folder)
+    assert is_proven(verify(opened)), [check for check in verify(opened) if check.verdict != "proven"]
+    assert set(opened.record.trained) == (set() if what == "routers" else changed)
+
+
+def group_of(name: str, mixture: dict[str, Any] | None = None) -> str:
+    """The group of a tensor on disk, told by its name here and nowhere else."""
+    if ".experts." in name:
+        return "experts"
+    if name.endswith((".router.gate", "mlp.gate.weight", "block_sparse_moe.gate.weight")):
+        return "routers"
+    if "embed_tokens" in name:
+        return "embeddings"
+    if "lm_head" in name:
+        return "head"
+    if ".self_attn." in name:
+        return "attention"
+    return "mlp" if ".mlp." in name else "norms"
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "granite": {}, "olmo2": {}, "cohere2": {},
+    "ernie4_5": {"head_dim": 16}, "hunyuan_v1_dense": {"head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_parameter_is_in_one_group_and_constants_in_none(tmp_path: Path, model_type: str) -> None:
+    checkpoint = built(make_workshop(tmp_path, model_type, **FAMILIES[model_type]))
+    assert checkpoint.native is not None
+    model = load_model(checkpoint.folder)
+    groups = moving_of(model, checkpoint).groups
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    named = [name for group, names in groups.items() for name in names if not (tied and group == "head")]
+    assert len(named) == len(set(named))
+    left = set(dict(model.named_parameters())) - set(named)
+    assert all(any(constant.name in name for constant in checkpoint.native.constants) for name in left), left
+    assert len(groups["routers"]) == checkpoint.layers
+    assert groups["attention"] and groups["experts"] and groups["norms"] and groups["embeddings"] and groups["head"]
+
+
+def test_low_rank_training_folds_in_a_change_of_that_rank(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    before = read(checkpoint.folder)
+    done = run(checkpoint, what=["attention", "experts", "embeddings"], lora=2, backbone_learning_rate=0.05)
+    assert done.improved
+    after = read(checkpoint.folder)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert {group_of(name) for name in moved} == {"attention", "experts", "embeddings"}
+    for name in moved:
+        singular = torch.linalg.svdvals((after[name] - before[name]).double())
+        assert singular[2] < 1e-5 * singular[0], name
+    assert done.record.parameters < sum(before[name].numel() for name in moved)
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def test_a_trained_mixture_is_what_plain_transformers_loads(workshop: Workshop, ids: torch.Tensor) -> None:
+    checkpoint = built(workshop)
+    before = logits_of(checkpoint.folder, ids)
+    done = run(checkpoint, what=["all"])
+    assert done.improved
+    after = logits_of(checkpoint.folder, ids)
+    assert not torch.allclose(before, after)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    domains = held_out_domains(done.checkpoint, tokens_per_domain=400, sequence_length=64, split="select")
+    for domain in domains:
+        assert mean_loss(loaded, domain.sequences) == pytest.approx(done.record.select_loss[domain.name]["after"], abs=1e-5)
+
+
+def mean_loss(model: Any, sequences: Any) -> float:
+    total, count = 0.0, 0
+    for sequence in sequences:
+        row = torch.tensor([sequence.ids])
+        with torch.inference_mode():
+            logits = model.eval()(input_ids=row).logits[0, :-1]
+        total += float(nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
+        count += row.shape[1] - 1
+    return total / count
+
+
+def test_tensors_keep_their_dtype_and_another_folder_leaves_the_first_alone(workshop: Workshop) -> None:
+    for name in ("base", *DOMAINS):
+        save(AutoModelForCausalLM.from_pretrained(workshop.root / name, dtype=torch.bfloat16), workshop.root / name)
+    checkpoint = built(workshop)
+    before = tensors_of(checkpoint.folder)
+    out = workshop.root / "elsewhere" / "TRAINED"
+    done = train(checkpoint, settings_of(what=["routers", "head"]), out=out, evaluate_tokens=None)
+    assert done.improved and tensors_of(checkpoint.folder) == before
+    assert {tensor.dtype for tensor in read(out).values()} == {torch.bfloat16}
+    assert is_proven(verify(open_checkpoint(out)))
+    assert not (workshop.root / "elsewhere" / "TRAINED.training").exists()
+    with pytest.raises(TrainingError, match="the output folder exists"):
+        train(checkpoint, settings_of(what=["head"]), out=out, evaluate_tokens=None)
+
+
+def test_one_expert_per_token_is_trained_with_two_and_said_so(workshop: Workshop) -> None:
+    checkpoint = built(workshop, mixture={"method": "routing", "top_k": 1, "router": {"fit": "random"}})
+    done = run_routers(checkpoint)
+    assert any("trained with 2 experts per token" in note for note in done.record.notes)
+    assert done.improved
+    assert open_checkpoint(checkpoint.folder).config["num_experts_per_tok"] == 1
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
+
+
+def run_routers(checkpoint: Checkpoint, **changes: Any) -> run_module.Training:
+    return run(checkpoint, **{"learning_rate": 0.3, **changes})
+
+
+# Losses.
+
+
+def test_losses_are_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(5, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    p, q = logits.softmax(-1), other.softmax(-1)
+    targets = torch.tensor([0, 3, 1, 1, 2])
+    assert language_model(logits, targets) == pytest.approx(float(-p.log()[range(5), targets].sum()), rel=1e-5)
+    assert distillation(logits, other, 1.0, reverse=False) == pytest.approx(float((q * (q / p).log()).sum()), rel=1e-4)
+    assert distillation(logits, other, 1.0, reverse=True) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    p2, q2 = (logits / 2).softmax(-1), (other / 2).softmax(-1)
+    assert distillation(logits, other, 2.0, reverse=False) == pytest.approx(4 * float((q2 * (q2 / p2).log()).sum()), rel=1e-4)
+    labels = torch.tensor([0, 3, GENERIC, 1, 2])
+    own = -p.log()[[0, 1, 3, 4], [0, 3, 1, 2]].sum()
+    assert domain_label(logits, labels, None) == pytest.approx(float(own - p.log()[2].mean()), rel=1e-5)
+    assert domain_label(logits, labels, 2) == pytest.approx(float(own - p.log()[2, 2]), rel=1e-5)
+    assert z_loss(logits) == pytest.approx(float(logits.exp().sum(-1).log().square().sum()), rel=1e-5)
+    sums = p.sum(0)
+    assert importance(logits) == pytest.approx(5 * float(sums.var(unbiased=False) / sums.mean() ** 2), rel=1e-5)
+    sent = torch.zeros(5, 4)
+    for row in range(5):
+        sent[row, logits[row].topk(2).indices] = 0.5
+    assert load_balance(logits, 2) == pytest.approx(5 * 4 * float((sent.mean(0) * p.mean(0)).sum()), rel=1e-5)
+    even = torch.zeros(4, 4)
+    assert load_balance(even, 4) == pytest.approx(4.0) and importance(even) == pytest.approx(0.0)
+
+
+ALL = {"lm": 1.0, "distill": 0.5, "distill_reverse": 0.3, "label": 0.2, "balance": 0.01, "importance": 0.1, "z": 0.001}
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
+def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[str, Any] | None) -> None:
+    checkpoint = built(workshop, mixture=mixture)
+    corpora = small_corpora()
+    teachers = make_teachers(checkpoint, corpora, workshop.root / "work", trust_remote_code=False, progress=lambda *_: None)
+    names = {name: weight for name, weight in ALL.items() if name not in {"balance", "importance"}}  # products over a batch
+    settings = settings_of(losses=names, what=["all"])
+
+    def total(packed: bool, parts: int) -> dict[str, float]:
+        objective = Objective(
+            load_model(checkpoint.folder), checkpoint, settings, teachers=teachers, train_top_k=None, packed=packed
+        )
+        planned = plan_parts(corpora, settings, steps=1, experts=3, parts=parts, pack=packed)
+        batches = Batches(corpora, planned, pad_id=0)
+        losses = sum(float(objective(**batches[number])["loss"].detach()) for number in range(parts))
+        return {"total": losses, **objective.drain()}
+
+    alone = total(False, 40)
+    assert total(False, 1) == pytest.approx(alone, rel=1e-4)
+    if mixture is None:
+        assert total(True, 1) == pytest.approx(alone, rel=1e-4)
+        assert total(True, 3) == pytest.approx(alone, rel=1e-4)
+
+
+def small_corpora() -> list[Corpus]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Corpus(
+            name, expert, [TokenSequence(tuple(torch.randint(3, 96, (size,), generator=generator).tolist()), size)
+                           for size in (9, 31, 17, 24)],
+        )
+        for expert, name in enumerate(DOMAINS)
+    ]  # fmt: skip
+
+
+def test_a_teacher_says_what_its_expert_says_of_every_token(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    corpora = small_corpora()
+    teachers = make_teachers(checkpoint, corpora, workshop.root / "work", trust_remote_code=False, progress=lambda *_: None)
+    for corpus, teacher in zip(corpora, teachers, strict=True):
+        assert teacher is not None
+        model = load_model(workshop.root / corpus.name)
+        start = 0
+        for sequence in corpus.sequences:
+            wanted = logits_of(model, torch.tensor([sequence.ids]))[0]
+            got = teacher.logits(torch.arange(start, start + len(sequence.ids)), torch.device("cpu"))
+            assert torch.allclose(got, wanted, atol=2e-2 * float(wanted.abs().max()))
+            start += len(sequence.ids)
+
+
+def test_a_router_that_takes_the_own_expert_has_nothing_to_learn_from_it(workshop: Workshop) -> None:
+    """Experts that differ in their FFN alone: the mixture with one of them forced is that expert."""
+    for name in DOMAINS:
+        model = AutoModelForCausalLM.from_pretrained(workshop.root / "base", dtype=torch.float32)
+        own = AutoModelForCausalLM.from_pretrained(workshop.root / name, dtype=torch.float32)
+        model.load_state_dict({key: value for key, value in own.state_dict().items() if ".mlp." in key}, strict=False)
+        save(model, workshop.root / name)
+    checkpoint = built(workshop)
+    corpora = small_corpora()[:1]
+    teachers = make_teachers(checkpoint, corpora, workshop.root / "work", trust_remote_code=False, progress=lambda *_: None)
+    model = load_model(checkpoint.folder)
+    objective = Objective(
+        model, checkpoint, settings_of(losses={"distill": 1.0}), teachers=teachers, train_top_k=None, packed=False
+    )
+    batches = Batches(corpora, plan_parts(corpora, settings_of(), steps=1, experts=3, parts=1, pack=False), pad_id=0)
+    free = float(objective(**batches[0])["loss"].detach())
+    with forced_expert(model, checkpoint, 0):
+        forced = float(objective(**batches[0])["loss"].detach())
+    assert forced < 1e-4 < free
+
+
+@pytest.mark.parametrize("loss", ["label", "balance", "importance", "z", "distill", "distill_reverse"])
+def test_each_loss_falls_when_it_is_trained_on(workshop: Workshop, loss: str) -> None:
+    router = {"fit": "random", "temperature": 0.05}  # gates that are far from even
+    checkpoint = built(workshop, mixture={"method": "routing", "top_k": 2, "router": router})
+    run_routers(checkpoint, losses={loss: 1.0}, steps=8, batch_tokens=2000, learning_rate=0.05, patience=99)
+    rows = log_of(checkpoint)
+    values = [float(row[f"loss_{loss}"]) for row in rows if row.get(f"loss_{loss}")]
+    assert values[-1] < values[0], values
+
+
+def log_of(checkpoint: Checkpoint) -> list[dict[str, str]]:
+    path = checkpoint.folder / "results" / "train.csv"
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_an_adaptive_weight_follows_the_larger_loss(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    objective = Objective(
+        load_model(checkpoint.folder), checkpoint, settings_of(losses={"lm": 1.0, "distill": 3.0}, adaptive=True),
+        teachers=[], train_top_k=None, packed=False,
+    )  # fmt: skip
+    weights = objective._weights({"lm": torch.tensor(3.0), "distill": torch.tensor(1.0)})
+    assert weights == pytest.approx({"lm": 3.0, "distill": 1.0})
+    assert sum(weights.values()) == pytest.approx(4.0)
+
+
+# Text.
+
+
+def corpora_of(sizes: dict[str, int], generic: int = 0) -> list[Corpus]:
+    made = [Corpus(name, place, [sequence(10)] * (size // 10)) for place, (name, size) in enumerate(sizes.items())]
+    return [*made, Corpus("generic", GENERIC, [sequence(10)] * (generic // 10))] if generic else made
+
+
+def sequence(length: int) -> TokenSequence:
+    return TokenSequence(tuple(range(3, 3 + length)), length)
+
+
+def read_per_corpus(corpora: list[Corpus], settings: TrainSettings, steps: int) -> list[float]:
+    counts = [0] * len(corpora)
+    for part in plan_parts(corpora, settings, steps=steps, experts=3, parts=1, pack=True):
+        for row in part.rows:
+            for draw in row:
+                counts[draw.corpus] += len(corpora[draw.corpus].sequences[draw.sequence].ids)
+    return [count / sum(counts) for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mix": "equal"}, [0.5, 0.5]),
+        ({"mix": "proportional"}, [0.8, 0.2]),
+        ({"mix": "temperature", "mix_temperature": 2.0}, [2 / 3, 1 / 3]),
+    ],
+)
+def test_domains_are_read_in_their_shares_and_short_ones_begin_anew(changes: dict[str, Any], expected: list[float]) -> None:
+    corpora, settings = corpora_of({"law": 800, "code": 200}), settings_of(**changes)
+    assert shares(corpora, settings) == pytest.approx(expected)
+    assert read_per_corpus(corpora, settings, 20) == pytest.approx(expected, abs=0.01)
+
+
+def test_generic_text_has_its_own_share() -> None:
+    corpora = corpora_of({"law": 500, "code": 500}, generic=40)
+    settings = settings_of(generic=["x"], generic_share=0.2)
+    assert read_per_corpus(corpora, settings, 20) == pytest.approx([0.4, 0.4, 0.2], abs=0.01)
+
+
+def test_labels_are_randomised_as_often_as_asked() -> None:
+    corpora = corpora_of({"law": 1000, "code": 1000})
+    settings = settings_of(losses={"label": 1.0}, randomise=0.4, batch_tokens=1000)
+    draws = [
+        draw
+        for part in plan_parts(corpora, settings, steps=60, experts=3, parts=1, pack=True)
+        for row in part.rows
+        for draw in row
+    ]
+    own = sum(draw.label == corpora[draw.corpus].expert for draw in draws) / len(draws)
+    none = sum(draw.label == GENERIC for draw in draws) / len(draws)
+    assert own == pytest.approx(0.6, abs=0.03) and none == pytest.approx(0.2, abs=0.03)
+    assert {draw.label for draw in draws} == {GENERIC, 0, 1, 2}
+
+
+def test_more_parts_read_the_same_step_and_rows_never_overflow() -> None:
+    corpora, settings = small_corpora(), settings_of(batch_tokens=150, sequence_length=40)
+
+    def per_step(parts: int) -> list[list[tuple[int, int]]]:
+        planned = plan_parts(corpora, settings, steps=6, experts=3, parts=parts, pack=True)
+        steps = [planned[start : start + parts] for start in range(0, len(planned), parts)]
+        assert len(planned) == 6 * parts
+        return [sorted((d.corpus, d.sequence) for part in step for row in part.rows for d in row) for step in steps]
+
+    assert per_step(1) == per_step(2) == per_step(5)
+    for part in plan_parts(corpora, settings, steps=6, experts=3, parts=2, pack=True):
+        for row in part.rows:
+            assert sum(len(corpora[draw.corpus].sequences[draw.sequence].ids) for draw in row) <= 40
+
+
+def test_every_sequence_is_read_once_before_any_is_read_twice() -> None:
+    corpora = [Corpus("law", 0, [sequence(10)] * 12)]
+    parts = plan_parts(corpora, settings_of(batch_tokens=40), steps=3, experts=3, parts=1, pack=True)
+    read = [draw.sequence for part in parts for row in part.rows for draw in row]
+    assert sorted(read) == list(range(12))
+
+
+def test_only_fit_documents_move_anything_and_no_table_shows_them(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    extra = workshop.root / "more.jsonl"
+    extra.write_text("".join(json.dumps({"text": f"{number} court waiver tort deed"}) + "\n" for number in range(40)))
+    done = train(checkpoint, settings_of(what=["head"]), texts={"law": [str(extra)]}, evaluate_tokens=None)
+    assert done.improved and list(done.record.text) == list(DOMAINS)  # the others are read from the recipe
+    ours = {digest_of(json.loads(line)["text"])[:16] for line in extra.read_text().splitlines()}
+    trained_on = ours & digests_in(checkpoint.folder / TRAINED_FILE)
+    selected_by = ours & digests_in(checkpoint.folder / SELECTED_FILE)
+    assert 20 < len(trained_on) < 40 and 0 < len(selected_by) < 15
+    recipe = workshop.recipe | {"eval": {"law": "./more.jsonl"}}
+    again = open_checkpoint(checkpoint.folder)
+    record = again.record.model_copy(update={"recipe": again.record.recipe.model_validate(recipe)})
+    held_out = held_out_domains(
+        Checkpoint(checkpoint.folder, record), tokens_per_domain=10**6, sequence_length=64
+    )  # fmt: skip
+    law = next(domain for domain in held_out if domain.name == "law")
+    assert len(law.sequences) == 40 - len(trained_on) - len(selected_by)
+
+
+def test_a_share_of_the_documents_is_the_same_every_time(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    half = run(checkpoint, what=["head"], share=0.5).record.text
+    whole = run(built(workshop, "TWO"), what=["head"]).record.text
+    assert all(0 < half[name]["documents"] < whole[name]["documents"] for name in DOMAINS)
+
+
+# Going on, and not going on.
+
+
+class _KilledError(Exception):
+    pass
+
+
+def killed_at(step: int) -> Any:
+    def progress(stage: str, done: int, _total: int) -> None:
+        if stage == "train" and done == step:
+            raise _KilledError
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_killed_training_ends_as_if_it_had_not_been_killed(workshop: Workshop, step: int) -> None:
+    mixture = {**CONTEXT, "router": {**CONTEXT["router"], "jitter": 0.1, "noise": 0.1}}  # type: ignore[dict-item]
+    changes = {"what": ["routers", "attention"], "steps": 6, "evaluate_every": 2}
+    whole, cut = built(workshop, "WHOLE", mixture), built(workshop, "CUT", mixture)
+    run(whole, **changes)
+    with pytest.raises(_KilledError):
+        train(cut, settings_of(**changes), evaluate_tokens=None, progress=killed_at(step))
+    assert (workshop.root / "CUT.training" / "settings.json").exists() == (step > 2)  # else there is nothing to go on from
+    run(cut, **changes)
+    assert tensors_of(whole.folder) == tensors_of(cut.folder)
+    assert log_of(whole) == log_of(cut)
+    assert not (workshop.root / "CUT.training").exists()
+
+
+def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    changes = {"what": ["attention"], "steps": 6, "evaluate_every": 2}
+    with pytest.raises(_KilledError):
+        train(checkpoint, settings_of(**changes), evaluate_tokens=None, progress=killed_at(5))
+    states = sorted((workshop.root / "OUT.training").glob("checkpoint-*"))
+    (states[-1] / "complete").unlink()
+    (states[-1] / "model.safetensors").write_bytes(b"cut short")
+    done = run(checkpoint, **changes)
+    whole = built(workshop, "WHOLE")
+    run(whole, **changes)
+    assert done.improved and tensors_of(whole.folder) == tensors_of(checkpoint.folder)
+
+
+def test_another_training_does_not_take_over_an_unfinished_one(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    with pytest.raises(_KilledError):
+        train(checkpoint, settings_of(what=["head"]), evaluate_tokens=None, progress=killed_at(3))
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        run(checkpoint, what=["head"], seed=5)
+    assert run(checkpoint, what=["head"]).improved
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_state(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = built(workshop)
+    real, calls = objective_module.language_model, {"train": 0}
+
+    def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            calls["train"] += 1
+            if calls["train"] == 4:
+                return real(logits, targets) * math.nan
+        return real(logits, targets)
+
+    monkeypatch.setattr(objective_module, "language_model", broken)
+    done = run(checkpoint, what=["head"], steps=9)
+    assert done.failed is not None and done.improved
+    assert "step 4" in str(done.failed) and "of medicine" in str(done.failed)
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
+    losses = done.record.select_loss
+    assert sum(each["after"] for each in losses.values()) < sum(each["before"] for each in losses.values())
+
+
+def test_a_training_that_does_not_help_changes_nothing(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    before = tensors_of(checkpoint.folder)
+    done = run(checkpoint, what=["all"], backbone_learning_rate=5.0, learning_rate=5.0)
+    assert not done.improved and any("nothing was changed" in note for note in done.record.notes)
+    assert tensors_of(checkpoint.folder) == before and not open_checkpoint(checkpoint.folder).record.training
+
+
+def test_too_little_memory_is_said_with_what_to_do(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = built(workshop)
+
+    def full(*_: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(objective_module, "language_model", full)
+    with pytest.raises(TrainingError, match="not enough memory") as caught:
+        run(checkpoint, what=["head"])
+    assert "accumulate" in str(caught.value)
+
+
+# Cheap.
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
+def test_a_cheap_training_never_makes_it_worse(workshop: Workshop, mixture: dict[str, Any] | None) -> None:
+    checkpoint = built(workshop, mixture=mixture)
+    before = tensors_of(checkpoint.folder)
+    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400}
+    done = train(checkpoint, train_settings(values, where="test"), evaluate_tokens=None)
+    after = tensors_of(checkpoint.folder)
+    losses = done.record.select_loss.values()
+    change = sum(each["after"] - each["before"] for each in losses)
+    if done.improved:
+        assert change < 0 and {group_of(name) for name in before if before[name] != after[name]} == {"routers"}
+        assert open_checkpoint(checkpoint.folder).record.router.status == "trained"
+    else:
+        assert change == 0 and before == after
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
+
+
+def test_cheap_gates_learn_the_domains(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400, "steps": 300, "learning_rate": 0.03}
+    done = train(checkpoint, train_settings(values, where="test"), evaluate_tokens=None)
+    note = next(note for note in done.record.notes if note.startswith("cross-entropy"))
+    for pair in note.partition("text: ")[2].split(", "):
+        before, after = map(float, pair.split(" -> "))
+        assert after < 0.6 * before
+
+
+def test_a_cheap_training_ends_the_same_twice(workshop: Workshop) -> None:
+    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400, "steps": 20}
+    files = []
+    for name in ("ONE", "TWO"):
+        checkpoint = built(workshop, name)
+        train(checkpoint, train_settings(values, where="test"), evaluate_tokens=None)
+        files.append((checkpoint.folder / ROUTER_FILE).read_bytes())
+    assert files[0] == files[1]
+
+
+# Results, and what is refused.
+
+
+def test_results_show_before_and_after(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    done = train(checkpoint, settings_of(what=["head"]), evaluate_tokens=400)
+    assert done.results is not None
+    names = [row.name for row in done.results.rows]
+    assert "mixture before" in names and "mixture" in names and "oracle after" in names
+    data = json.loads((checkpoint.folder / "results" / "train.json").read_text())
+    assert [row["name"] for row in data["results"]["rows"]] == names
+    assert data["training"]["settings"]["what"] == ["head"]
+    assert "mixture before" in (checkpoint.folder / "results" / "train.md").read_text()
+    assert {"loss", "loss_lm", "eval_law_loss", "learning_rate", "step"} <= set(log_of(checkpoint)[0])
+    assert any((checkpoint.folder / "results" / "tensorboard").iterdir())
+    record = open_checkpoint(checkpoint.folder).record
+    assert len(record.training) == 1 and len(record.training[0].text["law"]["sha256"]) == 64
+
+
+def test_a_second_training_and_a_later_fit_keep_what_was_trained(workshop: Workshop) -> None:
+    from modekit.routing.refit import refit
+
+    fit = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 64}
+    checkpoint = built(workshop, mixture={"method": "routing", "top_k": 2, "router": fit})
+    statistics = (checkpoint.folder / "router" / "law.safetensors").read_bytes()
+    assert run(checkpoint, what=["attention"]).improved
+    assert run(checkpoint, what=["head"], seed=1).improved
+    record = open_checkpoint(checkpoint.folder).record
+    assert len(record.training) == 2 and {group_of(name) for name in record.trained} == {"attention", "head"}
+    fitted = refit(open_checkpoint(checkpoint.folder), {"router": {"temperature": 2.0}})
+    assert fitted.record.trained == record.trained
+    assert (checkpoint.folder / "router" / "law.safetensors").read_bytes() != statistics  # routers read other states now
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
+
+
+def test_an_edited_trained_tensor_is_found(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    run(checkpoint, what=["head"])
+    path = checkpoint.folder / "modekit.json"
+    record = json.loads(path.read_text())
+    record["trained"] = dict.fromkeys(record["trained"], "0" * 64)
+    path.write_text(json.dumps(record))
+    failed = [check.name for check in verify(open_checkpoint(checkpoint.folder)) if check.verdict == "failed"]
+    assert failed == ["trained tensors"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"wat": ["routers"]}, "wat"),
+        ({"what": ["router"]}, "what"),
+        ({"losses": {"lm": 0}}, "above 0"),
+        ({"losses": {"kl": 1}}, "losses"),
+        ({"temperature": 2.0}, "without effect here: temperature"),
+        ({"adaptive": True}, "without effect here: adaptive"),
+        ({"randomise": 0.2}, "without effect here: randomise"),
+        ({"mix_temperature": 3.0}, "without effect here: mix_temperature"),
+        ({"backbone_learning_rate": 0.1}, "without effect here: backbone_learning_rate"),
+        ({"speed": "cheap", "losses": {"lm": 1.0}}, "without effect here: losses"),
+        ({"speed": "cheap", "what": ["attention"]}, "cheap moves routers only"),
+        ({"lora": 4}, "lora needs matrices"),
+        ({"share": 0}, "share"),
+        ({"what": ["head"], "learning_rate": 0.1}, "without effect here: learning_rate"),
+        ({"what": ["head"], "losses": {"label": 1.0}}, "do not reach the head"),
+        ({"losses": {"lm": math.nan}}, "finite"),
+    ],
+)
+def test_settings_that_are_wrong_or_dead_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrainingError, match=words):
+        train_settings(values, where="test")
+
+
+def test_a_domain_without_text_is_named(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    empty = workshop.root / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(TextError, match="the text is empty") as caught:
+        train(checkpoint, settings_of(what=["head"]), texts={"law": [str(empty)]}, evaluate_tokens=None)
+    assert "--text law" in str(caught.value)
+    few = workshop.root / "few.jsonl"
+    few.write_text(json.dumps({"text": "one document only, whose hash decides where it goes"}))
+    with pytest.raises(TextError, match="no document is left for"):
+        train(checkpoint, settings_of(what=["head"]), texts={"law": [str(few)]}, evaluate_tokens=None)
+    with pytest.raises(TextError, match="there is no expert for this domain"):
+        train(checkpoint, settings_of(what=["head"]), texts={"laws": [str(few)]}, evaluate_tokens=None)
+
+
+def test_a_mixture_without_routers_has_none_to_train(workshop: Workshop) -> None:
+    checkpoint = built(workshop, mixture={"method": "linear"})
+    for changes in ({}, {"what": ["head"], "losses": {"lm": 1.0, "label": 1.0}}):
+        with pytest.raises(TrainingError, match="no router to train"):
+            run(checkpoint, **changes)
+    before = tensors_of(checkpoint.folder)
+    assert run(checkpoint, what=["all"]).improved
+    after = tensors_of(checkpoint.folder)
+    assert all(before[slot.name] == after[slot.name] for slot in checkpoint.slots)  # its zero gates are what makes it linear
+    assert is_proven(verify(open_checkpoint(checkpoint.folder)))
+
+
+def test_packing_is_refused_where_routers_average(workshop: Workshop) -> None:
+    with pytest.raises(TrainingError, match="one document only"):
+        run_routers(built(workshop, mixture=CONTEXT), pack=True)
+
+
+# What an independent reader found.
+
+
+def tied(workshop: Workshop) -> Checkpoint:
+    for seed, name in enumerate(("base", *DOMAINS)):
+        save(tiny_model("llama", seed=seed, tie_word_embeddings=True), workshop.root / name)
+    return built(workshop)
+
+
+@pytest.mark.parametrize("what", ["embeddings", "head", "all"])
+def test_what_is_written_is_worth_what_the_record_says_for_tied_embeddings_too(workshop: Workshop, what: str) -> None:
+    checkpoint = tied(workshop)
+    done = run(checkpoint, what=[what], lora=4, backbone_learning_rate=0.02)
+    assert done.improved
+    loaded = load_model(checkpoint.folder)
+    for domain in held_out_domains(done.checkpoint, tokens_per_domain=400, sequence_length=64, split="select"):
+        assert mean_loss(loaded, domain.sequences) == pytest.approx(done.record.select_loss[domain.name]["after"], abs=1e-4)
+
+
+def adapters(workshop: Workshop, mixture: dict[str, Any]) -> Checkpoint:
+    """Two rank-3 adapters and the base."""
+    for seed, name in enumerate(("law", "code")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(workshop.root / "base")
+        adapted = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        adapted.save_pretrained(workshop.root / f"{name}-lora")
+    experts = [{"name": n, "adapter": f"./{n}-lora", "text": f"./text/{n}.jsonl"} for n in ("law", "code")]
+    experts.append({"name": "general", "model": "base", "text": "./text/medicine.jsonl"})
+    return open_checkpoint(workshop.build("OUT", experts=experts, mixture=mixture))
+
+
+@pytest.mark.parametrize("what", ["experts", "all"])
+def test_adapters_move_themselves_under_low_rank_training(workshop: Workshop, what: str) -> None:
+    checkpoint = adapters(workshop, {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    done = run(checkpoint, what=[what], lora=2, losses={"lm": 1.0, "label": 0.1, "distill": 0.1})
+    assert done.improved and is_proven(verify(open_checkpoint(checkpoint.folder)))
+    export_adapter(open_checkpoint(checkpoint.folder), "law", workshop.root / "law-again", overwrite=False)
+    record = json.loads((workshop.root / "law-again" / "export.json").read_text())
+    assert any("trained" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr"])
+def test_routers_that_score_by_a_norm_can_be_trained_beside_the_base(workshop: Workshop, fit: str) -> None:
+    checkpoint = adapters(workshop, {"method": "routing", "top_k": 2, "router": {"fit": fit}})
+    done = run(checkpoint, learning_rate=0.05)
+    assert done.failed is None and done.improved
+
+
+@pytest.mark.parametrize("mixture", [None, CONTEXT, {"method": "routing", "router": {"fit": "ngram", "buckets": 512}}])
+def test_checkpointing_changes_memory_and_no_result(workshop: Workshop, mixture: dict[str, Any] | None) -> None:
+    changes = {"what": ["routers", "attention"], "losses": {"lm": 1.0, "label": 0.1}}
+    plain, again = built(workshop, "PLAIN", mixture), built(workshop, "AGAIN", mixture)
+    assert run(plain, **changes).improved and run(again, **changes, checkpointing=True).improved
+    first, second = read(plain.folder), read(again.folder)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_a_part_without_rows_has_no_loss(workshop: Workshop) -> None:
+    done = run_routers(built(workshop), losses={"lm": 1.0, "balance": 0.01, "importance": 0.1}, accumulate=20)
+    assert done.failed is None
+
+
+def test_a_cheap_training_does_not_touch_what_another_left(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    precious = workshop.root / "OUT.training" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    values = {"speed": "cheap", "sequence_length": 64, "select_tokens": 400, "steps": 5}
+    train(checkpoint, train_settings(values, where="test"), evaluate_tokens=None)
+    assert precious.read_text() == "mine"
+    with pytest.raises(TrainingError, match="in the way"):
+        run(checkpoint, what=["head"])
+
+
+def test_several_devices_without_a_launcher_are_used_as_one(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, other = built(workshop, "WHOLE"), built(workshop, "OTHER")
+    run(whole, what=["head"])
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2) or 2), raising=False)
+    run(other, what=["head"])
+    assert tensors_of(whole.folder) == tensors_of(other.folder)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5_text"])
+def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, family: str) -> None:
+    overrides = OVERRIDES_QWEN3_5 if family == "qwen3_5_text" else FAMILIES[family]
+    checkpoint = built(make_workshop(tmp_path, family, **overrides))
+    corpora, settings = small_corpora(), settings_of(what=["all"])
+    packed = run_module._packs(checkpoint, settings)
+    assert packed == (family != "qwen3_5_text")
+    if not packed:
+        with pytest.raises(TrainingError, match="one document only"):
+            run_module._packs(checkpoint, settings_of(what=["all"], pack=True))
+        return
+    losses = []
+    for pack in (False, True):
+        objective = Objective(load_model(checkpoint.folder), checkpoint, settings, teachers=[], train_top_k=None, packed=pack)
+        batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack), pad_id=0)
+        losses.append(float(objective(**batches[0])["loss"].detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+OVERRIDES_QWEN3_5 = {
+    "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before the table before", "before it is written", "before the table after"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_kill_after_the_last_step_is_gone_on_from_too(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, when: str, elsewhere: bool
+) -> None:
+    whole, cut = built(workshop, "WHOLE"), built(workshop, "CUT")
+    out = workshop.root / "MADE" if elsewhere else None
+    settings = settings_of(what=["head"])
+    train(whole, settings, evaluate_tokens=400)
+    real_write, real_evaluate, calls = run_module.write_trained, run_module.evaluate, {"evaluate": 0}
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        calls["evaluate"] += 1
+        if calls["evaluate"] == (1 if when == "before the table before" else 2) and when != "before it is written":
+            raise _KilledError
+        return real_evaluate(*args, **kwargs)
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if when == "before it is written":
+            raise _KilledError
+        return real_write(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    monkeypatch.setattr(run_module, "write_trained", write)
+    with pytest.raises(_KilledError):
+        train(cut, settings, out=out, evaluate_tokens=400)
+    monkeypatch.setattr(run_module, "evaluate", real_evaluate)
+    monkeypatch.setattr(run_module, "write_trained", real_write)
+    done = train(cut, settings, out=out, evaluate_tokens=400)
+    assert done.improved and len(done.checkpoint.record.training) == 1
+    assert tensors_of(whole.folder) == tensors_of(out or cut.folder)
+    assert done.results is not None and "mixture before" in [row.name for row in done.results.rows]
+    assert not list(workshop.root.glob("*.training"))
+
+
+def test_memory_settings_may_change_when_a_training_goes_on(workshop: Workshop) -> None:
+    checkpoint, whole = built(workshop), built(workshop, "WHOLE")
+    changes = {"what": ["head"], "steps": 4, "evaluate_every": 2}
+    run(whole, **changes)
+    with pytest.raises(_KilledError):
+        train(checkpoint, settings_of(**changes), evaluate_tokens=None, progress=killed_at(3))
+    run(checkpoint, **changes, accumulate=2, checkpointing=True)
+    first, second = read(whole.folder), read(checkpoint.folder)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_another_folder_and_a_training_without_gain_leave_the_first_folder_byte_for_byte(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    before = tree(checkpoint.folder)
+    assert train(checkpoint, settings_of(what=["head"]), out=workshop.root / "BETTER", evaluate_tokens=400).improved
+    assert tree(checkpoint.folder) == before
+    worse = settings_of(what=["all"], backbone_learning_rate=5.0, learning_rate=5.0)
+    assert not train(checkpoint, worse, evaluate_tokens=400).improved
+    assert tree(checkpoint.folder) == before
+
+
+def test_one_table_is_on_one_text(workshop: Workshop) -> None:
+    """Even when the recipe evaluates on text that is then trained on."""
+    more = workshop.root / "more.jsonl"
+    more.write_text("".join(json.dumps({"text": f"{number} court waiver tort deed"}) + "\n" for number in range(60)))
+    checkpoint = open_checkpoint(workshop.build("OUT", eval={"law": "./more.jsonl"}))
+    done = train(checkpoint, settings_of(what=["head"]), texts={"law": [str(more)]}, evaluate_tokens=10**6)
+    assert done.results is not None
+    after = evaluate(done.checkpoint, tokens_per_domain=10**6, sequence_length=512)
+    assert done.results.text == after.text
+    assert done.results.row("mixture").scores["law"].loss == pytest.approx(after.row("mixture").scores["law"].loss)
+
+
+def test_labels_of_some_domains_alone_are_refused(workshop: Workshop) -> None:
+    experts = [{key: value for key, value in expert.items() if key != "text"} for expert in workshop.recipe["experts"]]
+    checkpoint = open_checkpoint(workshop.build("OUT", experts=experts))
+    law = {"law": [str(workshop.root / "text" / "law.jsonl")]}
+    for changes in ({"speed": "cheap", "steps": 5}, {**SHORT, "what": ["attention"], "losses": {"label": 1.0}}):
+        changes = {key: value for key, value in changes.items() if key != "learning_rate"}
+        with pytest.raises(TrainingError, match="labels of some domains alone"):
+            train(checkpoint, train_settings(changes, where="test"), texts=law, evaluate_tokens=None)
+    done = train(checkpoint, settings_of(what=["head"]), texts=law, evaluate_tokens=None)
+    assert done.improved and any("no text of medicine, code" in note for note in done.record.notes)
+
+
+def test_a_folder_given_in_another_way_is_the_same_folder(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(workshop)
+    monkeypatch.chdir(workshop.root)
+    assert train(open_checkpoint(Path("OUT")), settings_of(what=["head"]), evaluate_tokens=None).improved
+
+
+def test_experts_may_be_named_like_figures(workshop: Workshop) -> None:
+    experts = [
+        {**expert, "name": name} for expert, name in zip(workshop.recipe["experts"], ("loss", "generic", "lm"), strict=True)
+    ]
+    checkpoint = open_checkpoint(workshop.build("OUT", experts=experts))
+    done = run(checkpoint, what=["head"], generic=[str(workshop.root / "text" / "law.jsonl")])
+    assert list(done.record.select_loss) == ["loss", "generic", "lm", "(generic)"]
+    assert len({tuple(each.values()) for each in done.record.select_loss.values()}) >= 3
+
+
+def test_training_ends_when_held_out_loss_no_longer_falls(workshop: Workshop) -> None:
+    done = run(built(workshop), what=["head"], backbone_learning_rate=0.3, steps=40, patience=2, share=0.1)
+    assert 0 < done.record.steps < 40
+    note = next(note for note in done.record.notes if note.startswith("ended after step"))
+    best = int(note.rpartition("step ")[2].split()[0])
+    assert done.record.steps == best + 2  # two comparisons, one after each step, without a better one
+
+
+def test_products_in_bfloat16_train_float32_weights(workshop: Workshop) -> None:
+    first, second = built(workshop, "FIRST"), built(workshop, "SECOND")
+    assert run(first, what=["head"]).improved and run(second, what=["head"], precision="bfloat16").improved
+    one, two = read(first.folder)["lm_head.weight"], read(second.folder)["lm_head.weight"]
+    assert one.dtype == two.dtype == torch.float32
+    assert not torch.equal(one, two) and torch.allclose(one, two, atol=0.02)
