@@ -1,4 +1,4 @@
-"""The tutorial's blocks are executed in order, in an empty folder; README's recipe and docs' tables are checked."""
+"""The blocks of the tutorial and the Python page are executed in order, in an empty folder; README's recipe and docs' tables are checked."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return BLOCK.findall((ROOT / page).read_text())
 
 
-def test_the_tutorial_runs(tmp_path: Path) -> None:
+def test_the_tutorial_and_the_python_page_run(tmp_path: Path) -> None:
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for kind, text in blocks("docs/tutorial.md"):
+    for kind, text in [*blocks("docs/tutorial.md"), *blocks("docs/python.md")]:
         if kind == "yaml":
             (tmp_path / text.splitlines()[0].removeprefix("# file: ")).write_text(text)
             continue
@@ -38,7 +38,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/adapters.md"])
 def test_every_recipe_shown_is_a_recipe(page: str) -> None:
     recipes = [text for kind, text in blocks(page) if kind == "yaml" and "# file: training.yaml" not in text]
     assert recipes
