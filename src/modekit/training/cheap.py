@@ -56,7 +56,7 @@ def train_cheap(
     settings: TrainSettings,
     progress: Progress,
 ) -> CheapResult:
-    """Train every gate; nothing is written. `select` is held-out text by the place of its expert.
+    """Train every gate; nothing is written. `select` is held-out text by the index of its expert.
 
     Raises TrainingError where a router's score is not linear in what its gate reads.
     """
@@ -116,8 +116,8 @@ def _capture(
         row_of[wanted] = torch.arange(count)
         kept: dict[int, torch.Tensor] = {}
 
-        def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
-            rows = row_of[places_T]  # noqa: B023  (used within this turn of the loop)
+        def consume(slot: int, x_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
+            rows = row_of[positions_T]  # noqa: B023  (used within this turn of the loop)
             found = rows >= 0
             if slot not in kept:  # noqa: B023
                 kept[slot] = torch.zeros((count, x_TD.shape[1]), dtype=torch.float16)  # noqa: B023

@@ -103,7 +103,7 @@ class Objective(nn.Module):
         self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor], *, reverse: bool
     ) -> torch.Tensor:
         """From each domain's own expert; a sequence whose label was taken or changed has no teacher."""
-        corpus_N, place_N = item["corpus"][:, :-1][predicted], item["place"][:, :-1][predicted]
+        corpus_N, position_N = item["corpus"][:, :-1][predicted], item["position"][:, :-1][predicted]
         label_N = item["labels"][:, :-1][predicted]
         total = logits_NV.sum() * 0.0  # keeps the graph when no token has a teacher
         for number, teacher in enumerate(self._teachers):
@@ -112,7 +112,7 @@ class Objective(nn.Module):
             rows = ((corpus_N == number) & (label_N == teacher.expert)).nonzero().squeeze(-1)
             if len(rows):
                 with torch.no_grad():
-                    wanted = teacher.logits(place_N[rows], logits_NV.device)
+                    wanted = teacher.logits(position_N[rows], logits_NV.device)
                 total = total + distillation(logits_NV[rows], wanted, self._settings.temperature, reverse=reverse)
         return total
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from modekit.errors import TrainingError
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
-"""What may move; train/moving.py finds the parameters."""
+"""What may move; training/moving.py finds the parameters."""
 
 Loss = Literal["lm", "distill", "distill_reverse", "label", "balance", "importance", "z"]
-"""See train/losses.py."""
+"""See training/losses.py."""
 
 WEIGHTS: dict[Loss, float] = {
     "lm": 1.0,

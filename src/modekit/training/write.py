@@ -74,10 +74,10 @@ def write_trained(
 
 
 def _write_tensor(
-    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, place: int,
+    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, index: int,
     stream: io.FileIO,
 ) -> None:  # fmt: skip
-    name, ref = inside[place]
+    name, ref = inside[index]
     write_all(stream, content[name] if name in content else mappings.view(ref))
 
 

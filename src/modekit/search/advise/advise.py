@@ -43,23 +43,23 @@ def advise(
     native = native or recipe.output.format == "native"
     models = open_models(recipe, root, trust_remote_code=trust_remote_code)
     groups = groups_of(models.base, models.family)
-    sources = [models.experts.get(place, models.base) for place in range(len(recipe.experts))]
+    sources = [models.experts.get(index, models.base) for index in range(len(recipe.experts))]
     drift = compare(models.base, sources, groups, progress=progress)
     if drift.base_damaged:
         raise SourceError(
             "the weights hold NaN or Inf", where=f"base_model ({models.base.spec}): {drift.base_damaged[0]}",
             remedy="the model is damaged: save or download it again",
         )  # fmt: skip
-    usable = [place for place in models.experts if not drift.damaged[place]]
+    usable = [index for index in models.experts if not drift.damaged[index]]
     findings = [*models.findings, *of_files(recipe, drift, usable)]
     measured = NOTHING
-    if any(drift.moved[place] for place in usable):
+    if any(drift.moved[index] for index in usable):
         measured, of_text = measure_text(
             recipe, root, models, groups, drift, usable, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress
         )
         findings += of_text
     # Place of every expert of the advised recipe -> whether its own model is worth having; else the base stands for it.
-    kept = {place: bool(drift.moved[place]) and helps(measured.gains, place) for place in usable}
+    kept = {index: bool(drift.moved[index]) and helps(measured.gains, index) for index in usable}
     if not any(kept.values()):
         return Advice(recipe, root, drift, usable, measured, findings, None, (), None, None)
     facts = _facts(recipe, models, groups, drift, measured, kept, native)
@@ -85,17 +85,17 @@ def _facts(
     recipe: Recipe, models: Models, groups: Mapping[str, Group], drift: Drift, measured: Measured, kept: Mapping[int, bool],
     native: bool,
 ) -> Facts:  # fmt: skip
-    own = [place for place, is_own in kept.items() if is_own]
-    moved = frozenset().union(*(drift.moved[place] for place in own))
+    own = [index for index, is_own in kept.items() if is_own]
+    moved = frozenset().union(*(drift.moved[index] for index in own))
     experts = recipe.experts
-    gains = measured.gains
-    known = [place for place in own if gains is not None and place in gains.parts]
+    gains, confusion = measured.gains, measured.confusion
+    known = [index for index in own if gains is not None and index in gains.parts]
     shares = backbones = None
     if gains is not None and known:
         each = [{part: gains.share(p, losses).value for part, losses in gains.parts[p].items()} for p in known]
         shares = {part: min(one[part] for one in each) for part in each[0]}
         if gains.on_average:
-            average = [gains.share(place, gains.on_average[place]).value for place in known]
+            average = [gains.share(index, gains.on_average[index]).value for index in known]
             backbones = {"base": sum(one["ffn"] for one in each) / len(known), "average": sum(average) / len(known)}
     return Facts(
         native=native,
@@ -106,9 +106,7 @@ def _facts(
         shares=shares,
         backbones=backbones,
         fit_text=kept.keys() <= measured.fittable,
-        told_apart=measured.words.told_apart
-        if measured.words is not None and len(measured.words.domains) == len(kept)
-        else None,
+        told_apart=confusion.told_apart if confusion is not None and len(confusion.domains) == len(kept) else None,
     )
 
 
@@ -117,9 +115,9 @@ def _advised(
 ) -> dict[str, Any]:
     """The recipe as plain data: the user's words for models and texts, the rules' mixture."""
     experts = []
-    for place, is_own in sorted(kept.items()):
-        dropped = ["negative_prompts", *(["text"] if place in measured.unread else []), *(["as", "rank"] if native else [])]
-        expert = _without(raw["experts"][place], *dropped)
+    for index, is_own in sorted(kept.items()):
+        dropped = ["negative_prompts", *(["text"] if index in measured.unread else []), *(["as", "rank"] if native else [])]
+        expert = _without(raw["experts"][index], *dropped)
         if not is_own and expert.get("model") != BASE:
             expert = {
                 "name": expert["name"],

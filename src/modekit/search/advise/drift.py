@@ -98,15 +98,15 @@ def compare(
         for done, (name, group) in enumerate(groups.items(), 1):
             ref = base.tensor(name)
             changed = [
-                place for place in range(1, len(sources)) if sources[place] is not base and touched(sources[place], name)
+                index for index in range(1, len(sources)) if sources[index] is not base and touched(sources[index], name)
             ]
-            pieces = {0: piece_of(sources, 0, ref), **{place: piece_of(sources, place, ref) for place in changed}}
-            broken = {place: _broken(piece.refs, mappings) for place, piece in pieces.items()}
-            for place, names in broken.items():
-                if place == 0 or not broken[0]:
-                    damaged[place] += names
-            whole = [place for place in changed if not broken[place]]
-            arrays = [read.values(pieces[place]) for place in whole]
+            pieces = {0: piece_of(sources, 0, ref), **{index: piece_of(sources, index, ref) for index in changed}}
+            broken = {index: _broken(piece.refs, mappings) for index, piece in pieces.items()}
+            for index, names in broken.items():
+                if index == 0 or not broken[0]:
+                    damaged[index] += names
+            whole = [index for index in changed if not broken[index]]
+            arrays = [read.values(pieces[index]) for index in whole]
             square, product = (0.0, np.zeros((0, 0))) if broken[0] else _sums(read.values(pieces[0]), arrays)
             squares[group] = squares.get(group, 0.0) + square
             rows = np.array(whole, dtype=int) - 1

@@ -24,10 +24,10 @@ from optuna.trial import TrialState
 from modekit.errors import MismatchError, RecipeError, TuneError, UnsupportedError
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Recipe, parse_recipe
-from modekit.search.tune.bodies import Bodies
-from modekit.search.tune.mount import Mount
 from modekit.search.tune.selection import RUNGS, Selection, Tally
+from modekit.search.tune.shared_weights import SharedWeights
 from modekit.search.tune.space import Choice, Space
+from modekit.search.tune.switched_model import SwitchedModel
 
 _STUDY_FILE = "study.log"
 OWN = "the recipe's own"
@@ -52,9 +52,9 @@ class Job:
     seed: int
     trust_remote_code: bool
 
-    def bodies(self) -> Bodies:
+    def weights(self) -> SharedWeights:
         """What candidates share."""
-        return Bodies(self.work, self.root, averages=self.space.averages(), trust_remote_code=self.trust_remote_code)
+        return SharedWeights(self.work, self.root, averages=self.space.averages(), trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def _mend(path: Path) -> None:
 def work(job: Job, selection: Selection, progress: Progress = silent, *, process: int = 0) -> None:
     """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
     study = open_study(job, process)
-    bodies = job.bodies()
-    mount = Mount(trust_remote_code=job.trust_remote_code)
+    weights = job.weights()
+    switched = SwitchedModel(trust_remote_code=job.trust_remote_code)
     again = 0
     while again < _SAME_AGAIN:
         trials = study.get_trials(deepcopy=False)
@@ -149,11 +149,11 @@ def work(job: Job, selection: Selection, progress: Progress = silent, *, process
         progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
         if len(distinct) >= job.trials and not waiting:
             return
-        again = 0 if _try_one(job, study, study.ask(), selection, bodies, mount) else again + 1
+        again = 0 if _try_one(job, study, study.ask(), selection, weights, switched) else again + 1
 
 
 def _try_one(
-    job: Job, study: optuna.Study, trial: optuna.Trial, selection: Selection, bodies: Bodies, mount: Mount
+    job: Job, study: optuna.Study, trial: optuna.Trial, selection: Selection, weights: SharedWeights, switched: SwitchedModel
 ) -> bool:  # fmt: skip
     """Score one candidate; False when it was tried before."""
     started = time.perf_counter()
@@ -168,7 +168,7 @@ def _try_one(
     trial.set_user_attr("key", key)
     try:
         recipe = candidate_recipe(job.recipe, mixture)
-        plan = bodies.plan(recipe)
+        plan = weights.plan(recipe)
     except (RecipeError, UnsupportedError, MismatchError) as error:
         trial.set_user_attr("why", str(error))
         study.tell(trial, state=TrialState.FAIL)
@@ -176,10 +176,10 @@ def _try_one(
     for attribute, value in (*plan.parameters().items(), ("native", job.native and not recipe.mixture.beyond_native())):
         if attribute in {"active", "total", "native"}:
             trial.set_user_attr(attribute, value)
-    body = bodies.checkpoint(plan)
-    if bodies.must_read(recipe):  # with a model of its own
-        mount.clear()
-    model = mount.put(body, bodies.gates(body, recipe))
+    shared = weights.checkpoint(plan)
+    if weights.must_read(recipe):  # with a model of its own
+        switched.clear()
+    model = switched.put(shared, weights.gates(shared, recipe))
     tally = Tally()
     dropped = False
     for number, resource in enumerate(RUNGS):

@@ -95,7 +95,7 @@ def tune(
         )  # fmt: skip
         built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
         _write(build(built, out, overwrite=overwrite, progress=progress), root, results, select)
-        job.bodies().remove()
+        job.weights().remove()
         return results
 
 
