@@ -563,8 +563,8 @@ FACTS = Facts(
     native=False, experts=4, low_rank=False, outside_ffn=True, named_parts=True, shares=dict.fromkeys(PARTS, 1.0),
     backbones=None, fit_text=True, told_apart=0.97,
 )  # fmt: skip
-SCATTERED = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
-WITH_ATTENTION = {**SCATTERED, "ffn + attention": 0.97}
+APART = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
+WITH_ATTENTION = {**APART, "ffn + attention": 0.97}
 CONTEXT = {"fit": "logistic", "granularity": "context", "tokens_per_domain": 65_536}
 TOKEN = {"fit": "logistic", "tokens_per_domain": 65_536}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -572,19 +572,19 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"told_apart": 0.5}, {"modules": "auto", "router": CONTEXT}),
     ({"told_apart": None}, {"modules": "auto", "router": CONTEXT}),
     ({"native": True}, {"backbone": "base", "router": TOKEN}),
-    ({"shares": SCATTERED}, {"modules": "all", "router": {"fit": "ngram"}}),
+    ({"shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     (
-        {"shares": SCATTERED, "told_apart": 0.5},
+        {"shares": APART, "told_apart": 0.5},
         {"modules": "all", "router": {**TOKEN, "granularity": "sequence", "per": "model"}},
     ),
     ({"shares": WITH_ATTENTION}, {"modules": ["q", "k", "v", "o", "mlp"], "router": {"fit": "ngram"}}),
     ({"shares": WITH_ATTENTION, "named_parts": False}, {"modules": "all", "router": {"fit": "ngram"}}),
-    ({"shares": SCATTERED, "native": True}, {"backbone": "average", "router": TOKEN}),
-    ({"shares": SCATTERED, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": TOKEN}),
-    ({"shares": SCATTERED, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": TOKEN}),
+    ({"shares": APART, "native": True}, {"backbone": "average", "router": TOKEN}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": TOKEN}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": TOKEN}),
     ({"shares": None}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"low_rank": True, "shares": WITH_ATTENTION}, {"modules": "auto", "router": {"fit": "ngram"}}),
-    ({"low_rank": True, "shares": SCATTERED}, {"modules": "all", "router": {"fit": "ngram"}}),
+    ({"low_rank": True, "shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"shares": None, "fit_text": False}, {"backbone": "average", "method": "linear"}),
     ({"shares": None, "fit_text": False, "outside_ffn": False}, {"modules": "auto", "method": "linear"}),
 ]  # fmt: skip

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
-from modekit.checkpoint.staging import refuse_existing, write_atomically, write_json
+from modekit.checkpoint.checkpoint import RECORD_FILE
+from modekit.checkpoint.staging import json_bytes, refuse_existing
 from modekit.errors import TuneError
 from modekit.evaluation.evaluate import RESULTS_FOLDER
 from modekit.planning.make import make_plan
@@ -94,21 +94,22 @@ def tune(
             space.model_dump(mode="json"), {"select": _texts(select), "report": _texts(report)}, searched,
         )  # fmt: skip
         built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
-        _write(build(built, out, overwrite=overwrite, progress=progress), root, results, select)
+        build(built, out, overwrite=overwrite, beside=_beside(built, out, results, select), progress=progress)
         job.weights().remove()
         return results
 
 
-def _write(checkpoint: Checkpoint, root: Path, results: TuneResults, select: Selection) -> None:
-    """Beside the best mixture: its recipe, what chose it, and what else was tried."""
-    out, recipe = checkpoint.folder, checkpoint.record.recipe
-    write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
-    said = from_folder(recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
-    write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
-    (out / RESULTS_FOLDER).mkdir(exist_ok=True)
-    made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
-    write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
-    write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
+def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> dict[str, bytes]:
+    """Files beside the best mixture, there from its first moment on: its recipe, what chose it, and what else was tried."""
+    recipe = best.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    said = from_folder(recipe, best.root, out)
+    made = {"checkpoint": {"recipe_digest": best.recipe.digest()}}
+    return {
+        SELECTED_FILE: "".join(f"{digest}\n" for digest in sorted(select.digests)).encode(),
+        "recipe.yaml": yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode(),
+        f"{RESULTS_FOLDER}/tune.json": json_bytes({**made, **results.as_data()}),
+        f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
+    }
 
 
 def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:
