@@ -30,10 +30,11 @@ from modekit.recipes.recipe import load_recipe, parse_recipe
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.advise import advise
 from modekit.search.advise.checks import chat_template
-from modekit.search.advise.drift import compare
+from modekit.search.advise.drift import Drift, compare
 from modekit.search.advise.findings import Finding
-from modekit.search.advise.gain import PARTS, Losses, figure_of
+from modekit.search.advise.gain import PARTS, Gains, Losses, figure_of
 from modekit.search.advise.groups import groups_of
+from modekit.search.advise.judge import of_gains, of_unmixed
 from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 from modekit.search.advise.recipe_file import recipe_text
 from modekit.search.advise.rules import EXPERTS, ROUTERS, Facts, choose
@@ -294,6 +295,8 @@ def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: 
     assert native.recipe is not None and native.facts is not None and native.facts.backbones is not None
     assert native.facts.backbones["base"] == 0 and native.facts.backbones["average"] > 0
     assert native.recipe["mixture"]["backbone"] == "average"
+    (unmixed,) = about(native.findings, "medicine, law, code", "warning")
+    assert "averaged" in unmixed.what and "medicine 100%" in unmixed.found
 
 
 def test_adapters_stay_low_rank(trained: Workshop, tmp_path: Path) -> None:
@@ -449,8 +452,9 @@ def test_equal_and_nearly_equal_experts(trained: Workshop, tmp_path: Path) -> No
     advice = run(workshop)
     (near,) = about(advice.findings, "medicine, law")
     assert "almost the same way" in near.what and "distance 0.010" in near.found
-    (same,) = about(advice.findings, "code")
+    same, beaten = about(advice.findings, "code")
     assert "equals the base" in same.what and "model: base" in same.to_do
+    assert "better on its text" in beaten.what
     assert advice.recipe is not None
     assert advice.recipe["experts"][2] == {"name": "code", "model": "base", "text": workshop.recipe["experts"][2]["text"]}
     workshop.recipe["experts"][0]["model"] = str(trained.root / "medicine")
@@ -463,6 +467,70 @@ def test_mixed_up_texts(trained: Workshop, tmp_path: Path) -> None:
     experts[0]["text"], experts[1]["text"] = experts[1]["text"], experts[0]["text"]
     found = [finding.what for finding in about(run(workshop).findings, "law", "warning")]
     assert [what for what in found if "better on its text" in what] == ["medicine is better on its text than it is itself"]
+
+
+def of_losses(losses: dict[int, list[float]]) -> Gains:
+    """Gains of models (-1: the base) from their mean loss per domain, the same in each of four blocks."""
+    ones = np.ones(4)
+    return Gains({model: {d: Losses(loss * ones, ones) for d, loss in enumerate(row)} for model, row in losses.items()}, {})
+
+
+def test_an_expert_that_another_beats_on_its_own_text_is_named_even_when_it_is_the_base() -> None:
+    recipe = parse_recipe({
+        "base_model": "b", "mixture": {"method": "linear"},
+        "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "general", "model": "base"}],
+    })  # fmt: skip
+    medicine, law = [2.0, 3.0, 3.44], [3.0, 2.0, 3.5]
+
+    def found(base: list[float], medicine: list[float]) -> list[Finding]:
+        gains = of_losses({-1: base, 0: medicine, 1: law, 2: base})
+        return list(of_gains(recipe, gains, [0, 1], [0, 1, 2]))
+
+    (general,) = found([4.0, 4.0, 3.6], medicine)
+    assert general.about == "general" and general.what == "medicine is better on its text than it is itself"
+    assert "0.160" in general.found and "the worst of all" in general.found and "medicine" in general.to_do
+    (general,) = found([4.0, 4.0, 3.47], medicine)  # law is worse still
+    assert "the worst of all" not in general.found
+    assert not found([4.0, 4.0, 3.4], medicine)  # text for the base: no expert knows it better
+    worst, general = found([2.5, 4.0, 3.6], [3.5, 3.0, 3.44])
+    assert worst.about == "medicine" and "not better than the base" in worst.what  # and no rival that is better than the base
+    gains = of_losses({-1: [4.0, 4.0], 0: [4.5, 3.0], 1: [3.0, 2.0]})
+    _, beaten = of_gains(recipe, gains, [0, 1], [0, 1])
+    assert beaten.what == "law is better on its text than it is itself" and "the worst of all" in beaten.found
+
+
+def test_a_base_with_text_that_an_expert_was_trained_on_is_named(trained: Workshop, tmp_path: Path) -> None:
+    workshop = of_trained(trained, tmp_path)
+    text = workshop.recipe["experts"][1]["text"]
+    workshop.recipe["experts"].append({"name": "general", "model": "base", "text": text})
+    assert "law is better on its text than it is itself" in [each.what for each in about(run(workshop).findings, "general")]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "changes", "expected"),
+    [
+        ({"modules": "auto"}, {}, ("note", "stays behind", "law 60%, code 98%")),
+        ({"modules": "auto"}, {"shares": {"ffn": 0.5}}, ("warning", "stays behind", "law 60%, code 98%")),
+        ({"backbone": "average"}, {"shares": None}, ("warning", "is averaged", "law 60%, code 98%")),
+        ({"modules": ["q", "k", "v", "o", "mlp"]}, {}, ("note", "stays behind", "law 20%, code 48%")),
+        ({"modules": "all"}, {}, None),
+    ],
+)
+def test_what_full_models_changed_outside_of_what_is_mixed_is_said(
+    mixture: dict[str, Any], changes: dict[str, Any], expected: tuple[str, str, str] | None
+) -> None:
+    recipe = parse_recipe({
+        "base_model": "b", "mixture": {"method": "linear"},
+        "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "code", "model": "c"}],
+    })  # fmt: skip
+    squares = {"ffn": [1.0, 2.0, 1.0], "attention": [0.0, 2.0, 25.0], "embeddings": [0.005, 1.0, 24.0]}
+    drift = Drift(dict.fromkeys(squares, 1.0), {group: np.diag(row) for group, row in squares.items()}, [], [], ())
+    found = list(of_unmixed(recipe, drift, [0, 1, 2], mixture, replace(FACTS, **changes)))
+    assert len(found) == (expected is not None)
+    if expected is not None:
+        level, fate, shares = expected
+        assert found[0].level == level and fate in found[0].what and found[0].about == "law, code"
+        assert found[0].found == f"{shares} of the squared difference from the base" and "modekit train" in found[0].to_do
 
 
 def test_an_expert_without_a_gain(trained: Workshop, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ class Models:
     experts: dict[int, ModelSource]
     findings: list[Finding]
 
+    def by_index(self, count: int) -> list[ModelSource]:
+        """A source for each of `count` experts; the base's for those that cannot be mixed."""
+        return [self.experts.get(index, self.base) for index in range(count)]
+
 
 def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> Models:
     """Open and check every model. Raises what is wrong with the base model, without which there is nothing to say."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modekit.recipes.recipe import Recipe
 from modekit.search.advise.drift import Drift
 from modekit.search.advise.findings import Finding
-from modekit.search.advise.gain import Figure, Gains
+from modekit.search.advise.gain import BASE_INDEX, PARTS, Figure, Gains
+from modekit.search.advise.rules import Facts
 
 if TYPE_CHECKING:
     from modekit.search.advise.confusion import Confusion
@@ -18,6 +19,7 @@ SMALLEST_GAIN = 1e-3
 """Nats per token; below it `modekit eval` sees no gap to close either."""
 _EQUAL = 1e-6  # relative distance: rounding of sums
 _NEAR_COSINE = 0.95
+_UNMIXED = 0.01  # of the squared difference: less is rounding in the tables
 _SAME_TEXT = 0.25  # of the tokens given to one of two domains, given to the wrong one; 0.5 is the same text
 
 
@@ -49,28 +51,62 @@ def of_files(recipe: Recipe, drift: Drift, usable: Sequence[int]) -> Iterator[Fi
             )  # fmt: skip
 
 
-def of_gains(recipe: Recipe, gains: Gains, moved: Sequence[int], domains: Collection[int]) -> Iterator[Finding]:
-    """Experts that do not help on their own text, or less than another does; of those that differ from the base."""
-    for index in [index for index in moved if index in domains]:
-        name = recipe.experts[index].name
-        gain = gains.gain(index, index)
-        if not has_gain(gain):
-            yield Finding(
-                "warning", name, "it is not better than the base model on its own text",
-                f"{said(gain)} nats per token", "check that text and model belong together; else write model: base",
-            )  # fmt: skip
-        elif gain.error is not None and gain.value < 2 * gain.error:
-            yield Finding(
-                "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
-                "give more text, or more --tokens",
-            )  # fmt: skip
-        best = min(moved, key=lambda other: gains.whole[other][index].mean)
-        better = gains.better(best, index, index)
-        if _is_certain(better) and has_gain(gains.gain(best, index)):
-            yield Finding(
-                "warning", name, f"{recipe.names[best]} is better on its text than it is itself",
-                f"{said(better)} nats per token", "check that models and texts are not mixed up",
-            )  # fmt: skip
+def of_gains(recipe: Recipe, gains: Gains, moved: Collection[int], domains: Collection[int]) -> Iterator[Finding]:
+    """Experts that do not help on their own text, or less than another does. `moved` are those that differ from the base."""
+    for index in domains:
+        if index in moved:
+            yield from _of_gain(recipe.names[index], gains.gain(index, index))
+        yield from _of_better(recipe, gains, moved, index)
+
+
+def _of_gain(name: str, gain: Figure) -> Iterator[Finding]:
+    if not has_gain(gain):
+        yield Finding(
+            "warning", name, "it is not better than the base model on its own text",
+            f"{said(gain)} nats per token", "check that text and model belong together; else write model: base",
+        )  # fmt: skip
+    elif gain.error is not None and gain.value < 2 * gain.error:
+        yield Finding(
+            "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
+            "give more text, or more --tokens",
+        )  # fmt: skip
+
+
+def _of_better(recipe: Recipe, gains: Gains, moved: Collection[int], index: int) -> Iterator[Finding]:
+    """Another expert that is better on the text of this one, which may be the base itself; and whether all others are."""
+    rivals = [other for other in moved if other != index]
+    if not rivals:
+        return
+    best = min(rivals, key=lambda other: gains.whole[other][index].mean)
+    better = gains.better(best, index, index)
+    if not (_is_certain(better) and has_gain(gains.gain(best, index))):
+        return
+    others = [*rivals, *([BASE_INDEX] if index in moved else [])]
+    is_worst = all(gains.whole[other][index].mean < gains.whole[index][index].mean for other in others)
+    yield Finding(
+        "warning", recipe.names[index], f"{recipe.names[best]} is better on its text than it is itself",
+        f"{said(better)} nats per token" + ("; it is the worst of all there" if is_worst and len(others) > 1 else ""),
+        "check that models and texts are not mixed up" if index in moved
+        else f"give this text to {recipe.names[best]}, or train an expert on it: the base is for what no expert knows better",
+    )  # fmt: skip
+
+
+def of_unmixed(
+    recipe: Recipe, drift: Drift, full: Sequence[int], mixture: Mapping[str, Any], facts: Facts
+) -> Iterator[Finding]:
+    """What full models changed outside of what the advised mixture gives each expert of its own."""
+    part = {"auto": "ffn", "all": "all"}.get(str(mixture.get("modules", "auto")), "ffn + attention")
+    shares = {index: 1 - sum(drift.share(index, group) for group in PARTS[part] if group in drift.groups) for index in full}
+    shares = {index: share for index, share in shares.items() if share >= _UNMIXED}
+    if not shares:
+        return
+    fate = "is averaged with that of the others" if mixture.get("backbone") == "average" else "stays behind"
+    said_shares = ", ".join(f"{recipe.names[index]} {share:.0%}" for index, share in shares.items())
+    yield Finding(
+        "note" if facts.carries(part) else "warning", ", ".join(recipe.names[index] for index in shares),
+        f"what changed outside of the parts that are mixed {fate}", f"{said_shares} of the squared difference from the base",
+        "`modekit train` lets the backbone learn it" + ("" if facts.native else "; modules: all leaves nothing behind"),
+    )  # fmt: skip
 
 
 def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modekit.progress import Progress
-from modekit.recipes.recipe import Recipe
-from modekit.search.advise.checks import Models
-from modekit.search.advise.drift import Drift
+from modekit.search.advise.examined import Examined
 from modekit.search.advise.findings import Finding
 from modekit.search.advise.gain import Gains
-from modekit.search.advise.groups import Group
 from modekit.search.advise.judge import helps, of_confusion, of_gains
 from modekit.search.advise.rules import NEARLY_ALL
 from modekit.sources.model import Mappings
@@ -49,11 +45,10 @@ _NO_TOKENIZER = Finding(
 
 
 def measure_text(
-    recipe: Recipe, root: Path, models: Models, groups: Mapping[str, Group], drift: Drift, usable: Sequence[int], *,
-    tokens: int, trust_remote_code: bool, progress: Progress,
-) -> tuple[Measured, list[Finding]]:  # fmt: skip
-    """Read what text there is and measure what it allows; `usable` are the indices of experts that can be mixed."""
-    base = models.base
+    examined: Examined, *, tokens: int, trust_remote_code: bool, progress: Progress
+) -> tuple[Measured, list[Finding]]:
+    """Read what text there is and measure what it allows."""
+    recipe, models, base = examined.recipe, examined.models, examined.models.base
     if not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         return NOTHING, [_NO_TOKENIZER]
     from modekit.loaded.models import load_tokenizer
@@ -62,36 +57,35 @@ def measure_text(
 
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust_remote_code)
     folders = [base.folder, *(source.folder for source in models.experts.values())]
-    texts, findings = read_texts(recipe, root, folders, tokenizer, tokens)
+    texts, findings = read_texts(recipe, examined.root, folders, tokenizer, tokens)
     unread = frozenset(index for index, expert in enumerate(recipe.experts) if expert.text and index not in texts)
     fittable = frozenset(index for index, text in texts.items() if text.fit)
-    texts = {index: text for index, text in texts.items() if index in usable}
+    texts = {index: text for index, text in texts.items() if index in examined.usable}
     confusion = measure_confusion(tokenizer, texts)
     findings += of_confusion(recipe, confusion) if confusion is not None else []
     scored = {index: text.sequences for index, text in texts.items() if text.sequences}
     gains = None
     if scored:
-        gains = _gains(models, len(recipe.experts), groups, drift, usable, scored, trust_remote_code, progress)
-        findings += of_gains(recipe, gains, [index for index in usable if drift.moved[index]], scored)
+        gains = _gains(examined, scored, trust_remote_code, progress)
+        findings += of_gains(recipe, gains, examined.moved, scored)
     records = {index: text.record for index, text in texts.items()}
     return Measured(records, unread, fittable, gains, confusion), findings
 
 
 def _gains(
-    models: Models, count: int, groups: Mapping[str, Group], drift: Drift, usable: Sequence[int],
-    scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress,
-) -> Gains:  # fmt: skip
+    examined: Examined, scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress
+) -> Gains:
     """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain."""
     from modekit.loaded.models import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
     mappings = Mappings()
     try:
-        sources = [models.base, *(models.experts.get(index, models.base) for index in range(count))]
-        model = load_model(models.base.folder, trust_remote_code=trust_remote_code)
-        patched = PatchedBase(model, sources, groups, drift.moved, mappings)
-        gains = measure(patched, scored, usable, progress=progress)
-        own = [index for index in usable if drift.moved[index] and helps(gains, index)]
+        base = examined.models.base
+        model = load_model(base.folder, trust_remote_code=trust_remote_code)
+        patched = PatchedBase(model, [base, *examined.sources], examined.groups, examined.drift.moved, mappings)
+        gains = measure(patched, scored, examined.usable, progress=progress)
+        own = [index for index in examined.moved if helps(gains, index)]
         ffn = [gains.share(index, gains.parts[index]["ffn"]).value for index in own if index in gains.parts]
         if ffn and min(ffn) < NEARLY_ALL:
             gains = gains.with_average(on_average(patched, scored, own, progress=progress))

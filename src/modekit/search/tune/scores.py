@@ -13,8 +13,9 @@ from modekit.evaluation.evaluate import load_expert, score_domain
 from modekit.loaded.models import load_model
 from modekit.planning.plan import Plan
 from modekit.progress import Progress
+from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.selection import Selection, Tally
-from modekit.search.tune.study import Candidate, Job, candidate_recipe
+from modekit.search.tune.study import Job, candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
 
 Losses = dict[str, float]
