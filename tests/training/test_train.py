@@ -861,6 +861,34 @@ def test_a_training_leaves_the_process_as_it_was(workshop: Workshop, monkeypatch
     assert any((workshop.root / "OUT" / "results" / "tensorboard").iterdir()) and not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("removed", [0, 1, 3, 4])
+def test_a_kill_while_the_folder_is_removed_stops_nobody(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """With nothing but the log removed, or the states, or also what says how it ended."""
+    checkpoint, unlink, count = built(workshop), Path.unlink, 0
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        nonlocal count
+        if path.parent.name == "OUT.training":
+            count += 1
+            if count > removed:
+                raise _KilledError
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(_KilledError):
+            train(checkpoint, settings_of(what=["head"]), evaluate_tokens=400)
+    assert (workshop.root / "OUT.training" / "settings.json").exists()
+    trained = tensors_of(checkpoint.folder)
+    assert train(open_checkpoint(checkpoint.folder), settings_of(what=["head"]), evaluate_tokens=400).record
+    assert not (workshop.root / "OUT.training").exists()
+    if removed <= 1:  # the training still says that it is done
+        assert tensors_of(checkpoint.folder) == trained
+        assert json.loads((checkpoint.folder / "results" / "train.json").read_text())["results"] is not None
+
+
 def test_memory_settings_may_change_when_a_training_goes_on(workshop: Workshop) -> None:
     checkpoint, whole = built(workshop), built(workshop, "WHOLE")
     changes = {"what": ["head"], "steps": 4, "evaluate_every": 2}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,16 @@ class TrainingFolder:
         write_json(self.path / f"{name}.json", value)
 
     def remove(self) -> None:
-        """All is done, or nothing has begun."""
+        """All is done, or nothing has begun. What says so goes last: a kill in between leaves a folder that is still ours."""
+        last = [f"{name}.json" for name in (_WRITING, "trained", "before", _SETTINGS)]
+        with suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in last:
+                    path.unlink(missing_ok=True)
+            for name in last:
+                (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[Text]) -> None:
