@@ -149,8 +149,8 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
     except ValidationError as error:
         problems = []
         for each in error.errors():
-            place = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
-            problems.append(f"{place}: {each['msg']}" if place else each["msg"].removeprefix("Value error, "))
+            key = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
+            problems.append(f"{key}: {each['msg']}" if key else each["msg"].removeprefix("Value error, "))
         raise TrainingError(
             "the settings of this training are wrong", where=where, found="; ".join(problems),
             remedy="correct them; `modekit train --help` names them all",
