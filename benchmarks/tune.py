@@ -22,10 +22,11 @@ from modekit.building.build import build
 from modekit.loaded.models import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.results import describe
 from modekit.search.tune.selection import Tally, read_selection
 from modekit.search.tune.settings import TuneSettings
-from modekit.search.tune.study import Candidate, candidate_recipe
+from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.tune import tune
 
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.checkpoint.staging import JOURNAL, Staging
+from modekit.checkpoint.staging import JOURNAL, Staging, staging
 from modekit.errors import CheckpointError, OutputError
 from modekit.planning.make import Plan, make_plan
 from modekit.recipes.recipe import load_recipe
@@ -331,3 +331,50 @@ def test_the_same_recipe_twice_gives_the_same_bytes(bench: Workshop, mixture: di
     assert "journal" not in tree(first)
     index = json.loads((first / "model.safetensors.index.json").read_text())
     assert {path.name for path in first.glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+# Two processes at once
+
+
+NO_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
+
+
+@pytest.mark.parametrize("system", ["", NO_FCNTL], ids=["here", "without fcntl"])
+def test_a_folder_that_is_being_written_is_left_to_its_writer(tmp_path: Path, system: str) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from modekit.checkpoint.staging import staging\n"
+        "from modekit.errors import OutputError\n"
+        "out = Path(sys.argv[1])\n"
+        "with staging(out, 'mine', overwrite=False, marker='record') as stage:\n"
+        "    (stage.folder / 'record').write_text('mine')\n"
+        "    for digest in ('mine', 'yours'):\n"
+        "        try:\n"
+        "            with staging(out, digest, overwrite=False, marker='record'):\n"
+        "                raise SystemExit('two at once')\n"
+        "        except OutputError as error:\n"
+        "            assert 'another process is writing' in str(error), error\n"
+        "    assert (stage.folder / 'record').exists()\n"
+    )
+    ended = run_python(system + code, tmp_path / "OUT")
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in (tmp_path / "OUT").iterdir()} == {"record"}  # no journal and no lock
+    assert {path.name for path in tmp_path.iterdir()} == {"OUT"}
+
+
+def test_a_lock_dies_with_its_process_and_holds_nobody_up(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from modekit.checkpoint.staging import Staging\n"
+        "Staging(Path(sys.argv[1]), 'mine', 'record')\n"
+        "os._exit(9)\n"
+    )
+    assert run_python(code, tmp_path / "OUT").returncode == KILLED
+    with staging(tmp_path / "OUT", "mine", overwrite=False, marker="record") as stage:
+        (stage.folder / "record").write_text("mine")
+    assert {path.name for path in (tmp_path / "OUT").iterdir()} == {"record"}
+    (tmp_path / "LEFT.partial").mkdir()
+    (tmp_path / "LEFT.partial" / "lock").touch()  # a kill before the journal was begun
+    with staging(tmp_path / "LEFT", "mine", overwrite=False, marker="record"):
+        pass
+    assert not any((tmp_path / "LEFT").iterdir())

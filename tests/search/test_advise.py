@@ -30,13 +30,14 @@ from modekit.recipes.recipe import load_recipe, parse_recipe
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.advise import advise
 from modekit.search.advise.checks import chat_template
-from modekit.search.advise.drift import compare
+from modekit.search.advise.drift import Drift, compare
 from modekit.search.advise.findings import Finding
-from modekit.search.advise.gain import PARTS, Losses, estimate
+from modekit.search.advise.gain import PARTS, Gains, Losses, figure_of
 from modekit.search.advise.groups import groups_of
+from modekit.search.advise.judge import of_gains, of_unmixed
+from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 from modekit.search.advise.recipe_file import recipe_text
 from modekit.search.advise.rules import EXPERTS, ROUTERS, Facts, choose
-from modekit.search.advise.swapped import Swapped, measure, on_average
 from modekit.search.advise.texts import read_texts
 from modekit.sources.adapter import open_adapter
 from modekit.sources.families import FAMILIES, family_of
@@ -205,16 +206,16 @@ def test_the_base_is_given_back_bit_for_bit(trained: Workshop, tmp_path: Path, d
     model, ids = load_model(tmp_path / "0"), torch.arange(3, 60)[None]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(ids).logits
-    swapped = Swapped(model, sources, groups, moved, Mappings())
+    patched = PatchedBase(model, sources, groups, moved, Mappings())
     for expert, folder in enumerate(folders[1:]):
         for name, part in PARTS.items():
-            with swapped.with_parts(expert, part):
+            with patched.with_parts(expert, part):
                 inside = model.state_dict()
-                assert any(not torch.equal(before[n], inside[n]) for n in before) == bool(part & swapped.moved_groups(expert))
+                assert any(not torch.equal(before[n], inside[n]) for n in before) == bool(part & patched.moved_groups(expert))
                 if name == "all":
                     own = load_model(tmp_path / str(expert + 1))
                     assert torch.equal(own(ids).logits, model(ids).logits), folder
-        with swapped.with_average([0, 1, 2], PARTS["all"]), swapped.with_parts(expert, PARTS["ffn"]):
+        with patched.with_average([0, 1, 2], PARTS["all"]), patched.with_parts(expert, PARTS["ffn"]):
             pass
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(ids).logits, logits)
@@ -225,8 +226,8 @@ def test_the_base_is_given_back_after_an_error(trained: Workshop) -> None:
     groups = groups_of(sources[0], FAMILIES[0])
     model = load_model(sources[0].folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    swapped = Swapped(model, sources, groups, compare(sources[0], sources[1:], groups).moved, Mappings())
-    with pytest.raises(KeyboardInterrupt), swapped.with_parts(0, PARTS["all"]):
+    patched = PatchedBase(model, sources, groups, compare(sources[0], sources[1:], groups).moved, Mappings())
+    with pytest.raises(KeyboardInterrupt), patched.with_parts(0, PARTS["all"]):
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -240,8 +241,8 @@ def test_losses_are_those_of_models_put_together_by_hand(trained: Workshop) -> N
     assert set(drift.moved[0]) == set(groups)
     documents = documents_of_split(read_documents(["text/law.jsonl"], root=trained.root, where=""), "select")
     text = encode(load_tokenizer(trained.root / "base"), documents, max_tokens=500, sequence_length=64)
-    swapped = Swapped(load_model(trained.root / "base"), sources, groups, drift.moved, Mappings())
-    gains = measure(swapped, {0: text}, [0, 1])
+    patched = PatchedBase(load_model(trained.root / "base"), sources, groups, drift.moved, Mappings())
+    gains = measure(patched, {0: text}, [0, 1])
     states = [load_model(each.folder).state_dict() for each in sources]
 
     def loss(state: dict[str, torch.Tensor]) -> float:
@@ -255,14 +256,14 @@ def test_losses_are_those_of_models_put_together_by_hand(trained: Workshop) -> N
     assert gains.whole[1][0].mean == pytest.approx(loss(states[2]), abs=1e-6)
     assert len({losses.mean for losses in gains.parts[0].values()}) == len(PARTS)
     average = {n: states[1][n] if is_ffn(n) else (states[1][n] + states[2][n]) / 2 for n in states[0]}
-    assert on_average(swapped, {0: text}, [0, 1])[0].mean == pytest.approx(loss(average), abs=1e-5)
+    assert on_average(patched, {0: text}, [0, 1])[0].mean == pytest.approx(loss(average), abs=1e-5)
 
 
 def test_the_error_of_a_mean_is_the_textbooks() -> None:
     values = np.array([1.0, 4.0, 2.0, 7.0, 3.0])
-    got = estimate(lambda mean: mean, Losses(values * 10, np.full(5, 10.0)))
+    got = figure_of(lambda mean: mean, Losses(values * 10, np.full(5, 10.0)))
     assert got.value == pytest.approx(values.mean()) and got.error == pytest.approx(values.std(ddof=1) / 5**0.5)
-    assert estimate(lambda mean: mean, Losses(values[:1], np.ones(1))).error is None
+    assert figure_of(lambda mean: mean, Losses(values[:1], np.ones(1))).error is None
 
 
 # What advice comes to
@@ -294,6 +295,8 @@ def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: 
     assert native.recipe is not None and native.facts is not None and native.facts.backbones is not None
     assert native.facts.backbones["base"] == 0 and native.facts.backbones["average"] > 0
     assert native.recipe["mixture"]["backbone"] == "average"
+    (unmixed,) = about(native.findings, "medicine, law, code", "warning")
+    assert "averaged" in unmixed.what and "medicine 100%" in unmixed.found
 
 
 def test_adapters_stay_low_rank(trained: Workshop, tmp_path: Path) -> None:
@@ -345,7 +348,7 @@ def test_nothing_in_a_finding_leaves_its_comment() -> None:
 
 def test_what_n_grams_are_said_to_name_is_what_the_built_router_decides(trained: Workshop, tmp_path: Path) -> None:
     workshop = of_trained(trained, tmp_path)
-    words = run(workshop).measured.words
+    words = run(workshop).measured.confusion
     assert words is not None and words.domains == (0, 1, 2)
     model = load_model(workshop.build(mixture={"router": {"fit": "ngram"}}))
     (slot,) = open_checkpoint(tmp_path / "OUT").slots
@@ -387,7 +390,7 @@ def test_the_report_split_is_never_read(trained: Workshop, tmp_path: Path, monke
     (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "what only the table may see"}) + "\n")
     workshop.recipe["eval"] = {"law": str(tmp_path / "eval.jsonl")}
     advice = run(workshop)
-    assert advice.measured.gains is not None and advice.measured.words is not None
+    assert advice.measured.gains is not None and advice.measured.confusion is not None
     splits = [split_of(document) for document in seen]
     assert splits.count("select") >= 3 and splits.count("fit") >= 100 and "report" not in splits
     assert "what only the table may see" not in seen
@@ -412,7 +415,7 @@ def test_without_text_what_needs_it_is_left_out(trained: Workshop, tmp_path: Pat
     for expert in workshop.recipe["experts"]:
         del expert["text"]
     advice = run(workshop)
-    assert advice.measured.gains is None and advice.measured.words is None
+    assert advice.measured.gains is None and advice.measured.confusion is None
     assert [finding.about for finding in advice.findings if "no text" in finding.what] == list(DOMAINS)
     assert advice.recipe is not None and advice.recipe["mixture"] == {"method": "linear", "modules": "auto"}
     partly = of_trained(trained, tmp_path, "-embeddings")
@@ -449,8 +452,9 @@ def test_equal_and_nearly_equal_experts(trained: Workshop, tmp_path: Path) -> No
     advice = run(workshop)
     (near,) = about(advice.findings, "medicine, law")
     assert "almost the same way" in near.what and "distance 0.010" in near.found
-    (same,) = about(advice.findings, "code")
+    same, beaten = about(advice.findings, "code")
     assert "equals the base" in same.what and "model: base" in same.to_do
+    assert "better on its text" in beaten.what
     assert advice.recipe is not None
     assert advice.recipe["experts"][2] == {"name": "code", "model": "base", "text": workshop.recipe["experts"][2]["text"]}
     workshop.recipe["experts"][0]["model"] = str(trained.root / "medicine")
@@ -463,6 +467,70 @@ def test_mixed_up_texts(trained: Workshop, tmp_path: Path) -> None:
     experts[0]["text"], experts[1]["text"] = experts[1]["text"], experts[0]["text"]
     found = [finding.what for finding in about(run(workshop).findings, "law", "warning")]
     assert [what for what in found if "better on its text" in what] == ["medicine is better on its text than it is itself"]
+
+
+def of_losses(losses: dict[int, list[float]]) -> Gains:
+    """Gains of models (-1: the base) from their mean loss per domain, the same in each of four blocks."""
+    ones = np.ones(4)
+    return Gains({model: {d: Losses(loss * ones, ones) for d, loss in enumerate(row)} for model, row in losses.items()}, {})
+
+
+def test_an_expert_that_another_beats_on_its_own_text_is_named_even_when_it_is_the_base() -> None:
+    recipe = parse_recipe({
+        "base_model": "b", "mixture": {"method": "linear"},
+        "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "general", "model": "base"}],
+    })  # fmt: skip
+    medicine, law = [2.0, 3.0, 3.44], [3.0, 2.0, 3.5]
+
+    def found(base: list[float], medicine: list[float]) -> list[Finding]:
+        gains = of_losses({-1: base, 0: medicine, 1: law, 2: base})
+        return list(of_gains(recipe, gains, [0, 1], [0, 1, 2]))
+
+    (general,) = found([4.0, 4.0, 3.6], medicine)
+    assert general.about == "general" and general.what == "medicine is better on its text than it is itself"
+    assert "0.160" in general.found and "the worst of all" in general.found and "medicine" in general.to_do
+    (general,) = found([4.0, 4.0, 3.47], medicine)  # law is worse still
+    assert "the worst of all" not in general.found
+    assert not found([4.0, 4.0, 3.4], medicine)  # text for the base: no expert knows it better
+    worst, general = found([2.5, 4.0, 3.6], [3.5, 3.0, 3.44])
+    assert worst.about == "medicine" and "not better than the base" in worst.what  # and no rival that is better than the base
+    gains = of_losses({-1: [4.0, 4.0], 0: [4.5, 3.0], 1: [3.0, 2.0]})
+    _, beaten = of_gains(recipe, gains, [0, 1], [0, 1])
+    assert beaten.what == "law is better on its text than it is itself" and "the worst of all" in beaten.found
+
+
+def test_a_base_with_text_that_an_expert_was_trained_on_is_named(trained: Workshop, tmp_path: Path) -> None:
+    workshop = of_trained(trained, tmp_path)
+    text = workshop.recipe["experts"][1]["text"]
+    workshop.recipe["experts"].append({"name": "general", "model": "base", "text": text})
+    assert "law is better on its text than it is itself" in [each.what for each in about(run(workshop).findings, "general")]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "changes", "expected"),
+    [
+        ({"modules": "auto"}, {}, ("note", "stays behind", "law 60%, code 98%")),
+        ({"modules": "auto"}, {"shares": {"ffn": 0.5}}, ("warning", "stays behind", "law 60%, code 98%")),
+        ({"backbone": "average"}, {"shares": None}, ("warning", "is averaged", "law 60%, code 98%")),
+        ({"modules": ["q", "k", "v", "o", "mlp"]}, {}, ("note", "stays behind", "law 20%, code 48%")),
+        ({"modules": "all"}, {}, None),
+    ],
+)
+def test_what_full_models_changed_outside_of_what_is_mixed_is_said(
+    mixture: dict[str, Any], changes: dict[str, Any], expected: tuple[str, str, str] | None
+) -> None:
+    recipe = parse_recipe({
+        "base_model": "b", "mixture": {"method": "linear"},
+        "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "code", "model": "c"}],
+    })  # fmt: skip
+    squares = {"ffn": [1.0, 2.0, 1.0], "attention": [0.0, 2.0, 25.0], "embeddings": [0.005, 1.0, 24.0]}
+    drift = Drift(dict.fromkeys(squares, 1.0), {group: np.diag(row) for group, row in squares.items()}, [], [], ())
+    found = list(of_unmixed(recipe, drift, [0, 1, 2], mixture, replace(FACTS, **changes)))
+    assert len(found) == (expected is not None)
+    if expected is not None:
+        level, fate, shares = expected
+        assert found[0].level == level and fate in found[0].what and found[0].about == "law, code"
+        assert found[0].found == f"{shares} of the squared difference from the base" and "modekit train" in found[0].to_do
 
 
 def test_an_expert_without_a_gain(trained: Workshop, tmp_path: Path) -> None:
@@ -482,7 +550,7 @@ def test_two_domains_that_are_one_text(trained: Workshop, tmp_path: Path) -> Non
     workshop.recipe["experts"][1]["text"] = workshop.recipe["experts"][0]["text"]
     advice = run(workshop)
     assert "texts are nearly the same" in about(advice.findings, "medicine, law", "warning")[0].what
-    assert advice.measured.words is not None and advice.measured.words.confusion(0, 1) == 0.5
+    assert advice.measured.confusion is not None and advice.measured.confusion.between(0, 1) == 0.5
     assert advice.recipe is not None and advice.recipe["mixture"]["router"]["granularity"] == "context"
 
 
@@ -563,8 +631,8 @@ FACTS = Facts(
     native=False, experts=4, low_rank=False, outside_ffn=True, named_parts=True, shares=dict.fromkeys(PARTS, 1.0),
     backbones=None, fit_text=True, told_apart=0.97,
 )  # fmt: skip
-SPREAD = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
-WITH_ATTENTION = {**SPREAD, "ffn + attention": 0.97}
+APART = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
+WITH_ATTENTION = {**APART, "ffn + attention": 0.97}
 CONTEXT = {"fit": "logistic", "granularity": "context", "tokens_per_domain": 65_536}
 TOKEN = {"fit": "logistic", "tokens_per_domain": 65_536}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -572,19 +640,19 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"told_apart": 0.5}, {"modules": "auto", "router": CONTEXT}),
     ({"told_apart": None}, {"modules": "auto", "router": CONTEXT}),
     ({"native": True}, {"backbone": "base", "router": TOKEN}),
-    ({"shares": SPREAD}, {"modules": "all", "router": {"fit": "ngram"}}),
+    ({"shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     (
-        {"shares": SPREAD, "told_apart": 0.5},
+        {"shares": APART, "told_apart": 0.5},
         {"modules": "all", "router": {**TOKEN, "granularity": "sequence", "per": "model"}},
     ),
     ({"shares": WITH_ATTENTION}, {"modules": ["q", "k", "v", "o", "mlp"], "router": {"fit": "ngram"}}),
     ({"shares": WITH_ATTENTION, "named_parts": False}, {"modules": "all", "router": {"fit": "ngram"}}),
-    ({"shares": SPREAD, "native": True}, {"backbone": "average", "router": TOKEN}),
-    ({"shares": SPREAD, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": TOKEN}),
-    ({"shares": SPREAD, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": TOKEN}),
+    ({"shares": APART, "native": True}, {"backbone": "average", "router": TOKEN}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": TOKEN}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": TOKEN}),
     ({"shares": None}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"low_rank": True, "shares": WITH_ATTENTION}, {"modules": "auto", "router": {"fit": "ngram"}}),
-    ({"low_rank": True, "shares": SPREAD}, {"modules": "all", "router": {"fit": "ngram"}}),
+    ({"low_rank": True, "shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"shares": None, "fit_text": False}, {"backbone": "average", "method": "linear"}),
     ({"shares": None, "fit_text": False, "outside_ffn": False}, {"modules": "auto", "method": "linear"}),
 ]  # fmt: skip

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -22,13 +25,14 @@ from modekit.evaluation.evaluate import evaluate, held_out_domains, score_domain
 from modekit.loaded.models import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import Recipe, load_recipe
-from modekit.search.tune.bodies import Bodies
-from modekit.search.tune.mount import Mount
+from modekit.search.tune.candidate import Candidate, pareto
 from modekit.search.tune.results import describe
 from modekit.search.tune.selection import RUNGS, read_selection
 from modekit.search.tune.settings import TuneSettings
+from modekit.search.tune.shared_weights import SharedWeights
 from modekit.search.tune.space import Space, read_space
-from modekit.search.tune.study import Candidate, candidate_recipe, pareto
+from modekit.search.tune.study import candidate_recipe
+from modekit.search.tune.switched_model import SwitchedModel
 from modekit.search.tune.tune import backbones_differ, plain_recipe, space_of, tune
 from modekit.text.documents import TRAINED_DIGITS, digest_of, read_documents, split_of
 from refusal import run_python
@@ -71,36 +75,36 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def test_what_is_scored_is_what_is_built(shop: Workshop, tmp_path: Path, ids: torch.Tensor) -> None:
-    """One mounted model that becomes every mixture in turn gives the logits of each one's own build."""
+    """One model that becomes every mixture in turn gives the logits of each one's own build."""
     recipe = recipe_of(shop)
-    bodies, mount = Bodies(tmp_path / "work", shop.root, averages=[None, 0.9]), Mount()
+    weights, switched = SharedWeights(tmp_path / "work", shop.root, averages=[None, 0.9]), SwitchedModel()
     (tmp_path / "work").mkdir()
     for name, mixture in [*MIXTURES.items(), *reversed(MIXTURES.items())]:
         candidate = candidate_recipe(recipe, mixture)
-        body = bodies.checkpoint(bodies.plan(candidate))
-        mounted = logits_of(mount.put(body, bodies.gates(body, candidate)), ids)
+        shared = weights.checkpoint(weights.plan(candidate))
+        logits = logits_of(switched.put(shared, weights.gates(shared, candidate)), ids)
         built = tmp_path / name
         if not built.exists():
             build(make_plan(candidate, shop.root), built)
-        assert torch.allclose(mounted, logits_of(built, ids), atol=1e-5), name
-    assert mount.loads < 2 * len(MIXTURES) - 4  # those that differ in backbone and router alone load nothing anew
+        assert torch.allclose(logits, logits_of(built, ids), atol=1e-5), name
+    assert switched.loads < 2 * len(MIXTURES) - 4  # those that differ in backbone and router alone load nothing anew
 
 
-def test_bodies_share_their_bytes(shop: Workshop, tmp_path: Path) -> None:
-    recipe, bodies, mount = recipe_of(shop), Bodies(tmp_path, shop.root), Mount()
+def test_shared_weights_share_their_bytes(shop: Workshop, tmp_path: Path) -> None:
+    recipe, weights, switched = recipe_of(shop), SharedWeights(tmp_path, shop.root), SwitchedModel()
     found = []
     for backbone in ("base", "average"):
         candidate = candidate_recipe(recipe, {"method": "linear", "backbone": backbone})
-        found.append(bodies.checkpoint(bodies.plan(candidate)))
-        mount.put(found[-1], bodies.gates(found[-1], candidate))
+        found.append(weights.checkpoint(weights.plan(candidate)))
+        switched.put(found[-1], weights.gates(found[-1], candidate))
     first, second = found
-    assert first.folder != second.folder and mount.loads == 1
+    assert first.folder != second.folder and switched.loads == 1
     for name, ref in first.tensors.items():
         if ".router." not in name:
             shared = ref.file.stat().st_ino == second.tensors[name].file.stat().st_ino
             assert shared == (".experts." in name), name
-    again = bodies.checkpoint(bodies.plan(candidate_recipe(recipe, RIDGE)))
-    assert again.folder == first.folder  # another router is no other body
+    again = weights.checkpoint(weights.plan(candidate_recipe(recipe, RIDGE)))
+    assert again.folder == first.folder  # another router is no other weights
 
 
 def test_text_is_read_once_for_all_granularities(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +113,11 @@ def test_text_is_read_once_for_all_granularities(shop: Workshop, tmp_path: Path,
     read: list[int] = []
     real = fit_module.capture_domain
     monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
-    recipe, bodies = recipe_of(shop), Bodies(tmp_path, shop.root, averages=[None, 0.8, 0.9])
+    recipe, weights = recipe_of(shop), SharedWeights(tmp_path, shop.root, averages=[None, 0.8, 0.9])
     for name in ("ridge", "context", "always on"):
         candidate = candidate_recipe(recipe, MIXTURES[name])
-        body = bodies.checkpoint(bodies.plan(candidate))
-        bodies.gates(body, candidate)
+        shared = weights.checkpoint(weights.plan(candidate))
+        weights.gates(shared, candidate)
     assert len(read) == len(DOMAINS)
 
 
@@ -193,27 +197,73 @@ def test_what_chose_is_never_reported(shop: Workshop) -> None:
 
 def test_a_killed_search_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = recipe_of(shop), shop.root / "KILLED"
-    real, calls = study_module._try_one, [0]
+    real, calls = study_module._Worker.try_one, [0]
 
     def killed(*arguments: Any) -> bool:
         calls[0] += 1
         if calls[0] == 5:
-            monkeypatch.setattr(Mount, "put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            monkeypatch.setattr(SwitchedModel, "put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "_try_one", killed)
-        patch.setattr(Mount, "put", Mount.put)
+        patch.setattr(study_module._Worker, "try_one", killed)
+        patch.setattr(SwitchedModel, "put", SwitchedModel.put)
         with pytest.raises(KeyboardInterrupt):
             tune(recipe, shop.root, out, space=SMALL, settings=SETTINGS)
     monkeypatch.undo()
     assert not out.exists()
     scored: list[int] = []
-    monkeypatch.setattr(study_module, "_try_one", lambda *a: (scored.append(1), real(*a))[1])
+    monkeypatch.setattr(study_module._Worker, "try_one", lambda *a: (scored.append(1), real(*a))[1])
     results = tune(recipe, shop.root, out, space=SMALL, settings=SETTINGS)
     assert len(results.candidates) == SETTINGS.trials
     assert len([each for each in results.candidates if each.name]) >= 5
     assert len(scored) >= SETTINGS.trials - 5  # the first four stand; the one that was cut short is tried again
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str) -> None:
+    """What chose the mixture, its recipe and the results are there as soon as the folder is."""
+    recipe = shop.write(mixture={"method": "linear"})
+    out = shop.root / f"CUT-{moment}"
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "import modekit.checkpoint.staging as staging\n"
+        "from modekit.recipes.recipe import load_recipe\n"
+        "from modekit.search.tune.settings import TuneSettings\n"
+        "from modekit.search.tune.space import Space\n"
+        "from modekit.search.tune.tune import tune\n"
+        "recipe, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
+        "commit = staging.Staging.commit\n"
+        "def cut(stage):\n"
+        "    moment == 'after' and commit(stage)\n"
+        "    os._exit(9)\n"
+        "staging.Staging.commit = cut\n"
+        "space = Space(router=['linear'], top_k=[1], backbone=['base'], layers=[None])\n"
+        "tune(load_recipe(recipe), recipe.parent, out, space=space, settings=TuneSettings(2, 300, 32))\n"
+    )
+    ended = run_python(code, recipe, out, moment)
+    assert ended.returncode == 9, ended.stderr
+    if moment == "before":
+        assert not out.exists()
+        space = Space(router=["linear"], top_k=[1], backbone=["base"], layers=[None])
+        tune(load_recipe(recipe), shop.root, out, space=space, settings=TuneSettings(2, 300, 32))
+    assert is_proven(verify(open_checkpoint(out)))
+    assert load_recipe(out / "recipe.yaml") and json.loads((out / "results" / "tune.json").read_text())["candidates"]
+    assert (out / "selected-by.txt").read_text() and (out / "results" / "tune.md").exists()
+
+
+def test_a_kill_before_the_search_has_said_whose_it_is_stops_nobody(shop: Workshop) -> None:
+    (shop.root / "EARLY.tuning").mkdir()
+    (shop.root / "EARLY.tuning" / "settings.json.partial").write_text("{")
+    space = SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
+    tune(recipe_of(shop, mixture={"method": "linear"}), shop.root, shop.root / "EARLY", space=space, settings=SETTINGS)
+
+
+def test_a_search_leaves_the_loudness_of_other_libraries_alone(shop: Workshop) -> None:
+    before = optuna.logging.get_verbosity(), logging.getLogger("optuna").level, list(warnings.filters)
+    space = SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
+    tune(recipe_of(shop, mixture={"method": "linear"}), shop.root, shop.root / "QUIET", space=space, settings=SETTINGS)
+    assert (optuna.logging.get_verbosity(), logging.getLogger("optuna").level, list(warnings.filters)) == before
 
 
 def test_an_unfinished_line_is_cut_off(shop: Workshop) -> None:
@@ -247,9 +297,9 @@ def test_negative_prompts_keep_statistics_of_their_own(shop: Workshop, tmp_path:
     experts = [{**each, "negative_prompts": ["something else"]} for each in shop.recipe["experts"]]
     recipe = recipe_of(shop, experts=experts, mixture=centroid)
     for mixture in (centroid, RIDGE, centroid, RIDGE):
-        candidate, bodies = candidate_recipe(recipe, mixture), Bodies(tmp_path, shop.root, averages=[None])
-        body = bodies.checkpoint(bodies.plan(candidate))
-        bodies.gates(body, candidate)
+        candidate, weights = candidate_recipe(recipe, mixture), SharedWeights(tmp_path, shop.root, averages=[None])
+        shared = weights.checkpoint(weights.plan(candidate))
+        weights.gates(shared, candidate)
     assert len(read) == 2 * len(DOMAINS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils import logging
 
+import modekit.training.finish as finish_module
 import modekit.training.objective as objective_module
-import modekit.training.train as run_module
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -27,6 +29,8 @@ from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.plan import ROUTER_FILE
 from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, TokenSequence, digest_of, digests_in
 from modekit.training.batches import Batches, Corpus, plan_parts, shares
+from modekit.training.end_to_end import packs
+from modekit.training.finish import TrainedMixture
 from modekit.training.losses import (
     GENERIC,
     distillation,
@@ -75,7 +79,7 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def run(checkpoint: Checkpoint, **changes: Any) -> run_module.Training:
+def run(checkpoint: Checkpoint, **changes: Any) -> TrainedMixture:
     return train(checkpoint, settings_of(**changes), evaluate_tokens=None)
 
 
@@ -213,7 +217,7 @@ def test_one_expert_per_token_is_trained_with_two_and_said_so(workshop: Workshop
     assert is_proven(verify(open_checkpoint(checkpoint.folder)))
 
 
-def run_routers(checkpoint: Checkpoint, **changes: Any) -> run_module.Training:
+def run_routers(checkpoint: Checkpoint, **changes: Any) -> TrainedMixture:
     return run(checkpoint, **{"learning_rate": 0.3, **changes})
 
 
@@ -776,11 +780,11 @@ def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, fa
     overrides = OVERRIDES_QWEN3_5 if family == "qwen3_5_text" else FAMILIES[family]
     checkpoint = built(make_workshop(tmp_path, family, **overrides))
     corpora, settings = small_corpora(), settings_of(what=["all"])
-    packed = run_module._packs(checkpoint, settings)
+    packed = packs(checkpoint, settings)
     assert packed == (family != "qwen3_5_text")
     if not packed:
         with pytest.raises(TrainingError, match="one document only"):
-            run_module._packs(checkpoint, settings_of(what=["all"], pack=True))
+            packs(checkpoint, settings_of(what=["all"], pack=True))
         return
     losses = []
     for pack in (False, True):
@@ -796,7 +800,9 @@ OVERRIDES_QWEN3_5 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("when", ["before the table before", "before it is written", "before the table after"])
+@pytest.mark.parametrize(
+    "when", ["before the table before", "before it is written", "after it is written", "before the table after"]
+)
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_kill_after_the_last_step_is_gone_on_from_too(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, when: str, elsewhere: bool
@@ -805,30 +811,82 @@ def test_a_kill_after_the_last_step_is_gone_on_from_too(
     out = workshop.root / "MADE" if elsewhere else None
     settings = settings_of(what=["head"])
     train(whole, settings, evaluate_tokens=400)
-    real_write, real_evaluate, calls = run_module.write_trained, run_module.evaluate, {"evaluate": 0}
+    real_write, real_evaluate, calls = finish_module.write_trained, finish_module.evaluate, {"evaluate": 0}
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         calls["evaluate"] += 1
-        if calls["evaluate"] == (1 if when == "before the table before" else 2) and when != "before it is written":
+        if calls["evaluate"] == {"before the table before": 1, "before the table after": 2}.get(when):
             raise _KilledError
         return real_evaluate(*args, **kwargs)
 
     def write(*args: Any, **kwargs: Any) -> Any:
         if when == "before it is written":
             raise _KilledError
-        return real_write(*args, **kwargs)
+        written = real_write(*args, **kwargs)
+        if when == "after it is written":
+            raise _KilledError
+        return written
 
-    monkeypatch.setattr(run_module, "evaluate", evaluate)
-    monkeypatch.setattr(run_module, "write_trained", write)
+    monkeypatch.setattr(finish_module, "evaluate", evaluate)
+    monkeypatch.setattr(finish_module, "write_trained", write)
     with pytest.raises(_KilledError):
         train(cut, settings, out=out, evaluate_tokens=400)
-    monkeypatch.setattr(run_module, "evaluate", real_evaluate)
-    monkeypatch.setattr(run_module, "write_trained", real_write)
+    monkeypatch.setattr(finish_module, "evaluate", real_evaluate)
+    monkeypatch.setattr(finish_module, "write_trained", real_write)
     done = train(cut, settings, out=out, evaluate_tokens=400)
     assert done.improved and len(done.checkpoint.record.training) == 1
     assert tensors_of(whole.folder) == tensors_of(out or cut.folder)
     assert done.results is not None and "mixture before" in [row.name for row in done.results.rows]
     assert not list(workshop.root.glob("*.training"))
+
+
+def test_what_a_kill_leaves_of_the_first_settings_is_no_others_folder(workshop: Workshop) -> None:
+    checkpoint = built(workshop)
+    (workshop.root / "OUT.training").mkdir()
+    (workshop.root / "OUT.training" / "settings.json.partial").write_text("{")
+    assert run(checkpoint, what=["head"]).improved
+    assert not (workshop.root / "OUT.training").exists()
+
+
+def test_a_training_leaves_the_process_as_it_was(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its environment, and how much transformers says; TensorBoard's files lie with the training all the same."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    logging.set_verbosity_info()
+    environment = dict(os.environ)
+    try:
+        assert run(built(workshop), what=["head"]).improved
+        assert dict(os.environ) == environment and logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity_error()
+    assert any((workshop.root / "OUT" / "results" / "tensorboard").iterdir()) and not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("removed", [0, 1, 3, 4])
+def test_a_kill_while_the_folder_is_removed_stops_nobody(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """With nothing but the log removed, or the states, or also what says how it ended."""
+    checkpoint, unlink, count = built(workshop), Path.unlink, 0
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        nonlocal count
+        if path.parent.name == "OUT.training":
+            count += 1
+            if count > removed:
+                raise _KilledError
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(_KilledError):
+            train(checkpoint, settings_of(what=["head"]), evaluate_tokens=400)
+    assert (workshop.root / "OUT.training" / "settings.json").exists()
+    trained = tensors_of(checkpoint.folder)
+    assert train(open_checkpoint(checkpoint.folder), settings_of(what=["head"]), evaluate_tokens=400).record
+    assert not (workshop.root / "OUT.training").exists()
+    if removed <= 1:  # the training still says that it is done
+        assert tensors_of(checkpoint.folder) == trained
+        assert json.loads((checkpoint.folder / "results" / "train.json").read_text())["results"] is not None
 
 
 def test_memory_settings_may_change_when_a_training_goes_on(workshop: Workshop) -> None:

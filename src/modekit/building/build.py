@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,10 @@ from modekit.text.documents import is_local
 _CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
 
 
-def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Checkpoint:
-    """Write the checkpoint that a plan describes.
+def build(
+    plan: Plan, out: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None, progress: Progress = silent
+) -> Checkpoint:
+    """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError; nothing is left
     behind then. After a kill, the same call goes on where the journal ends, and ends in the same bytes.
@@ -58,6 +61,9 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
         write_json(stage.folder / "config.json", dict(plan.config))
         for file in (*plan.copied_files, *plan.code_files):
             shutil.copyfile(file, stage.folder / file.name)
+        for name, content in (beside or {}).items():
+            (stage.folder / name).parent.mkdir(exist_ok=True)
+            (stage.folder / name).write_bytes(content)
         checkpoint = _set_router(plan, out, stage, hashes, progress)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
     return Checkpoint(out, checkpoint.record)

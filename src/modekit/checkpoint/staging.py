@@ -2,6 +2,7 @@
 
     OUT.partial/            everything is written here, with a journal line after each tensor
     OUT.partial/journal     what is surely written (after a kill; not after a power loss); the same build goes on from there
+    OUT.partial/lock        held by the process that writes here, and released when it ends, however it does
     OUT                     appears by rename; an old OUT is set aside as OUT.replaced first and removed last
 
 A killed process leaves OUT.partial, which never looks like a checkpoint: its record file is written last.
@@ -15,19 +16,17 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from modekit.errors import InterruptError, OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: two builds into one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
 JOURNAL = "journal"
+_LOCK = "lock"
 
 Entry = tuple[str, str, tuple[int, ...], int]
 """name, safetensors dtype, shape, bytes: one tensor of a file's header."""
@@ -61,9 +60,14 @@ def link(file: Path, target: Path) -> None:
         shutil.copy2(file, target)
 
 
+def json_bytes(value: object) -> bytes:
+    """Data as indented JSON with a fixed key order."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write data as indented JSON with a fixed key order, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """Write data as JSON, atomically."""
+    write_atomically(path, json_bytes(value))
 
 
 class Staging:
@@ -75,15 +79,15 @@ class Staging:
         self.folder = out.with_name(out.name + ".partial")
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.folder / JOURNAL
-        self._lock = threading.Lock()
-        self._refuse_company()
-        self._done = self._open(digest)
+        self._appending = threading.Lock()
+        self._alone = FileLock(self.folder / _LOCK)
+        self._take()
         try:
+            self._done = self._open(digest)
             self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
         except OSError:
             self._remove()
             raise
-        self._hold()
 
     def recall(self, key: str) -> Any:
         """What an earlier, interrupted run recorded under a key; None when nothing."""
@@ -91,7 +95,7 @@ class Staging:
 
     def record(self, key: str, value: object) -> None:
         """Append to the journal. Call only when what it claims is already written."""
-        with self._lock:
+        with self._appending:
             self._journal.write(json.dumps([key, value]) + "\n")
             self._done[key] = value
 
@@ -123,6 +127,7 @@ class Staging:
     def commit(self) -> None:
         """Make the folder visible under its final name."""
         self.close()
+        self._release()  # no system renames a folder in which a file is held
         self._journal_path.unlink()
         replaced = _set_aside(self.out)
         try:
@@ -142,6 +147,7 @@ class Staging:
         self._remove()
 
     def _remove(self) -> None:
+        self._release()
         _remove_folder(self.folder, last=JOURNAL)
         for parent in self._new_parents:
             with suppress(OSError):  # someone else has put something there meanwhile
@@ -151,59 +157,61 @@ class Staging:
         """Release the journal; what was written stays for a resume."""
         self._journal.close()
 
-    def _hold(self) -> None:
-        """Lock the journal against other processes; the lock dies with this one."""
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise self._in_company() from None
+    def _take(self) -> None:
+        """Hold the folder against other processes; the lock dies with this one.
 
-    def _refuse_company(self) -> None:
-        """Raise OutputError when another process is writing the folder, or something else bears its name."""
+        Raises OutputError when another process is writing the folder, or something else bears its name.
+        """
         ours = self._journal_path.exists() or (self.folder / self._marker).exists()
-        if self.folder.exists() and not ours and any(self.folder.iterdir()):
+        if self.folder.exists() and not ours and any(path.name != _LOCK for path in self.folder.iterdir()):
             raise OutputError(
                 "a folder that modekit did not make is in the way", where=str(self.folder),
                 remedy="move it away, or choose another output folder",
             )  # fmt: skip
-        if fcntl is None or not self._journal_path.exists():
-            return
-        with self._journal_path.open("rb") as journal:
-            try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise self._in_company() from None
+        is_new = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._alone.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                "another process is writing this output folder", where=str(self.out),
+                remedy="wait for it, or choose another folder",
+            ) from None  # fmt: skip
+        except OSError:
+            if is_new:
+                self._remove()
+            raise
 
-    def _in_company(self) -> OutputError:
-        return OutputError(
-            "another process is writing this output folder", where=str(self.out), remedy="wait for it, or choose another folder"
-        )
+    def _release(self) -> None:
+        """Give the folder free; a lock file outlives its lock."""
+        if self._alone.is_locked:
+            self._alone.release()
+            (self.folder / _LOCK).unlink(missing_ok=True)
 
     def _open(self, digest: str) -> dict[str, Any]:
         if self._journal_path.exists():
             lines = self._journal_path.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines and lines[0] == digest:
                 return dict(_whole_lines(lines[1:]))
-        _remove_folder(self.folder, last=JOURNAL)
-        try:
-            self.folder.mkdir(parents=True)
-            self._journal_path.write_text(digest + "\n", encoding="utf-8")
-        except OSError:
-            self._remove()
-            raise
+        _empty_folder(self.folder, {JOURNAL, _LOCK})
+        self._journal_path.write_text(digest + "\n", encoding="utf-8")
         return {}
 
 
 def _remove_folder(folder: Path, *, last: str) -> None:
     """Remove a folder, the file `last` at the end: a kill in between leaves what is still known to be ours."""
+    _empty_folder(folder, {last})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _empty_folder(folder: Path, but: Collection[str]) -> None:
+    """Remove what lies in a folder, but for the files of some names."""
     with suppress(OSError):
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != last:
+            elif path.name not in but:
                 path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_aside(out: Path) -> Path:

@@ -41,7 +41,7 @@ def tune(
         from modekit.search.tune.tune import plain_recipe, space_of
         from modekit.search.tune.tune import tune as run
     except ModuleNotFoundError as error:
-        if error.name not in {"optuna", "filelock"}:
+        if error.name != "optuna":
             raise
         raise TuneError(f"a search needs {error.name}", remedy="pip install 'modekit[tune]'") from None
 

@@ -126,14 +126,10 @@ def run_with_inputs(
     prefix: int | None,
     consume: Consume,
     advance: Callable[[int], None],
-    shared: Processes = ALONE,
 ) -> None:
-    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens.
-
-    With several processes each runs its share of the sequences.
-    """
+    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens."""
     read = Read(averages, prefix, {})
-    _run_with_inputs(view, sequences, [read], lambda _number, *taken: consume(*taken), advance, shared)
+    _run_with_inputs(view, sequences, [read], lambda _number, *taken: consume(*taken), advance)
 
 
 def _run_with_inputs(

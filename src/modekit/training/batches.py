@@ -21,7 +21,7 @@ from modekit.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text of one domain in sequences; `expert` is the place of its own expert, GENERIC for text of no domain."""
+    """Text of one domain in sequences; `expert` is the index of its own expert, GENERIC for text of no domain."""
 
     name: str
     expert: int
@@ -103,16 +103,16 @@ def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, 
         tokens = 0
         while tokens < settings.batch_tokens:
             total = sum(read) + 1
-            place = max(range(len(corpora)), key=lambda each: (wanted[each] - read[each] / total, -each))
-            if not pending[place]:
-                pending[place] = torch.randperm(len(corpora[place].sequences), generator=generator).tolist()
-            sequence = pending[place].pop()
-            size = len(corpora[place].sequences[sequence].ids)
+            corpus = max(range(len(corpora)), key=lambda each: (wanted[each] - read[each] / total, -each))
+            if not pending[corpus]:
+                pending[corpus] = torch.randperm(len(corpora[corpus].sequences), generator=generator).tolist()
+            sequence = pending[corpus].pop()
+            size = len(corpora[corpus].sequences[sequence].ids)
             if draws and tokens + size > settings.batch_tokens * 1.1:  # the next step begins with it
-                pending[place].append(sequence)
+                pending[corpus].append(sequence)
                 break
-            draws.append(Draw(place, sequence, _label(corpora[place].expert, settings.randomise, experts, generator)))
-            read[place] += size
+            draws.append(Draw(corpus, sequence, _label(corpora[corpus].expert, settings.randomise, experts, generator)))
+            read[corpus] += size
             tokens += size
         yield draws
 
@@ -133,14 +133,14 @@ def _packed(draws: Sequence[Draw], lengths: Sequence[int], size: int) -> list[Ro
     """Rows of at most `size` tokens: longest first, each into the first row with room."""
     rows: list[Row] = []
     room: list[int] = []
-    for place in sorted(range(len(draws)), key=lambda place: -lengths[place]):
-        row = next((row for row, free in enumerate(room) if free >= lengths[place]), None)
+    for number in sorted(range(len(draws)), key=lambda number: -lengths[number]):
+        row = next((row for row, free in enumerate(room) if free >= lengths[number]), None)
         if row is None:
             rows.append([])
             room.append(size)
             row = len(rows) - 1
-        rows[row].append(draws[place])
-        room[row] -= lengths[place]
+        rows[row].append(draws[number])
+        room[row] -= lengths[number]
     return rows
 
 
@@ -163,7 +163,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The parts as tensors.
 
     Each item: input_ids (B, S) int64; real (B, S) bool; position_ids (B, S) int64, from 0 for every sequence; labels (B, S)
-    int64, the expert that the router is to take, GENERIC for none; corpus and place (B, S) int64, where each token stands in
+    int64, the expert that the router is to take, GENERIC for none; corpus and position (B, S) int64, where each token stands in
     the corpora; targets, how many tokens the whole step predicts.
     """
 
@@ -176,35 +176,35 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        part = self._parts[number]
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        part = self._parts[index]
         rows = part.rows or [[]]  # a process without a row still takes part in the step
         length = max(2, *(sum(len(self._ids(draw)) for draw in row) for row in rows))
         shape = (len(rows), length)
         item = {
             "input_ids": torch.full(shape, self._pad_id), "real": torch.zeros(shape, dtype=torch.bool),
             "position_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, GENERIC),
-            "corpus": torch.zeros(shape, dtype=torch.int64), "place": torch.zeros(shape, dtype=torch.int64),
+            "corpus": torch.zeros(shape, dtype=torch.int64), "position": torch.zeros(shape, dtype=torch.int64),
             "targets": torch.tensor(part.step_targets),
         }  # fmt: skip
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             start = 0
             for draw in row:
                 ids = self._ids(draw)
                 here = slice(start, start + len(ids))
                 first = self._starts[draw.corpus][draw.sequence]
-                item["input_ids"][place, here] = torch.tensor(ids)
-                item["real"][place, here] = True
-                item["position_ids"][place, here] = torch.arange(len(ids))
-                item["labels"][place, here] = draw.label
-                item["corpus"][place, here] = draw.corpus
-                item["place"][place, here] = torch.arange(first, first + len(ids))
+                item["input_ids"][number, here] = torch.tensor(ids)
+                item["real"][number, here] = True
+                item["position_ids"][number, here] = torch.arange(len(ids))
+                item["labels"][number, here] = draw.label
+                item["corpus"][number, here] = draw.corpus
+                item["position"][number, here] = torch.arange(first, first + len(ids))
                 start += len(ids)
-            item["position_ids"][place, start:] = torch.arange(length - start)  # pads are a sequence of their own
+            item["position_ids"][number, start:] = torch.arange(length - start)  # pads are a sequence of their own
         return item
 
     def describe(self, number: int) -> str:
-        """Domains of a part and the opening tokens' places, for messages."""
+        """Domains of a part for messages."""
         counts: dict[str, int] = {}
         for row in self._parts[number].rows:
             for draw in row:

@@ -17,23 +17,18 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.models import ExpertView, expert_view
+from modekit.evaluation.evaluate import score_domain
+from modekit.loaded.models import expert_view, gate_parameters, load_model
 from modekit.progress import Progress
-from modekit.routing.capture import run_with_inputs, to_float16
 from modekit.text.documents import TokenSequence
 from modekit.training.batches import Corpus, shares
+from modekit.training.ended import Ended, Trained
+from modekit.training.kept import Keeper, Kept
+from modekit.training.request import Request
 from modekit.training.settings import TrainSettings
 
 _BATCH = 1_024  # kept tokens per step
 _PASSES = 20  # over the kept tokens, when no number of steps is given
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one router's gate took: (N, D) float16, and the domain's expert (N,) of each token."""
-
-    x_ND: torch.Tensor
-    labels_N: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,35 @@ class CheapResult:
     steps: int
 
 
+def train_gates(request: Request, trust_remote_code: bool, progress: Progress) -> Ended:
+    """Train gates on kept activations, and take them when the mixture's held-out loss falls.
+
+    Raises TrainingError where a router's score is not linear in what its gate reads.
+    """
+    checkpoint = request.checkpoint
+    result = train_cheap(
+        checkpoint, request.corpora, {text.corpus.expert: text.select for text in request.texts}, request.settings, progress
+    )
+    model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    domains = [text.held_out for text in request.texts]
+
+    def losses() -> dict[str, float]:
+        return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
+
+    before = losses()
+    gates = gate_parameters(model, checkpoint)
+    for parameter, gate in zip(gates, result.gates, strict=True):
+        parameter.data = gate.to(parameter)
+    after = losses()
+    better = sum(after.values()) < sum(before.values())
+    notes = [] if better else ["the trained gates are no better on held-out text than those before: nothing was changed"]
+    pairs = ", ".join(f"{old:.3f} -> {new:.3f}" for old, new in zip(result.before, result.after, strict=True))
+    notes.append(f"cross-entropy of the domains per router on held-out text: {pairs}")
+    named = {slot.name: gate for slot, gate in zip(checkpoint.slots, result.gates, strict=True)}
+    trained = Trained(result.steps, result.steps if better else 0, before, after if better else before, None)
+    return Ended(trained, notes, sum(gate.numel() for gate in gates), result.tokens, named if better else None)
+
+
 def train_cheap(
     checkpoint: Checkpoint,
     corpora: Sequence[Corpus],
@@ -56,21 +80,19 @@ def train_cheap(
     settings: TrainSettings,
     progress: Progress,
 ) -> CheapResult:
-    """Train every gate; nothing is written. `select` is held-out text by the place of its expert.
+    """Train every gate; nothing is written. `select` is held-out text by the index of its expert.
 
     Raises TrainingError where a router's score is not linear in what its gate reads.
     """
     _refuse_other_scores(checkpoint)
-    view = expert_view(checkpoint)
     slots, widths = len(checkpoint.slots), [slot.width for slot in checkpoint.slots]
     averages, prefix = _averages(checkpoint)
     bytes_per_token = 2 * sum(width * len(averages) for width in widths)
     total = sum(corpus.tokens for corpus in corpora) + sum(len(s.ids) for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
-    kept = _capture(
-        view, {corpus.expert: corpus.sequences for corpus in corpora}, averages, prefix, slots, keep, progress, "read"
-    )
-    held_out = _capture(view, select, averages, prefix, slots, keep, progress, "read held-out")
+    keeper = Keeper(expert_view(checkpoint), averages, prefix, slots, keep)
+    kept = keeper.read({corpus.expert: corpus.sequences for corpus in corpora}, "read", progress)
+    held_out = keeper.read(select, "read held-out", progress)
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}
     gates, before, after, steps = [], [], [], 0
     for slot, gate in enumerate(map(torch.from_numpy, checkpoint.gates())):
@@ -100,39 +122,25 @@ def _averages(checkpoint: Checkpoint) -> tuple[Sequence[Mapping[str, float | Non
     return routing["averages"], routing["prefix"]
 
 
-def _capture(
-    view: ExpertView, texts: Mapping[int, Sequence[TokenSequence]], averages: Sequence[Mapping[str, float | None]],
-    prefix: int | None, slots: int, keep: float, progress: Progress, stage: str,
-) -> list[Kept]:  # fmt: skip
-    """Every `1 / keep`-th token of what every router reads, under each domain's own expert."""
-    whole = sum(len(sequence.ids) for sequences in texts.values() for sequence in sequences)
-    done = 0
-    parts: list[list[Kept]] = [[] for _ in range(slots)]
-    for expert, sequences in texts.items():
-        total = sum(len(sequence.ids) for sequence in sequences)
-        count = max(1, int(total * keep))
-        wanted = torch.linspace(0, total - 1, count, dtype=torch.float64).round().long()
-        row_of = torch.full((total,), -1)
-        row_of[wanted] = torch.arange(count)
-        kept: dict[int, torch.Tensor] = {}
+@dataclass(frozen=True)
+class _HeldOut:
+    """Kept tokens of held-out text, in units of `scale`; every domain counts the same."""
 
-        def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
-            rows = row_of[places_T]  # noqa: B023  (used within this turn of the loop)
-            found = rows >= 0
-            if slot not in kept:  # noqa: B023
-                kept[slot] = torch.zeros((count, x_TD.shape[1]), dtype=torch.float16)  # noqa: B023
-            kept[slot][rows[found]] = to_float16(x_TD[found.to(x_TD.device)])  # noqa: B023
+    x_ND: torch.Tensor
+    labels_N: torch.Tensor
+    shares_N: torch.Tensor
 
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(stage, done, whole)
+    @classmethod
+    def of(cls, kept: Kept, scale: float, experts: int) -> _HeldOut:
+        counts_N = torch.bincount(kept.labels_N, minlength=experts).clamp_min(1)[kept.labels_N]
+        shares_N = 1.0 / counts_N.float()
+        return cls(kept.x_ND.float() / scale, kept.labels_N, shares_N / shares_N.sum())
 
-        view.use_expert(expert)
-        run_with_inputs(view, sequences, averages, prefix, consume, advance)
-        for slot in range(slots):
-            parts[slot].append(Kept(kept[slot], torch.full((count,), expert)))
-    return [Kept(torch.cat([part.x_ND for part in each]), torch.cat([part.labels_N for part in each])) for each in parts]
+    @torch.no_grad()
+    def loss(self, weights_ED: torch.Tensor) -> float:
+        """Mean cross-entropy of the domains, nats."""
+        losses_N = torch.nn.functional.cross_entropy(self.x_ND @ weights_ED.T, self.labels_N, reduction="none")
+        return float((losses_N * self.shares_N).sum())
 
 
 def _descend(
@@ -144,23 +152,12 @@ def _descend(
     scale = float(kept.x_ND.float().square().mean().sqrt().clamp_min(1e-30))
     # In units of the inputs' size one rate fits every layer.
     weights_ED = (gate_ED * scale).requires_grad_(True)
-    shares_N = torch.zeros(len(kept.labels_N))
-    for expert, share in mix.items():
-        own = kept.labels_N == expert
-        shares_N[own] = share / max(1, int(own.sum()))
-    held_x_ND = held_out.x_ND.float() / scale
-    held_shares_N = 1.0 / torch.bincount(held_out.labels_N, minlength=len(gate_ED)).clamp_min(1)[held_out.labels_N].float()
-    held_shares_N = held_shares_N / held_shares_N.sum()
-
-    def held_out_loss() -> float:
-        with torch.no_grad():
-            losses_N = torch.nn.functional.cross_entropy(held_x_ND @ weights_ED.T, held_out.labels_N, reduction="none")
-            return float((losses_N * held_shares_N).sum())
-
+    shares_N = _shares(kept.labels_N, mix)
+    compared = _HeldOut.of(held_out, scale, len(gate_ED))
     steps = settings.steps or math.ceil(len(kept.labels_N) * _PASSES / _BATCH)
     optimizer = torch.optim.AdamW([weights_ED], lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
-    first = best = held_out_loss()
+    first = best = compared.loss(weights_ED)
     best_gate = gate_ED.clone()
     every, without, step = max(1, steps // 40), 0, -1
     for step in range(steps):
@@ -168,13 +165,22 @@ def _descend(
         rows = torch.multinomial(shares_N, _BATCH, replacement=True, generator=generator)
         loss = torch.nn.functional.cross_entropy(kept.x_ND[rows].float() / scale @ weights_ED.T, kept.labels_N[rows])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         if (step + 1) % every == 0:
-            now = held_out_loss()
+            now = compared.loss(weights_ED)
             without = 0 if now < best else without + 1
             if now < best:
                 best, best_gate = now, weights_ED.detach() / scale
             if without > 2 * settings.patience:
                 break
     return best_gate.clone(), (first, best), step + 1
+
+
+def _shares(labels_N: torch.Tensor, mix: Mapping[int, float]) -> torch.Tensor:
+    """How often each token is drawn, (N,): domains by their share, the tokens of a domain alike."""
+    shares_N = torch.zeros(len(labels_N))
+    for expert, share in mix.items():
+        own = labels_N == expert
+        shares_N[own] = share / max(1, int(own.sum()))
+    return shares_N

@@ -4,7 +4,7 @@ settings.json      whose training this is: digests of what was asked for and of 
 checkpoint-N/      states while it trains (engine.py)
 trained.json       how it ended, once it has
 before.json        the table of the mixture as it was
-written            the trained mixture is in its place; only tables are missing
+writing.json       what the record in OUT will tell once the trained mixture is in its place: then only tables are missing
 """
 
 from __future__ import annotations
@@ -13,25 +13,28 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint, TrainingRecord, open_checkpoint
 from modekit.checkpoint.staging import write_json
 from modekit.errors import TrainingError
 from modekit.processes import processes
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import Text
 
-_WRITTEN = "written"
+_SETTINGS = "settings"
+_WRITING = "writing"
 _OF_MEMORY = {"accumulate", "checkpointing", "cache_bytes"}  # what a training may go on with otherwise
 
 
 class TrainingFolder:
-    """Use `claim`. The main process writes; all read."""
+    """Beside the folder `out` that the trained mixture goes to. Use `claim`. The main process writes; all read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".training")
 
     @property
     def has_states(self) -> bool:
@@ -40,12 +43,15 @@ class TrainingFolder:
 
     @property
     def is_written(self) -> bool:
-        """Whether the trained mixture is in its place."""
-        return (self.path / _WRITTEN).exists()
+        """Whether the trained mixture is in its place: its record, which is written last, says so."""
+        announced = self.recall(_WRITING)
+        if announced is None or not (self.out / RECORD_FILE).exists():
+            return False
+        return bool(announced == _digest_of(open_checkpoint(self.out).record.training))
 
-    def mark_written(self) -> None:
-        """Say so."""
-        (self.path / _WRITTEN).touch()
+    def announce(self, trainings: Sequence[TrainingRecord]) -> None:
+        """Say, before it is written, which trainings the record of the trained mixture will tell of."""
+        self.keep(_WRITING, _digest_of(trainings))
 
     def recall(self, name: str) -> Any:
         """What was kept under a name; None when nothing."""
@@ -57,7 +63,16 @@ class TrainingFolder:
         write_json(self.path / f"{name}.json", value)
 
     def remove(self) -> None:
-        """All is done, or nothing has begun."""
+        """All is done, or nothing has begun. What says so goes last: a kill in between leaves a folder that is still ours."""
+        last = [f"{name}.json" for name in (_WRITING, "trained", "before", _SETTINGS)]
+        with suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in last:
+                    path.unlink(missing_ok=True)
+            for name in last:
+                (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[Text]) -> None:
@@ -72,16 +87,16 @@ class TrainingFolder:
             )  # fmt: skip
 
     def _claim(self, request: str, state: str) -> str | None:
-        kept = self.recall("settings")
-        if kept is None and self.path.exists() and any(self.path.iterdir()):
-            return "a folder that no training made"
+        kept = self.recall(_SETTINGS)
+        if kept is None and self.path.exists() and any(not path.name.startswith(_SETTINGS) for path in self.path.iterdir()):
+            return "a folder that no training made"  # the beginnings of the settings are what a kill may leave
         if kept is not None and kept["request"] == request and (kept["state"] == state or self.is_written):
             return None
         if kept is not None and self.has_states and not self.is_written:
             return "other settings or text" if kept["request"] != request else "OUT is no longer what it started from"
         self.remove()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.keep("settings", {"request": request, "state": state})
+        self.keep(_SETTINGS, {"request": request, "state": state})
         return None
 
 
@@ -94,6 +109,10 @@ def _request(settings: TrainSettings, texts: Sequence[Text]) -> str:
 def _state(checkpoint: Checkpoint) -> str:
     record = checkpoint.record
     return _digest([record.recipe_digest, record.router.sha256, sorted(record.trained.items()), len(record.training)])
+
+
+def _digest_of(trainings: Sequence[TrainingRecord]) -> str:
+    return _digest([training.model_dump(mode="json") for training in trainings])
 
 
 def _digest(value: object) -> str:

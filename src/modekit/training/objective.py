@@ -23,7 +23,7 @@ from modekit.training.teachers import Teacher
 
 
 class Objective(nn.Module):
-    """`mixture` with its losses. Nothing but the mixture has parameters.
+    """`mixture` with its losses. Nothing but the mixture has parameters; `moving` and `gate_names` are names of its own.
 
     `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several
     sequences.
@@ -44,13 +44,14 @@ class Objective(nn.Module):
         self.config = mixture.config  # where accelerate looks for sizes and for layers to shard
         self._no_split_modules = mixture._no_split_modules
         self._checkpoint = checkpoint
-        self._settings = settings
+        self.settings = settings
         self._teachers = list(teachers)
         self._train_top_k = train_top_k
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
         self._packed = packed
         gates = {id(gate) for gate in gate_parameters(mixture, checkpoint)}
         self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
+        self.moving = [name for name, parameter in mixture.named_parameters() if parameter.requires_grad]
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
@@ -69,7 +70,7 @@ class Objective(nn.Module):
             logits = self.mixture(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
             keep = item["real"][:, 1:]
             return {"loss": language_model(logits[:, :-1][keep], item["input_ids"][:, 1:][keep])}
-        wanted = OF_ROUTERS & self._settings.losses.keys()
+        wanted = OF_ROUTERS & self.settings.losses.keys()
         with router_trace(self.mixture, self._checkpoint) if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"position_ids": item["position_ids"]} if self._packed else {"attention_mask": item["real"].long()}
@@ -89,7 +90,7 @@ class Objective(nn.Module):
         predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
         logits_NV = logits[:, :-1][predicted]
         losses: dict[str, torch.Tensor] = {}
-        names = self._settings.losses
+        names = self.settings.losses
         if "lm" in names:
             losses["lm"] = language_model(logits_NV, item["input_ids"][:, 1:][predicted])
         for name in ("distill", "distill_reverse"):
@@ -103,7 +104,7 @@ class Objective(nn.Module):
         self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor], *, reverse: bool
     ) -> torch.Tensor:
         """From each domain's own expert; a sequence whose label was taken or changed has no teacher."""
-        corpus_N, place_N = item["corpus"][:, :-1][predicted], item["place"][:, :-1][predicted]
+        corpus_N, position_N = item["corpus"][:, :-1][predicted], item["position"][:, :-1][predicted]
         label_N = item["labels"][:, :-1][predicted]
         total = logits_NV.sum() * 0.0  # keeps the graph when no token has a teacher
         for number, teacher in enumerate(self._teachers):
@@ -112,14 +113,14 @@ class Objective(nn.Module):
             rows = ((corpus_N == number) & (label_N == teacher.expert)).nonzero().squeeze(-1)
             if len(rows):
                 with torch.no_grad():
-                    wanted = teacher.logits(place_N[rows], logits_NV.device)
-                total = total + distillation(logits_NV[rows], wanted, self._settings.temperature, reverse=reverse)
+                    wanted = teacher.logits(position_N[rows], logits_NV.device)
+                total = total + distillation(logits_NV[rows], wanted, self.settings.temperature, reverse=reverse)
         return total
 
     def _add_router_losses(
         self, losses: dict[str, torch.Tensor], real: torch.Tensor, labels: torch.Tensor, trace: Iterable[torch.Tensor]
     ) -> None:
-        names = self._settings.losses
+        names = self.settings.losses
         said = [logits.reshape(*real.shape, -1, logits.shape[-1]) for logits in trace]  # (B, S, features or 1, E)
         for logits in said:
             mask = real.to(logits.device)
@@ -142,8 +143,8 @@ class Objective(nn.Module):
 
     def _weights(self, losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""
-        weights: dict[str, float] = {name: self._settings.losses[name] for name in losses}  # type: ignore[index]
-        if self._settings.adaptive:
+        weights: dict[str, float] = {name: weight for name, weight in self.settings.losses.items() if name in losses}
+        if self.settings.adaptive:
             shared = [name for name in ("lm", "distill", "distill_reverse") if name in losses]
             whole, values = sum(weights[name] for name in shared), {name: float(losses[name].detach()) for name in shared}
             total = sum(values.values())

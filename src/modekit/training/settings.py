@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from modekit.errors import TrainingError
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
-"""What may move; train/moving.py finds the parameters."""
+"""What may move; training/moving.py finds the parameters."""
 
 Loss = Literal["lm", "distill", "distill_reverse", "label", "balance", "importance", "z"]
-"""See train/losses.py."""
+"""See training/losses.py."""
 
 WEIGHTS: dict[Loss, float] = {
     "lm": 1.0,
@@ -149,8 +149,8 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
     except ValidationError as error:
         problems = []
         for each in error.errors():
-            place = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
-            problems.append(f"{place}: {each['msg']}" if place else each["msg"].removeprefix("Value error, "))
+            key = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
+            problems.append(f"{key}: {each['msg']}" if key else each["msg"].removeprefix("Value error, "))
         raise TrainingError(
             "the settings of this training are wrong", where=where, found="; ".join(problems),
             remedy="correct them; `modekit train --help` names them all",

@@ -34,16 +34,16 @@ from modekit.training.losses import GENERIC
 class Teacher:
     """Of one domain: hidden states of all its tokens, (N, D) float16 mapped from disk, and the head that reads them.
 
-    `expert` is the place of the expert that says them.
+    `expert` is the index of the expert that says them.
     """
 
     expert: int
     hidden_ND: torch.Tensor
     head: Head
 
-    def logits(self, places_N: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Logits (N, V) of the tokens at some places of the corpus."""
-        return self.head(self.hidden_ND[places_N.cpu()].to(device, torch.float32))
+    def logits(self, positions_N: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Logits (N, V) of the tokens at some positions of the corpus."""
+        return self.head(self.hidden_ND[positions_N.cpu()].to(device, torch.float32))
 
 
 def make_teachers(
@@ -85,9 +85,9 @@ def _read(checkpoint: Checkpoint, corpus: Corpus, path: Path, trust_remote_code:
             mask = batch.mask.to(model.device)
             output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)
             within = torch.arange(batch.mask.shape[1])
-            places = (corpus.starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
-            hidden_ND[places] = to_float16(output.last_hidden_state[mask].float())
-            done += len(places)
+            positions = (corpus.starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
+            hidden_ND[positions] = to_float16(output.last_hidden_state[mask].float())
+            done += len(positions)
             progress(f"teacher {corpus.name}", done, corpus.tokens)
     head = head_of(model)
     if isinstance(head.linear, Mixed):

@@ -23,23 +23,22 @@ from modekit.evaluation.evaluate import RESULTS_FOLDER
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, digests_in
+from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 
 
-def write_trained(
-    checkpoint: Checkpoint, out: Path, tensors: Mapping[str, torch.Tensor], training: TrainingRecord, *,
-    trained_on: Sequence[str], selected_by: Sequence[str],
-) -> Checkpoint:  # fmt: skip
-    """Write a checkpoint with new tensors (by their names on disk) to `out`, which may be its own folder.
+def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], training: TrainingRecord) -> Checkpoint:
+    """Write the request's checkpoint with new tensors (by their names on disk) to its target, which may be its own folder.
 
-    `trained_on` and `selected_by` are digests of documents that no table may show any more. Each tensor gets the dtype that
-    it has on disk. Raises TrainingError when one is not finite in it.
+    The documents that moved something or chose a state are kept beside it: no table may show them any more. Each tensor gets
+    the dtype that it has on disk. Raises TrainingError when one is not finite in it.
     """
+    checkpoint, out = request.checkpoint, request.target
     content = {name: _bytes_of(checkpoint, name, tensor) for name, tensor in tensors.items()}
     gate_names = {slot.name for slot in checkpoint.slots}
     files = {
         name: "".join(f"{digest}\n" for digest in sorted({*digests, *digests_in(checkpoint.folder / name)}))
-        for name, digests in ((TRAINED_FILE, trained_on), (SELECTED_FILE, selected_by))
+        for name, digests in ((TRAINED_FILE, request.trained_on), (SELECTED_FILE, request.selected_by))
     }
     record = _record(checkpoint, out, tensors.keys() - gate_names, content, training)
     gates = [
@@ -74,10 +73,10 @@ def write_trained(
 
 
 def _write_tensor(
-    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, place: int,
+    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, index: int,
     stream: io.FileIO,
 ) -> None:  # fmt: skip
-    name, ref = inside[place]
+    name, ref = inside[index]
     write_all(stream, content[name] if name in content else mappings.view(ref))
 
 

@@ -13,7 +13,7 @@ from modekit.cli.printing.mixtures import bytes_of, count_of, out
 if TYPE_CHECKING:
     from modekit.search.advise.advice import Advice
     from modekit.search.advise.findings import Finding
-    from modekit.search.advise.gain import Estimate
+    from modekit.search.advise.gain import Figure
 
 _MOST_WITH_ERRORS = 4  # columns that fit a terminal
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
@@ -29,7 +29,7 @@ def print_advice(advice: Advice) -> None:
     if advice.measured.gains is not None:
         _print_losses(advice)
         _print_gains(advice)
-    if advice.measured.words is not None:
+    if advice.measured.confusion is not None:
         _print_words(advice)
     print_findings(advice.findings)
     _print_choices(advice)
@@ -91,7 +91,7 @@ def _print_gains(advice: Advice) -> None:
         return
     errors = len(columns) <= _MOST_WITH_ERRORS
 
-    def figure(share: Estimate) -> str:
+    def figure(share: Figure) -> str:
         return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if errors and share.error else "")
 
     table = _table("put into the base", *(escape(advice.name(place)) for place in columns))
@@ -106,7 +106,7 @@ def _print_gains(advice: Advice) -> None:
 
 
 def _print_words(advice: Advice) -> None:
-    words = advice.measured.words
+    words = advice.measured.confusion
     assert words is not None
     table = _table("text of", *(escape(advice.name(place)) for place in words.domains))
     for row, place in enumerate(words.domains):

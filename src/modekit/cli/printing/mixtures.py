@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from modekit.building.verify import Check
     from modekit.evaluation.evaluate import Results
     from modekit.search.tune.results import TuneResults
-    from modekit.training.train import Training
+    from modekit.training.finish import TrainedMixture
 
 out = Console()
 err = Console(stderr=True)
@@ -58,7 +58,7 @@ def print_tune(results: TuneResults) -> None:
     out.print(f"[dim]{len(body)} variants in {results.seconds:.0f} s{more}[/]")
 
 
-def print_training(folder: Path, training: Training) -> None:
+def print_training(folder: Path, training: TrainedMixture) -> None:
     """Draw what a training came to."""
     record = training.record
     if training.results is not None:

@@ -34,12 +34,10 @@ Consume = Callable[[int, Array32, Array32, Array32], None]
 _TRACED = 2**26  # floats that a traced pass may keep
 
 
-def token_losses(
-    model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance, *, tokens: int | None = None
-) -> list[Array32]:
-    """Loss of every token but the first, (S - 1), nats, per sequence; `tokens` bounds a batch."""
+def token_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance) -> list[Array32]:
+    """Loss of every token but the first, (S - 1), nats, per sequence."""
     losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
-    for batch, losses_BS in _passes(model, sequences, tokens or tokens_per_pass(model.config), advance):
+    for batch, losses_BS in _passes(model, sequences, tokens_per_pass(model.config), advance):
         for place, row in enumerate(batch.rows):
             losses[row] = losses_BS[place, : len(sequences[row].ids) - 1].numpy()
     return losses

@@ -15,7 +15,7 @@ from modekit.search.advise.measured import Measured
 from modekit.search.advise.rules import Choice, Facts
 
 if TYPE_CHECKING:
-    from modekit.search.advise.gain import Estimate
+    from modekit.search.advise.gain import Figure
 
 FORMAT = 1
 LIMITS = (
@@ -45,32 +45,32 @@ class Advice:
         """What advice cannot know."""
         return LIMITS
 
-    def name(self, place: int) -> str:
-        """The expert at a place; the base for BASE_PLACE."""
-        return self.asked.names[place] if place >= 0 else BASE
+    def name(self, index: int) -> str:
+        """The expert of an index; the base for BASE_INDEX."""
+        return self.asked.names[index] if index >= 0 else BASE
 
-    def shares(self, place: int) -> dict[str, Estimate] | None:
+    def shares(self, index: int) -> dict[str, Figure] | None:
         """Part -> share of the expert's gain; None without text or without a gain."""
         gains = self.measured.gains
-        if gains is None or place not in gains.parts or not has_gain(gains.gain(place, place)):
+        if gains is None or index not in gains.parts or not has_gain(gains.gain(index, index)):
             return None
-        return {part: gains.share(place, losses) for part, losses in gains.parts[place].items()}
+        return {part: gains.share(index, losses) for part, losses in gains.parts[index].items()}
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "format": FORMAT,
             "base_model": self.asked.base_model,
-            "drift": {self.name(place): _drift_data(self.drift, place) for place in self.usable},
+            "drift": {self.name(index): _drift_data(self.drift, index) for index in self.usable},
             "similarity": {
-                "experts": [self.name(place) for place in self.usable],
+                "experts": [self.name(index) for index in self.usable],
                 "cosine": [[self.drift.cosine(i, j) for j in self.usable] for i in self.usable],
                 "distance": [[self.drift.distance(i, j) for j in self.usable] for i in self.usable],
             },
-            "text": {self.name(place): dict(record) for place, record in self.measured.texts.items()},
+            "text": {self.name(index): dict(record) for index, record in self.measured.texts.items()},
             "losses": self._losses(),
-            "gain": {self.name(place): data for place in self.usable if (data := self._gain(place)) is not None},
-            "words": self._words(),
+            "gain": {self.name(index): data for index in self.usable if (data := self._gain(index)) is not None},
+            "words": self._confusion(),
             "findings": [asdict(finding) for finding in self.findings],
             "facts": asdict(self.facts) if self.facts is not None else None,
             "advice": [{**asdict(choice), "mixture": dict(choice.mixture)} for choice in self.choices],
@@ -86,31 +86,31 @@ class Advice:
             self.name(model): {self.name(domain): losses.mean for domain, losses in row.items()} for model, row in whole.items()
         }
 
-    def _gain(self, place: int) -> dict[str, Any] | None:
+    def _gain(self, index: int) -> dict[str, Any] | None:
         gains = self.measured.gains
-        if gains is None or place not in gains.parts:
+        if gains is None or index not in gains.parts:
             return None
-        shares = self.shares(place)
+        shares = self.shares(index)
         parts: dict[str, dict[str, Any]] = {
             part: {"loss": losses.mean, "share": None if shares is None else asdict(shares[part])}
-            for part, losses in gains.parts[place].items()
+            for part, losses in gains.parts[index].items()
         }
-        if place in gains.on_average:
-            losses = gains.on_average[place]
-            share = None if shares is None else asdict(gains.share(place, losses))
+        if index in gains.on_average:
+            losses = gains.on_average[index]
+            share = None if shares is None else asdict(gains.share(index, losses))
             parts["ffn on the average"] = {"loss": losses.mean, "share": share}
-        return {"nats": asdict(gains.gain(place, place)), "parts": parts}
+        return {"nats": asdict(gains.gain(index, index)), "parts": parts}
 
-    def _words(self) -> dict[str, Any] | None:
-        words = self.measured.words
-        if words is None:
+    def _confusion(self) -> dict[str, Any] | None:
+        confusion = self.measured.confusion
+        if confusion is None:
             return None
         return {
-            "domains": [self.name(place) for place in words.domains], "named": words.named.tolist(),
-            "told_apart": words.told_apart,
+            "domains": [self.name(index) for index in confusion.domains], "named": confusion.named.tolist(),
+            "told_apart": confusion.told_apart,
         }  # fmt: skip
 
 
-def _drift_data(drift: Drift, place: int) -> dict[str, Any]:
-    groups = {group: {"relative": drift.relative(place, group), "share": drift.share(place, group)} for group in drift.groups}
-    return {"relative": drift.total(place), "groups": groups}
+def _drift_data(drift: Drift, index: int) -> dict[str, Any]:
+    groups = {group: {"relative": drift.relative(index, group), "share": drift.share(index, group)} for group in drift.groups}
+    return {"relative": drift.total(index), "groups": groups}

@@ -26,12 +26,16 @@ from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same
 
 @dataclass(frozen=True)
 class Models:
-    """The base and the experts that can be mixed, by their place in the recipe; a base expert is the base's source."""
+    """The base and the experts that can be mixed, by their index in the recipe; a base expert is the base's source."""
 
     base: ModelSource
     family: Family
     experts: dict[int, ModelSource]
     findings: list[Finding]
+
+    def by_index(self, count: int) -> list[ModelSource]:
+        """A source for each of `count` experts; the base's for those that cannot be mixed."""
+        return [self.experts.get(index, self.base) for index in range(count)]
 
 
 def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> Models:
@@ -46,24 +50,24 @@ def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) 
     check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
     experts: dict[int, ModelSource] = {}
     findings: list[Finding] = []
-    for place, expert in enumerate(recipe.experts):
+    for index, expert in enumerate(recipe.experts):
         if expert.is_base:
-            experts[place] = base
+            experts[index] = base
             continue
         try:
-            source = _open(expert, place, base, root, trust_remote_code)
+            source = _open(expert, index, base, root, trust_remote_code)
         except ModekitError as error:
             findings.append(finding_of(error, expert.name))
             continue
         refused = list(_refusals(expert.name, source, base, family))
         findings += [*refused, *_remarks(expert, source, base)]
         if not refused:
-            experts[place] = source
+            experts[index] = source
     return Models(base, family, experts, findings)
 
 
-def _open(expert: Expert, place: int, base: ModelSource, root: Path, trust_remote_code: bool) -> ModelSource:
-    label = f"experts[{place}] '{expert.name}'"
+def _open(expert: Expert, index: int, base: ModelSource, root: Path, trust_remote_code: bool) -> ModelSource:
+    label = f"experts[{index}] '{expert.name}'"
     folder = model_folder(expert.source, expert.revision, root=root, label=label)
     if expert.adapter is not None:
         return open_adapter(label, expert.source, folder, base, revision=expert.revision)

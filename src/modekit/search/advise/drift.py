@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from modekit.building.tensors import PieceReader
 from modekit.planning.pieces import piece_of, touched
+from modekit.planning.plan import Piece
 from modekit.progress import Progress, silent
 from modekit.search.advise.groups import GROUPS, Group
 from modekit.sources.model import Mappings, ModelSource, TensorRef
@@ -88,47 +89,66 @@ def compare(
 ) -> Drift:
     """Read every tensor of the base and of the experts once. Raises SourceError when a file becomes shorter meanwhile."""
     sources = (base, *experts)
-    squares: dict[Group, float] = {}
-    products: dict[Group, _Double] = {}
-    moved: list[set[str]] = [set() for _ in experts]
-    damaged: list[list[str]] = [[] for _ in sources]
+    tally = _Tally(len(experts))
     mappings = Mappings()
     read = PieceReader(mappings)
     try:
         for done, (name, group) in enumerate(groups.items(), 1):
-            ref = base.tensor(name)
-            changed = [
-                place for place in range(1, len(sources)) if sources[place] is not base and touched(sources[place], name)
-            ]
-            pieces = {0: piece_of(sources, 0, ref), **{place: piece_of(sources, place, ref) for place in changed}}
-            broken = {place: _broken(piece.refs, mappings) for place, piece in pieces.items()}
-            for place, names in broken.items():
-                if place == 0 or not broken[0]:
-                    damaged[place] += names
-            whole = [place for place in changed if not broken[place]]
-            arrays = [read.values(pieces[place]) for place in whole]
-            square, product = (0.0, np.zeros((0, 0))) if broken[0] else _sums(read.values(pieces[0]), arrays)
-            squares[group] = squares.get(group, 0.0) + square
-            rows = np.array(whole, dtype=int) - 1
-            products.setdefault(group, np.zeros((len(experts), len(experts))))
-            if not broken[0]:
-                for row, length in zip(rows, np.diagonal(product), strict=True):
-                    if not np.isfinite(length):  # DoRA of a row of zeros
-                        damaged[row + 1].append(name)
-                    elif length:
-                        moved[row].add(name)
-                products[group][np.ix_(rows, rows)] += np.nan_to_num(product, nan=0.0)
+            pieces = _pieces(sources, name)
+            tally.add(name, group, pieces, read)
             for piece in pieces.values():
                 for part in piece.refs:
                     mappings.forget(part)
-            del arrays
             progress("compare", done, len(groups))
     finally:
         mappings.close()
-    return Drift(
-        squares, products, [frozenset(names) for names in moved], [tuple(dict.fromkeys(names)) for names in damaged[1:]],
-        tuple(dict.fromkeys(damaged[0])),
-    )  # fmt: skip
+    return tally.drift()
+
+
+def _pieces(sources: tuple[ModelSource, ...], name: str) -> dict[int, Piece]:
+    """A tensor of the base (0), and of the experts (from 1 on) that may have another one."""
+    ref = sources[0].tensor(name)
+    changed = [
+        index for index in range(1, len(sources)) if sources[index] is not sources[0] and touched(sources[index], name)
+    ]  # fmt: skip
+    return {index: piece_of(sources, index, ref) for index in (0, *changed)}
+
+
+class _Tally:
+    """Sums over the tensors so far."""
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self._squares: dict[Group, float] = {}
+        self._products: dict[Group, _Double] = {}
+        self._moved: list[set[str]] = [set() for _ in range(experts)]
+        self._damaged: list[list[str]] = [[] for _ in range(experts + 1)]  # the base's first
+
+    def add(self, name: str, group: Group, pieces: Mapping[int, Piece], read: PieceReader) -> None:
+        """Count one tensor. Where the base's is damaged, there is nothing to compare with."""
+        broken = {index: _broken(piece.refs, read.mappings) for index, piece in pieces.items()}
+        for index, names in broken.items():
+            if index == 0 or not broken[0]:
+                self._damaged[index] += names
+        products = self._products.setdefault(group, np.zeros((self._experts, self._experts)))
+        if broken[0]:
+            self._squares.setdefault(group, 0.0)
+            return
+        whole = [index for index in pieces if index > 0 and not broken[index]]
+        square, product = _sums(read.values(pieces[0]), [read.values(pieces[index]) for index in whole])
+        self._squares[group] = self._squares.get(group, 0.0) + square
+        for index, length in zip(whole, np.diagonal(product), strict=True):
+            if not np.isfinite(length):  # DoRA of a row of zeros
+                self._damaged[index].append(name)
+            elif length:
+                self._moved[index - 1].add(name)
+        rows = np.array(whole, dtype=int) - 1
+        products[np.ix_(rows, rows)] += np.nan_to_num(product, nan=0.0)
+
+    def drift(self) -> Drift:
+        """What it came to."""
+        base, *experts = (tuple(dict.fromkeys(names)) for names in self._damaged)
+        return Drift(self._squares, self._products, [frozenset(names) for names in self._moved], experts, base)
 
 
 def _sums(base: FlatArray, experts: Sequence[FlatArray]) -> tuple[float, _Double]:

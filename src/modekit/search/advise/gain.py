@@ -29,7 +29,7 @@ PARTS: dict[str, frozenset[Group]] = {
     "all": frozenset({"ffn", "attention", "norms", "embeddings", "head"}),
 }
 """What is put into the base, by the name it has in tables."""
-BASE_PLACE = -1
+BASE_INDEX = -1
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Figure:
     """A figure and its standard error; None with a single block of text."""
 
     value: float
@@ -55,7 +55,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Gains:
-    """What was scored: `whole[model][domain]` with BASE_PLACE for the base, `parts[expert][part]` on the expert's own text.
+    """What was scored: `whole[model][domain]` with BASE_INDEX for the base, `parts[expert][part]` on the expert's own text.
 
     `on_average[expert]`: the expert's FFN on a backbone that is the average of all experts.
     """
@@ -68,33 +68,33 @@ class Gains:
         """The same with what FFNs do on the average backbone."""
         return replace(self, on_average=losses)
 
-    def gain(self, model: int, domain: int) -> Estimate:
+    def gain(self, model: int, domain: int) -> Figure:
         """Loss of the base less that of a whole expert on a domain."""
-        return estimate(lambda base, own: base - own, self.whole[BASE_PLACE][domain], self.whole[model][domain])
+        return figure_of(lambda base, own: base - own, self.whole[BASE_INDEX][domain], self.whole[model][domain])
 
-    def better(self, first: int, second: int, domain: int) -> Estimate:
+    def better(self, first: int, second: int, domain: int) -> Figure:
         """Loss of the second less that of the first on a domain."""
-        return estimate(lambda one, other: other - one, self.whole[first][domain], self.whole[second][domain])
+        return figure_of(lambda one, other: other - one, self.whole[first][domain], self.whole[second][domain])
 
-    def share(self, expert: int, losses: Losses) -> Estimate:
+    def share(self, expert: int, losses: Losses) -> Figure:
         """Of the gain of an expert on its own text."""
-        return estimate(
+        return figure_of(
             lambda base, own, part: (base - part) / (base - own),
-            self.whole[BASE_PLACE][expert], self.whole[expert][expert], losses,
+            self.whole[BASE_INDEX][expert], self.whole[expert][expert], losses,
         )  # fmt: skip
 
 
-def estimate(figure: Callable[..., float], *losses: Losses) -> Estimate:
+def figure_of(figure: Callable[..., float], *losses: Losses) -> Figure:
     """A function of mean losses on the same text, and its jackknife standard error over the blocks."""
     value = figure(*(each.mean for each in losses))
     count = len(losses[0].sums)
     if count < 2:
-        return Estimate(value, None)
+        return Figure(value, None)
     left_out = []
     for block in range(count):
         kept = np.arange(count) != block
         with np.errstate(divide="ignore", invalid="ignore"):
             left_out.append(figure(*(each.sums[kept].sum() / each.tokens[kept].sum() for each in losses)))
-    spread = np.array(left_out) - np.mean(left_out)
-    error = math.sqrt((count - 1) / count * float(spread @ spread))
-    return Estimate(value, error if math.isfinite(error) else None)
+    deviations = np.array(left_out) - np.mean(left_out)
+    error = math.sqrt((count - 1) / count * float(deviations @ deviations))
+    return Figure(value, error if math.isfinite(error) else None)

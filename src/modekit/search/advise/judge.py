@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modekit.recipes.recipe import Recipe
 from modekit.search.advise.drift import Drift
 from modekit.search.advise.findings import Finding
-from modekit.search.advise.gain import Estimate, Gains
+from modekit.search.advise.gain import BASE_INDEX, PARTS, Figure, Gains
+from modekit.search.advise.rules import Facts
 
 if TYPE_CHECKING:
-    from modekit.search.advise.words import Words
+    from modekit.search.advise.confusion import Confusion
 
 SMALLEST_GAIN = 1e-3
 """Nats per token; below it `modekit eval` sees no gap to close either."""
 _EQUAL = 1e-6  # relative distance: rounding of sums
 _NEAR_COSINE = 0.95
+_UNMIXED = 0.01  # of the squared difference: less is rounding in the tables
 _SAME_TEXT = 0.25  # of the tokens given to one of two domains, given to the wrong one; 0.5 is the same text
 
 
 def of_files(recipe: Recipe, drift: Drift, usable: Sequence[int]) -> Iterator[Finding]:
     """What the weights alone say: damage, experts that are the base, or each other."""
-    for place, expert in enumerate(recipe.experts):
-        names = drift.damaged[place]
+    for index, expert in enumerate(recipe.experts):
+        names = drift.damaged[index]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield Finding(
                 "error", expert.name, "its weights hold NaN or Inf", names[0] + more,
                 "the model is damaged: save or download it again",
             )  # fmt: skip
-    for place in usable:
-        if not recipe.experts[place].is_base and not drift.moved[place]:
+    for index in usable:
+        if not recipe.experts[index].is_base and not drift.moved[index]:
             yield Finding(
-                "warning", recipe.experts[place].name, "it equals the base model, tensor for tensor",
+                "warning", recipe.experts[index].name, "it equals the base model, tensor for tensor",
                 to_do="write model: base, which keeps its text's way back to the base, or leave it out",
             )  # fmt: skip
-    for first, second in combinations([place for place in usable if drift.moved[place]], 2):
+    for first, second in combinations([index for index in usable if drift.moved[index]], 2):
         cosine, distance = drift.cosine(first, second), drift.distance(first, second)
         if cosine is not None and cosine >= _NEAR_COSINE:
             same = distance <= _EQUAL
@@ -49,56 +51,90 @@ def of_files(recipe: Recipe, drift: Drift, usable: Sequence[int]) -> Iterator[Fi
             )  # fmt: skip
 
 
-def of_gains(recipe: Recipe, gains: Gains, moved: Sequence[int], domains: Collection[int]) -> Iterator[Finding]:
-    """Experts that do not help on their own text, or less than another does; of those that differ from the base."""
-    for place in [place for place in moved if place in domains]:
-        name = recipe.experts[place].name
-        gain = gains.gain(place, place)
-        if not has_gain(gain):
-            yield Finding(
-                "warning", name, "it is not better than the base model on its own text",
-                f"{said(gain)} nats per token", "check that text and model belong together; else write model: base",
-            )  # fmt: skip
-        elif gain.error is not None and gain.value < 2 * gain.error:
-            yield Finding(
-                "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
-                "give more text, or more --tokens",
-            )  # fmt: skip
-        best = min(moved, key=lambda other: gains.whole[other][place].mean)
-        better = gains.better(best, place, place)
-        if _is_certain(better) and has_gain(gains.gain(best, place)):
-            yield Finding(
-                "warning", name, f"{recipe.names[best]} is better on its text than it is itself",
-                f"{said(better)} nats per token", "check that models and texts are not mixed up",
-            )  # fmt: skip
+def of_gains(recipe: Recipe, gains: Gains, moved: Collection[int], domains: Collection[int]) -> Iterator[Finding]:
+    """Experts that do not help on their own text, or less than another does. `moved` are those that differ from the base."""
+    for index in domains:
+        if index in moved:
+            yield from _of_gain(recipe.names[index], gains.gain(index, index))
+        yield from _of_better(recipe, gains, moved, index)
 
 
-def of_words(recipe: Recipe, words: Words) -> Iterator[Finding]:
+def _of_gain(name: str, gain: Figure) -> Iterator[Finding]:
+    if not has_gain(gain):
+        yield Finding(
+            "warning", name, "it is not better than the base model on its own text",
+            f"{said(gain)} nats per token", "check that text and model belong together; else write model: base",
+        )  # fmt: skip
+    elif gain.error is not None and gain.value < 2 * gain.error:
+        yield Finding(
+            "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
+            "give more text, or more --tokens",
+        )  # fmt: skip
+
+
+def _of_better(recipe: Recipe, gains: Gains, moved: Collection[int], index: int) -> Iterator[Finding]:
+    """Another expert that is better on the text of this one, which may be the base itself; and whether all others are."""
+    rivals = [other for other in moved if other != index]
+    if not rivals:
+        return
+    best = min(rivals, key=lambda other: gains.whole[other][index].mean)
+    better = gains.better(best, index, index)
+    if not (_is_certain(better) and has_gain(gains.gain(best, index))):
+        return
+    others = [*rivals, *([BASE_INDEX] if index in moved else [])]
+    is_worst = all(gains.whole[other][index].mean < gains.whole[index][index].mean for other in others)
+    yield Finding(
+        "warning", recipe.names[index], f"{recipe.names[best]} is better on its text than it is itself",
+        f"{said(better)} nats per token" + ("; it is the worst of all there" if is_worst and len(others) > 1 else ""),
+        "check that models and texts are not mixed up" if index in moved
+        else f"give this text to {recipe.names[best]}, or train an expert on it: the base is for what no expert knows better",
+    )  # fmt: skip
+
+
+def of_unmixed(
+    recipe: Recipe, drift: Drift, full: Sequence[int], mixture: Mapping[str, Any], facts: Facts
+) -> Iterator[Finding]:
+    """What full models changed outside of what the advised mixture gives each expert of its own."""
+    part = {"auto": "ffn", "all": "all"}.get(str(mixture.get("modules", "auto")), "ffn + attention")
+    shares = {index: 1 - sum(drift.share(index, group) for group in PARTS[part] if group in drift.groups) for index in full}
+    shares = {index: share for index, share in shares.items() if share >= _UNMIXED}
+    if not shares:
+        return
+    fate = "is averaged with that of the others" if mixture.get("backbone") == "average" else "stays behind"
+    said_shares = ", ".join(f"{recipe.names[index]} {share:.0%}" for index, share in shares.items())
+    yield Finding(
+        "note" if facts.carries(part) else "warning", ", ".join(recipe.names[index] for index in shares),
+        f"what changed outside of the parts that are mixed {fate}", f"{said_shares} of the squared difference from the base",
+        "`modekit train` lets the backbone learn it" + ("" if facts.native else "; modules: all leaves nothing behind"),
+    )  # fmt: skip
+
+
+def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
     """Domains whose texts can hardly be told apart."""
-    for first, second in combinations(words.domains, 2):
-        confusion = words.confusion(first, second)
-        if confusion >= _SAME_TEXT:
+    for first, second in combinations(confusion.domains, 2):
+        mistaken = confusion.between(first, second)
+        if mistaken >= _SAME_TEXT:
             yield Finding(
                 "warning", f"{recipe.names[first]}, {recipe.names[second]}", "their texts are nearly the same",
-                f"{confusion:.0%} of their tokens are taken for the other's by n-grams (50% is one text)",
+                f"{mistaken:.0%} of their tokens are taken for the other's by n-grams (50% is one text)",
                 "no router can tell them apart by their words: make one domain of them, or give text that differs",
             )  # fmt: skip
 
 
-def has_gain(gain: Estimate) -> bool:
+def has_gain(gain: Figure) -> bool:
     """Whether an expert is better than the base at all."""
     return gain.value > SMALLEST_GAIN
 
 
-def helps(gains: Gains | None, place: int) -> bool:
+def helps(gains: Gains | None, index: int) -> bool:
     """Whether an expert is better than the base on its own text, as far as that is known."""
-    return gains is None or place not in gains.parts or has_gain(gains.gain(place, place))
+    return gains is None or index not in gains.parts or has_gain(gains.gain(index, index))
 
 
-def said(figure: Estimate, digits: int = 3) -> str:
+def said(figure: Figure, digits: int = 3) -> str:
     """A figure with its standard error."""
     return f"{figure.value:.{digits}f}" + ("" if figure.error is None else f" ± {figure.error:.{digits}f}")
 
 
-def _is_certain(better: Estimate) -> bool:
+def _is_certain(better: Figure) -> bool:
     return better.value > max(SMALLEST_GAIN, 2 * (better.error or 0.0))

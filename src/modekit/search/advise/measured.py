@@ -4,41 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modekit.progress import Progress
-from modekit.recipes.recipe import Recipe
-from modekit.search.advise.checks import Models
-from modekit.search.advise.drift import Drift
+from modekit.search.advise.examined import Examined
 from modekit.search.advise.findings import Finding
 from modekit.search.advise.gain import Gains
-from modekit.search.advise.groups import Group
-from modekit.search.advise.judge import helps, of_gains, of_words
+from modekit.search.advise.judge import helps, of_confusion, of_gains
 from modekit.search.advise.rules import NEARLY_ALL
 from modekit.sources.model import Mappings
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.documents import TokenSequence
 
 if TYPE_CHECKING:
-    from modekit.search.advise.words import Words
+    from modekit.search.advise.confusion import Confusion
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What text said. `gains` and `words` are None where there is none.
+    """What text said. `gains` and `confusion` are None where there is none.
 
     Attributes:
-        texts: place of an expert -> record of its select text.
-        unread: places of experts whose text cannot be read.
-        fittable: places of experts that have documents for a router fit.
+        texts: index of an expert -> record of its select text.
+        unread: indices of experts whose text cannot be read.
+        fittable: indices of experts that have documents for a router fit.
     """
 
     texts: Mapping[int, Mapping[str, Any]]
     unread: frozenset[int]
     fittable: frozenset[int]
     gains: Gains | None
-    words: Words | None
+    confusion: Confusion | None
 
 
 NOTHING = Measured({}, frozenset(), frozenset(), None, None)
@@ -49,52 +45,50 @@ _NO_TOKENIZER = Finding(
 
 
 def measure_text(
-    recipe: Recipe, root: Path, models: Models, groups: Mapping[str, Group], drift: Drift, usable: Sequence[int], *,
-    tokens: int, trust_remote_code: bool, progress: Progress,
-) -> tuple[Measured, list[Finding]]:  # fmt: skip
-    """Read what text there is and measure what it allows; `usable` are the places of experts that can be mixed."""
-    base = models.base
+    examined: Examined, *, tokens: int, trust_remote_code: bool, progress: Progress
+) -> tuple[Measured, list[Finding]]:
+    """Read what text there is and measure what it allows."""
+    recipe, models, base = examined.recipe, examined.models, examined.models.base
     if not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         return NOTHING, [_NO_TOKENIZER]
     from modekit.loaded.models import load_tokenizer
+    from modekit.search.advise.confusion import measure_confusion
     from modekit.search.advise.texts import read_texts
-    from modekit.search.advise.words import compare_words
 
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust_remote_code)
     folders = [base.folder, *(source.folder for source in models.experts.values())]
-    texts, findings = read_texts(recipe, root, folders, tokenizer, tokens)
-    unread = frozenset(place for place, expert in enumerate(recipe.experts) if expert.text and place not in texts)
-    fittable = frozenset(place for place, text in texts.items() if text.fit)
-    texts = {place: text for place, text in texts.items() if place in usable}
-    words = compare_words(tokenizer, texts)
-    findings += of_words(recipe, words) if words is not None else []
-    scored = {place: text.sequences for place, text in texts.items() if text.sequences}
+    texts, findings = read_texts(recipe, examined.root, folders, tokenizer, tokens)
+    unread = frozenset(index for index, expert in enumerate(recipe.experts) if expert.text and index not in texts)
+    fittable = frozenset(index for index, text in texts.items() if text.fit)
+    texts = {index: text for index, text in texts.items() if index in examined.usable}
+    confusion = measure_confusion(tokenizer, texts)
+    findings += of_confusion(recipe, confusion) if confusion is not None else []
+    scored = {index: text.sequences for index, text in texts.items() if text.sequences}
     gains = None
     if scored:
-        gains = _gains(models, len(recipe.experts), groups, drift, usable, scored, trust_remote_code, progress)
-        findings += of_gains(recipe, gains, [place for place in usable if drift.moved[place]], scored)
-    records = {place: text.record for place, text in texts.items()}
-    return Measured(records, unread, fittable, gains, words), findings
+        gains = _gains(examined, scored, trust_remote_code, progress)
+        findings += of_gains(recipe, gains, examined.moved, scored)
+    records = {index: text.record for index, text in texts.items()}
+    return Measured(records, unread, fittable, gains, confusion), findings
 
 
 def _gains(
-    models: Models, count: int, groups: Mapping[str, Group], drift: Drift, usable: Sequence[int],
-    scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress,
-) -> Gains:  # fmt: skip
+    examined: Examined, scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress
+) -> Gains:
     """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain."""
     from modekit.loaded.models import load_model
-    from modekit.search.advise.swapped import Swapped, measure, on_average
+    from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
     mappings = Mappings()
     try:
-        sources = [models.base, *(models.experts.get(place, models.base) for place in range(count))]
-        model = load_model(models.base.folder, trust_remote_code=trust_remote_code)
-        swapped = Swapped(model, sources, groups, drift.moved, mappings)
-        gains = measure(swapped, scored, usable, progress=progress)
-        own = [place for place in usable if drift.moved[place] and helps(gains, place)]
-        ffn = [gains.share(place, gains.parts[place]["ffn"]).value for place in own if place in gains.parts]
+        base = examined.models.base
+        model = load_model(base.folder, trust_remote_code=trust_remote_code)
+        patched = PatchedBase(model, [base, *examined.sources], examined.groups, examined.drift.moved, mappings)
+        gains = measure(patched, scored, examined.usable, progress=progress)
+        own = [index for index in examined.moved if helps(gains, index)]
+        ffn = [gains.share(index, gains.parts[index]["ffn"]).value for index in own if index in gains.parts]
         if ffn and min(ffn) < NEARLY_ALL:
-            gains = gains.with_average(on_average(swapped, scored, own, progress=progress))
+            gains = gains.with_average(on_average(patched, scored, own, progress=progress))
         return gains
     finally:
         mappings.close()

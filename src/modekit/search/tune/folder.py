@@ -32,7 +32,8 @@ def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str
     }  # fmt: skip
     path = folder / _SETTINGS_FILE
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        others = (each for each in folder.iterdir() if not each.name.startswith(_SETTINGS_FILE)) if folder.exists() else ()
+        if any(others):  # a kill may have left the beginnings of the settings
             raise OutputError(
                 "a folder that modekit did not make is in the way",
                 where=str(folder),

@@ -17,10 +17,10 @@ _GO_ON = "see what it said above; the same command goes on from what is there, w
 def launch(job: Job, select: Selection, processes: int, ray: bool, progress: Progress) -> None:
     """Search until there are `trials` candidates. Raises what `work` raises, and TuneError when another process ended early."""
     if ray:
-        _spread_with_ray(job, select, processes)
+        _search_with_ray(job, select, processes)
     elif processes > 1:
         context = multiprocessing.get_context("spawn")
-        others = [context.Process(target=work, args=(job, select), kwargs={"process": place}) for place in range(1, processes)]
+        others = [context.Process(target=work, args=(job, select), kwargs={"process": index}) for index in range(1, processes)]
         for process in others:
             process.start()
         try:
@@ -38,11 +38,11 @@ def launch(job: Job, select: Selection, processes: int, ray: bool, progress: Pro
         work(job, select, progress)
 
 
-def _spread_with_ray(job: Job, select: Selection, processes: int) -> None:
+def _search_with_ray(job: Job, select: Selection, processes: int) -> None:
     try:
         import ray
     except ImportError:
         raise TuneError("Ray is not installed", where="--ray", remedy="pip install ray, or use --processes") from None
     ray.init(ignore_reinit_error=True, logging_level="error")
     remote: Callable[..., Any] = ray.remote(work).remote
-    ray.get([remote(job, select, process=place) for place in range(processes)])
+    ray.get([remote(job, select, process=index) for index in range(processes)])

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modekit.evaluation.evaluate import SMALLEST_GAP
+from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.space import label, short_backbone
-from modekit.search.tune.study import Candidate
 
 Losses = Mapping[str, float]
 

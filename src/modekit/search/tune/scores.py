@@ -13,9 +13,10 @@ from modekit.evaluation.evaluate import load_expert, score_domain
 from modekit.loaded.models import load_model
 from modekit.planning.plan import Plan
 from modekit.progress import Progress
-from modekit.search.tune.mount import Mount
+from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.selection import Selection, Tally
-from modekit.search.tune.study import Candidate, Job, candidate_recipe
+from modekit.search.tune.study import Job, candidate_recipe
+from modekit.search.tune.switched_model import SwitchedModel
 
 Losses = dict[str, float]
 """Domain -> nats per token."""
@@ -27,15 +28,15 @@ def score_all(
     """Loss per domain on all of a text, by number of the candidate; refused ones are left out, what WORK/`file` has is kept."""
     path = job.work / file
     known: dict[str, Losses] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    bodies = job.bodies()
-    mount = Mount(trust_remote_code=job.trust_remote_code)
+    weights = job.weights()
+    switched = SwitchedModel(trust_remote_code=job.trust_remote_code)
     numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
     for place, (number, candidate) in enumerate(numbers.items()):
         progress(stage, place, len(numbers))
         if str(number) not in known:
             recipe = candidate_recipe(job.recipe, candidate.mixture)
-            body = bodies.checkpoint(bodies.plan(recipe))
-            model = mount.put(body, bodies.gates(body, recipe))
+            shared = weights.checkpoint(weights.plan(recipe))
+            model = switched.put(shared, weights.gates(shared, recipe))
             tally = Tally()
             tally.add(model, text.domains, f"candidate {number}")
             known[str(number)] = tally.losses

@@ -6,11 +6,11 @@ Everything it knows stands in WORK/study.log, which several processes may append
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
+from transformers import PreTrainedModel
 
-from modekit.errors import MismatchError, RecipeError, TuneError, UnsupportedError
+from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
+from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Recipe, parse_recipe
-from modekit.search.tune.bodies import Bodies
-from modekit.search.tune.mount import Mount
+from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.selection import RUNGS, Selection, Tally
+from modekit.search.tune.shared_weights import SharedWeights
 from modekit.search.tune.space import Choice, Space
+from modekit.search.tune.switched_model import SwitchedModel
 
 _STUDY_FILE = "study.log"
 OWN = "the recipe's own"
@@ -52,48 +55,25 @@ class Job:
     seed: int
     trust_remote_code: bool
 
-    def bodies(self) -> Bodies:
+    def weights(self) -> SharedWeights:
         """What candidates share."""
-        return Bodies(self.work, self.root, averages=self.space.averages(), trust_remote_code=self.trust_remote_code)
+        return SharedWeights(self.work, self.root, averages=self.space.averages(), trust_remote_code=self.trust_remote_code)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One variant that was tried.
-
-    Attributes:
-        number: in the order of the search.
-        name: of a fixed variant; "" otherwise.
-        mixture: as a recipe says it.
-        status: scored on all of the text, dropped early, or refused with `why`.
-        losses: nats per token on the select split, per domain, of the tokens that were scored.
-        active, total: parameters.
-        native: whether a native architecture says it.
-    """
-
-    number: int
-    name: str
-    mixture: dict[str, Any]
-    status: str
-    why: str
-    losses: dict[str, float]
-    tokens: int
-    active: int
-    total: int
-    native: bool
-    seconds: float
-
-    @property
-    def mean(self) -> float:
-        """Mean loss over the domains."""
-        return sum(self.losses.values()) / len(self.losses)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, Optuna says nothing but errors."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def open_study(job: Job, process: int = 0) -> optuna.Study:
     """The study in the work folder, made if need be. Processes draw from different seeds, and so does a search that goes on."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("optuna").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = str(job.work / _STUDY_FILE)
         # The other kind of lock is a symbolic link, which Windows gives to administrators alone.
@@ -107,6 +87,7 @@ def open_study(job: Job, process: int = 0) -> optuna.Study:
     return study
 
 
+@_quiet()
 def prepare(job: Job) -> None:
     """Put the named variants first; what a killed process was at is tried again. Called once, before any process works."""
     _mend(job.work / _STUDY_FILE)
@@ -136,11 +117,11 @@ def _mend(path: Path) -> None:
         os.truncate(path, whole)
 
 
+@_quiet()
 def work(job: Job, selection: Selection, progress: Progress = silent, *, process: int = 0) -> None:
     """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
     study = open_study(job, process)
-    bodies = job.bodies()
-    mount = Mount(trust_remote_code=job.trust_remote_code)
+    worker = _Worker(job, study, selection, job.weights(), SwitchedModel(trust_remote_code=job.trust_remote_code))
     again = 0
     while again < _SAME_AGAIN:
         trials = study.get_trials(deepcopy=False)
@@ -149,55 +130,71 @@ def work(job: Job, selection: Selection, progress: Progress = silent, *, process
         progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
         if len(distinct) >= job.trials and not waiting:
             return
-        again = 0 if _try_one(job, study, study.ask(), selection, bodies, mount) else again + 1
+        again = 0 if worker.try_one(study.ask()) else again + 1
 
 
-def _try_one(
-    job: Job, study: optuna.Study, trial: optuna.Trial, selection: Selection, bodies: Bodies, mount: Mount
-) -> bool:  # fmt: skip
-    """Score one candidate; False when it was tried before."""
-    started = time.perf_counter()
-    mixture = _mixture_of(job, trial)
-    key = json.dumps(mixture, sort_keys=True)
-    before = _before(study, key)
-    if before is not None:
-        trial.set_user_attr("again", before.number)
-        state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
-        study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
-        return False
-    trial.set_user_attr("key", key)
-    try:
-        recipe = candidate_recipe(job.recipe, mixture)
-        plan = bodies.plan(recipe)
-    except (RecipeError, UnsupportedError, MismatchError) as error:
-        trial.set_user_attr("why", str(error))
-        study.tell(trial, state=TrialState.FAIL)
-        return True
-    for attribute, value in (*plan.parameters().items(), ("native", job.native and not recipe.mixture.beyond_native())):
-        if attribute in {"active", "total", "native"}:
-            trial.set_user_attr(attribute, value)
-    body = bodies.checkpoint(plan)
-    if bodies.must_read(recipe):  # with a model of its own
-        mount.clear()
-    model = mount.put(body, bodies.gates(body, recipe))
-    tally = Tally()
-    dropped = False
-    for number, resource in enumerate(RUNGS):
+@dataclass(frozen=True)
+class _Worker:
+    """What one process scores candidates with."""
+
+    job: Job
+    study: optuna.Study
+    selection: Selection
+    weights: SharedWeights
+    switched: SwitchedModel
+
+    def try_one(self, trial: optuna.Trial) -> bool:
+        """Score one candidate; False when it was tried before."""
+        started = time.perf_counter()
+        mixture = _mixture_of(self.job, trial)
+        key = json.dumps(mixture, sort_keys=True)
+        before = _before(self.study, key)
+        if before is not None:
+            trial.set_user_attr("again", before.number)
+            state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
+            self.study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
+            return False
+        trial.set_user_attr("key", key)
         try:
-            tally.add(model, selection.rung(number), f"candidate {trial.number}")
+            recipe = candidate_recipe(self.job.recipe, mixture)
+            plan = self.weights.plan(recipe)
+        except (RecipeError, UnsupportedError, MismatchError) as error:
+            return self._refuse(trial, error)
+        is_native = self.job.native and not recipe.mixture.beyond_native()
+        for attribute, value in (*plan.parameters().items(), ("native", is_native)):
+            if attribute in {"active", "total", "native"}:
+                trial.set_user_attr(attribute, value)
+        model = self._model(recipe, plan)
+        try:
+            loss = self._score(trial, model)
         except TuneError as error:
-            trial.set_user_attr("why", str(error))
-            study.tell(trial, state=TrialState.FAIL)
-            return True
-        trial.report(tally.mean, resource)
-        trial.set_user_attr("losses", tally.losses)
-        trial.set_user_attr("tokens", tally.tokens)
-        if resource < RUNGS[-1] and trial.should_prune():
-            dropped = True
-            break
-    trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
-    study.tell(trial, None if dropped else tally.mean, state=TrialState.PRUNED if dropped else TrialState.COMPLETE)
-    return True
+            return self._refuse(trial, error)
+        trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
+        self.study.tell(trial, loss, state=TrialState.PRUNED if loss is None else TrialState.COMPLETE)
+        return True
+
+    def _refuse(self, trial: optuna.Trial, error: ModekitError) -> bool:
+        trial.set_user_attr("why", str(error))
+        self.study.tell(trial, state=TrialState.FAIL)
+        return True
+
+    def _model(self, recipe: Recipe, plan: Plan) -> PreTrainedModel:
+        shared = self.weights.checkpoint(plan)
+        if self.weights.must_read(recipe):  # with a model of its own
+            self.switched.clear()
+        return self.switched.put(shared, self.weights.gates(shared, recipe))
+
+    def _score(self, trial: optuna.Trial, model: PreTrainedModel) -> float | None:
+        """Mean loss on all of the text; None when others did better on a part. Raises TuneError when it is not a number."""
+        tally = Tally()
+        for number, resource in enumerate(RUNGS):
+            tally.add(model, self.selection.rung(number), f"candidate {trial.number}")
+            trial.report(tally.mean, resource)
+            trial.set_user_attr("losses", tally.losses)
+            trial.set_user_attr("tokens", tally.tokens)
+            if resource < RUNGS[-1] and trial.should_prune():
+                return None
+        return tally.mean
 
 
 def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
@@ -214,6 +211,7 @@ def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
     return job.space.mixture(choice, job.recipe)
 
 
+@_quiet()
 def candidates(job: Job) -> list[Candidate]:
     """What was tried, each once, in the order of the search."""
     found = []
@@ -250,13 +248,3 @@ def _counts(trial: optuna.trial.FrozenTrial) -> bool:
 
 def _is_again(trial: optuna.trial.FrozenTrial) -> bool:
     return "again" in trial.user_attrs
-
-
-def pareto(found: Sequence[Candidate]) -> list[Candidate]:
-    """Of the fully scored: those that no other beats in loss with as few active parameters, from few to many."""
-    front: list[Candidate] = []
-    scored = [candidate for candidate in found if candidate.status == "scored"]
-    for candidate in sorted(scored, key=lambda each: (each.active, each.mean)):
-        if not front or candidate.mean < front[-1].mean:
-            front.append(candidate)
-    return front

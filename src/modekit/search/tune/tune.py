@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
-from modekit.checkpoint.staging import refuse_existing, write_atomically, write_json
+from modekit.checkpoint.checkpoint import RECORD_FILE
+from modekit.checkpoint.staging import json_bytes, refuse_existing
 from modekit.errors import TuneError
 from modekit.evaluation.evaluate import RESULTS_FOLDER
 from modekit.planning.make import make_plan
@@ -28,6 +28,7 @@ from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import BASE, Recipe
+from modekit.search.tune.candidate import pareto
 from modekit.search.tune.folder import alone, claim, stamp
 from modekit.search.tune.launch import launch
 from modekit.search.tune.results import TuneResults
@@ -35,9 +36,9 @@ from modekit.search.tune.scores import reference_losses, score_all, with_smaller
 from modekit.search.tune.selection import Selection, read_selection
 from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.space import Space, default_space
-from modekit.search.tune.study import Job, candidate_recipe, candidates, pareto, prepare
+from modekit.search.tune.study import Job, candidate_recipe, candidates, prepare
 from modekit.sources.model import Mappings, TensorRef
-from modekit.text.documents import SELECTED_FILE
+from modekit.text.documents import SELECTED_FILE, Split
 
 
 def tune(
@@ -56,59 +57,83 @@ def tune(
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
     native = recipe.output.format == "native"
     if native and plan.native is None:
-        low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
-        raise TuneError(
-            "native mixtures of these experts cannot be searched",
-            found=f"{', '.join(low)}: candidates keep adapters low-rank" if low else plan.why,
-            remedy="leave --native and output: {format: native} out" + (", or give full models" if low else ""),
-        )
+        raise _not_native(recipe, plan)
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
     built_native = plan.native is not None and recipe.output.format != "modekit"
     job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, trust_remote_code)
-    select, report = (
-        read_selection(
-            recipe, root, _folders(plan), split=split, tokens_per_domain=settings.tokens_per_domain,
-            sequence_length=settings.sequence_length, trust_remote_code=trust_remote_code,
-        )
-        for split in ("select", "report")
-    )  # fmt: skip
-    claim(job, settings, native, {"models": stamp(plan), "text": select.read})
+    texts = _read_texts(job, plan, settings)
+    claim(job, settings, native, {"models": stamp(plan), "text": texts["select"].read})
     with alone(folder):
-        started = time.perf_counter()
-        prepare(job)
-        launch(job, select, settings.processes, settings.ray, progress)
-        found = candidates(job)
-        best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
-        if best is None:
-            raise TuneError(
-                "no candidate could be scored", where=str(folder), found=next((each.why for each in found), None),
-                remedy="widen the space of the search",
-            )  # fmt: skip
-        searched = time.perf_counter() - started
-        found = with_smaller_sizes(job, found, select, progress)
-        shown = [best, *(each for each in found if each.name), *pareto(found)]
-        results = TuneResults(
-            found, best, pareto(found), score_all(job, shown, report, "reported.json", "report", progress),
-            reference_losses(job, plan, {"select": select, "report": report}, progress), dataclasses.asdict(settings),
-            space.model_dump(mode="json"), {"select": _texts(select), "report": _texts(report)}, searched,
-        )  # fmt: skip
-        built = make_plan(candidate_recipe(recipe, best.mixture), root, trust_remote_code=trust_remote_code)
-        _write(build(built, out, overwrite=overwrite, progress=progress), root, results, select)
-        job.bodies().remove()
+        results = _search(job, plan, settings, texts, progress)
+        best = make_plan(candidate_recipe(recipe, results.best.mixture), root, trust_remote_code=trust_remote_code)
+        build(best, out, overwrite=overwrite, beside=_beside(best, out, results, texts["select"]), progress=progress)
+        job.weights().remove()
         return results
 
 
-def _write(checkpoint: Checkpoint, root: Path, results: TuneResults, select: Selection) -> None:
-    """Beside the best mixture: its recipe, what chose it, and what else was tried."""
-    out, recipe = checkpoint.folder, checkpoint.record.recipe
-    write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
-    said = from_folder(recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
-    write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
-    (out / RESULTS_FOLDER).mkdir(exist_ok=True)
-    made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
-    write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
-    write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
+def _not_native(recipe: Recipe, plan: Plan) -> TuneError:
+    low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+    return TuneError(
+        "native mixtures of these experts cannot be searched",
+        found=f"{', '.join(low)}: candidates keep adapters low-rank" if low else plan.why,
+        remedy="leave --native and output: {format: native} out" + (", or give full models" if low else ""),
+    )
+
+
+def _read_texts(job: Job, plan: Plan, settings: TuneSettings) -> dict[str, Selection]:
+    """What candidates are compared on, and what is reported of them."""
+    folders = list(dict.fromkeys(source.folder for source in plan.sources))
+    splits: tuple[Split, ...] = ("select", "report")
+    return {
+        split: read_selection(
+            job.recipe, job.root, folders, split=split, tokens_per_domain=settings.tokens_per_domain,
+            sequence_length=settings.sequence_length, trust_remote_code=job.trust_remote_code,
+        )
+        for split in splits
+    }  # fmt: skip
+
+
+def _search(
+    job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], progress: Progress
+) -> TuneResults:  # fmt: skip
+    """Try candidates, and score in full what is to be shown. Raises TuneError when none has a loss."""
+    started = time.perf_counter()
+    select, report = texts["select"], texts["report"]
+    prepare(job)
+    launch(job, select, settings.processes, settings.ray, progress)
+    found = candidates(job)
+    best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
+    if best is None:
+        raise TuneError(
+            "no candidate could be scored", where=str(job.work), found=next((each.why for each in found), None),
+            remedy="widen the space of the search",
+        )  # fmt: skip
+    searched = time.perf_counter() - started
+    found = with_smaller_sizes(job, found, select, progress)
+    front = pareto(found)
+    shown = [best, *(each for each in found if each.name), *front]
+    return TuneResults(
+        candidates=found, best=best, front=front,
+        reported=score_all(job, shown, report, "reported.json", "report", progress),
+        reference=reference_losses(job, plan, texts, progress),
+        settings=dataclasses.asdict(settings), space=job.space.model_dump(mode="json"),
+        text={split: {domain.name: dict(domain.record) for domain in text.domains} for split, text in texts.items()},
+        seconds=searched,
+    )  # fmt: skip
+
+
+def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> dict[str, bytes]:
+    """Files beside the best mixture, there from its first moment on: its recipe, what chose it, and what else was tried."""
+    recipe = best.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    said = from_folder(recipe, best.root, out)
+    made = {"checkpoint": {"recipe_digest": best.recipe.digest()}}
+    return {
+        SELECTED_FILE: "".join(f"{digest}\n" for digest in sorted(select.digests)).encode(),
+        "recipe.yaml": yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode(),
+        f"{RESULTS_FOLDER}/tune.json": json_bytes({**made, **results.as_data()}),
+        f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
+    }
 
 
 def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:
@@ -156,11 +181,3 @@ def plain_recipe(recipe: Recipe, backbone: str = BASE) -> Recipe:
     for expert in raw["experts"]:
         expert.pop("negative_prompts", None)
     return Recipe.model_validate({**raw, "mixture": mixture, "output": {}})
-
-
-def _texts(selection: Selection) -> dict[str, Any]:
-    return {domain.name: dict(domain.record) for domain in selection.domains}
-
-
-def _folders(plan: Plan) -> list[Path]:
-    return list(dict.fromkeys(source.folder for source in plan.sources))

@@ -1,6 +1,6 @@
 """The base in memory with parts of experts in it, scored on their text.
 
-One model is in memory: the base, whose parameters are overwritten in place from an expert's files, and then from its own.
+One model is in memory: the base, whose parameters are overwritten in memory from an expert's files, and then from its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modekit.evaluation.evaluate import Domain, score_domain
 from modekit.planning.pieces import piece_of
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import BackboneMerge
-from modekit.search.advise.gain import BASE_PLACE, PARTS, Gains, Losses
+from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
 from modekit.search.advise.groups import Group
 from modekit.sources.model import Mappings, ModelSource
 from modekit.text.documents import TokenSequence
@@ -29,10 +29,10 @@ _BLOCKS = 8
 _AVERAGE = BackboneMerge(method="average")
 
 
-class Swapped:
+class PatchedBase:
     """The base in memory, of which groups of tensors can be an expert's for a while.
 
-    `moved` names per expert (place in `sources` less one) the tensors that differ from the base's; others are not touched.
+    `moved` names per expert (index in `sources` less one) the tensors that differ from the base's; others are not touched.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Swapped:
         """Groups in which the expert differs from the base."""
         return frozenset(self._groups[name] for name in self._moved[expert])
 
-    def _write(self, name: str, places: Sequence[int]) -> None:
+    def _write(self, name: str, indices: Sequence[int]) -> None:
         """Overwrite a parameter with a tensor of one source, or with the average of several, in blocks."""
         ref = self._sources[0].tensor(name)
-        pieces = [piece_of(self._sources, place, ref) for place in places]
+        pieces = [piece_of(self._sources, index, ref) for index in indices]
         arrays = [self._read.values(piece) for piece in pieces]
         flat = self._tensors[name].view(-1)
         if len(arrays) == 1:
@@ -92,51 +92,51 @@ class Swapped:
 
 
 def measure(
-    swapped: Swapped, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, progress: Progress = silent
+    patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, progress: Progress = silent
 ) -> Gains:
     """Score the base and every expert on every domain, and the parts of every expert on its own text.
 
     `texts` by the expert whose domain it is; an expert that equals the base is not run again.
     """
-    scorer = _Scorer(swapped.model, texts, progress)
+    scorer = _Scorer(patched.model, texts, progress)
     own = [expert for expert in experts if expert in texts]
     # A group that did not move changes nothing: what is left of a part is looked up when it is the base, the whole or known.
-    sets = {e: {name: groups & swapped.moved_groups(e) for name, groups in PARTS.items()} for e in own}
-    runs = [e for e in own for part in {*sets[e].values()} if part and part != swapped.moved_groups(e)]
-    moving = [expert for expert in experts if swapped.moved_groups(expert)]
+    sets = {e: {name: groups & patched.moved_groups(e) for name, groups in PARTS.items()} for e in own}
+    runs = [e for e in own for part in {*sets[e].values()} if part and part != patched.moved_groups(e)]
+    moving = [expert for expert in experts if patched.moved_groups(expert)]
     scorer.expect([*texts] * (1 + len(moving)) + runs)
     base = {domain: scorer.score("base", domain) for domain in texts}
-    whole: dict[int, dict[int, Losses]] = {BASE_PLACE: base}
+    whole: dict[int, dict[int, Losses]] = {BASE_INDEX: base}
     parts: dict[int, dict[str, Losses]] = {}
     for expert in experts:
-        every = swapped.moved_groups(expert)
+        every = patched.moved_groups(expert)
         if not every:
             whole[expert] = base
         else:
-            with swapped.with_parts(expert, every):
+            with patched.with_parts(expert, every):
                 whole[expert] = {domain: scorer.score("expert", domain) for domain in texts}
         if expert not in texts:
             continue
         known: dict[frozenset[Group], Losses] = {frozenset(): base[expert], every: whole[expert][expert]}
         for part in sets[expert].values():
             if part not in known:
-                with swapped.with_parts(expert, part):
+                with patched.with_parts(expert, part):
                     known[part] = scorer.score("part", expert)
         parts[expert] = {name: known[part] for name, part in sets[expert].items()}
     return Gains(whole, parts)
 
 
 def on_average(
-    swapped: Swapped, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, progress: Progress = silent
+    patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, progress: Progress = silent
 ) -> dict[int, Losses]:
     """Loss of each expert's FFN on a backbone that is the average of all: what FFN experts could reach there."""
-    scorer = _Scorer(swapped.model, texts, progress)
+    scorer = _Scorer(patched.model, texts, progress)
     own = [expert for expert in experts if expert in texts]
     scorer.expect(own)
     losses = {}
-    with swapped.with_average(experts, PARTS["all"] - PARTS["ffn"]):
+    with patched.with_average(experts, PARTS["all"] - PARTS["ffn"]):
         for expert in own:
-            with swapped.with_parts(expert, PARTS["ffn"]):
+            with patched.with_parts(expert, PARTS["ffn"]):
                 losses[expert] = scorer.score("average", expert)
     return losses
 
@@ -146,7 +146,7 @@ class _Scorer:
 
     def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], progress: Progress) -> None:
         self._model, self._progress = model, progress
-        self._blocks = {place: [Domain("", None, part, {}) for part in _cut(text)] for place, text in texts.items()}
+        self._blocks = {index: [Domain("", None, part, {}) for part in _cut(text)] for index, text in texts.items()}
         self._done = self._total = 0
 
     def expect(self, domains: Iterable[int]) -> None:

@@ -22,8 +22,8 @@ from modekit.weights.numeric import as_array, to_bytes, to_float32
 _Bytes = tuple[int, int, int]
 
 
-class Mount:
-    """A modekit model under changing bodies and routers."""
+class SwitchedModel:
+    """A modekit model under changing weights and routers."""
 
     def __init__(self, *, trust_remote_code: bool = False) -> None:
         self._trust = trust_remote_code
@@ -36,22 +36,22 @@ class Mount:
         """Give the memory back."""
         self._model, self._places, self._bytes = None, None, {}
 
-    def put(self, body: Checkpoint, gates: Gates) -> PreTrainedModel:
-        """The mixture of a body under its routing and these gates."""
-        places = structure(body.config)
-        refs = {name: ref for name, ref in body.tensors.items() if not name.endswith(".router.gate")}
+    def put(self, shared: Checkpoint, gates: Gates) -> PreTrainedModel:
+        """The mixture of shared weights under their routing and these gates."""
+        places = structure(shared.config)
+        refs = {name: ref for name, ref in shared.tensors.items() if not name.endswith(".router.gate")}
         if self._model is None or places != self._places:
             self.clear()
-            self._model = load_model(body.folder, trust_remote_code=self._trust)
+            self._model = load_model(shared.folder, trust_remote_code=self._trust)
             self.loads += 1
         else:
             self._read(self._model, {name: ref for name, ref in refs.items() if self._bytes[name] != _bytes_of(ref)})
         self._places, self._bytes = places, {name: _bytes_of(ref) for name, ref in refs.items()}
-        _route(self._model, body, gates)
+        _route(self._model, shared, gates)
         return self._model
 
     def _read(self, model: PreTrainedModel, refs: dict[str, TensorRef]) -> None:
-        """Put tensors of another body into the model."""
+        """Put tensors of other weights into the model."""
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         by_file: dict[Path, list[str]] = {}
         for name, ref in refs.items():
@@ -68,17 +68,17 @@ def structure(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in place.items() if key != "rows"} for name, place in places.items()}
 
 
-def _route(model: PreTrainedModel, body: Checkpoint, gates: Gates) -> None:
-    """Let every router of the model decide as the body's routing says."""
-    routing = body.config["modekit"]["routing"]
+def _route(model: PreTrainedModel, shared: Checkpoint, gates: Gates) -> None:
+    """Let every router of the model decide as the routing of the weights says."""
+    routing = shared.config["modekit"]["routing"]
     model.base_model.flow.averages = any(average["decay"] is not None for average in routing["averages"])
-    said = {slot.name.removesuffix(".gate"): (slot, gate) for slot, gate in zip(body.slots, gates, strict=True)}
+    said = {slot.name.removesuffix(".gate"): (slot, gate) for slot, gate in zip(shared.slots, gates, strict=True)}
     for name, module in model.named_modules():
         if isinstance(module, Router):
             module.routing = dict(routing)
             if name in said:
                 slot, gate = said[name]
-                code = body.tensors[slot.name].dtype  # in which a build would write it
+                code = shared.tensors[slot.name].dtype  # in which a build would write it
                 rounded = to_float32(as_array(to_bytes(gate.ravel(), code), code)).reshape(gate.shape)
                 module.rows = list(slot.rows)
                 module.gate = torch.nn.Parameter(torch.from_numpy(rounded.copy()).to(model.device), requires_grad=False)

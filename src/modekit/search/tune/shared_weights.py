@@ -1,10 +1,10 @@
-"""Bodies: everything of a mixture but what its routers say, written once for all candidates that share it.
+"""Shared weights: everything of a mixture but what its routers say, written once for all candidates that have it in common.
 
     WORK/tensors/<digest>.safetensors   the experts, or the backbone, of one layer
-    WORK/bodies/<digest>/               a modekit checkpoint whose shards are links to those, its gates zero
+    WORK/weights/<digest>/              a modekit checkpoint whose shards are links to those, its gates zero
     WORK/statistics/<digest>/           what routers read on one backbone
 
-Two candidates with the same backbone share a body; two with different backbones share their experts' bytes.
+Two candidates with the same backbone share all of it; two with different backbones share their experts' bytes.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ from modekit.checkpoint.checkpoint import (
 from modekit.checkpoint.staging import link, safetensors_header, write_all, write_json
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
-from modekit.progress import Progress, silent
 from modekit.recipes.recipe import ADAPTER_FITS, STATISTICS_FITS, Output, Recipe, Router, parse_recipe
 from modekit.routing.constant import constant_gates
 from modekit.routing.fit import fit_router, read_statistics
-from modekit.search.tune.mount import structure
+from modekit.search.tune.switched_model import structure
 from modekit.sources.model import Mappings
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-class Bodies:
-    """The bodies and statistics in a work folder. Processes may share it."""
+class SharedWeights:
+    """The weights and statistics in a work folder. Processes may use it at once."""
 
     def __init__(
         self, work: Path, root: Path, *, averages: Sequence[float | None] = (), trust_remote_code: bool = False
@@ -63,39 +62,40 @@ class Bodies:
         return make_plan(recipe.model_copy(update={"output": output}), self._root, trust_remote_code=self._trust)
 
     def checkpoint(self, plan: Plan) -> Checkpoint:
-        """The body of a plan, written if need be, with the plan's routing; its gates are zero."""
+        """The weights of a plan, written if need be, under the plan's routing; the gates are zero."""
         recipe = plan.recipe
-        if recipe.mixture.method == "linear":  # a body has routers, whether its candidate asks them or not
+        if recipe.mixture.method == "linear":  # the weights have routers, whether its candidate asks them or not
             plan = self.plan(_with_routers(recipe))
         plan = replace(plan, shards=tuple(_by_layer(plan)))
-        folder = self._work / "bodies" / _digest([structure(plan.config), [_identities(plan, shard) for shard in plan.shards]])
+        folder = self._work / "weights" / _digest([structure(plan.config), [_identities(plan, shard) for shard in plan.shards]])
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / RECORD_FILE).exists():
                 self._write(plan, folder)
         return open_checkpoint(folder).with_recipe(recipe)
 
-    def gates(self, body: Checkpoint, recipe: Recipe, progress: Progress = silent) -> Gates:
-        """What a candidate's routers say over a body: fitted on statistics that are read once per backbone and granularity.
+    def gates(self, shared: Checkpoint, recipe: Recipe) -> Gates:
+        """What a candidate's routers say over shared weights: fitted on statistics that are read once for
+        a backbone and a granularity.
 
         Raises TextError, RecipeError.
         """
-        constant = constant_gates(recipe, body.slots)
+        constant = constant_gates(recipe, shared.slots)
         if constant is not None:
             return constant
         mixture, router = recipe.mixture, recipe.mixture.router
         # Logits are divided by the temperature, so that one fit serves all.
         plain = router.model_copy(update={"temperature": 1.0})
         folder = self._statistics_of(recipe, router)
-        key = _digest([str(folder), plain.model_dump(mode="json"), body.folder.name if router.fit in ADAPTER_FITS else ""])
+        key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if router.fit in ADAPTER_FITS else ""])
         if key not in self._gates:
             folder.parent.mkdir(parents=True, exist_ok=True)
             unscaled = recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": plain})})
             together = self._read_with(recipe, router)
             with FileLock(next(iter(together)).with_suffix(".lock")):
                 if router.fit in STATISTICS_FITS:
-                    read_statistics(body, unscaled, self._root, together, trust_remote_code=self._trust, progress=progress)
-                fitted = fit_router(body, unscaled, self._root, folder, trust_remote_code=self._trust, progress=progress)
+                    read_statistics(shared, unscaled, self._root, together, trust_remote_code=self._trust)
+                fitted = fit_router(shared, unscaled, self._root, folder, trust_remote_code=self._trust)
             self._gates[key] = fitted.gates
         return [gate / np.float32(router.temperature) for gate in self._gates[key]]
 
@@ -127,8 +127,8 @@ class Bodies:
         return not linear and router.fit in STATISTICS_FITS and not self._statistics_of(recipe, router).exists()
 
     def remove(self) -> None:
-        """Remove the bodies' weights; statistics stay, for a search that goes on."""
-        for name in ("bodies", "tensors"):
+        """Remove the weights; statistics stay, for a search that goes on."""
+        for name in ("weights", "tensors"):
             shutil.rmtree(self._work / name, ignore_errors=True)
 
     def _write(self, plan: Plan, folder: Path) -> None:

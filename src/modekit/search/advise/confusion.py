@@ -25,10 +25,10 @@ ROUTER = Router(fit="ngram")
 
 
 @dataclass(frozen=True)
-class Words:
+class Confusion:
     """`named[i, j]`: share of the select tokens of domain i at which the table, knowing the text so far, prefers domain j.
 
-    `domains` are places of experts.
+    `domains` are indices of experts.
     """
 
     domains: tuple[int, ...]
@@ -39,20 +39,20 @@ class Words:
         """Mean share of tokens at which a domain's own expert is preferred."""
         return float(np.diagonal(self.named).mean())
 
-    def confusion(self, first: int, second: int) -> float:
+    def between(self, first: int, second: int) -> float:
         """Of tokens given to one of two domains, the share given to the wrong one: 0.5 when they are the same text."""
         i, j = self.domains.index(first), self.domains.index(second)
         pair = self.named[np.ix_([i, j], [i, j])]
         return float((pair[0, 1] + pair[1, 0]) / pair.sum()) if pair.sum() else 0.0
 
 
-def compare_words(tokenizer: Any, texts: Mapping[int, Text]) -> Words | None:
+def measure_confusion(tokenizer: Any, texts: Mapping[int, Text]) -> Confusion | None:
     """Of the domains with text of both splits; None when fewer than two have some."""
     statistics = {}
-    for place, text in texts.items():
+    for index, text in texts.items():
         try:
             if text.sequences:
-                statistics[place] = count_domain(tokenizer, text.fit, ROUTER, {}, where=f"experts[{place}]")
+                statistics[index] = count_domain(tokenizer, text.fit, ROUTER, {}, where=f"experts[{index}]")
         except TextError:  # nothing in the fit split
             continue
     if len(statistics) < 2:
@@ -61,10 +61,10 @@ def compare_words(tokenizer: Any, texts: Mapping[int, Text]) -> Words | None:
     gate_EH = ngram_gate([*statistics.values()], ROUTER)
     decay = ROUTER.averages[0]["decay"]
     named = np.zeros((len(domains), len(domains)))
-    for row, place in enumerate(domains):
-        for sequence in texts[place].sequences:
+    for row, index in enumerate(domains):
+        for sequence in texts[index].sequences:
             ids = torch.tensor([sequence.ids])
             rows = ngram_rows(ids, torch.ones_like(ids), None, ROUTER.order, ROUTER.buckets)[0][0]
             scores_SE = causal_average(gate_EH[:, rows].T[None], torch.ones(ids.shape), decay, None, add_up=True)[0][0]
             named[row] += torch.bincount(scores_SE.argmax(-1), minlength=len(domains)).numpy()
-    return Words(domains, named / named.sum(1, keepdims=True))
+    return Confusion(domains, named / named.sum(1, keepdims=True))

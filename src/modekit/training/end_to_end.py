@@ -1,0 +1,114 @@
+"""Training end to end: forward and back through the mixture, step by step, on as many processes as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import TrainingError
+from modekit.loaded.models import load_model
+from modekit.loaded.next_token import has_bfloat16_products
+from modekit.processes import processes
+from modekit.progress import Progress
+from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
+from modekit.training.ended import Ended
+from modekit.training.engine import Schedule, run_trainer
+from modekit.training.low_rank import Trainable, make_trainable
+from modekit.training.moving import moving_of
+from modekit.training.objective import Objective
+from modekit.training.request import Request, has_no_router
+from modekit.training.settings import DISTILLS, TrainSettings
+from modekit.training.teachers import make_teachers
+from modekit.training.texts import silent_domains
+
+
+def train_end_to_end(request: Request, folder: Path, trust_remote_code: bool, progress: Progress) -> Ended:
+    """Train; what is needed to go on after a kill is kept in `folder`. Raises TrainingError."""
+    checkpoint, settings, corpora = request.checkpoint, request.settings, request.corpora
+    trainable = _trainable(request, trust_remote_code)
+    train_top_k, notes = _train_top_k(checkpoint, settings)
+    silent = silent_domains(checkpoint, request.texts)
+    notes += [f"no text of {', '.join(silent)}: nothing was trained on it"] if silent else []
+    packed = packs(checkpoint, settings)
+    accumulate = settings.accumulate or (1 if packed else 2)
+    steps = settings.steps or steps_of_one_pass(corpora, settings)
+    per_step = accumulate * processes().count
+    parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
+    distills = bool(DISTILLS & set(settings.losses))
+    teachers = (
+        make_teachers(checkpoint, corpora, folder, trust_remote_code=trust_remote_code, progress=progress)
+        if distills else []
+    )  # fmt: skip
+    mixture = trainable.model
+    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
+    done = run_trainer(
+        objective, Batches(corpora, parts, pad_id=0), [text.held_out for text in request.texts],
+        Schedule(steps, accumulate, _in_bfloat16(settings, mixture.device)), folder, progress,
+    )  # fmt: skip
+    if done.stopped:
+        notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
+    if done.best is None:
+        notes.append("no state was better on held-out text than the start: nothing was changed")
+    return Ended(done, notes, sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step]))
+
+
+def _trainable(request: Request, trust_remote_code: bool) -> Trainable:
+    """The mixture in memory, frozen but for what is to move."""
+    checkpoint, settings = request.checkpoint, request.settings
+    mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    if checkpoint.native is not None and not torch.cuda.is_available():
+        mixture.set_experts_implementation("eager")  # faster than grouped products on a processor (benchmarks/training.md)
+    trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
+    if settings.checkpointing:
+        mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        mixture.enable_input_require_grads()
+    return trainable
+
+
+def _read(request: Request, parts: Sequence[Part]) -> int:
+    """Tokens in some parts."""
+    corpora = request.corpora
+    return sum(len(corpora[draw.corpus].sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
+
+
+def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
+    """How many experts a token gets while training, and what has to be said about it."""
+    experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
+    if settings.train_top_k is not None:
+        wanted = settings.train_top_k or experts
+        if wanted > experts:
+            raise TrainingError(
+                "there are fewer experts", where="train_top_k", found=wanted, expected=f"at most {experts}, or 0 for all",
+                remedy="lower it",
+            )  # fmt: skip
+        return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
+    if own == 1 and experts > 1 and not has_no_router(checkpoint) and {"routers", "all"} & set(settings.what):
+        return 2, [
+            "trained with 2 experts per token: a single expert's renormalised weight is 1, which gives its router no gradient; "
+            "the checkpoint goes on to use 1"
+        ]
+    return None, []
+
+
+def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
+    """Whether rows hold several documents. Raises TrainingError where they must not."""
+    averaging = checkpoint.native is None and any(
+        average["decay"] is not None for average in checkpoint.config["modekit"]["routing"]["averages"]
+    )
+    running = any("linear" in kind or "conv" in kind for kind in checkpoint.config.get("layer_types") or [])
+    if settings.pack and (averaging or running):
+        what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"
+        raise TrainingError(
+            f"{what} read a row from its beginning, so that it can hold one document only", where="pack",
+            remedy="leave pack away",
+        )  # fmt: skip
+    return not (averaging or running) if settings.pack is None else settings.pack
+
+
+def _in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
+    if settings.precision is not None:
+        return settings.precision == "bfloat16"
+    return device.type != "cpu" and has_bfloat16_products(device)

@@ -1,0 +1,162 @@
+"""The end of a training: the better mixture is written, and the tables of before and after beside it.
+
+A kill in between is gone on from: what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+
+from modekit.checkpoint.checkpoint import Checkpoint, TrainingRecord, open_checkpoint
+from modekit.checkpoint.staging import write_atomically, write_json
+from modekit.errors import TextError, TrainingError
+from modekit.evaluation.evaluate import RESULTS_FOLDER, Results, evaluate, results_from_data
+from modekit.loaded.models import load_model
+from modekit.processes import processes
+from modekit.progress import Progress
+from modekit.training.ended import Ended
+from modekit.training.folder import TrainingFolder
+from modekit.training.log import LOG_FILE
+from modekit.training.low_rank import make_trainable
+from modekit.training.moving import moving_of
+from modekit.training.request import Request
+from modekit.training.write import write_trained
+
+
+@dataclass(frozen=True)
+class TrainedMixture:
+    """What a training came to.
+
+    `improved` is False when no state was better on held-out text than the start: then nothing was written. `results` has the
+    rows of `modekit eval` before and after; None when nothing was written, there is no held-out text for them, or they were
+    not asked for. `failed` is the error that ended it early, after its best state was written.
+    """
+
+    checkpoint: Checkpoint
+    improved: bool
+    record: TrainingRecord
+    results: Results | None
+    failed: TrainingError | None
+
+
+def finish(
+    request: Request, ended: Ended, folder: TrainingFolder | None, trust_remote_code: bool, progress: Progress
+) -> TrainedMixture:
+    """Write the trained mixture if it is better, and the tables; whatever of this a kill left undone.
+
+    `folder` is None for a training that keeps nothing.
+    """
+    trained = ended.trained
+    record = _record(request, ended)
+    improved = trained.best_step > 0
+    if not improved and folder is not None and processes().is_main:
+        folder.remove()
+    if not improved or not processes().is_main:
+        return TrainedMixture(request.checkpoint, improved, record, None, trained.failed)
+    known = folder.recall("before") if folder is not None else None
+    before = results_from_data(known) if known else None
+    if folder is not None and folder.is_written:
+        written = open_checkpoint(request.target)
+    else:
+        if before is None:
+            before = _evaluate(request, request.checkpoint, None, trust_remote_code, progress, write=False)
+        written = _write(request, ended, record, before, folder, trust_remote_code)
+    after = _evaluate(request, written, before, trust_remote_code, progress, write=True)
+    results = _compared(before, after) if before is not None and after is not None else None
+    _write_results(written, record, results, folder)
+    if folder is not None:
+        folder.remove()
+    return TrainedMixture(written, improved, record, results, trained.failed)
+
+
+def _record(request: Request, ended: Ended) -> TrainingRecord:
+    trained = ended.trained
+    return TrainingRecord(
+        settings=request.settings.model_dump(mode="json"), text={text.corpus.name: text.record for text in request.texts},
+        parameters=ended.parameters, steps=trained.steps, tokens=ended.tokens, notes=ended.notes,
+        select_loss={name: {"before": before, "after": trained.after[name]} for name, before in trained.before.items()},
+    )  # fmt: skip
+
+
+def _write(
+    request: Request, ended: Ended, record: TrainingRecord, before: Results | None, folder: TrainingFolder | None,
+    trust_remote_code: bool,
+) -> Checkpoint:  # fmt: skip
+    """The trained mixture in its place. What a kill must not cost is kept first."""
+    if folder is not None and before is not None:
+        folder.keep("before", before.as_data())
+    moved = ended.gates or _moved(request, ended, trust_remote_code)
+    if folder is not None:
+        folder.announce([*request.checkpoint.record.training, record])
+    return write_trained(request, moved, record)
+
+
+def _moved(request: Request, ended: Ended, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """What moved, as it was in the best state, under its names on disk.
+
+    The mixture is loaded anew: whatever shards and wrappers it was trained in, what is written is what a state says.
+    transformers itself says how memory and disk correspond.
+    """
+    assert ended.trained.best is not None
+    checkpoint, settings = request.checkpoint, request.settings
+    mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
+    best = {name.removeprefix("mixture."): value for name, value in load_file(ended.trained.best).items()}
+    mixture.load_state_dict(best, strict=False)
+    folder = ended.trained.best.parent.with_name("moved")
+    shutil.rmtree(folder, ignore_errors=True)
+    mixture.save_pretrained(folder, state_dict=trainable.moved())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def _evaluate(
+    request: Request,
+    checkpoint: Checkpoint,
+    before: Results | None,
+    trust_remote_code: bool,
+    progress: Progress,
+    *,
+    write: bool,
+) -> Results | None:
+    """The table of `modekit eval`, on text that this training does not see; None when there is none or it is not wanted."""
+    if request.evaluate_tokens is None:
+        return None
+    try:
+        return evaluate(
+            checkpoint, tokens_per_domain=request.evaluate_tokens, trust_remote_code=trust_remote_code, known=before,
+            seen={*request.trained_on, *request.selected_by}, write=write, progress=progress,
+        )  # fmt: skip
+    except TextError:
+        return None
+
+
+def _compared(before: Results, after: Results) -> Results:
+    """One table: the models that did not change once, oracle and mixture before and after."""
+    rows = [row if row.kind != "mixture" else row.renamed("mixture before") for row in before.rows]
+    oracle = next((row.identity for row in before.rows if row.kind == "oracle"), None)
+    for row in after.rows:
+        if row.kind == "mixture" or (row.kind == "oracle" and row.identity != oracle):
+            rows.append(row if row.kind == "mixture" else row.renamed("oracle after"))
+    return Results(rows, after.domains, after.unseen, after.text, after.notes)
+
+
+def _write_results(
+    checkpoint: Checkpoint, record: TrainingRecord, results: Results | None, folder: TrainingFolder | None
+) -> None:
+    target = checkpoint.folder / RESULTS_FOLDER
+    target.mkdir(exist_ok=True)
+    data = {"training": record.model_dump(mode="json"), "results": results.as_data() if results is not None else None}
+    write_json(target / "train.json", data)
+    if results is not None:
+        write_atomically(target / "train.md", results.markdown().encode())
+    if folder is not None and (folder.path / LOG_FILE).exists():
+        shutil.copyfile(folder.path / LOG_FILE, target / "train.csv")
+    if folder is not None and (folder.path / "tensorboard").exists():
+        shutil.copytree(folder.path / "tensorboard", target / "tensorboard", dirs_exist_ok=True)

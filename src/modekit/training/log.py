@@ -1,0 +1,64 @@
+"""What can be watched of a training while it runs: progress, log.csv, and TensorBoard's files where that is installed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from modekit.checkpoint.staging import write_atomically
+from modekit.progress import Progress
+
+LOG_FILE = "log.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def watchers(folder: Path, progress: Progress) -> list[TrainerCallback]:
+    """Callbacks that write into `folder` and report progress."""
+    return [*_tensorboard(folder / TENSORBOARD_FOLDER), _Report(progress)]
+
+
+def _tensorboard(folder: Path) -> list[TrainerCallback]:
+    if find_spec("tensorboard") is None:
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(folder)  # whatever the environment says: the files go to OUT/results with the rest
+    return [callback]
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]
+    """Progress for the command line, and log.csv."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._progress("train", state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+
+
+def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """One row per step that was logged; a column per figure."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        if "loss" in entry or "eval_loss" in entry:
+            rows.setdefault(int(entry["step"]), {}).update(entry)
+    skipped = {"epoch", "step", "eval_runtime"}
+    named = sorted({key for row in rows.values() for key in row} - skipped)  # a state that was read back has another order
+    columns = ["step", *sorted(named, key=lambda key: (key.startswith("eval_"), not key.startswith("loss")))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "step": step} for step, row in sorted(rows.items()))
+    write_atomically(path, text.getvalue().encode())

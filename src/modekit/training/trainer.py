@@ -1,0 +1,151 @@
+"""transformers' Trainer for mixtures: batches in their order, only what moves is kept, states judged by held-out loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from modekit.evaluation.evaluate import Domain, tokens_per_pass
+from modekit.text.documents import make_batches
+from modekit.training.batches import Batches
+from modekit.training.objective import Objective
+
+COMPLETE = "complete"
+STATE_FILE = "model.safetensors"  # the name that Trainer looks for
+
+
+class NotFiniteError(Exception):
+    """Where a loss was not finite, and what it was."""
+
+    def __init__(self, where: str, found: str) -> None:
+        self.where = where
+        self.found = found
+        super().__init__(where)
+
+
+class MixtureTrainer(Trainer):  # type: ignore[misc]
+    """Reads the batches in their order, keeps only what moves, and judges states by the mean held-out loss."""
+
+    def __init__(
+        self, objective: Objective, batches: Batches, select: Sequence[Domain], arguments: TrainingArguments,
+        watchers: Sequence[TrainerCallback],
+    ) -> None:  # fmt: skip
+        super().__init__(
+            model=objective, args=arguments, train_dataset=batches, eval_dataset=batches, data_collator=lambda items: items[0],
+            callbacks=[EarlyStoppingCallback(objective.settings.patience), *watchers],
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the loss is per step, not per part: `compute_loss` sees to it
+        self._objective = objective
+        self._moving = {f"mixture.{name}" for name in objective.moving}
+        self._batches = batches
+        self._select = select
+        self._settings = objective.settings
+        if self.is_fsdp_enabled:  # one whole state, so that it can be written as a checkpoint
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self._batches)
+
+    optimizer: Any
+    control: Any
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a rate of their own for routers; only what moves is in it."""
+        if self.optimizer is None:
+            routers: list[Any] = []
+            others: list[Any] = []
+            gates = {f"mixture.{name}" for name in self._objective.gate_names}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    (routers if name in gates else others).append(parameter)
+            groups = [
+                {"params": routers, "lr": self._settings.learning_rate, "weight_decay": 0.0},
+                {
+                    "params": others, "lr": self._settings.backbone_learning_rate,
+                    "weight_decay": self._settings.weight_decay,
+                },
+            ]  # fmt: skip
+            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Linear up over the warm-up, then linear to zero after the last step."""
+        warm = max(1, math.ceil(num_training_steps * self._settings.warmup))
+        rest = max(1, num_training_steps - warm)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: min((step + 1) / warm, max(0.0, 1.0 - (step - warm) / rest))
+        )
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The part's share of the step's mean loss. Trainer divides by the parts, DDP by the processes."""
+        factor = float(self.args.gradient_accumulation_steps * self.args.world_size)
+        loss = model(factor=factor, **inputs)["loss"]
+        finite = self.accelerator.reduce(torch.isfinite(loss.detach()).float(), reduction="mean") == 1.0
+        if not finite:
+            part = self.state.global_step * self.args.gradient_accumulation_steps * self.args.world_size
+            parts = range(part, min(len(self._batches), part + int(factor)))
+            where = f"step {self.state.global_step + 1}: {'; '.join(self._batches.describe(number) for number in parts)}"
+            raise NotFiniteError(where, f"loss {float(loss.detach())}")
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's logs with the parts of the loss."""
+        if "loss" in logs:
+            logs |= self._objective.drain()
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean held-out loss of every domain (select split), and the mean over domains."""
+        losses = self.select_losses()
+        metrics = {
+            "eval_loss": sum(losses.values()) / len(losses),
+            **{f"eval_{name}_loss": loss for name, loss in losses.items()},
+        }
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NotFiniteError(f"held-out text after step {self.state.global_step}", f"loss {metrics['eval_loss']}")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def select_losses(self) -> dict[str, float]:
+        """Loss per domain under the routing that the checkpoint's config says."""
+        self.model.eval()
+        with torch.no_grad(), self._objective.as_configured():
+            return {text.name: self._score(text) for text in self._select}
+
+    def _score(self, text: Domain) -> float:
+        total = 0.0
+        for batch in make_batches(text.sequences, tokens=tokens_per_pass(self._objective.config)):
+            item = {"input_ids": batch.input_ids.to(self.args.device), "real": batch.mask.to(self.args.device)}
+            total += float(self.model(score=True, **item)["loss"])
+        return total / text.scored_tokens
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Only what moves."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = state_dict if state_dict is not None else dict(self.model.named_parameters())
+        moved = {name: state[name].detach().contiguous().cpu() for name in sorted(self._moving)}
+        save_file(moved, folder / STATE_FILE)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+    def _issue_warnings_after_load(self, _result: Any) -> None:
+        """Nothing: what does not move is not in the file."""
