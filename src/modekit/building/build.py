@@ -17,15 +17,9 @@ import numpy as np
 from blake3 import blake3
 
 from modekit.building.tensors import PieceReader, check_finite, computed_blocks
-from modekit.checkpoint.checkpoint import (
-    RECORD_FILE,
-    STATISTICS_FOLDER,
-    Checkpoint,
-    RouterRecord,
-    make_record,
-    write_index,
-    write_router_file,
-)
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
+from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.checkpoint.staging import Staging, staging, write_all, write_json
 from modekit.errors import SourceError
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
@@ -56,7 +50,7 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
         hashes = inspector.finish()
         write_index(plan, stage.folder)
         write_json(stage.folder / "config.json", dict(plan.config))
-        for file in (*plan.copied_files, *plan.code_files):
+        for file in (*plan.copied_files, *plan.shape.code_files):
             shutil.copyfile(file, stage.folder / file.name)
         checkpoint = _set_router(plan, out, stage, hashes, progress)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))

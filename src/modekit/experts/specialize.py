@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.staging import refuse_existing, staging, write_json
 from modekit.errors import TextError, UnsupportedError
 from modekit.evaluation.evaluate import Domain, score_domain
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress, silent
-from modekit.sources.families import LAYER, family_of
+from modekit.sources.families import family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.sources.names import in_layer
 from modekit.text.documents import (
     TRAINED_DIGITS,
     TRAINED_FILE,
@@ -161,4 +162,4 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
 
 
 def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
-    return [LAYER.format(layer=layer) + suffix for suffix in dict.fromkeys(mlp.values())]
+    return [in_layer(layer, path) for path in dict.fromkeys(mlp.values())]

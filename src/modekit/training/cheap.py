@@ -17,7 +17,8 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.models import ExpertView, expert_view
+from modekit.loaded.mixture import ExpertView
+from modekit.loaded.shapes import expert_view
 from modekit.progress import Progress
 from modekit.routing.capture import run_with_inputs, to_float16
 from modekit.text.documents import TokenSequence
@@ -63,7 +64,8 @@ def train_cheap(
     _refuse_other_scores(checkpoint)
     view = expert_view(checkpoint)
     slots, widths = len(checkpoint.slots), [slot.width for slot in checkpoint.slots]
-    averages, prefix = _averages(checkpoint)
+    routing = checkpoint.shape.routing
+    averages, prefix = [average.as_written() for average in routing.averages], routing.prefix
     bytes_per_token = 2 * sum(width * len(averages) for width in widths)
     total = sum(corpus.tokens for corpus in corpora) + sum(len(s.ids) for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
@@ -84,20 +86,12 @@ def train_cheap(
 
 
 def _refuse_other_scores(checkpoint: Checkpoint) -> None:
-    routing = checkpoint.config.get("modekit", {}).get("routing", {}) if checkpoint.native is None else {}
-    if routing.get("score", "linear") != "linear" or any(slot.features for slot in checkpoint.slots):
+    if checkpoint.shape.routing.score != "linear" or any(slot.features for slot in checkpoint.slots):
         raise TrainingError(
             "a cheap training needs routers with one linear gate", where="speed",
             found=checkpoint.record.recipe.mixture.router.fit,
             remedy="train it end to end (without --cheap), or build with a linear router",
         )  # fmt: skip
-
-
-def _averages(checkpoint: Checkpoint) -> tuple[Sequence[Mapping[str, float | None]], int | None]:
-    if checkpoint.native is not None:
-        return [{"decay": None}], None
-    routing = checkpoint.config["modekit"]["routing"]
-    return routing["averages"], routing["prefix"]
 
 
 def _capture(

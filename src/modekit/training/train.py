@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from modekit.checkpoint.checkpoint import Checkpoint, TrainingRecord, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import TrainingRecord
 from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import RESULTS_FOLDER, Results, evaluate, results_from_data, score_domain
-from modekit.loaded.models import gate_parameters, load_model
+from modekit.loaded.load import load_model
 from modekit.loaded.next_token import has_bfloat16_products
+from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.progress import Progress, silent
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
@@ -229,7 +231,7 @@ def _cheap(
         return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
 
     before = losses()
-    gates = gate_parameters(model, checkpoint)
+    gates = mixture_of(model, checkpoint).gates()
     for parameter, gate in zip(gates, result.gates, strict=True):
         parameter.data = gate.to(parameter)
     after = losses()
@@ -249,8 +251,7 @@ def _full(
     """Train end to end."""
     corpora = [text.corpus for text in texts]
     mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-    if checkpoint.native is not None and not torch.cuda.is_available():
-        mixture.set_experts_implementation("eager")  # faster than grouped products on a processor (benchmarks/training.md)
+    mixture_of(mixture, checkpoint).prepare_training()
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -304,9 +305,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
 
 def _packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     """Whether rows hold several documents. Raises TrainingError where they must not."""
-    averaging = checkpoint.native is None and any(
-        average["decay"] is not None for average in checkpoint.config["modekit"]["routing"]["averages"]
-    )
+    averaging = checkpoint.shape.routing.reads_averages
     running = any("linear" in kind or "conv" in kind for kind in checkpoint.config.get("layer_types") or [])
     if settings.pack and (averaging or running):
         what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"

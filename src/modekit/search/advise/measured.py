@@ -56,7 +56,7 @@ def measure_text(
     base = models.base
     if not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         return NOTHING, [_NO_TOKENIZER]
-    from modekit.loaded.models import load_tokenizer
+    from modekit.loaded.load import load_tokenizer
     from modekit.search.advise.texts import read_texts
     from modekit.search.advise.words import compare_words
 
@@ -82,7 +82,7 @@ def _gains(
     scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress,
 ) -> Gains:  # fmt: skip
     """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain."""
-    from modekit.loaded.models import load_model
+    from modekit.loaded.load import load_model
     from modekit.search.advise.swapped import Swapped, measure, on_average
 
     mappings = Mappings()

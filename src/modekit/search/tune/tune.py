@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.staging import refuse_existing, write_atomically, write_json
 from modekit.errors import TuneError
 from modekit.evaluation.evaluate import RESULTS_FOLDER
@@ -55,7 +56,7 @@ def tune(
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
     native = recipe.output.format == "native"
-    if native and plan.native is None:
+    if native and not plan.shape.plain:
         low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
         raise TuneError(
             "native mixtures of these experts cannot be searched",
@@ -64,7 +65,7 @@ def tune(
         )
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
-    built_native = plan.native is not None and recipe.output.format != "modekit"
+    built_native = plan.shape.plain and recipe.output.format != "modekit"
     job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, trust_remote_code)
     select, report = (
         read_selection(
