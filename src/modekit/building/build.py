@@ -1,7 +1,7 @@
 """Runs a plan: tensors stream from memory-mapped sources to shards, then the router is set, then the folder appears.
 
 A copied tensor goes from the page cache of its source to that of the result without passing through the process. A second
-thread reads every source file once meanwhile, hashes it and looks for NaN and Inf.
+thread inspects the sources meanwhile (inspector.py).
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import errno
 import io
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
-from modekit.building.tensors import PieceReader, check_finite, computed_blocks
+from modekit.building.inspector import Inspector
+from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
@@ -25,10 +24,8 @@ from modekit.errors import SourceError
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.progress import Progress, silent
 from modekit.routing.constant import constant_gates
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.model import Mappings
 from modekit.text.documents import is_local
-
-_CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
 
 
 def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Checkpoint:
@@ -40,8 +37,7 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
     if plan.recipe.mixture.needs_text:
         _check_text(plan)
     with staging(out, plan.digest(), overwrite=overwrite, marker=RECORD_FILE) as stage:
-        inspector = _Inspector(plan, stage)
-        inspector.start()
+        inspector = Inspector(plan, stage)
         try:
             _write_shards(plan, stage, progress)
         except BaseException:
@@ -136,79 +132,3 @@ def _copy(piece: Piece, mappings: Mappings, stream: io.FileIO) -> None:
                 remedy="leave the models alone while they are read, and build again",
             )  # fmt: skip
         position += sent
-
-
-class _Inspector(threading.Thread):
-    """Reads every source file once, beside the copying: its blake3 hash, and NaN or Inf in the tensors that are used.
-
-    Both run outside the interpreter lock, several times faster than the copy they accompany.
-    """
-
-    def __init__(self, plan: Plan, stage: Staging) -> None:
-        super().__init__(daemon=True)
-        self._plan = plan
-        self._stage = stage
-        self._hashes: dict[str, str] = {}
-        self._error: Exception | None = None
-        self._halt = threading.Event()
-
-    def run(self) -> None:
-        """Inspect files until done, halted or something is wrong."""
-        mappings = Mappings()
-        try:
-            for file, refs in self._used_refs().items():
-                known = self._stage.recall(f"blake3 {file}")
-                if known is None:
-                    known = self._inspect(mappings.file(file), refs)
-                    if known is None:
-                        return
-                    self._stage.record(f"blake3 {file}", known)
-                self._hashes[str(file)] = known
-        except (OSError, ValueError, SourceError) as error:
-            self._error = error
-        finally:
-            mappings.close()
-
-    def stop(self) -> None:
-        """End the inspection early."""
-        self._halt.set()
-        self.join()
-
-    def finish(self) -> dict[str, str]:
-        """Wait for the hashes by file. Raises SourceError when something is wrong with a source."""
-        try:
-            self.join()
-        except KeyboardInterrupt:
-            self.stop()
-            raise
-        if isinstance(self._error, SourceError):
-            raise self._error
-        if self._error is not None:
-            raise SourceError(
-                "a source file cannot be read", found=self._error, remedy="leave the models alone while they are read"
-            ) from None
-        return self._hashes
-
-    def _used_refs(self) -> dict[Path, list[TensorRef]]:
-        files: dict[Path, list[TensorRef]] = {file: [] for source in self._plan.sources for file in source.files}
-        for ref in dict.fromkeys(ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs):
-            files[ref.file].append(ref)
-        return files
-
-    def _inspect(self, content: memoryview, refs: list[TensorRef]) -> str | None:
-        """Hash of a file's content, or None when halted."""
-        hasher = blake3()
-        position = 0
-        for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
-            for start, end, check in ((position, ref.start, False), (max(position, ref.start), ref.end, True)):
-                for at in range(start, end, _CHUNK):
-                    if self._halt.is_set():
-                        return None
-                    chunk = content[at : min(at + _CHUNK, end)]
-                    hasher.update(chunk)
-                    if check:
-                        check_finite(self._plan, ref, chunk)
-            position = max(position, ref.end)
-        for at in range(position, len(content), _CHUNK):
-            hasher.update(content[at : at + _CHUNK])
-        return hasher.hexdigest()
