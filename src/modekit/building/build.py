@@ -57,9 +57,9 @@ def _check_text(plan: Plan) -> None:
     """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied."""
     from modekit.routing.fit import fit_documents  # torch and transformers only when a router reads text
 
-    for place, expert in enumerate(plan.recipe.experts):
+    for number, expert in enumerate(plan.recipe.experts):
         if all(is_local(spec, plan.root) for spec in expert.text or []):
-            fit_documents(expert, plan.root, place)
+            fit_documents(expert, plan.root, number)
 
 
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], progress: Progress) -> Checkpoint:
@@ -89,11 +89,11 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
     try:
         for shard in plan.shards:
 
-            def write_next(place: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
+            def write_next(number: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written
                 progress("build", min(written, total), total)
-                write_tensor(plan, tensors[place], read, stream)
-                written += tensors[place].nbytes
+                write_tensor(plan, tensors[number], read, stream)
+                written += tensors[number].nbytes
 
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
             stage.write_shard(shard.file, entries, write_next)

@@ -21,7 +21,7 @@ class Layout(Protocol):
     router_dtype: str
 
     def backbone_name(self, name: str) -> str | None:
-        """What a tensor of the base is called in the backbone; None when it has no place there. Raises UnsupportedError."""
+        """What a tensor of the base is called in the backbone; None when it is not kept. Raises UnsupportedError."""
 
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which experts have their own."""

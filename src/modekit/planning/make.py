@@ -183,7 +183,7 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) ->
 
 
 def _lost(recipe: Recipe, name: str, source: AdapterSource, mixed: set[str]) -> Iterable[str]:
-    """What of an adapter the mixture has no place for. Raises UnsupportedError when that is all of it."""
+    """What of an adapter is lost in the mixture. Raises UnsupportedError when that is all of it."""
     changed = {*source.changes, *source.bias_changes, *source.replaced}
     outside = changed - mixed
     if not changed & mixed:

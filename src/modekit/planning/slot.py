@@ -36,7 +36,8 @@ class RouterSlot:
 class RouterPosition:
     """Where a router stands: its gate's name, and the layer and module that it decides for.
 
-    `layer` is None when it serves several layers or stands outside of them; `module` is what its places share of their path.
+    `layer` is None when it serves several layers or stands outside of them; `module` is what the paths of the places that it
+    serves share.
     """
 
     name: str

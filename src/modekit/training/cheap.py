@@ -57,7 +57,7 @@ def train_cheap(
     settings: TrainSettings,
     progress: Progress,
 ) -> CheapResult:
-    """Train every gate; nothing is written. `select` is held-out text by the place of its expert.
+    """Train every gate; nothing is written. `select` is held-out text by the index of its expert.
 
     Raises TrainingError where a router's score is not linear in what its gate reads.
     """

@@ -24,7 +24,7 @@ from modekit.checkpoint.record import TrainingRecord
 from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import RESULTS_FOLDER, Results, evaluate, results_from_data, score_domain
-from modekit.loaded.load import load_model
+from modekit.loaded.load import load_model, without_bars
 from modekit.loaded.next_token import has_bfloat16_products
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
@@ -333,11 +333,12 @@ def _moved(checkpoint: Checkpoint, settings: TrainSettings, ended: _Ended, trust
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
     best = {name.removeprefix("mixture."): value for name, value in load_file(ended.trained.best).items()}
     mixture.load_state_dict(best, strict=False)
-    place = ended.trained.best.parent.with_name("moved")
-    shutil.rmtree(place, ignore_errors=True)
-    mixture.save_pretrained(place, state_dict=trainable.moved())
+    moved = ended.trained.best.parent.with_name("moved")
+    shutil.rmtree(moved, ignore_errors=True)
+    with without_bars():
+        mixture.save_pretrained(moved, state_dict=trainable.moved())
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(place.glob("*.safetensors")):
+    for file in sorted(moved.glob("*.safetensors")):
         tensors.update(load_file(file))
     return tensors
 
