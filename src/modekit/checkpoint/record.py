@@ -65,7 +65,7 @@ class TrainingRecord(_Record):
     """One run of `modekit train`: what moved, towards what, on which text, and what it was worth on held-out text.
 
     Attributes:
-        settings: as train/settings.py has them.
+        settings: as training/settings.py has them.
         text: domain -> how much was read, and a digest of its documents.
         parameters: how many moved.
         steps, tokens: done.

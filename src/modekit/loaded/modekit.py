@@ -100,13 +100,10 @@ class ModekitView:
 
 def flow_of(model: PreTrainedModel) -> Flow:
     """What the routers of a loaded modekit mixture share."""
-    flow = model.base_model.flow
-    assert isinstance(flow, Flow)
+    flow: Flow = model.base_model.flow
     return flow
 
 
 def routers_at(model: PreTrainedModel, slots: Sequence[RouterSlot]) -> list[Router]:
     """The routers of a loaded modekit mixture, in the order of the slots."""
-    routers = [model.get_submodule(slot.name.removesuffix(".gate")) for slot in slots]
-    assert all(isinstance(router, Router) for router in routers)
-    return routers
+    return [model.get_submodule(slot.name.removesuffix(".gate")) for slot in slots]

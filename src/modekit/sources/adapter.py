@@ -2,7 +2,7 @@
 
 Nothing here imports peft or torch, and nothing reads a tensor. Tensors are named as PEFT names them when it saves
 (`get_peft_model_state_dict`); what it would not load, or not load into the same place, is refused, never ignored. Its merged
-models are the oracle of tests/test_adapters.py.
+models are the oracle of tests/sources/test_adapters.py.
 
 Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidden.
 """
