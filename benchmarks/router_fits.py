@@ -31,7 +31,8 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN
 from modekit.evaluation.evaluate import held_out_domains, score_domain
-from modekit.loaded.models import DenseView, decoder_layers, load_model, load_tokenizer
+from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
+from modekit.loaded.native import DenseView, native_of
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import Router, parse_recipe
 from modekit.routing.capture import Read, capture_domain
@@ -68,7 +69,7 @@ class Bench:
         self.own_loss = {name: score_domain(load_model(folder / name), scored[name], print_nothing).loss for name in DOMAINS}
 
     def routers(self) -> list[torch.nn.Module]:
-        return [layer.get_submodule(self.checkpoint.native.router_module) for layer in decoder_layers(self.model)]
+        return [layer.get_submodule(native_of(self.checkpoint).router_module) for layer in decoder_layers(self.model)]
 
     def set_gates(self, gates: Sequence[torch.Tensor], top_k: int) -> None:
         for router, gate_ED in zip(self.routers(), gates, strict=True):
@@ -116,7 +117,7 @@ class Bench:
     def layer_by_layer(self, settings: Router, top_k: int, start: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each layer is fitted on what it reads under the layers below as they were just fitted."""
         gates = list(start)
-        blocks = [layer.get_submodule(self.checkpoint.native.block_module) for layer in decoder_layers(self.model)]
+        blocks = [layer.get_submodule(native_of(self.checkpoint).block_module) for layer in decoder_layers(self.model)]
         for layer in range(len(gates)):
             self.set_gates(gates, top_k)
             statistics_ = self.capture(lambda _: SimpleNamespace(model=self.model, router_inputs=lambda: blocks))

@@ -31,7 +31,8 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.evaluate import Domain, held_out_domains
-from modekit.loaded.models import forced_expert, load_model
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import READ_BY, parse_recipe
 from modekit.routing.refit import refit
@@ -101,7 +102,7 @@ def run_seed(folder: Path, what: str) -> dict[str, dict[str, Any]]:
     mixture = load_model(checkpoint.folder)
     for domain in held_out:
         if domain.expert is not None:
-            with forced_expert(mixture, checkpoint, domain.expert):
+            with mixture_of(mixture, checkpoint).forced(domain.expert):
                 own |= losses_of(mixture, [domain])
     rows: dict[str, dict[str, Any]] = {}
     for name, changes in VARIANTS[what].items():

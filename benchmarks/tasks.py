@@ -36,7 +36,7 @@ from modekit.evaluation.tasks.intervals import (
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
 from modekit.evaluation.tasks.scores import process_results
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
 
 MIXTURES = ("ngram", "routing")
 FEWER = ("glosses_plain", "continuations_plain")  # forms near chance: base and one mixture of the first seed show that

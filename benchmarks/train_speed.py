@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.shapes import mixture_of
 from modekit.routing.fit import fit_documents
 from modekit.text.documents import encode
 from modekit.training.batches import Batches, Corpus, plan_parts
@@ -48,15 +49,14 @@ def measure(folder: Path, tokens: int, repeats: int, passes: int) -> None:
         sequences = encode(tokenizer, documents, max_tokens=tokens * 4, sequence_length=512, shortest_rest=128)
         corpora.append(Corpus(expert.name, place, sequences))
     settings = TrainSettings(batch_tokens=tokens, what=["routers"])
-    averaging = checkpoint.native is None
+    averaging = checkpoint.shape.routing.reads_averages
     parts = plan_parts(corpora, settings, steps=1, experts=len(corpora), parts=2 if averaging else 1, pack=not averaging)
     batches = Batches(corpora, parts, 0)
     count = sum(int(batches[number]["real"].sum()) for number in range(len(parts)))
     rates: dict[str, list[float]] = {}
     for what in ("routers", "attention"):
         mixture = load_model(checkpoint.folder)
-        if checkpoint.native is not None:
-            mixture.set_experts_implementation("eager")
+        mixture_of(mixture, checkpoint).prepare_training()
         groups = ["routers"] if what == "routers" else ["routers", "attention"]
         make_trainable(mixture, moving_of(mixture, checkpoint).names(groups), None)  # type: ignore[arg-type]
         objective = Objective(mixture, checkpoint, settings, teachers=[], train_top_k=None, packed=not averaging)

@@ -27,7 +27,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.evaluate import Domain, held_out_domains, load_expert_source, score_domain
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import parse_recipe
 from modekit.training.settings import train_settings

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from modekit.building.build import build
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import Recipe, parse_recipe
 from modekit.search.tune.candidate import Candidate

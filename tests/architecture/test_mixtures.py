@@ -33,7 +33,7 @@ from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import UnsupportedError
-from modekit.loaded.models import expert_view, forced_expert
+from modekit.loaded.shapes import expert_view, mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import READ_BY, Router, parse_recipe
 from modekit.routing.capture import Read, capture_domain
@@ -379,7 +379,7 @@ def read_gates(checkpoint: Checkpoint) -> dict[str, tuple[torch.Tensor, list[int
     for slot in checkpoint.slots:
         with safe_open(checkpoint.tensors[slot.name].file, framework="pt") as file:
             place = slot.name.removesuffix(".router.gate")
-            if checkpoint.native is not None:
+            if checkpoint.shape.plain:
                 place = f"model.layers.{slot.name.split('.')[2]}.mlp"
             found[place] = (file.get_tensor(slot.name).double(), list(slot.rows))
     return found
@@ -446,13 +446,13 @@ def check_mixture(bench: Bench, recipe: dict[str, Any], seed: int = 5) -> None:
     with built(bench, recipe) as (checkpoint, model):
         with watched(model) as seen:
             free = logits_of(model, ids, mask)
-        assert checkpoint.native is not None or seen
+        assert checkpoint.shape.plain or seen
         reference = Reference(bench, recipe, checkpoint, seen)
         check_weights(seen, recipe, mask)
         close(free, reference.logits(ids, mask), mask)
         backbone = backbone_of(bench, recipe)
         for place, kind in enumerate(kinds_of(recipe)):
-            with forced_expert(model, checkpoint, place):
+            with mixture_of(model, checkpoint).forced(place):
                 forced = logits_of(model, ids, mask)
             close(forced, logits_of(expected_model(bench, recipe, kind, backbone), ids, mask), mask)
         assert torch.equal(logits_of(model, ids, mask), free)

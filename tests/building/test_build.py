@@ -214,3 +214,18 @@ def test_the_backbone_is_readable_by_the_safetensors_library_alone(bench: Worksh
         assert header.pop("__metadata__") == {"format": "pt"}
         ends = [entry["data_offsets"][1] for entry in header.values()]
         assert max(ends) == file.stat().st_size - 8 - length
+
+
+def test_an_unforeseen_error_of_the_second_thread_is_what_the_build_ends_with(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended as a KeyError of the file whose hash was then missing."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("modekit.building.inspector.check_finite", broken)
+    before = tree(bench.root)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        bench.build(mixture=RANDOM)
+    assert {name for name in tree(bench.root) if name not in before} <= {"recipe.yaml"}

@@ -19,7 +19,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.staging import JOURNAL, Staging, staging
 from modekit.errors import CheckpointError, OutputError
-from modekit.planning.make import Plan, make_plan
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
 from modekit.recipes.recipe import load_recipe
 from refusal import Tree, borrow, refuse, run_python, tree
 

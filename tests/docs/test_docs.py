@@ -1,4 +1,4 @@
-"""The blocks of the tutorial and the Python page are executed in order, in an empty folder; README's recipe and docs' tables are checked."""
+"""The blocks of the tutorial and the Python page run, in order, in an empty folder; recipes and tables shown are checked."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli import main
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.inspection.routers import routers_of
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.words import words_of
-from modekit.loaded.models import forced_expert, left_out_expert, load_model
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE
 from modekit.text.documents import make_batches
 from refusal import borrow, refuse
@@ -86,7 +86,7 @@ def test_an_expert_left_out_is_a_mixture_without_it(
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     smaller = without(shared_workshop, tmp_path / "smaller", name, place, model)
     free = logits_of(model, ids)
-    with left_out_expert(model, checkpoint, place):
+    with mixture_of(model, checkpoint).left_out(place):
         left = logits_of(model, ids)
     torch.testing.assert_close(left, logits_of(smaller, ids), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(left, free, atol=1e-3)
@@ -105,7 +105,7 @@ def test_an_expert_that_is_always_on_can_be_left_out(
     if place == 2:
         del mixture["always_on"]
     smaller = without(shared_workshop, tmp_path / "smaller", name, place, model, mixture=mixture)
-    with left_out_expert(model, checkpoint, place):
+    with mixture_of(model, checkpoint).left_out(place):
         torch.testing.assert_close(logits_of(model, ids), logits_of(smaller, ids), atol=1e-4, rtol=1e-4)
 
 
@@ -142,7 +142,7 @@ def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_pat
         ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)("fever dose breach")["input_ids"]])
         with torch.inference_mode():
             model(input_ids=ids)
-        for router, weights in zip(routers_of(checkpoint), data["weights"], strict=True):
+        for router, weights in zip(checkpoint.shape.positions, data["weights"], strict=True):
             used = model.get_submodule(router.name.removesuffix(".router.gate")).weights[0]
             used = used.mean(1) if used.ndim == 3 else used
             torch.testing.assert_close(torch.tensor(weights), used, atol=1e-5, rtol=1e-4)
@@ -155,7 +155,7 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
         "similarity", "top_tokens", "texts", "notes",
     }  # fmt: skip
     count, routers = len(data["experts"]), len(data["routers"])
-    assert data["experts"] == checkpoint.names and routers == len(routers_of(checkpoint))
+    assert data["experts"] == checkpoint.names and routers == len(checkpoint.shape.positions)
     assert set(data["checkpoint"]) == {"recipe_digest", "router_sha256", "trained"}
     assert all(set(router) == {"name", "layer", "module"} for router in data["routers"])
     assert set(data["per_domain"]) == {*data["domains"], *data["unseen"]}
@@ -202,7 +202,7 @@ def test_every_mixture_is_inspected(shared_workshop: Workshop, tmp_path: Path, n
 
 def test_where_routers_stand(shared_workshop: Workshop, tmp_path: Path) -> None:
     def places(name: str) -> list[tuple[int | None, str]]:
-        return [(router.layer, router.module) for router in routers_of(built(shared_workshop, tmp_path, name))]
+        return [(router.layer, router.module) for router in built(shared_workshop, tmp_path, name).shape.positions]
 
     assert places("native") == places("token") == places("linear") == [(0, "mlp"), (1, "mlp"), (2, "mlp")]
     assert places("model") == places("ngram") == places("everything") == [(None, "")]
@@ -210,7 +210,7 @@ def test_where_routers_stand(shared_workshop: Workshop, tmp_path: Path) -> None:
     assert sorted(places("projection")) == sorted((layer, module) for layer in range(3) for module in mixed)
     workshop = borrow(shared_workshop, tmp_path)
     out = workshop.build(mixture={"router": RANDOM, "modules": ["q", "v", "mlp"], "layers": [1]})
-    assert [(router.layer, router.module) for router in routers_of(open_checkpoint(out))] == [(1, "mlp"), (1, "self_attn")]
+    assert [(router.layer, router.module) for router in open_checkpoint(out).shape.positions] == [(1, "mlp"), (1, "self_attn")]
 
 
 def test_losses_are_those_of_eval(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
     assert data["dead"] == [{"router": 0, "expert": "medicine"}, {"router": 0, "expert": "code"}]
     forced, domain_losses = load_model(checkpoint.folder), {}
     for domain in run_module.held_out_domains(checkpoint, **SMALL):
-        with forced_expert(forced, checkpoint, 1):
+        with mixture_of(forced, checkpoint).forced(1):
             losses = passes_module.token_losses(forced, domain.sequences, lambda _: None)
         domain_losses[domain.name] = float(passes_module.sums_of(losses).sum()) / domain.scored_tokens
     for name, entry in data["per_domain"].items():
@@ -245,7 +245,7 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
 def test_a_gate_of_zeros_weighs_all_alike(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 3, "router": RANDOM}))
-    assert checkpoint.native is not None
+    assert checkpoint.shape.plain
     plant(checkpoint, [])
     data = inspect(checkpoint, **SMALL)
     for entry in data["per_domain"].values():
@@ -271,7 +271,7 @@ def test_a_text_names_the_expert_it_misses_most(shared_workshop: Workshop, tmp_p
         for sequence in domain.sequences:
             changes = []
             for expert in range(3):
-                with left_out_expert(model, checkpoint, expert):
+                with mixture_of(model, checkpoint).left_out(expert):
                     changes.append(loss(sequence.ids))
             named += changes.index(max(changes)) == domain.expert
         assert data["per_domain"][domain.name]["named"] == pytest.approx(named / len(domain.sequences), abs=1e-5)
@@ -303,7 +303,7 @@ def test_similarity_of_native_experts(
 
     workshop = make_workshop(tmp_path, model_type, **overrides)
     checkpoint = open_checkpoint(workshop.build())
-    assert checkpoint.native is not None
+    assert checkpoint.shape.plain
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("base", *DOMAINS)]
     vectors = [torch.cat([p.flatten() for name, p in m.named_parameters() if ".mlp." in name]).detach() for m in models]
     changes = torch.stack(vectors[1:]) - (vectors[0] if base_is_there else 0.0)
@@ -428,7 +428,7 @@ def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: 
     losses = torch.nn.functional.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:], reduction="none")
     assert [token["loss"] for token in trace["tokens"]][1:] == pytest.approx(losses.tolist(), rel=1e-4)
     for place, name in enumerate(DOMAINS):
-        with left_out_expert(model, checkpoint, place):
+        with mixture_of(model, checkpoint).left_out(place):
             left = torch.nn.functional.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:])
         assert trace["without"][name] == pytest.approx(float(left - losses.mean()), abs=1e-5)
     base = load_model(checkpoint.recipe_root / checkpoint.record.recipe.base_model)

@@ -33,7 +33,7 @@ from modekit.evaluation.tasks.intervals import average, bleu_sample, differences
 from modekit.evaluation.tasks.questions import CHOICES, continuation_items, gloss_items, make_questions
 from modekit.evaluation.tasks.results import results_of
 from modekit.evaluation.tasks.scores import process_results
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.documents import documents_of_split, read_documents
 from refusal import refuse
 
@@ -490,7 +490,7 @@ def test_adapters_are_rows(tmp_path: Path) -> None:
     """An expert that is an adapter is scored as the base with the adapter folded in."""
     from peft import LoraConfig, get_peft_model
 
-    from modekit.loaded.models import load_adapted
+    from modekit.loaded.load import load_adapted
     from modekit.sources.adapter import open_adapter
     from modekit.sources.model import open_source
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from conftest import Workshop
 from modekit.checkpoint.staging import safetensors_header
 from modekit.planning.make import make_plan
-from modekit.planning.make import summary as summarise
+from modekit.planning.summary import summary as summarise
 from modekit.recipes.recipe import load_recipe
 
 

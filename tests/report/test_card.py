@@ -208,7 +208,7 @@ def test_the_snippet_runs(mine: Workshop, mixture: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(mine.build('A mix\'s "own" name', mixture=mixture))
     _, text = card_of(checkpoint)
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert ("import modekit" in snippet) == (checkpoint.native is None)
+    assert ("import modekit" in snippet) == (not checkpoint.shape.plain)
     done = run_python(snippet, cwd=checkpoint.folder.parent)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.planning.plan import ROUTER_FILE
 from modekit.routing.fit import fit_documents
 from modekit.routing.ngram import load_ngram_statistics

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modekit.routing.capture as capture_module
 import modekit.routing.fit as fit_module
 from conftest import DOMAINS, Workshop
-from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError, TextError
-from modekit.loaded.models import DenseView
+from modekit.loaded.native import DenseView
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.recipe import Router
 from modekit.routing.capture import Read, capture_domain

@@ -22,7 +22,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.evaluation.evaluate import Domain, score_domain
 from modekit.experts.specialize import specialize
-from modekit.loaded.models import decoder_layers, load_adapted, load_model, load_tokenizer
+from modekit.loaded.load import decoder_layers, load_adapted, load_model, load_tokenizer
 from modekit.loaded.next_token import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
@@ -336,7 +336,7 @@ def test_the_written_recipe_builds(trained: Workshop, tmp_path: Path, suffix: st
     assert all(choice.source.split()[0] in text for choice in advice.choices)
     build(make_plan(recipe, tmp_path), tmp_path / "OUT")
     checkpoint = open_checkpoint(tmp_path / "OUT")
-    assert (checkpoint.native is not None) == native and checkpoint.record.router.status == "fitted"
+    assert checkpoint.shape.plain == native and checkpoint.record.router.status == "fitted"
 
 
 def test_nothing_in_a_finding_leaves_its_comment() -> None:

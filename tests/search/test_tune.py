@@ -22,7 +22,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import ModekitError, OutputError, RecipeError, TextError, TuneError
 from modekit.evaluation.evaluate import evaluate, held_out_domains, score_domain
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import Recipe, load_recipe
 from modekit.search.tune.candidate import Candidate, pareto
@@ -398,12 +398,12 @@ def test_native_is_what_comes_out(shop: Workshop) -> None:
     modekit, native = {"format": "modekit"}, {"format": "native"}
     out = shop.root / "NATIVE"
     results = tune(recipe_of(shop, output=modekit), shop.root, out, space=space, settings=SETTINGS, native=True)
-    assert open_checkpoint(out).native is not None and results.best.native
+    assert open_checkpoint(out).shape.plain and results.best.native
     ngram = [each for each in results.candidates if each.mixture.get("router", {}).get("fit") == "ngram"]
     assert ngram and all("cannot say" in each.why for each in ngram)
     plain = space.model_copy(update={"router": ["linear"]})
     results = tune(recipe_of(shop, output=modekit), shop.root, shop.root / "NOT", space=plain, settings=SETTINGS)
-    assert open_checkpoint(shop.root / "NOT").native is None and not results.best.native
+    assert not open_checkpoint(shop.root / "NOT").shape.plain and not results.best.native
     experts = [{**each, "as": "lora"} for each in shop.recipe["experts"]]
     with pytest.raises(TuneError, match="candidates keep adapters low-rank"):
         tune(recipe_of(shop, experts=experts), shop.root, shop.root / "FOLDED", settings=SETTINGS, native=True)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from conftest import SMALL, logits_of, tiny_model
 from modekit.building.build import build
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
-from modekit.loaded.models import forced_expert
+from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import parse_recipe
 from modekit.sources.adapter import AdapterSource, LowRank, Scaling, is_adapter, open_adapter
@@ -352,9 +352,9 @@ def in_mixture(base: Path, adapter: Path, ids: torch.Tensor, out: Path, form: st
     })  # fmt: skip
     checkpoint = build(make_plan(recipe, out.parent), out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    with forced_expert(model, checkpoint, 0):
+    with mixture_of(model, checkpoint).forced(0):
         torch.testing.assert_close(logits_of(model, ids), logits_of(base, ids), atol=1e-5, rtol=0)
-    with forced_expert(model, checkpoint, 1):
+    with mixture_of(model, checkpoint).forced(1):
         return logits_of(model, ids)
 
 

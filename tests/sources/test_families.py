@@ -14,8 +14,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.evaluation.inspection.routers import decisions
-from modekit.loaded.models import DenseView, forced_expert, gate_parameters, left_out_expert, set_top_k
-from modekit.loaded.trace import router_trace
+from modekit.loaded.native import DenseView
+from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import parse_recipe
 from modekit.sources.families import FAMILIES, Family, family_of
@@ -87,7 +87,7 @@ def test_copies_of_one_model_are_that_model(family_case: tuple[Path, str], ids: 
     root, native = family_case
     mixture = {"method": "routing", "top_k": top_k, "router": {"fit": "random", "temperature": 0.01}}
     out = built(root, f"copies{top_k}", ["base"] * 3, mixture)
-    assert open_checkpoint(out).native.native_type == native
+    assert open_checkpoint(out).shape.native_type == native
     torch.testing.assert_close(logits_of(out, ids), logits_of(root / "base", ids), atol=1e-4, rtol=0)
 
 
@@ -106,13 +106,13 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tupl
     other = dict(AutoModelForCausalLM.from_pretrained(root / "other", dtype=torch.float32).named_parameters())
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():
-            if any(name.endswith(suffix) for suffix in checkpoint.native.family.mlp.values()):
+            if any(name.endswith(suffix) for suffix in checkpoint.shape.native.family.mlp.values()):
                 parameter.copy_(other[name])
     expected = logits_of(by_hand, ids)
     assert not torch.allclose(expected, logits_of(root / "base", ids), atol=1e-2)
     mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     free = logits_of(mixture, ids)
-    with forced_expert(mixture, checkpoint, 1):
+    with mixture_of(mixture, checkpoint).forced(1):
         torch.testing.assert_close(logits_of(mixture, ids), expected, atol=1e-4, rtol=0)
     assert torch.equal(logits_of(mixture, ids), free)
     view = DenseView(checkpoint)
@@ -133,17 +133,17 @@ def test_an_expert_left_out_is_a_mixture_without_it(family_case: tuple[Path, str
     checkpoint, without = open_checkpoint(whole), open_checkpoint(rest)
     mixture = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
     smaller = AutoModelForCausalLM.from_pretrained(rest, dtype=torch.float32).eval()
-    for gate, kept in zip(gate_parameters(mixture, checkpoint), gate_parameters(smaller, without), strict=True):
+    for gate, kept in zip(mixture_of(mixture, checkpoint).gates(), mixture_of(smaller, without).gates(), strict=True):
         kept.data = gate.data[[0, 2]].clone()
     free = logits_of(mixture, ids)
-    with left_out_expert(mixture, checkpoint, 1):
+    with mixture_of(mixture, checkpoint).left_out(1):
         left = logits_of(mixture, ids)
     torch.testing.assert_close(left, logits_of(smaller, ids), atol=1e-4, rtol=0)
     assert not torch.allclose(left, free, atol=1e-2)
     assert torch.equal(logits_of(mixture, ids), free)
-    set_top_k(mixture, checkpoint, 1)
-    set_top_k(smaller, without, 1)
-    with left_out_expert(mixture, checkpoint, 1):
+    mixture_of(mixture, checkpoint).set_top_k(1)
+    mixture_of(smaller, without).set_top_k(1)
+    with mixture_of(mixture, checkpoint).left_out(1):
         torch.testing.assert_close(logits_of(mixture, ids), logits_of(smaller, ids), atol=1e-4, rtol=0)
 
 
@@ -161,9 +161,9 @@ def test_weights_are_those_that_the_layers_use(family_case: tuple[Path, str], id
     mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in mixture.model.layers:
-        block = layer.get_submodule(checkpoint.native.block_module)
+        block = layer.get_submodule(checkpoint.shape.native.block_module)
         block.register_forward_hook(lambda _m, args, y: seen.append((args[0], y)))
-    with torch.inference_mode(), router_trace(mixture, checkpoint) as trace:
+    with torch.inference_mode(), mixture_of(mixture, checkpoint).traced() as trace:
         mixture(input_ids=ids)
         weights_LBSE = decisions(checkpoint, trace, (ids.shape[0], ids.shape[1])).weights_RBSE
     view = DenseView(checkpoint)
@@ -185,7 +185,7 @@ def test_router_module_reads_the_input_of_the_dense_ffn(family_case: tuple[Path,
     mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     seen: dict[str, list[torch.Tensor]] = {"native": [], "dense": []}
     for layer in mixture.model.layers:
-        layer.get_submodule(checkpoint.native.router_module).register_forward_pre_hook(
+        layer.get_submodule(checkpoint.shape.native.router_module).register_forward_pre_hook(
             lambda _m, args: seen["native"].append(args[0].reshape(-1, SMALL["hidden_size"]))
         )
     view = DenseView(checkpoint)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 import modekit.sources.hub as hub
 from conftest import Workshop
 from modekit.planning.make import make_plan
-from modekit.planning.make import summary as summarise
+from modekit.planning.summary import summary as summarise
 from modekit.recipes.recipe import load_recipe
 from modekit.sources.model import read_header
 

@@ -122,7 +122,7 @@ from pathlib import Path
 from torch.distributed.fsdp import fully_shard
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.text.documents import TokenSequence
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.training.batches import Batches, Corpus, plan_parts
 from modekit.training.objective import Objective
 from modekit.training.settings import train_settings
@@ -139,7 +139,7 @@ batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, par
 
 def objective():
     mixture = load_model(checkpoint.folder)
-    if checkpoint.native is not None:
+    if checkpoint.shape.plain:
         mixture.set_experts_implementation("eager")
     return Objective(mixture, checkpoint, settings, teachers=[], train_top_k=None, packed=False)
 

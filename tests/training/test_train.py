@@ -25,7 +25,8 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate, held_out_domains
 from modekit.experts.export import export_adapter
-from modekit.loaded.models import forced_expert, load_model
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE
 from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, TokenSequence, digest_of, digests_in
 from modekit.training.batches import Batches, Corpus, plan_parts, shares
@@ -134,14 +135,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_parameter_is_in_one_group_and_constants_in_none(tmp_path: Path, model_type: str) -> None:
     checkpoint = built(make_workshop(tmp_path, model_type, **FAMILIES[model_type]))
-    assert checkpoint.native is not None
+    assert checkpoint.shape.plain
     model = load_model(checkpoint.folder)
     groups = moving_of(model, checkpoint).groups
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     named = [name for group, names in groups.items() for name in names if not (tied and group == "head")]
     assert len(named) == len(set(named))
     left = set(dict(model.named_parameters())) - set(named)
-    assert all(any(constant.name in name for constant in checkpoint.native.constants) for name in left), left
+    assert all(any(constant.name in name for constant in checkpoint.shape.native.constants) for name in left), left
     assert len(groups["routers"]) == checkpoint.layers
     assert groups["attention"] and groups["experts"] and groups["norms"] and groups["embeddings"] and groups["head"]
 
@@ -318,7 +319,7 @@ def test_a_router_that_takes_the_own_expert_has_nothing_to_learn_from_it(worksho
     )
     batches = Batches(corpora, plan_parts(corpora, settings_of(), steps=1, experts=3, parts=1, pack=False), pad_id=0)
     free = float(objective(**batches[0])["loss"].detach())
-    with forced_expert(model, checkpoint, 0):
+    with mixture_of(model, checkpoint).forced(0):
         forced = float(objective(**batches[0])["loss"].detach())
     assert forced < 1e-4 < free
 

@@ -10,8 +10,8 @@ Shape legend: B batch, S sequence, D width of what is read, E experts, J average
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,6 +63,34 @@ class Flow:
         """Held during a forward pass: two threads take turns, since a pass leaves its decisions in the modules."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
+    @contextmanager
+    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False) -> Iterator[None]:
+        """While open, all weight is an expert's, or with `solo` what its own logit says; see the attributes."""
+        before = self.forced, self.solo
+        self.forced, self.solo = expert, solo
+        try:
+            yield
+        finally:
+            self.forced, self.solo = before
+
+    @contextmanager
+    def leaving_out(self, expert: int) -> Iterator[None]:
+        """While open, an expert gets no weight."""
+        before, self.left_out = self.left_out, expert
+        try:
+            yield
+        finally:
+            self.left_out = before
+
+    @contextmanager
+    def listening(self, listener: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """While open, every router tells its logits."""
+        before, self.listener = self.listener, listener
+        try:
+            yield
+        finally:
+            self.listener = before
+
 
 class Router(nn.Module):
     """One decision: x (B, S, D) -> weights (B, S, E), or (B, S, O, E) with one decision per output feature.
@@ -86,13 +114,24 @@ class Router(nn.Module):
         super().__init__()
         self.place = place
         self.experts = experts
-        self.routing = dict(routing)
-        self.rows = list(rows)  # of the gate, per expert; more than one only for score "norm"
         self.features = features  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
+        self.set(routing, rows)
         parts = len(self.routing["averages"])
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows), parts * width))
+
+    def set(self, routing: Mapping[str, Any], rows: Sequence[int] | None = None, gate: nn.Parameter | None = None) -> None:
+        """Decide by this routing from now on, with other rows per expert and another gate where they are given.
+
+        All routers of a model decide by one routing.
+        """
+        self.routing = dict(routing)
+        self._flow[0].averages = any(average["decay"] is not None for average in self.routing["averages"])
+        if rows is not None:
+            self.rows = list(rows)  # of the gate, per expert; more than one only for score "norm"
+        if gate is not None:
+            self.gate = gate
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""

@@ -132,8 +132,6 @@ class MixtureModel(_InBoth):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.flow = Flow()
-        routing = config.modekit["routing"]
-        self.flow.averages = any(average["decay"] is not None for average in routing["averages"])
         prefix = f"{self.base_model_prefix}."  # type: ignore[attr-defined]
         install(self, prefix, config, self.flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]

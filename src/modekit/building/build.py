@@ -1,7 +1,7 @@
 """Runs a plan: tensors stream from memory-mapped sources to shards, then the router is set, then the folder appears.
 
 A copied tensor goes from the page cache of its source to that of the result without passing through the process. A second
-thread reads every source file once meanwhile, hashes it and looks for NaN and Inf.
+thread inspects the sources meanwhile (inspector.py).
 """
 
 from __future__ import annotations
@@ -10,32 +10,23 @@ import errno
 import io
 import os
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
-from modekit.building.tensors import PieceReader, check_finite, computed_blocks
-from modekit.checkpoint.checkpoint import (
-    RECORD_FILE,
-    STATISTICS_FOLDER,
-    Checkpoint,
-    RouterRecord,
-    make_record,
-    write_index,
-    write_router_file,
-)
+from modekit.building.inspector import Inspector
+from modekit.building.tensors import PieceReader, computed_blocks
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
+from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.checkpoint.staging import Staging, staging, write_all, write_json
 from modekit.errors import SourceError
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.progress import Progress, silent
 from modekit.routing.constant import constant_gates
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.model import Mappings
 from modekit.text.documents import is_local
-
-_CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
 
 
 def build(
@@ -49,8 +40,7 @@ def build(
     if plan.recipe.mixture.needs_text:
         _check_text(plan)
     with staging(out, plan.digest(), overwrite=overwrite, marker=RECORD_FILE) as stage:
-        inspector = _Inspector(plan, stage)
-        inspector.start()
+        inspector = Inspector(plan, stage)
         try:
             _write_shards(plan, stage, progress)
         except BaseException:
@@ -59,7 +49,7 @@ def build(
         hashes = inspector.finish()
         write_index(plan, stage.folder)
         write_json(stage.folder / "config.json", dict(plan.config))
-        for file in (*plan.copied_files, *plan.code_files):
+        for file in (*plan.copied_files, *plan.shape.code_files):
             shutil.copyfile(file, stage.folder / file.name)
         for name, content in (beside or {}).items():
             (stage.folder / name).parent.mkdir(exist_ok=True)
@@ -73,9 +63,9 @@ def _check_text(plan: Plan) -> None:
     """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied."""
     from modekit.routing.fit import fit_documents  # torch and transformers only when a router reads text
 
-    for place, expert in enumerate(plan.recipe.experts):
+    for number, expert in enumerate(plan.recipe.experts):
         if all(is_local(spec, plan.root) for spec in expert.text or []):
-            fit_documents(expert, plan.root, place)
+            fit_documents(expert, plan.root, number)
 
 
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], progress: Progress) -> Checkpoint:
@@ -105,11 +95,11 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
     try:
         for shard in plan.shards:
 
-            def write_next(place: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
+            def write_next(number: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written
                 progress("build", min(written, total), total)
-                write_tensor(plan, tensors[place], read, stream)
-                written += tensors[place].nbytes
+                write_tensor(plan, tensors[number], read, stream)
+                written += tensors[number].nbytes
 
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
             stage.write_shard(shard.file, entries, write_next)
@@ -148,79 +138,3 @@ def _copy(piece: Piece, mappings: Mappings, stream: io.FileIO) -> None:
                 remedy="leave the models alone while they are read, and build again",
             )  # fmt: skip
         position += sent
-
-
-class _Inspector(threading.Thread):
-    """Reads every source file once, beside the copying: its blake3 hash, and NaN or Inf in the tensors that are used.
-
-    Both run outside the interpreter lock, several times faster than the copy they accompany.
-    """
-
-    def __init__(self, plan: Plan, stage: Staging) -> None:
-        super().__init__(daemon=True)
-        self._plan = plan
-        self._stage = stage
-        self._hashes: dict[str, str] = {}
-        self._error: Exception | None = None
-        self._halt = threading.Event()
-
-    def run(self) -> None:
-        """Inspect files until done, halted or something is wrong."""
-        mappings = Mappings()
-        try:
-            for file, refs in self._used_refs().items():
-                known = self._stage.recall(f"blake3 {file}")
-                if known is None:
-                    known = self._inspect(mappings.file(file), refs)
-                    if known is None:
-                        return
-                    self._stage.record(f"blake3 {file}", known)
-                self._hashes[str(file)] = known
-        except (OSError, ValueError, SourceError) as error:
-            self._error = error
-        finally:
-            mappings.close()
-
-    def stop(self) -> None:
-        """End the inspection early."""
-        self._halt.set()
-        self.join()
-
-    def finish(self) -> dict[str, str]:
-        """Wait for the hashes by file. Raises SourceError when something is wrong with a source."""
-        try:
-            self.join()
-        except KeyboardInterrupt:
-            self.stop()
-            raise
-        if isinstance(self._error, SourceError):
-            raise self._error
-        if self._error is not None:
-            raise SourceError(
-                "a source file cannot be read", found=self._error, remedy="leave the models alone while they are read"
-            ) from None
-        return self._hashes
-
-    def _used_refs(self) -> dict[Path, list[TensorRef]]:
-        files: dict[Path, list[TensorRef]] = {file: [] for source in self._plan.sources for file in source.files}
-        for ref in dict.fromkeys(ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs):
-            files[ref.file].append(ref)
-        return files
-
-    def _inspect(self, content: memoryview, refs: list[TensorRef]) -> str | None:
-        """Hash of a file's content, or None when halted."""
-        hasher = blake3()
-        position = 0
-        for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
-            for start, end, check in ((position, ref.start, False), (max(position, ref.start), ref.end, True)):
-                for at in range(start, end, _CHUNK):
-                    if self._halt.is_set():
-                        return None
-                    chunk = content[at : min(at + _CHUNK, end)]
-                    hasher.update(chunk)
-                    if check:
-                        check_finite(self._plan, ref, chunk)
-            position = max(position, ref.end)
-        for at in range(position, len(content), _CHUNK):
-            hasher.update(content[at : at + _CHUNK])
-        return hasher.hexdigest()

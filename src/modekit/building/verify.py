@@ -16,7 +16,8 @@ import numpy as np
 from blake3 import blake3
 
 from modekit.building.tensors import PieceReader, computed_blocks
-from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
@@ -149,12 +150,12 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
-    for file in (*plan.copied_files, *plan.code_files):
+    for file in (*plan.copied_files, *plan.shape.code_files):
         ours = checkpoint.folder / file.name
         if not ours.exists() or ours.read_bytes() != file.read_bytes():
             return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
     count = len(plan.copied_files)
-    code = f", {len(plan.code_files)} of code as this version's" if plan.code_files else ""
+    code = f", {len(plan.shape.code_files)} of code as this version's" if plan.shape.code_files else ""
     return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
 
 
@@ -229,11 +230,12 @@ def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from modekit.loaded import models as _models  # noqa: F401  (quiets transformers' progress bars)
+    from modekit.loaded.load import without_bars
 
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
-        model, report = load(folder, trust_remote_code=trust_remote_code, output_loading_info=True)
+        with without_bars():
+            model, report = load(folder, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed
         return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]

@@ -6,7 +6,7 @@
     OUT/router/<domain>.safetensors                           kept statistics of a fit
     OUT/results/                                              what `modekit eval` found
 
-Shape legend: L layers, D hidden, E experts.
+Shape legend: L layers.
 """
 
 from __future__ import annotations
@@ -14,175 +14,54 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import ValidationError
 
-from modekit.checkpoint.staging import JOURNAL, safetensors_header, write_atomically, write_json
-from modekit.errors import CheckpointError, RecipeError
-from modekit.planning.mixture_config import problem_of
-from modekit.planning.modekit import replaced_rows, routing_config, slots_of
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan, RouterSlot
-from modekit.recipes.recipe import Recipe, Router
-from modekit.sources.families import LAYER
-from modekit.sources.model import ITEMSIZE, Mappings, TensorRef, read_header
-from modekit.sources.native import Native, native_of
-from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
-
-RECORD_FILE = "modekit.json"
-STATISTICS_FOLDER = "router"
-_BUILD_AGAIN = "build the mixture again"
-
-Gates = Sequence[npt.NDArray[np.float32]]
-"""The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
-    """A source file as it was when it was read."""
-
-    size: int
-    blake3: str
-
-
-class SourceRecord(_Record):
-    """A model that the mixture was made from; `folder` is relative to the checkpoint."""
-
-    label: str
-    spec: str
-    revision: str | None
-    folder: str
-    files: dict[str, FileRecord]
-
-    @field_validator("files")
-    @classmethod
-    def _inside_the_folder(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        if any(Path(name).name != name for name in files):
-            raise ValueError("source files must be names without a path")
-        return files
-
-
-class RouterRecord(_Record):
-    """How the router was set."""
-
-    status: Literal["unfitted", "fitted", "trained"]
-    settings: Router | None
-    sha256: str
-    text: dict[str, dict[str, Any]]
-    report: dict[str, Any]
-
-    @classmethod
-    def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:
-        """Of a router whose gates the recipe alone gives: fixed weights have no settings."""
-        settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
-        return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
-
-
-class TrainingRecord(_Record):
-    """One run of `modekit train`: what moved, towards what, on which text, and what it was worth on held-out text.
-
-    Attributes:
-        settings: as training/settings.py has them.
-        text: domain -> how much was read, and a digest of its documents.
-        parameters: how many moved.
-        steps, tokens: done.
-        select_loss: held-out loss (select split) per domain, before and after.
-        notes: what was done in another way than asked, and why.
-    """
-
-    settings: dict[str, Any]
-    text: dict[str, dict[str, Any]]
-    parameters: int
-    steps: int
-    tokens: int
-    select_loss: dict[str, dict[str, float]]
-    notes: list[str]
-
-
-class Record(_Record):
-    """modekit.json.
-
-    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes.
-    """
-
-    format: Literal[1]
-    modekit_version: str
-    recipe: Recipe
-    recipe_digest: str
-    recipe_folder: str
-    dense_config: dict[str, Any]
-    native_type: str | None
-    dense_parameters: int
-    expert_sources: list[int]
-    sources: list[SourceRecord]
-    router: RouterRecord
-    trained: dict[str, str] = {}
-    training: list[TrainingRecord] = []
-
-    @model_validator(mode="after")
-    def _experts_have_sources(self) -> Record:
-        places = self.expert_sources
-        if len(places) != len(self.recipe.experts) or not all(0 <= place < len(self.sources) for place in places):
-            raise ValueError("expert_sources must name a source for every expert")
-        return self
-
-    @field_serializer("recipe")
-    def _as_written(self, recipe: Recipe) -> dict[str, Any]:
-        """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
-        return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord
+from modekit.checkpoint.router_file import Gates, read_gates, rewrite_index, write_router_file
+from modekit.checkpoint.staging import JOURNAL, write_json
+from modekit.errors import CheckpointError
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
+from modekit.planning.shapes import open_shape
+from modekit.planning.slot import RouterSlot
+from modekit.recipes.recipe import Recipe
+from modekit.sources.model import ITEMSIZE, TensorRef, read_header
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder (or one in the making)."""
+    """An opened checkpoint folder (or one in the making); `routed` is given where its routing is not that on disk."""
 
     folder: Path
     record: Record
+    routed: Shape | None = field(default=None, compare=False)
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The native config.json."""
-        return self._read_json("config.json", "num_hidden_layers")
+    def shape(self) -> Shape:
+        """What its headers say. Raises CheckpointError when config.json or modekit.json are damaged."""
+        if self.routed is not None:
+            return self.routed
+        record, config = self.record, self._read_json("config.json", "num_hidden_layers")
+        dense_type = str(record.dense_config.get("model_type"))
+        return open_shape(config, record.recipe, str(self.folder), record.native_type, dense_type)
 
-    @cached_property
-    def native(self) -> Native | None:
-        """The row that this checkpoint was written by; None for the modekit architecture."""
-        if self.record.native_type is None:
-            return None
-        try:
-            return native_of(self.record.native_type, str(self.record.dense_config.get("model_type")))
-        except StopIteration:
-            raise CheckpointError(
-                "modekit.json names a family that this version of modekit does not know", where=str(self.folder),
-                found=self.record.native_type, remedy="build the mixture again with this version of modekit",
-            ) from None  # fmt: skip
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        return self.shape.config
 
     @cached_property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers, in the order of the layers."""
-        if self.native is not None:
-            rows, hidden = (1,) * len(self.names), int(self.config["hidden_size"])
-            return tuple(
-                RouterSlot(LAYER.format(layer=layer) + self.native.router, hidden, rows) for layer in range(self.layers)
-            )
-        mixture = self.config.get("modekit")
-        problem = problem_of(mixture)
-        if mixture is None or problem is not None:
-            raise CheckpointError(
-                "config.json does not say what is mixed", where=f"{self.folder}: modekit", found=problem, remedy=_BUILD_AGAIN
-            )
-        return () if mixture["routing"]["method"] == "linear" else tuple(slots_of(mixture))
+        return self.shape.slots
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
@@ -193,24 +72,18 @@ class Checkpoint:
             tensors.update(read_header(self.folder / Path(file).name, where=str(self.folder)))
         for slot in self.slots:
             if slot.name not in tensors:
-                raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=_BUILD_AGAIN)
-        for module, place in self.config.get("modekit", {}).get("places", {}).items() if self.native is None else ():
-            wanted = [f"{module}.lora_A", f"{module}.lora_B"] if any(place["ranks"]) else []
-            for name in wanted:
-                if name not in tensors or sum(place["ranks"]) != tensors[name].shape[name.endswith("B")]:
-                    raise CheckpointError(
-                        "config.json and the weights disagree", where=f"{self.folder}: {name}", remedy=_BUILD_AGAIN
-                    )
+                raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=BUILD_AGAIN)
+        self.shape.check(tensors)
         return tensors
+
+    @property
+    def parameters(self) -> Parameters:
+        """How many it has."""
+        return self.shape.parameters(self.tensors, self.record.dense_parameters)
 
     def gates(self) -> list[npt.NDArray[np.float32]]:
         """The gate of every router slot as it is on disk."""
-        mappings = Mappings()
-        try:
-            refs = [self.tensors[slot.name] for slot in self.slots]
-            return [to_float32(as_array(mappings.view(ref), ref.dtype)).reshape(ref.shape) for ref in refs]
-        finally:
-            mappings.close()
+        return read_gates(self.slots, self.tensors)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -244,41 +117,35 @@ class Checkpoint:
             data[key]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{file} is missing or damaged", where=str(self.folder), found=error, remedy=_BUILD_AGAIN
+                f"{file} is missing or damaged", where=str(self.folder), found=error, remedy=BUILD_AGAIN
             ) from None  # fmt: skip
         return data
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
-        config = dict(self.config)
-        if self.native is not None:
-            config[self.native.top_k_key] = recipe.top_k
-        else:
-            config["modekit"] = rerouted(config["modekit"], recipe)
-        changed = Checkpoint(self.folder, self.record)
-        changed.__dict__["config"] = config
-        return changed
+        return replace(self, routed=self.shape.rerouted(recipe))
 
     def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
         """Write new gates, then the routing in config.json, then modekit.json; nothing else is touched."""
         changed = self.with_recipe(recipe)
-        dtype = _gate_dtype(self)
+        dtype = self._gate_dtype
         sha256 = write_router_file(self.folder / ROUTER_FILE, changed.slots, gates, dtype)
         if changed.slots != self.slots:
             old = {slot.name for slot in self.slots}
             kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
             gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
-            _rewrite_index(self.folder, changed.slots, kept + gates_size)
+            rewrite_index(self.folder, changed.slots, kept + gates_size)
         write_json(self.folder / "config.json", changed.config)
-        record = self.record.model_copy(
-            update={
-                "router": router.model_copy(update={"sha256": sha256}),
-                "recipe": recipe,
-                "recipe_digest": recipe.digest(),
-            }
-        )
+        update = {"router": router.model_copy(update={"sha256": sha256}), "recipe": recipe, "recipe_digest": recipe.digest()}
+        record = self.record.model_copy(update=update)
         write_json(self.folder / RECORD_FILE, record.model_dump(mode="json"))
         return Checkpoint(self.folder, record)
+
+    @property
+    def _gate_dtype(self) -> str:
+        if self.slots:
+            return self.tensors[self.slots[0].name].dtype
+        return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[self.config["dtype"]]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -311,80 +178,5 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             remedy="build the mixture again with this version of modekit",
         ) from None  # fmt: skip
     checkpoint = Checkpoint(folder, record)
-    _ = checkpoint.native, checkpoint.tensors  # read now, so that damage shows before any work
+    _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
-
-
-def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
-    """Write the gates in a safetensors dtype; returns the file's sha256.
-
-    Raises RecipeError when they are not finite in that dtype.
-    """
-    data = [to_bytes(np.ascontiguousarray(gate).ravel(), dtype) for gate in gates]
-    if not all(is_finite(view, dtype) for view in data):
-        raise RecipeError(
-            f"the router's gates are not finite in {DTYPES[dtype]}", where="mixture.router",
-            remedy="raise temperature or l2, or fit on other text",
-        )  # fmt: skip
-    header = safetensors_header((slot.name, dtype, slot.shape, len(view)) for slot, view in zip(slots, data, strict=True))
-    content = header + b"".join(data)
-    write_atomically(path, content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def rerouted(modekit: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """`config["modekit"]` with the routing of another recipe over the same experts."""
-    return {**modekit, "routing": routing_config(recipe), "places": replaced_rows(modekit, recipe.mixture.router)}
-
-
-def _gate_dtype(checkpoint: Checkpoint) -> str:
-    if checkpoint.slots:
-        return checkpoint.tensors[checkpoint.slots[0].name].dtype
-    return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[checkpoint.config["dtype"]]
-
-
-def write_index(plan: Plan, folder: Path) -> None:
-    """Write the index that tells transformers which file holds which tensor."""
-    weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    _write_index(folder, weight_map, plan.slots, plan.bytes_written)
-
-
-def _rewrite_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> None:
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
-    _write_index(folder, kept, slots, total_size)
-
-
-def _write_index(folder: Path, weight_map: Mapping[str, str], slots: Sequence[RouterSlot], total_size: int) -> None:
-    gates = {slot.name: ROUTER_FILE for slot in slots}
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": {**weight_map, **gates}})
-
-
-def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRecord) -> Record:
-    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes."""
-    unique = list(dict.fromkeys(plan.sources))
-    sources = [
-        SourceRecord(
-            label=source.label,
-            spec=source.spec,
-            revision=source.revision,
-            folder=os.path.relpath(source.folder, out),
-            files={
-                file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files
-            },
-        )
-        for source in unique
-    ]  # fmt: skip
-    return Record(
-        format=1,
-        modekit_version=version("modekit"),
-        recipe=plan.recipe,
-        recipe_digest=plan.recipe.digest(),
-        recipe_folder=os.path.relpath(plan.root, out),
-        dense_config=plan.family.dense_config(plan.sources[0].config),
-        native_type=plan.native.native_type if plan.native is not None else None,
-        dense_parameters=sum(ref.numel for ref in plan.sources[0].tensors.values()),
-        expert_sources=[unique.index(source) for source in plan.sources[1:]],
-        sources=sources,
-        router=router,
-    )

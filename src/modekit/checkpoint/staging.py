@@ -102,7 +102,7 @@ class Staging:
     def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, io.FileIO], None]) -> None:
         """Write one safetensors file, going on after the last tensor that the journal knows.
 
-        `write_tensor(place, stream)` must write the bytes of the tensor at `place` to the unbuffered stream.
+        `write_tensor(number, stream)` must write the bytes of entry `number` to the unbuffered stream.
         """
         header = safetensors_header(entries)
         ends = [len(header)]
@@ -118,11 +118,11 @@ class Staging:
                 stream.seek(ends[done])
             else:
                 write_all(stream, memoryview(header))
-            for place in range(done, len(entries)):
-                write_tensor(place, stream)
+            for number in range(done, len(entries)):
+                write_tensor(number, stream)
                 position = stream.tell()
-                assert position == ends[place + 1], f"{entries[place][0]}: wrote to {position}, planned {ends[place + 1]}"
-                self.record(f"shard {file}", place + 1)
+                assert position == ends[number + 1], f"{entries[number][0]}: wrote to {position}, planned {ends[number + 1]}"
+                self.record(f"shard {file}", number + 1)
 
     def commit(self) -> None:
         """Make the folder visible under its final name."""

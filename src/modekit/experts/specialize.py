@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.staging import refuse_existing, staging, write_json
 from modekit.errors import TextError, UnsupportedError
 from modekit.evaluation.evaluate import Domain, score_domain
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress, silent
-from modekit.sources.families import LAYER, family_of
+from modekit.sources.families import family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.sources.names import in_layer
 from modekit.text.documents import (
     TRAINED_DIGITS,
     TRAINED_FILE,
@@ -121,7 +122,8 @@ def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Traina
             if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
                 parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
         model.config.dtype = next(model.parameters()).dtype
-        model.save_pretrained(folder)
+        with without_bars():
+            model.save_pretrained(folder)
 
     return parameters, save
 
@@ -161,4 +163,4 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
 
 
 def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
-    return [LAYER.format(layer=layer) + suffix for suffix in dict.fromkeys(mlp.values())]
+    return [in_layer(layer, path) for path in dict.fromkeys(mlp.values())]

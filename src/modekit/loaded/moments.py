@@ -38,10 +38,10 @@ def input_moments(
     modules = {name: _linear(model, name) for name in names}
     groups = _groups({name: 4 * module.in_features**2 for name, module in modules.items()})
     tokens = sum(len(sequence.ids) for sequence in sequences)
-    for place, group in enumerate(groups):
+    for number, group in enumerate(groups):
         readers = _InputSums({name: modules[name] for name in group})
         for done in readers.read(model, sequences):
-            advance(place * tokens + done, len(groups) * tokens)
+            advance(number * tokens + done, len(groups) * tokens)
         for name in group:
             yield name, readers.mean(name, tokens)
 

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import TextError
-from modekit.loaded.models import default_device, head_of
+from modekit.loaded.heads import head_of
+from modekit.loaded.load import default_device
 from modekit.progress import Progress, silent
 from modekit.text.documents import TokenSequence, encode, make_batches
 

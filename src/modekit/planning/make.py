@@ -1,42 +1,38 @@
 """Recipe and headers -> every tensor of the result and where each comes from.
 
 Reads configs and headers, never a tensor, and does not import torch. Whatever cannot work is refused here, before a
-byte is written. How the experts lie in a native architecture says plan_native.py, in the modekit architecture
-plan_modekit.py; what both share is here.
+byte is written. How the experts lie in a native architecture says native.py, in the modekit architecture modekit.py; what
+both share is here.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from modekit.architecture import CODE_FILES
 from modekit.errors import SourceError, UnsupportedError
+from modekit.planning.layout import CodeOf, Layout
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, Shard, joined
-from modekit.recipes.recipe import BASE, BackboneExpert, Recipe
+from modekit.recipes.recipe import BackboneExpert, Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import (
-    IGNORED,
     check_complete,
     check_dtypes,
     check_same_architecture,
     check_sizes,
-    is_tied,
+    own_names,
 )
 from modekit.sources.families import Family, family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.names import EMBEDDING, HEAD, natural_key, weight_of
 from modekit.sources.native import Native, choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False) -> Plan:
@@ -48,44 +44,46 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     """
     sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code, headers_only=headers_only)
     base = sources[0]
-    where = f"base_model ({base.spec})"
-    family = family_of(base.config, where=where)
+    family = family_of(base.config, where=f"base_model ({base.spec})")
     native, why = _choose_architecture(recipe, base, family)
     _check(recipe, sources, family)
 
     def code_of(ref: TensorRef) -> str:
         return ref.dtype if recipe.output.dtype == "source" else _TO_SAFETENSORS[recipe.output.dtype]
 
-    layout = (
+    layout: Layout = (
         NativeLayout(recipe, sources, family, native, code_of)
         if native is not None
         else ModekitLayout(recipe, sources, family, code_of)
     )
-    giver = _Giver(recipe, sources)
-    tied = is_tied(base, family)
     mixed = layout.mixed_names()
-    backbone = []
-
-    def add(name: str, ref: TensorRef) -> None:
-        renamed = layout.backbone_name(name)
-        if renamed is not None:
-            # Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
-            make = giver.of_base if name in mixed else giver.tensor
-            backbone.append(make(renamed, code_of(ref), ref))
-
-    for name, ref in base.tensors.items():
-        if not (IGNORED.search(name) or (name == HEAD and tied)):
-            add(name, ref)
-    if tied and layout.unties:
-        add(HEAD, base.tensor(EMBEDDING))
+    backbone = _backbone(recipe, sources, family, layout, mixed, code_of)
+    body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     files = (*TOKENIZER_FILES, "generation_config.json")
     copied = tuple(base.folder / name for name in files if (base.folder / name).exists())
-    body = sorted([*backbone, *layout.tensors()], key=lambda tensor: _natural_key(tensor.name))
     notes = [*_notes(recipe, sources, mixed), *layout.notes()]
     return Plan(
-        recipe, root, family, native, why, sources, layout.config(), _cut_into_shards(body, recipe.output.shard_size),
-        layout.slots(), layout.router_dtype, copied, tuple(notes), trust_remote_code, () if native is not None else CODE_FILES,
+        recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),
+        layout.router_dtype, copied, tuple(notes), trust_remote_code,
     )  # fmt: skip
+
+
+def _backbone(
+    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, layout: Layout, mixed: set[str], code_of: CodeOf
+) -> Iterable[PlannedTensor]:
+    """What the layout keeps of the base, in its order.
+
+    Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
+    """
+    base, giver = sources[0], _Giver(recipe, sources)
+    refs = {name: base.tensors[name] for name in own_names(base, family)}
+    if layout.unties:
+        refs[weight_of(HEAD)] = base.tensor(weight_of(EMBEDDING))
+    for name, ref in refs.items():
+        renamed = layout.backbone_name(name)
+        if renamed is not None:
+            make = giver.of_base if name in mixed else giver.tensor
+            yield make(renamed, code_of(ref), ref)
 
 
 def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> tuple[Native | None, str]:
@@ -142,14 +140,14 @@ class _Giver:
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...]) -> None:
         self._sources = sources
         self._merges = recipe.mixture.merge is not None
-        self._merged = [place for place, expert in enumerate(recipe.experts, start=1) if not expert.is_base]
+        self._merged = [number for number, expert in enumerate(recipe.experts, start=1) if not expert.is_base]
         backbone = recipe.mixture.backbone
         self._one = 1 + recipe.names.index(backbone.expert) if isinstance(backbone, BackboneExpert) else 0
 
     def tensor(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The backbone's tensor for a tensor of the base model. Raises MismatchError."""
         if self._merges:
-            pieces = (Piece(0, ref), *(piece_of(self._sources, place, ref) for place in self._merged))
+            pieces = (Piece(0, ref), *(piece_of(self._sources, number, ref) for number in self._merged))
             return PlannedTensor(name, code, ref.shape, "backbone", "merge", pieces)
         return joined(name, code, ref.shape, "backbone", (piece_of(self._sources, self._one, ref),))
 
@@ -168,12 +166,9 @@ def _cut_into_shards(tensors: list[PlannedTensor], shard_size: int) -> tuple[Sha
         groups[-1].append(tensor)
         size += tensor.nbytes
     count = len(groups)
-    return tuple(Shard(f"model-{place:05d}-of-{count:05d}.safetensors", tuple(group)) for place, group in enumerate(groups, 1))
-
-
-def _natural_key(name: str) -> tuple[object, ...]:
-    head = 0 if "embed" in name else 1 if ".layers." in name else 2
-    return (head, *((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)))
+    return tuple(
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group)) for number, group in enumerate(groups, 1)
+    )
 
 
 def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) -> Iterable[str]:
@@ -181,79 +176,31 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) ->
         yield "top_k 1: the chosen expert's weight is always 1, so the router gets no gradient if trained later"
     if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    merged = recipe.mixture.merge is not None
-    kept = recipe.mixture.backbone.expert if isinstance(recipe.mixture.backbone, BackboneExpert) else None
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if not isinstance(source, AdapterSource):
-            continue
-        yield from (f"{expert.name}: {note}" for note in source.notes)
-        changed = {*source.changes, *source.bias_changes, *source.replaced}
-        outside = changed - mixed
-        if not changed & mixed:
-            raise UnsupportedError(
-                "the adapter changes nothing that this recipe mixes", where=f"{source.label} ({source.spec})",
-                found=f"it changes {_kinds(changed)}",
-                remedy="mix these parts and layers (mixture.modules, mixture.layers), or remove the expert",
-            )  # fmt: skip
-        if outside and not merged and kept != expert.name:
-            yield (
-                f"{expert.name}: its adapter also changes {_kinds(outside)} ({len(outside)} tensors), which is not mixed here: "
-                f"on this backbone that is lost; mix more (mixture.modules, mixture.layers), or merge the backbone (average)"
-            )
+        if isinstance(source, AdapterSource):
+            yield from (f"{expert.name}: {note}" for note in source.notes)
+            yield from _lost(recipe, expert.name, source, mixed)
+
+
+def _lost(recipe: Recipe, name: str, source: AdapterSource, mixed: set[str]) -> Iterable[str]:
+    """What of an adapter is lost in the mixture. Raises UnsupportedError when that is all of it."""
+    changed = {*source.changes, *source.bias_changes, *source.replaced}
+    outside = changed - mixed
+    if not changed & mixed:
+        raise UnsupportedError(
+            "the adapter changes nothing that this recipe mixes", where=f"{source.label} ({source.spec})",
+            found=f"it changes {_kinds(changed)}",
+            remedy="mix these parts and layers (mixture.modules, mixture.layers), or remove the expert",
+        )  # fmt: skip
+    merged, backbone = recipe.mixture.merge is not None, recipe.mixture.backbone
+    kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
+    if outside and not merged and kept != name:
+        yield (
+            f"{name}: its adapter also changes {_kinds(outside)} ({len(outside)} tensors), which is not mixed here: "
+            f"on this backbone that is lost; mix more (mixture.modules, mixture.layers), or merge the backbone (average)"
+        )
 
 
 def _kinds(names: set[str]) -> str:
     """The distinct last parts of tensor names, for a message."""
     return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
-
-
-def backbone_label(recipe: Recipe) -> str:
-    """What the backbone is, in a word or two."""
-    merge = recipe.mixture.merge
-    if merge is not None:
-        return merge.method
-    if isinstance(recipe.mixture.backbone, BackboneExpert):
-        return f"expert {recipe.mixture.backbone.expert}"
-    return BASE
-
-
-def summary(plan: Plan, out: Path | None = None) -> dict[str, Any]:
-    """A plan as plain data: what `modekit plan --json` prints. `out` tells which disk is meant."""
-    recipe = plan.recipe
-    target = out if out is not None else plan.root
-    while not target.exists():
-        target = target.parent
-    statistics = plan.statistics_bytes(in_memory=False) if recipe.mixture.keeps_statistics else 0
-    operations: dict[str, int] = {}
-    for tensor in plan.tensors:
-        label = "router" if tensor.role == "router" else tensor.operation
-        operations[label] = operations.get(label, 0) + 1
-    return {
-        "architecture": plan.config["architectures"][0],
-        "why": plan.why,
-        "also_runs_in": plan.native.serves if plan.native is not None else "transformers alone",
-        "method": recipe.mixture.method,
-        "top_k": recipe.top_k,
-        "router": "none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
-        "backbone": backbone_label(recipe),
-        "experts": [
-            {"name": expert.name, "model": expert.source, "text": bool(expert.text or expert.prompts)}
-            for expert in recipe.experts
-        ],
-        "mixed": sorted({_without_layer(name) for name in plan.config["modekit"]["places"]})
-        if plan.native is None
-        else ["mlp"],
-        "layers": plan.layers,
-        "dtype": plan.config["dtype"],
-        "tensors": {"total": len(plan.tensors), **operations},
-        "shards": len(plan.shards) + 1,
-        "bytes": {"read": plan.bytes_read, "written": plan.bytes_written, "statistics": statistics},
-        "parameters": plan.parameters(),
-        "disk": {"needed": plan.bytes_written + statistics, "free": shutil.disk_usage(target).free},
-        "memory": plan.memory(),
-        "notes": list(plan.notes),
-    }
-
-
-def _without_layer(name: str) -> str:
-    return re.sub(r"^model\.layers\.\d+\.", "", name)

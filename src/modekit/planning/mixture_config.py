@@ -1,31 +1,54 @@
-"""What `config["modekit"]` of a checkpoint must say before anything is read from it; see architecture/modekit_mixed.py."""
+"""`config["modekit"]` of a checkpoint, typed: the planner makes it, a checkpoint opens it, nobody else states it.
+
+The modules in architecture/ are copied into checkpoints and read the same data as a plain dict; what each key means to
+them says modekit_mixed.py and modekit_router.py. Keys that were not set are not written.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from modekit.sources.families import FAMILIES
+from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.sources.families import FAMILIES, PARTS, Family
+from modekit.sources.names import in_layer, natural_key, split_layer
+
+FORMAT = 1
+_GATE = ".router.gate"
+_READ_ALIKE = ({"q", "k", "v"}, {"gate", "up"})
+"""Parts of a layer that read the same input."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _Said(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def as_written(self) -> dict[str, Any]:
+        """As config.json has it: only the keys that were set."""
+        return self.model_dump(exclude_unset=True)
 
 
-class _Average(_Part):
+class Average(_Said):
+    """What a part of the gate reads: the token itself (None), or a causal average; with `sum` what was seen adds up."""
+
     decay: float | None
     sum: bool = False
 
 
-class _Ngram(_Part):
+class Ngram(_Said):
+    """The table of a router that reads token ids."""
+
     order: int = Field(ge=1)
     buckets: int = Field(ge=2)
 
 
-class _Routing(_Part):
+class Routing(_Said):
+    """How a router turns what it reads into weights."""
+
     method: Literal["linear", "gating", "routing"]
-    averages: list[_Average] = Field(min_length=1)
+    averages: list[Average] = Field(min_length=1)
     top_k: int | None
     top_p: float | None
     weights: list[float] | None
@@ -34,10 +57,17 @@ class _Routing(_Part):
     jitter: float = 0.0
     noise: float = 0.0
     prefix: int | None = None
-    ngram: _Ngram | None = None
+    ngram: Ngram | None = None
+
+    @property
+    def reads_averages(self) -> bool:
+        """Whether what the router says of a token depends on those before it."""
+        return any(average.decay is not None for average in self.averages)
 
 
-class _Place(_Part):
+class Place(_Said):
+    """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`."""
+
     ranks: list[int]
     scales: list[float]
     own: list[int]
@@ -49,15 +79,19 @@ class _Place(_Part):
     width: int | None = None
     rows: list[int] | None = None
 
+    def has(self, expert: int) -> bool:
+        """Whether an expert differs from the base here, an added bias aside."""
+        return bool(self.ranks[expert]) or expert in self.own
 
-class MixtureConfig(_Part):
-    """`config["modekit"]`."""
+
+class MixtureConfig(_Said):
+    """`config["modekit"]`: the experts, how they are routed, and module -> what they have there."""
 
     format: int
     dense_type: str
     experts: list[str] = Field(min_length=1)
-    routing: _Routing
-    places: dict[str, _Place] = Field(min_length=1)
+    routing: Routing
+    places: dict[str, Place] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureConfig:
@@ -74,13 +108,85 @@ class MixtureConfig(_Part):
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
         return self
 
+    @cached_property
+    def family(self) -> Family:
+        """The row of the dense family."""
+        return next(row for row in FAMILIES if row.model_type == self.dense_type)
 
-def problem_of(mixture: Any) -> str | None:
-    """What is wrong with `config["modekit"]`; None when nothing is."""
-    try:
-        MixtureConfig.model_validate(mixture)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return f"{place}: {first['msg']}" if place else str(first["msg"]).removeprefix("Value error, ")
-    return None
+    @cached_property
+    def leaders(self) -> dict[str, str]:
+        """Place -> the place whose router decides for it."""
+        return {module: place.router for module, place in self.places.items()}
+
+    def readers(self, leader: str) -> list[str]:
+        """The places that read the same input as a leader and follow its router."""
+        return readers(leader, self.family, self.leaders)
+
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """The routers in the order of the layers; of fixed weights, which have no gates, where they would stand."""
+        slots = []
+        for module in sorted(self.places, key=natural_key):
+            place = self.places[module]
+            if place.router == module:
+                assert place.width is not None and place.rows is not None, module  # checked when this was made
+                parts = len(self.routing.averages)
+                slots.append(RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts))
+        return tuple(slots)
+
+    def positions(self) -> tuple[RouterPosition, ...]:
+        """Where the routers stand, in the order of `slots`."""
+        found = []
+        for slot in self.slots():
+            served = [split_layer(module) for module, leader in self.leaders.items() if leader == leader_of(slot)]
+            layers = {layer for layer, _ in served}
+            one = len(layers) == 1
+            found.append(
+                RouterPosition(slot.name, next(iter(layers)) if one else None, _shared([p for _, p in served]) if one else "")
+            )
+        return tuple(found)
+
+    def rerouted(self, routing: Routing, rows_of: Callable[[list[int]], list[int]]) -> MixtureConfig:
+        """The same experts under another routing. `rows_of` gives a gate's rows for the ranks that it reads."""
+        places = {}
+        for module, place in self.places.items():
+            changed = place
+            if place.router == module:
+                read = [self.places[name].ranks for name in self.readers(module)]
+                changed = place.model_copy(update={"rows": rows_of([sum(ranks) for ranks in zip(*read, strict=True)])})
+            places[module] = changed
+        return self.model_copy(update={"routing": routing, "places": places})
+
+
+def leader_of(slot: RouterSlot) -> str:
+    """The place that a router belongs to."""
+    return slot.name.removesuffix(_GATE)
+
+
+def readers(leader: str, family: Family, leaders: Mapping[str, str]) -> list[str]:
+    """The places that read the same input as the leader and follow its router: q, k and v, or gate and up, of its layer;
+    else itself alone. `leaders` maps a place to the place of its router.
+    """
+    layer, path = split_layer(leader)
+    for alike in _READ_ALIKE if layer is not None else ():
+        paths = [family.parts[part] for part in PARTS if part in alike and part in family.parts]
+        if layer is not None and path in paths:
+            names = dict.fromkeys(in_layer(layer, each) for each in paths)
+            return [name for name in names if leaders.get(name) == leader]
+    return [leader] if leader in leaders else []
+
+
+def problem_in(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"]).removeprefix("Value error, ")
+
+
+def _shared(paths: list[str]) -> str:
+    """What dotted paths have in common at their beginning."""
+    shared = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

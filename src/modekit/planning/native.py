@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from modekit.errors import UnsupportedError
+from modekit.planning.layout import CodeOf
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.pieces import piece_of
-from modekit.planning.plan import Operation, Piece, PlannedTensor, RouterSlot, joined
+from modekit.planning.plan import Operation, Piece, PlannedTensor, joined
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.families import LAYER, Family
+from modekit.sources.families import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.names import in_layer
 from modekit.sources.native import Native
 
 
 class NativeLayout:
-    """The native shape of one recipe. `code_of` gives the safetensors dtype of what is made from a tensor."""
+    """The native shape of one recipe."""
 
     unties = False
 
     def __init__(
-        self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, native: Native,
-        code_of: Callable[[TensorRef], str],
-    ) -> None:  # fmt: skip
+        self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, native: Native, code_of: CodeOf
+    ) -> None:
         self._recipe, self._sources, self._family, self._native, self._code_of = recipe, sources, family, native, code_of
         self._base = sources[0]
         self._layers = int(self._base.config["num_hidden_layers"])
-        self._gate = self._base.tensor(LAYER.format(layer=0) + family.mlp["gate"])
-        self._ffn = {LAYER.format(layer=layer) + suffix for layer in range(self._layers) for suffix in family.mlp.values()}
-        self._ffn_prefixes = tuple(LAYER.format(layer=layer) + family.mlp_module + "." for layer in range(self._layers))
+        self._gate = self._base.tensor(in_layer(0, family.mlp["gate"]))
+        self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
+        self._ffn_prefixes = tuple(in_layer(layer, family.mlp_module + ".") for layer in range(self._layers))
         self.router_dtype = code_of(self._gate)
 
     def backbone_name(self, name: str) -> str | None:
@@ -48,18 +49,13 @@ class NativeLayout:
         """Tensors of the base of which every expert has its own."""
         return self._ffn
 
-    def config(self) -> dict[str, Any]:
+    def shape(self, where: str) -> NativeShape:
         """The native config.json."""
-        return self._native.native_config(
+        config = self._native.native_config(
             self._base.config, experts=len(self._recipe.experts), top_k=self._recipe.top_k,
             expert_hidden=self._gate.shape[0], dtype=DTYPE_NAMES[self.router_dtype],
         )  # fmt: skip
-
-    def slots(self) -> tuple[RouterSlot, ...]:
-        """One router per layer."""
-        rows = (1,) * len(self._recipe.experts)
-        hidden = int(self._base.config["hidden_size"])
-        return tuple(RouterSlot(LAYER.format(layer=i) + self._native.router, hidden, rows) for i in range(self._layers))
+        return NativeShape(config, self._recipe, where, self._native)
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
@@ -78,34 +74,43 @@ class NativeLayout:
         for layer in range(self._layers):
             for constant in self._native.constants:
                 shape = tuple(letters[letter] if letter in letters else int(letter) for letter in constant.shape)
-                name = LAYER.format(layer=layer) + constant.name
-                yield PlannedTensor(name, self.router_dtype, shape, "constant", "zeros")
+                yield PlannedTensor(in_layer(layer, constant.name), self.router_dtype, shape, "constant", "zeros")
 
     def _experts(self, layers: int) -> Iterable[PlannedTensor]:
         """The FFN of every expert in every layer."""
-        native, count = self._native, len(self._recipe.experts)
         factors = self._factors()
         for layer in range(layers):
-            prefix = LAYER.format(layer=layer)
-            refs = {part: self._base.tensor(prefix + suffix) for part, suffix in self._family.mlp.items()}
-            pieces = {part: [self._piece(place, ref) for place in range(1, 1 + count)] for part, ref in refs.items()}
-            if native.experts is not None:
-                for part, name in native.experts.items():
-                    code = self._code_of(refs[part])
-                    for expert, piece in enumerate(pieces[part]):
-                        factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
-                        tensor = joined(prefix + name.format(expert=expert), code, refs[part].shape, "expert", (piece,))
-                        operation: Operation = "scale" if factor != 1.0 else tensor.operation
-                        yield PlannedTensor(tensor.name, code, tensor.shape, "expert", operation, (piece,), factor)
-            elif native.fused is not None:
-                gate_up = [piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair]
-                rows, columns = refs["gate"].shape
-                code = self._code_of(refs["gate"])
-                yield joined(prefix + native.fused[0], code, (count, 2 * rows, columns), "expert", tuple(gate_up))
-                yield joined(prefix + native.fused[1], code, (count, columns, rows), "expert", tuple(pieces["down"]))
+            refs = {part: self._base.tensor(in_layer(layer, path)) for part, path in self._family.mlp.items()}
+            pieces = {
+                part: [self._piece(1 + expert, ref) for expert in range(len(self._recipe.experts))]
+                for part, ref in refs.items()
+            }
+            yield from self._apart(layer, pieces, factors) if self._native.fused is None else self._fused(layer, pieces)
 
-    def _piece(self, place: int, ref: TensorRef) -> Piece:
-        source = self._sources[place]
+    def _apart(self, layer: int, pieces: dict[str, list[Piece]], factors: dict[str, float]) -> Iterable[PlannedTensor]:
+        """Every projection of every expert a tensor."""
+        assert self._native.experts is not None
+        for part, path in self._native.experts.items():
+            ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
+            code = self._code_of(ref)
+            for expert, piece in enumerate(pieces[part]):
+                factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
+                tensor = joined(in_layer(layer, path.format(expert=expert)), code, ref.shape, "expert", (piece,))
+                operation: Operation = "scale" if factor != 1.0 else tensor.operation
+                yield PlannedTensor(tensor.name, code, tensor.shape, "expert", operation, (piece,), factor)
+
+    def _fused(self, layer: int, pieces: dict[str, list[Piece]]) -> Iterable[PlannedTensor]:
+        """All experts in two tensors, gate and up side by side in the first."""
+        assert self._native.fused is not None
+        ref = self._base.tensor(in_layer(layer, self._family.mlp["gate"]))
+        (rows, columns), code, count = ref.shape, self._code_of(ref), len(self._recipe.experts)
+        gate_up = tuple(piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair)
+        both, down = (in_layer(layer, path) for path in self._native.fused)
+        yield joined(both, code, (count, 2 * rows, columns), "expert", gate_up)
+        yield joined(down, code, (count, columns, rows), "expert", tuple(pieces["down"]))
+
+    def _piece(self, number: int, ref: TensorRef) -> Piece:
+        source = self._sources[number]
         change = source.changes.get(ref.name) if isinstance(source, AdapterSource) else None
         if isinstance(change, LowRank) and change.bias is not None:
             raise UnsupportedError(
@@ -113,7 +118,7 @@ class NativeLayout:
                 where=f"{source.label} ({source.spec}): {ref.name}",
                 remedy="use output: {format: modekit}",
             )  # fmt: skip
-        return piece_of(self._sources, place, ref)
+        return piece_of(self._sources, number, ref)
 
     def _factors(self) -> dict[str, float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""

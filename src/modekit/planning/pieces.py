@@ -11,21 +11,21 @@ from modekit.sources.compatibility import matching
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 
 
-def piece_of(sources: tuple[ModelSource, ...], place: int, ref: TensorRef) -> Piece:
-    """The whole tensor `ref` (of the base model, `sources[0]`) as the model at `place` has it.
+def piece_of(sources: tuple[ModelSource, ...], number: int, ref: TensorRef) -> Piece:
+    """The whole tensor `ref` (of the base model, `sources[0]`) as model `number` of the sources has it.
 
     Raises MismatchError when its shape differs from the base model's.
     """
-    source = sources[place]
+    source = sources[number]
     if not isinstance(source, AdapterSource):
-        return Piece(place, matching(source, ref.name, ref))
+        return Piece(number, matching(source, ref.name, ref))
     given = source.replaced.get(ref.name, ref)
     change = source.changes.get(ref.name)
     if change is not None:
-        return Piece(place, given, change)
+        return Piece(number, given, change)
     if ref.name in source.bias_changes:
-        return Piece(place, given, source.bias_changes[ref.name], of_bias=True)
-    return Piece(place if ref.name in source.replaced else 0, given)
+        return Piece(number, given, source.bias_changes[ref.name], of_bias=True)
+    return Piece(number if ref.name in source.replaced else 0, given)
 
 
 def touched(source: ModelSource, name: str) -> bool:

@@ -1,6 +1,6 @@
 """What a plan is made of: every tensor of the result and the pieces of the sources it comes from.
 
-Shape legend: L layers, D width of what a router reads, E experts, J parts of a gate, R rank, O and I width out and in.
+Shape legend: L layers, E experts, R rank.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from modekit.errors import SourceError
+from modekit.planning.shape import Shape
+from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import Change
 from modekit.sources.families import Family
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
-from modekit.sources.native import Native
 
 ROUTER_FILE = "model-router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,7 +46,7 @@ class Piece:
     """What one source gives to a tensor.
 
     Attributes:
-        source: place of the model or adapter in `Plan.sources`; errors name it.
+        source: number of the model or adapter in `Plan.sources`; errors name it.
         ref: a tensor of the source; with `change` or `factor`, the base model's tensor.
         change: what an adapter does to `ref`.
         of_bias: `ref` is a bias and `change` that of its module.
@@ -117,30 +119,6 @@ def joined(name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tu
 
 
 @dataclass(frozen=True)
-class RouterSlot:
-    """One router of the result: its gate tensor (max(features, 1) * sum(rows), J * D).
-
-    Attributes:
-        name: of the gate tensor.
-        width: D.
-        rows: of the gate, per expert.
-        features: decisions, when there is one per output feature; else 0.
-        parts: J, causal averages that the gate reads.
-    """
-
-    name: str
-    width: int
-    rows: tuple[int, ...]
-    features: int = 0
-    parts: int = 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the gate."""
-        return max(self.features, 1) * sum(self.rows), self.parts * self.width
-
-
-@dataclass(frozen=True)
 class Shard:
     """One file of the result and its tensors in order."""
 
@@ -157,23 +135,30 @@ class Shard:
 class Plan:
     """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
 
-    `native` is the row of the native architecture, None for the modekit architecture; `why` says why it was chosen.
+    `shape` is that of the result; `why` says why it was chosen.
     """
 
     recipe: Recipe
     root: Path
     family: Family
-    native: Native | None
+    shape: Shape
     why: str
     sources: tuple[ModelSource, ...]
-    config: Mapping[str, Any]
     shards: tuple[Shard, ...]
-    slots: tuple[RouterSlot, ...]
     router_dtype: str
     copied_files: tuple[Path, ...]
     notes: tuple[str, ...]
     trust_remote_code: bool = False
-    code_files: tuple[Path, ...] = ()
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json of the result."""
+        return self.shape.config
+
+    @cached_property
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """The routers in the order of the layers."""
+        return self.shape.slots
 
     @property
     def layers(self) -> int:
@@ -220,7 +205,7 @@ class Plan:
         total = sum(by_role.values())
         return {
             "total": total,
-            "active": total - per_expert * (self.experts - self.recipe.top_k),
+            "active": self.shape.active(total, per_expert),
             "per_expert": per_expert,
             "adapters": by_role["adapter"],
             "backbone": by_role["backbone"],
@@ -246,7 +231,7 @@ class Plan:
             fit = 4 * self.statistics_bytes(in_memory=True)
         elif self.recipe.mixture.keeps_statistics:
             itemsize = 4 if router.compute_dtype == "float32" else 2
-            one = parameters["backbone"] + parameters["per_expert"] if self.native is not None else parameters["total"]
+            one = parameters["backbone"] + parameters["per_expert"] if self.shape.loads_one_expert else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
             fit = one * itemsize + self.statistics_bytes(in_memory=True) + activations
         largest = max((ref.numel for t in self.tensors for p in t.pieces if p.factor for ref in p.refs), default=0)

@@ -20,8 +20,8 @@ from huggingface_hub import ModelCardData
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically
 from modekit.errors import OutputError
-from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, parameters_of, results_from_data
-from modekit.planning.make import backbone_label
+from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, results_from_data
+from modekit.planning.summary import backbone_label
 from modekit.recipes.recipe import BASE
 from modekit.report.licences import Source, facts, sources_of
 from modekit.text.documents import is_local
@@ -137,8 +137,8 @@ def _body(
 
 def _what(checkpoint: Checkpoint) -> str:
     recipe = checkpoint.record.recipe
-    total, active, _ = parameters_of(checkpoint)
-    layout = "plain transformers opens it" if checkpoint.native is not None else "it brings the code that opens it"
+    total, active = checkpoint.parameters.total, checkpoint.parameters.active
+    layout = "plain transformers opens it" if checkpoint.shape.plain else "it brings the code that opens it"
     architecture, dtype = _plain(str(checkpoint.config["architectures"][0])), _plain(str(checkpoint.config["dtype"]))
     return (
         f"A Mixture of Domain Experts, made with modekit from one base model and {len(checkpoint.names)} experts "
@@ -165,7 +165,7 @@ def _decides(checkpoint: Checkpoint) -> str:
 def _use(checkpoint: Checkpoint) -> str:
     name = json.dumps(checkpoint.folder.name)
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if checkpoint.native is None:
+    if not checkpoint.shape.plain:
         lines = ["import modekit  # or, without it: from_pretrained(..., trust_remote_code=True)", *lines]
     lines += [
         "", f"folder = {name}  # or this model's name on the hub",

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint
-from modekit.evaluation.evaluate import Results, parameters_of
-from modekit.planning.make import backbone_label
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.evaluation.evaluate import Results
+from modekit.planning.summary import backbone_label
 from modekit.report.licences import Source, facts, sources_of
 from modekit.report.result_files import (
     Curve,
@@ -75,7 +76,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
     linear = recipe.mixture.method == "linear"
     return {
         "architecture": str(checkpoint.config["architectures"][0]),
-        "native": checkpoint.native is not None,
+        "native": checkpoint.shape.plain,
         "experts": checkpoint.names,
         "method": recipe.mixture.method,
         "top_k": recipe.top_k,
@@ -91,15 +92,16 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    total, active, dense = parameters_of(checkpoint)
+    parameters = checkpoint.parameters
     files = sorted({ref.file for ref in checkpoint.tensors.values()})
     statistics = checkpoint.folder / STATISTICS_FOLDER
     kept = sum(path.stat().st_size for path in statistics.glob("*.safetensors")) if statistics.is_dir() else 0
     gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
     return {
         "parameters": {
-            "total": total, "active": active, "dense": dense, "gates": gates,
-            "total_of_dense": total / dense, "active_of_dense": active / dense,
+            "total": parameters.total, "active": parameters.active, "dense": parameters.dense, "gates": gates,
+            "total_of_dense": parameters.total / parameters.dense,
+            "active_of_dense": parameters.active / parameters.dense,
         },
         "bytes": {"weights": sum(file.stat().st_size for file in files), "statistics": kept},
         "routers": len(checkpoint.slots),

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from modekit.checkpoint.checkpoint import Checkpoint, SourceRecord
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import SourceRecord
 from modekit.recipes.recipe import locate
 
 NONE_FOUND = "no licence found"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.loaded.models import ExpertView
+from modekit.loaded.mixture import ExpertView
 from modekit.processes import ALONE, Processes, processes
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 from modekit.text.documents import TokenSequence, make_batches

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modekit.checkpoint.checkpoint import Gates
-from modekit.planning.plan import RouterSlot
+from modekit.checkpoint.router_file import Gates
+from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
 
 _RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 
-from modekit.checkpoint.checkpoint import Checkpoint, Gates, RouterRecord
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RouterRecord
+from modekit.checkpoint.router_file import Gates
 from modekit.errors import TextError
-from modekit.loaded.models import ExpertView, expert_view, load_tokenizer
+from modekit.loaded.load import load_tokenizer
+from modekit.loaded.mixture import ExpertView
+from modekit.loaded.shapes import expert_view
 from modekit.processes import processes
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import DATA_FREE, Expert, Recipe, Router

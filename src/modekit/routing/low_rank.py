@@ -21,10 +21,10 @@ import torch
 from safetensors import safe_open
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.planning.modekit import readers, routers_of, whole_module_unscored
-from modekit.planning.plan import RouterSlot
+from modekit.planning.mixture_config import leader_of
+from modekit.planning.routing_config import whole_module_unscored
+from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Router
-from modekit.sources.families import family_of
 
 
 def adapter_gates(checkpoint: Checkpoint, settings: Router) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
@@ -55,18 +55,15 @@ def _gate(checkpoint: Checkpoint, settings: Router, slot: RouterSlot) -> torch.T
 
 def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Tensor:
     """(R, D) float64 with |stacked x| = |all changes of the expert that read x|; empty for the base."""
-    places: dict[str, Any] = checkpoint.config["modekit"]["places"]
-    leader = slot.name.removesuffix(".router.gate")
-    family = family_of(checkpoint.record.dense_config, where=str(checkpoint.folder))
+    mixture = checkpoint.shape.mixture
     parts = []
-    for module in readers(leader, family, routers_of(places)):
-        place = places[module]
-        if expert in place["own"]:
+    for module in mixture.readers(leader_of(slot)):
+        place = mixture.places[module]
+        if expert in place.own:
             raise whole_module_unscored(checkpoint.names[expert], module)
-        rank = place["ranks"][expert]
-        if rank:
-            a_RD, b_OR = low_rank_tensors(checkpoint, module, place["ranks"], expert)
-            parts.append(place["scales"][expert] * torch.linalg.qr(b_OR.double()).R @ a_RD.double())
+        if place.ranks[expert]:
+            a_RD, b_OR = low_rank_tensors(checkpoint, module, place.ranks, expert)
+            parts.append(place.scales[expert] * torch.linalg.qr(b_OR.double()).R @ a_RD.double())
     return torch.cat(parts) if parts else torch.zeros((0, slot.width), dtype=torch.float64)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint, RouterRecord
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER, RouterRecord
 from modekit.errors import RecipeError
 from modekit.processes import processes
 from modekit.progress import Progress, silent
@@ -64,9 +65,7 @@ def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recip
             expert.pop("negative_prompts", None)
     recipe = parse_recipe({**whole, "mixture": mixture}, where=str(checkpoint.folder))
     _check_same_tensors(checkpoint, recipe)
-    if checkpoint.native is None and recipe.output.format == "auto":  # which might now choose a native architecture
-        recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "modekit"})})
-    return recipe
+    return checkpoint.shape.pinned(recipe)
 
 
 _SELECTION = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "weights": {"linear"}}
@@ -75,7 +74,7 @@ _SELECTION = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing
 
 def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raise RecipeError when the recipe describes other experts, another backbone or other places for routers."""
-    beyond = recipe.mixture.beyond_native() if checkpoint.native is not None else []
+    beyond = checkpoint.shape.refusals(recipe)
     if beyond:
         raise RecipeError(
             f"a native checkpoint cannot say {', '.join(beyond)}", where="mixture",
@@ -100,7 +99,7 @@ def _tensors(recipe: Recipe, checkpoint: Checkpoint) -> tuple[object, ...]:
     """What of a mixture decides which tensors it has, in the order of _TENSORS."""
     mixture = recipe.mixture
     linear = mixture.method == "linear"
-    weights = mixture.weights if checkpoint.native is not None else None  # natively they are in the experts
+    weights = mixture.weights if checkpoint.shape.weights_in_experts else None
     kept_base = mixture.always_on is not None and mixture.always_on.expert == BASE
     reads_embedding = mixture.modules == "all" and not linear  # whose base is kept for the router
     return (

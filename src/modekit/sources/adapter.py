@@ -2,7 +2,7 @@
 
 Nothing here imports peft or torch, and nothing reads a tensor. Tensors are named as PEFT names them when it saves
 (`get_peft_model_state_dict`); what it would not load, or not load into the same place, is refused, never ignored. Its merged
-models are the oracle of tests/test_adapters.py.
+models are the oracle of tests/sources/test_adapters.py.
 
 Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidden.
 """
@@ -19,8 +19,6 @@ from typing import Literal
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.sources.adapter_config import (
     CONFIG_FILE,
-    EMBEDDING,
-    HEAD,
     SAVE_AGAIN,
     IA3Settings,
     LoraSettings,
@@ -30,6 +28,7 @@ from modekit.sources.adapter_config import (
     shortened,
 )
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef, read_header
+from modekit.sources.names import EMBEDDING, HEAD, layers_of, module_of, split_layer, weight_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -38,7 +37,6 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|ia3_l)"
 )
-_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -199,7 +197,7 @@ class _Resolution:
         """Name of a bias of the base -> the change of its module, when that reaches the bias."""
         found = {}
         for name, change in changes.items():
-            bias = f"{_module_of(name)}.bias"
+            bias = f"{module_of(name)}.bias"
             reaches = change.bias is not None if isinstance(change, LowRank) else change.axis == "rows"
             if reaches and bias in self.base.tensors:
                 found[bias] = change
@@ -207,17 +205,17 @@ class _Resolution:
 
     def replaced(self) -> dict[str, TensorRef]:
         """Name of a tensor of the base -> the tensor of the file that takes its place."""
-        names = self._base_names | {f"{HEAD}.weight"}  # PEFT copies the head of a tied base, too
-        missing = sorted(name for name in names if self.settings.saves(_module_of(name)) and name not in self._whole)
+        names = self._base_names | {weight_of(HEAD)}  # PEFT copies the head of a tied base, too
+        missing = sorted(name for name in names if self.settings.saves(module_of(name)) and name not in self._whole)
         if missing:
             raise SourceError(
                 "the adapter file lacks tensors of modules_to_save", where=self.where, found=_some(missing),
                 expected=f"whole copies of modules_to_save: {shortened(self.settings.modules_to_save)}", remedy=SAVE_AGAIN,
             )  # fmt: skip
         found = dict(self._whole)
-        if self._is_tied and f"{HEAD}.weight" in found:
-            head = found.pop(f"{HEAD}.weight")  # one parameter with the embedding, saved under both names
-            found.setdefault(f"{EMBEDDING}.weight", head)
+        if self._is_tied and weight_of(HEAD) in found:
+            head = found.pop(weight_of(HEAD))  # one parameter with the embedding, saved under both names
+            found.setdefault(weight_of(EMBEDDING), head)
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
             if ref.shape != expected:
@@ -228,7 +226,7 @@ class _Resolution:
         """Remarks for the user."""
         if self.settings.fan_in_fan_out:
             yield "fan_in_fan_out has no effect: PEFT ignores it on linear layers and embeddings"
-        own = [name for name in self._whole if _module_of(name) in self._parts and name.endswith(".weight")]
+        own = [name for name in self._whole if module_of(name) in self._parts and name.endswith(".weight")]
         if own:
             yield f"the adapter brings its own copy of {', '.join(own)}, which replaces the base's before the change"
         if isinstance(self.settings, LoraSettings):
@@ -242,16 +240,16 @@ class _Resolution:
 
     @cached_property
     def _is_tied(self) -> bool:
-        return bool(self.base.config.get("tie_word_embeddings")) or f"{HEAD}.weight" not in self.base.tensors
+        return bool(self.base.config.get("tie_word_embeddings")) or weight_of(HEAD) not in self.base.tensors
 
     @cached_property
     def _base_names(self) -> frozenset[str]:
         """Names of tensors that the adapter may change; the head of a tied base is not one of its own."""
-        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == f"{HEAD}.weight"))
+        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(HEAD)))
 
     @cached_property
     def _base_modules(self) -> frozenset[str]:
-        return frozenset(_module_of(name) for name in self._base_names if name.endswith(".weight"))
+        return frozenset(module_of(name) for name in self._base_names if name.endswith(".weight"))
 
     @cached_property
     def _fused_modules(self) -> dict[str, tuple[str, ...]]:
@@ -306,7 +304,7 @@ class _Resolution:
                 continue
             module, _, last = name.rpartition(".")
             own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
-            is_tied = self._is_tied and f"{own}.{last}" in {f"{EMBEDDING}.weight", f"{HEAD}.weight"}
+            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(EMBEDDING), weight_of(HEAD)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
             if not is_tied and f"{own}.{last}" not in self._base_names:
@@ -411,7 +409,7 @@ class _Resolution:
         fused = {member for module in self._parts for member in self._fused_modules.get(module, ())}
         modules = self._base_modules | {HEAD}
         if self.settings.takes_all_linear:
-            modules = frozenset(module for module in modules - {HEAD} if len(self.base.tensors[f"{module}.weight"].shape) == 2)
+            modules = frozenset(module for module in modules - {HEAD} if len(self.base.tensors[weight_of(module)].shape) == 2)
         missing = {module for module in modules - self._parts.keys() - fused if self.settings.targets(module)}
         # A fused target that the base lacks means nothing to PEFT, unless the file shows that the adapter is for fused modules.
         kinds = {module.rpartition(".")[2] for module in self._parts if module in self._fused_modules}
@@ -434,11 +432,10 @@ class _Resolution:
 
     def _refuse_unknown(self, ref: TensorRef, module: str) -> None:
         where = f"{self.where}: {ref.name}"
-        layers = 1 + max((int(match[1]) for name in self._base_names if (match := _IN_LAYER.match(name))), default=-1)
-        match = _IN_LAYER.match(module)
-        if match is not None and int(match[1]) >= layers:
+        layers, (layer, _) = layers_of(self._base_names), split_layer(module)
+        if layer is not None and layer >= layers:
             raise MismatchError(
-                "the adapter has more layers than the base model", where=where, found=f"layer {int(match[1])}",
+                "the adapter has more layers than the base model", where=where, found=f"layer {layer}",
                 expected=f"{layers} layers", remedy="use an adapter that was trained on this base model",
             )  # fmt: skip
         raise MismatchError(
@@ -458,10 +455,6 @@ class _Resolution:
             "the adapter does not fit the base model's sizes", where=f"{self.where}: {ref.name}", found=list(ref.shape),
             expected=f"{list(expected)}, for {self.base.spec}", remedy="use an adapter that was trained on this base model",
         )  # fmt: skip
-
-
-def _module_of(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _some(names: list[str]) -> str:

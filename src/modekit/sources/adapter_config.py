@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.sources.names import EMBEDDING, HEAD
 
 CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 _MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 _Value = TypeVar("_Value")

@@ -6,20 +6,23 @@ changes what a tensor means.
 
 from __future__ import annotations
 
-import re
-
 from modekit.errors import MismatchError, SourceError
-from modekit.sources.families import CONFIG_MUST_MATCH, LAYER, Family
+from modekit.sources.families import CONFIG_MUST_MATCH, Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, layers_of, split_layer, weight_of
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
-IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
 
 
 def is_tied(source: ModelSource, family: Family) -> bool:
     """Whether the head is the embedding."""
     return bool(family.dense_config(source.config).get("tie_word_embeddings"))
+
+
+def own_names(source: ModelSource, family: Family) -> list[str]:
+    """Names of a model's tensors in its order, without buffers and without the copy of the embedding that is a tied head."""
+    tied = is_tied(source, family)
+    return [name for name in source.tensors if not is_ignored(name) and not (tied and name == weight_of(HEAD))]
 
 
 def check_sizes(source: ModelSource) -> None:
@@ -48,7 +51,7 @@ def check_dtypes(source: ModelSource) -> None:
             remedy="give the unquantised model",
         )  # fmt: skip
     for name, ref in source.tensors.items():
-        if ref.dtype not in DTYPE_NAMES and not IGNORED.search(name):
+        if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
             raise SourceError(
                 "tensor dtype cannot be mixed", where=f"{where}: {name}", found=ref.dtype,
                 expected=", ".join(DTYPE_NAMES), remedy="give the model in bf16, fp16 or fp32",
@@ -60,56 +63,63 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
 
     Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
     """
-    where = f"{source.label} ({source.spec})"
-    deepest = max((int(match[1]) for name in source.tensors if (match := _IN_LAYER.match(name))), default=-1) + 1
+    deepest = layers_of(source.tensors)
     if deepest < layers:
-        source.tensor(LAYER.format(layer=deepest) + family.mlp["down"])
+        source.tensor(in_layer(deepest, family.mlp["down"]))
+    _check_layers_alike(source, family, layers)
+    needed = {EMBEDDING: True, FINAL_NORM: family.norms_have_weights, HEAD: not is_tied(source, family)}
+    for module in (module for module, is_needed in needed.items() if is_needed):
+        source.tensor(weight_of(module))
+    for name, shape in _configured_shapes(source, family, layers).items():
+        if source.tensor(name).shape != shape:
+            raise SourceError(
+                "a tensor has another shape than config.json says", where=f"{source.label} ({source.spec}): {name}",
+                found=list(source.tensor(name).shape), expected=list(shape),
+                remedy="correct config.json, or save the model again",
+            )  # fmt: skip
+
+
+def _check_layers_alike(source: ModelSource, family: Family, layers: int) -> None:
+    """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
     kinds = source.config.get("layer_types") or []
     kinds = kinds if len(kinds) == layers else [""] * layers
     found: list[set[str]] = [set() for _ in range(layers)]
     for name in source.tensors:
-        match = _IN_LAYER.match(name)
-        if match is None or IGNORED.search(name):
+        layer, path = split_layer(name)
+        if layer is None or is_ignored(name):
             continue
-        if int(match[1]) >= layers:
+        if layer >= layers:
             raise SourceError(
-                "the weights have more layers than config.json says", where=f"{where}: {name}", expected=f"{layers} layers",
-                remedy="correct config.json, or save the model again",
+                "the weights have more layers than config.json says", where=f"{source.label} ({source.spec}): {name}",
+                expected=f"{layers} layers", remedy="correct config.json, or save the model again",
             )  # fmt: skip
-        found[int(match[1])].add(match[2])
+        found[layer].add(path)
     for layer, kind in enumerate(kinds):
         alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
-        for suffix in sorted((alike | set(family.mlp.values())) - found[layer]):
-            source.tensor(LAYER.format(layer=layer) + suffix)
-    needed = {
-        "model.embed_tokens.weight": True, "model.norm.weight": family.norms_have_weights,
-        "lm_head.weight": not is_tied(source, family),
-    }  # fmt: skip
-    for name in (name for name, is_needed in needed.items() if is_needed):
-        source.tensor(name)
+        for path in sorted((alike | set(family.mlp.values())) - found[layer]):
+            source.tensor(in_layer(layer, path))
+
+
+def _configured_shapes(source: ModelSource, family: Family, layers: int) -> dict[str, tuple[int, ...]]:
+    """Name -> the shape that follows from config.json. Raises SourceError when it gives no attention sizes."""
     hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
-    shapes = {"model.embed_tokens.weight": (int(source.config["vocab_size"]), hidden)}
+    shapes: dict[str, tuple[int, ...]] = {weight_of(EMBEDDING): (int(source.config["vocab_size"]), hidden)}
     for layer in range(layers):
-        for part, suffix in family.mlp.items():
-            rows = expert_hidden * list(family.mlp.values()).count(suffix)  # gate and up in one module
-            shapes[LAYER.format(layer=layer) + suffix] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
+        for part, path in family.mlp.items():
+            rows = expert_hidden * list(family.mlp.values()).count(path)  # gate and up in one module
+            shapes[in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
     heads, head_dim = (family.dense_config(source.config)[key] for key in ("num_key_value_heads", "head_dim"))
     if not isinstance(heads, int) or not isinstance(head_dim, int):
         raise SourceError(
-            "config.json gives no usable attention sizes", where=f"{where}: config.json", expected="whole numbers",
-            found=f"num_key_value_heads {heads!r}, head_dim {head_dim!r}", remedy="correct config.json",
+            "config.json gives no usable attention sizes", where=f"{source.label} ({source.spec}): config.json",
+            expected="whole numbers", found=f"num_key_value_heads {heads!r}, head_dim {head_dim!r}",
+            remedy="correct config.json",
         )  # fmt: skip
     for layer in range(layers):
-        for name in (f"{LAYER.format(layer=layer)}self_attn.{part}_proj.weight" for part in ("k", "v")):
+        for name in (in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
             if name in source.tensors:
                 shapes[name] = (heads * head_dim, hidden)
-    for name, shape in shapes.items():
-        if source.tensor(name).shape != shape:
-            raise SourceError(
-                "a tensor has another shape than config.json says", where=f"{where}: {name}",
-                found=list(source.tensor(name).shape), expected=list(shape),
-                remedy="correct config.json, or save the model again",
-            )  # fmt: skip
+    return shapes
 
 
 def check_same_architecture(base: ModelSource, source: ModelSource, family: Family) -> None:
@@ -121,11 +131,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             "the expert is of another family than the base model", where=where, found=theirs_type,
             expected=family.model_type, remedy="use experts fine-tuned from this base model",
         )  # fmt: skip
-    extra = sorted(
-        name
-        for name in source.tensors.keys() - base.tensors.keys()
-        if not IGNORED.search(name) and not (name == "lm_head.weight" and is_tied(source, family))
-    )
+    extra = sorted(name for name in own_names(source, family) if name not in base.tensors)
     if extra:
         raise MismatchError(
             "the expert has tensors that the base model lacks, and they would be lost", where=f"{source.label} ({source.spec})",
@@ -154,7 +160,7 @@ def _plain(value: object) -> object:
 
 
 def matching(source: ModelSource, name: str, ref: TensorRef) -> TensorRef:
-    """The expert\'s tensor of that name. Raises MismatchError when its shape is not that of `ref`, the base model\'s."""
+    """The expert's tensor of that name. Raises MismatchError when its shape is not that of `ref`, the base model's."""
     other = source.tensor(name)
     if other.shape != ref.shape:
         raise MismatchError(

@@ -14,8 +14,6 @@ from modekit.errors import SourceError, UnsupportedError
 
 Config = Mapping[str, Any]
 
-LAYER = "model.layers.{layer}."
-
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 """Linear parts of a decoder layer in the order in which they run."""
 

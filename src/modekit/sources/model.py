@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +30,7 @@ DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 _LARGEST_HEADER = 100 * 2**20
+_REMEDY = "download or save the file again"
 
 
 @dataclass(frozen=True)
@@ -59,59 +60,72 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
 
     Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
     """
-    remedy = "download or save the file again"
+    where = f"{where}: {file.name}"
+    header, data_start, size = _parsed_header(file, where)
+    try:
+        tensors = {
+            name: _ref_of(name, entry, file, (data_start, size), where)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY) from None
+    _check_gapless(tensors.values(), data_start, where)
+    return tensors
+
+
+def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, int]:
+    """The header as data, where the tensors' bytes start, and the file's size. Raises SourceError."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             raw_length = stream.read(8)
             if len(raw_length) < 8:
-                raise SourceError(
-                    "safetensors file is truncated", where=f"{where}: {file.name}", found=f"{size} bytes", remedy=remedy
-                )
+                raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
             (length,) = struct.unpack("<Q", raw_length)
             if length > min(size - 8, _LARGEST_HEADER):
                 raise SourceError(
-                    "not a safetensors file, or its header is truncated",
-                    where=f"{where}: {file.name}",
-                    found=f"a header of {length} bytes in a file of {size}",
-                    remedy=remedy,
-                )
-            header = json.loads(stream.read(length))
+                    "not a safetensors file, or its header is truncated", where=where,
+                    found=f"a header of {length} bytes in a file of {size}", remedy=_REMEDY,
+                )  # fmt: skip
+            return json.loads(stream.read(length)), 8 + length, size
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise SourceError("safetensors header is not JSON", where=f"{where}: {file.name}", remedy=remedy) from None
+        raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
     except OSError as error:
-        raise SourceError("file cannot be read", where=f"{where}: {file.name}", found=error.strerror, remedy=remedy) from None
-    tensors: dict[str, TensorRef] = {}
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, 8 + length + end)
-            if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *ref.shape)):
-                raise ValueError("sizes must be whole numbers")
-            # Of dtypes that cannot be mixed (and are refused by the plan), only the range is checked.
-            itemsize = ITEMSIZE.get(ref.dtype)
-            if begin > end or ref.end > size or (itemsize is not None and ref.nbytes != ref.numel * itemsize):
-                raise SourceError(
-                    "safetensors header and data disagree (truncated or damaged file)",
-                    where=f"{where}: {file.name}: {name}",
-                    found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - 8 - length} bytes of data",
-                    remedy=remedy,
-                )
-            tensors[name] = ref
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise SourceError("safetensors header is malformed", where=f"{where}: {file.name}", remedy=remedy) from None
-    position = 8 + length
-    for ref in sorted(tensors.values(), key=lambda ref: (ref.start, ref.end)):
+        raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
+
+
+def _ref_of(name: str, entry: Mapping[str, Any], file: Path, extent: tuple[int, int], where: str) -> TensorRef:
+    """A header's entry, checked against where data starts and ends.
+
+    Raises SourceError, and ValueError and its like for what is no entry. Of dtypes that cannot be mixed (and are refused by
+    the plan), only the range is checked.
+    """
+    data_start, size = extent
+    begin, end = entry["data_offsets"]
+    ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end)
+    if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *ref.shape)):
+        raise ValueError("sizes must be whole numbers")
+    itemsize = ITEMSIZE.get(ref.dtype)
+    if begin > end or ref.end > size or (itemsize is not None and ref.nbytes != ref.numel * itemsize):
+        raise SourceError(
+            "safetensors header and data disagree (truncated or damaged file)", where=f"{where}: {name}",
+            found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data",
+            remedy=_REMEDY,
+        )  # fmt: skip
+    return ref
+
+
+def _check_gapless(refs: Iterable[TensorRef], position: int, where: str) -> None:
+    """Raise SourceError unless the tensors lie one after the other from `position` on."""
+    for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
         if ref.start != position:
             raise SourceError(
-                "safetensors header and data disagree (tensors overlap or leave a hole)",
-                where=f"{where}: {file.name}: {ref.name}", found=f"it starts at byte {ref.start}",
-                expected=f"byte {position}, where the tensor before it ends", remedy=remedy,
+                "safetensors header and data disagree (tensors overlap or leave a hole)", where=f"{where}: {ref.name}",
+                found=f"it starts at byte {ref.start}", expected=f"byte {position}, where the tensor before it ends",
+                remedy=_REMEDY,
             )  # fmt: skip
         position = ref.end
-    return tensors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A row names where the native architecture keeps experts and router, and how its config follows from the dense one.
 `choose_native` returns the first row of a family whose rules all hold, or every reason why none does. A new pair is a
-new row; the oracle tests in tests/test_families.py run over `NATIVES`.
+new row; the oracle tests in tests/sources/test_families.py run over `NATIVES`.
 
 What makes a row exact is written in its rules and `fixed` settings: the native block must renormalise the weights of
 the chosen experts to one, attention, norms and rotary embedding must be the same code, and every default that differs

@@ -18,7 +18,8 @@ import torch
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.evaluation.evaluate import score_domain
-from modekit.loaded.models import expert_view, gate_parameters, load_model
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import expert_view, mixture_of
 from modekit.progress import Progress
 from modekit.text.documents import TokenSequence
 from modekit.training.batches import Corpus, shares
@@ -60,7 +61,7 @@ def train_gates(request: Request, trust_remote_code: bool, progress: Progress) -
         return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
 
     before = losses()
-    gates = gate_parameters(model, checkpoint)
+    gates = mixture_of(model, checkpoint).gates()
     for parameter, gate in zip(gates, result.gates, strict=True):
         parameter.data = gate.to(parameter)
     after = losses()
@@ -86,7 +87,8 @@ def train_cheap(
     """
     _refuse_other_scores(checkpoint)
     slots, widths = len(checkpoint.slots), [slot.width for slot in checkpoint.slots]
-    averages, prefix = _averages(checkpoint)
+    routing = checkpoint.shape.routing
+    averages, prefix = [average.as_written() for average in routing.averages], routing.prefix
     bytes_per_token = 2 * sum(width * len(averages) for width in widths)
     total = sum(corpus.tokens for corpus in corpora) + sum(len(s.ids) for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
@@ -106,20 +108,12 @@ def train_cheap(
 
 
 def _refuse_other_scores(checkpoint: Checkpoint) -> None:
-    routing = checkpoint.config.get("modekit", {}).get("routing", {}) if checkpoint.native is None else {}
-    if routing.get("score", "linear") != "linear" or any(slot.features for slot in checkpoint.slots):
+    if checkpoint.shape.routing.score != "linear" or any(slot.features for slot in checkpoint.slots):
         raise TrainingError(
             "a cheap training needs routers with one linear gate", where="speed",
             found=checkpoint.record.recipe.mixture.router.fit,
             remedy="train it end to end (without --cheap), or build with a linear router",
         )  # fmt: skip
-
-
-def _averages(checkpoint: Checkpoint) -> tuple[Sequence[Mapping[str, float | None]], int | None]:
-    if checkpoint.native is not None:
-        return [{"decay": None}], None
-    routing = checkpoint.config["modekit"]["routing"]
-    return routing["averages"], routing["prefix"]
 
 
 @dataclass(frozen=True)

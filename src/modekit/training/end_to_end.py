@@ -9,8 +9,9 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.loaded.next_token import has_bfloat16_products
+from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.progress import Progress
 from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
@@ -59,8 +60,7 @@ def _trainable(request: Request, trust_remote_code: bool) -> Trainable:
     """The mixture in memory, frozen but for what is to move."""
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-    if checkpoint.native is not None and not torch.cuda.is_available():
-        mixture.set_experts_implementation("eager")  # faster than grouped products on a processor (benchmarks/training.md)
+    mixture_of(mixture, checkpoint).prepare_training()
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -95,9 +95,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
 
 def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     """Whether rows hold several documents. Raises TrainingError where they must not."""
-    averaging = checkpoint.native is None and any(
-        average["decay"] is not None for average in checkpoint.config["modekit"]["routing"]["averages"]
-    )
+    averaging = checkpoint.shape.routing.reads_averages
     running = any("linear" in kind or "conv" in kind for kind in checkpoint.config.get("layer_types") or [])
     if settings.pack and (averaging or running):
         what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file
 
-from modekit.checkpoint.checkpoint import Checkpoint, TrainingRecord, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import TrainingRecord
 from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import RESULTS_FOLDER, Results, evaluate, results_from_data
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.progress import Progress
 from modekit.training.ended import Ended
@@ -109,7 +110,8 @@ def _moved(request: Request, ended: Ended, trust_remote_code: bool) -> dict[str,
     mixture.load_state_dict(best, strict=False)
     folder = ended.trained.best.parent.with_name("moved")
     shutil.rmtree(folder, ignore_errors=True)
-    mixture.save_pretrained(folder, state_dict=trainable.moved())
+    with without_bars():
+        mixture.save_pretrained(folder, state_dict=trainable.moved())
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(file))

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint, TrainingRecord, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.checkpoint.staging import write_json
 from modekit.errors import TrainingError
 from modekit.processes import processes

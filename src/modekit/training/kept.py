@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modekit.loaded.models import ExpertView
+from modekit.loaded.mixture import ExpertView
 from modekit.progress import Progress
 from modekit.routing.capture import run_with_inputs, to_float16
 from modekit.text.documents import TokenSequence

@@ -7,7 +7,7 @@ are in none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.models import decoder_layers, gate_parameters
-from modekit.sources.families import LAYER, family_of
+from modekit.loaded.load import decoder_layers
+from modekit.loaded.shapes import mixture_of
 from modekit.training.settings import Group
 
 _PARTS: tuple[Group, ...] = ("routers", "experts", "attention", "mlp", "embeddings", "head", "norms")
@@ -45,26 +45,24 @@ class Moving:
 def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
     """All groups of a mixture as transformers loads it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    family = family_of(checkpoint.record.dense_config, where=str(checkpoint.folder))
     taken: dict[int, Group] = {}
 
     def take(group: Group, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             taken.setdefault(id(parameter), group)
 
-    untouchable = {id(parameter) for parameter in _constants(model, checkpoint)}
+    mixture = mixture_of(model, checkpoint)
+    untouchable = {id(parameter) for parameter in mixture.constants()}
     if checkpoint.record.recipe.mixture.method == "linear":  # its gates are zero so that weights are fixed
-        untouchable |= {id(gate) for gate in gate_parameters(model, checkpoint)}
-    ffn = family.mlp_module if checkpoint.native is None else checkpoint.native.block_module
-    take("routers", gate_parameters(model, checkpoint))
-    take("experts", _experts(model, checkpoint))
+        untouchable |= {id(gate) for gate in mixture.gates()}
+    take("routers", mixture.gates())
+    take("experts", mixture.experts())
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     take("embeddings", embeddings.parameters())
     take("head", head.parameters())
     for layer in decoder_layers(model):
-        block = layer.get_submodule(ffn)
-        if checkpoint.native is None:
-            take("mlp", block.parameters())
+        block = mixture.ffn(layer)
+        take("mlp", block.parameters())  # what is left of it without the experts
         for child in layer.children():  # what mixes tokens has parts of its own; norms have not
             inner = child.base if isinstance(child, Mixed) else child
             if child is not block and inner is not None and next(inner.children(), None) is not None:
@@ -77,28 +75,3 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
     if not groups["head"]:  # tied: the head is the embeddings
         groups["head"] = [names[id(parameter)] for parameter in head.parameters() if id(parameter) in names]
     return Moving(groups)
-
-
-def _experts(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[nn.Parameter]:
-    """What each expert has of its own: whole FFNs in a native block, modules and low-rank factors in a modekit one."""
-    if checkpoint.native is not None:
-        gates = {id(gate) for gate in gate_parameters(model, checkpoint)}
-        for layer in decoder_layers(model):
-            for parameter in layer.get_submodule(checkpoint.native.block_module).parameters():
-                if id(parameter) not in gates:
-                    yield parameter
-        return
-    for mixed in model.base_model.flow.mixed.values():
-        yield from mixed.experts.parameters()
-        yield from mixed.parameters(recurse=False)  # lora_A, lora_B, lora_bias
-
-
-def _constants(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[nn.Parameter]:
-    if checkpoint.native is None:
-        return
-    named = dict(model.named_parameters())
-    for layer in range(checkpoint.layers):
-        for constant in checkpoint.native.constants:
-            name = LAYER.format(layer=layer) + constant.name
-            if name in named:  # some are buffers in memory
-                yield named[name]

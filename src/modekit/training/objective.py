@@ -15,8 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.loaded.models import gate_parameters, set_top_k
-from modekit.loaded.trace import router_trace
+from modekit.loaded.shapes import mixture_of
 from modekit.training.losses import distillation, domain_label, importance, language_model, load_balance, z_loss
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 from modekit.training.teachers import Teacher
@@ -49,14 +48,14 @@ class Objective(nn.Module):
         self._train_top_k = train_top_k
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
         self._packed = packed
-        gates = {id(gate) for gate in gate_parameters(mixture, checkpoint)}
+        gates = {id(gate) for gate in mixture_of(mixture, checkpoint).gates()}
         self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
         self.moving = [name for name, parameter in mixture.named_parameters() if parameter.requires_grad]
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
-        self.skips_parameters: bool = (checkpoint.native is None and own) or settings.losses.keys() <= OF_ROUTERS
-        set_top_k(mixture, checkpoint, train_top_k)
+        self.skips_parameters: bool = (checkpoint.shape.skips_experts and own) or settings.losses.keys() <= OF_ROUTERS
+        mixture_of(mixture, checkpoint).set_top_k(train_top_k)
         sources = checkpoint.record.expert_sources
         self._base = sources.index(0) if 0 in sources else None
         self._sums: dict[str, float] = {}
@@ -71,7 +70,7 @@ class Objective(nn.Module):
             keep = item["real"][:, 1:]
             return {"loss": language_model(logits[:, :-1][keep], item["input_ids"][:, 1:][keep])}
         wanted = OF_ROUTERS & self.settings.losses.keys()
-        with router_trace(self.mixture, self._checkpoint) if wanted else nullcontext() as trace:
+        with mixture_of(self.mixture, self._checkpoint).traced() if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"position_ids": item["position_ids"]} if self._packed else {"attention_mask": item["real"].long()}
             logits = self.mixture(input_ids=item["input_ids"], use_cache=False, **apart).logits
@@ -155,11 +154,11 @@ class Objective(nn.Module):
     @contextmanager
     def as_configured(self) -> Iterator[None]:
         """While open, routers choose as the checkpoint's config says and not as they do in training."""
-        set_top_k(self.mixture, self._checkpoint, None)
+        mixture_of(self.mixture, self._checkpoint).set_top_k(None)
         try:
             yield
         finally:
-            set_top_k(self.mixture, self._checkpoint, self._train_top_k)
+            mixture_of(self.mixture, self._checkpoint).set_top_k(self._train_top_k)
 
     def drain(self) -> dict[str, float]:
         """Every loss of the last step: of this process's parts, per predicted token of the step."""

@@ -21,7 +21,9 @@ from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.evaluation.evaluate import load_expert_source
-from modekit.loaded.models import Head, forced_expert, head_of, load_model
+from modekit.loaded.heads import Head, head_of
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.progress import Progress
 from modekit.routing.capture import to_float16
@@ -80,7 +82,7 @@ def _read(checkpoint: Checkpoint, corpus: Corpus, path: Path, trust_remote_code:
     width = int(model.config.hidden_size)
     hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
     done = 0
-    with torch.inference_mode(), forced_expert(model, checkpoint, corpus.expert) if forced else nullcontext():
+    with torch.inference_mode(), mixture_of(model, checkpoint).forced(corpus.expert) if forced else nullcontext():
         for batch in make_batches(corpus.sequences):
             mask = batch.mask.to(model.device)
             output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)

@@ -10,7 +10,7 @@ from typing import Any
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.evaluate import Domain
-from modekit.loaded.models import load_tokenizer
+from modekit.loaded.load import load_tokenizer
 from modekit.text.documents import (
     TRAINED_DIGITS,
     TokenSequence,

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint, Record, TrainingRecord, open_checkpoint, write_router_file
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import RECORD_FILE, Record, TrainingRecord
+from modekit.checkpoint.router_file import write_router_file
 from modekit.checkpoint.staging import link, staging, write_all, write_atomically, write_json
 from modekit.errors import TrainingError
 from modekit.evaluation.evaluate import RESULTS_FOLDER

@@ -18,10 +18,9 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically
 from modekit.evaluation.evaluate import RESULTS_FOLDER, Domain, held_out_domains
 from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
-from modekit.evaluation.inspection.routers import routers_of
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.text.documents import TokenSequence
 
@@ -51,7 +50,7 @@ def inspect(
     )
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-    longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(routers_of(checkpoint)) * len(checkpoint.names))))
+    longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(checkpoint.shape.positions) * len(checkpoint.names))))
     samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
     advance = counted(progress, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
     top = TopTokens(int(model.config.vocab_size), len(checkpoint.names))
@@ -65,7 +64,7 @@ def inspect(
         "experts": checkpoint.names,
         "domains": own,
         "unseen": [domain.name for domain in domains if domain.expert is None],
-        "routers": [vars(router) for router in routers_of(checkpoint)],
+        "routers": [vars(router) for router in checkpoint.shape.positions],
         "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
         "per_domain": per_domain,
         "utilisation": np.mean([per_domain[name]["shares"] for name in own], axis=0).tolist(),
@@ -115,7 +114,7 @@ def _of_domain(
 ) -> dict[str, Any]:
     """The entry of a domain under `per_domain`."""
     sequences, names = domain.sequences, checkpoint.names
-    shape = (len(sequences), len(routers_of(checkpoint)))
+    shape = (len(sequences), len(checkpoint.shape.positions))
     shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
     entropy_NR, agreement_NR = np.zeros(shape), np.zeros(shape)
 

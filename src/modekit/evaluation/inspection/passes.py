@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.evaluate import tokens_per_pass
-from modekit.evaluation.inspection.routers import decisions, floats_per_token
-from modekit.loaded.models import left_out_expert
-from modekit.loaded.trace import router_trace
+from modekit.evaluation.inspection.routers import decisions
+from modekit.loaded.shapes import mixture_of
 from modekit.text.documents import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
@@ -48,8 +47,9 @@ def traced_losses(
 ) -> list[Array32]:
     """As `token_losses`; what the routers decided goes to `consume`."""
     losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
-    tokens = min(tokens_per_pass(model.config), max(512, _TRACED // floats_per_token(checkpoint)))
-    with router_trace(model, checkpoint) as trace:
+    mixture = mixture_of(model, checkpoint)
+    tokens = min(tokens_per_pass(model.config), max(512, _TRACED // mixture.floats_per_token()))
+    with mixture.traced() as trace:
         for batch, losses_BS in _passes(model, sequences, tokens, advance):
             made = decisions(checkpoint, trace, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
             for place, row in enumerate(batch.rows):
@@ -89,6 +89,6 @@ def changes_without(
     """
     rows = []
     for expert in range(len(checkpoint.names)) if len(checkpoint.names) > 1 else ():
-        with left_out_expert(model, checkpoint, expert):
+        with mixture_of(model, checkpoint).left_out(expert):
             rows.append(sums_of(token_losses(model, sequences, advance)) - whole_N)
     return np.array(rows).reshape(len(rows), len(sequences))

@@ -11,52 +11,23 @@ Shape legend: E experts, O and I rows and columns of a tensor, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import SourceError
+from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.progress import Progress, silent
-from modekit.sources.families import LAYER
 from modekit.sources.model import Mappings, TensorRef, open_source
+from modekit.sources.names import EMBEDDING, HEAD, module_of, weight_of
 from modekit.weights.numeric import as_array, to_float32
 
 Array64 = npt.NDArray[np.float64]
 
 _BLOCK = 2**18  # elements of one expert's tensor at a time: 2 MiB in float64
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Elements of a tensor from `start` on, divided by a factor that the checkpoint has folded in."""
-
-    ref: TensorRef
-    start: int = 0
-    factor: float = 1.0
-
-
-@dataclass
-class _Mixed:
-    """One tensor (O, I) of the base of which experts have their own.
-
-    Attributes:
-        shape: O, I; of a vector its length and 1.
-        base: None when `own` holds changes already, or the base model is gone.
-        own: expert -> its whole tensor.
-        low_rank: expert -> (scale, rows of A, columns of B).
-    """
-
-    shape: tuple[int, int]
-    base: _Part | None
-    own: dict[int, _Part] = field(default_factory=dict)
-    low_rank: dict[int, tuple[float, TensorRef, TensorRef, slice]] = field(default_factory=dict)
-    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +45,7 @@ def similarity(checkpoint: Checkpoint, progress: Progress = silent) -> Similarit
     Two experts that changed nothing are alike (1); one that changed something and one that did not have 0. Where the base
     model's folder is gone and the checkpoint does not hold the base's tensors, the experts' tensors are compared as they are.
     """
-    base = _base_tensors(checkpoint)
-    mixed = list(_native_tensors(checkpoint, base) if checkpoint.native is not None else _modekit_tensors(checkpoint, base))
+    mixed = _with_base(checkpoint)
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
     mappings = Mappings()
@@ -85,7 +55,7 @@ def similarity(checkpoint: Checkpoint, progress: Progress = silent) -> Similarit
             progress("compare experts", done, len(mixed))
     finally:
         mappings.close()
-    whole = sum(tensor.gone for tensor in mixed)
+    whole = sum(_is_whole(tensor) for tensor in mixed)
     notes = []
     of = f"what the experts changed of the base model in {len(mixed)} tensors"
     if whole:
@@ -108,10 +78,10 @@ def _cosines(gram: Array64) -> Array64:
     return cosines
 
 
-def _products(tensor: _Mixed, count: int, mappings: Mappings) -> Array64:
+def _products(tensor: MixedTensor, count: int, mappings: Mappings) -> Array64:
     """Inner products of the experts' changes of one tensor, (E, E)."""
 
-    def read(part: _Part, start: int, stop: int) -> Array64:
+    def read(part: TensorPart, start: int, stop: int) -> Array64:
         values = as_array(mappings.view(part.ref), part.ref.dtype)[part.start + start : part.start + stop]
         return to_float32(values).astype(np.float64) / part.factor
 
@@ -119,12 +89,12 @@ def _products(tensor: _Mixed, count: int, mappings: Mappings) -> Array64:
         return to_float32(as_array(mappings.view(ref), ref.dtype)).astype(np.float64).reshape(ref.shape)
 
     gram = np.zeros((count, count))
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape[0], int(np.prod(tensor.shape[1:]))
     factors: dict[int, tuple[Array64, Array64]] = {}
     sides: dict[str, Array64] = {}
-    for expert, (scale, a, b, ranks) in tensor.low_rank.items():
-        sides = sides or {"a": whole(a), "b": whole(b)}
-        factors[expert] = (scale * sides["a"][ranks], sides["b"][:, ranks])
+    for expert, low in tensor.low_rank.items():
+        sides = sides or {"a": whole(low.a), "b": whole(low.b)}
+        factors[expert] = (low.scale * sides["a"][low.ranks], sides["b"][:, low.ranks])
     for one, (a_one, b_one) in factors.items():
         for other, (a_other, b_other) in factors.items():
             gram[one, other] = np.sum((b_one.T @ b_other) * (a_one @ a_other.T))
@@ -137,94 +107,32 @@ def _products(tensor: _Mixed, count: int, mappings: Mappings) -> Array64:
         changes = np.stack([read(tensor.own[expert], start, stop) - base for expert in own])
         gram[np.ix_(own, own)] += changes @ changes.T
         for other, (a_other, b_other) in factors.items():
-            for place, expert in enumerate(own):
-                block = changes[place].reshape(last - first, columns)
+            for number, expert in enumerate(own):
+                block = changes[number].reshape(last - first, columns)
                 product = np.sum((b_other[first:last].T @ block) * a_other)
                 gram[expert, other] += product
                 gram[other, expert] += product
     return gram
 
 
-def _base_tensors(checkpoint: Checkpoint) -> Callable[[str, Sequence[int]], _Part | None]:
-    """Finds a tensor of the base model by name and shape; nothing when its folder is gone."""
+def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
+    """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
     folder: Path = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
     try:
-        tensors = dict(open_source("base_model", str(folder), folder, trust_remote_code=True).tensors)  # no code is run
+        tensors = open_source("base_model", str(folder), folder, trust_remote_code=True).tensors  # no code is run
     except SourceError:
         tensors = {}
 
-    def find(name: str, shape: Sequence[int]) -> _Part | None:
-        tied = name.replace(_HEAD, _EMBEDDING, 1) if name.startswith(_HEAD) else name
-        ref = tensors.get(name, tensors.get(tied))
-        return _Part(ref) if ref is not None and ref.shape == tuple(shape) else None
+    def found(mixed: MixedTensor) -> MixedTensor:
+        if mixed.base is not None or mixed.holds_changes:
+            return mixed
+        tied = weight_of(EMBEDDING) if module_of(mixed.name) == HEAD else mixed.name
+        ref = tensors.get(mixed.name, tensors.get(tied))
+        return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 
-    return find
-
-
-def _native_tensors(checkpoint: Checkpoint, base: Callable[[str, Sequence[int]], _Part | None]) -> Iterator[_Mixed]:
-    """gate, up and down of every layer."""
-    native, experts = checkpoint.native, range(len(checkpoint.names))
-    assert native is not None
-    weights = checkpoint.record.recipe.mixture.weights
-    total = sum(weights.values()) if weights is not None else 1.0
-    for layer in range(checkpoint.layers):
-        prefix = LAYER.format(layer=layer)
-        for part, dense in native.family.mlp.items():
-            parts: dict[int, _Part] = {}
-            if native.experts is not None:
-                for expert in experts:
-                    ref = checkpoint.tensors[prefix + native.experts[part].format(expert=expert)]
-                    shape = ref.shape
-                    share = 1.0 if weights is None else len(experts) * weights[checkpoint.names[expert]] / total
-                    parts[expert] = _Part(ref, factor=share if part == "down" else 1.0)
-            else:
-                assert native.fused is not None
-                ref = checkpoint.tensors[prefix + native.fused[part == "down"]]
-                shape = (ref.shape[1] // (1 if part == "down" else 2), ref.shape[2])
-                size = ref.numel // len(experts)
-                up = size // 2 if part == "up" else 0
-                parts = {expert: _Part(ref, expert * size + up) for expert in experts}
-            # Of an expert with weight 0 the last projection is zero: nothing is left of it to compare.
-            own = {expert: each for expert, each in parts.items() if each.factor > 0}
-            found = base(prefix + dense, shape)
-            yield _Mixed((shape[0], shape[1]), found, own, gone=found is None)
+    return [found(mixed) for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors)]
 
 
-def _modekit_tensors(checkpoint: Checkpoint, base: Callable[[str, Sequence[int]], _Part | None]) -> Iterator[_Mixed]:
-    """Every tensor of every place: the experts' own modules, their low-rank changes, and the biases these add."""
-    places: dict[str, Any] = checkpoint.config["modekit"]["places"]
-    for module, place in places.items():
-        prefix = f"{module}.experts.0."
-        leaves = [name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)]
-        if any(place["ranks"]) and "weight" not in leaves:
-            leaves.append("weight")
-        for leaf in leaves:
-            own = {expert: checkpoint.tensors[f"{module}.experts.{n}.{leaf}"] for n, expert in enumerate(place["own"])}
-            low = _low_rank(checkpoint, module, place) if leaf == "weight" else {}
-            kept = checkpoint.tensors.get(f"{module}.base.{leaf}")
-            shape = next(iter(own.values())).shape if kept is None else kept.shape
-            found = _Part(kept) if kept is not None else base(f"{module}.{leaf}", shape)
-            size = (shape[0], int(np.prod(shape[1:])))
-            yield _Mixed(
-                size, found, {expert: _Part(ref) for expert, ref in own.items()}, low, gone=bool(own) and found is None
-            )
-        biased = [expert for expert in place.get("biased", []) if place["scales"][expert]]
-        if biased:
-            ref = checkpoint.tensors[f"{module}.lora_bias"]
-            width, rows = ref.shape[1], {expert: row for row, expert in enumerate(place["biased"])}
-            added = {expert: _Part(ref, rows[expert] * width, 1.0 / place["scales"][expert]) for expert in biased}
-            yield _Mixed((width, 1), None, added)
-
-
-def _low_rank(
-    checkpoint: Checkpoint, module: str, place: dict[str, Any]
-) -> dict[int, tuple[float, TensorRef, TensorRef, slice]]:
-    found = {}
-    if any(place["ranks"]):
-        a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
-        start = 0
-        for expert, rank in enumerate(place["ranks"]):
-            if rank:
-                found[expert] = (float(place["scales"][expert]), a, b, slice(start, start + rank))
-            start += rank
-    return found
+def _is_whole(tensor: MixedTensor) -> bool:
+    """Whether experts' tensors stand for their changes, as nothing is known of the base's."""
+    return bool(tensor.own) and tensor.base is None and not tensor.holds_changes

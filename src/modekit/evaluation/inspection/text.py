@@ -20,9 +20,9 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
 from modekit.evaluation.inspection.passes import Array32, changes_without, sums_of, token_losses, traced_losses
-from modekit.evaluation.inspection.routers import RouterPlace, routers_of
 from modekit.evaluation.inspection.tokens import split_text, token_texts
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.planning.slot import RouterPosition
 from modekit.progress import Progress, silent
 from modekit.text.documents import TokenSequence
 
@@ -59,7 +59,7 @@ def inspect_text(
     `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
     Raises TextError for a text of fewer than two tokens, ModekitError when there is no router in that layer.
     """
-    routers = routers_of(checkpoint)
+    routers = checkpoint.shape.positions
     kept = _kept_routers(routers, layer)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     ids, texts = _encoded(tokenizer, text)
@@ -112,7 +112,7 @@ def _mean(losses: Sequence[Array32]) -> float:
     return float(sums_of(losses).sum()) / sum(len(each) for each in losses)
 
 
-def _kept_routers(routers: Sequence[RouterPlace], layer: int | None) -> list[int]:
+def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[int]:
     kept = [place for place, router in enumerate(routers) if layer in (None, router.layer)]
     if not kept:
         layers = sorted({router.layer for router in routers if router.layer is not None})

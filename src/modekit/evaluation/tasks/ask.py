@@ -33,7 +33,7 @@ from modekit.evaluation.tasks.harness import (
 from modekit.evaluation.tasks.intervals import Drawn, Sample, average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import make_questions
 from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
-from modekit.loaded.models import load_model, load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import BASE
 

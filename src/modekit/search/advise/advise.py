@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modekit.planning.make import make_plan, summary
+from modekit.planning.make import make_plan
+from modekit.planning.summary import summary
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import BASE, Recipe, parse_recipe, read_recipe
 from modekit.search.advise.advice import Advice

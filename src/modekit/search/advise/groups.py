@@ -9,25 +9,22 @@ norms       all that is left
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from modekit.planning.make import EMBEDDING, HEAD
-from modekit.sources.compatibility import IGNORED, is_tied
+from modekit.sources.compatibility import own_names
 from modekit.sources.families import Family
 from modekit.sources.model import ModelSource
+from modekit.sources.names import EMBEDDING, HEAD, module_of, split_layer
 
 Group = Literal["ffn", "attention", "norms", "embeddings", "head"]
 GROUPS: tuple[Group, ...] = ("ffn", "attention", "norms", "embeddings", "head")
-_IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
 _LINEAR_ATTENTION = ("q", "k", "v", "o")
 
 
 def groups_of(base: ModelSource, family: Family) -> dict[str, Group]:
     """Name of every tensor of the base model -> its group. A tied head is no tensor of its own."""
-    tied = is_tied(base, family)
-    names = [name for name in base.tensors if not IGNORED.search(name) and not (tied and name == HEAD)]
-    inside = {name: match[1] for name in names if (match := _IN_LAYER.match(name))}
+    names = own_names(base, family)
+    inside = {name: path for name in names for layer, path in [split_layer(name)] if layer is not None}
     blocks = {path.split(".")[0] for path in inside.values() if path.count(".") > 1}  # modules that have modules
 
     def group(name: str) -> Group:
@@ -36,18 +33,14 @@ def groups_of(base: ModelSource, family: Family) -> dict[str, Group]:
             if path.startswith(f"{family.mlp_module}."):
                 return "ffn"
             return "attention" if path.split(".")[0] in blocks else "norms"
-        if _module(name) == _module(EMBEDDING):
+        if module_of(name) == EMBEDDING:
             return "embeddings"
-        return "head" if _module(name) == _module(HEAD) else "norms"
+        return "head" if module_of(name) == HEAD else "norms"
 
     return {name: group(name) for name in names}
 
 
 def is_projection(name: str, family: Family) -> bool:
     """Whether a tensor is one of the attention parts that a recipe can name (q, k, v, o)."""
-    match = _IN_LAYER.match(name)
-    return match is not None and _module(match[1]) in {family.parts[part] for part in _LINEAR_ATTENTION}
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    layer, path = split_layer(name)
+    return layer is not None and module_of(path) in {family.parts[part] for part in _LINEAR_ATTENTION}

@@ -51,7 +51,7 @@ def measure_text(
     recipe, models, base = examined.recipe, examined.models, examined.models.base
     if not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         return NOTHING, [_NO_TOKENIZER]
-    from modekit.loaded.models import load_tokenizer
+    from modekit.loaded.load import load_tokenizer
     from modekit.search.advise.confusion import measure_confusion
     from modekit.search.advise.texts import read_texts
 
@@ -76,7 +76,7 @@ def _gains(
     examined: Examined, scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress
 ) -> Gains:
     """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain."""
-    from modekit.loaded.models import load_model
+    from modekit.loaded.load import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
     mappings = Mappings()

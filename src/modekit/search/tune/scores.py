@@ -10,7 +10,7 @@ from typing import Any
 
 from modekit.checkpoint.staging import write_json
 from modekit.evaluation.evaluate import load_expert, score_domain
-from modekit.loaded.models import load_model
+from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan
 from modekit.progress import Progress
 from modekit.search.tune.candidate import Candidate

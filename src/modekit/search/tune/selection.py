@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from modekit.errors import TextError, TuneError
 from modekit.evaluation.evaluate import Domain, score_domain
-from modekit.loaded.models import load_tokenizer
+from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Recipe
 from modekit.text.documents import (
     TRAINED_DIGITS,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,16 +23,9 @@ from filelock import FileLock
 
 from modekit.building.build import write_tensor
 from modekit.building.tensors import PieceReader
-from modekit.checkpoint.checkpoint import (
-    RECORD_FILE,
-    Checkpoint,
-    Gates,
-    RouterRecord,
-    make_record,
-    open_checkpoint,
-    write_index,
-    write_router_file,
-)
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import RECORD_FILE, RouterRecord, make_record
+from modekit.checkpoint.router_file import Gates, write_index, write_router_file
 from modekit.checkpoint.staging import link, safetensors_header, write_all, write_json
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
@@ -42,8 +34,7 @@ from modekit.routing.constant import constant_gates
 from modekit.routing.fit import fit_router, read_statistics
 from modekit.search.tune.switched_model import structure
 from modekit.sources.model import Mappings
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+from modekit.sources.names import split_layer
 
 
 class SharedWeights:
@@ -67,7 +58,11 @@ class SharedWeights:
         if recipe.mixture.method == "linear":  # the weights have routers, whether its candidate asks them or not
             plan = self.plan(_with_routers(recipe))
         plan = replace(plan, shards=tuple(_by_layer(plan)))
-        folder = self._work / "weights" / _digest([structure(plan.config), [_identities(plan, shard) for shard in plan.shards]])
+        folder = (
+            self._work
+            / "weights"
+            / _digest([structure(plan.shape.mixture), [_identities(plan, shard) for shard in plan.shards]])
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / RECORD_FILE).exists():
@@ -150,7 +145,7 @@ class SharedWeights:
             mappings.close()
         write_index(plan, partial)
         write_json(partial / "config.json", dict(plan.config))
-        for file in (*plan.copied_files, *plan.code_files):
+        for file in (*plan.copied_files, *plan.shape.code_files):
             shutil.copyfile(file, partial / file.name)
         zeros = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
         sha256 = write_router_file(partial / ROUTER_FILE, plan.slots, zeros, plan.router_dtype)
@@ -166,8 +161,8 @@ def _by_layer(plan: Plan) -> list[Shard]:
     groups: dict[tuple[str, str], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
         if tensor.role != "router":
-            match = _LAYER.search(tensor.name)
-            groups.setdefault((match[1] if match else "rest", tensor.role), []).append(tensor)
+            layer, _ = split_layer(tensor.name)
+            groups.setdefault(("rest" if layer is None else str(layer), tensor.role), []).append(tensor)
     return [Shard(f"model-{layer}-{role}.safetensors", tuple(tensors)) for (layer, role), tensors in groups.items()]
 
 

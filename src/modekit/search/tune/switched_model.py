@@ -5,7 +5,6 @@ Shape legend: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_router import Router
-from modekit.checkpoint.checkpoint import Checkpoint, Gates
-from modekit.loaded.models import load_model
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.router_file import Gates
+from modekit.loaded.load import load_model
+from modekit.loaded.modekit import routers_at
+from modekit.planning.mixture_config import MixtureConfig
 from modekit.sources.model import TensorRef
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 
@@ -38,7 +40,7 @@ class SwitchedModel:
 
     def put(self, shared: Checkpoint, gates: Gates) -> PreTrainedModel:
         """The mixture of shared weights under their routing and these gates."""
-        places = structure(shared.config)
+        places = structure(shared.shape.mixture)
         refs = {name: ref for name, ref in shared.tensors.items() if not name.endswith(".router.gate")}
         if self._model is None or places != self._places:
             self.clear()
@@ -62,26 +64,22 @@ class SwitchedModel:
                     state[name].data.copy_(tensors.get_tensor(name))
 
 
-def structure(config: Mapping[str, Any]) -> dict[str, Any]:
+def structure(mixture: MixtureConfig) -> dict[str, Any]:
     """Where routers stand and what they read; a gate's rows are set with the gate."""
-    places = config["modekit"]["places"]
-    return {name: {key: value for key, value in place.items() if key != "rows"} for name, place in places.items()}
+    return {name: place.model_dump(exclude_unset=True, exclude={"rows"}) for name, place in mixture.places.items()}
 
 
 def _route(model: PreTrainedModel, shared: Checkpoint, gates: Gates) -> None:
     """Let every router of the model decide as the routing of the weights says."""
-    routing = shared.config["modekit"]["routing"]
-    model.base_model.flow.averages = any(average["decay"] is not None for average in routing["averages"])
-    said = {slot.name.removesuffix(".gate"): (slot, gate) for slot, gate in zip(shared.slots, gates, strict=True)}
-    for name, module in model.named_modules():
+    routing = shared.shape.routing.as_written()
+    for module in model.modules():  # also those that a routing of fixed weights has no gates for
         if isinstance(module, Router):
-            module.routing = dict(routing)
-            if name in said:
-                slot, gate = said[name]
-                code = shared.tensors[slot.name].dtype  # in which a build would write it
-                rounded = to_float32(as_array(to_bytes(gate.ravel(), code), code)).reshape(gate.shape)
-                module.rows = list(slot.rows)
-                module.gate = torch.nn.Parameter(torch.from_numpy(rounded.copy()).to(model.device), requires_grad=False)
+            module.set(routing)
+    for router, slot, gate in zip(routers_at(model, shared.slots), shared.slots, gates, strict=True):
+        code = shared.tensors[slot.name].dtype  # in which a build would write it
+        rounded = to_float32(as_array(to_bytes(gate.ravel(), code), code)).reshape(gate.shape)
+        held = torch.nn.Parameter(torch.from_numpy(rounded.copy()).to(model.device), requires_grad=False)
+        router.set(routing, slot.rows, held)
 
 
 def _bytes_of(ref: TensorRef) -> _Bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import RECORD_FILE
+from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.staging import json_bytes, refuse_existing
 from modekit.errors import TuneError
 from modekit.evaluation.evaluate import RESULTS_FOLDER
@@ -56,11 +56,11 @@ def tune(
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
     native = recipe.output.format == "native"
-    if native and plan.native is None:
+    if native and not plan.shape.plain:
         raise _not_native(recipe, plan)
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
-    built_native = plan.native is not None and recipe.output.format != "modekit"
+    built_native = plan.shape.plain and recipe.output.format != "modekit"
     job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, trust_remote_code)
     texts = _read_texts(job, plan, settings)
     claim(job, settings, native, {"models": stamp(plan), "text": texts["select"].read})

@@ -1,0 +1,139 @@
+"""modekit.json: what a mixture was made from, how its router was set, and what was trained since."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, model_validator
+
+from modekit.planning.plan import Plan
+from modekit.recipes.recipe import Recipe, Router
+from modekit.sources.model import ModelSource
+
+RECORD_FILE = "modekit.json"
+STATISTICS_FOLDER = "router"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A source file as it was when it was read."""
+
+    size: int
+    blake3: str
+
+
+class SourceRecord(_Record):
+    """A model that the mixture was made from; `folder` is relative to the checkpoint."""
+
+    label: str
+    spec: str
+    revision: str | None
+    folder: str
+    files: dict[str, FileRecord]
+
+    @field_validator("files")
+    @classmethod
+    def _inside_the_folder(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        if any(Path(name).name != name for name in files):
+            raise ValueError("source files must be names without a path")
+        return files
+
+
+class RouterRecord(_Record):
+    """How the router was set."""
+
+    status: Literal["unfitted", "fitted", "trained"]
+    settings: Router | None
+    sha256: str
+    text: dict[str, dict[str, Any]]
+    report: dict[str, Any]
+
+    @classmethod
+    def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:
+        """Of a router whose gates the recipe alone gives: fixed weights have no settings."""
+        settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
+        return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
+
+
+class TrainingRecord(_Record):
+    """One run of `modekit train`: what moved, towards what, on which text, and what it was worth on held-out text.
+
+    Attributes:
+        settings: as training/settings.py has them.
+        text: domain -> how much was read, and a digest of its documents.
+        parameters: how many moved.
+        steps, tokens: done.
+        select_loss: held-out loss (select split) per domain, before and after.
+        notes: what was done in another way than asked, and why.
+    """
+
+    settings: dict[str, Any]
+    text: dict[str, dict[str, Any]]
+    parameters: int
+    steps: int
+    tokens: int
+    select_loss: dict[str, dict[str, float]]
+    notes: list[str]
+
+
+class Record(_Record):
+    """modekit.json.
+
+    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes.
+    """
+
+    format: Literal[1]
+    modekit_version: str
+    recipe: Recipe
+    recipe_digest: str
+    recipe_folder: str
+    dense_config: dict[str, Any]
+    native_type: str | None
+    dense_parameters: int
+    expert_sources: list[int]
+    sources: list[SourceRecord]
+    router: RouterRecord
+    trained: dict[str, str] = {}
+    training: list[TrainingRecord] = []
+
+    @model_validator(mode="after")
+    def _experts_have_sources(self) -> Record:
+        numbers = self.expert_sources
+        if len(numbers) != len(self.recipe.experts) or not all(0 <= number < len(self.sources) for number in numbers):
+            raise ValueError("expert_sources must name a source for every expert")
+        return self
+
+    @field_serializer("recipe")
+    def _as_written(self, recipe: Recipe) -> dict[str, Any]:
+        """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
+        return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
+
+def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRecord) -> Record:
+    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes."""
+    unique = list(dict.fromkeys(plan.sources))
+    return Record(
+        format=1,
+        modekit_version=version("modekit"),
+        recipe=plan.recipe,
+        recipe_digest=plan.recipe.digest(),
+        recipe_folder=os.path.relpath(plan.root, out),
+        dense_config=plan.family.dense_config(plan.sources[0].config),
+        native_type=plan.shape.native_type,
+        dense_parameters=sum(ref.numel for ref in plan.sources[0].tensors.values()),
+        expert_sources=[unique.index(source) for source in plan.sources[1:]],
+        sources=[_source_record(source, out, hashes) for source in unique],
+        router=router,
+    )
+
+
+def _source_record(source: ModelSource, out: Path, hashes: dict[str, str]) -> SourceRecord:
+    files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
+    folder = os.path.relpath(source.folder, out)
+    return SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files)

@@ -1,0 +1,69 @@
+"""The router file and the index that names it: gates are a file of their own, so that a re-fit rewrites only that.
+
+Shape legend: E experts, D width of what a router reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.checkpoint.staging import safetensors_header, write_atomically, write_json
+from modekit.errors import RecipeError
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.planning.slot import RouterSlot
+from modekit.sources.model import Mappings, TensorRef
+from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
+
+Gates = Sequence[npt.NDArray[np.float32]]
+"""The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
+
+
+def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) -> list[npt.NDArray[np.float32]]:
+    """The gate of every router slot as it is on disk."""
+    mappings = Mappings()
+    try:
+        refs = [tensors[slot.name] for slot in slots]
+        return [to_float32(as_array(mappings.view(ref), ref.dtype)).reshape(ref.shape) for ref in refs]
+    finally:
+        mappings.close()
+
+
+def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
+    """Write the gates in a safetensors dtype; returns the file's sha256.
+
+    Raises RecipeError when they are not finite in that dtype.
+    """
+    data = [to_bytes(np.ascontiguousarray(gate).ravel(), dtype) for gate in gates]
+    if not all(is_finite(view, dtype) for view in data):
+        raise RecipeError(
+            f"the router's gates are not finite in {DTYPES[dtype]}", where="mixture.router",
+            remedy="raise temperature or l2, or fit on other text",
+        )  # fmt: skip
+    header = safetensors_header((slot.name, dtype, slot.shape, len(view)) for slot, view in zip(slots, data, strict=True))
+    content = header + b"".join(data)
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_index(plan: Plan, folder: Path) -> None:
+    """Write the index that tells transformers which file holds which tensor."""
+    weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    _write_index(folder, weight_map, plan.slots, plan.bytes_written)
+
+
+def rewrite_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> None:
+    """Name other gates in an index that is there."""
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
+    _write_index(folder, kept, slots, total_size)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], slots: Sequence[RouterSlot], total_size: int) -> None:
+    gates = {slot.name: ROUTER_FILE for slot in slots}
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": {**weight_map, **gates}})

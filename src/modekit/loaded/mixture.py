@@ -1,0 +1,82 @@
+"""A loaded mixture, whatever its shape: its gates, and routers that are overruled, traced, or choose otherwise for a while.
+
+native.py and modekit.py answer for the two shapes, shapes.py has the table of them.
+
+Shape legend: B batch, S sequence, D width, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.trace import RouterTrace
+
+
+@dataclass(frozen=True)
+class LoadedMixture(ABC):
+    """A model that transformers has loaded from a checkpoint."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+
+    @abstractmethod
+    def gates(self) -> list[nn.Parameter]:
+        """The gate of every router slot, in the order of the slots."""
+
+    @abstractmethod
+    def experts(self) -> Iterator[nn.Parameter]:
+        """What each expert has of its own."""
+
+    @abstractmethod
+    def constants(self) -> Iterator[nn.Parameter]:
+        """What the architecture wants and must stay zero."""
+
+    @abstractmethod
+    def ffn(self, layer: nn.Module) -> nn.Module:
+        """What stands where a decoder layer of the family has its FFN."""
+
+    @abstractmethod
+    def floats_per_token(self) -> int:
+        """What a traced pass keeps per token, at least 1."""
+
+    @abstractmethod
+    def prepare_training(self) -> None:
+        """Take the way to compute the experts that is fastest in training on this machine."""
+
+    @abstractmethod
+    def set_top_k(self, top_k: int | None) -> None:
+        """Let every router choose `top_k` experts per token; None: as many as the checkpoint says. The config stays."""
+
+    @abstractmethod
+    def forced(self, expert: int) -> AbstractContextManager[None]:
+        """While open, every router gives all weight to one expert."""
+
+    @abstractmethod
+    def left_out(self, expert: int) -> AbstractContextManager[None]:
+        """While open, every router chooses among the other experts, whose weights sum to one again."""
+
+    @abstractmethod
+    def traced(self) -> AbstractContextManager[RouterTrace]:
+        """While open, every pass leaves its routers' logits in the trace."""
+
+
+class ExpertView(Protocol):
+    """A checkpoint as a model that is one expert at a time: it computes what the mixture does whose routers always take that
+    expert (promise 2).
+    """
+
+    model: PreTrainedModel
+
+    def use_expert(self, expert: int) -> None:
+        """Be expert `expert` (index in recipe order)."""
+
+    def router_inputs(self) -> list[nn.Module]:
+        """Per router slot, a module whose first argument is what the router reads, (B, S, D)."""

@@ -1,0 +1,109 @@
+"""The modekit shape, loaded: its routers are told what to do, and tell what they say.
+
+Shape legend: B batch, S sequence, O output features, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modekit.architecture.modekit_router import Flow, Router
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.load import load_model
+from modekit.loaded.mixture import LoadedMixture
+from modekit.loaded.trace import RouterTrace
+from modekit.planning.slot import RouterSlot
+
+
+class ModekitMixture(LoadedMixture):
+    """A mixture in the modekit architecture, as transformers loads it."""
+
+    def gates(self) -> list[nn.Parameter]:
+        """By their names."""
+        return [self.model.get_parameter(slot.name) for slot in self.checkpoint.slots]
+
+    def experts(self) -> Iterator[nn.Parameter]:
+        """Modules of their own, and the low-rank factors and biases of all."""
+        for mixed in flow_of(self.model).mixed.values():
+            yield from mixed.experts.parameters()
+            yield from mixed.parameters(recurse=False)  # lora_A, lora_B, lora_bias
+
+    def constants(self) -> Iterator[nn.Parameter]:
+        """There are none."""
+        return iter(())
+
+    def ffn(self, layer: nn.Module) -> nn.Module:
+        """The family's own module, mixed or with mixed parts."""
+        return layer.get_submodule(self.checkpoint.shape.mixture.family.mlp_module)
+
+    def floats_per_token(self) -> int:
+        """The routers' logits."""
+        return max(1, sum(max(slot.features, 1) * len(self.checkpoint.names) for slot in self.checkpoint.slots))
+
+    def prepare_training(self) -> None:
+        """There is one way only."""
+
+    def set_top_k(self, top_k: int | None) -> None:
+        """By another routing in every router."""
+        routing = self.checkpoint.shape.routing.as_written()
+        if top_k is not None:
+            routing |= {"method": "routing", "top_k": top_k, "top_p": None}
+        for router in routers_at(self.model, self.checkpoint.slots):
+            router.set(routing)
+
+    @contextmanager
+    def forced(self, expert: int) -> Iterator[None]:
+        """By the flow that all routers share."""
+        with flow_of(self.model).forcing(expert):
+            yield
+
+    @contextmanager
+    def left_out(self, expert: int) -> Iterator[None]:
+        """By the flow that all routers share."""
+        with flow_of(self.model).leaving_out(expert):
+            yield
+
+    @contextmanager
+    def traced(self) -> Iterator[RouterTrace]:
+        """The routers say their logits themselves."""
+        slots = self.checkpoint.slots
+        trace = RouterTrace(len(slots), None)
+        numbers = {router.place: number for number, router in enumerate(routers_at(self.model, slots))}
+
+        def said(place: str, logits: torch.Tensor) -> None:
+            trace.said[numbers[place]] = logits
+
+        with flow_of(self.model).listening(said):
+            yield trace
+
+
+class ModekitView:
+    """A modekit checkpoint whose routers are overruled."""
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+        self.model = load_model(checkpoint.folder, dtype=dtype)
+        self._slots = checkpoint.slots
+
+    def use_expert(self, expert: int) -> None:
+        """Give all weight to an expert."""
+        self.model.use_expert(expert)
+
+    def router_inputs(self) -> list[nn.Module]:
+        """The routers themselves."""
+        return [*routers_at(self.model, self._slots)]
+
+
+def flow_of(model: PreTrainedModel) -> Flow:
+    """What the routers of a loaded modekit mixture share."""
+    flow: Flow = model.base_model.flow
+    return flow
+
+
+def routers_at(model: PreTrainedModel, slots: Sequence[RouterSlot]) -> list[Router]:
+    """The routers of a loaded modekit mixture, in the order of the slots."""
+    return [model.get_submodule(slot.name.removesuffix(".gate")) for slot in slots]

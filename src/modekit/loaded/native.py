@@ -1,0 +1,247 @@
+"""The native shape, loaded: routers are overruled by what they read, and one expert at a time is a dense model.
+
+What native routers return differs between versions of transformers; what they read does not, so that everything here goes
+by that.
+
+Shape legend: B batch, S sequence, D width, E experts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import CheckpointError
+from modekit.loaded.load import decoder_layers, default_device, without_bars
+from modekit.loaded.mixture import LoadedMixture
+from modekit.loaded.trace import RouterTrace
+from modekit.planning.native_shape import NativeShape
+from modekit.sources.names import in_layer, split_layer
+from modekit.sources.native import Native
+
+_FAR = 10_000.0  # between two logits: softmax gives the lower one exactly nothing
+
+
+class NativeMixture(LoadedMixture):
+    """A mixture in a native architecture, as transformers loads it."""
+
+    @property
+    def native(self) -> Native:
+        """The row of the architecture."""
+        return native_of(self.checkpoint)
+
+    def routers(self) -> list[nn.Module]:
+        """The router of every layer; each reads its first argument, (B, S, D) or (T, D)."""
+        return [layer.get_submodule(self.native.router_module) for layer in decoder_layers(self.model)]
+
+    def gates(self) -> list[nn.Parameter]:
+        """The parameter of each router that has a gate's shape."""
+        shape = (len(self.checkpoint.names), int(self.model.config.hidden_size))
+        return [next(parameter for parameter in router.parameters() if parameter.shape == shape) for router in self.routers()]
+
+    def experts(self) -> Iterator[nn.Parameter]:
+        """Whole FFNs: all of a block but its gate."""
+        gates = {id(gate) for gate in self.gates()}
+        for layer in decoder_layers(self.model):
+            yield from (each for each in self.ffn(layer).parameters() if id(each) not in gates)
+
+    def constants(self) -> Iterator[nn.Parameter]:
+        """Those of the architecture's row that are no buffers in memory."""
+        named = dict(self.model.named_parameters())
+        for layer in range(self.checkpoint.layers):
+            for constant in self.native.constants:
+                name = in_layer(layer, constant.name)
+                if name in named:
+                    yield named[name]
+
+    def ffn(self, layer: nn.Module) -> nn.Module:
+        """The block of experts."""
+        return layer.get_submodule(self.native.block_module)
+
+    def floats_per_token(self) -> int:
+        """All that the routers read."""
+        return max(1, sum(slot.width for slot in self.checkpoint.slots))
+
+    def prepare_training(self) -> None:
+        """A loop over experts is faster than grouped products on a processor (benchmarks/training.md)."""
+        if not torch.cuda.is_available():
+            self.model.set_experts_implementation("eager")
+
+    def set_top_k(self, top_k: int | None) -> None:
+        """In every module of the blocks that has a top_k."""
+        chosen = top_k or int(self.checkpoint.config[self.native.top_k_key])
+        for layer in decoder_layers(self.model):
+            for module in self.ffn(layer).modules():
+                if hasattr(module, "top_k"):
+                    setattr(module, "top_k", chosen)  # noqa: B010
+
+    @contextmanager
+    def forced(self, expert: int) -> Iterator[None]:
+        """The expert's logit is 10,000 and the others' 0, so that softmax is exactly one-hot."""
+
+        def change(logits: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(logits).index_fill(-1, torch.tensor([expert], device=logits.device), _FAR)
+
+        with self._changed_logits(change):
+            yield
+
+    @contextmanager
+    def left_out(self, expert: int) -> Iterator[None]:
+        """The expert's logit is far below the others'."""
+
+        def change(logits: torch.Tensor) -> torch.Tensor:
+            index = torch.tensor([expert], device=logits.device)
+            best = logits.index_fill(-1, index, float("-inf")).max(-1, keepdim=True).values
+            return (logits - best).index_fill(-1, index, -_FAR)
+
+        with self._changed_logits(change), self._scaled_blocks(expert):
+            yield
+
+    @contextmanager
+    def traced(self) -> Iterator[RouterTrace]:
+        """Logits are taken from what routers read, outside the layer, so that a layer that is computed again for its gradient
+        runs the same operations.
+        """
+        trace = RouterTrace(len(self.checkpoint.slots), self.gates())
+
+        def read(number: int, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            trace.said[number] = args[0]
+
+        handles = [router.register_forward_pre_hook(partial(read, number)) for number, router in enumerate(self.routers())]
+        try:
+            yield trace
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _changed_logits(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """While open, every router decides by `change(logits)`, logits (..., E).
+
+        A router reads the logits in place of x, as the first E of D numbers, through the gate [I | 0], so that its own code
+        sees exactly them (E <= D). They must be finite: a weight of zero is a logit far below the others.
+        """
+        handles, gates = [], []
+        for router, gate in zip(self.routers(), self.gates(), strict=True):
+            gates.append((gate, gate.data))
+            handles.append(router.register_forward_pre_hook(partial(_read_logits, change, gate.data)))
+            gate.data = torch.eye(*gate.shape, dtype=gate.dtype, device=gate.device)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for gate, data in gates:
+                gate.data = data
+
+    @contextmanager
+    def _scaled_blocks(self, left_out: int) -> Iterator[None]:
+        """Where given weights w_e are folded into the experts as E w_e, routers without one of them say 1 / (E - 1): what the
+        blocks give is scaled so that the others weigh w_e / (1 - w).
+        """
+        weights = self.checkpoint.record.recipe.mixture.weights
+        handles = []
+        if weights is not None:
+            shares = [weights[name] / sum(weights.values()) for name in self.checkpoint.names]
+            count, rest = len(shares), 1.0 - shares[left_out]
+            factor = (count - 1) / (count * rest) if rest > 0 else 1.0
+            for layer in decoder_layers(self.model):
+                handles.append(self.ffn(layer).register_forward_hook(lambda _module, _args, y: y * factor))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _read_logits(
+    change: Callable[[torch.Tensor], torch.Tensor], gate_ED: torch.Tensor, _module: nn.Module, args: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """What a router is given in place of its input: the changed logits, filled up with zeros to D."""
+    logits = change(nn.functional.linear(args[0], gate_ED))
+    return (nn.functional.pad(logits, (0, args[0].shape[-1] - logits.shape[-1])), *args[1:])
+
+
+def native_of(checkpoint: Checkpoint) -> Native:
+    """The row of a native checkpoint."""
+    assert isinstance(checkpoint.shape, NativeShape)
+    return checkpoint.shape.native
+
+
+class DenseView:
+    """The backbone of a native checkpoint with one expert's FFN at a time, as a model of the dense family's own class: the
+    cost of a dense pass, one dense model in memory whatever the number of experts.
+
+    `use_expert` swaps the FFN of every layer without touching the backbone. Weights are memory-mapped and taken as they
+    are where the dtype allows.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = default_device()
+        self._native = native_of(checkpoint)
+        _check_sizes(checkpoint)
+        config = AutoConfig.for_model(**checkpoint.record.dense_config)
+        block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
+        state = {name: self._read(name) for name in checkpoint.tensors if not _lies_in(name, block)}
+        for layer in range(checkpoint.layers):
+            state.update(self._ffn(layer, 0))
+        with without_bars():
+            self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype
+            )
+        self.model.to(self._device).eval()
+
+    def use_expert(self, expert: int) -> None:
+        """Put expert `expert` (index in recipe order) into every layer."""
+        parameters = dict(self.model.named_parameters())
+        for layer in range(self._checkpoint.layers):
+            for name, tensor in self._ffn(layer, expert).items():
+                parameters[name].data = tensor.to(self._device)
+
+    def router_inputs(self) -> list[nn.Module]:
+        """The FFN block of each layer; its input is what the router of that layer reads."""
+        return [layer.get_submodule(self._native.family.mlp_module) for layer in decoder_layers(self.model)]
+
+    def _ffn(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Dense names -> tensors of one expert in one layer."""
+        native = self._native
+        if native.experts is not None:
+            names = {part: in_layer(layer, path.format(expert=expert)) for part, path in native.experts.items()}
+            parts = {part: self._read(name) for part, name in names.items()}
+        else:
+            assert native.fused is not None
+            both, down = (self._read(in_layer(layer, path), expert) for path in native.fused)
+            gate, up = both.chunk(2, dim=0)
+            parts = {"gate": gate, "up": up, "down": down}
+        return {in_layer(layer, native.family.mlp[part]): tensor.contiguous() for part, tensor in parts.items()}
+
+    def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        with safe_open(self._checkpoint.tensors[name].file, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+        return tensor.to(self._dtype)
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """An edited record must not make a model of another size than the weights."""
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
+        if checkpoint.record.dense_config.get(key) != checkpoint.config.get(key):
+            raise CheckpointError(
+                "modekit.json and config.json disagree", where=f"{checkpoint.folder}: dense_config.{key}",
+                found=checkpoint.record.dense_config.get(key), expected=checkpoint.config.get(key),
+                remedy="build the mixture again",
+            )  # fmt: skip
+
+
+def _lies_in(name: str, block: str) -> bool:
+    """Whether a tensor lies in this module of a layer."""
+    layer, path = split_layer(name)
+    return layer is not None and path.startswith(f"{block}.")

@@ -1,0 +1,150 @@
+"""The native shape by its headers: whole FFN experts in every layer of an architecture that other tools know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from modekit.errors import CheckpointError, UnsupportedError
+from modekit.planning.mixed_tensor import MixedTensor, TensorPart
+from modekit.planning.mixture_config import Average, MixtureConfig, Routing
+from modekit.planning.shape import Parameters, Shape, Tensors
+from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.recipes.recipe import Recipe
+from modekit.sources.names import in_layer
+from modekit.sources.native import Native, native_of
+
+
+@dataclass(frozen=True)
+class NativeShape(Shape):
+    """A mixture in the architecture of one row of sources/native.py."""
+
+    native: Native
+
+    plain = True
+    loads_one_expert = True
+    skips_experts = False
+    weights_in_experts = True
+    code_files = ()
+
+    @classmethod
+    def is_said_by(cls, native_type: str | None) -> bool:
+        """Whether the record names a native architecture."""
+        return native_type is not None
+
+    @classmethod
+    def opened(
+        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str
+    ) -> NativeShape:
+        """By the row that the checkpoint was written by. Raises CheckpointError when this version has none."""
+        try:
+            return cls(config, recipe, where, native_of(str(native_type), dense_type))
+        except StopIteration:
+            raise CheckpointError(
+                "modekit.json names a family that this version of modekit does not know", where=where, found=native_type,
+                remedy="build the mixture again with this version of modekit",
+            ) from None  # fmt: skip
+
+    @property
+    def native_type(self) -> str:
+        """`model_type` of the architecture."""
+        return self.native.native_type
+
+    @property
+    def also_runs_in(self) -> str:
+        """Engines that know the architecture."""
+        return self.native.serves
+
+    @property
+    def mixed(self) -> list[str]:
+        """The whole FFN."""
+        return ["mlp"]
+
+    @property
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """One router per layer."""
+        rows, hidden = (1,) * self.experts, int(self.config["hidden_size"])
+        return tuple(RouterSlot(in_layer(layer, self.native.router), hidden, rows) for layer in range(self._layers))
+
+    @property
+    def positions(self) -> tuple[RouterPosition, ...]:
+        """Before the FFN of every layer."""
+        module = self.native.family.mlp_module
+        return tuple(RouterPosition(slot.name, layer, module) for layer, slot in enumerate(self.slots))
+
+    @property
+    def routing(self) -> Routing:
+        """top_k of the token's own logits; a zero gate with top_k = E where weights are fixed."""
+        top_k = int(self.config[self.native.top_k_key])
+        return Routing(method="routing", averages=[Average(decay=None)], top_k=top_k, top_p=None, weights=None, always_on=None)
+
+    @property
+    def mixture(self) -> MixtureConfig:
+        """Nothing that could be asked for by place. Raises UnsupportedError."""
+        raise UnsupportedError(
+            "a native checkpoint holds whole experts, no adapters", where=self.where,
+            remedy="build the recipe with output: {format: modekit}, or see `modekit extract`",
+        )  # fmt: skip
+
+    def rerouted(self, recipe: Recipe) -> NativeShape:
+        """With the recipe's top_k."""
+        return replace(self, config={**self.config, self.native.top_k_key: recipe.top_k})
+
+    def refusals(self, recipe: Recipe) -> list[str]:
+        """What only the modekit architecture says."""
+        return recipe.mixture.beyond_native()
+
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """As it is: nothing that a native router may change leads to another shape."""
+        return recipe
+
+    def check(self, tensors: Tensors) -> None:
+        """Nothing that the gates and the architecture's own loading would not show."""
+
+    def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
+        """gate, up and down of every layer."""
+        for layer in range(self._layers):
+            for part, path in self.native.family.mlp.items():
+                shape, parts = self._fused(tensors, layer, part) if self.native.fused else self._apart(tensors, layer, part)
+                # Of an expert with weight 0 the last projection is zero: nothing is left of it to compare.
+                own = {expert: each for expert, each in parts.items() if each.factor > 0}
+                yield MixedTensor(in_layer(layer, path), shape, own=own)
+
+    def parameters(self, tensors: Tensors, dense: int) -> Parameters:
+        """Counted from the tensors alone: a dense model is what remains with one expert, no router and no constants."""
+        native, layers = self.native, range(self._layers)
+        total = sum(ref.numel for ref in tensors.values())
+        router = sum(tensors[slot.name].numel for slot in self.slots)
+        constants = sum(tensors[in_layer(layer, each.name)].numel for layer in layers for each in native.constants)
+        names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
+        ffn = sum(tensors[in_layer(layer, name)].numel for layer in layers for name in names)
+        per_expert = ffn // self.experts if native.fused else ffn
+        return Parameters(
+            total, per_expert, self.active(total, per_expert), total - router - constants - per_expert * (self.experts - 1)
+        )
+
+    @property
+    def _layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def _apart(self, tensors: Tensors, layer: int, part: str) -> tuple[tuple[int, ...], dict[int, TensorPart]]:
+        """A projection of every expert, where each is a tensor; given weights are folded into the last one."""
+        assert self.native.experts is not None
+        names = [in_layer(layer, self.native.experts[part].format(expert=expert)) for expert in range(self.experts)]
+        weights = self.recipe.mixture.weights
+        shares = [1.0] * self.experts
+        if weights is not None and part == "down":
+            total = sum(weights.values())
+            shares = [self.experts * weights[name] / total for name in self.recipe.names]
+        parts = [TensorPart(tensors[name], factor=share) for name, share in zip(names, shares, strict=True)]
+        return parts[0].ref.shape, dict(enumerate(parts))
+
+    def _fused(self, tensors: Tensors, layer: int, part: str) -> tuple[tuple[int, ...], dict[int, TensorPart]]:
+        """A projection of every expert, where all are one tensor, gate and up side by side."""
+        assert self.native.fused is not None
+        ref = tensors[in_layer(layer, self.native.fused[part == "down"])]
+        size = ref.numel // self.experts
+        start = size // 2 if part == "up" else 0
+        shape = (ref.shape[1] // (1 if part == "down" else 2), ref.shape[2])
+        return shape, {expert: TensorPart(ref, expert * size + start) for expert in range(self.experts)}

@@ -1,0 +1,85 @@
+"""Which parts of a layer a recipe mixes in the modekit architecture: the named ones, or those in which experts differ."""
+
+from __future__ import annotations
+
+from modekit.errors import UnsupportedError
+from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.families import PARTS, Family
+from modekit.sources.model import ModelSource
+from modekit.sources.names import module_of, split_layer
+
+_FFN = {"gate", "up", "down"}
+
+
+class MixedParts:
+    """The parts of one recipe over one family's layers; `mlp` is the whole FFN. Raises UnsupportedError."""
+
+    def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
+        self._recipe, self._sources, self._family = recipe, sources, family
+        self._check()
+
+    @property
+    def splits_ffn(self) -> bool:
+        """Whether the FFN is mixed projection by projection: for low-rank experts, and routers finer than a module."""
+        low = any(
+            isinstance(source, AdapterSource) or expert.lora_rank is not None
+            for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True)
+        )
+        return low or self._recipe.mixture.router.scope in {"projection", "feature"}
+
+    @property
+    def mixes_whole_ffn(self) -> bool:
+        """Whether the FFN as a whole was meant, however finely it is mixed in the end."""
+        return "mlp" in self._wanted()
+
+    def in_order(self) -> list[tuple[str, str]]:
+        """Part and its module under a layer, in the order in which they run; fused ones once."""
+        wanted = self._wanted()
+        if "mlp" in wanted and self.splits_ffn:
+            wanted = (wanted - {"mlp"}) | _FFN
+        chosen = {"mlp": self._family.mlp_module} if "mlp" in wanted else {}
+        for part in PARTS:
+            path = self._family.parts.get(part)
+            if part in wanted and path is not None and path not in chosen.values():
+                chosen[part] = path
+        return sorted(chosen.items(), key=lambda entry: PARTS.index("gate" if entry[0] == "mlp" else entry[0]))
+
+    def _wanted(self) -> set[str]:
+        modules = self._recipe.mixture.modules
+        return set(modules) if isinstance(modules, list) else self._automatic()
+
+    def _automatic(self) -> set[str]:
+        """The FFN for full models, for adapters what they change, for `as: lora` every linear part."""
+        wanted: set[str] = set()
+        for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True):
+            if isinstance(source, AdapterSource):
+                changed = {module_of(path) for layer, path in map(split_layer, source.changes) if layer is not None}
+                wanted |= {part for part, path in self._family.parts.items() if path in changed}
+            elif expert.lora_rank is not None:
+                wanted |= set(self._family.parts)
+            elif not expert.is_base:
+                wanted.add("mlp")
+        if "mlp" in wanted and wanted & _FFN:
+            wanted -= _FFN
+        return wanted or {"mlp"}
+
+    def _check(self) -> None:
+        modules = self._recipe.mixture.modules
+        if not isinstance(modules, list):
+            return
+        known = set(self._family.parts)
+        unknown = [part for part in modules if part != "mlp" and part not in known]
+        if unknown:
+            raise UnsupportedError(
+                f"'{self._family.model_type}' has no such part", where="mixture.modules", found=", ".join(unknown),
+                expected=", ".join(["mlp", *self._family.parts]), remedy="correct the list",
+            )  # fmt: skip
+        for part in modules:
+            path = self._family.parts.get(part)
+            partners = [other for other, its in self._family.parts.items() if its == path and other not in modules]
+            if path is not None and partners:
+                raise UnsupportedError(
+                    f"'{self._family.model_type}' keeps these parts in one module ({path})", where="mixture.modules",
+                    found=part, expected=f"{', '.join([part, *partners])} together", remedy="name them all, or none",
+                )  # fmt: skip

@@ -1,0 +1,208 @@
+"""The places of a mixture in the modekit architecture: which modules of the base they are, and what each expert has there.
+
+A *place* is a module of the base of which experts have their own, kept whole or low-rank. Which router decides at it follows
+from the recipe's `per`: the first place that a router serves is its leader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from modekit.errors import UnsupportedError
+from modekit.planning.mixture_config import readers
+from modekit.planning.parts import MixedParts
+from modekit.planning.pieces import low_rank, rows_of, touched
+from modekit.planning.routing_config import gate_rows
+from modekit.recipes.recipe import BASE, Recipe
+from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.compatibility import is_tied
+from modekit.sources.families import Family
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.names import EMBEDDING, HEAD, in_layer, is_ignored, module_of, natural_key, weight_of
+
+_ATTENTION = {"q", "k", "v", "o"}
+Kind = LowRank | str | int | None
+"""What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
+
+
+@dataclass(frozen=True)
+class PlannedPlace:
+    """A module of the base, the tensors in it, and what each expert has there. Places of one group may share a router."""
+
+    module: str
+    group: str
+    refs: tuple[TensorRef, ...]
+    kinds: tuple[Kind, ...]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether any expert differs from the base here."""
+        return any(kind is not None for kind in self.kinds)
+
+    @property
+    def own(self) -> list[int]:
+        """Experts with a module of their own."""
+        return [expert for expert, kind in enumerate(self.kinds) if kind == "own"]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Per expert the rank of its change; 0 without one."""
+        return [kind.rank if isinstance(kind, LowRank) else kind if isinstance(kind, int) else 0 for kind in self.kinds]
+
+    @property
+    def scales(self) -> list[float]:
+        """Per expert what its change is multiplied with."""
+        return [kind.scale if isinstance(kind, LowRank) else 1.0 for kind in self.kinds]
+
+    @property
+    def weight(self) -> TensorRef:
+        """Of the base's module."""
+        return next(ref for ref in self.refs if ref.name == weight_of(self.module))
+
+
+class Places:
+    """The places of one recipe in the order in which they run. Raises UnsupportedError when there are none."""
+
+    def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
+        self._recipe, self._sources, self._family = recipe, sources, family
+        self._base = sources[0]
+        self._count = len(recipe.experts)
+        self._everything = recipe.mixture.modules == "all"
+        self.parts = MixedParts(recipe, sources, family)
+        self.unties = self._everything and is_tied(self._base, family)
+
+    def __iter__(self) -> Iterator[PlannedPlace]:
+        return iter(self._all)
+
+    @cached_property
+    def by_tensor(self) -> dict[str, PlannedPlace]:
+        """The place that a tensor of the base belongs to; a tied head that is untied here is found by its own name."""
+        found = {ref.name: place for place in self for ref in place.refs if ref.name.startswith(f"{place.module}.")}
+        head = next((place for place in self if place.module == HEAD), None)
+        return {**found, weight_of(HEAD): head} if head is not None else found
+
+    @cached_property
+    def leaders(self) -> dict[str, str]:
+        """Place -> the place whose router decides for it."""
+        return {place.module: self._leader(place) for place in self}
+
+    def keeps_base(self, place: PlannedPlace) -> bool:
+        """Whether the base's module stays beside what the experts have."""
+        mixture = self._recipe.mixture
+        always_on = mixture.always_on
+        # The router reads the base's embedding; an n-gram router reads token ids.
+        reads_it = place.module == EMBEDDING and mixture.method != "linear" and mixture.router.fit != "ngram"
+        outside = always_on is not None and always_on.expert == BASE
+        return len(place.own) < self._count or outside or reads_it
+
+    def added_bias(self, place: PlannedPlace, expert: int) -> TensorRef | None:
+        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in."""
+        change = self._change(place, expert)
+        if change is None or change.bias is None:
+            return None
+        folded = place.kinds[expert] == "own" and any(ref.name == f"{place.module}.bias" for ref in place.refs)
+        return None if folded else rows_of(change.bias, change.rows)
+
+    def scale(self, place: PlannedPlace, expert: int) -> float:
+        """Of an expert's LoRA at a place, also where it is folded into a module of its own and only its bias is scaled."""
+        change = self._change(place, expert)
+        return change.scale if change is not None else place.scales[expert]
+
+    def width(self, place: PlannedPlace) -> int:
+        """Width of what a router at this place reads; of an n-gram router, rows of its table."""
+        if self._recipe.mixture.router.fit == "ngram":
+            return self._recipe.mixture.router.buckets
+        if not any(ref.name == weight_of(place.module) for ref in place.refs):
+            return int(self._base.config["hidden_size"])  # a whole FFN
+        shape = place.weight.shape
+        return shape[1] if len(shape) == 2 else shape[0]
+
+    def rows(self, leader: PlannedPlace) -> list[int]:
+        """Rows of a leader's gate per expert, by the ranks over all places that read the same input."""
+        read = [place.ranks for place in self.read_by(leader)]
+        return gate_rows(self._recipe.mixture.router, [sum(ranks) for ranks in zip(*read, strict=True)])
+
+    def read_by(self, leader: PlannedPlace) -> list[PlannedPlace]:
+        """The places whose changes a router at `leader` could score."""
+        return [self._by_name[name] for name in readers(leader.module, self._family, self.leaders)]
+
+    @cached_property
+    def _by_name(self) -> dict[str, PlannedPlace]:
+        return {place.module: place for place in self}
+
+    @cached_property
+    def _all(self) -> list[PlannedPlace]:
+        places = list(self._of_everything() if self._everything else self._of_layers())
+        if not any(place.is_mixed for place in places):
+            raise UnsupportedError(
+                "no expert differs from the base in what is mixed", where="mixture.modules",
+                remedy="mix other modules or layers, or add an expert that is not 'base'",
+            )  # fmt: skip
+        return places
+
+    def _of_everything(self) -> Iterable[PlannedPlace]:
+        """The embedding runs first, so the router is there, whether experts have one of their own or not."""
+        places = map(self._place, self._all_modules())
+        return (place for place in places if place.module == EMBEDDING or place.is_mixed)
+
+    def _of_layers(self) -> Iterator[PlannedPlace]:
+        for layer in self._recipe.mixture.mixed_layers(int(self._base.config["num_hidden_layers"])):
+            for part, path in self.parts.in_order():
+                module = in_layer(layer, path)
+                if any(name.startswith(f"{module}.") for name in self._base.tensors):
+                    place = self._place(module, f"{layer} {'attention' if part in _ATTENTION else 'ffn'}")
+                    if place.is_mixed:
+                        yield place
+
+    def _all_modules(self) -> list[str]:
+        """Every module of the base that holds tensors, embedding first, head last."""
+        modules = {EMBEDDING, HEAD}
+        for name, ref in self._base.tensors.items():
+            if is_ignored(name):
+                continue
+            if name.rpartition(".")[2] not in {"weight", "bias"} or len(ref.shape) > 2:
+                raise UnsupportedError(
+                    "modules: all cannot mix this kind of tensor", where=f"base_model ({self._base.spec}): {name}",
+                    remedy="name the parts to mix under mixture.modules",
+                )  # fmt: skip
+            modules.add(module_of(name))
+        return sorted(modules, key=lambda module: (module != EMBEDDING, module == HEAD, natural_key(module)))
+
+    def _place(self, module: str, group: str = "all") -> PlannedPlace:
+        tensors = self._base.tensors.items()
+        refs = tuple(ref for name, ref in tensors if name.startswith(f"{module}.") and not is_ignored(name))
+        if module == HEAD and self.unties:
+            refs = (self._base.tensor(weight_of(EMBEDDING)),)
+        return PlannedPlace(module, group, refs, tuple(self._kind(expert, module, refs) for expert in range(self._count)))
+
+    def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
+        source, said = self._sources[1 + expert], self._recipe.experts[expert]
+        if said.is_base:
+            return None
+        weight = next((ref for ref in refs if ref.name == weight_of(module)), None)
+        if isinstance(source, AdapterSource):
+            if not any(touched(source, ref.name) for ref in refs):
+                return None
+            change = low_rank(source, weight.name) if weight is not None and len(weight.shape) == 2 else None
+            return change or "own"
+        if said.lora_rank is None:
+            return "own"
+        if weight is None or len(weight.shape) != 2 or module in {EMBEDDING, HEAD}:
+            return None
+        return min(said.lora_rank, *weight.shape)
+
+    def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
+        """What an expert's adapter does to the weight of a place, if that is a low-rank change."""
+        source = self._sources[1 + expert]
+        change = source.changes.get(weight_of(place.module)) if isinstance(source, AdapterSource) else None
+        return change if isinstance(change, LowRank) else None
+
+    def _leader(self, place: PlannedPlace) -> str:
+        per = self._recipe.mixture.router.scope
+        if per == "model" or self._everything:
+            return self._all[0].module
+        if per in {"projection", "feature"}:
+            return place.module
+        return next(other.module for other in self if other.group == place.group)

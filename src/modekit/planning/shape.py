@@ -1,0 +1,133 @@
+"""A shape of result as its headers say it: what a plan and a checkpoint ask without knowing which shape they have.
+
+There are two, native_shape.py and modekit_shape.py, and a table of them in shapes.py. What is asked of a mixture that is
+loaded stands in loaded/mixture.py. Nothing here imports torch.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from modekit.planning.mixed_tensor import MixedTensor
+from modekit.planning.mixture_config import MixtureConfig, Routing
+from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.recipes.recipe import Recipe
+from modekit.sources.model import TensorRef
+
+BUILD_AGAIN = "build the mixture again"
+
+Tensors = Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are: in all, of each expert's own, active per token, and of a dense model of the family."""
+
+    total: int
+    per_expert: int
+    active: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Shape(ABC):
+    """One result: its config.json, the recipe that it came from, and what messages call it (`where`)."""
+
+    config: Mapping[str, Any]
+    recipe: Recipe
+    where: str
+
+    plain: ClassVar[bool]
+    """Whether transformers opens it without code of modekit's."""
+    loads_one_expert: ClassVar[bool]
+    """Whether one expert at a time is a model of its own in memory, as a fit runs it; else the whole mixture is."""
+    skips_experts: ClassVar[bool]
+    """Whether what belongs to an expert that no token of a batch takes is not run at all."""
+    weights_in_experts: ClassVar[bool]
+    """Whether given weights of a linear mixture are in the experts' tensors, and not in the config."""
+    code_files: ClassVar[tuple[Path, ...]]
+    """What is copied into the checkpoint so that it opens."""
+
+    @classmethod
+    @abstractmethod
+    def is_said_by(cls, native_type: str | None) -> bool:
+        """Whether a record with this `native_type` is of this shape."""
+
+    @classmethod
+    @abstractmethod
+    def opened(cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str) -> Shape:
+        """The shape of a finished checkpoint. Raises CheckpointError when config.json or the record does not say it."""
+
+    @property
+    @abstractmethod
+    def native_type(self) -> str | None:
+        """As modekit.json keeps it."""
+
+    @property
+    @abstractmethod
+    def also_runs_in(self) -> str:
+        """Where the result runs besides transformers."""
+
+    @property
+    @abstractmethod
+    def mixed(self) -> list[str]:
+        """Modules under a layer of which experts have their own."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[RouterSlot, ...]:
+        """The routers in the order of the layers; none when weights are fixed and no gate is kept."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> tuple[RouterPosition, ...]:
+        """Where the routers stand, or would stand."""
+
+    @property
+    @abstractmethod
+    def routing(self) -> Routing:
+        """How a router turns what it reads into weights."""
+
+    @property
+    @abstractmethod
+    def mixture(self) -> MixtureConfig:
+        """What the experts have at every place. Raises UnsupportedError where they are whole, and no places are said."""
+
+    @abstractmethod
+    def rerouted(self, recipe: Recipe) -> Shape:
+        """The same experts under another recipe's routing: config and slots as they would be."""
+
+    @abstractmethod
+    def refusals(self, recipe: Recipe) -> list[str]:
+        """Settings of a recipe's mixture that this shape cannot say."""
+
+    @abstractmethod
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """The recipe such that a build of it gives this shape again, whatever its routing has become."""
+
+    @abstractmethod
+    def check(self, tensors: Tensors) -> None:
+        """Raise CheckpointError when tensors are missing that config.json promises."""
+
+    @abstractmethod
+    def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
+        """Every tensor of the base of which experts have their own, and what each has."""
+
+    @abstractmethod
+    def parameters(self, tensors: Tensors, dense: int) -> Parameters:
+        """What a checkpoint with these tensors has; `dense` is the base model's number by its files."""
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.recipe.experts)
+
+    def active(self, total: int, per_expert: int) -> int:
+        """Parameters that one token uses, of `total` with `per_expert` of each expert's own."""
+        return total - per_expert * (self.experts - self.recipe.top_k)

@@ -1,0 +1,57 @@
+"""Names of tensors, taken apart and put together."""
+
+from __future__ import annotations
+
+import pytest
+
+from modekit.sources.names import (
+    EMBEDDING,
+    HEAD,
+    in_layer,
+    is_ignored,
+    layers_of,
+    module_of,
+    natural_key,
+    split_layer,
+    weight_of,
+    within,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "path"),
+    [
+        ("model.layers.3.mlp.up_proj", 3, "mlp.up_proj"), ("model.layers.12.mlp.up_proj.weight", 12, "mlp.up_proj.weight"),
+        ("lm_head", None, "lm_head"), ("model.norm.weight", None, "model.norm.weight"),
+        ("model.layers.x.mlp", None, "model.layers.x.mlp"), ("other.layers.3.mlp", None, "other.layers.3.mlp"),
+    ],
+)  # fmt: skip
+def test_a_name_is_a_layer_and_a_path(name: str, layer: int | None, path: str) -> None:
+    assert split_layer(name) == (layer, path)
+    if layer is not None:
+        assert in_layer(layer, path) == name
+
+
+def test_names_sort_as_the_model_runs() -> None:
+    names = [
+        weight_of(EMBEDDING), in_layer(2, "mlp.up_proj.weight"), in_layer(10, "mlp.up_proj.weight"),
+        in_layer(10, "self_attn.q_proj.weight"), weight_of(HEAD), "model.norm.weight",
+    ]  # fmt: skip
+    mixed_up = [names[number] for number in (4, 2, 0, 5, 3, 1)]
+    assert sorted(mixed_up, key=natural_key) == names
+
+
+def test_layers_are_counted_by_the_deepest() -> None:
+    assert layers_of([weight_of(HEAD)]) == 0
+    assert layers_of([in_layer(0, "a.weight"), in_layer(11, "a.weight"), weight_of(HEAD)]) == 12
+
+
+def test_a_module_is_the_name_without_its_last_part() -> None:
+    assert module_of(weight_of(HEAD)) == HEAD and within(HEAD, weight_of(HEAD)) == "weight"
+    assert within(in_layer(1, "mlp"), in_layer(1, "mlp.up_proj.weight")) == "up_proj.weight"
+    assert within(HEAD, weight_of(EMBEDDING)) == "weight"  # a tied head bears the embedding's name
+
+
+def test_old_buffers_are_ignored() -> None:
+    assert is_ignored(in_layer(0, "self_attn.rotary_emb.inv_freq")) and is_ignored("transformer.h.0.attention.masked_bias")
+    assert not is_ignored(in_layer(0, "self_attn.q_proj.bias"))
