@@ -33,7 +33,8 @@ from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.evaluate import Domain, held_out_domains
 from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import READ_BY, parse_recipe
+from modekit.recipes.fits import FITS
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.text.documents import make_batches
 
@@ -134,7 +135,7 @@ def _built(folder: Path) -> Checkpoint:
 def _reading(folder: Path, fit: str) -> dict[str, Any]:
     """How the demo's own router reads text, as far as this fit reads any."""
     router = yaml.safe_load((folder / "routing.yaml").read_text())["mixture"]["router"]
-    return {key: value for key, value in router.items() if fit in READ_BY.get(key, ())}
+    return {key: value for key, value in router.items() if key in FITS[fit].settings}
 
 
 def losses_of(model: PreTrainedModel, domains: Sequence[Domain]) -> Losses:

@@ -29,7 +29,7 @@ from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.evaluate import Domain, held_out_domains, load_expert_source, score_domain
 from modekit.loaded.models import load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 

@@ -20,7 +20,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.staging import JOURNAL, Staging
 from modekit.errors import CheckpointError, OutputError
 from modekit.planning.make import Plan, make_plan
-from modekit.recipes.recipe import load_recipe
+from modekit.recipes.read import load_recipe
 from refusal import Tree, borrow, refuse, run_python, tree
 
 KILLED = 9

@@ -16,7 +16,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.models import load_model
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.sources.adapter import open_adapter
 from modekit.sources.model import open_source

@@ -18,8 +18,8 @@ from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint, open_ch
 from modekit.errors import RecipeError
 from modekit.loaded.models import load_model
 from modekit.planning.plan import ROUTER_FILE
+from modekit.routing.counts import load_ngram_statistics
 from modekit.routing.fit import fit_documents
-from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.text.documents import encode
 

@@ -11,7 +11,7 @@ from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from refusal import refuse
 

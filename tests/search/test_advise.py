@@ -26,7 +26,7 @@ from modekit.loaded.models import decoder_layers, load_adapted, load_model, load
 from modekit.loaded.next_token import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
-from modekit.recipes.recipe import load_recipe, parse_recipe
+from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.advise import advise
 from modekit.search.advise.checks import chat_template

@@ -17,7 +17,7 @@ from modekit.evaluation.inspection.routers import decisions
 from modekit.loaded.models import DenseView, forced_expert, gate_parameters, left_out_expert, set_top_k
 from modekit.loaded.trace import router_trace
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.sources.families import FAMILIES, Family, family_of
 from modekit.sources.native import NATIVES, Native, choose_native
 

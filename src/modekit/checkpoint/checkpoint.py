@@ -29,9 +29,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, f
 from modekit.checkpoint.staging import JOURNAL, safetensors_header, write_atomically, write_json
 from modekit.errors import CheckpointError, RecipeError
 from modekit.planning.mixture_config import problem_of
-from modekit.planning.modekit import replaced_rows, routing_config, slots_of
+from modekit.planning.modekit import slots_of
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan, RouterSlot
-from modekit.recipes.recipe import Recipe, Router
+from modekit.planning.reroute import rerouted
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import Router
 from modekit.sources.families import LAYER
 from modekit.sources.model import ITEMSIZE, Mappings, TensorRef, read_header
 from modekit.sources.native import Native, native_of
@@ -254,10 +256,13 @@ class Checkpoint:
         if self.native is not None:
             config[self.native.top_k_key] = recipe.top_k
         else:
-            config["modekit"] = rerouted(config["modekit"], recipe)
+            config["modekit"] = rerouted(config, recipe, self._shape_of)
         changed = Checkpoint(self.folder, self.record)
         changed.__dict__["config"] = config
         return changed
+
+    def _shape_of(self, name: str) -> tuple[int, ...] | None:
+        return self.tensors[name].shape if name in self.tensors else None
 
     def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
         """Write new gates, then the routing in config.json, then modekit.json; nothing else is touched."""
@@ -330,11 +335,6 @@ def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dty
     content = header + b"".join(data)
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
-
-
-def rerouted(modekit: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """`config["modekit"]` with the routing of another recipe over the same experts."""
-    return {**modekit, "routing": routing_config(recipe), "places": replaced_rows(modekit, recipe.mixture.router)}
 
 
 def _gate_dtype(checkpoint: Checkpoint) -> str:

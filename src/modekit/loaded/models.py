@@ -136,8 +136,9 @@ class ModekitView:
         self.model.use_expert(expert)
 
     def router_inputs(self) -> list[nn.Module]:
-        """The routers themselves."""
-        return [self.model.get_submodule(slot.name.removesuffix(".gate")) for slot in self._slots]
+        """The routers themselves; where one is yet to stand, the place whose input it will read."""
+        places = [self.model.get_submodule(slot.name.removesuffix(".router.gate")) for slot in self._slots]
+        return [place if place.router is None else place.router for place in places]
 
 
 class DenseView:

@@ -7,7 +7,7 @@ says for each what the torch modules in architecture/ need to know, so that thes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,15 +15,17 @@ from typing import Any
 from modekit.errors import UnsupportedError
 from modekit.planning.pieces import low_rank, piece_of, rows_of, touched
 from modekit.planning.plan import Factor, Operation, Piece, PlannedTensor, Role, RouterSlot, joined
-from modekit.recipes.recipe import BASE, SCORES_CHANGES, Recipe, Router
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import Router
+from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import IGNORED, is_tied
-from modekit.sources.families import FAMILIES, LAYER, PARTS, Family
+from modekit.sources.families import LAYER, PARTS, Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 
 FORMAT = 1
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_ATTENTION = {"q", "k", "v", "o"}
+EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+ATTENTION = {"q", "k", "v", "o"}
 _LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
@@ -72,7 +74,7 @@ class ModekitLayout:
         self._layers = int(self._base.config["num_hidden_layers"])
         self._everything = recipe.mixture.modules == "all"
         self.unties = self._everything and is_tied(self._base, family)
-        self.router_dtype = code_of(self._base.tensor(f"{_EMBEDDING}.weight"))
+        self.router_dtype = code_of(self._base.tensor(f"{EMBEDDING}.weight"))
         self._check()
         self._check_router()
 
@@ -156,13 +158,13 @@ class ModekitLayout:
         places = []
         if self._everything:  # the embedding runs first, so the router is there, whether experts have one of their own or not
             found = map(self._place, self._all_modules())
-            places = [place for place in found if place.module == _EMBEDDING or place.is_mixed]
+            places = [place for place in found if place.module == EMBEDDING or place.is_mixed]
         for layer in [] if self._everything else self._recipe.mixture.mixed_layers(self._layers):
             prefix = LAYER.format(layer=layer)
             for part in self._parts():
                 module = prefix + (self._family.mlp_module if part == "mlp" else self._family.parts[part])
                 if any(name.startswith(f"{module}.") for name in self._base.tensors):
-                    place = self._place(module, f"{layer} {'attention' if part in _ATTENTION else 'ffn'}")
+                    place = self._place(module, f"{layer} {'attention' if part in ATTENTION else 'ffn'}")
                     if place.is_mixed:
                         places.append(place)
         if not any(place.is_mixed for place in places):
@@ -241,8 +243,8 @@ class ModekitLayout:
 
     def _check_router(self) -> None:
         """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""
-        mixture = self._recipe.mixture
-        if mixture.method == "linear" or mixture.router.fit not in SCORES_CHANGES:
+        fit = self._recipe.mixture.fit
+        if fit is None or fit.reads != "changes":
             return
         for leader in self._places:
             for place in self._read_by(leader) if self._routers[leader.module] == leader.module else ():
@@ -251,7 +253,7 @@ class ModekitLayout:
 
     def _all_modules(self) -> Iterator[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
-        modules: dict[str, None] = {_EMBEDDING: None}
+        modules: dict[str, None] = {EMBEDDING: None}
         for name in self._base.tensors:
             if IGNORED.search(name):
                 continue
@@ -264,14 +266,14 @@ class ModekitLayout:
             modules[module] = None
         modules.pop(_HEAD, None)
         modules[_HEAD] = None
-        ordered = sorted(modules, key=lambda module: (module != _EMBEDDING, module == _HEAD, _numbers(module)))
+        ordered = sorted(modules, key=lambda module: (module != EMBEDDING, module == _HEAD, _numbers(module)))
         yield from ordered
 
     def _place(self, module: str, group: str = "all") -> _Place:
         name_of = f"{module}."
         refs = tuple(ref for name, ref in self._base.tensors.items() if name.startswith(name_of) and not IGNORED.search(name))
         if module == _HEAD and self.unties:
-            refs = (self._base.tensor(f"{_EMBEDDING}.weight"),)
+            refs = (self._base.tensor(f"{EMBEDDING}.weight"),)
         return _Place(module, group, refs, tuple(self._kind(expert, module, refs) for expert in range(self._count)))
 
     def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> LowRank | str | int | None:
@@ -286,7 +288,7 @@ class ModekitLayout:
             return change or "own"
         if recipe_expert.lora_rank is None:
             return "own"
-        if weight is None or len(weight.shape) != 2 or module in {_EMBEDDING, _HEAD}:
+        if weight is None or len(weight.shape) != 2 or module in {EMBEDDING, _HEAD}:
             return None
         return min(recipe_expert.lora_rank, *weight.shape)
 
@@ -294,12 +296,7 @@ class ModekitLayout:
         return any(place.kinds[expert] == "own" for place in self._places)
 
     def _keeps_base(self, place: _Place) -> bool:
-        always_on = self._recipe.mixture.always_on
-        mixture = self._recipe.mixture
-        # The router reads the base's embedding; an n-gram router reads token ids.
-        reads_it = place.module == _EMBEDDING and mixture.method != "linear" and mixture.router.fit != "ngram"
-        outside = always_on is not None and always_on.expert == BASE
-        return len(place.own) < self._count or outside or reads_it
+        return needs_base(self._recipe, place.module, place.own)
 
     def _lora_bias(self, place: _Place, expert: int) -> TensorRef | None:
         """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in."""
@@ -345,9 +342,9 @@ class ModekitLayout:
         return next(other.module for other in self._places if other.group == place.group)
 
     def _width(self, place: _Place) -> int:
-        """Width of what a router at this place reads; of an n-gram router, rows of its table."""
-        if self._recipe.mixture.router.fit == "ngram":
-            return self._recipe.mixture.router.buckets
+        """Width of what a router at this place reads; or what a setting says (rows of an n-gram table)."""
+        if self._recipe.mixture.router.gate_width is not None:
+            return self._recipe.mixture.router.gate_width
         if not any(ref.name == f"{place.module}.weight" for ref in place.refs):
             return int(self._base.config["hidden_size"])  # a whole FFN
         shape = place.weight.shape
@@ -398,6 +395,15 @@ class ModekitLayout:
         return codes.pop() if len(codes) == 1 else "F32"
 
 
+def needs_base(recipe: Recipe, module: str, own: Sequence[int]) -> bool:
+    """Whether the base's module stays at a place where the experts `own` have their own."""
+    mixture = recipe.mixture
+    # The router reads the base's embedding, unless it reads the tokens themselves.
+    reads_it = module == EMBEDDING and mixture.fit is not None and mixture.fit.reads != "tokens"
+    outside = mixture.always_on is not None and mixture.always_on.expert == BASE
+    return len(own) < len(recipe.experts) or outside or reads_it
+
+
 def whole_module_unscored(expert: str, module: str) -> UnsupportedError:
     """The error for a fit that scores low-rank changes where an expert has a module of its own."""
     return UnsupportedError(
@@ -437,41 +443,22 @@ def routing_config(recipe: Recipe) -> dict[str, Any]:
         given = mixture.weights or dict.fromkeys(recipe.names, 1.0)
         total = sum(given.values())
         weights = [given[name] / total for name in recipe.names]
-    score = _SCORES.get(router.fit, "linear")
     routing: dict[str, Any] = {
         "method": mixture.method, "top_k": recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
         "top_p": mixture.top_p, "weights": weights, "always_on": always_on,
     }  # fmt: skip
     if mixture.method != "linear":
-        routing.update(score=score, jitter=router.jitter, noise=router.noise)
+        routing.update(score=router.row.score, jitter=router.jitter, noise=router.noise)
         routing["prefix"] = router.prefix_tokens
-        if router.fit == "ngram":
+        if router.row.score == "ngram":
             routing["ngram"] = {"order": router.order, "buckets": router.buckets}
     routing["averages"] = router.averages
     return routing
 
 
-_SCORES = {"arrow": "norm", "spectr": "norm", "seqr": "norm", "phatgoose": "standardised", "ngram": "ngram"}
-"""Fit -> how a router scores what it reads, where that is not w x."""
-
-
 def gate_rows(router: Router, ranks: list[int]) -> list[int]:
-    """Rows of a gate per expert, for adapters of these ranks: SpectR takes all of B A, the others one direction."""
-    return [max(1, rank) for rank in ranks] if router.fit in {"spectr", "seqr"} else [1] * len(ranks)
-
-
-def replaced_rows(modekit: dict[str, Any], router: Router) -> dict[str, Any]:
-    """`modekit.places` with the rows that another fit's gates have."""
-    places = modekit["places"]
-    family = next(row for row in FAMILIES if row.model_type == modekit["dense_type"])
-    changed = {}
-    for module, entry in places.items():
-        changed[module] = dict(entry)
-        if entry["router"] == module:
-            read = [places[name]["ranks"] for name in readers(module, family, routers_of(places))]
-            ranks = [sum(ranks) for ranks in zip(*read, strict=True)]
-            changed[module]["rows"] = gate_rows(router, ranks)
-    return changed
+    """Rows of a gate per expert, for adapters of these ranks."""
+    return [router.row.rows(rank) for rank in ranks]
 
 
 def slots_of(modekit: dict[str, Any]) -> Iterator[RouterSlot]:

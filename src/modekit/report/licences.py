@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint, SourceRecord
-from modekit.recipes.recipe import locate
+from modekit.recipes.paths import locate
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one

@@ -6,38 +6,50 @@ the standardised x is compared with the standardised v_e, and the experts with t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.loaded.models import load_model
+from modekit.architecture.modekit_router import Router as RouterModule
+from modekit.checkpoint.checkpoint import Checkpoint, RouterRecord
+from modekit.loaded.models import load_model, load_tokenizer
 from modekit.loaded.next_token import Training, train_language_model
-from modekit.progress import Progress, silent
-from modekit.recipes.recipe import Router
-from modekit.text.documents import TokenSequence
+from modekit.routing.fit import fit_documents
+from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.read import check_length
+from modekit.text.documents import TokenSequence, encode, text_record
 
 STEPS = 100
 _LEARNING_RATE = 1e-3
 
 
-def train_gates(
-    checkpoint: Checkpoint,
-    settings: Router,
-    sequences: list[list[TokenSequence]],
-    *,
-    progress: Progress = silent,
-) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """One gate per router slot, float32, trained expert by expert on `sequences` in recipe order."""
+def learned_gates(fitting: Fitting) -> FittedRouter:
+    """Gates trained expert by expert on the fit split of their text. Raises TextError."""
+    recipe, settings = fitting.recipe, fitting.settings
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+    texts = [fit_documents(expert, fitting.root, place) for place, expert in enumerate(recipe.experts)]
+    longest = {"max_tokens": settings.tokens_per_domain, "sequence_length": settings.sequence_length}
+    sequences = [encode(tokenizer, documents, **longest) for documents in texts]
+    for place, expert in enumerate(recipe.experts):
+        check_length(place, expert, sequences[place])
+    counts = [sum(len(sequence.ids) for sequence in own) for own in sequences]
+    gates = _train_gates(fitting, sequences)
+    text = {
+        name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)
+    }  # fmt: skip
+    record = RouterRecord(status="trained", settings=settings, sha256="", text=text, report={"tokens": counts})
+    return FittedRouter(gates, record)
+
+
+def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """One gate per router slot, float32, trained on `sequences` in recipe order."""
+    checkpoint, settings = fitting.checkpoint, fitting.settings
     model = load_model(checkpoint.folder).requires_grad_(False)
-    gates = []
-    for slot in checkpoint.slots:
-        router = model.get_submodule(slot.name.removesuffix(".gate"))
-        # The folder's own gates may be of another fit, with other rows and averages.
-        router.routing = checkpoint.config["modekit"]["routing"]
-        router.gate = torch.nn.Parameter(torch.zeros(slot.shape, device=model.device))
-        gates.append(router.gate)
+    gates = _fresh_gates(model, checkpoint)
     training = Training(
         steps=settings.steps or STEPS, learning_rate=_LEARNING_RATE, sequence_length=settings.sequence_length,
         seed=settings.seed,
@@ -46,13 +58,39 @@ def train_gates(
     flow = model.base_model.flow
     for expert, (name, own) in enumerate(zip(checkpoint.names, sequences, strict=True)):
         flow.forced, flow.solo = expert, True
-        if any(any(place["ranks"][expert : expert + 1]) or expert in place["own"] for place in _places(checkpoint)):
-            train_language_model(model, gates, own, training, progress=progress, stage=f"train gate {name}")
+        if any(any(place["ranks"][expert : expert + 1]) or expert in place["own"] for place in _places(checkpoint).values()):
+            with _seeded(settings.seed, model.device):  # jitter and noise draw from the global generator
+                train_language_model(model, gates, own, training, progress=fitting.progress, stage=f"train gate {name}")
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()
     return [gate.float().cpu().numpy() for gate in learned]
 
 
-def _places(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    return list(checkpoint.config["modekit"]["places"].values())
+def _fresh_gates(model: PreTrainedModel, checkpoint: Checkpoint) -> list[torch.nn.Parameter]:
+    """The gate of every router slot, zero. The folder's own routers may be of another fit: they stand elsewhere, with other
+    rows and averages.
+    """
+    flow, routing = model.base_model.flow, checkpoint.config["modekit"]["routing"]
+    flow.averages = any(average["decay"] is not None for average in routing["averages"])
+    for name, place in _places(checkpoint).items():
+        mixed = flow.mixed[name]
+        mixed.follow(flow.mixed[place["router"]])
+        mixed.router, mixed.per_feature = None, "features" in place
+        if place["router"] == name:
+            shape = (place["width"], len(checkpoint.names), routing, place["rows"], place.get("features", 0))
+            mixed.router = RouterModule(name, flow, *shape).to(model.device)
+    return [model.get_parameter(slot.name) for slot in checkpoint.slots]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Start torch's own generators from a seed, and leave them as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _places(checkpoint: Checkpoint) -> dict[str, Any]:
+    places: dict[str, Any] = checkpoint.config["modekit"]["places"]
+    return places

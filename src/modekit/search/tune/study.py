@@ -23,7 +23,9 @@ from optuna.trial import TrialState
 
 from modekit.errors import MismatchError, RecipeError, TuneError, UnsupportedError
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.recipes.edit import as_written, with_mixture
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Recipe
 from modekit.search.tune.bodies import Bodies
 from modekit.search.tune.mount import Mount
 from modekit.search.tune.selection import RUNGS, Selection, Tally
@@ -235,11 +237,7 @@ def candidates(job: Job) -> list[Candidate]:
 
 def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:
     """The recipe with another mixture. Raises RecipeError."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    if mixture.get("router", {}).get("fit") != "centroid":
-        for expert in raw["experts"]:
-            expert.pop("negative_prompts", None)
-    return parse_recipe({**raw, "mixture": mixture}, where="candidate")
+    return parse_recipe(with_mixture(as_written(recipe), mixture), where="candidate")
 
 
 def _counts(trial: optuna.trial.FrozenTrial) -> bool:
