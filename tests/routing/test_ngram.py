@@ -187,8 +187,3 @@ def test_a_refit_keeps_what_it_was_not_asked_to_change(workshop: Workshop) -> No
 def test_settings_that_do_not_fit_are_refused(workshop: Workshop, router: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         build(workshop, router=router)
-
-
-def test_another_router_would_need_another_build(checkpoint: Checkpoint) -> None:
-    with pytest.raises(RecipeError, match=r"mixture\.router\.fit"):
-        refit(checkpoint, {"router": {"fit": "logistic", "per": "model"}})

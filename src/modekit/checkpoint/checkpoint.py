@@ -258,7 +258,7 @@ class Checkpoint:
         else:
             config["modekit"] = rerouted(config, recipe, self._shape_of)
         changed = Checkpoint(self.folder, self.record)
-        changed.__dict__["config"] = config
+        changed.__dict__.update(config=config, tensors=self.tensors)  # its gates are yet to be written
         return changed
 
     def _shape_of(self, name: str) -> tuple[int, ...] | None:

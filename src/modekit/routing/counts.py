@@ -73,7 +73,7 @@ def count_domain(
         rows = torch.cat([_rows(sequence, settings) for sequence in sequences])
         counts_H += torch.bincount(rows, minlength=settings.buckets)
         tokens += len(rows)
-        if kept + len(rows) <= settings.keep_tokens or not sample:
+        if kept + len(rows) <= settings.keep_tokens or (settings.keep_tokens and not sample):
             sample.append(rows[: settings.keep_tokens].int())
             kept += len(sample[-1])
         if tokens >= _MOST_TOKENS - 1:

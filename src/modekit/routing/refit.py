@@ -40,9 +40,10 @@ def refit(
 def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recipe:
     """The checkpoint's recipe with changes. Raises RecipeError."""
     old = as_written(checkpoint.record.recipe)
-    mixture = changed_mixture(old.get("mixture", {}), changes)
-    recipe = parse_recipe(with_mixture(old, mixture), where=str(checkpoint.folder))
-    _check_same_tensors(checkpoint, recipe)
+    changed = with_mixture(old, changed_mixture(old.get("mixture", {}), changes))
+    # What a format cannot say is first said of the folder, whose user may build another one, and then of the recipe.
+    _check_same_tensors(checkpoint, parse_recipe({**changed, "output": {}}, where=str(checkpoint.folder)))
+    recipe = parse_recipe(changed, where=str(checkpoint.folder))
     if checkpoint.native is None and recipe.output.format == "auto":  # which might now choose a native architecture
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "modekit"})})
     return recipe
