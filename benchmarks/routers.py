@@ -33,6 +33,7 @@ from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.evaluate import Domain, held_out_domains
 from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.make import make_plan
+from modekit.recipes.edit import changed_mixture, with_mixture
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
@@ -123,10 +124,9 @@ def run_seed(folder: Path, what: str) -> dict[str, dict[str, Any]]:
 def _built(folder: Path) -> Checkpoint:
     """The mixture with a random router: every variant starts from it, so that none sees what another has set."""
     recipe = yaml.safe_load((folder / "routing.yaml").read_text())
-    recipe["mixture"]["router"] = {"fit": "random"}
-    recipe["output"] = {"format": "modekit"}
+    mixture = changed_mixture(recipe["mixture"], {"router": {"fit": "random"}})
     out = folder / "routers"
-    parsed = parse_recipe(recipe)
+    parsed = parse_recipe({**with_mixture(recipe, mixture), "output": {"format": "modekit"}})
     if out.exists() and open_checkpoint(out).record.recipe_digest == parsed.digest():
         return open_checkpoint(out)
     return build(make_plan(parsed, folder), out, overwrite=True)

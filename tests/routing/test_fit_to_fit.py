@@ -84,8 +84,10 @@ DECORATED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("per", ["layer", "projection", "feature"])
-@pytest.mark.parametrize("name", FITS)
+FINER = [(name, per) for name in ("ridge", "ngram", "spectr", "phatgoose") for per in ("projection", "feature")]
+
+
+@pytest.mark.parametrize(("name", "per"), [*((name, "layer") for name in FITS), *FINER])
 def test_what_only_the_old_router_needed_is_dropped(shop: Workshop, name: str, per: str) -> None:
     before = built(shop, "BEFORE", {"router": {**DECORATED, "per": per}, "top_k": 1}, adapters=True)
     done = refit(before, asked(name))

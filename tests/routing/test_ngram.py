@@ -187,3 +187,10 @@ def test_a_refit_keeps_what_it_was_not_asked_to_change(workshop: Workshop) -> No
 def test_settings_that_do_not_fit_are_refused(workshop: Workshop, router: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         build(workshop, router=router)
+
+
+def test_without_kept_tokens_the_temperature_is_a_fixed_one(workshop: Workshop) -> None:
+    checkpoint = build(workshop, router={"keep_tokens": 0})
+    kept = load_ngram_statistics(checkpoint.folder / STATISTICS_FOLDER / "law.safetensors")
+    assert kept is not None and kept.lengths == () and kept.tokens > 0
+    assert is_proven(verify(checkpoint))

@@ -75,7 +75,7 @@ class Router(Strict):
     def _problems_of_the_fit(self) -> Iterator[str]:
         for key, field in type(self).model_fields.items():
             fits = fits_with(key)
-            if fits and self.fit not in fits and getattr(self, key) != field.default:
+            if fits and key not in self.row.settings and getattr(self, key) != field.default:
                 yield f"'{key}' has no effect with fit: {self.fit} (only with {', '.join(fits)}); remove it"
 
     @property

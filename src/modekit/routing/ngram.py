@@ -12,6 +12,7 @@ Shape legend: E experts, H buckets, N kept n-grams.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from modekit.architecture.modekit_router import causal_average
 from modekit.checkpoint.checkpoint import RouterRecord
 from modekit.errors import TextError
 from modekit.loaded.models import load_tokenizer
+from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.counts import NgramStatistics, count_domain, load_ngram_statistics, source_of
 from modekit.routing.fit import fit_documents
@@ -29,25 +31,12 @@ _UNCALIBRATED_TEMPERATURE = 8.0  # without a kept document to choose it on
 
 
 def count_gate(fitting: Fitting) -> FittedRouter:
-    """The table of an n-gram router, from kept counts where text and settings are still the same."""
+    """The table of an n-gram router, from kept counts where text and settings are still the same. Raises TextError."""
     settings, experts = fitting.settings, fitting.recipe.experts
     tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
     domains = []
     for place, expert in enumerate(experts):
-        path = fitting.folder / f"{expert.name}.safetensors"
-        kept = load_ngram_statistics(path)
-        try:
-            documents = fit_documents(expert, fitting.root, place)
-        except TextError:
-            if kept is None or kept.source["how"] != source_of([], expert, settings)["how"]:
-                raise
-            domains.append(kept)  # the text is gone, and its counts are what they would be
-            continue
-        source = source_of(documents, expert, settings)
-        if kept is None or kept.source != source:
-            kept = count_domain(tokenizer, documents, settings, source, where=f"experts[{place}] '{expert.name}'")
-            kept.save(path)
-        domains.append(kept)
+        domains.append(_counted(fitting, tokenizer, place, expert))
         fitting.progress("count n-grams", place + 1, len(experts))
     (slot,) = fitting.checkpoint.slots
     gate = ngram_gate(domains, settings)
@@ -56,6 +45,23 @@ def count_gate(fitting: Fitting) -> FittedRouter:
     report = {"tokens": [domain.tokens for domain in domains]}
     record = RouterRecord(status="fitted", settings=settings, sha256="", text=text, report=report)
     return FittedRouter([gate.numpy()], record)
+
+
+def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> NgramStatistics:
+    """A domain's counts, kept or made."""
+    path = fitting.folder / f"{expert.name}.safetensors"
+    kept = load_ngram_statistics(path)
+    try:
+        documents = fit_documents(expert, fitting.root, place)
+    except TextError:
+        if kept is None or kept.source["how"] != source_of([], expert, fitting.settings)["how"]:
+            raise
+        return kept  # the text is gone, and its counts are what they would be
+    source = source_of(documents, expert, fitting.settings)
+    if kept is None or kept.source != source:
+        kept = count_domain(tokenizer, documents, fitting.settings, source, where=f"experts[{place}] '{expert.name}'")
+        kept.save(path)
+    return kept
 
 
 def ngram_gate(domains: Sequence[NgramStatistics], settings: Router) -> torch.Tensor:

@@ -105,7 +105,7 @@ def _write(checkpoint: Checkpoint, root: Path, results: TuneResults, select: Sel
     """Beside the best mixture: its recipe, what chose it, and what else was tried."""
     out, recipe = checkpoint.folder, checkpoint.record.recipe
     write_atomically(out / SELECTED_FILE, "".join(f"{digest}\n" for digest in sorted(select.digests)).encode())
-    said = from_folder(recipe.model_dump(mode="json", exclude_unset=True, by_alias=True), root, out)
+    said = from_folder(as_written(recipe), root, out)
     write_atomically(out / "recipe.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode())
     (out / RESULTS_FOLDER).mkdir(exist_ok=True)
     made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
