@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from modekit.building.build import build
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 
 ADAPTERS = 8
 PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -112,7 +112,7 @@ def main() -> None:
             f"base_model: ./base\nexperts:\n{experts}mixture: {{method: routing, top_k: 2, router: {{fit: random}}}}\n"
         )
         from modekit.planning.make import make_plan
-        from modekit.recipes.recipe import load_recipe
+        from modekit.recipes.read import load_recipe
 
         plan = make_plan(load_recipe(recipe), folder)
         pieces = {

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modekit.recipes.recipe import Router
-from modekit.routing.capture import Read, capture_domain
+from modekit.recipes.router import Router
+from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.text.documents import TokenSequence, make_batches
 
@@ -48,7 +48,7 @@ def main() -> None:
                 run(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
 
     def capture() -> Any:
-        return capture_domain(view, sequences, [], reads=[Read(TOKEN, None, {})], keep_tokens=4096, advance=lambda _: None)
+        return capture_domain(view, sequences, [], reads=[GateInput(TOKEN, None, {})], keep_tokens=4096, advance=lambda _: None)
 
     jobs: dict[str, Callable[[], Any]] = {
         "forward": lambda: forward(model), "decoder only": lambda: forward(model.model), "capture": capture,

@@ -34,8 +34,9 @@ from modekit.evaluation.evaluate import held_out_domains, score_domain
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.loaded.native import DenseView, native_of
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import Router, parse_recipe
-from modekit.routing.capture import Read, capture_domain
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.router import Router
+from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 from modekit.text.documents import documents_of_split, encode, read_documents
@@ -90,9 +91,9 @@ class Bench:
     def capture(self, run: Callable[[int], Any]) -> list[DomainStatistics]:
         """Statistics per domain; `run(place)` gives what to run: an object with `model` and `router_inputs()`."""
         return [
-            capture_domain(run(place), sequences, [], reads=[Read(TOKEN, None, {})], keep_tokens=TOKENS, advance=print_nothing)[
-                0
-            ]
+            capture_domain(
+                run(place), sequences, [], reads=[GateInput(TOKEN, None, {})], keep_tokens=TOKENS, advance=print_nothing
+            )[0]
             for place, sequences in enumerate(self.sequences)
         ]
 

@@ -34,7 +34,9 @@ from modekit.evaluation.evaluate import Domain, held_out_domains
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import READ_BY, parse_recipe
+from modekit.recipes.edit import changed_mixture, with_mixture
+from modekit.recipes.fits import FITS
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.text.documents import make_batches
 
@@ -123,10 +125,9 @@ def run_seed(folder: Path, what: str) -> dict[str, dict[str, Any]]:
 def _built(folder: Path) -> Checkpoint:
     """The mixture with a random router: every variant starts from it, so that none sees what another has set."""
     recipe = yaml.safe_load((folder / "routing.yaml").read_text())
-    recipe["mixture"]["router"] = {"fit": "random"}
-    recipe["output"] = {"format": "modekit"}
+    mixture = changed_mixture(recipe["mixture"], {"router": {"fit": "random"}})
     out = folder / "routers"
-    parsed = parse_recipe(recipe)
+    parsed = parse_recipe({**with_mixture(recipe, mixture), "output": {"format": "modekit"}})
     if out.exists() and open_checkpoint(out).record.recipe_digest == parsed.digest():
         return open_checkpoint(out)
     return build(make_plan(parsed, folder), out, overwrite=True)
@@ -135,7 +136,7 @@ def _built(folder: Path) -> Checkpoint:
 def _reading(folder: Path, fit: str) -> dict[str, Any]:
     """How the demo's own router reads text, as far as this fit reads any."""
     router = yaml.safe_load((folder / "routing.yaml").read_text())["mixture"]["router"]
-    return {key: value for key, value in router.items() if fit in READ_BY.get(key, ())}
+    return {key: value for key, value in router.items() if key in FITS[fit].settings}
 
 
 def losses_of(model: PreTrainedModel, domains: Sequence[Domain]) -> Losses:

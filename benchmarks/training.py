@@ -29,7 +29,8 @@ from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.evaluate import Domain, held_out_domains, load_expert_source, score_domain
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.fits import FITS
+from modekit.recipes.read import parse_recipe
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 
@@ -118,9 +119,8 @@ def ablation() -> dict[str, Variant]:
         for top_k in (1, 2, 4):
             mixture = {"method": "routing", "top_k": top_k, "backbone": backbone}
             for fit in ("random", "centroid", "ridge"):
-                label = "noisy" if fit == "random" else fit
-                router = {"fit": fit} if fit == "random" else {"fit": fit, **few}
-                variants[f"{label} | {named} | {top_k}"] = ({**mixture, "router": router}, None)
+                router = {"fit": fit, **(few if FITS[fit].reads_text else {})}
+                variants[f"{FITS[fit].label} | {named} | {top_k}"] = ({**mixture, "router": router}, None)
             trained = {**mixture, "router": {"fit": "ridge", **few}}
             variants[f"trained routers | {named} | {top_k}"] = (trained, short)
             variants[f"trained routers and attention | {named} | {top_k}"] = (trained, more)

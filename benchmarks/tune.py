@@ -21,7 +21,8 @@ import yaml
 from modekit.building.build import build
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Recipe
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.results import describe
 from modekit.search.tune.selection import Tally, read_selection

@@ -101,7 +101,7 @@ class Workshop:
         """Build the recipe with changes; returns the checkpoint folder."""
         from modekit.building.build import build
         from modekit.planning.make import make_plan
-        from modekit.recipes.recipe import load_recipe
+        from modekit.recipes.read import load_recipe
 
         build(make_plan(load_recipe(self.write(**changes)), self.root), self.root / name, overwrite=True)
         return self.root / name

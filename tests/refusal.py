@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from conftest import Workshop
-from modekit.cli import main
+from modekit.cli.shell import main
 
 Tree = dict[str, bytes | None]
 """Every path below a folder -> its bytes, None for a folder."""

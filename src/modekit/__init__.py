@@ -2,11 +2,11 @@
 
 The command line (`modekit --help`) is a thin layer over these functions:
 
-    modekit.recipes.recipe.load_recipe          recipe.yaml -> Recipe
+    modekit.recipes.read.load_recipe             recipe.yaml -> Recipe
     modekit.planning.make.make_plan              Recipe -> Plan, from configs and headers
     modekit.building.build.build                 Plan -> checkpoint folder
     modekit.checkpoint.checkpoint.open_checkpoint  folder -> Checkpoint
-    modekit.routing.fit.refit           another router for a Checkpoint
+    modekit.routing.refit.refit                  another router for a Checkpoint
     modekit.evaluation.evaluate.evaluate           Checkpoint -> Results
     modekit.building.verify.verify               Checkpoint -> proof
     modekit.experts.specialize.specialize       base model + text -> specialist

@@ -1,5 +1,5 @@
 """`python -m modekit` is the command line."""
 
-from modekit.cli import main
+from modekit.cli.shell import main
 
 main()

@@ -39,7 +39,7 @@ from modekit.architecture.modekit_router import Router
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -35,8 +35,10 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import UnsupportedError
 from modekit.loaded.shapes import expert_view, mixture_of
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import READ_BY, Router, parse_recipe
-from modekit.routing.capture import Read, capture_domain
+from modekit.recipes.fits import FITS
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.router import Router
+from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 from modekit.sources.families import FAMILIES, Family
@@ -501,7 +503,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         "temperature": draw(st.sampled_from([1.0, 0.1, 0.01])), "seed": draw(st.integers(0, 99)), "tokens_per_domain": 32,
         "steps": 1,
     }  # fmt: skip
-    router |= {key: value for key, value in drawn.items() if router["fit"] in READ_BY[key]}
+    router |= {key: value for key, value in drawn.items() if key in FITS[router["fit"]].settings}
     router["granularity"] = "sequence" if modules == "all" else draw(st.sampled_from(["token", "token", "context", "sequence"]))
     if router["granularity"] == "context" and draw(st.booleans()):
         router["decay"] = draw(st.sampled_from([[1.0], [0.5], [0, 0.9, 1.0]]))
@@ -788,7 +790,7 @@ import json, sys
 from pathlib import Path
 from modekit.building.build import build
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 build(make_plan(parse_recipe(json.loads(sys.argv[1])), Path(sys.argv[2])), Path(sys.argv[3]))
 """
 
@@ -836,7 +838,7 @@ def captured(checkpoint: Checkpoint, sequences: list[list[TokenSequence]]) -> li
     view, router, found = expert_view(checkpoint), checkpoint.record.recipe.mixture.router, []
     for place, own in enumerate(sequences):
         view.use_expert(place)
-        read = Read(router.averages, router.prefix_tokens, {})
+        read = GateInput(router.averages, router.prefix_tokens, {})
         found += capture_domain(view, own, [], reads=[read], keep_tokens=64, advance=lambda _: None)
     return found
 

@@ -10,11 +10,12 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import Workshop
+from conftest import Workshop, write_text
 from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
 
 FFN = "model.layers.2.mlp.down_proj.weight"
@@ -143,12 +144,15 @@ def test_a_full_disk(bench: Workshop, limit: int, exists: bool) -> None:
     assert tree(bench.root) == before
 
 
-def test_a_disk_that_fills_up_during_the_fit(bench: Workshop) -> None:
-    recipe = bench.write(output={"shard_size": "20KB"}, mixture={"router": {"fit": "centroid"}})
+@pytest.mark.parametrize(("router", "limit"), [({"fit": "centroid"}, 60_000), ({"fit": "ngram", "buckets": 64}, 36_000)])
+def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, Any], limit: int) -> None:
+    texts = write_text(bench.root / "long", documents=400)  # of which an n-gram fit keeps more than the limit
+    experts = [{**expert, "text": str(texts[expert["name"]])} for expert in bench.recipe["experts"]]
+    recipe = bench.write(output={"shard_size": "20KB"}, mixture={"router": router}, experts=experts)
     before = tree(bench.root)
     done = run_python(
         COMMAND, "build", recipe, bench.root / "OUT",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     message = checked(done.returncode, done.stdout, done.stderr)
     assert "File too large" in message
@@ -160,7 +164,7 @@ def test_a_disk_that_fills_up_during_the_fit(bench: Workshop) -> None:
     [
         "modekit.checkpoint.staging.Staging.record",
         "modekit.building.build.write_index",
-        "modekit.building.build.constant_gates",
+        "modekit.building.build.fit_router",
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])

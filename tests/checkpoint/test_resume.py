@@ -21,7 +21,7 @@ from modekit.checkpoint.staging import JOURNAL, Staging, staging
 from modekit.errors import CheckpointError, OutputError
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.recipes.recipe import load_recipe
+from modekit.recipes.read import load_recipe
 from refusal import Tree, borrow, refuse, run_python, tree
 
 KILLED = 9

@@ -12,7 +12,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Recipe
 from modekit.search.tune.space import Space
 from modekit.sources.families import FAMILIES
 from modekit.sources.native import NATIVES

@@ -24,7 +24,7 @@ import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli import main
+from modekit.cli.shell import main
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.similarity import similarity

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli import main
+from modekit.cli.shell import main
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.tasks import ask as run

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import character_tokenizer, logits_of, save, tiny_model, write_text
 from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, TextError, UnsupportedError
-from modekit.experts.extract import TRAINED_FILE, extract
+from modekit.experts.extract import extract
 from modekit.loaded import moments
-from modekit.text.documents import documents_of_split, encode, read_documents
+from modekit.text.documents import TRAINED_FILE, documents_of_split, encode, read_documents
 from modekit.weights.factorise import Array32, Factors, factorise
 from refusal import run_python, tree
 

@@ -16,7 +16,7 @@ from conftest import Workshop
 from modekit.checkpoint.staging import safetensors_header
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
-from modekit.recipes.recipe import load_recipe
+from modekit.recipes.read import load_recipe
 
 
 def plan_of(workshop: Workshop, **changes: Any) -> Any:

@@ -20,7 +20,7 @@ from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.shapes import SHAPES, open_shape
-from modekit.recipes.recipe import load_recipe
+from modekit.recipes.read import load_recipe
 from refusal import borrow
 
 SOURCE = Path(modekit.__file__).parent

@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 import yaml
 
-import modekit.recipes.recipe as recipe_module
 from modekit.errors import RecipeError
-from modekit.recipes.recipe import BackboneMerge, load_recipe, parse_recipe, schema_text
+from modekit.recipes.backbone import BackboneMerge
+from modekit.recipes.read import SCHEMA_FILE, load_recipe, parse_recipe, schema_text
 
 RECIPE: dict[str, Any] = {
     "base_model": "./base",
@@ -21,8 +21,7 @@ RECIPE: dict[str, Any] = {
 
 
 def test_the_shipped_schema_is_in_step() -> None:
-    shipped = Path(recipe_module.__file__).with_name("recipe.schema.json")
-    assert shipped.read_text() == schema_text(), "run: python -m modekit.recipes.recipe"
+    assert SCHEMA_FILE.read_text() == schema_text(), "run: python -m modekit.recipes"
 
 
 def test_the_schema_accepts_what_the_recipe_accepts_and_refuses_a_misspelt_key() -> None:

@@ -16,7 +16,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.sources.adapter import open_adapter
 from modekit.sources.model import open_source
@@ -138,6 +138,15 @@ def test_phatgoose_compares_standardised_vectors(bench: Workshop) -> None:
 
     gate = gates["model.layers.1.mlp.gate_proj.router.gate"]
     torch.testing.assert_close(router.logits(x), standardised(x) @ standardised(gate).T / HIDDEN**0.5, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_drawn_in_training_follows_from_the_seed(bench: Workshop) -> None:
+    """Bit by bit on purpose: the same recipe on the same machine."""
+    drawn = {"granularity": "context", "jitter": 0.2, "noise": 0.1}
+    first, second = (phatgoose_gates(bench, name, **drawn) for name in ("ONE", "TWO"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = phatgoose_gates(bench, "THREE", **drawn, seed=1)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_a_router_can_be_set_anew_by_every_fit(bench: Workshop) -> None:

@@ -19,8 +19,8 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.plan import ROUTER_FILE
+from modekit.routing.counts import load_ngram_statistics
 from modekit.routing.fit import fit_documents
-from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.text.documents import encode
 
@@ -190,6 +190,8 @@ def test_settings_that_do_not_fit_are_refused(workshop: Workshop, router: dict[s
         build(workshop, router=router)
 
 
-def test_another_router_would_need_another_build(checkpoint: Checkpoint) -> None:
-    with pytest.raises(RecipeError, match=r"mixture\.router\.fit"):
-        refit(checkpoint, {"router": {"fit": "logistic", "per": "model"}})
+def test_without_kept_tokens_the_temperature_is_a_fixed_one(workshop: Workshop) -> None:
+    checkpoint = build(workshop, router={"keep_tokens": 0})
+    kept = load_ngram_statistics(checkpoint.folder / STATISTICS_FOLDER / "law.safetensors")
+    assert kept is not None and kept.lengths == () and kept.tokens > 0
+    assert is_proven(verify(checkpoint))

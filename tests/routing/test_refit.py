@@ -11,7 +11,7 @@ from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from refusal import refuse
 
@@ -29,6 +29,12 @@ CONTEXT = {"fit": "ridge", "granularity": "context", **TEXT}
      {"method": "routing", "router": CONTEXT}),
     ({"router": {**CONTEXT, "l2": 0.1, "decay": [0.5]}}, {"router": {"fit": "random", "granularity": "token"}}),
     ({"router": {"fit": "random"}, "modules": ["q", "mlp"], "method": "gating"}, {"method": "routing", "router": CONTEXT}),
+    ({"router": CONTEXT, "modules": ["q", "v", "mlp"]}, {"router": {"per": "model"}}),
+    ({"router": {**CONTEXT, "per": "model"}, "modules": ["v", "mlp", "q"]}, {"method": "linear"}),
+    ({"router": {**CONTEXT, "per": "feature"}, "modules": ["k", "down"]}, {"router": {"per": "layer"}}),
+    ({"router": {**CONTEXT, "per": "layer"}, "modules": ["k", "down"]}, {"router": {"per": "feature"}}),
+    ({"router": {"fit": "ngram", "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
+    ({"router": {"fit": "random"}, "always_on": {"expert": "law"}, "modules": ["mlp", "q"]}, {"method": "gating"}),
 ])  # fmt: skip
 def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: dict[str, Any], changes: dict[str, Any]) -> None:
     out = workshop.build(mixture=built)
@@ -45,8 +51,9 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
     ({}, {"backbone": "average"}, "backbone"),
     ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
     ({"layers": [0, 1]}, {"layers": [0]}, "layers"),
-    ({"router": CONTEXT}, {"router": {"per": "model"}}, "per"),
-    ({"router": {**CONTEXT, "per": "model"}}, {"method": "linear"}, "per"),
+    ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
+    ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "ngram"}}, "per"),
+    ({"modules": "all", "router": {"fit": "ngram"}}, {"router": {"fit": "logistic"}}, "router.fit"),
     ({"router": CONTEXT}, {"always_on": {"expert": "base", "weight": 0.5}}, "always_on"),
     ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
     ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot say granularity: context"),

@@ -12,17 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.routing.capture as capture_module
-import modekit.routing.fit as fit_module
+import modekit.routing.read as read_module
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError, TextError
 from modekit.loaded.native import DenseView
 from modekit.planning.plan import ROUTER_FILE
-from modekit.recipes.recipe import Router
-from modekit.routing.capture import Read, capture_domain
+from modekit.recipes.router import Router
+from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.routing.fit import fit_documents
+from modekit.routing.fit import fit_documents, fit_router
 from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
 from modekit.text.documents import TokenSequence, encode, make_batches
@@ -45,7 +45,7 @@ def sequences_of(checkpoint: Checkpoint, place: int) -> list[TokenSequence]:
 def capture(checkpoint: Checkpoint, place: int, sequences: list[TokenSequence], keep: int = 64) -> DomainStatistics:
     view = DenseView(checkpoint)
     view.use_expert(place)
-    read = Read(Router().averages, None, {})
+    read = GateInput(Router().averages, None, {})
     return capture_domain(view, sequences, [], reads=[read], keep_tokens=keep, advance=lambda _: None)[0]
 
 
@@ -220,7 +220,7 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
     def no_forward(*_: Any, **__: Any) -> Any:
         raise AssertionError("a re-fit from kept statistics must not run the model")
 
-    monkeypatch.setattr(fit_module, "expert_view", no_forward)
+    monkeypatch.setattr(read_module, "expert_view", no_forward)
     refit(checkpoint, changes)
     after = digests(checkpoint.folder)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
@@ -249,7 +249,7 @@ def test_interrupted_fit_goes_on_with_the_next_domain(workshop: Workshop, monkey
     (checkpoint.folder / STATISTICS_FOLDER / "law.safetensors").unlink()
     read: list[int] = []
     real = capture_module.capture_domain
-    monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     refit(checkpoint, {})
     assert len(read) == 1
     assert (checkpoint.folder / ROUTER_FILE).read_bytes() == expected
@@ -261,7 +261,7 @@ def test_changed_text_is_read_again(workshop: Workshop, monkeypatch: pytest.Monk
     text.write_text(text.read_text().replace("clause", "schedule"))
     read: list[int] = []
     real = capture_module.capture_domain
-    monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     refit(checkpoint, {})
     assert len(read) == 1
 
@@ -283,3 +283,12 @@ def test_prompts_stand_in_for_text(workshop: Workshop) -> None:
     checkpoint = open_checkpoint(workshop.build(experts=experts, mixture=mixture))
     assert checkpoint.record.router.status == "fitted"
     assert checkpoint.record.router.text["law"]["documents"] == 2
+
+
+@pytest.mark.parametrize("mixture", [{"router": {"fit": "random", "seed": 7}}, {"method": "linear"}])
+def test_gates_that_read_nothing_come_from_the_same_door(workshop: Workshop, mixture: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(workshop.build(mixture=mixture))
+    fitted = fit_router(checkpoint, checkpoint.record.recipe, workshop.root, workshop.root / "nothing")
+    assert [gate.tolist() for gate in fitted.gates] == [gate.tolist() for gate in checkpoint.gates()]
+    assert fitted.record.status == checkpoint.record.router.status == "unfitted"
+    assert all(gate.any() == ("router" in mixture) for gate in fitted.gates)

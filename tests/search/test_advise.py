@@ -26,7 +26,7 @@ from modekit.loaded.load import decoder_layers, load_adapted, load_model, load_t
 from modekit.loaded.next_token import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
-from modekit.recipes.recipe import load_recipe, parse_recipe
+from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.advise import advise
 from modekit.search.advise.checks import chat_template
@@ -683,7 +683,7 @@ def test_every_rule_is_used_and_gives_a_recipe() -> None:
 
 
 def test_the_command(trained: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from modekit.cli import main
+    from modekit.cli.shell import main
 
     def said(*arguments: object) -> str:
         sys.argv = ["modekit", "advise", *map(str, arguments)]

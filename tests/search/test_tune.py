@@ -24,7 +24,8 @@ from modekit.errors import ModekitError, OutputError, RecipeError, TextError, Tu
 from modekit.evaluation.evaluate import evaluate, held_out_domains, score_domain
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import Recipe, load_recipe
+from modekit.recipes.read import load_recipe
+from modekit.recipes.recipe import Recipe
 from modekit.search.tune.candidate import Candidate, pareto
 from modekit.search.tune.results import describe
 from modekit.search.tune.selection import RUNGS, read_selection
@@ -108,11 +109,11 @@ def test_shared_weights_share_their_bytes(shop: Workshop, tmp_path: Path) -> Non
 
 
 def test_text_is_read_once_for_all_granularities(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import modekit.routing.fit as fit_module
+    import modekit.routing.read as read_module
 
     read: list[int] = []
-    real = fit_module.capture_domain
-    monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    real = read_module.capture_domain
+    monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     recipe, weights = recipe_of(shop), SharedWeights(tmp_path, shop.root, averages=[None, 0.8, 0.9])
     for name in ("ridge", "context", "always on"):
         candidate = candidate_recipe(recipe, MIXTURES[name])
@@ -288,11 +289,11 @@ def test_a_process_that_dies_is_told(shop: Workshop, monkeypatch: pytest.MonkeyP
 
 def test_negative_prompts_keep_statistics_of_their_own(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Centroid and ridge in turn read the text twice, not every time."""
-    import modekit.routing.fit as fit_module
+    import modekit.routing.read as read_module
 
     read: list[int] = []
-    real = fit_module.capture_domain
-    monkeypatch.setattr(fit_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    real = read_module.capture_domain
+    monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     centroid = {**RIDGE, "router": {**FIT, "fit": "centroid"}}
     experts = [{**each, "negative_prompts": ["something else"]} for each in shop.recipe["experts"]]
     recipe = recipe_of(shop, experts=experts, mixture=centroid)

@@ -30,7 +30,7 @@ from modekit.building.build import build
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.sources.adapter import AdapterSource, LowRank, Scaling, is_adapter, open_adapter
 from modekit.sources.adapter_config import _NO_EFFECT, LoraSettings
 from modekit.sources.model import Mappings, ModelSource, open_source

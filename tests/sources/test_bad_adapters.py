@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from conftest import Workshop, logits_of, save, tiny_model
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from refusal import borrow, refuse_build, run_python, tree
 
 LAW = "experts[1] 'law' (./law)"

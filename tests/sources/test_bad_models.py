@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import Workshop, save, tiny_model
-from modekit.cli import main
+from modekit.cli.shell import main
 from modekit.planning import make as plan
 from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 

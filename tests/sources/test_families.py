@@ -17,7 +17,7 @@ from modekit.evaluation.inspection.routers import decisions
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.sources.families import FAMILIES, Family, family_of
 from modekit.sources.native import NATIVES, Native, choose_native
 

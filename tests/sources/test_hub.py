@@ -14,7 +14,7 @@ import modekit.sources.hub as hub
 from conftest import Workshop
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
-from modekit.recipes.recipe import load_recipe
+from modekit.recipes.read import load_recipe
 from modekit.sources.model import read_header
 
 

@@ -24,7 +24,7 @@ from modekit.checkpoint.staging import Staging, staging, write_all, write_json
 from modekit.errors import SourceError
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.progress import Progress, silent
-from modekit.routing.constant import constant_gates
+from modekit.routing.fit import fit_documents, fit_router
 from modekit.sources.model import Mappings
 from modekit.text.documents import is_local
 
@@ -61,25 +61,16 @@ def build(
 
 def _check_text(plan: Plan) -> None:
     """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied."""
-    from modekit.routing.fit import fit_documents  # torch and transformers only when a router reads text
-
     for number, expert in enumerate(plan.recipe.experts):
         if all(is_local(spec, plan.root) for spec in expert.text or []):
             fit_documents(expert, plan.root, number)
 
 
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], progress: Progress) -> Checkpoint:
-    gates = constant_gates(plan.recipe, plan.slots)
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
-    sha256 = write_router_file(
-        stage.folder / ROUTER_FILE, plan.slots, placeholder if gates is None else gates, plan.router_dtype
-    )
+    sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
     checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, RouterRecord.unfitted(plan.recipe, sha256)))
-    if gates is not None:
-        return checkpoint
-    from modekit.routing.fit import fit_router
-
     fitted = fit_router(
         checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, trust_remote_code=plan.trust_remote_code,
         progress=progress,

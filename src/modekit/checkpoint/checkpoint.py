@@ -70,7 +70,7 @@ class Checkpoint:
         tensors: dict[str, TensorRef] = {}
         for file in sorted({str(file) for file in weight_map.values()}):
             tensors.update(read_header(self.folder / Path(file).name, where=str(self.folder)))
-        for slot in self.slots:
+        for slot in self.slots if self.routed is None else ():  # other routers' gates are yet to be written
             if slot.name not in tensors:
                 raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=BUILD_AGAIN)
         self.shape.check(tensors)
@@ -123,7 +123,7 @@ class Checkpoint:
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
-        return replace(self, routed=self.shape.rerouted(recipe))
+        return replace(self, routed=self.shape.rerouted(recipe, self.tensors))
 
     def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
         """Write new gates, then the routing in config.json, then modekit.json; nothing else is touched."""

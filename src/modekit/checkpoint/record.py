@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, model_validator
 
 from modekit.planning.plan import Plan
-from modekit.recipes.recipe import Recipe, Router
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import Router
 from modekit.sources.model import ModelSource
 
 RECORD_FILE = "modekit.json"

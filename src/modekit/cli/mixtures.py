@@ -25,7 +25,7 @@ def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust =
     """Show what a build would do, from configs and headers alone."""
     from modekit.planning.make import make_plan
     from modekit.planning.summary import summary as summarise
-    from modekit.recipes.recipe import load_recipe
+    from modekit.recipes.read import load_recipe
     from modekit.text.documents import check_present
 
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
@@ -48,7 +48,7 @@ def build(
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build as run
     from modekit.planning.make import make_plan
-    from modekit.recipes.recipe import load_recipe
+    from modekit.recipes.read import load_recipe
 
     made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
     with drawn_progress() as progress:
@@ -151,6 +151,6 @@ def export(
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
-    from modekit.recipes.recipe import schema_text
+    from modekit.recipes.read import schema_text
 
     sys.stdout.write(schema_text())

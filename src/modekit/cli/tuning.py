@@ -33,7 +33,7 @@ def tune(
 ) -> None:
     """Find the best mixture of a recipe's experts on held-out text, and build it."""
     from modekit.planning.make import make_plan
-    from modekit.recipes.recipe import load_recipe
+    from modekit.recipes.read import load_recipe
 
     try:
         from modekit.search.tune.settings import TuneSettings

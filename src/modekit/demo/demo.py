@@ -34,7 +34,8 @@ from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
 from modekit.planning.make import make_plan
 from modekit.progress import Progress
-from modekit.recipes.recipe import parse_recipe
+from modekit.recipes.fits import DEFAULT_FIT, FITS
+from modekit.recipes.read import parse_recipe
 
 What = Literal["mlp", "full", "lora"]
 
@@ -215,7 +216,7 @@ def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], size: Size
     mixture = dict(says["mixture"])
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))
-        if router.get("fit") not in {"random", "ngram"}:
+        if "tokens_per_domain" in FITS[router.get("fit", DEFAULT_FIT)].settings:
             router.update(
                 tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH
             )

@@ -28,7 +28,7 @@ from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
 from modekit.loaded.load import load_adapted, load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import BASE
+from modekit.recipes.strict import BASE
 from modekit.routing.fit import fit_documents
 from modekit.sources.adapter import is_adapter, open_adapter
 from modekit.sources.model import open_source

@@ -19,7 +19,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import Entry, staging, write_all, write_json
 from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import Place
-from modekit.recipes.recipe import BASE, locate
+from modekit.recipes.paths import locate
+from modekit.recipes.strict import BASE
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.model import Mappings, TensorRef
 from modekit.weights.numeric import as_array

@@ -17,6 +17,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.trace import RouterTrace
+from modekit.planning.mixture_config import MixtureConfig, leader_of
 from modekit.planning.slot import RouterSlot
 
 
@@ -94,8 +95,24 @@ class ModekitView:
         self.model.use_expert(expert)
 
     def router_inputs(self) -> list[nn.Module]:
-        """The routers themselves."""
-        return [*routers_at(self.model, self._slots)]
+        """The routers themselves; where one is yet to stand, the place whose input it will read."""
+        places = [self.model.get_submodule(leader_of(slot)) for slot in self._slots]
+        return [place if place.router is None else place.router for place in places]
+
+
+def place_routers(model: PreTrainedModel, mixture: MixtureConfig) -> list[nn.Parameter]:
+    """Put new routers, of zero gates, where a mixture says they stand; returns the gates in the order of its slots."""
+    flow, routing = flow_of(model), mixture.routing.as_written()
+    flow.averages = mixture.routing.reads_averages
+    for name, place in mixture.places.items():
+        mixed = flow.mixed[name]
+        mixed.follow(flow.mixed[place.router])
+        mixed.router, mixed.per_feature = None, bool(place.features)
+        if place.router == name:
+            assert place.width is not None and place.rows is not None, name  # a config is checked when it is made
+            router = Router(name, flow, place.width, len(mixture.experts), routing, place.rows, place.features)
+            mixed.router = router.to(model.device)
+    return [model.get_parameter(slot.name) for slot in mixture.slots()]
 
 
 def flow_of(model: PreTrainedModel) -> Flow:

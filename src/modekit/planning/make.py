@@ -16,7 +16,8 @@ from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, Shard, joined
-from modekit.recipes.recipe import BackboneExpert, Recipe
+from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import (
     check_complete,

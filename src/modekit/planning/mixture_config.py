@@ -6,7 +6,7 @@ them says modekit_mixed.py and modekit_router.py. Keys that were not set are not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -144,17 +144,6 @@ class MixtureConfig(_Said):
                 RouterPosition(slot.name, next(iter(layers)) if one else None, _shared([p for _, p in served]) if one else "")
             )
         return tuple(found)
-
-    def rerouted(self, routing: Routing, rows_of: Callable[[list[int]], list[int]]) -> MixtureConfig:
-        """The same experts under another routing. `rows_of` gives a gate's rows for the ranks that it reads."""
-        places = {}
-        for module, place in self.places.items():
-            changed = place
-            if place.router == module:
-                read = [self.places[name].ranks for name in self.readers(module)]
-                changed = place.model_copy(update={"rows": rows_of([sum(ranks) for ranks in zip(*read, strict=True)])})
-            places[module] = changed
-        return self.model_copy(update={"routing": routing, "places": places})
 
 
 def leader_of(slot: RouterSlot) -> str:

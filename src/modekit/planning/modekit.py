@@ -17,7 +17,7 @@ from modekit.planning.pieces import piece_of, rows_of
 from modekit.planning.places import Places, PlannedPlace
 from modekit.planning.plan import Factor, Piece, PlannedTensor, joined
 from modekit.planning.routing_config import routing_config, whole_module_unscored
-from modekit.recipes.recipe import SCORES_CHANGES, Recipe
+from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.families import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
@@ -130,7 +130,7 @@ class ModekitLayout:
     def _check_router(self) -> None:
         """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""
         mixture = self._recipe.mixture
-        if mixture.method == "linear" or mixture.router.fit not in SCORES_CHANGES:
+        if mixture.fit is None or mixture.fit.reads != "changes":
             return
         for leader in self._places:
             for place in self._places.read_by(leader) if self._places.leaders[leader.module] == leader.module else ():

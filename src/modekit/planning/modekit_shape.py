@@ -14,7 +14,7 @@ from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError
 from modekit.planning.mixed_tensor import LowRankPart, MixedTensor, TensorPart
 from modekit.planning.mixture_config import MixtureConfig, Place, Routing, problem_in
-from modekit.planning.routing_config import rerouted
+from modekit.planning.reroute import bases_that_differ, rerouted
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
@@ -80,10 +80,14 @@ class ModekitShape(Shape):
         """As config.json says it."""
         return self.mixture.routing
 
-    def rerouted(self, recipe: Recipe) -> ModekitShape:
-        """With the recipe's routing and the rows of its gates."""
-        said = rerouted(self.said, recipe)
+    def rerouted(self, recipe: Recipe, tensors: Tensors) -> ModekitShape:
+        """With the recipe's routing, and its routers where that puts them."""
+        said = rerouted(self.said, recipe, int(self.config["hidden_size"]), tensors)
         return replace(self, config={**self.config, "modekit": said.as_written()}, said=said)
+
+    def other_bases(self, recipe: Recipe) -> list[str]:
+        """By what the recipe's routers read, and what is always on."""
+        return bases_that_differ(self.said, recipe)
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Nothing: this shape says all mixtures."""

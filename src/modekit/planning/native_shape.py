@@ -87,9 +87,13 @@ class NativeShape(Shape):
             remedy="build the recipe with output: {format: modekit}, or see `modekit extract`",
         )  # fmt: skip
 
-    def rerouted(self, recipe: Recipe) -> NativeShape:
+    def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
         """With the recipe's top_k."""
         return replace(self, config={**self.config, self.native.top_k_key: recipe.top_k})
+
+    def other_bases(self, recipe: Recipe) -> list[str]:
+        """None: an expert's FFN never stands beside the base's."""
+        return []
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """What only the modekit architecture says."""

@@ -14,15 +14,16 @@ from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
 from modekit.planning.pieces import low_rank, rows_of, touched
-from modekit.planning.routing_config import gate_rows
-from modekit.recipes.recipe import BASE, Recipe
+from modekit.planning.routing_config import gate_rows, needs_base
+from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
 from modekit.sources.families import Family
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, HEAD, in_layer, is_ignored, module_of, natural_key, weight_of
 
-_ATTENTION = {"q", "k", "v", "o"}
+ATTENTION = {"q", "k", "v", "o"}
+"""Parts that mix tokens; the others are the FFN's."""
 Kind = LowRank | str | int | None
 """What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
 
@@ -90,12 +91,7 @@ class Places:
 
     def keeps_base(self, place: PlannedPlace) -> bool:
         """Whether the base's module stays beside what the experts have."""
-        mixture = self._recipe.mixture
-        always_on = mixture.always_on
-        # The router reads the base's embedding; an n-gram router reads token ids.
-        reads_it = place.module == EMBEDDING and mixture.method != "linear" and mixture.router.fit != "ngram"
-        outside = always_on is not None and always_on.expert == BASE
-        return len(place.own) < self._count or outside or reads_it
+        return needs_base(self._recipe, place.module, place.own)
 
     def added_bias(self, place: PlannedPlace, expert: int) -> TensorRef | None:
         """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in."""
@@ -111,9 +107,9 @@ class Places:
         return change.scale if change is not None else place.scales[expert]
 
     def width(self, place: PlannedPlace) -> int:
-        """Width of what a router at this place reads; of an n-gram router, rows of its table."""
-        if self._recipe.mixture.router.fit == "ngram":
-            return self._recipe.mixture.router.buckets
+        """Width of the gate of a router at this place: of what it reads, unless its fit says another."""
+        if self._recipe.mixture.router.gate_width is not None:
+            return self._recipe.mixture.router.gate_width
         if not any(ref.name == weight_of(place.module) for ref in place.refs):
             return int(self._base.config["hidden_size"])  # a whole FFN
         shape = place.weight.shape
@@ -152,7 +148,7 @@ class Places:
             for part, path in self.parts.in_order():
                 module = in_layer(layer, path)
                 if any(name.startswith(f"{module}.") for name in self._base.tensors):
-                    place = self._place(module, f"{layer} {'attention' if part in _ATTENTION else 'ffn'}")
+                    place = self._place(module, f"{layer} {'attention' if part in ATTENTION else 'ffn'}")
                     if place.is_mixed:
                         yield place
 

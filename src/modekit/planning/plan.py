@@ -214,26 +214,22 @@ class Plan:
 
     def statistics_bytes(self, *, in_memory: bool) -> int:
         """Bytes of the statistics that a fit keeps of all domains, on disk or while it solves."""
-        keep = self.recipe.mixture.router.keep_tokens
-        if self.recipe.mixture.router.fit == "ngram":  # counts, and documents on which the temperature is chosen
-            return self.experts * 4 * (self.recipe.mixture.router.buckets + 2 * keep)
-        moments = [8 * slot.shape[1] if in_memory else 2 * (slot.shape[1] + 1) for slot in self.slots]
-        return sum(
-            self.experts * slot.shape[1] * (moment + 16 + 2 * keep) for slot, moment in zip(self.slots, moments, strict=True)
-        )
+        mixture = self.recipe.mixture
+        if mixture.fit is None or mixture.fit.keeps is None:
+            return 0
+        of_domain = mixture.fit.keeps.nbytes
+        return sum(self.experts * of_domain(slot.shape[1], mixture.router.keep_tokens, in_memory) for slot in self.slots)
 
     def memory(self) -> dict[str, int]:
         """Bytes of anonymous memory to build, to fit the router (0 when nothing is fitted), and to load the result."""
         parameters = self.parameters()
-        router = self.recipe.mixture.router
+        router, row = self.recipe.mixture.router, self.recipe.mixture.fit
         fit = 0
-        if router.fit == "ngram":  # no model is run
-            fit = 4 * self.statistics_bytes(in_memory=True)
-        elif self.recipe.mixture.keeps_statistics:
+        if row is not None and row.keeps is not None:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.loads_one_expert else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
-            fit = one * itemsize + self.statistics_bytes(in_memory=True) + activations
+            fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         largest = max((ref.numel for t in self.tensors for p in t.pieces if p.factor for ref in p.refs), default=0)
         return {"build": _BUILD_FLOOR + 6 * 4 * largest, "fit": fit, "load": self.bytes_written}
 

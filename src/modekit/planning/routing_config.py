@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from modekit.errors import UnsupportedError
-from modekit.planning.mixture_config import Average, MixtureConfig, Ngram, Routing
-from modekit.recipes.recipe import Recipe, Router
-
-_SCORES = {"arrow": "norm", "spectr": "norm", "seqr": "norm", "phatgoose": "standardised", "ngram": "ngram"}
-"""Fit -> how a router scores what it reads, where that is not w x."""
+from modekit.planning.mixture_config import Average, Ngram, Routing
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import Router
+from modekit.recipes.strict import BASE
+from modekit.sources.names import EMBEDDING
 
 
 def routing_config(recipe: Recipe) -> Routing:
@@ -27,9 +27,9 @@ def routing_config(recipe: Recipe) -> Routing:
         weights = [given[name] / total for name in recipe.names]
     read: dict[str, Any] = {}
     if mixture.method != "linear":
-        read = {"score": _SCORES.get(router.fit, "linear"), "jitter": router.jitter, "noise": router.noise}
+        read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise}
         read["prefix"] = router.prefix_tokens
-        if router.fit == "ngram":
+        if router.row.score == "ngram":
             read["ngram"] = Ngram(order=router.order, buckets=router.buckets)
     return Routing(
         method=mixture.method, top_k=recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
@@ -39,13 +39,17 @@ def routing_config(recipe: Recipe) -> Routing:
 
 
 def gate_rows(router: Router, ranks: list[int]) -> list[int]:
-    """Rows of a gate per expert, for adapters of these ranks: SpectR takes all of B A, the others one direction."""
-    return [max(1, rank) for rank in ranks] if router.fit in {"spectr", "seqr"} else [1] * len(ranks)
+    """Rows of a gate per expert, for adapters of these ranks."""
+    return [router.row.rows(rank) for rank in ranks]
 
 
-def rerouted(mixture: MixtureConfig, recipe: Recipe) -> MixtureConfig:
-    """The same experts under the routing of another recipe, with the rows that its gates have."""
-    return mixture.rerouted(routing_config(recipe), partial(gate_rows, recipe.mixture.router))
+def needs_base(recipe: Recipe, module: str, own: Sequence[int]) -> bool:
+    """Whether the base's module stays at a place where the experts `own` have their own."""
+    mixture = recipe.mixture
+    # The router reads the base's embedding, unless it reads the tokens themselves.
+    reads_it = module == EMBEDDING and mixture.fit is not None and mixture.fit.reads != "tokens"
+    outside = mixture.always_on is not None and mixture.always_on.expert == BASE
+    return len(own) < len(recipe.experts) or outside or reads_it
 
 
 def whole_module_unscored(expert: str, module: str) -> UnsupportedError:

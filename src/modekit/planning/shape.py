@@ -100,8 +100,12 @@ class Shape(ABC):
         """What the experts have at every place. Raises UnsupportedError where they are whole, and no places are said."""
 
     @abstractmethod
-    def rerouted(self, recipe: Recipe) -> Shape:
-        """The same experts under another recipe's routing: config and slots as they would be."""
+    def rerouted(self, recipe: Recipe, tensors: Tensors) -> Shape:
+        """The same experts, whose tensors these are, under another recipe's routing: config and slots as they would be."""
+
+    @abstractmethod
+    def other_bases(self, recipe: Recipe) -> list[str]:
+        """Places where a recipe needs the base's module and the checkpoint has none, or the reverse."""
 
     @abstractmethod
     def refusals(self, recipe: Recipe) -> list[str]:

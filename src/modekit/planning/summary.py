@@ -6,7 +6,9 @@ import shutil
 from typing import Any
 
 from modekit.planning.plan import Plan
-from modekit.recipes.recipe import BASE, BackboneExpert, Recipe
+from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
 
 
 def backbone_label(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""A recipe for a file in another folder: the paths that it names are found from there."""
+"""The paths that a recipe names: where they are, and the same paths said from another folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modekit.recipes.recipe import BASE, locate
+from modekit.recipes.strict import BASE
+
+
+def locate(spec: str, root: Path) -> Path | None:
+    """The file or folder that a recipe names, relative to `root`; None when there is none of that name."""
+    try:
+        path = (root / Path(spec).expanduser()).resolve()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a path, an unknown user's home, a NUL
+        return None
 
 
 def from_folder(recipe: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from modekit.checkpoint.staging import write_atomically
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, results_from_data
 from modekit.planning.summary import backbone_label
-from modekit.recipes.recipe import BASE
+from modekit.recipes.strict import BASE
 from modekit.report.licences import Source, facts, sources_of
 from modekit.text.documents import is_local
 

@@ -16,7 +16,7 @@ import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
-from modekit.recipes.recipe import locate
+from modekit.recipes.paths import locate
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one

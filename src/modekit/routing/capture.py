@@ -58,7 +58,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class Read:
+class GateInput:
     """What a gate takes of x: causal averages side by side, and the prefix after which they stay; as the routing has them
     (architecture/modekit_router.py). `source` is what the statistics will say of themselves.
     """
@@ -73,7 +73,7 @@ def capture_domain(
     sequences: Sequence[TokenSequence],
     negatives: Sequence[TokenSequence],
     *,
-    reads: Sequence[Read],
+    reads: Sequence[GateInput],
     keep_tokens: int,
     advance: Callable[[int], None],
 ) -> list[DomainStatistics]:
@@ -128,14 +128,14 @@ def run_with_inputs(
     advance: Callable[[int], None],
 ) -> None:
     """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens."""
-    read = Read(averages, prefix, {})
+    read = GateInput(averages, prefix, {})
     _run_with_inputs(view, sequences, [read], lambda _number, *taken: consume(*taken), advance)
 
 
 def _run_with_inputs(
     view: ExpertView,
     sequences: Sequence[TokenSequence],
-    reads: Sequence[Read],
+    reads: Sequence[GateInput],
     consume: Callable[[int, int, torch.Tensor, torch.Tensor], None],
     advance: Callable[[int], None],
     shared: Processes = ALONE,

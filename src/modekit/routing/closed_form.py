@@ -1,7 +1,7 @@
 """Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem).
 
 Every fit ends in one bias-free linear gate per router, because that is what native architectures hold; the temperature
-is folded into it. Domains count equally, however much text each had.
+is folded into it. Domains count equally, however much text each had. A fit's row in recipes/fits.py names its rule.
 
 Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains.
 """
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 
 import torch
 
 from modekit.errors import RecipeError
-from modekit.recipes.recipe import Router
+from modekit.recipes.router import Router
 from modekit.routing.statistics import DomainStatistics
 
+Rule = Callable[[int, Sequence[DomainStatistics], Router], torch.Tensor]
+"""(slot, domains in the order of the experts, settings) -> gate (E, D) at temperature 1, float64."""
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
 _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
@@ -28,7 +31,7 @@ def fit_gates(
 
     `advance` is called with 1 after each router. Raises RecipeError when logistic has no kept tokens to fit on.
     """
-    rule = {"centroid": _centroid, "lda": _lda, "ridge": _ridge, "logistic": _logistic}[settings.fit]
+    rule: Rule = resolve_name(settings.row.rule)
     gates = []
     for slot in range(len(domains[0].slots)):
         gates.append((rule(slot, domains, settings) / settings.temperature).float())
@@ -36,13 +39,13 @@ def fit_gates(
     return gates
 
 
-def _centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1, at the best temperature."""
     means_ED = torch.stack([domain.mean_D(slot) - domain.slots[slot].negative_D for domain in domains])
     return _calibrated(_unit_rows(means_ED), slot, domains)
 
 
-def _lda(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def lda(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = S^-1 mu_e with the shared within-domain covariance S, shrunk towards its mean variance."""
     means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
     covariance_DD = _second_moment(slot, domains) - means_ED.T @ means_ED / len(domains)
@@ -50,7 +53,7 @@ def _lda(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> to
     return _calibrated(weights_DE.T, slot, domains)
 
 
-def _ridge(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def ridge(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y (arXiv:2603.29765, without intercept), at the best temperature.
 
     The columns keep their lengths: at length 1 they lose 0.02 of the gap (benchmarks/router_fits.md).
@@ -111,7 +114,7 @@ def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
     )
 
 
-def _logistic(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+def logistic(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """Multinomial logistic regression on the kept x, without intercept, by L-BFGS from zero."""
     if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
         raise RecipeError(

@@ -1,28 +1,25 @@
-"""Gates that read no text: uniform and random. Needs no torch, so that building one costs no more than the copy.
-
-Shape legend: L layers, D width of what is read, E experts.
-"""
+"""Gates that read no text: uniform and random. Needs no torch, so that building one costs no more than the copy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from modekit.checkpoint.router_file import Gates
-from modekit.planning.slot import RouterSlot
-from modekit.recipes.recipe import Recipe
+from modekit.checkpoint.record import RouterRecord
+from modekit.routing.fitting import FittedRouter, Fitting
 
 _RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)
 
 
-def constant_gates(recipe: Recipe, slots: Sequence[RouterSlot]) -> Gates | None:
-    """Zero gates for linear (with top_k = E every expert weighs 1/E), N(0, 0.02) for a random router; None for a fitted one."""
-    if recipe.mixture.method == "linear":
-        return [np.zeros(slot.shape, np.float32) for slot in slots]
-    router = recipe.mixture.router
-    if router.fit != "random":
-        return None
-    draw = np.random.Generator(np.random.PCG64(router.seed)).standard_normal
-    scale = np.float32(_RANDOM_STD / router.temperature)
-    return [draw(slot.shape, np.float32) * scale for slot in slots]
+def zero_gates(fitting: Fitting) -> FittedRouter:
+    """For fixed weights: with top_k = E every expert of a native mixture weighs 1/E."""
+    gates = [np.zeros(slot.shape, np.float32) for slot in fitting.checkpoint.slots]
+    return FittedRouter(gates, RouterRecord.unfitted(fitting.recipe))
+
+
+def random_gates(fitting: Fitting) -> FittedRouter:
+    """N(0, 0.02), by the temperature, from the seed."""
+    settings = fitting.settings
+    draw = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal
+    scale = np.float32(_RANDOM_STD / settings.temperature)
+    gates = [draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots]
+    return FittedRouter(gates, RouterRecord.unfitted(fitting.recipe))

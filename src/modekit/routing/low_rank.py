@@ -13,43 +13,67 @@ Shape legend: D width of what is read, R rank, O output, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from safetensors import safe_open
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RouterRecord
 from modekit.planning.mixture_config import leader_of
 from modekit.planning.routing_config import whole_module_unscored
 from modekit.planning.slot import RouterSlot
-from modekit.recipes.recipe import Router
+from modekit.routing.fitting import FittedRouter, Fitting
+
+Rule = Callable[[torch.Tensor, torch.Tensor], None]
+"""(the change (R, D), R = 0 for the base; the expert's rows of the gate, zero): fills the rows. Both float64."""
 
 
-def adapter_gates(checkpoint: Checkpoint, settings: Router) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """One gate per router slot, float32. The base scores 0 everywhere.
-
-    Raises UnsupportedError when an expert's part is no low-rank change.
-    """
-    return [_gate(checkpoint, settings, slot).numpy() for slot in checkpoint.slots]
+def spectr(fitting: Fitting) -> FittedRouter:
+    """All of the change. Raises UnsupportedError when an expert's part is no low-rank change; so do the others."""
+    return _gates(fitting, _whole)
 
 
-def _gate(checkpoint: Checkpoint, settings: Router, slot: RouterSlot) -> torch.Tensor:
-    rows = []
+def seqr(fitting: Fitting) -> FittedRouter:
+    """All of the change, at length 1."""
+    return _gates(fitting, _whole_of_length_one)
+
+
+def arrow(fitting: Fitting) -> FittedRouter:
+    """The direction that the change amplifies most."""
+    return _gates(fitting, _first_direction)
+
+
+def _whole(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
+    rows_RD[: len(change_RD)] = change_RD
+
+
+def _whole_of_length_one(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
+    _whole(change_RD, rows_RD)
+    rows_RD /= torch.linalg.matrix_norm(rows_RD).clamp_min(1e-30)
+
+
+def _first_direction(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
+    if len(change_RD):
+        _, _, directions = torch.linalg.svd(change_RD, full_matrices=False)
+        rows_RD[0] = directions[0]
+
+
+def _gates(fitting: Fitting, rule: Rule) -> FittedRouter:
+    """One gate per router slot, float32. The base scores 0 everywhere."""
+    gates = [_gate(fitting, slot, rule).numpy() for slot in fitting.checkpoint.slots]
+    record = RouterRecord(status="fitted", settings=fitting.settings, sha256="", text={}, report={})
+    return FittedRouter(gates, record)
+
+
+def _gate(fitting: Fitting, slot: RouterSlot, rule: Rule) -> torch.Tensor:
+    gates = []
     for expert, count in enumerate(slot.rows):
-        change_RD = _stacked(checkpoint, slot, expert)
-        gate_RD = torch.zeros((count, slot.width), dtype=torch.float64)
-        if settings.fit == "arrow" and len(change_RD):
-            _, _, directions = torch.linalg.svd(change_RD, full_matrices=False)
-            gate_RD[0] = directions[0]
-        else:
-            gate_RD[: len(change_RD)] = change_RD
-        if settings.fit == "seqr":
-            gate_RD /= torch.linalg.matrix_norm(gate_RD).clamp_min(1e-30)
-        rows.append(gate_RD)
+        rows_RD = torch.zeros((count, slot.width), dtype=torch.float64)
+        rule(_stacked(fitting.checkpoint, slot, expert), rows_RD)
+        gates.append(rows_RD)
     # A router that reads several averages scores their mean: the same rows for each part.
-    gate = torch.cat(rows) / settings.temperature / slot.parts
+    gate = torch.cat(gates) / fitting.settings.temperature / slot.parts
     return gate.repeat(1, slot.parts).float()
 
 

@@ -4,115 +4,64 @@ The gate is a table: for every bucket of hashed n-grams and every expert the log
 in naive Bayes. The router adds up the rows of a text's n-grams, older ones fading, so that its evidence grows with the
 text. No model is run, neither for the fit nor for the decision, which stands before the first layer.
 
-Counts add up: they are kept per domain, with a sample of documents on which the temperature is chosen, each scored with its
-own counts taken out.
+The temperature is chosen on kept documents, each scored with its own counts taken out.
 
 Shape legend: E experts, H buckets, N kept n-grams.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from modekit.architecture.modekit_router import causal_average, ngram_rows
-from modekit.errors import CheckpointError, TextError
-from modekit.recipes.recipe import Expert, Router
-from modekit.text.documents import TokenSequence, digest_of, encode, text_record
+from modekit.architecture.modekit_router import causal_average
+from modekit.checkpoint.record import RouterRecord
+from modekit.errors import TextError
+from modekit.loaded.load import load_tokenizer
+from modekit.recipes.recipe import Expert
+from modekit.recipes.router import Router
+from modekit.routing.counts import NgramStatistics, count_domain, load_ngram_statistics, source_of
+from modekit.routing.fit import fit_documents
+from modekit.routing.fitting import FittedRouter, Fitting
 
-_MOST_TOKENS = 2**26  # counted per domain: a million takes seconds, and more hardly changes the odds
 _TEMPERATURES = [2.0 ** (step / 2) for step in range(-4, 17)]
 _UNCALIBRATED_TEMPERATURE = 8.0  # without a kept document to choose it on
 
 
-@dataclass(frozen=True)
-class NgramStatistics:
-    """Of one domain.
-
-    Attributes:
-        counts_H: how often an n-gram of each bucket occurred, float32.
-        sample_N: buckets of the n-grams of documents (the beginning of one that is too long), one after the other, int32.
-        lengths: n-grams of each kept document.
-        tokens: n-grams counted.
-        source: what they were made from: settings and a digest of the text.
-    """
-
-    counts_H: torch.Tensor
-    sample_N: torch.Tensor
-    lengths: tuple[int, ...]
-    tokens: int
-    source: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        about = {"ngram": True, "lengths": self.lengths, "tokens": self.tokens, "source": self.source}
-        tensors = {"counts": self.counts_H.contiguous(), "sample": self.sample_N.contiguous()}
-        save_file(tensors, partial, metadata={"about": json.dumps(about, sort_keys=True)})
-        partial.replace(path)
+def count_gate(fitting: Fitting) -> FittedRouter:
+    """The table of an n-gram router, from kept counts where text and settings are still the same. Raises TextError."""
+    settings, experts = fitting.settings, fitting.recipe.experts
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+    domains = []
+    for place, expert in enumerate(experts):
+        domains.append(_counted(fitting, tokenizer, place, expert))
+        fitting.progress("count n-grams", place + 1, len(experts))
+    (slot,) = fitting.checkpoint.slots
+    gate = ngram_gate(domains, settings)
+    assert gate.shape == slot.shape
+    text = {e.name: {**domain.source["text"], "tokens": domain.tokens} for e, domain in zip(experts, domains, strict=True)}
+    report = {"tokens": [domain.tokens for domain in domains]}
+    record = RouterRecord(status="fitted", settings=settings, sha256="", text=text, report=report)
+    return FittedRouter([gate.numpy()], record)
 
 
-def load_ngram_statistics(path: Path) -> NgramStatistics | None:
-    """Read a domain's counts; None when there are none, or only those of another fit. Raises CheckpointError when damaged."""
-    if not path.exists():
-        return None
+def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> NgramStatistics:
+    """A domain's counts, kept or made."""
+    path = fitting.folder / f"{expert.name}.safetensors"
+    kept = load_ngram_statistics(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            if not about.get("ngram"):
-                return None
-            counts, sample = file.get_tensor("counts"), file.get_tensor("sample")
-            return NgramStatistics(counts, sample, tuple(about["lengths"]), int(about["tokens"]), about["source"])
-    except Exception as error:  # safetensors raises its own type, wrong shapes raise others
-        raise CheckpointError(
-            "the kept statistics are damaged", where=str(path), found=error,
-            remedy="delete the file and run `modekit fit` with the text at hand",
-        ) from None  # fmt: skip
-
-
-def count_domain(
-    tokenizer: Any, documents: Sequence[str], settings: Router, source: dict[str, Any], *, where: str
-) -> NgramStatistics:
-    """Count a domain's n-grams. Raises TextError when the text has none."""
-    counts_H = torch.zeros(settings.buckets)
-    sample: list[torch.Tensor] = []
-    kept = tokens = 0
-    for document in documents:
-        sequences = encode(tokenizer, [document], max_tokens=_MOST_TOKENS - tokens, sequence_length=settings.sequence_length)
-        if not sequences:
-            continue
-        rows = torch.cat([_rows(sequence, settings) for sequence in sequences])
-        counts_H += torch.bincount(rows, minlength=settings.buckets)
-        tokens += len(rows)
-        if kept + len(rows) <= settings.keep_tokens or not sample:
-            sample.append(rows[: settings.keep_tokens].int())
-            kept += len(sample[-1])
-        if tokens >= _MOST_TOKENS - 1:
-            break
-    if not tokens:
-        raise TextError("the text is shorter than two tokens", where=where, remedy="give more text")
-    rows_N = torch.cat(sample) if sample else torch.empty(0, dtype=torch.int32)
-    return NgramStatistics(counts_H, rows_N, tuple(len(rows) for rows in sample), tokens, source)
-
-
-def source_of(documents: Sequence[str], expert: Expert, settings: Router) -> dict[str, Any]:
-    """What counts are made from: text and settings."""
-    include = {"sequence_length", "keep_tokens", "order", "buckets"}
-    how = settings.model_dump(mode="json", include=include)
-    return {"text": text_record(documents, 0), "how": how, "prompts": [digest_of(prompt) for prompt in expert.prompts or []]}
-
-
-def _rows(sequence: TokenSequence, settings: Router) -> torch.Tensor:
-    ids = torch.tensor([sequence.ids])
-    return ngram_rows(ids, torch.ones_like(ids), None, settings.order, settings.buckets)[0][0]
+        documents = fit_documents(expert, fitting.root, place)
+    except TextError:
+        if kept is None or kept.source["how"] != source_of([], expert, fitting.settings)["how"]:
+            raise
+        return kept  # the text is gone, and its counts are what they would be
+    source = source_of(documents, expert, fitting.settings)
+    if kept is None or kept.source != source:
+        kept = count_domain(tokenizer, documents, fitting.settings, source, where=f"experts[{place}] '{expert.name}'")
+        kept.save(path)
+    return kept
 
 
 def ngram_gate(domains: Sequence[NgramStatistics], settings: Router) -> torch.Tensor:

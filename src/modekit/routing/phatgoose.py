@@ -6,47 +6,68 @@ the standardised x is compared with the standardised v_e, and the experts with t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.loaded.load import load_model
-from modekit.loaded.modekit import flow_of, routers_at
+from modekit.checkpoint.record import RouterRecord
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.modekit import flow_of, place_routers
 from modekit.loaded.next_token import Training, train_language_model
-from modekit.progress import Progress, silent
-from modekit.recipes.recipe import Router
-from modekit.text.documents import TokenSequence
+from modekit.routing.fit import fit_documents
+from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.read import check_length
+from modekit.text.documents import TokenSequence, encode, text_record
 
 STEPS = 100
 _LEARNING_RATE = 1e-3
 
 
-def train_gates(
-    checkpoint: Checkpoint,
-    settings: Router,
-    sequences: list[list[TokenSequence]],
-    *,
-    progress: Progress = silent,
-) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """One gate per router slot, float32, trained expert by expert on `sequences` in recipe order."""
+def learned_gates(fitting: Fitting) -> FittedRouter:
+    """Gates trained expert by expert on the fit split of their text. Raises TextError."""
+    recipe, settings = fitting.recipe, fitting.settings
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+    texts = [fit_documents(expert, fitting.root, place) for place, expert in enumerate(recipe.experts)]
+    longest = {"max_tokens": settings.tokens_per_domain, "sequence_length": settings.sequence_length}
+    sequences = [encode(tokenizer, documents, **longest) for documents in texts]
+    for place, expert in enumerate(recipe.experts):
+        check_length(place, expert, sequences[place])
+    counts = [sum(len(sequence.ids) for sequence in own) for own in sequences]
+    gates = _train_gates(fitting, sequences)
+    text = {
+        name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)
+    }  # fmt: skip
+    record = RouterRecord(status="trained", settings=settings, sha256="", text=text, report={"tokens": counts})
+    return FittedRouter(gates, record)
+
+
+def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """One gate per router slot, float32, trained on `sequences` in recipe order."""
+    checkpoint, settings = fitting.checkpoint, fitting.settings
     model = load_model(checkpoint.folder).requires_grad_(False)
-    gates = [torch.nn.Parameter(torch.zeros(slot.shape, device=model.device)) for slot in checkpoint.slots]
-    mixture = checkpoint.shape.mixture
-    for router, slot, gate in zip(routers_at(model, checkpoint.slots), checkpoint.slots, gates, strict=True):
-        # The folder's own gates may be of another fit, with other rows and averages.
-        router.set(mixture.routing.as_written(), slot.rows, gate)
+    gates = place_routers(model, checkpoint.shape.mixture)  # those of the folder may stand elsewhere, of another fit
     training = Training(
         steps=settings.steps or STEPS, learning_rate=_LEARNING_RATE, sequence_length=settings.sequence_length,
         seed=settings.seed,
     )  # fmt: skip
     learned = [torch.zeros_like(gate) for gate in gates]
     for expert, (name, own) in enumerate(zip(checkpoint.names, sequences, strict=True)):
-        if any(place.has(expert) for place in mixture.places.values()):
-            with flow_of(model).forcing(expert, solo=True):
-                train_language_model(model, gates, own, training, progress=progress, stage=f"train gate {name}")
+        if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):
+            # Jitter and noise draw from the global generator.
+            with _seeded(settings.seed, model.device), flow_of(model).forcing(expert, solo=True):
+                train_language_model(model, gates, own, training, progress=fitting.progress, stage=f"train gate {name}")
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()
     return [gate.float().cpu().numpy() for gate in learned]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Start torch's own generators from a seed, and leave them as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -8,16 +8,13 @@ Shape legend: D width of what a gate takes (its parts side by side), N kept toke
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from modekit.errors import CheckpointError
+from modekit.routing.kept import Get, load_kept, save_kept
 
 
 @dataclass(frozen=True)
@@ -60,42 +57,27 @@ class DomainStatistics:
         tensors = {}
         for number, slot in enumerate(self.slots):
             rows, columns = torch.triu_indices(*slot.outer_DD.shape)
-            tensors[f"{number}.sum"] = slot.sum_D.contiguous()
-            tensors[f"{number}.outer_upper"] = slot.outer_DD[rows, columns].float().contiguous()
-            tensors[f"{number}.negative"] = slot.negative_D.contiguous()
-            tensors[f"{number}.sample"] = slot.sample_ND.contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        # One metadata key: safetensors writes several in an order that differs from run to run.
-        about = json.dumps({"tokens": self.tokens, "slots": len(self.slots), "source": self.source}, sort_keys=True)
-        try:
-            save_file(tensors, partial, metadata={"about": about})
-        except SafetensorError as error:  # what safetensors makes of an OSError
-            raise OSError(str(error)) from None
-        partial.replace(path)
+            tensors[f"{number}.sum"] = slot.sum_D
+            tensors[f"{number}.outer_upper"] = slot.outer_DD[rows, columns].float()
+            tensors[f"{number}.negative"] = slot.negative_D
+            tensors[f"{number}.sample"] = slot.sample_ND
+        save_kept(path, tensors, {"tokens": self.tokens, "slots": len(self.slots), "source": self.source})
 
 
 def load_statistics(path: Path) -> DomainStatistics | None:
     """Read a domain's statistics; None when there are none, or only an n-gram router's. Raises CheckpointError when damaged."""
-    if not path.exists():
+    return load_kept(path, _statistics)
+
+
+def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
+    if "slots" not in about:  # of an n-gram router
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            if "slots" not in about:  # of an n-gram router
-                return None
-            slots = []
-            for number in range(int(about["slots"])):
-                sum_D, upper = file.get_tensor(f"{number}.sum"), file.get_tensor(f"{number}.outer_upper").double()
-                rows, columns = torch.triu_indices(len(sum_D), len(sum_D))
-                outer_DD = torch.zeros((len(sum_D), len(sum_D)), dtype=torch.float64)
-                outer_DD[rows, columns] = upper
-                outer_DD[columns, rows] = upper
-                negative_D, sample_ND = file.get_tensor(f"{number}.negative"), file.get_tensor(f"{number}.sample")
-                slots.append(SlotStatistics(sum_D, outer_DD, negative_D, sample_ND))
-            return DomainStatistics(int(about["tokens"]), tuple(slots), about["source"])
-    except Exception as error:  # safetensors raises its own type, wrong shapes raise others
-        raise CheckpointError(
-            "the kept statistics are damaged", where=str(path), found=error,
-            remedy="delete the file and run `modekit fit` with the text at hand",
-        ) from None  # fmt: skip
+    slots = []
+    for number in range(int(about["slots"])):
+        sum_D, upper = get(f"{number}.sum"), get(f"{number}.outer_upper").double()
+        rows, columns = torch.triu_indices(len(sum_D), len(sum_D))
+        outer_DD = torch.zeros((len(sum_D), len(sum_D)), dtype=torch.float64)
+        outer_DD[rows, columns] = upper
+        outer_DD[columns, rows] = upper
+        slots.append(SlotStatistics(sum_D, outer_DD, get(f"{number}.negative"), get(f"{number}.sample")))
+    return DomainStatistics(int(about["tokens"]), tuple(slots), about["source"])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modekit.errors import TextError
-from modekit.recipes.recipe import locate
+from modekit.recipes.paths import locate
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from modekit.recipes.recipe import BackboneMerge
+from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.numeric import blocks
 
 

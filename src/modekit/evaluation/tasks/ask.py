@@ -35,7 +35,7 @@ from modekit.evaluation.tasks.questions import make_questions
 from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import BASE
+from modekit.recipes.strict import BASE
 
 FOLDER = "tasks"
 _FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modekit.recipes.recipe import BASE, Recipe
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
 from modekit.search.advise.drift import Drift
 from modekit.search.advise.findings import Finding
 from modekit.search.advise.judge import has_gain

@@ -14,7 +14,10 @@ from typing import Any
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import BASE, Recipe, parse_recipe, read_recipe
+from modekit.recipes.edit import with_mixture
+from modekit.recipes.read import parse_recipe, read_recipe
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.examined import Examined, examine
 from modekit.search.advise.groups import is_projection
@@ -61,10 +64,7 @@ def advise(
 
 def _models_of(raw: Mapping[str, Any], where: str) -> Recipe:
     """The recipe with a mixture that asks nothing of models and texts. Raises RecipeError."""
-    plain = {**raw, "mixture": {"method": "linear"}}
-    if isinstance(raw.get("experts"), list):  # negative prompts are for a fit that is not advised
-        plain["experts"] = [_without(each, "negative_prompts") if isinstance(each, dict) else each for each in raw["experts"]]
-    return parse_recipe(plain, where=where)
+    return parse_recipe(with_mixture(raw, {"method": "linear"}), where=where)
 
 
 def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _advised(
     """The recipe as plain data: the user's words for models and texts, the rules' mixture."""
     experts = []
     for index, is_own in sorted(kept.items()):
-        dropped = ["negative_prompts", *(["text"] if index in measured.unread else []), *(["as", "rank"] if native else [])]
+        dropped = [*(["text"] if index in measured.unread else []), *(["as", "rank"] if native else [])]
         expert = _without(raw["experts"][index], *dropped)
         if not is_own and expert.get("model") != BASE:
             expert = {
@@ -114,7 +114,8 @@ def _advised(
         experts.append(expert)
     mixture: dict[str, Any] = {key: value for choice in reversed(choices) for key, value in choice.mixture.items()}
     output = {**(raw.get("output") or {}), **({"format": "native"} if native else {})}
-    return {
-        **_without(raw, "experts", "mixture", "output", "eval"), "experts": experts, "mixture": mixture,
-        **({"output": output} if output else {}), **({"eval": raw["eval"]} if raw.get("eval") else {}),
-    }  # fmt: skip
+    return with_mixture(
+        {**_without(raw, "experts", "mixture", "output", "eval"), "experts": experts, "mixture": {},
+         **({"output": output} if output else {}), **({"eval": raw["eval"]} if raw.get("eval") else {})},
+        mixture,
+    )  # fmt: skip

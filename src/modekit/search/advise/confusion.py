@@ -17,8 +17,9 @@ import torch
 
 from modekit.architecture.modekit_router import causal_average, ngram_rows
 from modekit.errors import TextError
-from modekit.recipes.recipe import Router
-from modekit.routing.ngram import count_domain, ngram_gate
+from modekit.recipes.router import Router
+from modekit.routing.counts import count_domain
+from modekit.routing.ngram import ngram_gate
 from modekit.search.advise.texts import Text
 
 ROUTER = Router(fit="ngram")

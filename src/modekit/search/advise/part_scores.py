@@ -17,7 +17,7 @@ from modekit.building.tensors import PieceReader
 from modekit.evaluation.evaluate import Domain, score_domain
 from modekit.planning.pieces import piece_of
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import BackboneMerge
+from modekit.recipes.backbone import BackboneMerge
 from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
 from modekit.search.advise.groups import Group
 from modekit.sources.model import Mappings, ModelSource

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modekit.evaluation.evaluate import SMALLEST_GAP
+from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.space import label, short_backbone
 
@@ -113,8 +114,7 @@ def describe(mixture: Mapping[str, Any]) -> str:
     if mixture.get("method") == "linear":
         words.append("linear")
     else:  # a recipe's own mixture need not say what is the default
-        fit = router.get("fit", "logistic")
-        words.append("noisy" if fit == "random" else fit)
+        words.append(FITS[router.get("fit", DEFAULT_FIT)].label)
         words += [router["granularity"]] if "granularity" in router else []
         words += [f"order {router['order']}"] if "order" in router else []
         words += [f"decay {router['decay'][0]:g}"] if router.get("decay") else []

@@ -29,9 +29,12 @@ from modekit.checkpoint.router_file import Gates, write_index, write_router_file
 from modekit.checkpoint.staging import link, safetensors_header, write_all, write_json
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
-from modekit.recipes.recipe import ADAPTER_FITS, STATISTICS_FITS, Output, Recipe, Router, parse_recipe
-from modekit.routing.constant import constant_gates
-from modekit.routing.fit import fit_router, read_statistics
+from modekit.recipes.edit import as_written, changed_mixture, with_mixture
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Output, Recipe
+from modekit.recipes.router import Router
+from modekit.routing.fit import fit_router
+from modekit.routing.read import read_statistics
 from modekit.search.tune.switched_model import structure
 from modekit.sources.model import Mappings
 from modekit.sources.names import split_layer
@@ -75,20 +78,19 @@ class SharedWeights:
 
         Raises TextError, RecipeError.
         """
-        constant = constant_gates(recipe, shared.slots)
-        if constant is not None:
-            return constant
         mixture, router = recipe.mixture, recipe.mixture.router
+        if mixture.fit is None or mixture.fit.reads == "nothing":
+            return fit_router(shared, recipe, self._root, self._work).gates
         # Logits are divided by the temperature, so that one fit serves all.
         plain = router.model_copy(update={"temperature": 1.0})
         folder = self._statistics_of(recipe, router)
-        key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if router.fit in ADAPTER_FITS else ""])
+        key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if mixture.fit.low_rank else ""])
         if key not in self._gates:
             folder.parent.mkdir(parents=True, exist_ok=True)
             unscaled = recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": plain})})
             together = self._read_with(recipe, router)
             with FileLock(next(iter(together)).with_suffix(".lock")):
-                if router.fit in STATISTICS_FITS:
+                if mixture.fit.reads == "router inputs":
                     read_statistics(shared, unscaled, self._root, together, trust_remote_code=self._trust)
                 fitted = fit_router(shared, unscaled, self._root, folder, trust_remote_code=self._trust)
             self._gates[key] = fitted.gates
@@ -97,7 +99,7 @@ class SharedWeights:
     def _statistics_of(self, recipe: Recipe, router: Router) -> Path:
         """Where the statistics lie that a router is fitted on."""
         reads: dict[str, Any] = {"ngram": [router.order, router.buckets]}
-        if router.fit != "ngram":
+        if router.row.reads != "tokens":
             says = recipe.mixture.model_dump(mode="json", include={"backbone", "modules", "layers"})
             reads = {**says, "averages": router.averages, "prefix": router.prefix_tokens, "scope": router.scope}
             reads["negatives"] = [expert.negative_prompts for expert in recipe.experts]  # of a centroid fit alone
@@ -105,7 +107,7 @@ class SharedWeights:
 
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
         """Folder -> settings of every router of the search that reads the same text through the same models."""
-        if router.granularity == "sequence" or router.fit not in STATISTICS_FITS or len(router.averages) > 1:
+        if router.granularity == "sequence" or router.row.reads != "router inputs" or len(router.averages) > 1:
             return {self._statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [
@@ -117,9 +119,9 @@ class SharedWeights:
 
     def must_read(self, recipe: Recipe) -> bool:
         """Whether the gates of a candidate need text to be run through a model first."""
-        router = recipe.mixture.router
-        linear = recipe.mixture.method == "linear"
-        return not linear and router.fit in STATISTICS_FITS and not self._statistics_of(recipe, router).exists()
+        fit = recipe.mixture.fit
+        reads = fit is not None and fit.reads == "router inputs"
+        return reads and not self._statistics_of(recipe, recipe.mixture.router).exists()
 
     def remove(self) -> None:
         """Remove the weights; statistics stay, for a search that goes on."""
@@ -191,12 +193,8 @@ def _identities(plan: Plan, shard: Shard) -> list[Any]:
 
 def _with_routers(recipe: Recipe) -> Recipe:
     """The same experts and backbone behind routers."""
-    mixture = recipe.mixture.model_dump(mode="json", exclude_unset=True)
-    mixture = {key: value for key, value in mixture.items() if key != "weights"}
-    whole = {"granularity": "sequence", "per": "model"} if mixture.get("modules") == "all" else {}
-    routed = {**mixture, "method": "routing", "router": {"fit": "random", **whole}}
-    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    return parse_recipe({**raw, "mixture": routed})
+    raw = as_written(recipe)
+    return parse_recipe(with_mixture(raw, changed_mixture(raw["mixture"], {"method": "routing", "router": {"fit": "random"}})))
 
 
 def _digest(value: object) -> str:

@@ -9,30 +9,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from modekit.errors import RecipeError
-from modekit.recipes.recipe import (
-    BASE,
-    READ_AT,
-    READ_BY,
-    STATISTICS_FITS,
-    AlwaysOn,
-    Backbone,
-    BackboneMerge,
-    Part,
-    Recipe,
-    StrictLoader,
-)
+from modekit.recipes.backbone import Backbone, BackboneMerge
+from modekit.recipes.edit import settings_with_effect
+from modekit.recipes.fits import FITS, known_fit
+from modekit.recipes.mixture import AlwaysOn, Part
+from modekit.recipes.read import StrictLoader
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
 
 Choice = dict[str, str]
 Ask = Callable[[str, Sequence[str]], str]
 """Axis and its labels -> the label that is tried."""
 
-Kind = Literal["linear", "random", "centroid", "lda", "ridge", "logistic", "ngram", "arrow", "spectr", "seqr", "phatgoose"]
+LINEAR = "linear"
+_WHOLE: dict[str, dict[str, str]] = {LINEAR: {}, "ngram": {}, "logistic": {"granularity": "sequence", "per": "model"}}
+"""Routers that are tried where whole models are mixed -> settings with which they decide before the first layer."""
+
+
+def _kind(value: object) -> object:
+    return value if value == LINEAR else known_fit(value)
+
+
+Kind = Annotated[str, BeforeValidator(_kind)]
+"""linear, or the name of a fit."""
 _SEARCHED = {"method", "top_k", "top_p", "modules", "layers", "always_on", "backbone", "weights"}
 _SEARCHED_OF_ROUTERS = {"fit", "granularity", "temperature", "decay", "order", "prefix", "per"}
 
@@ -74,16 +79,23 @@ class Space(BaseModel):
 
         whole = pick("modules", self.modules) == "all"
         # Whole models decide before the first layer: other routers are no choice there, and backbone and layers mean nothing.
-        routers = [kind for kind in self.router if not whole or kind in {"linear", "ngram", "logistic"}] or ["ngram"]
+        routers = [kind for kind in self.router if not whole or kind in _WHOLE] or ["ngram"]
         router = pick("router", routers, "router_of_whole" if whole else "router")
-        if router in STATISTICS_FITS and not whole and pick("granularity", self.granularity) == "context":
+        fit = FITS.get(router)
+        if (
+            fit is not None
+            and fit.reads == "router inputs"
+            and not whole
+            and pick("granularity", self.granularity) == "context"
+        ):
             pick("decay", self.decay)
-        if router == "ngram":
+        if fit is not None and "order" in fit.settings:
             pick("order", self.order)
+        if fit is not None and fit.fading is not None:
             pick("ngram_decay", self.ngram_decay)
-        if router != "random" and router in READ_BY["temperature"]:
+        if fit is not None and fit.reads != "nothing" and "temperature" in fit.settings:
             pick("temperature", self.temperature)
-        if router != "linear":
+        if fit is not None:
             pick("top_k", self.top_k)
             pick("always_on", self.always_on)
         if not whole:
@@ -101,20 +113,16 @@ class Space(BaseModel):
         said = {key: value_of(choice[key]) for key in ("modules", "layers", "backbone", "always_on") if key in choice}
         unsaid = {"modules": "auto", "layers": None, "backbone": BASE, "always_on": None}
         mixture |= {key: value for key, value in said.items() if value != unsaid[key]}
-        if router == "linear":
+        if router == LINEAR:
             return {**mixture, "method": "linear"}
-        granularity = choice.get("granularity", "token")
-        if whole and router == "logistic":
-            granularity, settings["per"] = "sequence", "model"
-        settings = {
-            key: value for key, value in settings.items()
-            if (key not in READ_BY or router in READ_BY[key]) and READ_AT.get(key, granularity) == granularity
-        }  # fmt: skip
         settings["fit"] = router
-        settings |= {"granularity": granularity} if granularity != "token" else {}
+        settings |= _WHOLE[router] if whole else {}
+        settings |= {"granularity": choice["granularity"]} if choice.get("granularity", "token") != "token" else {}
+        settings = settings_with_effect(settings)
         settings |= {"temperature": float(choice["temperature"])} if "temperature" in choice else {}
-        settings |= {"decay": [float(choice["decay"])]} if "decay" in choice else {}
-        settings |= {"decay": [float(choice["ngram_decay"])], "order": int(choice["order"])} if router == "ngram" else {}
+        decay = choice.get("decay", choice.get("ngram_decay"))
+        settings |= {"decay": [float(decay)]} if decay is not None else {}
+        settings |= {"order": int(choice["order"])} if "order" in choice else {}
         mixture |= {"method": "routing", "top_k": int(choice["top_k"]), "router": settings}
         if isinstance(mixture.get("always_on"), float):
             mixture["always_on"] = {"expert": BASE, "weight": mixture["always_on"]}
@@ -136,7 +144,7 @@ class Space(BaseModel):
                     found[name + behind] = choice
         if "all" in self.modules:
             for name, router in (("whole models, n-gram", "ngram"), ("whole models, sequence", "logistic")):
-                ngram = {"order": "2", "ngram_decay": "0.98"} if router == "ngram" else {}
+                ngram = {"order": "2", "ngram_decay": "0.98"}
                 choice = self._wanted({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
                 if choice is not None:
                     found[name] = choice

@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
 from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import Recipe, parse_recipe
+from modekit.recipes.edit import as_written, with_mixture
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Recipe
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.selection import RUNGS, Selection, Tally
 from modekit.search.tune.shared_weights import SharedWeights
@@ -233,11 +235,7 @@ def candidates(job: Job) -> list[Candidate]:
 
 def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:
     """The recipe with another mixture. Raises RecipeError."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    if mixture.get("router", {}).get("fit") != "centroid":
-        for expert in raw["experts"]:
-            expert.pop("negative_prompts", None)
-    return parse_recipe({**raw, "mixture": mixture}, where="candidate")
+    return parse_recipe(with_mixture(as_written(recipe), mixture), where="candidate")
 
 
 def _counts(trial: optuna.trial.FrozenTrial) -> bool:

@@ -26,8 +26,10 @@ from modekit.evaluation.evaluate import RESULTS_FOLDER
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
+from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.paths import from_folder
-from modekit.recipes.recipe import BASE, Recipe
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
 from modekit.search.tune.candidate import pareto
 from modekit.search.tune.folder import alone, claim, stamp
 from modekit.search.tune.launch import launch
@@ -125,8 +127,7 @@ def _search(
 
 def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> dict[str, bytes]:
     """Files beside the best mixture, there from its first moment on: its recipe, what chose it, and what else was tried."""
-    recipe = best.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    said = from_folder(recipe, best.root, out)
+    said = from_folder(as_written(best.recipe), best.root, out)
     made = {"checkpoint": {"recipe_digest": best.recipe.digest()}}
     return {
         SELECTED_FILE: "".join(f"{digest}\n" for digest in sorted(select.digests)).encode(),
@@ -176,8 +177,5 @@ def _same(base: TensorRef, other: TensorRef, mappings: Mappings) -> bool:
 
 def plain_recipe(recipe: Recipe, backbone: str = BASE) -> Recipe:
     """The recipe's experts in the plainest mixture, in whatever architecture suits them."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
     mixture = {"method": "linear", **({"backbone": backbone} if backbone != BASE else {})}
-    for expert in raw["experts"]:
-        expert.pop("negative_prompts", None)
-    return Recipe.model_validate({**raw, "mixture": mixture, "output": {}})
+    return Recipe.model_validate({**with_mixture(as_written(recipe), mixture), "output": {}})

@@ -1,0 +1,104 @@
+"""Edits of recipes as plain data. What has no effect under an edit is left out, since a recipe that says it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import READ_AT
+
+_METHODS = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "weights": {"linear"}}
+"""Settings of a mixture -> methods that read them."""
+_BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
+"""What a router that reads text as it runs needs where whole models are mixed."""
+
+
+def as_written(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, with what was set and nothing else."""
+    return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
+
+def with_mixture(recipe: Mapping[str, Any], mixture: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe under another mixture, without negative prompts where the new one does not read them.
+
+    Takes unchecked data as it is.
+    """
+    experts = recipe.get("experts")
+    if _fit_of(mixture).takes_negatives or not isinstance(experts, list):
+        return {**recipe, "mixture": dict(mixture)}
+    plain = [_omit(expert, "negative_prompts") if isinstance(expert, Mapping) else expert for expert in experts]
+    return {**recipe, "experts": plain, "mixture": dict(mixture)}
+
+
+def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A mixture under `changes` (a nested `router` is merged). What only the old mixture needed is dropped in silence; what is
+    asked for now stays, and is checked like any recipe.
+    """
+    method = changes.get("method", mixture.get("method", "routing"))
+    kept = _omit(mixture, "router", *_dead_of_mixture(mixture, changes, method))
+    changed = {**kept, **_omit(changes, "router")}
+    asked = changes.get("router", {})
+    router = _changed_router(mixture.get("router", {}), asked)
+    if method == "linear":
+        router = dict(asked)
+    elif changed.get("modules") == "all" and not _row(router).decides_once:
+        router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
+    return {**changed, "router": router} if router else changed
+
+
+def settings_with_effect(router: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:
+    """A router's settings without those that its fit does not read; those that are `asked` for stay."""
+    row = _row(router)
+    dead = _dead_of_router(router, row)
+    return {key: value for key, value in router.items() if key in asked or key not in dead}
+
+
+def _changed_router(router: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {**router, **asked}
+    if (_row(router).fading is None) != (_row(changed).fading is None):  # a decay of averages is none of evidence
+        changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
+    return settings_with_effect(changed, asked)
+
+
+def _dead_of_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any], method: str) -> set[str]:
+    """Keys of the old mixture without an effect under the new method and choice of experts."""
+    dead = {key for key, methods in _METHODS.items() if method not in methods}
+    dead |= {"top_p"} if changes.get("top_k") is not None else {"top_k"} if changes.get("top_p") is not None else set()
+    always_on = mixture.get("always_on") or {}
+    if method == "gating" and always_on.get("weight") is None:
+        dead.add("always_on")
+    return dead
+
+
+def _dead_of_router(router: Mapping[str, Any], row: Fit) -> set[str]:
+    """Keys of a router without an effect under its fit, or against it."""
+    dead = {key for key in router if fits_with(key) and key not in row.settings}
+    granularity = router.get("granularity", "token")
+    if row.reads == "tokens":
+        dead.add("granularity")
+        granularity = "token"
+    dead |= {key for key, reads_it in READ_AT.items() if granularity != reads_it}
+    if row.fading is not None and len(router.get("decay") or []) == 1:
+        dead.discard("decay")
+    if row.decides_once and router.get("per") != "model":
+        dead.add("per")
+    if row.low_rank and router.get("per") == "feature":
+        dead.add("per")
+    if row.needs_sample and router.get("keep_tokens") == 0:
+        dead.add("keep_tokens")
+    return dead
+
+
+def _fit_of(mixture: Mapping[str, Any]) -> Fit:
+    return _row(mixture.get("router", {}))
+
+
+def _row(router: Mapping[str, Any]) -> Fit:
+    """The row of a router's fit; of the default when it names none, or none that there is, which the check will say."""
+    return FITS.get(router.get("fit", DEFAULT_FIT), FITS[DEFAULT_FIT])
+
+
+def _omit(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}

@@ -1,0 +1,171 @@
+"""How a router can be set: `FITS` has one row per fit that says all of it.
+
+Whoever has to know something of a fit asks its row, never its name, so that a new fit is a row here and the function that the
+row names. This room stands below torch: a row names its functions by import path, and routing/fit.py calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+Reads = Literal["nothing", "changes", "tokens", "router inputs", "training"]
+"""nothing: the gate follows from the recipe; changes: the experts' low-rank changes; tokens: ids of text, no model is run;
+router inputs: what routers read while a text runs through its own expert; training: the gate is trained on text.
+"""
+Score = Literal["linear", "norm", "standardised", "ngram"]
+"""What a router makes of its input and gate; see architecture/modekit_router.py."""
+Scope = Literal["layer", "model", "projection", "feature"]
+"""What shares a router."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kind of statistics that a fit keeps of every domain.
+
+    Attributes:
+        shared: whether processes can share the text, because what each of them found adds up.
+        nbytes: gate width, kept tokens and whether it is in memory -> bytes of one domain for one router.
+        memory: bytes of all statistics in memory, and of the model and its activations -> peak bytes of a fit.
+    """
+
+    shared: bool
+    nbytes: Callable[[int, int, bool], int]
+    memory: Callable[[int, int], int]
+
+
+def _sums_bytes(width: int, tokens: int, in_memory: bool) -> int:
+    """Sum, mean of negatives, X'X (on disk its triangle in float32) and kept inputs in float16."""
+    return width * ((8 * width if in_memory else 2 * (width + 1)) + 16 + 2 * tokens)
+
+
+def _counts_bytes(width: int, tokens: int, _in_memory: bool) -> int:
+    """Counts, and documents on which the temperature is chosen."""
+    return 4 * (width + 2 * tokens)
+
+
+SUMS = Kept(shared=True, nbytes=_sums_bytes, memory=lambda statistics, model: model + statistics)
+"""Of what routers read: sums of x and of x x^T, and a sample (routing/statistics.py)."""
+COUNTS = Kept(shared=False, nbytes=_counts_bytes, memory=lambda statistics, _model: 4 * statistics)
+"""Of n-grams (routing/counts.py)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All of a fit.
+
+    Attributes:
+        name: as `mixture.router.fit` says it.
+        about: one sentence for the recipe's schema.
+        function: import path `module:name` of what sets the gates, `Fitting -> FittedRouter` (routing/fitting.py).
+        rule: of a fit that is solved router by router from SUMS, import path of what solves one (routing/closed_form.py).
+        reads: what it is made from.
+        settings: of a router, those that this fit takes and some other does not.
+        keeps: its statistics, or None.
+        score: how its routers score.
+        rows: rank of an expert's changes to what a router reads -> rows of the gate for that expert.
+        width_setting: the setting that says how wide the gate is; None: as wide as what the router reads.
+        fading: the decay, unless a recipe says another, of evidence that adds up over a text; None: the gate reads what
+            `granularity` says.
+        decides_once: one router decides for the whole model, before its first layer runs.
+        low_rank: experts must be low-rank changes of the base: their changes are scored, or gates trained on them.
+        needs_sample: it is solved on the kept tokens alone.
+        takes_negatives: `negative_prompts` have an effect.
+        native: whether a plain linear gate says it, which is all that native architectures have.
+        title: what tables call it, when that is another word.
+    """
+
+    name: str
+    about: str
+    function: str
+    reads: Reads
+    rule: str = ""
+    settings: tuple[str, ...] = ()
+    keeps: Kept | None = None
+    score: Score = "linear"
+    rows: Callable[[int], int] = lambda _rank: 1
+    width_setting: str | None = None
+    fading: float | None = None
+    decides_once: bool = False
+    low_rank: bool = False
+    needs_sample: bool = False
+    takes_negatives: bool = False
+    native: bool = False
+    title: str = ""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether every domain must have text."""
+        return self.reads not in {"nothing", "changes"}
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        return self.title or self.name
+
+
+_SOLVE = "modekit.routing.solve:solve_gates"
+_SUMS_SETTINGS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter")
+_REGULAR = (*_SUMS_SETTINGS, "l2")
+_SCORED = ("temperature", "jitter")
+
+
+def _one_per_rank(rank: int) -> int:
+    """All of B A; one row of zeros for an expert that changes nothing."""
+    return max(1, rank)
+
+
+_ROWS = (
+    Fit("random", "the paper's noisy router", "modekit.routing.constant:random_gates", "nothing",
+        settings=("temperature", "jitter", "seed"), native=True, title="noisy"),
+    Fit("centroid", "the mean of what a router reads in a domain", _SOLVE, "router inputs",
+        rule="modekit.routing.closed_form:centroid", settings=_SUMS_SETTINGS, keeps=SUMS, takes_negatives=True, native=True),
+    Fit("lda", "linear discriminants of the domains", _SOLVE, "router inputs",
+        rule="modekit.routing.closed_form:lda", settings=_REGULAR, keeps=SUMS, native=True),
+    Fit("logistic", "logistic regression on kept tokens", _SOLVE, "router inputs",
+        rule="modekit.routing.closed_form:logistic", settings=_REGULAR, keeps=SUMS, needs_sample=True, native=True),
+    Fit("ridge", "least squares on the domains", _SOLVE, "router inputs",
+        rule="modekit.routing.closed_form:ridge", settings=_REGULAR, keeps=SUMS, native=True),
+    Fit("ngram", "naive Bayes on the tokens so far", "modekit.routing.ngram:count_gate", "tokens",
+        settings=("temperature", "sequence_length", "keep_tokens", "order", "buckets", "smoothing"), keeps=COUNTS,
+        score="ngram", width_setting="buckets", decides_once=True, fading=0.98),
+    Fit("arrow", "the direction that an adapter amplifies most, without text", "modekit.routing.low_rank:arrow", "changes",
+        settings=_SCORED, score="norm", low_rank=True),
+    Fit("spectr", "the length of what an adapter makes of x, without text", "modekit.routing.low_rank:spectr", "changes",
+        settings=_SCORED, score="norm", rows=_one_per_rank, low_rank=True),
+    Fit("seqr", "that length for adapters of equal size, without text", "modekit.routing.low_rank:seqr", "changes",
+        settings=_SCORED, score="norm", rows=_one_per_rank, low_rank=True),
+    Fit("phatgoose", "a gate trained for each adapter alone, on its own text", "modekit.routing.phatgoose:learned_gates",
+        "training", settings=("tokens_per_domain", "sequence_length", "seed", "steps", "jitter"), score="standardised",
+        low_rank=True),  # no temperature: its gates are standardised
+)  # fmt: skip
+FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
+"""Name -> row."""
+DEFAULT_FIT = "logistic"
+"""Best of benchmarks/router_fits.md among those that every architecture can say."""
+
+
+def fits_with(setting: str) -> list[str]:
+    """Names of the fits that take a setting of a router; none when all do."""
+    return [row.name for row in FITS.values() if setting in row.settings]
+
+
+def known_fit(value: object) -> object:
+    """The value, when it names a fit. Raises what pydantic reports as a wrong word."""
+    if isinstance(value, str) and value in FITS:
+        return value
+    *names, last = (f"'{name}'" for name in FITS)
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"})
+
+
+def say_fits(schema: dict[str, Any]) -> None:
+    """Put the names of the fits, and what each is, into the JSON schema of a key."""
+    schema["enum"] = list(FITS)
+    schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in FITS.values()) + "."
+
+
+FitName = Annotated[str, BeforeValidator(known_fit)]

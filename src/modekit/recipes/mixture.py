@@ -1,0 +1,182 @@
+"""How the experts are mixed, and what of a mixture has an effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from modekit.errors import RecipeError
+from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
+from modekit.recipes.fits import Fit
+from modekit.recipes.router import Router
+from modekit.recipes.strict import BASE, Name, Strict, checked
+
+Part = Literal["mlp", "q", "k", "v", "o", "gate", "up", "down"]
+Method = Literal["linear", "gating", "routing"]
+
+
+class AlwaysOn(Strict):
+    """An expert, or the base, that takes part in every token."""
+
+    expert: Name = Field(description="Name of an expert, or base.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Its share; without one, an expert of the list is always chosen and weighs what its logit says.",
+    )
+
+
+class Mixture(Strict):
+    """How the experts are mixed."""
+
+    method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
+    top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="In place of top_k: the fewest experts whose probabilities reach it (routing only)."
+    )
+    modules: Annotated[
+        Annotated[Literal["auto", "all"], Tag("literal[]")] | Annotated[list[Part], Tag("literal[s]")],
+        Discriminator(lambda value: "literal[s]" if isinstance(value, list) else "literal[]"),
+    ] = Field("auto", description="What experts have of their own; auto: the FFN, and what adapters change. all: everything.")
+    layers: list[int | str] | None = Field(
+        None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all."
+    )
+    always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
+    weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
+    router: Router = Field(default_factory=Router)
+    backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
+
+    @model_validator(mode="after")
+    def _no_dead_setting(self) -> Mixture:
+        problems = [
+            *self._problems_of_the_method(),
+            *self._problems_of_always_on(),
+            *self._problems_of_modules(),
+            *(self._problems_of_whole_models() if self.modules == "all" else ()),
+            *self._problems_of_numbers(),
+        ]
+        return checked(self, problems)
+
+    def _problems_of_the_method(self) -> Iterator[str]:
+        if self.method == "linear" and "router" in self.model_fields_set:
+            yield "'router' has no effect with method 'linear', whose weights do not read the input; remove it"
+        if self.method != "linear" and self.weights is not None:
+            yield f"'weights' has no effect with method '{self.method}'; remove it or use method: linear"
+        for key in ("top_k", "top_p"):
+            if self.method != "routing" and getattr(self, key) is not None:
+                yield f"'{key}' has no effect with method '{self.method}', which uses all experts; remove it"
+        if self.top_k is not None and self.top_p is not None:
+            yield "give top_k or top_p, not both"
+
+    def _problems_of_always_on(self) -> Iterator[str]:
+        if self.always_on is None:
+            return
+        if self.method == "linear":
+            yield "'always_on' has no effect with method 'linear', where every expert takes part; remove it"
+        if self.always_on.weight is None and self.method == "gating":
+            yield "'always_on' without a weight has no effect with method 'gating', where every expert takes part; remove it"
+        if self.always_on.weight is None and self.top_k == 1:
+            yield "'always_on' without a weight takes the only place of top_k: 1; give it a weight, or raise top_k"
+
+    def _problems_of_modules(self) -> Iterator[str]:
+        if not isinstance(self.modules, list):
+            return
+        if len(set(self.modules)) < len(self.modules):
+            yield "'modules' names a part twice"
+        if "mlp" in self.modules and {"gate", "up", "down"} & set(self.modules):
+            yield "'modules': mlp is the whole FFN, gate, up and down included; name either it or them"
+        if not self.modules:
+            yield "'modules' is empty; name at least one part, or remove it"
+
+    def _problems_of_whole_models(self) -> Iterator[str]:
+        fit = self.fit
+        before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
+        if fit is not None and not before_first_layer and not fit.decides_once:
+            yield (
+                "modules: all mixes embeddings, norms and head too, so the decision must stand before the first layer: set "
+                "router: {fit: ngram}, or router: {granularity: sequence, per: model}"
+            )
+        if fit is not None and fit.reads == "changes":
+            yield (
+                f"with modules: all the router reads the embedding, where fit '{fit.name}' has no change to score: "
+                "name the parts under modules, or choose another fit"
+            )
+        if self.layers is not None:
+            yield "'layers' has no effect with modules: all; remove it"
+
+    def _problems_of_numbers(self) -> Iterator[str]:
+        try:
+            _layer_ranges(self.layers or [])
+        except ValueError:
+            yield f"'layers' must be numbers or ranges such as '4-11' (found {self.layers})"
+        if self.weights is not None and not (min(self.weights.values(), default=0) >= 0 and sum(self.weights.values()) > 0):
+            yield "'weights' must be >= 0 and not all zero"
+
+    @property
+    def fit(self) -> Fit | None:
+        """How the router is set; None where weights are fixed and nothing is."""
+        return None if self.method == "linear" else self.router.row
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the router is set from text."""
+        return self.fit is not None and self.fit.reads_text
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether the router is fitted on statistics of text, which are kept."""
+        return self.fit is not None and self.fit.keeps is not None
+
+    def mixed_layers(self, count: int) -> list[int]:
+        """The layers that are mixed, of `count`. Raises RecipeError for one that does not exist."""
+        if self.layers is None:
+            return list(range(count))
+        layers = sorted({layer for first, last in _layer_ranges(self.layers) for layer in range(first, last + 1)})
+        if layers[-1] >= count:
+            raise RecipeError(
+                "there is no such layer", where="mixture.layers", found=layers[-1], expected=f"0 to {count - 1}",
+                remedy="correct the layers",
+            )  # fmt: skip
+        return layers
+
+    def beyond_native(self) -> list[str]:
+        """What of this mixture only the modekit architecture can say."""
+        router = self.router
+        reasons = []
+        if self.modules != "auto" and self.modules != ["mlp"]:
+            reasons.append("modules other than the whole FFN")
+        if self.layers is not None:
+            reasons.append("only some layers")
+        if self.top_p is not None:
+            reasons.append("top_p")
+        if self.always_on is not None:
+            reasons.append("always_on")
+        if self.fit is not None:
+            reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
+            reasons += [f"a router per {router.scope}"] if router.scope != "layer" else []
+            reasons += [f"fit: {router.fit}"] if not self.fit.native else []
+            reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
+        return reasons
+
+    @property
+    def merge(self) -> BackboneMerge | None:
+        """The backbone merge with its settings, or None when the backbone is copied from one model."""
+        if isinstance(self.backbone, BackboneMerge):
+            return self.backbone
+        if isinstance(self.backbone, BackboneExpert) or self.backbone == BASE:
+            return None
+        return BackboneMerge.model_validate({"method": self.backbone})
+
+
+def _layer_ranges(layers: list[int | str]) -> list[tuple[int, int]]:
+    """(first, last) of each entry. Raises ValueError."""
+    ranges = []
+    for entry in layers:
+        first, dash, last = str(entry).partition("-")
+        ranges.append((int(first), int(last if dash else first)))
+        if ranges[-1][0] > ranges[-1][1]:
+            raise ValueError
+    return ranges

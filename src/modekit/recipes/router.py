@@ -1,0 +1,110 @@
+"""The router's settings, and which of them have an effect under which fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, FitName, Scope, fits_with, say_fits
+from modekit.recipes.strict import Strict, checked
+
+CONTEXT_DECAYS = (0.9,)
+"""One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
+READ_AT = {"decay": "context", "prefix": "sequence"}
+"""Settings of a router -> the granularity that reads them; evidence that adds up fades, and has a decay, too."""
+
+
+class Router(Strict):
+    """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
+
+    fit: FitName = Field(DEFAULT_FIT, json_schema_extra=say_fits)
+    tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
+    sequence_length: int = Field(512, ge=8, description="Longest piece of a document, in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Divides the router's logits; folded into the gate.")
+    l2: float = Field(1e-3, ge=0, description="Regularisation, relative to the mean square of the router's input.")
+    compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
+    keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
+    seed: int = Field(0, ge=0, description="Seed of a random router, and of PHATGOOSE's training.")
+    granularity: Literal["token", "context", "sequence"] = Field(
+        "token", description="What the gate reads: the token, a causal average of the text so far, or the first tokens."
+    )
+    decay: list[float] | None = Field(
+        None, min_length=1, description="Context: decays of the averages; 1 is the mean of all tokens so far, 0 the token."
+    )
+    prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
+    per: Scope = Field(
+        "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
+    )
+    jitter: float = Field(0.0, ge=0, lt=1, description="Random scaling of what the gate reads, in training only.")
+    noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
+    steps: int | None = Field(None, ge=1, description="PHATGOOSE: training steps per expert (default 100).")
+    order: int = Field(2, ge=1, le=4, description="N-gram: how many tokens in a row are counted together.")
+    buckets: int = Field(2**18, ge=2, le=2**24, description="N-gram: rows of the table that n-grams are hashed into.")
+    smoothing: float = Field(0.5, gt=0, description="N-gram: added to every count.")
+
+    @model_validator(mode="after")
+    def _no_dead_setting(self) -> Router:
+        problems = [*self._problems_of_the_decision(), *self._problems_of_averages(), *self._problems_of_the_fit()]
+        return checked(self, problems)
+
+    def _problems_of_the_decision(self) -> Iterator[str]:
+        row = self.row
+        if self.per == "feature" and row.low_rank:
+            yield f"fit '{self.fit}' makes one decision per module, not one per output feature; choose another"
+        if row.needs_sample and self.keep_tokens == 0:
+            yield f"the {self.fit} fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge"
+        if row.reads == "tokens" and self.granularity != "token":
+            yield f"fit '{self.fit}' reads the tokens so far by itself: 'granularity' has no effect; remove it"
+        if row.decides_once and self.per not in {"layer", "model"}:
+            yield f"fit '{self.fit}' makes one decision for the whole model; remove 'per', or write per: model"
+
+    def _problems_of_averages(self) -> Iterator[str]:
+        fades = self.row.fading is not None
+        if fades and self.decay is not None and len(self.decay) != 1:
+            yield f"fit '{self.fit}' has one decay"
+        for key, granularity in READ_AT.items():
+            if key == "decay" and fades:
+                continue
+            if getattr(self, key) is not None and self.granularity != granularity:
+                yield f"'{key}' has no effect without granularity: {granularity}; remove it"
+        if self.decay is not None and not all(0 <= decay <= 1 for decay in self.decay):
+            yield "'decay' must lie between 0 and 1"
+
+    def _problems_of_the_fit(self) -> Iterator[str]:
+        for key, field in type(self).model_fields.items():
+            fits = fits_with(key)
+            if fits and key not in self.row.settings and getattr(self, key) != field.default:
+                yield f"'{key}' has no effect with fit: {self.fit} (only with {', '.join(fits)}); remove it"
+
+    @property
+    def row(self) -> Fit:
+        """All that is known of the fit."""
+        return FITS[self.fit]
+
+    @property
+    def gate_width(self) -> int | None:
+        """Width of the gate, when a setting says it; None: as wide as what the router reads."""
+        return None if self.row.width_setting is None else int(getattr(self, self.row.width_setting))
+
+    @property
+    def prefix_tokens(self) -> int | None:
+        """Tokens after which the decision stays; None when it never does."""
+        return (self.prefix or 64) if self.granularity == "sequence" else None
+
+    @property
+    def scope(self) -> Scope:
+        """What shares a router: as `per` says, the model where one decision is all there can be."""
+        return "model" if self.row.decides_once else self.per
+
+    @property
+    def averages(self) -> list[dict[str, Any]]:
+        """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
+        if self.row.fading is not None:
+            return [{"decay": self.decay[0] if self.decay else self.row.fading, "sum": True}]
+        if self.granularity == "token":
+            return [{"decay": None}]
+        if self.granularity == "sequence":
+            return [{"decay": 1.0}]
+        return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]

@@ -1,0 +1,28 @@
+"""What every part of a recipe shares: strictness, names, and how several problems become one error."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+BASE = "base"
+"""The word that stands for the base model wherever a model is named."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+"""Of an expert and its domain; also a file's name."""
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Part of a recipe: an unknown key, another type, or a number that is none is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def checked(model: _Model, problems: list[str]) -> _Model:
+    """The model, when nothing is wrong with it; else ValueError that holds every problem, one a line."""
+    if problems:
+        raise ValueError("\n".join(problems))
+    return model

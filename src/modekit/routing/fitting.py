@@ -1,0 +1,45 @@
+"""What a fit is given, and what it gives. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RouterRecord
+from modekit.checkpoint.router_file import Gates
+from modekit.progress import Progress, silent
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import Router
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A checkpoint whose gates are to be set, and the text they may be set from.
+
+    Attributes:
+        checkpoint: under the new routing: its slots are the routers that need a gate.
+        recipe: what it is to be afterwards.
+        root: folder that the recipe's paths are relative to.
+        folder: of kept statistics.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    root: Path
+    folder: Path
+    trust_remote_code: bool = False
+    progress: Progress = silent
+
+    @property
+    def settings(self) -> Router:
+        """Of the router."""
+        return self.recipe.mixture.router
+
+
+@dataclass(frozen=True)
+class FittedRouter:
+    """The gate of every router slot and the record for modekit.json."""
+
+    gates: Gates
+    record: RouterRecord

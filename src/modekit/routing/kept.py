@@ -1,0 +1,48 @@
+"""Files of kept statistics: tensors of one domain, and under one metadata key what they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from modekit.errors import CheckpointError
+
+_Statistics = TypeVar("_Statistics")
+Get = Callable[[str], torch.Tensor]
+"""Name -> tensor of a file."""
+
+
+def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write atomically. Raises OSError, also where safetensors says it in its own way (a full disk)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # One metadata key: safetensors writes several in an order that differs from run to run.
+    metadata = {"about": json.dumps(about, sort_keys=True)}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    except SafetensorError as error:  # what safetensors makes of an OSError
+        raise OSError(str(error)) from None
+    partial.replace(path)
+
+
+def load_kept(path: Path, make: Callable[[Get, dict[str, Any]], _Statistics | None]) -> _Statistics | None:
+    """What `make` takes from a file's tensors and what they are of; None when there is no file.
+
+    Raises CheckpointError when the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return make(file.get_tensor, json.loads(file.metadata()["about"]))
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes
+        raise CheckpointError(
+            "the kept statistics are damaged", where=str(path), found=error,
+            remedy="delete the file and run `modekit fit` with the text at hand",
+        ) from None  # fmt: skip

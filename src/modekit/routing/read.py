@@ -1,0 +1,169 @@
+"""Statistics of what routers read: from disk where they are still right, else read under each domain's own expert.
+
+They are kept per domain; a second fit with the same text reads none of it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import TextError
+from modekit.loaded.load import load_tokenizer
+from modekit.loaded.mixture import ExpertView
+from modekit.loaded.shapes import expert_view
+from modekit.processes import processes
+from modekit.progress import Progress, silent
+from modekit.recipes.recipe import Expert, Recipe
+from modekit.recipes.router import Router
+from modekit.routing.capture import GateInput, capture_domain
+from modekit.routing.fit import fit_documents
+from modekit.routing.fitting import Fitting
+from modekit.routing.statistics import DomainStatistics, load_statistics
+from modekit.text.documents import TokenSequence, digest_of, encode, text_record
+
+
+def read_statistics(
+    checkpoint: Checkpoint, recipe: Recipe, root: Path, routers: Mapping[Path, Router], *, trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> None:  # fmt: skip
+    """Make the statistics of several routers, folder -> settings, that differ only in what they average, in one reading.
+
+    `fit_router` finds them in those folders. Raises TextError.
+    """
+    readers = []
+    for folder, settings in routers.items():
+        one = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"router": settings})})
+        readers.append(Reader(Fitting(checkpoint, one, root, folder, trust_remote_code, progress)))
+    for place, expert in enumerate(recipe.experts):
+        domains = [(reader, reader.look_at(place, expert)) for reader in readers]
+        missing = [(reader, domain) for reader, domain in domains if not domain.known]
+        if missing:
+            readers[0].read_together(missing)
+
+
+def check_length(place: int, expert: Expert, sequences: Sequence[TokenSequence]) -> None:
+    """Raise TextError when there is nothing to read."""
+    if not sequences:
+        raise TextError(
+            "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
+        )
+
+
+@dataclass(frozen=True)
+class DomainToRead:
+    """A domain whose statistics the main process has (`known`; `kept` here, if this process sees them), or the text they will
+    be made from.
+    """
+
+    place: int
+    name: str
+    path: Path
+    kept: DomainStatistics | None
+    known: bool = False
+    sequences: Sequence[TokenSequence] = ()
+    negatives: Sequence[TokenSequence] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Reader:
+    """Reads the domains of one fit.
+
+    The model is loaded when the first domain has to be read, and not at all when none has.
+    """
+
+    def __init__(self, fitting: Fitting) -> None:
+        self._fitting = fitting
+        self._settings = fitting.settings
+        self._tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+        self._view: ExpertView | None = None
+
+    def look_at(self, place: int, expert: Expert) -> DomainToRead:
+        """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.
+
+        Text that is gone is not needed when its statistics fit the settings. Raises TextError.
+        """
+        path = self._fitting.folder / f"{expert.name}.safetensors"
+        kept = load_statistics(path)
+        how = self._how(expert)
+        try:
+            documents = fit_documents(expert, self._fitting.root, place)
+        except TextError:
+            if kept is not None and kept.source["how"] == how:
+                return DomainToRead(place, expert.name, path, kept, processes().agree(True))
+            raise
+        sequences = self._encode(documents, self._settings.tokens_per_domain)
+        check_length(place, expert, sequences)
+        source = {"text": text_record(documents, sum(len(sequence.ids) for sequence in sequences)), "how": how}
+        domain = DomainToRead(place, expert.name, path, kept, known=True)
+        if processes().agree(kept is not None and kept.source == source):
+            return domain
+        negatives = [
+            sequence
+            for prompt in expert.negative_prompts or []
+            for sequence in self._encode([prompt], self._settings.sequence_length)
+        ]
+        return replace(domain, kept=None, known=False, sequences=sequences, negatives=negatives, source=source)
+
+    def read(self, domain: DomainToRead) -> DomainStatistics | None:
+        """Run the text through the backbone with the domain's own expert, and keep the statistics on disk."""
+        if domain.known:
+            return domain.kept
+        self.read_together([(self, domain)])
+        # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
+        return load_statistics(domain.path) if processes().is_main else None
+
+    def read_together(self, others: Sequence[tuple[Reader, DomainToRead]]) -> None:
+        """Read one domain's text once for readers that differ in how they average, and keep what each of them wants."""
+        domains = [domain for _, domain in others]
+        first = domains[0]
+        total = sum(len(sequence.ids) for sequence in first.sequences)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._fitting.progress(f"read {first.name}", done, total)
+
+        found = capture_domain(
+            self._view_of(first.place), first.sequences, first.negatives,
+            reads=[reader._gate_input(domain) for reader, domain in others], keep_tokens=self._settings.keep_tokens,
+            advance=advance,
+        )  # fmt: skip
+        if processes().is_main:
+            for domain, statistics in zip(domains, found, strict=True):
+                statistics.save(domain.path)
+
+    def _how(self, expert: Expert) -> dict[str, Any]:
+        """What but the text decides a domain's statistics."""
+        checkpoint, settings = self._fitting.checkpoint, self._settings
+        how = {
+            "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
+            **settings.model_dump(
+                mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}
+            ),
+            "averages": settings.averages,
+            "prefix": settings.prefix_tokens,
+            "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
+        }
+        if checkpoint.record.trained:  # what routers read is no longer what the build made
+            how["trained"] = sorted(checkpoint.record.trained.values())
+        return how
+
+    def _gate_input(self, domain: DomainToRead) -> GateInput:
+        return GateInput(self._settings.averages, self._settings.prefix_tokens, domain.source)
+
+    def _encode(self, documents: list[str], max_tokens: int) -> list[TokenSequence]:
+        return encode(self._tokenizer, documents, max_tokens=max_tokens, sequence_length=self._settings.sequence_length)
+
+    def _view_of(self, place: int) -> ExpertView:
+        if self._view is None:
+            dtype = torch.float32 if self._settings.compute_dtype == "float32" else torch.bfloat16
+            self._view = expert_view(self._fitting.checkpoint, dtype=dtype)
+        self._view.use_expert(place)
+        return self._view

@@ -1,0 +1,83 @@
+"""A new fit is a row in FITS and a function: here is one, and nothing else knows of it."""
+
+from __future__ import annotations
+
+import json
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Workshop
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.record import RouterRecord
+from modekit.errors import RecipeError
+from modekit.loaded.load import load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.fits import FITS, Fit
+from modekit.recipes.read import load_recipe, parse_recipe, schema_text
+from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.refit import refit
+
+
+def favour(fitting: Fitting) -> FittedRouter:
+    """Gates that always say the last expert: its row is the temperature's inverse, the others' are zero."""
+    gates = [np.zeros(slot.shape, np.float32) for slot in fitting.checkpoint.slots]
+    for gate in gates:
+        gate[-1] = 1 / fitting.settings.temperature
+    record = RouterRecord(status="fitted", settings=fitting.settings, sha256="", text={}, report={})
+    return FittedRouter(gates, record)
+
+
+FAVOUR = Fit("favour", "one row of ones", f"{__name__}:favour", "nothing", settings=("temperature",), native=True)
+
+
+@pytest.fixture(autouse=True)
+def new_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FITS, FAVOUR.name, FAVOUR)
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
+    router = {"fit": "favour", "temperature": 0.5}
+    path = workshop.write(mixture={"method": "routing", "router": router}, output={"format": form})
+    plan = make_plan(load_recipe(path), workshop.root)
+    assert plan.memory()["fit"] == 0 and plan.statistics_bytes(in_memory=False) == 0
+    checkpoint = build(plan, workshop.root / "OUT")
+    assert is_proven(verify(checkpoint))
+    gates = open_checkpoint(checkpoint.folder).gates()
+    assert all((gate[-1] == 2).all() and not gate[:-1].any() for gate in gates)
+    ids = torch.arange(8)[None] + 3
+    assert torch.isfinite(load_model(checkpoint.folder)(input_ids=ids).logits).all()
+
+
+def test_a_checkpoint_goes_to_it_and_back(workshop: Workshop) -> None:
+    out = workshop.build(mixture={"router": {"fit": "random", "seed": 3}})
+    assert refit(open_checkpoint(out), {"router": {"fit": "favour"}}).record.router.status == "fitted"
+    assert is_proven(verify(open_checkpoint(out), reload=False))
+    done = refit(open_checkpoint(out), {"router": {"fit": "random"}})
+    assert is_proven(verify(done, reload=False))
+
+
+def test_the_recipe_and_its_schema_know_it(workshop: Workshop) -> None:
+    said = json.loads(schema_text())["$defs"]["Router"]["properties"]["fit"]
+    assert said["enum"][-1] == "favour" and "favour: one row of ones" in said["description"]
+
+    def refused(**router: Any) -> str:
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe({**workshop.recipe, "mixture": {"router": router}})
+        return str(caught.value)
+
+    assert "'phatgoose' or 'favour'" in refused(fit="nothing")
+    assert "'l2' has no effect with fit: favour" in refused(fit="favour", l2=0.5)
+
+
+def test_every_row_names_what_there_is() -> None:
+    for row in FITS.values():
+        assert callable(resolve_name(row.function)), row.name
+        assert not row.rule or callable(resolve_name(row.rule)), row.name
+        assert bool(row.rule) == (row.reads == "router inputs")
