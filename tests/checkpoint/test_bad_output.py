@@ -144,7 +144,9 @@ def test_a_full_disk(bench: Workshop, limit: int, exists: bool) -> None:
     assert tree(bench.root) == before
 
 
-@pytest.mark.parametrize(("router", "limit"), [({"fit": "centroid"}, 60_000), ({"fit": "ngram", "buckets": 64}, 36_000)])
+@pytest.mark.parametrize(
+    ("router", "limit"), [({"fit": "centroid"}, 60_000), ({"fit": "ngram", "buckets": 64, "keep_tokens": 20_000}, 40_000)]
+)
 def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, Any], limit: int) -> None:
     texts = write_text(bench.root / "long", documents=400)  # of which an n-gram fit keeps more than the limit
     experts = [{**expert, "text": str(texts[expert["name"]])} for expert in bench.recipe["experts"]]
