@@ -37,7 +37,9 @@ from modekit.recipes.recipe import Router, parse_recipe
 from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
-from modekit.text.documents import documents_of_split, encode, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import documents_of_split
 
 TOKENS = 16_384
 EVAL_TOKENS = 4_096

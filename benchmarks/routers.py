@@ -35,7 +35,7 @@ from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import READ_BY, parse_recipe
 from modekit.routing.refit import refit
-from modekit.text.documents import make_batches
+from modekit.text.sequences import make_batches
 
 EVAL_TOKENS = 16_384
 PLACES = ((0, 4), (4, 16), (16, 64), (64, SEQUENCE_LENGTH))

@@ -29,7 +29,9 @@ from modekit.experts.specialize import specialize, trainable_parameters
 from modekit.loaded.next_token import Training
 from modekit.routing.fit import fit_documents
 from modekit.routing.refit import refit
-from modekit.text.documents import digest_of, encode, make_batches, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode, make_batches
+from modekit.text.splits import digest_of, split_of
 
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
 

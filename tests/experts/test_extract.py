@@ -20,7 +20,9 @@ from conftest import character_tokenizer, logits_of, save, tiny_model, write_tex
 from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, TextError, UnsupportedError
 from modekit.experts.extract import TRAINED_FILE, extract
 from modekit.loaded import moments
-from modekit.text.documents import documents_of_split, encode, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import documents_of_split
 from modekit.weights.factorise import Array32, Factors, factorise
 from refusal import run_python, tree
 

@@ -21,7 +21,7 @@ from modekit.planning.plan import ROUTER_FILE
 from modekit.routing.fit import fit_documents
 from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
-from modekit.text.documents import encode
+from modekit.text.sequences import encode
 
 ROUTER: dict[str, Any] = {"fit": "ngram", "buckets": 4096}
 

@@ -30,7 +30,8 @@ from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.space import Space, read_space
 from modekit.search.tune.study import Candidate, candidate_recipe, pareto
 from modekit.search.tune.tune import backbones_differ, plain_recipe, space_of, tune
-from modekit.text.documents import TRAINED_DIGITS, digest_of, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.splits import TRAINED_DIGITS, digest_of, split_of
 from refusal import run_python
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}

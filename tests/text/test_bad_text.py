@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from conftest import Workshop, write_text
-from modekit.text.documents import read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.splits import split_of
 from refusal import borrow, refuse, refuse_build, tree
 
 MIXTURE = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens": 8}}

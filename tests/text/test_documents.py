@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from conftest import character_tokenizer
-from modekit.text.documents import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.text.splits import digest_of, documents_of_split, split_of
 
 
 def read(path: Path, *names: str) -> list[str]:

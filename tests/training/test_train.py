@@ -25,7 +25,8 @@ from modekit.evaluation.evaluate import evaluate, held_out_domains
 from modekit.experts.export import export_adapter
 from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.plan import ROUTER_FILE
-from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, TokenSequence, digest_of, digests_in
+from modekit.text.sequences import TokenSequence
+from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
 from modekit.training.batches import Batches, Corpus, plan_parts, shares
 from modekit.training.losses import (
     GENERIC,

@@ -33,18 +33,16 @@ from modekit.routing.fit import fit_documents
 from modekit.sources.adapter import is_adapter, open_adapter
 from modekit.sources.families import LAYER
 from modekit.sources.model import open_source
-from modekit.text.documents import (
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.text.splits import (
     SELECTED_FILE,
     TRAINED_DIGITS,
     TRAINED_FILE,
     Split,
-    TokenSequence,
     digest_of,
     digests_in,
     documents_of_split,
-    encode,
-    make_batches,
-    read_documents,
     text_record,
 )
 

@@ -33,7 +33,9 @@ from modekit.progress import Progress, silent
 from modekit.sources.compatibility import IGNORED, check_dtypes, check_same_architecture, check_sizes, is_tied, matching
 from modekit.sources.families import FAMILIES, Family
 from modekit.sources.model import Mappings, ModelSource, TensorRef, open_source
-from modekit.text.documents import TRAINED_FILE, TokenSequence, documents_of_split, encode, read_documents, text_record
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import TRAINED_FILE, documents_of_split, text_record
 from modekit.weights.factorise import Array32, Factors, factorise, relative_error
 from modekit.weights.numeric import as_array, blocks, is_finite, to_bytes, to_float32
 

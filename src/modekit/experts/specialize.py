@@ -25,15 +25,9 @@ from modekit.loaded.next_token import Training, train_language_model, training_s
 from modekit.progress import Progress, silent
 from modekit.sources.families import LAYER, family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TRAINED_FILE,
-    digest_of,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import TRAINED_DIGITS, TRAINED_FILE, digest_of, documents_of_split, text_record
 
 SPECIALIST_FILE = "specialist.json"
 What = Literal["mlp", "lora", "full"]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.loaded.models import default_device, head_of
 from modekit.progress import Progress, silent
-from modekit.text.documents import TokenSequence, encode, make_batches
+from modekit.text.sequences import TokenSequence, encode, make_batches
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from modekit.routing.low_rank import adapter_gates
 from modekit.routing.ngram import count_domain, load_ngram_statistics, ngram_gate, source_of
 from modekit.routing.phatgoose import train_gates
 from modekit.routing.statistics import DomainStatistics, load_statistics
-from modekit.text.documents import TokenSequence, digest_of, documents_of_split, encode, read_documents, text_record
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import digest_of, documents_of_split, text_record
 
 
 @dataclass(frozen=True)

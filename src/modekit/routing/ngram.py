@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from modekit.architecture.modekit_router import causal_average, ngram_rows
 from modekit.errors import CheckpointError, TextError
 from modekit.recipes.recipe import Expert, Router
-from modekit.text.documents import TokenSequence, digest_of, encode, text_record
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import digest_of, text_record
 
 _MOST_TOKENS = 2**26  # counted per domain: a million takes seconds, and more hardly changes the odds
 _TEMPERATURES = [2.0 ** (step / 2) for step in range(-4, 17)]

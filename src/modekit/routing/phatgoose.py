@@ -16,7 +16,7 @@ from modekit.loaded.models import load_model
 from modekit.loaded.next_token import Training, train_language_model
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Router
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 
 STEPS = 100
 _LEARNING_RATE = 1e-3

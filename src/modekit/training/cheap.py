@@ -20,7 +20,7 @@ from modekit.errors import TrainingError
 from modekit.loaded.models import ExpertView, expert_view
 from modekit.progress import Progress
 from modekit.routing.capture import run_with_inputs, to_float16
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Corpus, shares
 from modekit.training.settings import TrainSettings
 

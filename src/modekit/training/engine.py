@@ -28,7 +28,7 @@ from modekit.checkpoint.staging import write_atomically
 from modekit.errors import TrainingError
 from modekit.evaluation.evaluate import Domain, tokens_per_pass
 from modekit.progress import Progress
-from modekit.text.documents import make_batches
+from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.objective import Objective
 from modekit.training.settings import TrainSettings

@@ -25,7 +25,7 @@ from modekit.loaded.models import Head, forced_expert, head_of, load_model
 from modekit.processes import processes
 from modekit.progress import Progress
 from modekit.routing.capture import to_float16
-from modekit.text.documents import make_batches
+from modekit.text.sequences import make_batches
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
 

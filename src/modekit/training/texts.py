@@ -11,15 +11,9 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.evaluate import Domain
 from modekit.loaded.models import load_tokenizer
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TokenSequence,
-    digest_of,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import TRAINED_DIGITS, digest_of, documents_of_split, text_record
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings

@@ -22,7 +22,7 @@ from modekit.errors import TrainingError
 from modekit.evaluation.evaluate import RESULTS_FOLDER
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.sources.model import Mappings, TensorRef
-from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, digests_in
+from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 
 

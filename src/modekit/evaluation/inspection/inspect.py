@@ -23,7 +23,7 @@ from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
 from modekit.loaded.models import load_model, load_tokenizer
 from modekit.progress import Progress, silent
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 
 INSPECT_FILE = "inspect.json"
 FORMAT = 1

@@ -20,7 +20,7 @@ from modekit.evaluation.evaluate import tokens_per_pass
 from modekit.evaluation.inspection.routers import decisions, floats_per_token
 from modekit.loaded.models import left_out_expert
 from modekit.loaded.trace import router_trace
-from modekit.text.documents import Batch, TokenSequence, make_batches
+from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
 Array64 = npt.NDArray[np.float64]

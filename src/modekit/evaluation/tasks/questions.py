@@ -20,7 +20,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.evaluate import held_out_documents
 from modekit.evaluation.tasks.entries import Entry, entries_of, head_words
-from modekit.text.documents import digest_of, documents_of_split, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.splits import digest_of, documents_of_split
 
 CHOICES = 4
 BEGINNING, CONTINUATION = 16, 16  # words of a passage

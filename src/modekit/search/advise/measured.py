@@ -18,7 +18,7 @@ from modekit.search.advise.judge import helps, of_gains, of_words
 from modekit.search.advise.rules import NEARLY_ALL
 from modekit.sources.model import Mappings
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from modekit.search.advise.words import Words

@@ -21,7 +21,7 @@ from modekit.recipes.recipe import BackboneMerge
 from modekit.search.advise.gain import BASE_PLACE, PARTS, Gains, Losses
 from modekit.search.advise.groups import Group
 from modekit.sources.model import Mappings, ModelSource
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import blocks, to_float32
 

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 from modekit.errors import TextError
 from modekit.recipes.recipe import Recipe
 from modekit.search.advise.findings import Finding, finding_of
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TRAINED_FILE,
-    TokenSequence,
-    digest_of,
-    digests_in,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import TRAINED_DIGITS, TRAINED_FILE, digest_of, digests_in, documents_of_split, text_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,18 +16,9 @@ from modekit.errors import TextError, TuneError
 from modekit.evaluation.evaluate import Domain, score_domain
 from modekit.loaded.models import load_tokenizer
 from modekit.recipes.recipe import Recipe
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TRAINED_FILE,
-    Split,
-    TokenSequence,
-    digest_of,
-    digests_in,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import TRAINED_DIGITS, TRAINED_FILE, Split, digest_of, digests_in, documents_of_split, text_record
 
 RUNGS = (1, 3, 9)
 """Ninths of the text after which a candidate is compared with the others."""

@@ -37,7 +37,7 @@ from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.space import Space, default_space
 from modekit.search.tune.study import Job, candidate_recipe, candidates, pareto, prepare
 from modekit.sources.model import Mappings, TensorRef
-from modekit.text.documents import SELECTED_FILE
+from modekit.text.splits import SELECTED_FILE
 
 
 def tune(
