@@ -14,8 +14,9 @@ from modekit.text.splits import digest_of
 def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]:
     """All documents of a domain, in an order that depends only on their text; exact duplicates once.
 
-    Plain text (.txt, .md, .py) is cut at blank lines into passages of about 2,000 characters; .jsonl and .parquet hold
-    one document per record in `text`. Anything that is no path is taken for a hub data set (split `train`).
+    Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
+    line ends; .jsonl and .parquet hold one document per record in `text`. Anything that is no path is taken for a hub data
+    set (split `train`).
 
     Raises TextError when nothing is there, or it is empty or binary.
     """
@@ -41,19 +42,36 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
             raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
 
 
+def found_in(documents: Sequence[str], specs: Sequence[str], root: Path) -> str:
+    """What `read_documents` found there, in words: 1 document in 1 file."""
+    paths = [locate(spec, root) for spec in specs]
+    files = sum(len(_files_in(path)) for path in paths if path is not None)
+    counts = [(files, "file"), (paths.count(None), "data set")]
+    return f"{_counted(len(documents), 'document')} in " + " and ".join(_counted(*each) for each in counts if each[0])
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _files_in(path: Path) -> list[Path]:
+    """A file, or the text files of a folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+
+
 def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
     path = locate(spec, root)
-    if path is not None and path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-        if not files:
-            raise TextError(
-                "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
-                remedy="put text there, or correct the path",
-            )  # fmt: skip
-        for file in files:
-            yield from read_file(file, where=where)
-    elif path is not None:
-        yield from read_file(path, where=where)
-    else:
+    if path is None:
         check_present([spec], root=root, where=where)
         yield from read_hub(spec, where=where)
+        return
+    files = _files_in(path)
+    if not files:
+        raise TextError(
+            "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
+            remedy="put text there, or correct the path",
+        )  # fmt: skip
+    for file in files:
+        yield from read_file(file, where=where)

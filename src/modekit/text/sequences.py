@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+_LONG = 2**20  # characters: a document that has no more is tokenised whole
+_PAST = 256  # tokens: where a text is cut changes none that stands so far before
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -47,9 +50,7 @@ def encode(
     sequences: list[TokenSequence] = []
     total = 0
     for document in documents:
-        encoded = tokenizer(document, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
+        ids, offsets = _tokenise(tokenizer, document, max_tokens - total)
         for start in range(0, len(ids), sequence_length):
             stop = min(start + sequence_length, len(ids), start + max_tokens - total)
             if stop - start < (shortest_rest if start else 2):
@@ -64,6 +65,22 @@ def encode(
         if total >= max_tokens - 1:
             break
     return sequences
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """Token ids and, of a fast tokenizer, their places in the document; of a very long one at least the first `wanted`.
+
+    A tokenizer takes hundreds of bytes per character, so that of a document that is far longer than what is wanted only
+    its beginning is tokenised, up to white space and well past the last token that is wanted.
+    """
+    length = max(_LONG, wanted)
+    while True:
+        end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
+        encoded = tokenizer(document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        if end == len(document) or len(ids) >= wanted + _PAST:
+            return ids, encoded.get("offset_mapping")
+        length *= 4
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
