@@ -17,13 +17,18 @@ from typing import Any, Literal
 
 Split = Literal["fit", "select", "report"]
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
-SELECTED_FILE = "selected-by.txt"  # beside a trained mixture: digests of documents by which its state was chosen
-TRAINED_DIGITS = 16
+SELECTED_FILE = "selected-by.txt"  # beside a trained or searched mixture: digests of documents that chose its state
+TRAINED_DIGITS = 16  # of a digest, in both
 
 
 def digest_of(document: str) -> str:
     """sha256 of a document's text, surrounding white space aside."""
     return hashlib.sha256(document.strip().encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def mark_of(document: str) -> str:
+    """The beginning of a document's digest, by which trained-on.txt and selected-by.txt know it."""
+    return digest_of(document)[:TRAINED_DIGITS]
 
 
 def digests_in(path: Path) -> set[str]:
