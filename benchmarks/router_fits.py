@@ -30,7 +30,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN
-from modekit.evaluation.evaluate import held_out_domains, score_domain
+from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.models import DenseView, decoder_layers, load_model, load_tokenizer
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import Router, parse_recipe

@@ -30,7 +30,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.evaluation.evaluate import Domain, held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.recipe import READ_BY, parse_recipe

@@ -21,7 +21,7 @@ import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.loaded.models import load_model, load_tokenizer
-from modekit.routing.fit import fit_documents
+from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode
 from modekit.training.batches import Batches, Corpus, plan_parts
 from modekit.training.cheap import train_cheap

@@ -378,7 +378,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return load_model(folder, **options)
 
     monkeypatch.setattr(run, "load_model", counted)
-    monkeypatch.setattr("modekit.evaluation.evaluate.load_model", counted)
+    monkeypatch.setattr("modekit.loaded.experts.load_model", counted)
     yield loaded
 
 

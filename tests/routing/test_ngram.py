@@ -18,9 +18,9 @@ from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint, open_ch
 from modekit.errors import RecipeError
 from modekit.loaded.models import load_model
 from modekit.planning.plan import ROUTER_FILE
-from modekit.routing.fit import fit_documents
 from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
+from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode
 
 ROUTER: dict[str, Any] = {"fit": "ngram", "buckets": 4096}

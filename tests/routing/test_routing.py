@@ -21,9 +21,9 @@ from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.recipe import Router
 from modekit.routing.capture import Read, capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.routing.fit import fit_documents
 from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
+from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 
 FIT: dict[str, Any] = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}

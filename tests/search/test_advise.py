@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
 from modekit.experts.specialize import specialize
 from modekit.loaded.models import decoder_layers, load_adapted, load_model, load_tokenizer
 from modekit.loaded.next_token import Training

@@ -21,7 +21,8 @@ from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_mod
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TextError, TrainingError
-from modekit.evaluation.evaluate import evaluate, held_out_domains
+from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.evaluate import evaluate
 from modekit.experts.export import export_adapter
 from modekit.loaded.models import forced_expert, load_model
 from modekit.planning.plan import ROUTER_FILE

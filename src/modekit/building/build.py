@@ -33,6 +33,7 @@ from modekit.progress import Progress, silent
 from modekit.routing.constant import constant_gates
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.documents import is_local
+from modekit.text.held_out import fit_documents
 
 _CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
 
@@ -65,8 +66,6 @@ def build(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress 
 
 def _check_text(plan: Plan) -> None:
     """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied."""
-    from modekit.routing.fit import fit_documents  # torch and transformers only when a router reads text
-
     for place, expert in enumerate(plan.recipe.experts):
         if all(is_local(spec, plan.root) for spec in expert.text or []):
             fit_documents(expert, plan.root, place)

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import yaml
 
 from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, Checkpoint
-from modekit.evaluation.evaluate import Results, parameters_of
+from modekit.evaluation.parameters import parameters_of
+from modekit.evaluation.results import Results
 from modekit.planning.make import backbone_label
 from modekit.report.licences import Source, facts, sources_of
 from modekit.report.result_files import (

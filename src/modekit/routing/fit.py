@@ -24,9 +24,9 @@ from modekit.routing.low_rank import adapter_gates
 from modekit.routing.ngram import count_domain, load_ngram_statistics, ngram_gate, source_of
 from modekit.routing.phatgoose import train_gates
 from modekit.routing.statistics import DomainStatistics, load_statistics
-from modekit.text.documents import read_documents
+from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.splits import digest_of, documents_of_split, text_record
+from modekit.text.splits import digest_of, text_record
 
 
 @dataclass(frozen=True)
@@ -278,16 +278,3 @@ class _Reader:
             self._view = expert_view(self._checkpoint, dtype=dtype)
         self._view.use_expert(place)
         return self._view
-
-
-def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
-    """The documents that may set the router for an expert: the fit split of its text, and its prompts.
-
-    Raises TextError when none are left.
-    """
-    where = f"experts[{place}] '{expert.name}': text"
-    documents = documents_of_split(read_documents(expert.text, root=root, where=where), "fit") if expert.text else []
-    documents = [*(expert.prompts or []), *documents]
-    if not documents:
-        raise TextError("no document is left for the fit after the held-out split", where=where, remedy="give more documents")
-    return documents

@@ -26,7 +26,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from modekit.checkpoint.staging import write_atomically
 from modekit.errors import TrainingError
-from modekit.evaluation.evaluate import Domain, tokens_per_pass
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import tokens_per_pass
 from modekit.progress import Progress
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches

@@ -20,7 +20,7 @@ import torch
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.evaluation.evaluate import load_expert_source
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.models import Head, forced_expert, head_of, load_model
 from modekit.processes import processes
 from modekit.progress import Progress

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically
-from modekit.evaluation.evaluate import RESULTS_FOLDER, Domain, held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
 from modekit.evaluation.inspection.routers import routers_of
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
+from modekit.evaluation.results_file import RESULTS_FOLDER
 from modekit.loaded.models import load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.text.sequences import TokenSequence

@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.evaluate import tokens_per_pass
 from modekit.evaluation.inspection.routers import decisions, floats_per_token
+from modekit.evaluation.loss import tokens_per_pass
 from modekit.loaded.models import left_out_expert
 from modekit.loaded.trace import router_trace
 from modekit.text.sequences import Batch, TokenSequence, make_batches

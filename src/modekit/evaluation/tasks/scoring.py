@@ -12,7 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.evaluation.evaluate import tokens_per_pass
+from modekit.evaluation.loss import tokens_per_pass
 from modekit.text.sequences import TokenSequence, make_batches
 
 Request = tuple[tuple[str, str], list[int], list[int]]

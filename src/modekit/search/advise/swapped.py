@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.building.tensors import PieceReader
-from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
 from modekit.progress import Progress, silent
 from modekit.recipes.recipe import BackboneMerge

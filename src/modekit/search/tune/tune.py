@@ -6,7 +6,7 @@
     OUT.tuning/              the search: it goes on from there after a kill, or when more trials are asked for
 
 Candidates are compared on the `select` split of the domains' text. What is reported of the best, of the fixed variants and of
-the Pareto front comes from the `report` split, which chose nothing.
+the Pareto front is of the text that `modekit eval OUT` scores, which chose nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
 from modekit.checkpoint.staging import refuse_existing, write_atomically, write_json
 from modekit.errors import TuneError
-from modekit.evaluation.evaluate import RESULTS_FOLDER
+from modekit.evaluation.results_file import RESULTS_FOLDER
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
