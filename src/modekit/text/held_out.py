@@ -32,7 +32,7 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.documents import found_in, read_documents
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 
-MORE = "give more documents: passages between blank lines, or a .jsonl with one record per document"
+MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
 """What to do where too few documents were found."""
 
 
