@@ -60,7 +60,7 @@ def evaluate(
     _refuse_without_effect("it belongs to --tasks", of_tasks)
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.evaluation.evaluate import evaluate as run
-    from modekit.evaluation.results_file import RESULTS_FOLDER
+    from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     with drawn_progress() as progress:
         results = run(

@@ -19,7 +19,7 @@ from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import Job, row_jobs
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_file import UNREADABLE, read_results, write_results
+from modekit.evaluation.results_folder import UNREADABLE, read_results, write_results
 from modekit.progress import Progress, silent
 
 

@@ -24,7 +24,7 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.parameters import parameters_of
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_file import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_results
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_results
 from modekit.planning.make import backbone_label
 from modekit.recipes.recipe import BASE
 from modekit.report.licences import Source, facts, sources_of

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.results import Results, results_from_data
-from modekit.evaluation.results_file import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_json, read_results
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_json, read_results
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
 TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"

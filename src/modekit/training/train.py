@@ -25,7 +25,7 @@ from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, results_from_data
-from modekit.evaluation.results_file import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.loaded.models import gate_parameters, load_model
 from modekit.loaded.next_token import has_bfloat16_products
 from modekit.processes import processes

@@ -19,7 +19,7 @@ from blake3 import blake3
 from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint, Record, TrainingRecord, open_checkpoint, write_router_file
 from modekit.checkpoint.staging import link, staging, write_all, write_atomically, write_json
 from modekit.errors import TrainingError
-from modekit.evaluation.results_file import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in

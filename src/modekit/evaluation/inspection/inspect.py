@@ -21,7 +21,7 @@ from modekit.evaluation.inspection.passes import Advance, Array32, Array64, chan
 from modekit.evaluation.inspection.routers import routers_of
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
-from modekit.evaluation.results_file import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.loaded.models import load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.text.sequences import TokenSequence

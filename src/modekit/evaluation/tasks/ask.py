@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError
-from modekit.evaluation.results_file import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.evaluation.tasks.files import GROUPS, task_config, tasks_of, wanted_forms, write_tasks
 from modekit.evaluation.tasks.harness import (
     Metric,

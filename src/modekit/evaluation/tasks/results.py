@@ -11,7 +11,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
-from modekit.evaluation.results_file import RESULTS_FOLDER, UNREADABLE, read_results
+from modekit.evaluation.results_folder import RESULTS_FOLDER, UNREADABLE, read_results
 from modekit.evaluation.tasks.intervals import Estimate
 
 TASKS_FILE = "tasks.json"

@@ -22,7 +22,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import RECORD_FILE, Checkpoint
 from modekit.checkpoint.staging import refuse_existing, write_atomically, write_json
 from modekit.errors import TuneError
-from modekit.evaluation.results_file import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
