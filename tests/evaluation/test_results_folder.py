@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,8 @@ from modekit.evaluation.tasks.results import perplexities
 from modekit.report.card import write_card
 from modekit.report.result_files import find_results
 
+EMPTY: dict[str, Any] = {"rows": [], "domains": [], "unseen": [], "text": {}, "notes": []}
+WRONG = [json.dumps({**EMPTY, **wrong}) for wrong in ({"domains": 5}, {"text": {"law": 5}}, {"text": []})]
 SCORES = {"law": Score(1.5, 4.48, 0.9, 0.5, 0.1, None, (3.0, 4.5))}
 
 
@@ -33,7 +37,7 @@ def test_what_is_written_is_read(tmp_path: Path, checkpoint: Checkpoint) -> None
     assert read_results(checkpoint) == results
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "[3]", "{}", '{"rows": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("damage", ["absent", "cut", "[3]", "{}", '{"rows": NaN}', "[" * 100_000, *WRONG])
 def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) -> None:
     path = checkpoint.folder / "results" / "eval.json"
     content = path.read_text()

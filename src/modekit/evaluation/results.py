@@ -122,11 +122,12 @@ class Results:
 
 def results_from_data(data: Mapping[str, Any]) -> Results:
     """A table back from `Results.as_data`."""
-    return Results(_rows_from_data(data), data["domains"], data["unseen"], data["text"], data["notes"])
+    names = {key: [str(name) for name in data[key]] for key in ("domains", "unseen", "notes")}
+    text = {name: dict(record) for name, record in data["text"].items()}
+    return Results(_rows_from_data(data), names["domains"], names["unseen"], text, names["notes"])
 
 
 def _rows_from_data(data: Mapping[str, Any]) -> list[Row]:
-    """Rows back from `Results.as_data`."""
     return [
         Row(
             row["name"], row["kind"], row["total_parameters"], row["active_parameters"],
