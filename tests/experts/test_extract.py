@@ -433,9 +433,9 @@ def test_tied_heads_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_list_of_documents_trained_on_is_kept(root: Path) -> None:
-    from modekit.evaluation import evaluate
+    from modekit.text import held_out
 
-    assert evaluate.TRAINED_FILE == TRAINED_FILE
+    assert held_out.TRAINED_FILE == TRAINED_FILE
     tuned = tune(root, low_rank())
     run(root)
     assert not (root / "OUT" / TRAINED_FILE).exists()
