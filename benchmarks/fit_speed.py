@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.text.documents import TokenSequence, make_batches
+from modekit.text.sequences import TokenSequence, make_batches
 
 TOKEN = Router().averages
 

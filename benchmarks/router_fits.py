@@ -30,7 +30,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN
-from modekit.evaluation.evaluate import held_out_domains, score_domain
+from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.loaded.native import DenseView, native_of
 from modekit.planning.make import make_plan
@@ -39,7 +40,9 @@ from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
-from modekit.text.documents import documents_of_split, encode, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import documents_of_split
 
 TOKENS = 16_384
 EVAL_TOKENS = 4_096

@@ -30,7 +30,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.evaluation.evaluate import Domain, held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
@@ -38,7 +38,7 @@ from modekit.recipes.edit import changed_mixture, with_mixture
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
-from modekit.text.documents import make_batches
+from modekit.text.sequences import make_batches
 
 EVAL_TOKENS = 16_384
 PLACES = ((0, 4), (4, 16), (16, 64), (64, SEQUENCE_LENGTH))

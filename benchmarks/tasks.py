@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.evaluate import load_expert_source
 from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, tasks_of, write_tasks
 from modekit.evaluation.tasks.harness import harness_task, quiet, run_tasks
 from modekit.evaluation.tasks.intervals import (
@@ -36,6 +35,7 @@ from modekit.evaluation.tasks.intervals import (
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
 from modekit.evaluation.tasks.scores import process_results
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 
 MIXTURES = ("ngram", "routing")

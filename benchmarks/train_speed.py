@@ -22,8 +22,8 @@ import torch
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
-from modekit.routing.fit import fit_documents
-from modekit.text.documents import encode
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import encode
 from modekit.training.batches import Batches, Corpus, plan_parts
 from modekit.training.cheap import train_cheap
 from modekit.training.low_rank import make_trainable

@@ -42,7 +42,7 @@ from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
 from modekit.sources.families import FAMILIES, Family
-from modekit.text.documents import Batch, TokenSequence, make_batches
+from modekit.text.sequences import Batch, TokenSequence, make_batches
 from refusal import run_python, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore")

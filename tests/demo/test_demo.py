@@ -13,7 +13,8 @@ from modekit.demo.demo import run_demo
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
 from modekit.errors import OutputError
 from modekit.progress import silent
-from modekit.text.documents import documents_of_split, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.splits import documents_of_split
 
 
 def test_the_shipped_text_is_enough_and_no_document_is_in_two_domains(tmp_path: Path) -> None:

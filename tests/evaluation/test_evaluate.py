@@ -12,24 +12,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modekit.evaluation.evaluate as evaluate_module
+import modekit.evaluation.jobs as jobs_module
+import modekit.loaded.experts as experts_module
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.evaluation.evaluate import (
-    Domain,
-    Results,
-    belongs_to,
-    evaluate,
-    held_out_domains,
-    results_from_data,
-    score_domain,
-)
+from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.loss import score_domain
+from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
 from modekit.experts.specialize import specialize, trainable_parameters
 from modekit.loaded.next_token import Training
-from modekit.routing.fit import fit_documents
 from modekit.routing.refit import refit
-from modekit.text.documents import digest_of, encode, make_batches, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import encode, make_batches
+from modekit.text.splits import digest_of, split_of
 
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
 
@@ -155,8 +154,9 @@ def test_after_a_refit_only_the_mixture_is_run_again(workshop: Workshop, monkeyp
     first = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
     checkpoint = refit(checkpoint, {"router": {"temperature": 0.01}})
     loaded: list[Path] = []
-    real = evaluate_module.load_model
-    monkeypatch.setattr(evaluate_module, "load_model", lambda folder, **k: (loaded.append(folder), real(folder, **k))[1])
+    real = jobs_module.load_model
+    for module in (jobs_module, experts_module):
+        monkeypatch.setattr(module, "load_model", lambda folder, **k: (loaded.append(folder), real(folder, **k))[1])
     second = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
     assert loaded == [checkpoint.folder]
     assert second.rows[:-1] == first.rows[:-1] and second.rows[-1] != first.rows[-1]

@@ -34,7 +34,7 @@ from modekit.evaluation.inspection.words import words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE
-from modekit.text.documents import make_batches
+from modekit.text.sequences import make_batches
 from refusal import borrow, refuse
 
 SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 32}

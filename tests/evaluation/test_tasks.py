@@ -34,7 +34,8 @@ from modekit.evaluation.tasks.questions import CHOICES, continuation_items, glos
 from modekit.evaluation.tasks.results import results_of
 from modekit.evaluation.tasks.scores import process_results
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.text.documents import documents_of_split, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.splits import documents_of_split
 from refusal import refuse
 
 TREE = "any of several trees [bold]not bold[/] {{ 7 * 7 }} of the genus"
@@ -377,7 +378,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return load_model(folder, **options)
 
     monkeypatch.setattr(run, "load_model", counted)
-    monkeypatch.setattr("modekit.evaluation.evaluate.load_model", counted)
+    monkeypatch.setattr("modekit.loaded.experts.load_model", counted)
     yield loaded
 
 

@@ -20,7 +20,9 @@ from conftest import character_tokenizer, logits_of, save, tiny_model, write_tex
 from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, TextError, UnsupportedError
 from modekit.experts.extract import extract
 from modekit.loaded import moments
-from modekit.text.documents import TRAINED_FILE, documents_of_split, encode, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import TRAINED_FILE, documents_of_split
 from modekit.weights.factorise import Array32, Factors, factorise
 from refusal import run_python, tree
 
@@ -431,9 +433,9 @@ def test_tied_heads_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_list_of_documents_trained_on_is_kept(root: Path) -> None:
-    from modekit.evaluation import evaluate
+    from modekit.text import held_out
 
-    assert evaluate.TRAINED_FILE == TRAINED_FILE
+    assert held_out.TRAINED_FILE == TRAINED_FILE
     tuned = tune(root, low_rank())
     run(root)
     assert not (root / "OUT" / TRAINED_FILE).exists()

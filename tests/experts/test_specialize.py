@@ -15,7 +15,7 @@ from conftest import Workshop, save, tiny_model
 from modekit.errors import TextError
 from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
-from modekit.text.documents import split_of
+from modekit.text.splits import split_of
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 

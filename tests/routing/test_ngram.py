@@ -20,9 +20,9 @@ from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.plan import ROUTER_FILE
 from modekit.routing.counts import load_ngram_statistics
-from modekit.routing.fit import fit_documents
 from modekit.routing.refit import refit
-from modekit.text.documents import encode
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import encode
 
 ROUTER: dict[str, Any] = {"fit": "ngram", "buckets": 4096}
 

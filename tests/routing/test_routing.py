@@ -22,10 +22,11 @@ from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.routing.fit import fit_documents, fit_router
+from modekit.routing.fit import fit_router
 from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
-from modekit.text.documents import TokenSequence, encode, make_batches
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import TokenSequence, encode, make_batches
 
 FIT: dict[str, Any] = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 

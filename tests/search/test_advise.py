@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import decoder_layers, load_adapted, load_model, load_tokenizer
 from modekit.loaded.next_token import Training
@@ -42,7 +43,9 @@ from modekit.search.advise.texts import read_texts
 from modekit.sources.adapter import open_adapter
 from modekit.sources.families import FAMILIES, family_of
 from modekit.sources.model import Mappings, ModelSource, open_source
-from modekit.text.documents import documents_of_split, encode, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import documents_of_split, split_of
 from refusal import borrow, copy_expert, refuse, run_python, tree
 
 TRAINING = Training(steps=12, learning_rate=5e-3, batch_tokens=512, sequence_length=64, held_out_tokens=200)
@@ -403,7 +406,7 @@ def test_scored_text_is_select_text_that_trained_nothing(trained: Workshop, tmp_
     documents = read_documents(["text/law.jsonl"], root=trained.root, where="")
     chosen = documents_of_split(documents, "select")
     assert len(texts[1].sequences) == len(chosen) > 5 and list(texts[1].fit) == documents_of_split(documents, "fit")
-    from modekit.text.documents import TRAINED_DIGITS, TRAINED_FILE, digest_of
+    from modekit.text.splits import TRAINED_DIGITS, TRAINED_FILE, digest_of
 
     (tmp_path / TRAINED_FILE).write_text(digest_of(chosen[0])[:TRAINED_DIGITS] + "\n")
     fewer, _ = read_texts(recipe, trained.root, [tmp_path], tokenizer, 10**6)

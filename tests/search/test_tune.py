@@ -16,12 +16,14 @@ import yaml
 from test_bad_adapters import UP, write_adapter
 
 import modekit.search.tune.study as study_module
-from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
+from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import ModekitError, OutputError, RecipeError, TextError, TuneError
-from modekit.evaluation.evaluate import evaluate, held_out_domains, score_domain
+from modekit.evaluation.domains import held_out_domains, held_out_texts
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
@@ -35,7 +37,8 @@ from modekit.search.tune.space import Space, read_space
 from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
 from modekit.search.tune.tune import backbones_differ, plain_recipe, space_of, tune
-from modekit.text.documents import TRAINED_DIGITS, digest_of, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.splits import TRAINED_DIGITS, digest_of, mark_of, split_of
 from refusal import run_python
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
@@ -194,6 +197,42 @@ def test_what_chose_is_never_reported(shop: Workshop) -> None:
             [d for d in documents[domain.name] if split_of(d) == "select"]
         ) or domain.record["documents"] == len([d for d in documents[domain.name] if split_of(d) == "report"])
     evaluate(open_checkpoint(out), tokens_per_domain=200, sequence_length=32)
+
+
+def with_eval(shop: Workshop, case: str) -> dict[str, Any]:
+    """Changes to the recipe: text under `eval` beside the experts' own, in its place, the same, or none."""
+    own = {name: f"./text/{name}.jsonl" for name in DOMAINS}
+    other = write_text(shop.root / "other", documents=90)
+    for name in DOMAINS:  # of the same words, but other documents
+        other[name].write_text(other[name].read_text().replace('"text": "', '"text": "again '))
+    eval_ = {"none": {}, "beside": {"law": "./other/law.jsonl", "poetry": "./other/code.jsonl"}, "the same": own}
+    if case != "in place":
+        return {"eval": eval_[case]} if eval_[case] else {}
+    experts = [{key: value for key, value in each.items() if key != "text"} for each in shop.recipe["experts"]]
+    return {"experts": experts, "eval": {name: f"./other/{name}.jsonl" for name in DOMAINS}, "mixture": {"method": "linear"}}
+
+
+@pytest.mark.parametrize("case", ["none", "beside", "the same", "in place"])
+def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -> None:
+    """Document for document and loss for loss, whichever text the recipe gives for a domain."""
+    out = shop.root / f"REPORT-{case}"
+    recipe = recipe_of(shop, **with_eval(shop, case))
+    space = SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
+    found = tune(recipe, shop.root, out, space=space, settings=SETTINGS)
+    tuned = open_checkpoint(out)
+    domains = held_out_domains(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
+    own = [domain for domain in domains if domain.expert is not None]
+    assert found.text["report"] == {domain.name: dict(domain.record) for domain in own}
+    results = evaluate(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
+    reported = found.reported[found.best.number]
+    assert reported == pytest.approx({name: results.row("mixture").scores[name].loss for name in DOMAINS}, abs=1e-5)
+    for name in DOMAINS:
+        assert found.reference["report"]["own"][name] == pytest.approx(results.row(name).scores[name].loss, abs=1e-5)
+    chosen = read_selection(recipe, shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32)
+    texts = {held.name: held for held in held_out_texts(tuned)}
+    assert not set(chosen.digests) & {mark_of(document) for held in texts.values() for document in held.documents}
+    if case == "beside":
+        assert len(texts["law"].documents) == 90  # all of it: it neither set nor chose anything
 
 
 def test_a_killed_search_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from conftest import Workshop, write_text
-from modekit.text.documents import read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.splits import split_of
 from refusal import borrow, refuse, refuse_build, tree
 
 MIXTURE = {"router": {"fit": "centroid", "tokens_per_domain": 64, "keep_tokens": 8}}
@@ -76,6 +77,27 @@ def test_bad_file(bench: Workshop, name: str, content: bytes, part: str) -> None
     assert "experts[1] 'law'" in message
     assert name in message or part.startswith("no document")
     assert part in message
+
+
+def test_too_few_documents_are_counted_and_the_way_to_many_is_said(bench: Workshop) -> None:
+    (bench.root / "law.txt").write_text(HELD_OUT[0])
+    use_text(bench, "./law.txt")
+    message = refuse_build(bench)
+    assert "1 document in 1 file" in message
+    assert "blank lines" in message and ".jsonl" in message
+    (bench.root / "many").mkdir()
+    for number, text in enumerate(HELD_OUT[:3]):
+        (bench.root / "many" / f"{number}.txt").write_text(text)
+    use_text(bench, ["./law.txt", "./many"])
+    assert "3 documents in 4 files" in refuse_build(bench)
+
+
+def test_a_paragraph_per_line_sets_a_router(bench: Workshop) -> None:
+    lines = [f"{number} " + "clause party breach court waiver " * 12 for number in range(60)]
+    (bench.root / "law.txt").write_text("\n".join(lines))
+    use_text(bench, "./law.txt")
+    checkpoint = json.loads((bench.build() / "modekit.json").read_text())
+    assert checkpoint["router"]["text"]["law"]["documents"] > 5
 
 
 def test_parquet_without_a_text_column(bench: Workshop) -> None:

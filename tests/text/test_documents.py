@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from conftest import character_tokenizer
-from modekit.text.documents import TokenSequence, digest_of, documents_of_split, encode, make_batches, read_documents, split_of
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.text.splits import digest_of, documents_of_split, split_of
 
 
 def read(path: Path, *names: str) -> list[str]:
@@ -96,3 +100,28 @@ def test_batches_hold_every_token_once(lengths: list[int], tokens: int) -> None:
 def test_plain_files_are_read(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a{suffix}").write_text("def f():\n    return 1\n")
     assert read(tmp_path, f"a{suffix}") == ["def f():\n    return 1"]
+
+
+@settings(deadline=None)
+@given(st.text("ab ", min_size=1, max_size=400), st.integers(2, 300), st.integers(2, 40))
+def test_the_beginning_of_a_very_long_document_gives_the_same_sequences(text: str, tokens: int, length: int) -> None:
+    tokenizer = character_tokenizer()
+    whole = encode(tokenizer, [text, "b" * 9], max_tokens=tokens, sequence_length=length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modekit.text.sequences._LONG", 30)
+        patch.setattr("modekit.text.sequences._PAST", 3)
+        assert encode(tokenizer, [text, "b" * 9], max_tokens=tokens, sequence_length=length) == whole
+
+
+def test_of_a_document_of_megabytes_only_what_is_asked_for_is_tokenised() -> None:
+    read = []
+
+    class Spy(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, **options: Any) -> Any:
+            read.append(len(text))
+            return super().__call__(text, **options)
+
+    spy = Spy(tokenizer_object=character_tokenizer().backend_tokenizer, unk_token="<unk>")
+    document = "several words " * 500_000
+    sequences = encode(spy, [document], max_tokens=500, sequence_length=100)
+    assert sum(len(sequence.ids) for sequence in sequences) == 500 and sum(read) <= 2**20

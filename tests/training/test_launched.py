@@ -121,7 +121,9 @@ import torch, torch.distributed
 from pathlib import Path
 from torch.distributed.fsdp import fully_shard
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
+from modekit.loaded.load import load_model
+from modekit.text.sequences import TokenSequence
 from modekit.loaded.load import load_model
 from modekit.training.batches import Batches, Corpus, plan_parts
 from modekit.training.objective import Objective

@@ -23,12 +23,14 @@ from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_mod
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TextError, TrainingError
-from modekit.evaluation.evaluate import evaluate, held_out_domains
+from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.evaluate import evaluate
 from modekit.experts.export import export_adapter
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE
-from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, TokenSequence, digest_of, digests_in
+from modekit.text.sequences import TokenSequence
+from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
 from modekit.training.batches import Batches, Corpus, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.finish import TrainedMixture

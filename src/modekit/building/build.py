@@ -24,9 +24,10 @@ from modekit.checkpoint.staging import Staging, staging, write_all, write_json
 from modekit.errors import SourceError
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.progress import Progress, silent
-from modekit.routing.fit import fit_documents, fit_router
+from modekit.routing.fit import fit_router
 from modekit.sources.model import Mappings
 from modekit.text.documents import is_local
+from modekit.text.held_out import fit_documents
 
 
 def build(

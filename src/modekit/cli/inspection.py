@@ -27,9 +27,9 @@ def inspect(
 ) -> None:
     """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.evaluation.evaluate import RESULTS_FOLDER
     from modekit.evaluation.inspection.inspect import inspect as run
     from modekit.evaluation.inspection.text import STDIN, inspect_text, read_text
+    from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     if text is not None and text_file is not None:
         raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")

@@ -59,8 +59,8 @@ def evaluate(
     of_tasks = {"--models": models, "--include-path": include_path, "--limit": limit, "--seen": seen, "--seed": seed}
     _refuse_without_effect("it belongs to --tasks", of_tasks)
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.evaluation.evaluate import RESULTS_FOLDER
     from modekit.evaluation.evaluate import evaluate as run
+    from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     with drawn_progress() as progress:
         results = run(

@@ -29,7 +29,7 @@ def score_tasks(
     """Run tasks named with commas between them and draw their table."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.cli.printing.tasks import print_tasks
-    from modekit.evaluation.evaluate import RESULTS_FOLDER
+    from modekit.evaluation.results_folder import RESULTS_FOLDER
     from modekit.evaluation.tasks.ask import evaluate_tasks
 
     opened = open_checkpoint(checkpoint.resolve())

@@ -29,7 +29,8 @@ from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH, make_base, make_real_base
 from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
 from modekit.errors import CheckpointError, OutputError
-from modekit.evaluation.evaluate import Results, Row, evaluate
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.results import Results, Row
 from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
 from modekit.planning.make import make_plan

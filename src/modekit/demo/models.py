@@ -24,7 +24,9 @@ from modekit.errors import SourceError
 from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress
-from modekit.text.documents import TokenSequence, documents_of_split, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.sequences import TokenSequence
+from modekit.text.splits import documents_of_split
 
 VOCABULARY = 3_072
 SEQUENCE_LENGTH = 512  # a whole document of the demo's text

@@ -17,7 +17,7 @@ def in_blocks(values: Sequence[float]) -> tuple[float, ...]:
 def mean_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
     """Standard error of sum(sums) / sum(counts), from both by block."""
     total, number = sum(sums), sum(counts)
-    return _jackknife([(total - s) / (number - n) for s, n in zip(sums, counts, strict=True)])
+    return jackknife_error([(total - s) / (number - n) for s, n in zip(sums, counts, strict=True)])
 
 
 def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Sequence[float] | None) -> float | None:
@@ -34,11 +34,14 @@ def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Se
         if gap <= 0:
             return None
         without.append(((sum(base) - b) - (sum(row) - r)) / gap)
-    return _jackknife(without)
+    return jackknife_error(without)
 
 
-def _jackknife(without: Sequence[float]) -> float | None:
-    """From the figure's values with one block left out each (Tukey's jackknife; Efron and Stein, Annals of Statistics 1981)."""
+def jackknife_error(without: Sequence[float]) -> float | None:
+    """Standard error of a figure from its values with one block left out each; None when one of them is not finite.
+
+    Tukey's jackknife; Efron and Stein, Annals of Statistics 1981.
+    """
     count = len(without)
     mean = sum(without) / count
     error = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))

@@ -27,13 +27,15 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.staging import Entry, Staging, refuse_existing, staging, write_all, write_json
-from modekit.errors import MismatchError, ModekitError, SourceError, TextError, UnsupportedError
+from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.progress import Progress, silent
 from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
 from modekit.sources.families import FAMILIES, Family
 from modekit.sources.model import Mappings, ModelSource, TensorRef, open_source
 from modekit.sources.names import module_of, split_layer
-from modekit.text.documents import TRAINED_FILE, TokenSequence, documents_of_split, encode, read_documents, text_record
+from modekit.text.held_out import read_text
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import TRAINED_FILE, text_record
 from modekit.weights.factorise import Array32, Factors, factorise, relative_error
 from modekit.weights.numeric import as_array, blocks, is_finite, to_bytes, to_float32
 
@@ -282,10 +284,11 @@ def _moments(
 
 def _read_text(texts: Sequence[str], root: Path, tokens: int, tokenizer: Any) -> tuple[list[TokenSequence], dict[str, Any]]:
     """The fit split as sequences: what is held out stays unseen. Raises TextError when nothing is left."""
-    documents = documents_of_split(read_documents(texts, root=root, where="--text"), "fit")
+    text = read_text(texts, root=root, where="--text")
+    documents = text.fit()
     sequences = encode(tokenizer, documents, max_tokens=tokens, sequence_length=_SEQUENCE_LENGTH)
     if not sequences:
-        raise TextError("no document is left to read after the held-out split", where="--text", remedy="give more documents")
+        raise text.nothing_left("no document is left to read after the held-out split")
     return sequences, text_record(documents, sum(len(sequence.ids) for sequence in sequences))
 
 

@@ -18,23 +18,18 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.staging import refuse_existing, staging, write_json
-from modekit.errors import TextError, UnsupportedError
-from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.errors import UnsupportedError
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress, silent
 from modekit.sources.families import family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
 from modekit.sources.names import in_layer
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TRAINED_FILE,
-    digest_of,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.held_out import read_text
+from modekit.text.sequences import encode
+from modekit.text.splits import TRAINED_FILE, mark_of, text_record
 
 SPECIALIST_FILE = "specialist.json"
 What = Literal["mlp", "lora", "full"]
@@ -64,19 +59,12 @@ def specialize(
     refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
     source = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    documents = read_documents(texts, root=root, where="--text")
-    fit = documents_of_split(documents, "fit")
+    text = read_text(texts, root=root, where="--text")
+    fit = text.fit()
     sequences = training_sequences(tokenizer, fit, training)
     if not sequences:
-        raise TextError(
-            "no document is left for training after the held-out split", where="--text", remedy="give more documents"
-        )
-    held_out = encode(
-        tokenizer,
-        documents_of_split(documents, "report"),
-        max_tokens=training.held_out_tokens,
-        sequence_length=training.sequence_length,
-    )
+        raise text.nothing_left("no document is left for training after the held-out split")
+    held_out = encode(tokenizer, text.report(), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length)
     model = load_model(base, trust_remote_code=trust_remote_code)
     parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
     domain = Domain("held-out", None, held_out, {})
@@ -101,7 +89,7 @@ def specialize(
         save(stage.folder)
         if train != "lora":
             tokenizer.save_pretrained(stage.folder)
-        (stage.folder / TRAINED_FILE).write_text("".join(f"{digest_of(document)[:TRAINED_DIGITS]}\n" for document in fit))
+        (stage.folder / TRAINED_FILE).write_text("".join(f"{mark_of(document)}\n" for document in fit))
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
-from modekit.text.documents import TokenSequence, make_batches
+from modekit.text.sequences import TokenSequence, make_batches
 
 MOMENT_BYTES = 4 * 2**30
 

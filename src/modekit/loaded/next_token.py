@@ -20,7 +20,7 @@ from modekit.errors import TextError
 from modekit.loaded.heads import head_of
 from modekit.loaded.load import default_device
 from modekit.progress import Progress, silent
-from modekit.text.documents import TokenSequence, encode, make_batches
+from modekit.text.sequences import TokenSequence, encode, make_batches
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ from huggingface_hub import ModelCardData
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically
 from modekit.errors import OutputError
-from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, results_from_data
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.results import Results
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_results
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.licences import Source, facts, sources_of
@@ -85,15 +88,14 @@ def _is_ours(path: Path) -> bool:
 
 def _results(checkpoint: Checkpoint) -> tuple[Results | None, str | None]:
     """The table if it is this checkpoint's, else why there is none."""
-    path = checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE
     try:
-        results = results_from_data(json.loads(path.read_text(encoding="utf-8")))
-        if belongs_to(results, checkpoint):
-            return results, None
+        results = read_results(checkpoint)
     except FileNotFoundError:
         return None, "not evaluated yet: `modekit eval` makes the table"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         return None, f"{RESULTS_FOLDER}/{RESULTS_FILE} cannot be read: `modekit eval` makes it anew"
+    if belongs_to(results, checkpoint):
+        return results, None
     return None, f"{RESULTS_FOLDER}/{RESULTS_FILE} is of another state of this mixture: `modekit eval` makes it anew"
 
 
@@ -181,7 +183,7 @@ def _made(checkpoint: Checkpoint) -> str:
     router = record.router
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=120)
     text = [
-        _row([domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))])
+        [domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))]
         for domain, used in router.text.items()
     ]
     parts = [
@@ -190,8 +192,7 @@ def _made(checkpoint: Checkpoint) -> str:
         _fenced(recipe.rstrip(), "yaml"),
     ]
     if text:
-        head = ["| domain | documents | tokens | sha256 |", "|---|---|---|---|"]
-        parts += ["Text that set the router:", "\n".join([*head, *text])]
+        parts += ["Text that set the router:", markdown_table(["domain", "documents", "tokens", "sha256"], text, _plain)]
     if record.training:
         parts.append("\n".join(_training(training.settings, training.steps, training.tokens) for training in record.training))
     return "\n\n".join(parts)
@@ -207,19 +208,19 @@ def _worth(results: Results | None, problem: str | None) -> str:
     if results is None:
         return f"{problem}."
     header, body = results.table()
-    lines = [_row(header), "|---" * len(header) + "|", *map(_row, body)]
     explained = (
         "Held-out loss in nats per token / perplexity; the same tokens in every row. Gap closed: 0 is the base model, 1 is as "
         "good as each domain's own expert. The oracle knows each text's domain: no router can do better."
     )
-    return "\n\n".join([explained, "\n".join(lines), "\n".join(f"* {_plain(note)}" for note in results.notes)]).strip()
+    return "\n\n".join(
+        [explained, markdown_table(header, body, _plain), "\n".join(f"* {_plain(note)}" for note in results.notes)]
+    ).strip()
 
 
 def _source_table(sources: Sequence[Source]) -> str:
-    lines = ["| used as | model | revision | licence | said by |", "|---|---|---|---|---|"]
-    for source in sources:
-        lines.append(_row([", ".join(source.used_as), source.spec, source.revision or "-", source.said, source.found]))
-    return "\n".join(lines)
+    header = ["used as", "model", "revision", "licence", "said by"]
+    body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.found] for each in sources]
+    return markdown_table(header, body, _plain)
 
 
 def _limits(checkpoint: Checkpoint, results: Results | None) -> str:
@@ -240,10 +241,6 @@ def _licence_page(sources: Sequence[Source], known: Sequence[str]) -> str:
         "# Licences of the sources\n\nThis model was made from the models below, and each keeps its licence. What that "
         f"means together is for you to judge; these are the facts.\n\n{_source_table(sources)}\n\n{said}\n"
     )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_plain, cells)) + " |"
 
 
 def _fenced(text: str, kind: str) -> str:

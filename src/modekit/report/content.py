@@ -13,7 +13,7 @@ import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.evaluation.evaluate import Results
+from modekit.evaluation.results import Results
 from modekit.planning.summary import backbone_label
 from modekit.report.licences import Source, facts, sources_of
 from modekit.report.result_files import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, Results, belongs_to, results_from_data
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.results import Results, results_from_data
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_json, read_results
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
 TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
-_LARGEST = 2**28  # bytes of a results file; more is not one
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3)]
@@ -207,7 +207,7 @@ class Trained(_Data):
 
 def find_results(checkpoint: Checkpoint, problems: list[str]) -> Results | None:
     """The table of `modekit eval`; what is wrong with it goes to `problems`."""
-    results = _read(checkpoint, RESULTS_FILE, "modekit eval", results_from_data, problems)
+    results = _read(RESULTS_FILE, "modekit eval", lambda: read_results(checkpoint), problems)
     if results is not None and not belongs_to(results, checkpoint):
         problems.append(_of_another(RESULTS_FILE, "modekit eval"))
         return None
@@ -218,7 +218,7 @@ def find_results(checkpoint: Checkpoint, problems: list[str]) -> Results | None:
 
 def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection | None:
     """What `modekit inspect` found."""
-    inspection = _read(checkpoint, INSPECT_FILE, "modekit inspect", Inspection.model_validate, problems)
+    inspection = _parse(checkpoint, INSPECT_FILE, "modekit inspect", Inspection.model_validate, problems)
     if inspection is None:
         return None
     if inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names:
@@ -231,7 +231,7 @@ def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
     """What the mixture is worth on tasks, when that was asked."""
     if not _path(checkpoint, TASKS_FILE).exists():
         return None
-    tasks = _read(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
+    tasks = _parse(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
     if tasks is not None and tasks.checkpoint not in (None, checkpoint.identity):
         problems.append(_of_another(TASKS_FILE, "modekit eval --tasks"))
         return None
@@ -242,7 +242,7 @@ def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
     """The search that this mixture came out of, when there was one."""
     if not _path(checkpoint, SEARCH_FILE).exists():
         return None
-    search = _read(checkpoint, SEARCH_FILE, "modekit tune", Search.model_validate, problems)
+    search = _parse(checkpoint, SEARCH_FILE, "modekit tune", Search.model_validate, problems)
     if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
         problems.append(f"{SEARCH_FILE} is of another recipe: `modekit fit` has changed this mixture since")
         return None
@@ -261,7 +261,7 @@ def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None
         return Trained(results=results_from_data(table) if table else None, curve=_curve(_path(checkpoint, CURVE_FILE)))
 
     before = len(problems)
-    trained = _read(checkpoint, TRAIN_FILE, "modekit train", parse, problems)
+    trained = _parse(checkpoint, TRAIN_FILE, "modekit train", parse, problems)
     if trained is None and len(problems) == before:
         problems.append(f"{TRAIN_FILE} is of another training, so its curve is left out")
     return trained
@@ -275,25 +275,22 @@ def _of_another(file: str, command: str) -> str:
     return f"{file} is of another state of this mixture (router, recipe or training changed since): run `{command}` again"
 
 
-def _read(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:
-    path = _path(checkpoint, file)
+def _parse(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:
+    return _read(file, command, lambda: parse(read_json(_path(checkpoint, file))), problems)
+
+
+def _read(file: str, command: str, read: Callable[[], _Read], problems: list[str]) -> _Read | None:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        return parse(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+        return read()
     except FileNotFoundError:
         problems.append(f"there is no {file}: run `{command}`")
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         problems.append(f"{file} is damaged or of another version ({place or 'whole file'}: {first['msg']}): run `{command}`")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         problems.append(f"{file} is damaged or of another version ({type(error).__name__}): run `{command}`")
     return None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(name)
 
 
 def _curve(path: Path) -> Curve | None:

@@ -16,7 +16,7 @@ from modekit.architecture.modekit_router import causal_average
 from modekit.loaded.mixture import ExpertView
 from modekit.processes import ALONE, Processes, processes
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
-from modekit.text.documents import TokenSequence, make_batches
+from modekit.text.sequences import TokenSequence, make_batches
 
 _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
 

@@ -19,7 +19,8 @@ from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.kept import Get, load_kept, save_kept
-from modekit.text.documents import TokenSequence, digest_of, encode, text_record
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import digest_of, text_record
 
 _MOST_TOKENS = 2**26  # counted per domain: a million takes seconds, and more hardly changes the odds
 

@@ -11,13 +11,11 @@ from pkgutil import resolve_name
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
-from modekit.errors import TextError
 from modekit.processes import processes
 from modekit.progress import Progress, silent
-from modekit.recipes.recipe import Expert, Recipe
+from modekit.recipes.recipe import Recipe
 from modekit.routing.constant import zero_gates
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.text.documents import documents_of_split, read_documents
 
 
 def fit_router(
@@ -43,16 +41,3 @@ def fit_router(
         return zero_gates(fitting)
     set_gates: Callable[[Fitting], FittedRouter] = resolve_name(fit.function)
     return set_gates(fitting)
-
-
-def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
-    """The documents that may set the router for an expert: the fit split of its text, and its prompts.
-
-    Raises TextError when none are left.
-    """
-    where = f"experts[{place}] '{expert.name}': text"
-    documents = documents_of_split(read_documents(expert.text, root=root, where=where), "fit") if expert.text else []
-    documents = [*(expert.prompts or []), *documents]
-    if not documents:
-        raise TextError("no document is left for the fit after the held-out split", where=where, remedy="give more documents")
-    return documents

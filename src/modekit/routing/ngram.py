@@ -23,8 +23,8 @@ from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.counts import NgramStatistics, count_domain, load_ngram_statistics, source_of
-from modekit.routing.fit import fit_documents
 from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.text.held_out import fit_documents
 
 _TEMPERATURES = [2.0 ** (step / 2) for step in range(-4, 17)]
 _UNCALIBRATED_TEMPERATURE = 8.0  # without a kept document to choose it on

@@ -17,10 +17,11 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.modekit import flow_of, place_routers
 from modekit.loaded.next_token import Training, train_language_model
-from modekit.routing.fit import fit_documents
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.read import check_length
-from modekit.text.documents import TokenSequence, encode, text_record
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import text_record
 
 STEPS = 100
 _LEARNING_RATE = 1e-3

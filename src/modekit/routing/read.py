@@ -22,10 +22,11 @@ from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
-from modekit.routing.fit import fit_documents
 from modekit.routing.fitting import Fitting
 from modekit.routing.statistics import DomainStatistics, load_statistics
-from modekit.text.documents import TokenSequence, digest_of, encode, text_record
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import digest_of, text_record
 
 
 def read_statistics(

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
 

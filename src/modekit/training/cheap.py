@@ -17,11 +17,11 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.evaluation.evaluate import score_domain
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import expert_view, mixture_of
 from modekit.progress import Progress
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Corpus, shares
 from modekit.training.ended import Ended, Trained
 from modekit.training.kept import Keeper, Kept

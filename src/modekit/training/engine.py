@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from modekit.errors import TrainingError
-from modekit.evaluation.evaluate import Domain
+from modekit.evaluation.domains import Domain
 from modekit.progress import Progress
 from modekit.training.batches import Batches
 from modekit.training.ended import Trained

@@ -13,7 +13,7 @@ import torch
 from modekit.loaded.mixture import ExpertView
 from modekit.progress import Progress
 from modekit.routing.capture import run_with_inputs, to_float16
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ import torch
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.evaluation.evaluate import load_expert_source
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.heads import Head, head_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.progress import Progress
 from modekit.routing.capture import to_float16
-from modekit.text.documents import make_batches
+from modekit.text.sequences import make_batches
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
 

@@ -1,4 +1,4 @@
-"""Which text a training reads: fit documents to move by, select documents to compare states by; the rest is for the tables."""
+"""Text of a training as sequences: what moves the mixture, and what its states are compared by (text/held_out.py)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
-from modekit.evaluation.evaluate import Domain
+from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TokenSequence,
-    digest_of,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.held_out import MORE, DomainText, read_text
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
@@ -51,56 +47,51 @@ def read_texts(
 
     `texts`, relative to `root`, counts more than the recipe's. Experts with neither are left out. Raises TextError.
     """
-    recipe = checkpoint.record.recipe
-    unknown = [name for name in texts if name not in recipe.names]
+    names = checkpoint.names
+    unknown = [name for name in texts if name not in names]
     if unknown:
         raise TextError(
-            "there is no expert for this domain", where=f"--text {unknown[0]}=...", expected=", ".join(recipe.names),
+            "there is no expert for this domain", where=f"--text {unknown[0]}=...", expected=", ".join(names),
             remedy="name a domain of the mixture; text of no domain goes under generic",
         )  # fmt: skip
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-
-    def read(name: str, expert: int, specs: Sequence[str], place: Path, where: str) -> Text:
-        documents = read_documents(specs, root=place, where=where)
-        fit = [document for document in documents_of_split(documents, "fit") if _is_in_share(document, settings.share)]
-        select = documents_of_split(documents, "select")
-        length = settings.sequence_length
-        sequences = encode(tokenizer, fit, max_tokens=2**62, sequence_length=length, shortest_rest=length // _SHORTEST)
-        held_out = encode(tokenizer, select, max_tokens=settings.select_tokens, sequence_length=length)
-        for found, what in ((sequences, "training"), (held_out, "comparing states")):
-            if not found:
-                raise TextError(
-                    f"no document is left for {what}", where=where, found=f"{len(documents)} documents",
-                    expected="eight in ten are trained on, one in ten is for comparing, one in ten for the tables",
-                    remedy="give more documents" if settings.share == 1.0 else "give more documents, or raise share",
-                )  # fmt: skip
-        corpus = Corpus(name, expert, sequences)
-        return Text(corpus, held_out, _digests(fit), _digests(select), text_record(fit, corpus.tokens))
-
-    found = []
-    for place, expert in enumerate(recipe.experts):
-        if expert.name in texts:
-            found.append(read(expert.name, place, texts[expert.name], root, f"--text {expert.name}"))
-        elif expert.text:
-            where = f"experts[{place}] '{expert.name}': text"
-            found.append(read(expert.name, place, expert.text, checkpoint.recipe_root, where))
-    if not found:
+    own = recipe_texts(checkpoint)
+    given: list[tuple[str, int, DomainText]] = []
+    for place, name in enumerate(names):
+        text = read_text(texts[name], root=root, where=f"--text {name}") if name in texts else own.own(place)
+        given += [(name, place, text)] if text is not None else []
+    if not given:
         raise TextError(
             "there is no text to train on", where="experts[].text, --text", remedy="give --text domain=FILE for every domain"
         )
     if settings.generic:
-        found.append(read(GENERIC_NAME, GENERIC, settings.generic, root, "generic"))
-    return found
+        given.append((GENERIC_NAME, GENERIC, read_text(settings.generic, root=root, where="generic")))
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    return [_in_sequences(name, expert, text, own.select_of(text), tokenizer, settings) for name, expert, text in given]
+
+
+def _in_sequences(
+    name: str, expert: int, text: DomainText, select: Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: TrainSettings
+) -> Text:
+    """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
+    fit = [document for document in text.fit() if _is_in_share(document, settings.share)]
+    length = settings.sequence_length
+    sequences = encode(tokenizer, fit, max_tokens=2**62, sequence_length=length, shortest_rest=length // _SHORTEST)
+    held_out = encode(tokenizer, select, max_tokens=settings.select_tokens, sequence_length=length)
+    for found, what in ((sequences, "training"), (held_out, "comparing states")):
+        if not found:
+            raise text.nothing_left(
+                f"no document is left for {what}",
+                expected="eight in ten are trained on, one in ten is for comparing, one in ten for the tables",
+                remedy=MORE if settings.share == 1.0 else f"{MORE}; or raise share",
+            )
+    corpus = Corpus(name, expert, sequences)
+    return Text(corpus, held_out, list(map(mark_of, fit)), list(map(mark_of, select)), text_record(fit, corpus.tokens))
 
 
 def silent_domains(checkpoint: Checkpoint, texts: Sequence[Text]) -> list[str]:
     """Experts of whose domain there is no text."""
     known = {text.corpus.expert for text in texts}
     return [name for place, name in enumerate(checkpoint.names) if place not in known]
-
-
-def _digests(documents: Sequence[str]) -> list[str]:
-    return [digest_of(document)[:TRAINED_DIGITS] for document in documents]
 
 
 def _is_in_share(document: str, share: float) -> bool:

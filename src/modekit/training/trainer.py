@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from modekit.evaluation.evaluate import Domain, tokens_per_pass
-from modekit.text.documents import make_batches
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import tokens_per_pass
+from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.objective import Objective
 

@@ -21,10 +21,10 @@ from modekit.checkpoint.record import RECORD_FILE, Record, TrainingRecord
 from modekit.checkpoint.router_file import write_router_file
 from modekit.checkpoint.staging import link, staging, write_all, write_atomically, write_json
 from modekit.errors import TrainingError
-from modekit.evaluation.evaluate import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.sources.model import Mappings, TensorRef
-from modekit.text.documents import SELECTED_FILE, TRAINED_FILE, digests_in
+from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 

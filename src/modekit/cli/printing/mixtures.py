@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from modekit.building.verify import Check
-    from modekit.evaluation.evaluate import Results
+    from modekit.evaluation.results import Results
     from modekit.search.tune.results import TuneResults
     from modekit.training.finish import TrainedMixture
 

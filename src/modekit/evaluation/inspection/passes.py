@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.evaluate import tokens_per_pass
 from modekit.evaluation.inspection.routers import decisions
+from modekit.evaluation.loss import tokens_per_pass
 from modekit.loaded.shapes import mixture_of
-from modekit.text.documents import Batch, TokenSequence, make_batches
+from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
 Array64 = npt.NDArray[np.float64]

@@ -24,7 +24,7 @@ from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
 from modekit.progress import Progress, silent
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 
 STDIN = "-"
 _MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean

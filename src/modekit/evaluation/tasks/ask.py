@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError
-from modekit.evaluation.evaluate import RESULTS_FOLDER, load_expert_source
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.evaluation.tasks.files import GROUPS, task_config, tasks_of, wanted_forms, write_tasks
 from modekit.evaluation.tasks.harness import (
     Metric,
@@ -33,6 +33,7 @@ from modekit.evaluation.tasks.harness import (
 from modekit.evaluation.tasks.intervals import Drawn, Sample, average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import make_questions
 from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.progress import Progress, silent
 from modekit.recipes.strict import BASE

@@ -18,9 +18,10 @@ from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
-from modekit.evaluation.evaluate import held_out_documents
+from modekit.evaluation.domains import held_out_texts, recipe_texts
 from modekit.evaluation.tasks.entries import Entry, entries_of, head_words
-from modekit.text.documents import digest_of, documents_of_split, read_documents
+from modekit.text.documents import read_documents
+from modekit.text.splits import digest_of
 
 CHOICES = 4
 BEGINNING, CONTINUATION = 16, 16  # words of a passage
@@ -50,7 +51,7 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
     known = seen_terms(checkpoint, seen)
     made: list[Questions] = []
     notes = []
-    for held in held_out_documents(checkpoint):
+    for held in held_out_texts(checkpoint):
         glosses = gloss_items(held.documents, known, random.Random(f"{seed} {held.name} glosses"))
         continuations = continuation_items(held.documents, random.Random(f"{seed} {held.name} continuations"))
         kinds = {"glosses": glosses, "continuations": continuations, "generation": generation_items(glosses, continuations)}
@@ -69,14 +70,10 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
 
 
 def seen_terms(checkpoint: Checkpoint, seen: Sequence[str] = ()) -> set[str]:
-    """Head words of the fit split of every expert's text, which experts, base and router saw, and of `seen` whole."""
-    recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
-    terms = head_words(read_documents(seen, root=root, where="--seen")) if seen else set()
-    for place, expert in enumerate(recipe.experts):
-        if expert.text:
-            documents = read_documents(expert.text, root=root, where=f"experts[{place}] '{expert.name}': text")
-            terms |= head_words(documents_of_split(documents, "fit"))
-    return terms
+    """Head words of every expert's documents for a fit, which experts, base and router saw, and of `seen` whole."""
+    texts = recipe_texts(checkpoint)
+    terms = head_words(read_documents(seen, root=checkpoint.recipe_root, where="--seen")) if seen else set()
+    return terms.union(*(head_words(texts.fit(place)) for place in range(len(checkpoint.names))))
 
 
 def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically, write_json
-from modekit.evaluation.evaluate import RESULTS_FILE, RESULTS_FOLDER, belongs_to, results_from_data
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.results_folder import RESULTS_FOLDER, UNREADABLE, read_results
 from modekit.evaluation.tasks.intervals import Estimate
 
 TASKS_FILE = "tasks.json"
@@ -114,11 +116,10 @@ def save_results(checkpoint: Checkpoint, results: TaskResults) -> None:
 def perplexities(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     """Domain -> model -> perplexity, from eval.json when it is there and this checkpoint's."""
     try:
-        text = (checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE).read_text(encoding="utf-8")
-        results = results_from_data(json.loads(text))
-        if not belongs_to(results, checkpoint):
-            return {}
-    except (OSError, ValueError, KeyError, TypeError):
+        results = read_results(checkpoint)
+    except UNREADABLE:
+        return {}
+    if not belongs_to(results, checkpoint):
         return {}
     found: dict[str, dict[str, float]] = {}
     for row in results.rows:
@@ -162,8 +163,7 @@ def _table(
         header.insert(1, "perplexity")
         for cells in body:
             cells.insert(1, f"{perplexity[cells[0]]:.1f}" if cells[0] in perplexity else "-")
-    lines = ["| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |" for cells in [header, *body]]
-    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
+    return markdown_table(header, body)
 
 
 def table_of(

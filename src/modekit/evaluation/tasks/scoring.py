@@ -12,8 +12,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.evaluation.evaluate import tokens_per_pass
-from modekit.text.documents import TokenSequence, make_batches
+from modekit.evaluation.loss import tokens_per_pass
+from modekit.text.sequences import TokenSequence, make_batches
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 _GENERATED = 16  # texts that are generated side by side

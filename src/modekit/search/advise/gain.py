@@ -9,13 +9,13 @@ Losses are kept for a few blocks of the text; leaving out one block at a time sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from modekit.evaluation.uncertainty import jackknife_error
 from modekit.search.advise.groups import Group
 
 PARTS: dict[str, frozenset[Group]] = {
@@ -94,7 +94,6 @@ def figure_of(figure: Callable[..., float], *losses: Losses) -> Figure:
     for block in range(count):
         kept = np.arange(count) != block
         with np.errstate(divide="ignore", invalid="ignore"):
-            left_out.append(figure(*(each.sums[kept].sum() / each.tokens[kept].sum() for each in losses)))
-    deviations = np.array(left_out) - np.mean(left_out)
-    error = math.sqrt((count - 1) / count * float(deviations @ deviations))
-    return Figure(value, error if math.isfinite(error) else None)
+            means = [each.sums[kept].sum() / each.tokens[kept].sum() for each in losses]
+            left_out.append(float(figure(*means)))
+    return Figure(value, jackknife_error(left_out))

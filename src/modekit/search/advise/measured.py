@@ -14,7 +14,7 @@ from modekit.search.advise.judge import helps, of_confusion, of_gains
 from modekit.search.advise.rules import NEARLY_ALL
 from modekit.sources.model import Mappings
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from modekit.search.advise.confusion import Confusion

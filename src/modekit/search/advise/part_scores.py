@@ -14,14 +14,15 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.building.tensors import PieceReader
-from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
 from modekit.progress import Progress, silent
 from modekit.recipes.backbone import BackboneMerge
 from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
 from modekit.search.advise.groups import Group
 from modekit.sources.model import Mappings, ModelSource
-from modekit.text.documents import TokenSequence
+from modekit.text.sequences import TokenSequence
 from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import blocks, to_float32
 

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 from modekit.errors import TextError
 from modekit.recipes.recipe import Recipe
 from modekit.search.advise.findings import Finding, finding_of
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TRAINED_FILE,
-    TokenSequence,
-    digest_of,
-    digests_in,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.held_out import RecipeTexts
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import text_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,42 +34,39 @@ def read_texts(
 ) -> tuple[dict[int, Text], list[Finding]]:
     """By place of the expert: its text, for experts that have some; and what is wrong with the others'.
 
-    Documents are dropped that `modekit specialize` trained a model of `folders` on. Prompts set routers and are not scored.
+    `folders` are those of the models; documents that `modekit specialize` trained one of them on are not scored, nor are
+    prompts, which set routers.
     """
-    trained = {digest for folder in folders for digest in digests_in(folder / TRAINED_FILE)}
+    own = RecipeTexts(recipe, root, models=folders)
     texts: dict[int, Text] = {}
     findings: list[Finding] = []
     for place, expert in enumerate(recipe.experts):
         if not expert.text and not expert.prompts:
-            findings.append(
-                Finding(
-                    "warning",
-                    expert.name,
-                    "no text: what helps it is not known, and no router can be fitted for it",
-                    to_do="add experts[].text; a few hundred documents are enough for advice",
-                )
-            )
+            findings.append(_without_text(expert.name))
             continue
         try:
-            where = f"experts[{place}] '{expert.name}': text"
-            documents = read_documents(expert.text, root=root, where=where) if expert.text else []
+            text, fit = own.own(place), own.fit(place)
         except TextError as error:
             findings.append(finding_of(error, expert.name))
             continue
-        chosen = [each for each in documents_of_split(documents, "select") if digest_of(each)[:TRAINED_DIGITS] not in trained]
+        chosen = own.select_of(text) if text is not None else []
         sequences = encode(tokenizer, chosen, max_tokens=tokens, sequence_length=SEQUENCE_LENGTH)
         count = sum(len(sequence.ids) for sequence in sequences)
         if count < tokens / 2:
-            what = "little text to measure on" if sequences else "no text to measure on"
-            findings.append(
-                Finding(
-                    "note",
-                    expert.name,
-                    what,
-                    f"{count} of {tokens} tokens in the select split (one document in ten)",
-                    "give more documents",
-                )
-            )
-        fit = [*(expert.prompts or []), *documents_of_split(documents, "fit")]
+            findings.append(_too_little(expert.name, count, tokens))
         texts[place] = Text(sequences, {**text_record(chosen, count), "sequence_length": SEQUENCE_LENGTH}, fit)
     return texts, findings
+
+
+def _without_text(name: str) -> Finding:
+    return Finding(
+        "warning", name, "no text: what helps it is not known, and no router can be fitted for it",
+        to_do="add experts[].text; a few hundred documents are enough for advice",
+    )  # fmt: skip
+
+
+def _too_little(name: str, count: int, tokens: int) -> Finding:
+    what = "little text to measure on" if count else "no text to measure on"
+    return Finding(
+        "note", name, what, f"{count} of {tokens} tokens in the select split (one document in ten)", "give more documents"
+    )

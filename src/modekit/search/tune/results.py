@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from modekit.evaluation.evaluate import SMALLEST_GAP
+from modekit.evaluation.gaps import SMALLEST_GAP
+from modekit.evaluation.markdown import markdown_table
 from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.space import label, short_backbone
@@ -96,15 +97,13 @@ class TuneResults:
     def markdown(self) -> str:
         """All candidates; dropped ones with the loss at which they were dropped."""
         header, body = self.table()
-        lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-        lines += ["| " + " | ".join(cells) + " |" for cells in body]
         about = [
             "Mean loss over the domains in nats per token. Candidates were compared on the select split; the report split",
             "chose nothing. In brackets: dropped after a part of the text. Gap closed is that of the report split.",
         ]
         reasons = {candidate.why: None for candidate in self.candidates if candidate.why}
         refused = ["", "Refused:", *(f"* {' '.join(why.split())}" for why in reasons)] if reasons else []
-        return "\n".join([*about, "", *lines, *refused, ""])
+        return "\n".join([*about, "", markdown_table(header, body), *refused, ""])
 
 
 def describe(mixture: Mapping[str, Any]) -> str:

@@ -1,15 +1,14 @@
-"""Losses that a search shows beside those it chose by: on the report split, of base and experts, and of smaller mixtures."""
+"""Losses that a search shows beside those it chose by: on the report's text, of base and experts, and of smaller mixtures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from modekit.checkpoint.staging import write_json
-from modekit.evaluation.evaluate import load_expert, score_domain
+from modekit.evaluation.loss import score_domain
+from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan
 from modekit.progress import Progress
@@ -78,10 +77,7 @@ def reference_losses(
     found: dict[str, dict[str, dict[str, float]]] = {split: {"base": {}, "own": {}} for split in splits}
     base = plan.sources[0].folder
 
-    def load(folder: Path) -> Any:
-        return load_model(folder, trust_remote_code=job.trust_remote_code)
-
-    model = load(base)
+    model = load_model(base, trust_remote_code=job.trust_remote_code)
     for split, selection in splits.items():
         for domain in selection.domains:
             found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss
@@ -91,7 +87,7 @@ def reference_losses(
         own = (
             model
             if job.recipe.experts[domain.expert].is_base
-            else load_expert(base, plan.sources[1 + domain.expert].folder, load)
+            else load_expert(base, plan.sources[1 + domain.expert].folder, trust_remote_code=job.trust_remote_code)
         )
         for split, selection in splits.items():
             text = next(each for each in selection.domains if each.name == domain.name)

@@ -1,7 +1,4 @@
-"""Held-out text that candidates are compared on: the `select` split, cut into rungs.
-
-Nothing of it is ever in the report split; what a recipe names under `eval` is split by the same hashes.
-"""
+"""Held-out text that candidates are compared on, cut into rungs, and what the report shows (text/held_out.py)."""
 
 from __future__ import annotations
 
@@ -13,21 +10,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from modekit.errors import TextError, TuneError
-from modekit.evaluation.evaluate import Domain, score_domain
+from modekit.evaluation.domains import Domain, domain_of
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Recipe
-from modekit.text.documents import (
-    TRAINED_DIGITS,
-    TRAINED_FILE,
-    Split,
-    TokenSequence,
-    digest_of,
-    digests_in,
-    documents_of_split,
-    encode,
-    read_documents,
-    text_record,
-)
+from modekit.text.held_out import HeldOutText, RecipeTexts
+from modekit.text.splits import HeldOutSplit, digest_of, mark_of
 
 RUNGS = (1, 3, 9)
 """Ninths of the text after which a candidate is compared with the others."""
@@ -54,45 +42,42 @@ def _part(domain: Domain, number: int) -> Domain:
 
 
 def read_selection(
-    recipe: Recipe, root: Path, model_folders: Sequence[Path], *, split: Split, tokens_per_domain: int, sequence_length: int,
-    trust_remote_code: bool = False,
+    recipe: Recipe, root: Path, model_folders: Sequence[Path], *, split: HeldOutSplit, tokens_per_domain: int,
+    sequence_length: int, trust_remote_code: bool = False,
 ) -> Selection:  # fmt: skip
-    """Text of one split of every domain that has an expert. `model_folders`: the base's first; documents that
-    `modekit specialize` trained on, and prompts that set routers, are left out.
+    """Text of every domain that has an expert: what chooses, or what `modekit eval` will show of the mixture so chosen.
 
-    Raises TextError when a domain has none.
+    `model_folders`: the base's first. Raises TextError when a domain has none.
     """
     tokenizer = load_tokenizer(model_folders[0], trust_remote_code=trust_remote_code)
-    used = {digest for folder in model_folders for digest in digests_in(folder / TRAINED_FILE)}
-    used |= {digest_of(prompt)[:TRAINED_DIGITS] for expert in recipe.experts for prompt in expert.prompts or []}
-    domains, digests = [], []
-    read = hashlib.sha256()
-    for place, expert in enumerate(recipe.experts):
-        specs = expert.text or recipe.eval.get(expert.name)
-        if specs is None:
-            continue
-        where = f"experts[{place}] '{expert.name}': text" if expert.text else f"eval.{expert.name}"
-        everything = read_documents(specs, root=root, where=where)
-        read.update("".join([expert.name, *map(digest_of, everything)]).encode())
-        documents = documents_of_split(everything, split)
-        documents = [document for document in documents if digest_of(document)[:TRAINED_DIGITS] not in used]
-        sequences: list[TokenSequence] = encode(
-            tokenizer, documents, max_tokens=tokens_per_domain, sequence_length=sequence_length
-        )
-        if not sequences:
-            raise TextError(
-                f"no document of the {split} split is left", where=where, found=f"{len(documents)} documents",
-                expected="one document in ten is for choosing between variants, one in ten for the report",
-                remedy="give more documents",
-            )  # fmt: skip
-        digests += [digest_of(document)[:TRAINED_DIGITS] for document in documents]
-        record = text_record(documents, sum(len(sequence.ids) for sequence in sequences))
-        domains.append(Domain(expert.name, place, sequences, {**record, "sequence_length": sequence_length}))
-    if not domains:
+    texts = RecipeTexts(recipe, root, models=model_folders)
+    select = texts.select()
+    if not select:
         raise TextError(
             "there is no text to choose by", where="experts[].text, eval", remedy="add text per expert: a search needs it"
         )
-    return Selection(domains, digests, read.hexdigest())
+    chosen = [mark_of(document) for held in select for document in held.documents]
+    report = [held for held in texts.report(seen=chosen) if held.expert is not None]
+    domains = []
+    for held in select if split == "select" else report:
+        domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
+        if not domain.sequences:
+            raise held.text.nothing_left(
+                f"no document of the {split} split is left",
+                expected="one document in ten is for choosing between variants, one in ten for the report",
+            )
+        domains.append(domain)
+    shown = [mark_of(document) for held in report for document in held.documents]
+    return Selection(domains, chosen if split == "select" else shown, _digest_of_all(select, report))
+
+
+def _digest_of_all(select: Sequence[HeldOutText], report: Sequence[HeldOutText]) -> str:
+    """Of every document of the texts, whatever its split."""
+    read = hashlib.sha256()
+    for chosen, shown in zip(select, report, strict=True):
+        for text in [chosen.text, *([shown.text] if shown.text is not chosen.text else [])]:
+            read.update("".join([chosen.name, *map(digest_of, text.documents)]).encode())
+    return read.hexdigest()
 
 
 class Tally:

@@ -6,7 +6,7 @@
     OUT.tuning/              the search: it goes on from there after a kill, or when more trials are asked for
 
 Candidates are compared on the `select` split of the domains' text. What is reported of the best, of the fixed variants and of
-the Pareto front comes from the `report` split, which chose nothing.
+the Pareto front is of the text that `modekit eval OUT` scores, which chose nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modekit.building.build import build
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.staging import json_bytes, refuse_existing
 from modekit.errors import TuneError
-from modekit.evaluation.evaluate import RESULTS_FOLDER
+from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.progress import Progress, silent
@@ -40,7 +40,7 @@ from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.space import Space, default_space
 from modekit.search.tune.study import Job, candidate_recipe, candidates, prepare
 from modekit.sources.model import Mappings, TensorRef
-from modekit.text.documents import SELECTED_FILE, Split
+from modekit.text.splits import SELECTED_FILE, HeldOutSplit
 
 
 def tune(
@@ -86,7 +86,7 @@ def _not_native(recipe: Recipe, plan: Plan) -> TuneError:
 def _read_texts(job: Job, plan: Plan, settings: TuneSettings) -> dict[str, Selection]:
     """What candidates are compared on, and what is reported of them."""
     folders = list(dict.fromkeys(source.folder for source in plan.sources))
-    splits: tuple[Split, ...] = ("select", "report")
+    splits: tuple[HeldOutSplit, ...] = ("select", "report")
     return {
         split: read_selection(
             job.recipe, job.root, folders, split=split, tokens_per_domain=settings.tokens_per_domain,

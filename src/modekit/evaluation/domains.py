@@ -1,0 +1,90 @@
+"""Held-out text of a checkpoint's domains, as documents and as token sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import TextError
+from modekit.loaded.load import load_tokenizer
+from modekit.text.held_out import HeldOutText, RecipeTexts
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import HeldOutSplit, text_record
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain."""
+
+    name: str
+    expert: int | None
+    sequences: Sequence[TokenSequence]
+    record: Mapping[str, Any]
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that are predicted: all but the first of each sequence."""
+        return sum(len(sequence.ids) - 1 for sequence in self.sequences)
+
+
+def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_per_domain: int, sequence_length: int) -> Domain:
+    """Documents as token sequences, none where there are none, with a record of both."""
+    sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
+    record = text_record(held.documents, sum(len(sequence.ids) for sequence in sequences))
+    return Domain(held.name, held.expert, sequences, {**record, "sequence_length": sequence_length})
+
+
+def recipe_texts(checkpoint: Checkpoint) -> RecipeTexts:
+    """Which text may be read, of the recipe that a checkpoint was built from."""
+    models = [checkpoint.folder / source.folder for source in checkpoint.record.sources]
+    return RecipeTexts(checkpoint.record.recipe, checkpoint.recipe_root, models=models, mixture=checkpoint.folder)
+
+
+def held_out_domains(
+    checkpoint: Checkpoint,
+    *,
+    tokens_per_domain: int,
+    sequence_length: int,
+    split: HeldOutSplit = "report",
+    seen: Collection[str] = (),
+    trust_remote_code: bool = False,
+) -> list[Domain]:
+    """The text every row is scored on, as token sequences; see `held_out_texts`."""
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    domains = []
+    for held in held_out_texts(checkpoint, split=split, seen=seen):
+        domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
+        if not domain.sequences:
+            raise _nothing_held_out(held)
+        domains.append(domain)
+    return domains
+
+
+def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", seen: Collection[str] = ()) -> list[HeldOutText]:
+    """Per domain the documents that may be shown (`report`), less those that are `seen`, or that may choose (`select`).
+
+    Raises TextError for a domain of which none is left, and when no domain has an expert and text.
+    """
+    texts = recipe_texts(checkpoint)
+    held_out = texts.report(seen) if split == "report" else texts.select()
+    for held in held_out:
+        if not held.documents:
+            raise _nothing_held_out(held)
+    if not any(held.expert is not None for held in held_out):
+        raise TextError(
+            "there is no text to evaluate on",
+            where="experts[].text, eval",
+            remedy="add text per expert, or eval: {domain: text}",
+        )
+    return held_out
+
+
+def _nothing_held_out(held: HeldOutText) -> TextError:
+    return held.text.nothing_left(
+        "no held-out document is left to evaluate on",
+        remedy="give more documents (one in ten is held out), or other text under eval",
+    )

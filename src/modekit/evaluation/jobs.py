@@ -1,0 +1,86 @@
+"""The rows of the table: which models are run on which text, and how each is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.identity import mixture_identities, source_hashes
+from modekit.evaluation.results import Kind
+from modekit.loaded.experts import average_of, load_expert
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
+from modekit.recipes.strict import BASE
+from modekit.sources.adapter import is_adapter
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to run: how many parameters it has, what it is made from, and the model.
+
+    `within` is open while a domain is scored: the oracle is another model in each.
+    """
+
+    name: str
+    kind: Kind
+    total: int
+    active: int
+    identity: str
+    load: Callable[[], PreTrainedModel]
+    within: Callable[[PreTrainedModel, Domain], AbstractContextManager[None]] = lambda _model, _domain: nullcontext()
+
+
+def row_jobs(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[list[Job], list[str]]:
+    """Jobs in the order of the table, and what has to be said about rows that are left out."""
+    sources = checkpoint.record.sources
+    folders = [(checkpoint.folder / source.folder).resolve() for source in sources]
+    missing = [source.label for source, folder in zip(sources, folders, strict=True) if not folder.is_dir()]
+    notes = []
+    if missing:
+        notes.append(f"rows left out because their models are no longer where the recipe found them: {', '.join(missing)}")
+    if checkpoint.record.recipe.mixture.weights is not None:
+        notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
+    hashes = source_hashes(checkpoint)
+    jobs = list(_source_jobs(checkpoint, folders, hashes, trust_remote_code))
+    return [*jobs, *_mixture_jobs(checkpoint, hashes, trust_remote_code)], notes
+
+
+def _source_jobs(
+    checkpoint: Checkpoint, folders: Sequence[Path], hashes: Sequence[str], trust_remote_code: bool
+) -> Iterator[Job]:
+    """Base, experts, and their average, as far as their models are still there."""
+    record = checkpoint.record
+    dense = checkpoint.parameters.dense
+    load = partial(load_expert, folders[0], trust_remote_code=trust_remote_code)
+    if folders[0].is_dir():
+        yield Job(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
+    for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
+        if place != 0 and folders[place].is_dir() and (folders[0].is_dir() or not is_adapter(folders[place])):
+            # An adapter is nothing without its base; a full model is itself, wherever it comes from.
+            identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
+            yield Job(name, "expert", dense, dense, identity, partial(load, folders[place]))
+    if all(folder.is_dir() for folder in folders):
+        members = list(dict.fromkeys(record.expert_sources))
+        identity = "average " + " ".join(hashes[place] for place in members)
+        loads = [partial(load, folders[place]) for place in members]
+        yield Job("weight average", "average", dense, dense, identity, partial(average_of, loads))
+
+
+def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], trust_remote_code: bool) -> Iterator[Job]:
+    """The mixture with each domain's own expert forced, and as it is."""
+    total, active = checkpoint.parameters.total, checkpoint.parameters.active
+    carried, decided = mixture_identities(checkpoint, hashes)
+    load = partial(load_model, checkpoint.folder, trust_remote_code=trust_remote_code)
+    if checkpoint.record.recipe.mixture.weights is None:
+        yield Job(
+            "oracle", "oracle", total, active, f"oracle {carried}", load,
+            lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
+        )  # fmt: skip
+    yield Job("mixture", "mixture", total, active, f"{carried} {decided}", load)

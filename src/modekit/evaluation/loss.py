@@ -1,0 +1,46 @@
+"""Loss of a model on held-out text.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.results import Score
+from modekit.evaluation.uncertainty import in_blocks, mean_error
+from modekit.text.sequences import make_batches
+
+
+def tokens_per_pass(config: Any) -> int:
+    """Padded tokens of a batch whose logits, (B, S, V) float32, stay within bounds."""
+    return max(512, min(8_192, 2**26 // int(config.vocab_size)))
+
+
+def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
+    """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
+    tokens = tokens_per_pass(model.config)
+    sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
+    with torch.inference_mode():
+        for batch in make_batches(domain.sequences, tokens=tokens):
+            input_ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
+            logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+            target = input_ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+            sums[list(batch.rows)] = losses.view_as(target).double().sum(1).cpu()
+            done += int((target != -100).sum())
+            progress(done)
+    loss = float(sums.sum()) / domain.scored_tokens
+    scored_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
+    perplexity, bits = math.exp(min(loss, 700.0)), float(sums.sum()) / math.log(2) / max(scored_bytes, 1)
+    if len(domain.sequences) < 2:
+        return Score(loss, perplexity, bits)
+    blocks = in_blocks(sums.tolist())
+    error = mean_error(blocks, in_blocks([len(sequence.ids) - 1 for sequence in domain.sequences]))
+    return Score(loss, perplexity, bits, loss_error=error, blocks=blocks)

@@ -1,0 +1,43 @@
+"""The models that experts were made from, with all that they learned: full models, and the base with an adapter folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.load import load_adapted, load_model
+from modekit.sources.adapter import is_adapter, open_adapter
+from modekit.sources.model import open_source
+
+
+def load_expert(base: Path, folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A full model, or the base with an adapter folded in. Raises SourceError, and MismatchError for another base's adapter."""
+    if not is_adapter(folder):
+        return load_model(folder, trust_remote_code=trust_remote_code)
+    source = open_source("base_model", str(base), base, trust_remote_code=trust_remote_code)
+    return load_adapted(base, open_adapter("expert", str(folder), folder, source), trust_remote_code=trust_remote_code)
+
+
+def load_expert_source(checkpoint: Checkpoint, expert: int, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The model that the expert at a place was made from, with all that it learned; None when it is no longer there."""
+    record = checkpoint.record
+    base, folder = (
+        (checkpoint.folder / record.sources[place].folder).resolve() for place in (0, record.expert_sources[expert])
+    )
+    if not folder.is_dir() or (is_adapter(folder) and not base.is_dir()):
+        return None
+    return load_expert(base, folder, trust_remote_code=trust_remote_code)
+
+
+def average_of(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:
+    """The mean of the models' tensors, summed in float64; two models are in memory at a time."""
+    model = loads[0]()
+    sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for load in loads[1:]:
+        for name, tensor in load().state_dict().items():
+            sums[name] += tensor
+    model.load_state_dict({name: tensor / len(loads) for name, tensor in sums.items()})
+    return model

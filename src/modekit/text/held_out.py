@@ -1,0 +1,161 @@
+"""Which text may I read? The one answer, over the recipe, the folders of models and mixture, and the split.
+
+Whoever asks gets the documents in this table, less those that have *set* something (prompts, and for `report` the fit split of
+every expert's text), *trained* a model (trained-on.txt beside base, experts and mixture), or, for `report`, *chosen* the state
+of the mixture (selected-by.txt beside it).
+
+    asks                         of                                                  split        less
+    router fit                   experts[].prompts, experts[].text                   all, fit     -
+    specialize                   --text                                              fit          -
+    specialize, loss shown       --text                                              report       -
+    extract                      --text                                              fit          -
+    train, to move by            --text of the domain, else experts[].text; generic  fit          -
+    train, to compare states     the same                                            select       set, trained
+    tune, to choose              experts[].text, else the recipe's eval              select       set, trained
+    advise                       experts[].text                                      select, fit  set, trained (of select)
+    eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
+      report of tune               report split                                      report
+    tasks: which terms are known experts[].prompts, experts[].text; --seen           all, fit     -
+
+What tune has chosen by is kept in selected-by.txt, so that a recipe's `eval` can give it text and be shown without that part.
+Advice leaves no such list, and reads nothing of `eval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modekit.errors import TextError
+from modekit.recipes.recipe import Expert, Recipe
+from modekit.text.documents import found_in, read_documents
+from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
+
+MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
+"""What to do where too few documents were found."""
+
+
+@dataclass(frozen=True)
+class DomainText:
+    """All documents of one text that a recipe or a command names; `found` says in words how many there are."""
+
+    documents: Sequence[str]
+    where: str
+    found: str | None
+
+    def fit(self) -> list[str]:
+        """What may set and train."""
+        return documents_of_split(self.documents, "fit")
+
+    def select(self, seen: Collection[str] = ()) -> list[str]:
+        """What may choose, less documents whose marks are `seen`."""
+        return unseen(documents_of_split(self.documents, "select"), seen)
+
+    def report(self, seen: Collection[str] = ()) -> list[str]:
+        """What may be shown, less documents whose marks are `seen`."""
+        return unseen(documents_of_split(self.documents, "report"), seen)
+
+    def nothing_left(self, what: str, *, expected: str | None = None, remedy: str = MORE) -> TextError:
+        """The error to raise when no document is left, with what there was."""
+        return TextError(what, where=self.where, found=self.found, expected=expected, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Documents of one domain that may choose or be shown; `expert` is the place of its expert, None for an unseen domain."""
+
+    name: str
+    expert: int | None
+    documents: Sequence[str]
+    text: DomainText
+
+
+def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
+    """The text that files, folders and data sets give together. Raises TextError when there is none."""
+    documents = read_documents(specs, root=root, where=where)
+    return DomainText(documents, where, found_in(documents, specs, root))
+
+
+def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
+    """The documents that may set the router for an expert: its prompts, and the fit split of its text.
+
+    Raises TextError when none are left.
+    """
+    where = f"experts[{place}] '{expert.name}': text"
+    text = read_text(expert.text, root=root, where=where) if expert.text else DomainText((), where, None)
+    documents = [*(expert.prompts or []), *text.fit()]
+    if not documents:
+        raise text.nothing_left("no document is left for the fit after the held-out split")
+    return documents
+
+
+def unseen(documents: Iterable[str], seen: Collection[str]) -> list[str]:
+    """Documents whose marks are not `seen`."""
+    return [document for document in documents if mark_of(document) not in seen]
+
+
+class RecipeTexts:
+    """The texts of a recipe, each read once, and what has been made from them so far.
+
+    `models` are the folders of base and experts, `mixture` is that of the mixture where there is one. All methods raise
+    TextError when a text cannot be read; a domain of which no document is left is still there, without documents.
+    """
+
+    def __init__(self, recipe: Recipe, root: Path, *, models: Sequence[Path] = (), mixture: Path | None = None) -> None:
+        self._recipe, self._root = recipe, root
+        self._read: dict[str, DomainText] = {}
+        folders = [*models, *([mixture] if mixture is not None else [])]
+        trained = {digest for folder in folders for digest in digests_in(folder / TRAINED_FILE)}
+        prompts = (p for expert in recipe.experts for p in [*(expert.prompts or []), *(expert.negative_prompts or [])])
+        self._made = {*_marks(trained), *map(mark_of, prompts)}
+        self._chosen = _marks(digests_in(mixture / SELECTED_FILE)) if mixture is not None else set()
+
+    def own(self, place: int) -> DomainText | None:
+        """All of experts[place].text."""
+        expert = self._recipe.experts[place]
+        return self._text(expert.text, f"experts[{place}] '{expert.name}': text") if expert.text else None
+
+    def fit(self, place: int) -> list[str]:
+        """The documents that may set the router for an expert, none where it has no text."""
+        own = self.own(place)
+        return [*(self._recipe.experts[place].prompts or []), *(own.fit() if own is not None else [])]
+
+    def select_of(self, text: DomainText) -> list[str]:
+        """The documents of a text, one of the recipe's or another, that may choose."""
+        return text.select(self._made)
+
+    def select(self) -> list[HeldOutText]:
+        """What may choose, of every expert that has text: its own, else what `eval` gives for its domain."""
+        texts = [(place, name, self.own(place) or self._given(name)) for place, name in enumerate(self._recipe.names)]
+        return [HeldOutText(name, place, self.select_of(text), text) for place, name, text in texts if text is not None]
+
+    def report(self, seen: Collection[str] = ()) -> list[HeldOutText]:
+        """What may be shown, of the experts' domains and then of unseen ones: all that `eval` gives, else the experts' own.
+
+        `seen`: digests, or marks, of further documents that something was made from or chosen by.
+        """
+        names = self._recipe.names
+        used = {*self._made, *self._chosen, *_marks(seen)}
+        used |= {mark_of(document) for place in range(len(names)) for document in self.fit(place)}
+        found = []
+        for name in [*names, *(name for name in self._recipe.eval if name not in names)]:
+            place = names.index(name) if name in names else None
+            given, own = self._given(name), None if place is None else self.own(place)
+            if given is not None:
+                found.append(HeldOutText(name, place, unseen(given.documents, used), given))
+            elif own is not None:
+                found.append(HeldOutText(name, place, own.report(used), own))
+        return found
+
+    def _given(self, name: str) -> DomainText | None:
+        return self._text(self._recipe.eval[name], f"eval.{name}") if name in self._recipe.eval else None
+
+    def _text(self, specs: Sequence[str], where: str) -> DomainText:
+        if where not in self._read:
+            self._read[where] = read_text(specs, root=self._root, where=where)
+        return self._read[where]
+
+
+def _marks(digests: Iterable[str]) -> set[str]:
+    return {digest[:TRAINED_DIGITS] for digest in digests}

@@ -1,0 +1,95 @@
+"""What lies in a text file or a hub data set: plain text, one record per line, or a column of a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from modekit.errors import TextError
+from modekit.text.passages import passages
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
+_HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
+
+
+def read_file(file: Path, *, where: str) -> Iterator[str]:
+    """The documents of one file. Raises TextError when it is of no known kind, cannot be read, or is binary."""
+    place = f"{where}: {file.name}"
+    if file.suffix not in TEXT_SUFFIXES:
+        raise TextError(
+            "the kind of text file is not known", where=place, found=file.suffix or "no suffix",
+            expected=", ".join(TEXT_SUFFIXES), remedy="rename or convert it",
+        )  # fmt: skip
+    if file.suffix == ".parquet":
+        yield from _read_parquet(file, where=place)
+        return
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            "the text is not UTF-8 (binary file?)", where=place, found=f"byte {error.start}: {error.reason}",
+            remedy="save it as UTF-8",
+        ) from None  # fmt: skip
+    except OSError as error:
+        raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
+    if "\x00" in text:
+        raise TextError("the text holds NUL characters (binary file?)", where=place, remedy="give plain text")
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a record
+            if line.strip():
+                yield _record_text(line, where=f"{place}:{number}")
+    else:
+        yield from passages(text)
+
+
+def _record_text(line: str, *, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise TextError(
+            "not a JSON record with a string in 'text'", where=where, found=line[:60], expected='{"text": "..."}',
+            remedy="correct or remove the line",
+        )  # fmt: skip
+    return text.encode("utf-8", "replace").decode()  # an escaped half of a surrogate pair is no character
+
+
+def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise TextError("reading .parquet needs pyarrow", where=where, remedy="pip install 'modekit[data]'") from None
+    try:
+        column = parquet.read_table(file, columns=["text"]).column("text")
+    except Exception as error:  # pyarrow's errors share no base class
+        raise TextError(
+            "the parquet file has no readable column 'text'", where=where, found=str(error).splitlines()[0],
+            remedy="save the documents as strings in a column named 'text'",
+        ) from None  # fmt: skip
+    for value in column.to_pylist():
+        if isinstance(value, str):
+            yield value
+
+
+def read_hub(spec: str, *, where: str) -> Iterator[str]:
+    """The documents of a hub data set (split `train`). Raises TextError when there is none that can be reached."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise TextError(
+            "no such file or folder, and hub data sets cannot be read without the library", where=where, found=spec,
+            remedy="correct the path, or pip install 'modekit[data]' for hub data sets",
+        ) from None  # fmt: skip
+    try:
+        for record in islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS):
+            if isinstance(record.get("text"), str):
+                yield record["text"]
+    except Exception as error:  # network, missing data set, missing split: the library raises many kinds
+        raise TextError(
+            "no such file or folder, and no hub data set that can be reached", where=where,
+            found=f"{spec}: {type(error).__name__}",
+            remedy="correct the path, or connect to the hub",
+        ) from None  # fmt: skip

@@ -1,0 +1,100 @@
+"""Documents -> token sequences -> padded batches.
+
+Shape legend: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+_LONG = 2**20  # characters: a document that has no more is tokenised whole
+_PAST = 256  # tokens: where a text is cut changes none that stands so far before
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A piece of one document: token ids, and the bytes of text that its second to last token cover."""
+
+    ids: tuple[int, ...]
+    scored_bytes: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids (B, S) int64 and the mask of real tokens (B, S) bool; `rows` are places in the input."""
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    rows: tuple[int, ...]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    *,
+    max_tokens: int,
+    sequence_length: int,
+    shortest_rest: int = 2,
+) -> list[TokenSequence]:
+    """Documents cut into sequences of at most `sequence_length` tokens, until there are `max_tokens`.
+
+    A document is never joined to another. Pieces of a single token are dropped (nothing in them can be predicted), and
+    so is what is left of a document when it is shorter than `shortest_rest`.
+    """
+    sequences: list[TokenSequence] = []
+    total = 0
+    for document in documents:
+        ids, offsets = _tokenise(tokenizer, document, max_tokens - total)
+        for start in range(0, len(ids), sequence_length):
+            stop = min(start + sequence_length, len(ids), start + max_tokens - total)
+            if stop - start < (shortest_rest if start else 2):
+                continue
+            if offsets is None:
+                scored = len(tokenizer.decode(ids[start + 1 : stop]).encode())
+            else:
+                end = max(offset[1] for offset in offsets[start + 1 : stop])  # special tokens have (0, 0)
+                scored = len(document[offsets[start + 1][0] : end].encode())
+            sequences.append(TokenSequence(tuple(ids[start:stop]), scored))
+            total += stop - start
+        if total >= max_tokens - 1:
+            break
+    return sequences
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """Token ids and, of a fast tokenizer, their places in the document; of a very long one at least the first `wanted`.
+
+    A tokenizer takes hundreds of bytes per character, so that of a document that is far longer than what is wanted only
+    its beginning is tokenised, up to white space and well past the last token that is wanted.
+    """
+    length = max(_LONG, wanted)
+    while True:
+        end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
+        encoded = tokenizer(document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        if end == len(document) or len(ids) >= wanted + _PAST:
+            return ids, encoded.get("offset_mapping")
+        length *= 4
+
+
+def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
+    """Batches of about `tokens` padded tokens; sequences of similar length share one, so that little is padding."""
+    import torch
+
+    order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row].ids), row))
+    while order:
+        longest = len(sequences[order[0]].ids)
+        rows, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
+        input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+        for place, row in enumerate(rows):
+            ids = sequences[row].ids
+            input_ids[place, : len(ids)] = torch.tensor(ids)
+            mask[place, : len(ids)] = True
+        yield Batch(input_ids, mask, tuple(rows))

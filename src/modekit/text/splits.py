@@ -1,0 +1,54 @@
+"""The three splits: which documents set something, which choose, and which are shown.
+
+A document belongs to exactly one split, decided by the hash of its own text, so that no text that set a router or
+trained an expert is ever scored, whatever file it comes from and in whatever order:
+
+    fit     80 %   router fits, specialists
+    select  10 %   choosing between variants
+    report  10 %   every number that is shown
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+Split = Literal["fit", "select", "report"]
+HeldOutSplit = Literal["select", "report"]
+TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
+SELECTED_FILE = "selected-by.txt"  # beside a trained or searched mixture: digests of documents that chose its state
+TRAINED_DIGITS = 16  # of a digest, in both
+
+
+def digest_of(document: str) -> str:
+    """sha256 of a document's text, surrounding white space aside."""
+    return hashlib.sha256(document.strip().encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def mark_of(document: str) -> str:
+    """The beginning of a document's digest, by which trained-on.txt and selected-by.txt know it."""
+    return digest_of(document)[:TRAINED_DIGITS]
+
+
+def digests_in(path: Path) -> set[str]:
+    """Digests that a file keeps, one per line; none without the file."""
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+
+def split_of(document: str) -> Split:
+    """The split a document belongs to."""
+    place = int(digest_of(document)[:8], 16) % 100
+    return "fit" if place < 80 else "select" if place < 90 else "report"
+
+
+def documents_of_split(documents: Iterable[str], split: Split) -> list[str]:
+    """The documents that belong to one split."""
+    return [document for document in documents if split_of(document) == split]
+
+
+def text_record(documents: Sequence[str], tokens: int) -> dict[str, Any]:
+    """What a result remembers of a text: how much, and a digest of the documents it used."""
+    together = hashlib.sha256("".join(digest_of(document) for document in documents).encode()).hexdigest()
+    return {"documents": len(documents), "tokens": tokens, "sha256": together}
