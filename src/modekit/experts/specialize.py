@@ -24,7 +24,7 @@ from modekit.loaded.models import load_model, load_tokenizer
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress, silent
 from modekit.sources.families import LAYER, family_of
-from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.sources.model import DTYPE_NAMES, SPECIALIST_FILE, ModelSource, open_source
 from modekit.text.documents import (
     TRAINED_DIGITS,
     TRAINED_FILE,
@@ -35,7 +35,6 @@ from modekit.text.documents import (
     text_record,
 )
 
-SPECIALIST_FILE = "specialist.json"
 What = Literal["mlp", "lora", "full"]
 
 

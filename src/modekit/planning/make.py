@@ -15,6 +15,7 @@ from typing import Any
 
 from modekit.architecture import CODE_FILES
 from modekit.errors import SourceError, UnsupportedError
+from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
@@ -81,7 +82,7 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     files = (*TOKENIZER_FILES, "generation_config.json")
     copied = tuple(base.folder / name for name in files if (base.folder / name).exists())
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: _natural_key(tensor.name))
-    notes = [*_notes(recipe, sources, mixed), *layout.notes()]
+    notes = [*_notes(recipe, sources, mixed), *lost_changes(recipe, sources, mixed), *layout.notes()]
     return Plan(
         recipe, root, family, native, why, sources, layout.config(), _cut_into_shards(body, recipe.output.shard_size),
         layout.slots(), layout.router_dtype, copied, tuple(notes), trust_remote_code, () if native is not None else CODE_FILES,
