@@ -28,6 +28,7 @@ from modekit.sources.model import DTYPE_NAMES, SPECIALIST_FILE, ModelSource, ope
 from modekit.text.documents import (
     TRAINED_DIGITS,
     TRAINED_FILE,
+    TokenSequence,
     digest_of,
     documents_of_split,
     encode,
@@ -62,19 +63,7 @@ def specialize(
     refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
     source = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    documents = read_documents(texts, root=root, where="--text")
-    fit = documents_of_split(documents, "fit")
-    sequences = training_sequences(tokenizer, fit, training)
-    if not sequences:
-        raise TextError(
-            "no document is left for training after the held-out split", where="--text", remedy="give more documents"
-        )
-    held_out = encode(
-        tokenizer,
-        documents_of_split(documents, "report"),
-        max_tokens=training.held_out_tokens,
-        sequence_length=training.sequence_length,
-    )
+    fit, sequences, held_out = _read_text(texts, root, tokenizer, training)
     model = load_model(base, trust_remote_code=trust_remote_code)
     parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
     domain = Domain("held-out", None, held_out, {})
@@ -102,6 +91,24 @@ def specialize(
         (stage.folder / TRAINED_FILE).write_text("".join(f"{digest_of(document)[:TRAINED_DIGITS]}\n" for document in fit))
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
+
+
+def _read_text(
+    texts: Sequence[str], root: Path, tokenizer: Any, training: Training
+) -> tuple[list[str], list[TokenSequence], list[TokenSequence]]:
+    """Documents to train on, the same as sequences, and sequences that are held out. Raises TextError when nothing is left."""
+    documents = read_documents(texts, root=root, where="--text")
+    fit = documents_of_split(documents, "fit")
+    sequences = training_sequences(tokenizer, fit, training)
+    if not sequences:
+        raise TextError(
+            "no document is left for training after the held-out split", where="--text", remedy="give more documents"
+        )
+    held_out = encode(
+        tokenizer, documents_of_split(documents, "report"), max_tokens=training.held_out_tokens,
+        sequence_length=training.sequence_length,
+    )  # fmt: skip
+    return fit, sequences, held_out
 
 
 Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]

@@ -1,8 +1,8 @@
 """Recipe and headers -> every tensor of the result and where each comes from.
 
 Reads configs and headers, never a tensor, and does not import torch. Whatever cannot work is refused here, before a
-byte is written. How the experts lie in a native architecture says plan_native.py, in the modekit architecture
-plan_modekit.py; what both share is here.
+byte is written. How the experts lie in a native architecture says native.py, in the modekit architecture
+modekit.py; what both share is here.
 """
 
 from __future__ import annotations
