@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import character_tokenizer, logits_of, save, tiny_model, write_text
 from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, TextError, UnsupportedError
-from modekit.experts.extract import extract
+from modekit.experts.extract import ExtractSettings, extract
 from modekit.loaded import moments
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
@@ -260,8 +260,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def run(root: Path, **kwargs: Any) -> dict[str, Any]:
-    settings = {"rank": 3} if not {"rank", "energy"} & kwargs.keys() else {}
-    return extract(root / "tuned", root / "base", root / "OUT", root=root, **{**settings, **kwargs})
+    settings: dict[str, Any] = {"rank": 3} if not {"rank", "energy"} & kwargs.keys() else {}
+    settings.update({key: kwargs.pop(key) for key in [*kwargs] if key in ExtractSettings.__dataclass_fields__})
+    return extract(root / "tuned", root / "base", root / "OUT", ExtractSettings(root=root, **settings), **kwargs)
 
 
 def with_adapter(root: Path) -> Any:
@@ -449,9 +450,9 @@ def test_an_adapter_needs_no_torch(root: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from modekit.experts.extract import extract
+from modekit.experts.extract import ExtractSettings, extract
 root = Path(sys.argv[1])
-extract(root / "tuned", root / "base", root / "OUT", rank=3)
+extract(root / "tuned", root / "base", root / "OUT", ExtractSettings(rank=3))
 assert "torch" not in sys.modules
 """
     done = run_python(code, root)

@@ -101,7 +101,7 @@ def test_a_licence_file_is_known_by_its_title(mine: Workshop, name: str, content
     (mine.root / "law" / name).write_text(content, encoding="latin-1")
     source = sources_of(open_checkpoint(mine.build()))[2]
     assert source.licence == expected and source.used_as == ("expert law",)
-    assert source.found == (name if expected else "neither README.md nor a licence file says one")
+    assert source.said_by == (name if expected else "neither README.md nor a licence file says one")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:
     (mine.root / "law" / "README.md").write_text("---\n" + "x" * 2**20 + "\n---\n")
     assert front_matter(mine.root / "law" / "README.md") == {}
     shutil.rmtree(mine.root / "law")
-    assert sources_of(open_checkpoint(mine.root / "OUT"))[2].found == "the folder is gone"
+    assert sources_of(open_checkpoint(mine.root / "OUT"))[2].said_by == "the folder is gone"
 
 
 def test_a_licence_of_its_own_keeps_its_name_and_link(mine: Workshop) -> None:
@@ -177,6 +177,22 @@ def test_hub_models_are_named_and_asked(mine: Workshop, monkeypatch: pytest.Monk
     assert data["license"] == "mit" and data["language"] == ["en"]
 
 
+def test_a_path_on_somebodys_machine_is_no_base_model(mine: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "models" / "smol").mkdir(parents=True)
+    says(mine.root / "base", base_model=str(tmp_path / "base"))
+    says(mine.root / "medicine", base_model=["../base", "base", "C:\\models\\base", "models/smol", "a/b/c", "~/base"])
+    data, text = card_of(open_checkpoint(mine.build()))
+    assert "base_model" not in data and "base_model_relation" not in data
+    says(mine.root / "medicine", base_model=["../base", "org/base-1b"])
+    for name, said in (("base", "org/base-of-its-config"), ("law", str(tmp_path / "base"))):
+        config = mine.root / name / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": said}))
+    (mine.root / "base" / "README.md").unlink()
+    data, text = card_of(open_checkpoint(mine.build("AGAIN")))
+    assert data["base_model"] == ["org/base-of-its-config", "org/base-1b"]
+    assert str(tmp_path) not in text.split("## How it was made")[0]
+
+
 def test_without_the_hub_what_is_not_known_is_said(mine: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = hub_model(mine, monkeypatch, None)
     card = write_card(checkpoint)
@@ -211,6 +227,18 @@ def test_the_snippet_runs(mine: Workshop, mixture: dict[str, Any]) -> None:
     assert ("import modekit" in snippet) == (not checkpoint.shape.plain)
     done = run_python(snippet, cwd=checkpoint.folder.parent)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_snippet_asks_a_model_that_knows_conversations(mine: Workshop, file: str) -> None:
+    template, path = "{% for m in messages %}{{ m.content }}{% endfor %}", mine.root / "base" / file
+    is_json = file.endswith(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}) if is_json else template)
+    checkpoint = open_checkpoint(mine.build())
+    (snippet,) = re.findall(r"```python\n(.*?)```", card_of(checkpoint)[1], re.DOTALL)
+    assert "apply_chat_template" in snippet and '"The"' not in snippet
+    done = run_python(snippet, cwd=checkpoint.folder.parent)
+    assert done.returncode == 0 and "tellmeabout" in done.stdout.replace(" ", ""), done.stderr
 
 
 def test_the_table_is_in_it_when_it_is_this_mixtures(mine: Workshop) -> None:

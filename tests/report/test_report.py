@@ -416,6 +416,22 @@ def test_a_phone_scrolls_tables_and_not_the_page(opened: Opened) -> None:
     assert narrow <= 390
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_tables_of_the_layers_are_seen_whole(told: Checkpoint, tmp_path: Path, opened: Opened, width: int) -> None:
+    kept = (told.folder / "results" / "inspect.json").read_text()
+    try:
+        put(told, "inspect.json", inspection_of(told, routers=[(layer, "mlp") for layer in range(30)], unseen=("music", "art")))
+        report = write_report(told, page=tmp_path / "report.html")
+    finally:
+        put(told, "inspect.json", kept)
+    tab = opened(report.page, viewport={"width": width, "height": 900})
+    boxes = tab.locator("#routing .many .box")
+    assert boxes.count() == len(DOMAINS) + 2
+    assert boxes.locator("tbody tr").count() == 30 * boxes.count()
+    assert not any(boxes.evaluate_all("nodes => nodes.map(node => node.scrollWidth > node.clientWidth)"))
+    assert max(boxes.evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().right)")) <= width
+
+
 _CONTRASTS = """() => {
   const blank = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
   const canvas = blank.getContext("2d", {willReadFrequently: true});

@@ -34,6 +34,7 @@ class Flow:
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
         left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
+        log: router place -> its logits in this pass, when the pass was asked for them (output_router_logits).
         solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
         mixed: place -> its module.
     """
@@ -50,10 +51,11 @@ class Flow:
         self.left_out: int | None = None
         self.solo = False
         self.listener: Callable[[str, torch.Tensor], None] | None = None
+        self.log: dict[str, torch.Tensor] | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"listener": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"listener": None, "log": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -148,6 +150,8 @@ class Router(nn.Module):
         logits = self.logits(x_BSD).reshape(shape)
         if flow.listener is not None:
             flow.listener(self.place, logits)
+        if flow.log is not None:
+            flow.log[self.place] = logits
         if flow.forced is not None:
             return one_hot(flow.forced, shape, x_BSD.device) * logits.sigmoid()
         if self.training and self.routing.get("noise"):

@@ -218,20 +218,26 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
 
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.flow.one_pass():
-            start_pass(self.flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
+        flow, asked = self.flow, asks_for_log(self.config, kwargs)
+
+        def run() -> Any:
+            start_pass(flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
             kwargs.pop(_PADDING, None)
             output = dense_model.forward(self, *args, **kwargs)
-            finish_pass(self.flow, output)
-        return output
+            finish_pass(flow, output)
+            return output
+
+        with flow.one_pass():
+            return logged(flow, run) if asked and flow.log is None else run()
 
     @functools.wraps(dense_causal.forward)
     def causal_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        flow = self.base_model.flow
+        flow, asked = self.base_model.flow, asks_for_log(self.config, kwargs)
         with flow.one_pass():
             kept = {**dict(zip(causal_arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
             flow.kept = kept if isinstance(kept, torch.Tensor) else None
-            return dense_causal.forward(self, *args, **kwargs)
+            run = functools.partial(dense_causal.forward, self, *args, **kwargs)
+            return logged(flow, run) if asked else run()
 
     # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
     shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
@@ -255,6 +261,32 @@ def __getattr__(name: str) -> Any:
 
 _PADDING = "routers_attention_mask"
 """Argument of a pass that generate makes: the 2-D mask of the tokens (None: no pads), whatever attention is given."""
+
+
+_LOG = "output_router_logits"
+"""Argument of a pass, or key of the config, as transformers' mixtures have it."""
+
+
+def asks_for_log(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a pass is asked for the routers' logits; takes the argument, which the family does not know, out of `kwargs`."""
+    asked = kwargs.pop(_LOG, None)
+    return bool(getattr(config, _LOG, False) if asked is None else asked)
+
+
+def logged(flow: Flow, run: Callable[[], Any]) -> Any:
+    """A pass's output with `router_logits`: per router that decided, in the order in which they ran, its logits (B, S, E), or
+    (B, S, O, E) with one decision per output feature, float32. Routers overruled by `use_expert`, and fixed weights, have none.
+    """
+    flow.log = {}
+    try:
+        output = run()
+        logits = tuple(flow.log.values())
+    finally:
+        flow.log = None
+    if isinstance(output, tuple):
+        return (*output, logits)
+    output["router_logits"] = logits
+    return output
 
 
 def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:

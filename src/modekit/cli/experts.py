@@ -82,16 +82,20 @@ def extract(
     trust_remote_code: Trust = False,
 ) -> None:
     """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
+    from modekit.experts.extract import ExtractSettings
     from modekit.experts.extract import extract as run
     from modekit.sources.open import model_folder
 
     if tokens is not None and not text:
         raise ModekitError("the setting has no effect", where="--tokens", found=tokens, remedy="remove it, or add --text")
+    settings = ExtractSettings(
+        rank=rank, energy=energy, max_rank=max_rank, modules=module, texts=text or (), root=Path.cwd(),
+        tokens=tokens or 16_384, base_name=base,
+    )  # fmt: skip
     with drawn_progress() as progress:
         record = run(
             model_folder(model, None, root=Path.cwd(), label="MODEL"),
-            model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), rank=rank, energy=energy,
-            max_rank=max_rank, modules=module, texts=text or (), root=Path.cwd(), tokens=tokens or 16_384, base_name=base,
+            model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), settings,
             overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:

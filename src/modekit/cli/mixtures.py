@@ -132,18 +132,23 @@ def export(
 ) -> None:
     """Write the adapters of a mixture as ordinary PEFT folders, bit for bit."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.experts.export import adapter_experts, export_adapter
+    from modekit.experts.export import chosen_ways, ways_out, write_way
 
     opened = open_checkpoint(checkpoint.resolve())
-    names = expert or adapter_experts(opened)
-    if not names:
+    ways = chosen_ways(opened, expert) if expert else ways_out(opened)
+    if all(way.reason is not None for way in ways):
         raise ModekitError(
-            "no expert of this mixture is an adapter", where=str(checkpoint), found=", ".join(opened.names),
-            remedy="see `modekit extract` for full models",
+            "no expert of this mixture is an adapter that could be written", where=str(checkpoint),
+            found="; ".join(f"{way.name}: {way.reason}" for way in ways), remedy="see `modekit extract` for full models",
         )  # fmt: skip
-    for name in names:
-        record = export_adapter(opened, name, output.resolve() / name, overwrite=overwrite)
-        out.print(f"[bold]{escape(str(output / name))}[/]: LoRA, rank {record['rank']}, {record['modules']} modules")
+    for way in ways:
+        if way.reason is not None:
+            out.print(f"[dim]{escape(way.name)}: not exported: {escape(way.reason)}[/]")
+            continue
+        record = write_way(opened, way, output.resolve() / way.name, overwrite=overwrite)
+        rank = f", rank {record['rank']}" if record["rank"] is not None else ""
+        origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
+        out.print(f"[bold]{escape(str(output / way.name))}[/]: {record['kind']}{rank}, {record['modules']} modules, {origin}")
         for note in record["notes"]:
             out.print(f"  [dim]{escape(note)}[/]")
 

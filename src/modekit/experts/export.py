@@ -1,96 +1,144 @@
-"""Adapters of a modekit checkpoint back as ordinary PEFT folders, bit for bit: `modekit export OUT FOLDER`.
+"""Adapters of a modekit checkpoint back as ordinary PEFT folders: `modekit export OUT FOLDER`.
 
 FOLDER/<expert>/adapter_config.json, adapter_model.safetensors    what PEFT reads
 FOLDER/<expert>/export.json                                       where it comes from, and what to know of it
+
+An adapter whose own folder is still what the mixture was built from is given back file by file, whatever its kind. Otherwise
+its low-rank parts are cut out of the mixture, bit for bit; what was folded into whole modules (DoRA, IA3, biases) cannot be.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.staging import Entry, staging, write_all, write_json
+from modekit.checkpoint.staging import Staging, staging, write_json
 from modekit.errors import UnsupportedError
-from modekit.planning.mixture_config import Place
-from modekit.recipes.paths import locate
+from modekit.experts.own_files import TRAINED, OwnFiles, is_trained, own_files, places_of
+from modekit.experts.parts import parts_config, parts_of
+from modekit.experts.peft_folder import write_lora
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import WEIGHTS_FILE
-from modekit.sources.model import Mappings, TensorRef
-from modekit.weights.numeric import as_array
+from modekit.sources.adapter_config import CONFIG_FILE
+from modekit.sources.model import Mappings
+from modekit.text.splits import TRAINED_FILE
 
-CONFIG_FILE = "adapter_config.json"
 EXPORT_FILE = "export.json"
-_PREFIX = "base_model.model."
-_Number = TypeVar("_Number", int, float)
+_BESIDE = (TRAINED_FILE, "README.md")
+"""Files that go with an adapter: text that must never score it, and what it says of itself and its licence."""
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """How an expert leaves a mixture: as its own files, as parts of the mixture, or, when `reason` says why, not at all.
+
+    Attributes:
+        own: the adapter's own folder; None for an expert that never had one.
+        notes: what to know of what is written.
+    """
+
+    expert: int
+    name: str
+    own: OwnFiles | None = None
+    reason: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def as_it_came(self) -> bool:
+        """Whether its own files are given back."""
+        return self.own is not None and self.own.problem is None
+
+
+def ways_out(checkpoint: Checkpoint) -> list[WayOut]:
+    """How every expert can leave, in recipe order; reads the adapters' own folders. Raises UnsupportedError when native."""
+    _ = checkpoint.shape.mixture  # which says so when experts are whole
+    return [_way_out(checkpoint, expert, name) for expert, name in enumerate(checkpoint.names)]
 
 
 def adapter_experts(checkpoint: Checkpoint) -> list[str]:
-    """Experts that are adapters alone: low-rank wherever they differ from the base."""
-    places = checkpoint.shape.mixture.places.values()
-    return [
-        name
-        for expert, name in enumerate(checkpoint.names)
-        if any(place.ranks[expert] for place in places) and not any(expert in place.own for place in places)
-    ]
+    """Experts that can be exported. Raises UnsupportedError when the checkpoint is native."""
+    return [way.name for way in ways_out(checkpoint) if way.reason is None]
+
+
+def chosen_ways(checkpoint: Checkpoint, names: list[str]) -> list[WayOut]:
+    """How the experts that were asked for leave. Raises UnsupportedError when one of them cannot, with the reason."""
+    ways = {way.name: way for way in ways_out(checkpoint)}
+    for name in names:
+        reason = ways[name].reason if name in ways else "there is no such expert"
+        if reason is not None:
+            able = ", ".join(way.name for way in ways.values() if way.reason is None)
+            raise UnsupportedError(
+                "the expert is no adapter that PEFT could hold", where=f"{checkpoint.folder}: expert '{name}'", found=reason,
+                expected=able or "an expert that can be exported (there is none here)",
+                remedy="name one of these, or see `modekit extract` for full models",
+            )  # fmt: skip
+    return [ways[name] for name in names]
 
 
 def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write one expert as a PEFT LoRA folder that changes the base model as the expert does; returns what export.json says.
+    """Write one expert as a PEFT folder that changes the base model as the expert does; returns what export.json says.
 
-    A and B are the tensors of the mixture, bit for bit: those that it was built from, unless the notes say otherwise.
-    Raises UnsupportedError when the expert is no adapter, OutputError.
+    Raises UnsupportedError when the expert is no adapter, or cannot be given back; OutputError.
     """
-    if name not in adapter_experts(checkpoint):
-        raise UnsupportedError(
-            "the expert is no adapter that PEFT could hold", where=f"{checkpoint.folder}: expert '{name}'",
-            expected=", ".join(adapter_experts(checkpoint)) or "an expert kept low-rank (there is none here)",
-            remedy="name one of these, or see `modekit extract` for full models",
-        )  # fmt: skip
-    expert = checkpoint.names.index(name)
-    places = {module: place for module, place in checkpoint.shape.mixture.places.items() if place.ranks[expert]}
-    config = _config(checkpoint, expert, places)
-    tensors = dict(_tensors(checkpoint, expert, places))
-    entries: list[Entry] = [(key, ref.dtype, shape, _nbytes(ref, shape)) for key, (ref, _, shape) in tensors.items()]
-    digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {name}".encode()).hexdigest()
+    return write_way(checkpoint, chosen_ways(checkpoint, [name])[0], out, overwrite=overwrite)
+
+
+def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write one expert by a way that is open (`reason` is None); returns what export.json says. Raises OutputError."""
+    given_back = way.own if way.as_it_came else None
+    config = dict(given_back.config) if given_back is not None else parts_config(checkpoint, way.expert, _known(way))
     record = {
-        "expert": name, "recipe_digest": checkpoint.record.recipe_digest, "rank": config["r"], "modules": len(places),
-        "notes": list(_notes(checkpoint, expert)),
+        "expert": way.name, "recipe_digest": checkpoint.record.recipe_digest, "kind": _kind(config), "rank": config.get("r"),
+        "modules": len(places_of(checkpoint, way.expert)), "as_it_came": way.as_it_came, "notes": list(way.notes),
     }  # fmt: skip
+    digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {way.name} {way.as_it_came}".encode()).hexdigest()
     mappings = Mappings()
-    parts = list(tensors.values())
-
-    def write(place: int, stream: io.FileIO) -> None:
-        ref, (rows, columns), shape = parts[place]
-        whole = as_array(mappings.view(ref), ref.dtype).reshape(ref.shape)
-        part = np.ascontiguousarray(whole[rows] if len(shape) == 1 else whole[rows, columns])
-        write_all(stream, part.view(np.uint8).reshape(-1).data)
-
     try:
         with staging(out, digest, overwrite=overwrite, marker=EXPORT_FILE) as stage:
-            stage.write_shard(WEIGHTS_FILE, entries, write)
-            write_json(stage.folder / CONFIG_FILE, config)
+            if given_back is not None:
+                for file in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(given_back.folder / file, stage.folder / file)
+            else:
+                write_lora(stage, config, list(parts_of(checkpoint, way.expert, mappings)))
+            _write_beside(way, stage)
             write_json(stage.folder / EXPORT_FILE, record)
     finally:
         mappings.close()
     return record
 
 
-def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
-    """Where the adapter is not the one that the mixture was built from."""
+def _way_out(checkpoint: Checkpoint, expert: int, name: str) -> WayOut:
+    asked = checkpoint.record.recipe.experts[expert]
+    if asked.is_base:
+        return WayOut(expert, name, reason="it is the base model")
+    if asked.adapter is None and asked.lora_rank is None:
+        return WayOut(expert, name, reason="it is a full model")
+    own = own_files(checkpoint, expert) if asked.adapter is not None else None
+    notes = tuple(dict.fromkeys(_notes(checkpoint, expert, own)))
+    if own is not None and own.problem is not None:
+        places = places_of(checkpoint, expert)
+        if not places or any(expert in place.own for place in places.values()):
+            reason = f"parts of it were folded into whole modules (DoRA, IA3, biases), and {own.problem}"
+            return WayOut(expert, name, own, reason)
+    return WayOut(expert, name, own, notes=notes)
+
+
+def _notes(checkpoint: Checkpoint, expert: int, own: OwnFiles | None) -> Iterator[str]:
+    """Where the adapter is not the one that the mixture was built from, or the mixture's expert not the adapter."""
     recipe = checkpoint.record.recipe
+    if own is not None and own.problem is not None:
+        yield own.problem
     if recipe.output.dtype != "source":
         yield f"the mixture holds its tensors in {recipe.output.dtype} (output.dtype)"
-    mine = {f"{module}.lora_A" for module, place in checkpoint.shape.mixture.places.items() if place.ranks[expert]}
-    if mine & checkpoint.record.trained.keys():
-        yield "it was trained on in the mixture (modekit train)"
-    if recipe.mixture.modules not in ("auto", "all") or recipe.mixture.layers is not None:
+    if is_trained(checkpoint, expert):
+        yield TRAINED
+    limited = recipe.mixture.modules not in ("auto", "all") or recipe.mixture.layers is not None
+    if own is not None and own.problem is not None and not own.config and limited:
         yield "only what the mixture mixes is here (mixture.modules, mixture.layers); the rest of the adapter is not in it"
     if recipe.mixture.backbone != BASE:
         yield "the adapter changes the base model; in the mixture it stands on a merged backbone (mixture.backbone)"
@@ -98,59 +146,20 @@ def _notes(checkpoint: Checkpoint, expert: int) -> Iterator[str]:
         yield "a low-rank part of a full model's difference to the base (as: lora)"
 
 
-def _base_model(checkpoint: Checkpoint) -> str:
-    """Where PEFT finds the base model, whatever folder it is called from: a hub id, or the folder itself."""
-    recipe = checkpoint.record.recipe
-    folder = locate(recipe.base_model, checkpoint.recipe_root)
-    return recipe.base_model if folder is None else str(folder.resolve())
+def _known(way: WayOut) -> Mapping[str, Any]:
+    config = way.own.config if way.own is not None else {}
+    return config if config.get("peft_type") == "LORA" else {}
 
 
-def _config(checkpoint: Checkpoint, expert: int, places: dict[str, Place]) -> dict[str, Any]:
-    """adapter_config.json with one rank and alpha for most modules and patterns for the others."""
-    ranks = {module: place.ranks[expert] for module, place in places.items()}
-    alphas = {module: place.scales[expert] * place.ranks[expert] for module, place in places.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base_model(checkpoint),
-        "revision": checkpoint.record.recipe.revision,
-        "bias": "none",
-        "inference_mode": True,
-        "lora_alpha": alpha,
-        "lora_bias": any(expert in place.biased for place in places.values()),
-        "lora_dropout": 0.0,
-        "r": rank,
-        "target_modules": sorted(places),
-        "rank_pattern": {module: each for module, each in sorted(ranks.items()) if each != rank},
-        "alpha_pattern": {module: each for module, each in sorted(alphas.items()) if each != alpha},
-    }
+def _kind(config: Mapping[str, Any]) -> str:
+    if config["peft_type"] == "IA3":
+        return "IA3"
+    return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
-def _most_common(values: Iterable[_Number]) -> _Number:
-    """The value that most have; of several the smallest."""
-    counts = Counter(values)
-    return max(sorted(counts), key=counts.__getitem__)
-
-
-_Part = tuple[TensorRef, tuple[Any, Any], tuple[int, ...]]
-
-
-def _tensors(checkpoint: Checkpoint, expert: int, places: dict[str, Place]) -> Iterator[tuple[str, _Part]]:
-    """PEFT's name -> (tensor of the checkpoint, (rows, columns) of it, shape)."""
-    everything = slice(None)
-    for module, place in sorted(places.items()):
-        start = sum(place.ranks[:expert])
-        ranks = slice(start, start + place.ranks[expert])
-        rank = place.ranks[expert]
-        a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
-        yield f"{_PREFIX}{module}.lora_A.weight", (a, (ranks, everything), (rank, a.shape[1]))
-        yield f"{_PREFIX}{module}.lora_B.weight", (b, (everything, ranks), (b.shape[0], rank))
-        biased = place.biased
-        if expert in biased:
-            bias = checkpoint.tensors[f"{module}.lora_bias"]
-            yield f"{_PREFIX}{module}.lora_B.bias", (bias, (biased.index(expert), everything), (bias.shape[1],))
-
-
-def _nbytes(ref: TensorRef, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) * (ref.nbytes // max(1, ref.numel))
+def _write_beside(way: WayOut, stage: Staging) -> None:
+    if way.own is None:
+        return
+    for file in _BESIDE:
+        if (way.own.folder / file).is_file():
+            shutil.copyfile(way.own.folder / file, stage.folder / file)

@@ -25,13 +25,12 @@ from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.progress import Progress, silent
 from modekit.sources.families import family_of
-from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.sources.model import DTYPE_NAMES, SPECIALIST_FILE, ModelSource, open_source
 from modekit.sources.names import in_layer
 from modekit.text.held_out import read_text
-from modekit.text.sequences import encode
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
 
-SPECIALIST_FILE = "specialist.json"
 What = Literal["mlp", "lora", "full"]
 
 
@@ -59,12 +58,7 @@ def specialize(
     refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
     source = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    text = read_text(texts, root=root, where="--text")
-    fit = text.fit()
-    sequences = training_sequences(tokenizer, fit, training)
-    if not sequences:
-        raise text.nothing_left("no document is left for training after the held-out split")
-    held_out = encode(tokenizer, text.report(), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length)
+    fit, sequences, held_out = _read_text(texts, root, tokenizer, training)
     model = load_model(base, trust_remote_code=trust_remote_code)
     parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
     domain = Domain("held-out", None, held_out, {})
@@ -92,6 +86,19 @@ def specialize(
         (stage.folder / TRAINED_FILE).write_text("".join(f"{mark_of(document)}\n" for document in fit))
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
+
+
+def _read_text(
+    texts: Sequence[str], root: Path, tokenizer: Any, training: Training
+) -> tuple[list[str], list[TokenSequence], list[TokenSequence]]:
+    """Documents to train on, the same as sequences, and sequences that are held out. Raises TextError when nothing is left."""
+    text = read_text(texts, root=root, where="--text")
+    fit = text.fit()
+    sequences = training_sequences(tokenizer, fit, training)
+    if not sequences:
+        raise text.nothing_left("no document is left for training after the held-out split")
+    held_out = encode(tokenizer, text.report(), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length)
+    return fit, sequences, held_out
 
 
 Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]

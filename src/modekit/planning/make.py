@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.planning.layout import CodeOf, Layout
+from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
@@ -62,7 +63,7 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     files = (*TOKENIZER_FILES, "generation_config.json")
     copied = tuple(base.folder / name for name in files if (base.folder / name).exists())
-    notes = [*_notes(recipe, sources, mixed), *layout.notes()]
+    notes = [*_notes(recipe, sources, mixed), *lost_changes(recipe, sources, mixed), *layout.notes()]
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),
         layout.router_dtype, copied, tuple(notes), trust_remote_code,

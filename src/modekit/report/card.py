@@ -172,10 +172,27 @@ def _use(checkpoint: Checkpoint) -> str:
     lines += [
         "", f"folder = {name}  # or this model's name on the hub",
         "tokenizer = AutoTokenizer.from_pretrained(folder)", "model = AutoModelForCausalLM.from_pretrained(folder)",
-        'inputs = tokenizer("The", return_tensors="pt")', "output = model.generate(**inputs, max_new_tokens=20)",
-        "print(tokenizer.decode(output[0]))",
+        *(_ASKED if _has_chat_template(checkpoint.folder) else _CONTINUED), "print(tokenizer.decode(output[0]))",
     ]  # fmt: skip
     return _fenced("\n".join(lines), "python")
+
+
+_CONTINUED = ('inputs = tokenizer("The", return_tensors="pt")', "output = model.generate(**inputs, max_new_tokens=20)")
+_ASKED = (
+    'messages = [{"role": "user", "content": "What can you tell me about your field?"}]',
+    'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+    "output = model.generate(**inputs, max_new_tokens=100)",
+)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer knows how a conversation is written."""
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _made(checkpoint: Checkpoint) -> str:
@@ -219,7 +236,7 @@ def _worth(results: Results | None, problem: str | None) -> str:
 
 def _source_table(sources: Sequence[Source]) -> str:
     header = ["used as", "model", "revision", "licence", "said by"]
-    body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.found] for each in sources]
+    body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
     return markdown_table(header, body, _plain)
 
 

@@ -250,5 +250,5 @@ def _texts(texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _licence(source: Source) -> dict[str, Any]:
     return {
         "used_as": list(source.used_as), "spec": source.spec, "revision": source.revision, "licence": source.said,
-        "link": source.licence_link, "found": source.found, "known": source.licence is not None,
+        "link": source.licence_link, "found": source.said_by, "known": source.licence is not None,
     }  # fmt: skip

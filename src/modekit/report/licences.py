@@ -6,6 +6,7 @@ without a README are asked for it, when asked to.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ class Source:
         hub_id: when the recipe names a model of the hub.
         licence: the hub's id of the licence, "other", or None when nothing was found.
         licence_name, licence_link: of a licence that is "other", as the source says them.
-        found: where that stands.
-        languages, base_models: as its front matter says.
+        said_by: where that stands.
+        languages: as its front matter says.
+        base_models: hub ids of what it was made from, as its front matter or its config says.
     """
 
     used_as: tuple[str, ...]
@@ -78,7 +80,7 @@ class Source:
     licence: str | None
     licence_name: str | None
     licence_link: str | None
-    found: str
+    said_by: str
     languages: tuple[str, ...] = ()
     base_models: tuple[str, ...] = ()
 
@@ -130,12 +132,32 @@ def _source(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoi
     if not readme.exists() and hub_id and ask_hub:
         readme = _hub_readme(hub_id, record.revision) or readme
     matter = front_matter(readme)
-    languages, bases = _words(matter.get("language")), _words(matter.get("base_model"))
+    languages, bases = _strings(matter.get("language")), _base_models(matter, folder, checkpoint.recipe_root)
     licence, name, link = _licence_in(matter)
-    found = "README.md"
+    said_by = "README.md"
     if licence is None:
-        found, licence = _licence_file(folder)
-    return Source(used_as, record.spec, hub_id, record.revision, licence, name, link, found, languages, bases)
+        said_by, licence = _licence_file(folder)
+    return Source(used_as, record.spec, hub_id, record.revision, licence, name, link, said_by, languages, bases)
+
+
+def _base_models(matter: dict[str, Any], folder: Path, root: Path) -> tuple[str, ...]:
+    """Hub ids that a model gives as its base: in its README, else in its config. A folder of somebody's machine is none."""
+    said = _strings(matter.get("base_model"))
+    for file, key in (("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")):
+        said = said or _strings(_json_in(folder / file).get(key))
+    return tuple(name for name in said if _is_hub_id(name) and not any(locate(name, at) for at in (folder, root)))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and _HUB_ID.match(name) is not None
+
+
+def _json_in(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(_text_of(path) or "{}")
+    except (ValueError, RecursionError):
+        data = None
+    return data if isinstance(data, dict) else {}
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
@@ -155,15 +177,15 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-def _words(value: object) -> tuple[str, ...]:
+def _strings(value: object) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(each for each in values if isinstance(each, str) and each))
 
 
 def _licence_in(matter: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
     """Id, name and link. Several licences, and what is no id, are "other"."""
-    said = _words(matter.get("license"))
-    name, link = (next(iter(_words(matter.get(key))), None) for key in ("license_name", "license_link"))
+    said = _strings(matter.get("license"))
+    name, link = (next(iter(_strings(matter.get(key))), None) for key in ("license_name", "license_link"))
     if not said or said == ("unknown",):
         return None, None, None
     if len(said) == 1 and _LICENCE_ID.match(said[0].lower()):
@@ -178,10 +200,10 @@ def _licence_file(folder: Path) -> tuple[str, str | None]:
     except OSError:
         return "the folder is gone", None
     for name in names:
-        title = " ".join(_text_of(folder / name)[: 4 * _TITLE].lower().replace(",", ", ").split())
-        head = title.replace(" ,", ",")[:_TITLE]
-        known = next((licence for words, licence in _TITLES if words in head), None)
-        if known is None and "redistribution and use in source and binary forms" in title:
+        beginning = " ".join(_text_of(folder / name)[: 4 * _TITLE].lower().replace(",", ", ").split())
+        head = beginning.replace(" ,", ",")[:_TITLE]
+        known = next((licence for title, licence in _TITLES if title in head), None)
+        if known is None and "redistribution and use in source and binary forms" in beginning:
             whole = _text_of(folder / name).lower()
             known = "bsd-3-clause" if "neither the name" in whole else "bsd-2-clause"
         return name, known or "other"

@@ -53,7 +53,7 @@ def make_page(content: dict[str, Any]) -> str:
     """The HTML of a report."""
     environment = Environment(
         loader=PackageLoader("modekit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     style, script = (files("modekit.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     figures = Figures(content)

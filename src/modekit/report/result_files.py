@@ -7,135 +7,23 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_json, read_results
+from modekit.report.inspection_file import Data, Inspection, Number
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
 TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3)]
 _Read = TypeVar("_Read")
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Router(_Data):
-    """A router slot; `layer` is None for one that serves several."""
-
-    name: str
-    layer: int | None
-    module: str
-
-
-class Dead(_Data):
-    """An expert that a router never chooses."""
-
-    router: int
-    expert: str
-
-
-class Token(_Data):
-    """A token of a sample, with its loss in nats (None for the first)."""
-
-    text: str
-    loss: Number | None
-
-
-class Sample(_Data):
-    """A held-out text word by word; `weights` are [router][token][expert]."""
-
-    domain: str
-    text: str
-    loss: Number
-    tokens: list[Token]
-    weights: list[list[list[Share]]]
-    without: dict[str, Number | None] = {}
-
-
-class Usage(_Data):
-    """How the routers treat one domain; lists are per router."""
-
-    expert: str | None
-    documents: int
-    tokens: int
-    loss: Number
-    shares: list[list[Share]]
-    chosen: list[list[Share]]
-    entropy: list[Number]
-    agreement: list[Share] | None
-    without: dict[str, Number | None]
-    named: Share | None
-
-
-class Similarity(_Data):
-    """Of each pair of experts, 1 for identical ones."""
-
-    experts: list[list[Number]]
-    of: str
-
-
-class TopToken(_Data):
-    """A token that an expert takes more than others."""
-
-    token: str
-    share: Share
-    count: int
-    lift: Number
-
-
-class Inspection(_Data):
-    """inspect.json."""
-
-    format: Literal[1]
-    checkpoint: dict[str, str]
-    experts: list[str] = Field(min_length=1)
-    domains: list[str]
-    unseen: list[str]
-    routers: list[Router]
-    top_k: int | None
-    per_domain: dict[str, Usage]
-    utilisation: list[list[Share]]
-    dead: list[Dead]
-    similarity: Similarity | None
-    top_tokens: dict[str, list[TopToken]]
-    texts: list[Sample]
-    notes: list[str]
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Inspection:
-        experts, routers = len(self.experts), len(self.routers)
-
-        def check(rows: list[list[float]], where: str) -> None:
-            if len(rows) != routers or any(len(row) != experts for row in rows):
-                raise ValueError(f"{where} is not {routers} routers x {experts} experts")
-
-        if set(self.per_domain) != {*self.domains, *self.unseen}:
-            raise ValueError("per_domain does not name the domains")
-        for domain, usage in self.per_domain.items():
-            check(usage.shares, f"per_domain.{domain}.shares")
-            check(usage.chosen, f"per_domain.{domain}.chosen")
-        check(self.utilisation, "utilisation")
-        for sample in self.texts:
-            if len(sample.weights) != routers or any(len(tokens) != len(sample.tokens) for tokens in sample.weights):
-                raise ValueError("texts[].weights is not routers x tokens")
-            for tokens in sample.weights:
-                if any(len(row) != experts for row in tokens):
-                    raise ValueError("texts[].weights does not name every expert")
-        if self.similarity is not None and [len(row) for row in self.similarity.experts] != [experts] * experts:
-            raise ValueError("similarity.experts is not experts x experts")
-        return self
-
-
-class TaskRow(_Data):
+class TaskRow(Data):
     """A model's result on a task, with the bounds of its interval."""
 
     value: Number
@@ -143,30 +31,30 @@ class TaskRow(_Data):
     high: Number | None = None
 
 
-class Task(_Data):
+class Task(Data):
     """One task."""
 
     metric: str
     rows: dict[str, TaskRow]
 
 
-class Tasks(_Data):
+class Tasks(Data):
     """tasks.json."""
 
     format: Literal[1]
     checkpoint: dict[str, str] | None = None
     tasks: dict[str, Task]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
 
-class Reported(_Data):
+class Reported(Data):
     """What a variant came to on text that chose nothing."""
 
     mean_loss: Number
     gap_closed: Number | None
 
 
-class Variant(_Data):
+class Variant(Data):
     """One candidate of a search."""
 
     name: str
@@ -180,7 +68,7 @@ class Variant(_Data):
     pareto: bool
 
 
-class Search(_Data):
+class Search(Data):
     """tune.json: candidates from the best to the worst."""
 
     format: Literal[1]
@@ -189,14 +77,14 @@ class Search(_Data):
     seconds: Number
 
 
-class Curve(_Data):
+class Curve(Data):
     """train.csv: columns of numbers by step, None where nothing was logged."""
 
     steps: list[int]
     columns: dict[str, list[float | None]]
 
 
-class Trained(_Data):
+class Trained(Data):
     """train.json: the last training and, where there was text, the table before and after."""
 
     results: Results | None = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from modekit.report.result_files import Inspection, Sample
+from modekit.report.inspection_file import Inspection, Sample
 
 SAMPLE_BYTES = 900_000
 """Room for the sample texts' weights in a page of 2 MB."""

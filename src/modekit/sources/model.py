@@ -28,6 +28,9 @@ ITEMSIZE = {
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
 
+SPECIALIST_FILE = "specialist.json"
+"""Beside a model that `modekit specialize` made: what it trained."""
+
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 _LARGEST_HEADER = 100 * 2**20
 _REMEDY = "download or save the file again"

@@ -1,0 +1,136 @@
+"""What a fine-tune changed: every tensor of MODEL - BASE, read in blocks, and the linear weights an adapter can reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
+from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
+from modekit.sources.families import FAMILIES, Family
+from modekit.sources.model import Mappings, ModelSource, TensorRef
+from modekit.sources.names import module_of, split_layer
+from modekit.weights.numeric import as_array, blocks, is_finite, to_float32
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor in both models. `squared_delta` and `squared_base` are sums over its elements."""
+
+    name: str
+    tuned: TensorRef
+    base: TensorRef
+    squared_delta: float
+    squared_base: float
+
+    @property
+    def module(self) -> str:
+        """Name without `.weight`."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def kind(self) -> str:
+        """Name under the layer: self_attn.q_proj."""
+        return self.module.split(".", 3)[3]
+
+    @property
+    def drift(self) -> float | None:
+        """|| delta || / || W ||; None when W is zero and the difference is not."""
+        if self.squared_base == 0:
+            return None if self.squared_delta else 0.0
+        return math.sqrt(self.squared_delta / self.squared_base)
+
+
+def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
+    """Tensors of both models in the base's order.
+
+    Raises SourceError, MismatchError or UnsupportedError unless both are unquantised models of one architecture.
+    """
+    for source in (tuned, origin):
+        check_dtypes(source)
+        check_sizes(source)
+    model_type = origin.config["model_type"]
+    row = next((row for row in FAMILIES if row.model_type == model_type), None)
+    family = row or Family(model_type=model_type)  # without a row: compared with the defaults of most families
+    check_same_architecture(origin, tuned, family)
+    names = own_names(origin, family)
+    for name in names:
+        matching(tuned, name, origin.tensors[name])
+        if ".experts." in name:
+            raise UnsupportedError(
+                "the experts of a mixture are no linear layers in memory, so an adapter cannot reach them",
+                where=f"{origin.label} ({origin.spec}): {name}", remedy="extract from dense models",
+            )  # fmt: skip
+    return names
+
+
+def compare(tuned: ModelSource, origin: ModelSource, name: str, mappings: Mappings) -> Pair:
+    """How far a tensor has moved: read in blocks, summed in float64. Raises SourceError for NaN or Inf."""
+    refs = (tuned.tensors[name], origin.tensors[name])
+    views = [mappings.view(ref) for ref in refs]
+    for source, ref, view in zip((tuned, origin), refs, views, strict=True):
+        if not is_finite(view, ref.dtype):
+            raise SourceError(
+                "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {name}",
+                remedy="the model is damaged: save or download it again",
+            )  # fmt: skip
+    moved, still = (as_array(view, ref.dtype) for view, ref in zip(views, refs, strict=True))
+    squared_delta = squared_base = 0.0
+    for part in blocks(len(still)):
+        base_block = to_float32(still[part])
+        squared_delta += float(np.square(to_float32(moved[part]) - base_block, dtype=np.float64).sum())
+        squared_base += float(np.square(base_block, dtype=np.float64).sum())
+    for ref in refs:
+        mappings.forget(ref)
+    return Pair(name, *refs, squared_delta, squared_base)
+
+
+def linears_of(pairs: Sequence[Pair]) -> list[Pair]:
+    """The linear weights of the decoder layers, by layer and name. Raises UnsupportedError when there are none."""
+    found = []
+    for pair in pairs:
+        layer, path = split_layer(pair.name)
+        if layer is not None and path.endswith(".weight") and len(pair.base.shape) == 2 and "norm" not in path:
+            found.append((layer, module_of(path), pair))
+    if not found:
+        raise UnsupportedError(
+            "the model keeps its layers under other names", where="BASE", found=pairs[0].name if pairs else "no tensors",
+            expected="model.layers.N.*_proj.weight", remedy="save both models with a current transformers",
+        )  # fmt: skip
+    return [pair for _, _, pair in sorted(found, key=lambda entry: entry[:2])]
+
+
+def chosen_of(linears: Sequence[Pair], modules: Sequence[str] | None) -> list[Pair]:
+    """The linears whose names end as asked for. Raises ModekitError for an ending that none has."""
+    if modules is None:
+        return list(linears)
+    for ending in modules:
+        if not any(_ends(pair, ending) for pair in linears):
+            raise ModekitError(
+                "no linear weight of the decoder layers has this name", where="--module", found=ending,
+                expected=", ".join(dict.fromkeys(pair.kind for pair in linears)), remedy="write one of them",
+            )  # fmt: skip
+    return [pair for pair in linears if any(_ends(pair, ending) for ending in modules)]
+
+
+def _ends(pair: Pair, ending: str) -> bool:
+    return f".{pair.module}".endswith(f".{ending}")
+
+
+def check_differs(chosen: Sequence[Pair], pairs: Sequence[Pair]) -> None:
+    """Raise MismatchError when an adapter would be empty."""
+    if chosen:
+        return
+    moved = [pair.name for pair in pairs if pair.squared_delta]
+    if not moved:
+        raise MismatchError(
+            "the model is its base: no tensor differs", where="MODEL, BASE", remedy="give the fine-tuned model as MODEL"
+        )
+    raise MismatchError(
+        "no linear weight that could be adapted differs", where="MODEL, BASE",
+        found="only " + ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else ""),
+        remedy="use the full model: an adapter of its linear layers would be empty",
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""The one writer of PEFT LoRA folders: adapter_config.json and adapter_model.safetensors.
+
+`peft_name` is how PEFT names the tensors of a module, `lora_config` what the config says of all modules together.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modekit.checkpoint.staging import Entry, Staging, write_all, write_json
+from modekit.sources.adapter import WEIGHTS_FILE
+from modekit.sources.adapter_config import CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class PeftTensor:
+    """A tensor to write: its safetensors dtype, shape, and its bytes when asked for."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], memoryview]
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """Rank of a module's LoRA and the factor of B A (`scale`: alpha / rank, or alpha / sqrt(rank) with rsLoRA)."""
+
+    rank: int
+    scale: float
+
+    def alpha(self, *, use_rslora: bool) -> float:
+        """What lora_alpha has to be."""
+        alpha = self.scale * (math.sqrt(self.rank) if use_rslora else self.rank)
+        near = float(round(alpha))  # sqrt(r) * (alpha / sqrt(r)) misses a whole number by a last bit
+        return near if math.isclose(alpha, near, rel_tol=1e-12) else alpha
+
+
+def peft_name(module: str, part: str) -> str:
+    """PEFT's name of a tensor: `part` is lora_A.weight, lora_B.weight or lora_B.bias."""
+    return f"base_model.model.{module}.{part}"
+
+
+def lora_config(
+    base_name: str,
+    changes: Mapping[str, ModuleChange],
+    *,
+    targets: Sequence[str] | None = None,
+    lora_bias: bool = False,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """adapter_config.json of these modules, which are its targets unless `targets` says it shorter.
+
+    `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `known` are keys of an earlier
+    config of the same adapter: what does not say which modules there are and how they are scaled is kept, and so is
+    `use_rslora`.
+    """
+    known = known or {}
+    use_rslora = bool(known.get("use_rslora"))
+    ranks = {module: change.rank for module, change in sorted(changes.items())}
+    alphas = {module: _plain(changes[module].alpha(use_rslora=use_rslora)) for module in ranks}
+    largest = max(ranks, key=ranks.__getitem__)
+    rank, alpha = ranks[largest], alphas[largest]
+    return {
+        "task_type": "CAUSAL_LM",
+        "revision": None,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+        **{key: value for key, value in known.items() if key not in _OF_THE_MODULES},
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_name,
+        "use_rslora": use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "lora_bias": lora_bias,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: each for module, each in ranks.items() if each != rank},
+        "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
+        "target_modules": list(targets) if targets is not None else list(ranks),
+    }
+
+
+_OF_THE_MODULES = frozenset(
+    {"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication", "target_parameters",
+     "trainable_token_indices", "ensure_weight_tying"}
+)  # fmt: skip
+"""Keys of PEFT's that choose modules, or keep whole ones; a list of targets says it all."""
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def write_lora(stage: Staging, config: Mapping[str, Any], tensors: Sequence[PeftTensor]) -> None:
+    """Write both files into a staging folder, tensor by tensor."""
+    entries: list[Entry] = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
+
+    def write(place: int, stream: io.FileIO) -> None:
+        write_all(stream, tensors[place].read())
+
+    stage.write_shard(WEIGHTS_FILE, entries, write)
+    write_json(stage.folder / CONFIG_FILE, dict(config))

@@ -1,0 +1,247 @@
+"""Which module of the base every tensor of an adapter file belongs to, by PEFT's names.
+
+Tensors are named as PEFT names them when it saves (`get_peft_model_state_dict`); what it would not load, or not load into
+the same place, is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from modekit.errors import MismatchError, SourceError, UnsupportedError
+from modekit.sources.adapter_config import (
+    CONFIG_FILE,
+    SAVE_AGAIN,
+    IA3Settings,
+    Settings,
+    shortened,
+)
+from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.names import EMBEDDING, HEAD, layers_of, module_of, split_layer, weight_of
+
+_PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|ia3_l)"
+)
+_FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Fused projection -> the projections whose rows it stacks, in order (Phi3's layout)."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What the tensors of one adapter file mean for one base model.
+
+    Raises SourceError, MismatchError or UnsupportedError when made, or when asked, for what no base weight can say.
+    """
+
+    where: str
+    settings: Settings
+    base: ModelSource
+    tensors: Mapping[str, TensorRef]
+
+    def __post_init__(self) -> None:
+        for ref in self.tensors.values():
+            if ref.dtype not in DTYPE_NAMES:
+                raise SourceError(
+                    "tensor dtype cannot be used", where=f"{self.where}: {ref.name}", found=ref.dtype,
+                    expected=", ".join(DTYPE_NAMES), remedy="save the adapter in bf16, fp16 or fp32",
+                )  # fmt: skip
+        self._check_targets_are_there()
+
+    @cached_property
+    def is_ia3(self) -> bool:
+        """Whether the adapter scales (IA3) and does not add (LoRA)."""
+        return isinstance(self.settings, IA3Settings)
+
+    @cached_property
+    def _is_tied(self) -> bool:
+        return bool(self.base.config.get("tie_word_embeddings")) or weight_of(HEAD) not in self.base.tensors
+
+    @cached_property
+    def _base_names(self) -> frozenset[str]:
+        """Names of tensors that the adapter may change; the head of a tied base is not one of its own."""
+        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(HEAD)))
+
+    @cached_property
+    def _base_modules(self) -> frozenset[str]:
+        return frozenset(module_of(name) for name in self._base_names if name.endswith(".weight"))
+
+    @cached_property
+    def _fused_modules(self) -> dict[str, tuple[str, ...]]:
+        """Fused module that the base lacks -> the modules of the base that it stands for."""
+        found = {}
+        for module in self._base_modules:
+            parent, _, last = module.rpartition(".")
+            for fused, parts in _FUSED.items():
+                members = tuple(f"{parent}.{part}" for part in parts)
+                if last == parts[0] and self._base_modules.issuperset(members):
+                    found[f"{parent}.{fused}"] = members
+        return {fused: members for fused, members in found.items() if fused not in self._base_modules}
+
+    def members(self, module: str) -> tuple[str, ...]:
+        """Modules of the base that an adapted module stands for: itself, or what a fused one stacks."""
+        return self._fused_modules.get(module, (module,))
+
+    @cached_property
+    def _by_name(self) -> dict[str, TensorRef]:
+        """Tensors of the file under their name in the base model, with what PEFT appends."""
+        found: dict[str, TensorRef] = {}
+        for key, ref in self.tensors.items():
+            name = key.removeprefix(_PREFIX)
+            if name in found:
+                raise SourceError(
+                    "two tensors of the adapter mean the same", where=f"{self.where}: {name}",
+                    found=f"{found[name].name} and {key}", remedy=SAVE_AGAIN,
+                )  # fmt: skip
+            found[name] = ref
+        return found
+
+    @cached_property
+    def parts(self) -> dict[str, dict[str, TensorRef]]:
+        """Adapted module -> its adapter tensors by part."""
+        found: dict[str, dict[str, TensorRef]] = {}
+        for name, ref in self._by_name.items():
+            match = _PART.fullmatch(name)
+            if match is None:
+                continue
+            module = match["module"]
+            if self._is_tied and module in {EMBEDDING, HEAD}:
+                self._refuse_tied(ref)
+            if module not in self._base_modules and module not in self._fused_modules:
+                self._refuse_unknown(ref, module)
+            if not self.settings.targets(module):
+                self.refuse_unexplained(ref, "its module is no target by target_modules and exclude_modules")
+            found.setdefault(module, {})[match["part"]] = ref
+        return found
+
+    @cached_property
+    def whole(self) -> dict[str, TensorRef]:
+        """Whole tensors of the file by their name in the base: biases, modules_to_save, saved embeddings."""
+        found: dict[str, TensorRef] = {}
+        for name, ref in self._by_name.items():
+            if _PART.fullmatch(name) or self._is_inside_wrapper(name):
+                continue
+            module, _, last = name.rpartition(".")
+            own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
+            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(EMBEDDING), weight_of(HEAD)}
+            if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
+                self._refuse_tied(ref)
+            if not is_tied and f"{own}.{last}" not in self._base_names:
+                self._refuse_unknown(ref, own)
+            if (own in self.parts) != (own != module):
+                self.refuse_unexplained(ref, "PEFT gives it no place beside the module's adapter")
+            found[f"{own}.{last}"] = ref
+        return found
+
+    def _is_inside_wrapper(self, name: str) -> bool:
+        """With bias: all, PEFT saves biases of modules_to_save three times; two of the names are never read again."""
+        module, _, last = name.rpartition(".")
+        for inside in (".original_module", ".modules_to_save"):
+            own = module.removesuffix(inside)
+            if own != module and self.settings.saves(own) and f"{own}.{last}" in self._by_name:
+                return True
+        return False
+
+    def replaced(self) -> dict[str, TensorRef]:
+        """Name of a tensor of the base -> the tensor of the file that takes its place."""
+        names = self._base_names | {weight_of(HEAD)}  # PEFT copies the head of a tied base, too
+        missing = sorted(name for name in names if self.settings.saves(module_of(name)) and name not in self.whole)
+        if missing:
+            raise SourceError(
+                "the adapter file lacks tensors of modules_to_save", where=self.where, found=_some(missing),
+                expected=f"whole copies of modules_to_save: {shortened(self.settings.modules_to_save)}", remedy=SAVE_AGAIN,
+            )  # fmt: skip
+        found = dict(self.whole)
+        if self._is_tied and weight_of(HEAD) in found:
+            head = found.pop(weight_of(HEAD))  # one parameter with the embedding, saved under both names
+            found.setdefault(weight_of(EMBEDDING), head)
+        for name, ref in found.items():
+            expected = self.base.tensors[name].shape
+            if ref.shape != expected:
+                self.refuse_shape(ref, expected)
+        return found
+
+    def weights(self, module: str) -> dict[str, TensorRef]:
+        """The base's weights, (O, I) each, that an adapted module stands for."""
+        members = self.members(module)
+        weights = {f"{member}.weight": self.base.tensors[f"{member}.weight"] for member in members}
+        for name, ref in weights.items():
+            if len(ref.shape) != 2 or (self.is_ia3 and module == EMBEDDING):
+                raise UnsupportedError(
+                    "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
+                    where=f"{self.where}: {name}", found=f"shape {list(ref.shape)}", expected="a 2-D weight",
+                    remedy="train the adapter on linear layers",
+                )  # fmt: skip
+        if members != (module,):
+            twice = [member for member in members if member in self.parts]
+            if twice:
+                raise SourceError(
+                    "the adapter has both a fused module and its parts", where=self.where,
+                    found=f"{module} and {_some(twice)}", remedy=SAVE_AGAIN,
+                )  # fmt: skip
+        return weights
+
+    def _check_targets_are_there(self) -> None:
+        """Raise SourceError when the config targets a module that the file does not adapt."""
+        fused = {member for module in self.parts for member in self._fused_modules.get(module, ())}
+        modules = self._base_modules | {HEAD}
+        if self.settings.takes_all_linear:
+            modules = frozenset(module for module in modules - {HEAD} if len(self.base.tensors[weight_of(module)].shape) == 2)
+        missing = {module for module in modules - self.parts.keys() - fused if self.settings.targets(module)}
+        # A fused target that the base lacks means nothing to PEFT, unless the file shows that the adapter is for fused modules.
+        kinds = {module.rpartition(".")[2] for module in self.parts if module in self._fused_modules}
+        fused_modules = {module for module in self._fused_modules if module.rpartition(".")[2] in kinds}
+        missing |= {module for module in fused_modules - self.parts.keys() if self.settings.targets(module)}
+        if missing:
+            raise SourceError(
+                "the adapter file lacks modules that its config targets", where=self.where, found=_some(sorted(missing)),
+                expected=f"target_modules: {shortened(self.settings.target_modules)}", remedy=SAVE_AGAIN,
+            )  # fmt: skip
+
+    def _refuse_tied(self, ref: TensorRef) -> None:
+        """PEFT computes both apart until it merges; then one change lands in both, so that no tied model is the adapter's."""
+        raise UnsupportedError(
+            "the adapter changes the embedding or the head, which are one tensor in this base model",
+            where=f"{self.where}: {ref.name}", found="tied embeddings in the base model",
+            remedy="untie the base model first (save it with tie_word_embeddings: false), or train the adapter without "
+            "embed_tokens and lm_head",
+        )  # fmt: skip
+
+    def _refuse_unknown(self, ref: TensorRef, module: str) -> None:
+        where = f"{self.where}: {ref.name}"
+        layers, (layer, _) = layers_of(self._base_names), split_layer(module)
+        if layer is not None and layer >= layers:
+            raise MismatchError(
+                "the adapter has more layers than the base model", where=where, found=f"layer {layer}",
+                expected=f"{layers} layers", remedy="use an adapter that was trained on this base model",
+            )  # fmt: skip
+        raise MismatchError(
+            "the adapter has a tensor for a part that the base model lacks", where=where, found=module,
+            expected=f"a module of {self.base.spec} ({self.base.config.get('model_type')})",
+            remedy="use an adapter that was trained on this base model",
+        )  # fmt: skip
+
+    def refuse_unexplained(self, ref: TensorRef, why: str) -> None:
+        """Raise SourceError for a tensor that the config gives no meaning."""
+        raise SourceError(
+            "a tensor of the adapter would be lost", where=f"{self.where}: {ref.name}", found=why,
+            expected=f"only tensors that {CONFIG_FILE} explains", remedy=SAVE_AGAIN,
+        )  # fmt: skip
+
+    def refuse_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> None:
+        """Raise MismatchError for a tensor of another shape."""
+        raise MismatchError(
+            "the adapter does not fit the base model's sizes", where=f"{self.where}: {ref.name}", found=list(ref.shape),
+            expected=f"{list(expected)}, for {self.base.spec}", remedy="use an adapter that was trained on this base model",
+        )  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
