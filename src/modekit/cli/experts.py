@@ -10,12 +10,11 @@ from typing import Annotated, Any, cast
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import (
-    bytes_of,
-    out,
-    print_extract,
-)
-from modekit.cli.shell import AsJson, Overwrite, Trust, app, drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.mixtures import print_extract
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, Overwrite, Trust, app
 from modekit.errors import ModekitError
 
 

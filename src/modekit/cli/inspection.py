@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from modekit.cli.printing.inspection import print_inspection, print_trace
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.errors import ModekitError
 
 

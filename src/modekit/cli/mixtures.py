@@ -10,13 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import (
-    bytes_of,
-    out,
-    print_checks,
-    print_plan,
-)
-from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.mixtures import print_checks, print_plan
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app
 from modekit.errors import ModekitError
 
 

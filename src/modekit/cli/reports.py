@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import bytes_of, out
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
 from modekit.cli.shell import OutFolder, Overwrite, app
 
 

@@ -10,12 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import (
-    out,
-    print_results,
-    print_summary,
-)
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_results, print_summary
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.cli.tasks import score_tasks
 from modekit.errors import ModekitError
 

@@ -1,21 +1,18 @@
-"""What every command shares: the app, options, progress, and how an error ends."""
+"""What every command shares: the app, options, and how an error ends."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from modekit.cli.printing.mixtures import err
+from modekit.cli.printing.console import err
 from modekit.errors import InterruptError, ModekitError
-from modekit.progress import Progress
 
 app = typer.Typer(
     name="modekit",
@@ -41,30 +38,6 @@ def _one_process(context: typer.Context) -> None:
             "this command runs in one process", where=f"modekit {context.invoked_subcommand}", found=f"{launched()} processes",
             remedy="start it without a launcher; fit and train know how to share their work",
         )  # fmt: skip
-
-
-@contextmanager
-def drawn_progress() -> Iterator[Progress]:
-    """Draw bars with the time left on a terminal; draw nothing elsewhere."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    from modekit.processes import processes
-
-    columns = (
-        TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bars(*columns, console=err, transient=True, disable=not (err.is_terminal and processes().is_main)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def draw(stage: str, done: int, total: int) -> None:
-            group = stage if not stage.startswith("score ") else "score"
-            if group not in tasks:
-                tasks[group] = bars.add_task(stage, total=total)
-            bars.update(tasks[group], description=stage, completed=done, total=total)
-
-        yield draw
 
 
 def main() -> None:

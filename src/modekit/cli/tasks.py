@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import out
-from modekit.cli.shell import drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.progress import drawn_progress
 from modekit.errors import ModekitError
 
 

@@ -12,7 +12,8 @@ import typer
 from modekit.cli.printing.mixtures import (
     print_training,
 )
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.errors import ModekitError
 
 

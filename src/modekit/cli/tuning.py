@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import out, print_tune
-from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_tune
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app
 from modekit.errors import TuneError
 
 

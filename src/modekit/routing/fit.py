@@ -63,6 +63,7 @@ def fit_router(
     reader = _Reader(checkpoint, settings, statistics_folder, trust_remote_code, progress)
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
     readings = [reader.prepare(place, expert, root) for place, expert in enumerate(recipe.experts)]
+    reader.expect(readings)
     domains = [reader.read(reading) for reading in readings]
     if not processes().is_main:
         return FittedRouter([], RouterRecord.unfitted(recipe))
@@ -197,6 +198,7 @@ class _Reader:
         self._progress = progress
         self._tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
         self._view: ExpertView | None = None
+        self._done = self._total = 0
         self._reads: dict[str, Any] = {
             "averages": settings.averages,
             "prefix": settings.prefix_tokens,
@@ -238,6 +240,10 @@ class _Reader:
         ]
         return _Reading(place, expert.name, path, None, False, sequences, negatives, source)
 
+    def expect(self, readings: Sequence[_Reading]) -> None:
+        """Say beforehand what will be read one by one, so that progress is that of all of it."""
+        self._total = sum(len(sequence.ids) for reading in readings for sequence in reading.sequences)
+
     def read(self, reading: _Reading) -> DomainStatistics | None:
         """Run the text through the backbone with the domain's own expert, and keep the statistics on disk."""
         if reading.known:
@@ -250,12 +256,13 @@ class _Reader:
         """Read one domain's text once for readers that differ in how they average, and keep what each of them wants."""
         readings = [reading for _, reading in others]
         first = readings[0]
-        total = sum(len(sequence.ids) for sequence in first.sequences)
-        done = 0
+        total = self._total or sum(len(sequence.ids) for sequence in first.sequences)
+        done = self._done if self._total else 0
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
+            self._done = done
             self._progress(f"read {first.name}", done, total)
 
         reads = [Read(r._settings.averages, r._settings.prefix_tokens, reading.source) for r, reading in others]
