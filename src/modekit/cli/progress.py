@@ -72,7 +72,8 @@ class Lines:
 
 
 def _group(stage: str) -> str:
-    return next((start for start in _SHARED if stage.startswith(start)), stage)
+    about, sign, work = stage.rpartition(": ")
+    return next((about + sign + start for start in _SHARED if work.startswith(start)), stage)
 
 
 @contextmanager

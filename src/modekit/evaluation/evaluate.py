@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import TextError
+from modekit.evaluation.notes import notes_of
 from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
 from modekit.loaded.models import forced_expert, load_adapted, load_model, load_tokenizer
 from modekit.progress import Progress, silent
@@ -238,8 +239,10 @@ def evaluate(
     gapless = _without_gap(rows, domains)
     if gapless:
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
+    rows = _with_gaps(rows, domains)
+    notes += notes_of(rows, domains, SMALLEST_GAP)
     results = Results(
-        _with_gaps(rows, domains),
+        rows,
         [domain.name for domain in domains if domain.expert is not None],
         [domain.name for domain in domains if domain.expert is None],
         {domain.name: domain.record for domain in domains},

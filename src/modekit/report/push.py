@@ -53,9 +53,8 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
     shown = _shown(checkpoint)
     made = {RECORD_FILE: _as_json(shown.model_dump(mode="json"))}
     if (checkpoint.folder / _RECIPE_FILE).exists():
-        made[_RECIPE_FILE] = yaml.safe_dump(
-            shown.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True
-        ).encode()
+        said = shown.model_dump(mode="json")["recipe"]
+        made[_RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
     notes: list[str] = []
     if is_ours(checkpoint.folder / CARD_FILE) and is_ours(checkpoint.folder / LICENCE_FILE):
         card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)
@@ -111,7 +110,7 @@ def _explained(repo: str) -> Iterator[None]:
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise OutputError(
             "the hub did not take it", where=repo, found=(str(error).strip().splitlines() or [type(error).__name__])[0],
-            remedy="log in with `hf auth login`, as somebody who may write there, and push again: what is there is not sent twice",
+            remedy="log in with `hf auth login`, as somebody who may write there, and push again",
         ) from None  # fmt: skip
 
 

@@ -22,9 +22,9 @@ class Finding:
     to_do: str = ""
 
 
-def finding_of(error: ModekitError, about: str, level: Level = "error") -> Finding:
+def finding_of(error: ModekitError, about: str) -> Finding:
     """What a build would have stopped at, as a finding."""
     found = [] if error.found is None else [f"found {error.found}"]
     found += [] if error.expected is None else [f"expected {error.expected}"]
     place = f" ({error.where})" if error.where else ""
-    return Finding(level, about, error.what + place, ", ".join(found), error.remedy or "")
+    return Finding("error", about, error.what + place, ", ".join(found), error.remedy or "")

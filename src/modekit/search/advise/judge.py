@@ -71,6 +71,22 @@ def of_gains(recipe: Recipe, gains: Gains, moved: Sequence[int], domains: Collec
                 "warning", name, f"{recipe.names[best]} is better on its text than it is itself",
                 f"{said(better)} nats per token", "check that models and texts are not mixed up",
             )  # fmt: skip
+    yield from _of_base_experts(recipe, gains, moved, domains)
+
+
+def _of_base_experts(recipe: Recipe, gains: Gains, moved: Sequence[int], domains: Collection[int]) -> Iterator[Finding]:
+    """Domains for which the base model stands although another expert is better on their text."""
+    for place in sorted(place for place in domains if recipe.experts[place].is_base and place in gains.whole and moved):
+        best = min(moved, key=lambda other: gains.whole[other][place].mean)
+        better = gains.better(best, place, place)
+        if _is_certain(better):
+            own, other = gains.whole[place][place].mean, gains.whole[best][place].mean
+            yield Finding(
+                "warning", recipe.experts[place].name,
+                f"the base model, which is its expert, is not the best on its text: {recipe.names[best]} is better",
+                f"loss {own:.3f}, {recipe.names[best]} {other:.3f}",
+                "give it an expert of its own, or leave it out: the router would send its text to the worse model",
+            )  # fmt: skip
 
 
 def of_words(recipe: Recipe, words: Words) -> Iterator[Finding]:
