@@ -315,6 +315,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 when there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
     """Write the gates in a safetensors dtype; returns the file's sha256.
 

@@ -19,19 +19,18 @@ from modekit.errors import ModekitError
 
 
 @app.command()
-def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+def plan(
+    recipe: RecipePath,
+    measure: Annotated[
+        bool, typer.Option("--time", help="Also run one layer for a second or two, to say how long the fit will take here.")
+    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
     """Show what a build would do, from configs and headers alone."""
-    from modekit.planning.make import make_plan
-    from modekit.planning.make import summary as summarise
-    from modekit.recipes.recipe import load_recipe
-    from modekit.text.documents import check_present
+    from modekit.building.preview import preview
 
-    root, parsed = recipe.resolve().parent, load_recipe(recipe)
-    summary = summarise(make_plan(parsed, root, trust_remote_code=trust_remote_code, headers_only=True))
-    for place, expert in enumerate(parsed.experts):
-        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}'")
-    for domain, texts in parsed.eval.items():
-        check_present(texts, root=root, where=f"eval.{domain}")
+    summary = preview(recipe, measure=measure, trust_remote_code=trust_remote_code)
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
@@ -45,17 +44,23 @@ def build(
 ) -> None:  # fmt: skip
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build as run
+    from modekit.checkpoint.checkpoint import STATISTICS_FOLDER, size_of
     from modekit.planning.make import make_plan
     from modekit.recipes.recipe import load_recipe
 
     made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
     with drawn_progress() as progress:
         checkpoint = run(made, output.resolve(), overwrite=overwrite, progress=progress)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
     out.print(
         f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
         f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {bytes_of(size)}"
     )
+    if kept:
+        out.print(
+            f"[dim]{escape(str(output / STATISTICS_FOLDER))}: {bytes_of(kept)} of statistics, which may be deleted: only "
+            "`modekit fit` reads them, and makes them anew from the text[/]", highlight=False,
+        )  # fmt: skip
 
 
 @app.command()

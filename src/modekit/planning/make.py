@@ -19,6 +19,7 @@ from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, Shard, joined
+from modekit.planning.work import fit_work
 from modekit.recipes.recipe import BASE, BackboneExpert, Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import (
@@ -224,6 +225,7 @@ def summary(plan: Plan, out: Path | None = None) -> dict[str, Any]:
     while not target.exists():
         target = target.parent
     statistics = plan.statistics_bytes(in_memory=False) if recipe.mixture.keeps_statistics else 0
+    work = fit_work(plan)
     operations: dict[str, int] = {}
     for tensor in plan.tensors:
         label = "router" if tensor.role == "router" else tensor.operation
@@ -251,6 +253,7 @@ def summary(plan: Plan, out: Path | None = None) -> dict[str, Any]:
         "parameters": plan.parameters(),
         "disk": {"needed": plan.bytes_written + statistics, "free": shutil.disk_usage(target).free},
         "memory": plan.memory(),
+        "fit": work.as_data() if work is not None else None,
         "notes": list(plan.notes),
     }
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from modekit.cli.printing.console import out, shows_bold
 from modekit.cli.printing.figures import bytes_of, count_of, three_digits
-from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.mixtures import fit_said, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def _print_choices(advice: Advice) -> None:
         f"[bold]gives[/] {escape(plan['architecture'])}, {count_of(sizes['total'])} parameters, {count_of(sizes['active'])} "
         f"active per token, {bytes_of(plan['bytes']['written'])}", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    out.print(f"[bold]fit[/] {escape(fit_said(plan['fit']))}", highlight=False, soft_wrap=True)
     for note in plan["notes"]:
         out.print(f"  [yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     for limit in advice.limits:

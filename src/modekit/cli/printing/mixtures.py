@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from modekit.cli.printing.console import err, out
-from modekit.cli.printing.figures import bytes_of, count_of, three_digits
+from modekit.cli.printing.figures import bytes_of, count_of, three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def print_plan(summary: dict[str, Any]) -> None:
             "memory",
             f"{bytes_of(memory['build'])} to build, {bytes_of(memory['fit'])} to fit, {bytes_of(memory['load'])} to load",
         ),
+        ("fit", fit_said(summary["fit"])),
         *(("note", note) for note in summary["notes"]),
     ]
     for name, value in rows:
@@ -153,3 +154,15 @@ def print_plan(summary: dict[str, Any]) -> None:
     out.print(table)
     if disk["needed"] > disk["free"]:
         err.print("[yellow]the disk has too little free space for this build[/]")
+
+
+def fit_said(work: Mapping[str, Any] | None) -> str:
+    """How much the fit of the router has to do, and how long that takes."""
+    if work is None:
+        return "nothing to read: the router is set without text"
+    if not work["reads"]:
+        return "counts n-grams: no model is run, seconds"
+    much = f"at most {work['tokens']:,} tokens, {work['flops']:.1e} floating-point operations"
+    if work["seconds"] is None:
+        return f"{much}; time unknown (modekit plan --time measures it)"
+    return f"{much}; {time_of(work['seconds'])} on this machine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.documents import TokenSequence
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from modekit.search.advise.words import Words
 
 
@@ -32,6 +35,7 @@ class Measured:
         texts: place of an expert -> record of its select text.
         unread: places of experts whose text cannot be read.
         fittable: places of experts that have documents for a router fit.
+        speed: floating-point operations per second of the passes that were run here.
     """
 
     texts: Mapping[int, Mapping[str, Any]]
@@ -39,6 +43,7 @@ class Measured:
     fittable: frozenset[int]
     gains: Gains | None
     words: Words | None
+    speed: float | None = None
 
 
 NOTHING = Measured({}, frozenset(), frozenset(), None, None)
@@ -69,19 +74,21 @@ def measure_text(
     words = compare_words(tokenizer, texts)
     findings += of_words(recipe, words) if words is not None else []
     scored = {place: text.sequences for place, text in texts.items() if text.sequences}
-    gains = None
+    gains = speed = None
     if scored:
-        gains = _gains(models, len(recipe.experts), groups, drift, usable, scored, trust_remote_code, progress)
+        gains, speed = _gains(models, len(recipe.experts), groups, drift, usable, scored, trust_remote_code, progress)
         findings += of_gains(recipe, gains, [place for place in usable if drift.moved[place]], scored)
     records = {place: text.record for place, text in texts.items()}
-    return Measured(records, unread, fittable, gains, words), findings
+    return Measured(records, unread, fittable, gains, words, speed), findings
 
 
 def _gains(
     models: Models, count: int, groups: Mapping[str, Group], drift: Drift, usable: Sequence[int],
     scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress,
-) -> Gains:  # fmt: skip
-    """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain."""
+) -> tuple[Gains, float | None]:  # fmt: skip
+    """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain. And
+    how fast the passes were.
+    """
     from modekit.loaded.models import load_model
     from modekit.search.advise.swapped import Swapped, measure, on_average
 
@@ -90,11 +97,20 @@ def _gains(
         sources = [models.base, *(models.experts.get(place, models.base) for place in range(count))]
         model = load_model(models.base.folder, trust_remote_code=trust_remote_code)
         swapped = Swapped(model, sources, groups, drift.moved, mappings)
+        started = time.perf_counter()
         gains = measure(swapped, scored, usable, progress=progress)
+        seconds = time.perf_counter() - started
         own = [place for place in usable if drift.moved[place] and helps(gains, place)]
         ffn = [gains.share(place, gains.parts[place]["ffn"]).value for place in own if place in gains.parts]
         if ffn and min(ffn) < NEARLY_ALL:
             gains = gains.with_average(on_average(swapped, scored, own, progress=progress))
-        return gains
+        return gains, gains.tokens * 2 * _weights(model) / seconds if seconds > 0 else None
     finally:
         mappings.close()
+
+
+def _weights(model: PreTrainedModel) -> int:
+    """Weights that every token passes: all but an embedding that is looked up and is not the head as well."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return int(every - (0 if embedding is head else embedding.numel()))
