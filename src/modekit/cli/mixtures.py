@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_checks, print_plan
@@ -63,37 +65,41 @@ def build(
         )  # fmt: skip
 
 
-@app.command()
-def fit(
-    checkpoint: OutFolder,
-    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None,
-    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None,
+@dataclass(frozen=True)
+class FitOptions:
+    """What becomes of the router; None leaves a setting as it is."""
+
+    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None
+    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None
     granularity: Annotated[
         str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None,
-    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None,
-    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
+    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None
+    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
+    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None
+
+    def changes(self) -> dict[str, Any]:
+        """As a recipe's `mixture` would say them."""
+        router = {"fit": self.router, **vars(self)}
+        mixture = {key: router.pop(key) for key in ("method", "top_k", "router")}
+        mixture["router"] = {key: value for key, value in router.items() if value is not None}
+        return {key: value for key, value in mixture.items() if value is not None}
+
+
+@app.command()
+@grouped
+def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = False) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
-    wanted = {
-        "fit": router, "granularity": granularity, "temperature": temperature, "l2": l2,
-        "tokens_per_domain": tokens_per_domain, "seed": seed,
-    }  # fmt: skip
-    changes: dict[str, Any] = {"router": {key: value for key, value in wanted.items() if value is not None}}
-    if method is not None:
-        changes["method"] = method
-    if top_k is not None:
-        changes["top_k"] = top_k
     with drawn_progress() as progress:
-        done = refit(open_checkpoint(checkpoint.resolve()), changes, trust_remote_code=trust_remote_code, progress=progress)
+        done = refit(
+            open_checkpoint(checkpoint.resolve()), options.changes(), trust_remote_code=trust_remote_code, progress=progress
+        )
     if not processes().is_main:
         return
     settings = done.record.router.settings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +31,19 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"modekit {version('modekit')}\n")
+        raise typer.Exit()
+
+
 @app.callback()
-def _one_process(context: typer.Context) -> None:
+def _one_process(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
     from modekit.processes import launched
 
     if launched() > 1 and context.invoked_subcommand not in {"fit", "train"}:
@@ -38,6 +51,13 @@ def _one_process(context: typer.Context) -> None:
             "this command runs in one process", where=f"modekit {context.invoked_subcommand}", found=f"{launched()} processes",
             remedy="start it without a launcher; fit and train know how to share their work",
         )  # fmt: skip
+
+
+def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
+    """Raise ModekitError for the first option that was given although it changes nothing."""
+    for name, value in options.items():
+        if value not in (None, []):
+            raise ModekitError("the setting has no effect", where=name, found=value, expected=why, remedy="remove it")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from modekit.search.tune.results import TuneResults
 from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
 from modekit.search.tune.selection import Selection, read_selection
 from modekit.search.tune.settings import TuneSettings
-from modekit.search.tune.space import Space, default_space
+from modekit.search.tune.space import Space, default_space, read_space
 from modekit.search.tune.study import Job, candidate_recipe, candidates, pareto, prepare
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.documents import SELECTED_FILE
@@ -109,6 +109,16 @@ def _write(checkpoint: Checkpoint, root: Path, results: TuneResults, select: Sel
     made = {"checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}}
     write_json(out / RESULTS_FOLDER / "tune.json", {**made, **results.as_data()})
     write_atomically(out / RESULTS_FOLDER / "tune.md", results.markdown().encode())
+
+
+def asked_space(
+    file: Path | None, recipe: Recipe, root: Path, *, native: bool, trust_remote_code: bool = False
+) -> Space | None:
+    """The space that a file narrows the default one to; None without a file. Raises TuneError."""
+    if file is None:
+        return None
+    plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
+    return read_space(file, space_of(recipe, root, plan, native=native))
 
 
 def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:
