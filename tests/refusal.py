@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def checked(code: object, stdout: str, stderr: str) -> str:
     """Check what every refusal has in common, whatever the process it happened in."""
     assert code == 2, f"exit code {code}: {stdout}{stderr}"
     assert stdout == ""
-    assert stderr.startswith("error: ")
+    assert "error: " in stderr
+    stages, stderr = stderr[: stderr.index("error: ")], stderr[stderr.index("error: ") :]
+    assert all(re.match(r"\d+:\d\d  \S", line) for line in stages.splitlines()), f"not only stages: {stages}"
     assert [line.startswith("error: ") for line in stderr.splitlines()].count(True) == 1, stderr
     assert "Traceback" not in stderr
     assert "\n  where: " in stderr, f"no place: {stderr}"

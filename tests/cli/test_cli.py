@@ -73,7 +73,7 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
     assert set(before) == set(after) and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-COMMANDS = ["", "advise", "plan", "build", "fit", "eval", "verify", "specialize", "extract", "export", "demo", "schema"]
+COMMANDS = ["", "advise", "plan", "build", "fit", "eval", "verify", "specialize", "extract", "export", "demo", "schema", "push"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

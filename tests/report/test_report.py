@@ -18,7 +18,7 @@ import pytest
 
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.printing.mixtures import out as console
+from modekit.cli.printing.console import out as console
 from modekit.evaluation.evaluate import evaluate
 from modekit.report.content import make_content, rounded
 from modekit.report.drawing import ticks

@@ -401,3 +401,10 @@ def test_a_source_that_vanishes_after_the_plan(
     message = refuse("build", bench.write(output={"dtype": dtype}), bench.root / "OUT")
     assert str(file) in message
     assert {path.split("/")[0] for path in tree(bench.root)} == {"law", "recipe.yaml"}
+
+
+def test_all_missing_folders_are_named_at_once(bench: Workshop) -> None:
+    experts = [{**bench.recipe["experts"][0], "model": "./gone"}, {**bench.recipe["experts"][1], "model": "./lost/too"}]
+    message = refuse_build(bench, base_model="./nowhere", experts=[*experts, bench.recipe["experts"][2]])
+    assert "3 model folders do not exist" in message
+    assert all(f"({spec})" in message for spec in ("./nowhere", "./gone", "./lost/too"))

@@ -180,3 +180,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 when there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

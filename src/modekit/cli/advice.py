@@ -11,8 +11,9 @@ import typer
 from rich.markup import escape
 
 from modekit.cli.printing.advice import print_advice
-from modekit.cli.printing.mixtures import out
-from modekit.cli.shell import AsJson, RecipePath, Trust, app, drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, RecipePath, Trust, app
 
 
 @app.command()

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from modekit.cli.options import grouped
 from modekit.cli.printing.inspection import print_inspection, print_trace
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.errors import ModekitError
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """A text to show in place of the tables."""
+
+    text: Annotated[str | None, typer.Option(help="Show this text instead, word by word; - is standard input.")] = None
+    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same with the text in a file.")] = None
+    layer: Annotated[int | None, typer.Option(min=0, help="With a text: only this layer's routers.")] = None
+
+
 @app.command()
+@grouped
 def inspect(
     checkpoint: OutFolder,
-    text: Annotated[str | None, typer.Option(help="Show this text instead, word by word; - is standard input.")] = None,
-    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same with the text in a file.")] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="With a text: only this layer's routers.")] = None,
+    shown: TextOptions,
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = 8_192,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document or text, in tokens.")] = 512,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
+    text, layer = shown.text, shown.layer
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.evaluation.inspection.inspect import inspect as run
     from modekit.evaluation.inspection.text import STDIN, inspect_text, read_text
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
-    if text is not None and text_file is not None:
+    if text is not None and shown.text_file is not None:
         raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
     opened = open_checkpoint(checkpoint.resolve())
-    if text_file is not None or text == STDIN:
-        text = read_text(text_file)
+    if shown.text_file is not None or text == STDIN:
+        text = read_text(shown.text_file)
     if layer is not None and text is None:
         raise ModekitError("it has an effect with a text only", where="--layer", remedy="add --text, or leave it out")
     with drawn_progress() as progress:

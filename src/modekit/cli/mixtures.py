@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import (
-    bytes_of,
-    out,
-    print_checks,
-    print_plan,
-)
-from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.mixtures import print_checks, print_plan
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app
 from modekit.errors import ModekitError
 
 
 @app.command()
-def plan(recipe: RecipePath, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+def plan(
+    recipe: RecipePath,
+    measure: Annotated[
+        bool, typer.Option("--time", help="Also run one layer for a second or two, to say how long the fit will take here.")
+    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
     """Show what a build would do, from configs and headers alone."""
-    from modekit.planning.make import make_plan
-    from modekit.planning.summary import summary as summarise
-    from modekit.recipes.read import load_recipe
-    from modekit.text.documents import check_present
+    from modekit.building.preview import preview
 
-    root, parsed = recipe.resolve().parent, load_recipe(recipe)
-    summary = summarise(make_plan(parsed, root, trust_remote_code=trust_remote_code, headers_only=True))
-    for place, expert in enumerate(parsed.experts):
-        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}'")
-    for domain, texts in parsed.eval.items():
-        check_present(texts, root=root, where=f"eval.{domain}")
+    summary = preview(recipe, measure=measure, trust_remote_code=trust_remote_code)
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
@@ -47,50 +46,61 @@ def build(
 ) -> None:  # fmt: skip
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build as run
+    from modekit.checkpoint.checkpoint import size_of
+    from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
     made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
     with drawn_progress() as progress:
         checkpoint = run(made, output.resolve(), overwrite=overwrite, progress=progress)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
     out.print(
         f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
         f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {bytes_of(size)}"
     )
+    if kept:
+        out.print(
+            f"[dim]{escape(str(output / STATISTICS_FOLDER))}: {bytes_of(kept)} of statistics, which may be deleted: only "
+            "`modekit fit` reads them, and makes them anew from the text[/]", highlight=False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What becomes of the router; None leaves a setting as it is."""
+
+    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None
+    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None
+    granularity: Annotated[
+        str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
+    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None
+    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
+    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None
+
+    def changes(self) -> dict[str, Any]:
+        """As a recipe's `mixture` would say them."""
+        router = {"fit": self.router, **vars(self)}
+        mixture = {key: router.pop(key) for key in ("method", "top_k", "router")}
+        mixture["router"] = {key: value for key, value in router.items() if value is not None}
+        return {key: value for key, value in mixture.items() if value is not None}
 
 
 @app.command()
-def fit(
-    checkpoint: OutFolder,
-    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None,
-    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None,
-    granularity: Annotated[
-        str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None,
-    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None,
-    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
+@grouped
+def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = False) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
-    wanted = {
-        "fit": router, "granularity": granularity, "temperature": temperature, "l2": l2,
-        "tokens_per_domain": tokens_per_domain, "seed": seed,
-    }  # fmt: skip
-    changes: dict[str, Any] = {"router": {key: value for key, value in wanted.items() if value is not None}}
-    if method is not None:
-        changes["method"] = method
-    if top_k is not None:
-        changes["top_k"] = top_k
     with drawn_progress() as progress:
-        done = refit(open_checkpoint(checkpoint.resolve()), changes, trust_remote_code=trust_remote_code, progress=progress)
+        done = refit(
+            open_checkpoint(checkpoint.resolve()), options.changes(), trust_remote_code=trust_remote_code, progress=progress
+        )
     if not processes().is_main:
         return
     settings = done.record.router.settings

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import bytes_of, out
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.reports import print_parcel
 from modekit.cli.shell import OutFolder, Overwrite, app
 
 
@@ -37,3 +39,21 @@ def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
     for note in written.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
     out.print(f"[bold]{escape(', '.join(map(str, written.files)))}[/]: license {escape(written.licence)}")
+
+
+@app.command()
+def push(
+    checkpoint: OutFolder,
+    repo: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the hub; made when it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository for you alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go and what would stay.")] = False,
+) -> None:
+    """Upload the mixture to the hub: without the router's statistics, and without paths of this machine."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.push import pack
+    from modekit.report.push import push as run
+
+    parcel = pack(open_checkpoint(checkpoint.resolve()), ask_hub=not dry_run)
+    print_parcel(parcel, repo)
+    if not dry_run:
+        out.print(f"[bold]{escape(run(parcel, repo, private=private or None))}[/]", highlight=False, soft_wrap=True)

@@ -4,60 +4,69 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import (
-    out,
-    print_results,
-    print_summary,
-)
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_results, print_summary
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect
 from modekit.cli.tasks import score_tasks
 from modekit.errors import ModekitError
 
 
-@app.command(name="eval")
-def evaluate(
-    checkpoint: OutFolder,
-    tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
-    ] = None,
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of `--tasks`."""
+
     tasks: Annotated[
         str | None,
         typer.Option(
             help="In place of text: tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
             "continuations, generation), with commas between them."
         ),
-    ] = None,
-    models: Annotated[str | None, typer.Option(help="With --tasks: only these rows (base,medicine,mixture).")] = None,
+    ] = None
+    models: Annotated[str | None, typer.Option(help="With --tasks: only these rows (base,medicine,mixture).")] = None
     include_path: Annotated[
         list[Path] | None, typer.Option(help="With --tasks: a folder of your own YAML tasks; may be given several times.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: items per task at most.")] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: items per task at most.")] = None
     seen: Annotated[
         list[str] | None, typer.Option(help="With questions: text the base was trained on, whose terms are not asked for.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="With questions: which are drawn, and the wrong answers (default 0).")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="With questions: which are drawn, and the wrong answers (default 0).")] = None
+
+    def beside_tasks(self) -> dict[str, object]:
+        """Those that mean nothing without --tasks."""
+        return {
+            "--models": self.models, "--include-path": self.include_path, "--limit": self.limit, "--seen": self.seen,
+            "--seed": self.seed,
+        }  # fmt: skip
+
+
+@app.command(name="eval")
+@grouped
+def evaluate(
+    checkpoint: OutFolder,
+    of_tasks: TaskOptions,
+    tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
     ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Score base, experts, weight average, oracle and mixture on held-out text, or with --tasks on tasks."""
-    if tasks is not None:
-        _refuse_without_effect("--tasks scores no text", {"--tokens": tokens, "--sequence-length": sequence_length})
-        score_tasks(
-            checkpoint, tasks, models=models, include_path=include_path or (), limit=limit, seen=seen or (), seed=seed,
-            as_json=as_json, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+    if of_tasks.tasks is not None:
+        refuse_without_effect("--tasks scores no text", {"--tokens": tokens, "--sequence-length": sequence_length})
+        score_tasks(checkpoint, of_tasks, as_json=as_json, trust_remote_code=trust_remote_code)
         return
-    of_tasks = {"--models": models, "--include-path": include_path, "--limit": limit, "--seen": seen, "--seed": seed}
-    _refuse_without_effect("it belongs to --tasks", of_tasks)
+    refuse_without_effect("it belongs to --tasks", of_tasks.beside_tasks())
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.evaluation.evaluate import evaluate as run
     from modekit.evaluation.results_folder import RESULTS_FOLDER
@@ -72,12 +81,6 @@ def evaluate(
     else:
         print_results(results)
         out.print(f"[dim]{escape(str(checkpoint / RESULTS_FOLDER))}: eval.json, eval.md[/]")
-
-
-def _refuse_without_effect(why: str, options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if value not in (None, []):
-            raise ModekitError("the setting has no effect", where=name, found=value, expected=why, remedy="remove it")
 
 
 @app.command()
@@ -95,14 +98,12 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False,
 ) -> None:
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
-    from modekit.demo.demo import run_demo
+    from modekit.demo.demo import folder_of, run_demo
 
     if full and adapters:
         raise ModekitError("the experts are either full models or adapters", where="--full, --adapters", remedy="give one")
-    options = (("full", full), ("adapters", adapters), ("real", real), ("quick", quick))
-    kinds = [name for name, chosen in options if chosen]
-    output = output or Path("-".join(["demo", *kinds]))
-    what: Any = "full" if full else "lora" if adapters else "mlp"
+    what: Literal["full", "lora", "mlp"] = "full" if full else "lora" if adapters else "mlp"
+    output = output or folder_of(what, real=real, quick=quick)
     with drawn_progress() as progress:
         results = run_demo(output.resolve(), seeds=range(seeds), what=what, real=real, quick=quick, progress=progress)
     for seed in results.per_seed:

@@ -1,21 +1,20 @@
-"""What every command shares: the app, options, progress, and how an error ends."""
+"""What every command shares: the app, options, and how an error ends."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from modekit.cli.printing.mixtures import err
+from modekit.cli.printing.console import err
 from modekit.errors import InterruptError, ModekitError
-from modekit.progress import Progress
 
 app = typer.Typer(
     name="modekit",
@@ -32,8 +31,19 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"modekit {version('modekit')}\n")
+        raise typer.Exit()
+
+
 @app.callback()
-def _one_process(context: typer.Context) -> None:
+def _one_process(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
     from modekit.processes import launched
 
     if launched() > 1 and context.invoked_subcommand not in {"fit", "train"}:
@@ -43,28 +53,11 @@ def _one_process(context: typer.Context) -> None:
         )  # fmt: skip
 
 
-@contextmanager
-def drawn_progress() -> Iterator[Progress]:
-    """Draw bars with the time left on a terminal; draw nothing elsewhere."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    from modekit.processes import processes
-
-    columns = (
-        TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bars(*columns, console=err, transient=True, disable=not (err.is_terminal and processes().is_main)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def draw(stage: str, done: int, total: int) -> None:
-            group = stage if not stage.startswith("score ") else "score"
-            if group not in tasks:
-                tasks[group] = bars.add_task(stage, total=total)
-            bars.update(tasks[group], description=stage, completed=done, total=total)
-
-        yield draw
+def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
+    """Raise ModekitError for the first option that was given although it changes nothing."""
+    for name, value in options.items():
+        if value not in (None, []):
+            raise ModekitError("the setting has no effect", where=name, found=value, expected=why, remedy="remove it")
 
 
 def main() -> None:

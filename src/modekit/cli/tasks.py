@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import out
-from modekit.cli.shell import drawn_progress
+from modekit.cli.printing.console import out
+from modekit.cli.progress import drawn_progress
 from modekit.errors import ModekitError
 
+if TYPE_CHECKING:
+    from modekit.cli.results import TaskOptions
 
-def score_tasks(
-    checkpoint: Path,
-    tasks: str,
-    *,
-    models: str | None,
-    include_path: Sequence[Path],
-    limit: int | None,
-    seen: Sequence[str],
-    seed: int | None,
-    as_json: bool,
-    trust_remote_code: bool,
-) -> None:
+
+def score_tasks(checkpoint: Path, options: TaskOptions, *, as_json: bool, trust_remote_code: bool) -> None:
     """Run tasks named with commas between them and draw their table."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.cli.printing.tasks import print_tasks
@@ -35,10 +27,11 @@ def score_tasks(
     opened = open_checkpoint(checkpoint.resolve())
     with drawn_progress() as progress:
         results = evaluate_tasks(
-            opened, _listed(tasks, "--tasks"), models=_listed(models, "--models") if models is not None else (),
-            folders=[folder.resolve() for folder in include_path], limit=limit,
-            seen=[str(Path(each).resolve()) for each in seen], seed=seed or 0, trust_remote_code=trust_remote_code,
-            progress=progress,
+            opened, _listed(options.tasks or "", "--tasks"),
+            models=_listed(options.models, "--models") if options.models is not None else (),
+            folders=[folder.resolve() for folder in options.include_path or ()], limit=options.limit,
+            seen=[str(Path(each).resolve()) for each in options.seen or ()], seed=options.seed or 0,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(opened), indent=2) + "\n")

@@ -4,87 +4,110 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from modekit.cli.printing.mixtures import (
-    print_training,
-)
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, drawn_progress
+from modekit.cli.options import grouped
+from modekit.cli.printing.mixtures import print_training
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.errors import ModekitError
 
+_RENAMED = {"loss": "losses", "cheap": "speed"}
 
-@app.command()
-def train(
-    checkpoint: OutFolder,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="domain=FILE, FOLDER or data set; may be given several times. Default: the recipe's text."),
-    ] = None,
+
+@dataclass(frozen=True)
+class SettingOptions:
+    """Options that stand for settings (training/settings.py), most of them by the same name; None leaves a setting alone."""
+
     what: Annotated[
         list[str] | None,
         typer.Option(help="What moves: routers (default), attention, norms, mlp, embeddings, head, experts, all; repeatable."),
-    ] = None,
+    ] = None
     loss: Annotated[
         list[str] | None,
         typer.Option(
             help="NAME or NAME=WEIGHT; repeatable: lm (default), distill, distill_reverse, label, balance, importance, z."
         ),
-    ] = None,
+    ] = None
     cheap: Annotated[
         bool, typer.Option("--cheap", help="Gates alone, on kept activations with domain labels: no pass back.")
-    ] = False,
-    lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank, folded in at the end.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 5e-3).")] = None,
-    backbone_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of all else (default 1e-4).")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step, of all processes together (default 4096).")] = None,
-    share: Annotated[float | None, typer.Option(help="Share of the documents that is trained on (default 1).")] = None,
-    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, to keep the way back to the base.")] = None,
+    ] = False
+    lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank, folded in at the end.")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 5e-3).")] = None
+    backbone_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of all else (default 1e-4).")] = None
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step, of all processes together (default 4096).")] = None
+    sequence_length: Annotated[int | None, typer.Option(help="Longest piece of a document, in tokens (default 512).")] = None
+    share: Annotated[float | None, typer.Option(help="Share of the documents that is trained on (default 1).")] = None
+    select_tokens: Annotated[
+        int | None,
+        typer.Option(help="Held-out tokens per domain on which states are compared (default 8192; no more than --tokens)."),
+    ] = None
+    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, to keep the way back to the base.")] = None
     randomise: Annotated[
         float | None, typer.Option(help="Probability of a wrong or missing label (domain randomisation; label, distill).")
-    ] = None,
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None
+
+    def said(self) -> dict[str, Any]:
+        """The settings that were given, by their names in a settings file."""
+        given = {**vars(self), "loss": _weights(self.loss), "cheap": "cheap" if self.cheap else None}
+        return {_RENAMED.get(name, name): value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options that say where from, where to and how loudly."""
+
     settings: Annotated[
         Path | None, typer.Option(help="YAML with all settings by name (docs/training.md); options above count more.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None,
+    ] = None
     output: Annotated[
         Path | None, typer.Option("--out", help="Write the trained mixture here and leave the first as it is.")
-    ] = None,
+    ] = None
     tokens: Annotated[
-        int, typer.Option(min=0, help="Held-out tokens per domain for the tables before and after; 0: none.")
-    ] = 8_192,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
+        int | None,
+        typer.Option(min=0, help="Held-out tokens per domain for the tables before and after (default 8192); 0: none."),
+    ] = None
+    as_json: AsJson = False
+    trust_remote_code: Trust = False
+
+
+@app.command()
+@grouped
+def train(
+    checkpoint: OutFolder,
+    said: SettingOptions,
+    options: TrainOptions,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="domain=FILE, FOLDER or data set; may be given several times. Default: the recipe's text."),
+    ] = None,
 ) -> None:
     """Make a mixture better by gradient; by default only its routers move. Works under torchrun and accelerate launch."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
-    from modekit.training.settings import read_settings, train_settings
+    from modekit.training.settings import given_settings
     from modekit.training.train import train as run
 
-    said: dict[str, Any] = {
-        "what": what, "losses": _weights(loss), "speed": "cheap" if cheap else None, "lora": lora, "steps": steps,
-        "learning_rate": learning_rate, "backbone_learning_rate": backbone_learning_rate, "batch_tokens": batch_tokens,
-        "share": share, "generic": generic, "randomise": randomise, "seed": seed,
-    }  # fmt: skip
-    values = read_settings(settings) if settings is not None else {}
-    values |= {key: value for key, value in said.items() if value is not None}
-    wanted = train_settings(values, where=str(settings) if settings is not None else "modekit train")
+    wanted = given_settings(said.said(), options.settings, held_out_tokens=options.tokens)
+    tokens = 8_192 if options.tokens is None else options.tokens
     with drawn_progress() as progress:
         done = run(
             open_checkpoint(checkpoint.resolve()), wanted, texts=_texts(text), root=Path.cwd(),
-            out=output.resolve() if output is not None else None, evaluate_tokens=tokens or None,
-            trust_remote_code=trust_remote_code, progress=progress,
+            out=options.output.resolve() if options.output is not None else None, evaluate_tokens=tokens or None,
+            trust_remote_code=options.trust_remote_code, progress=progress,
         )  # fmt: skip
     if processes().is_main:
-        if as_json:
+        if options.as_json:
             record = {"improved": done.improved, **done.record.model_dump(mode="json")}
             sys.stdout.write(json.dumps(record, indent=2) + "\n")
         else:
-            print_training(output if output is not None and done.improved else checkpoint, done)
+            print_training(options.output if options.output is not None and done.improved else checkpoint, done)
     if done.failed is not None:
         raise done.failed
 

@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from modekit.cli.printing.mixtures import out, print_tune
-from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app, drawn_progress
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_tune
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app
 from modekit.errors import TuneError
 
 
+@dataclass(frozen=True)
+class TuneOptions:
+    """How much is searched, where, and by how many."""
+
+    trials: Annotated[int, typer.Option(min=1, help="Variants to try; the fixed ones among them always are.")] = 48
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = 8_192
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
+    space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None
+    native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False
+    processes: Annotated[int, typer.Option(min=1, help="Processes that search at once.")] = 1
+    ray: Annotated[bool, typer.Option("--ray", help="Let Ray place the processes, on a cluster.")] = False
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the search.")] = 0
+    overwrite: Overwrite = False
+    as_json: AsJson = False
+    trust_remote_code: Trust = False
+
+
 @app.command()
+@grouped
 def tune(
     recipe: RecipePath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the best mixture.")],
-    trials: Annotated[int, typer.Option(min=1, help="Variants to try; the fixed ones among them always are.")] = 48,
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = 8_192,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
-    space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None,
-    native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that search at once.")] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="Let Ray place the processes, on a cluster.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the search.")] = 0,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
+    options: TuneOptions,
 ) -> None:
     """Find the best mixture of a recipe's experts on held-out text, and build it."""
-    from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
     try:
         from modekit.search.tune.settings import TuneSettings
-        from modekit.search.tune.space import read_space
-        from modekit.search.tune.tune import plain_recipe, space_of
+        from modekit.search.tune.tune import asked_space
         from modekit.search.tune.tune import tune as run
     except ModuleNotFoundError as error:
         if error.name != "optuna":
@@ -46,17 +56,17 @@ def tune(
         raise TuneError(f"a search needs {error.name}", remedy="pip install 'modekit[tune]'") from None
 
     parsed, root = load_recipe(recipe), recipe.resolve().parent
-    wanted = None
-    if space is not None:
-        plan = make_plan(plain_recipe(parsed), root, trust_remote_code=trust_remote_code)
-        wanted = read_space(space, space_of(parsed, root, plan, native=native))
-    settings = TuneSettings(trials, tokens, sequence_length, seed, processes, ray)
+    trust = options.trust_remote_code
+    space = asked_space(options.space, parsed, root, native=options.native, trust_remote_code=trust)
+    settings = TuneSettings(
+        options.trials, options.tokens, options.sequence_length, options.seed, options.processes, options.ray
+    )
     with drawn_progress() as progress:
         results = run(
-            parsed, root, output.resolve(), space=wanted, settings=settings, native=native, overwrite=overwrite,
-            trust_remote_code=trust_remote_code, progress=progress,
+            parsed, root, output.resolve(), space=space, settings=settings, native=options.native,
+            overwrite=options.overwrite, trust_remote_code=trust, progress=progress,
         )  # fmt: skip
-    if as_json:
+    if options.as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
         return
     print_tune(results)

@@ -157,6 +157,12 @@ class DemoResults:
         return summary
 
 
+def folder_of(what: What, *, real: bool, quick: bool) -> Path:
+    """Where a kind of demo lies when nothing else is said: demo, demo-full, ..."""
+    kinds = {"mlp": [], "full": ["full"], "lora": ["adapters"]}[what]
+    return Path("-".join(["demo", *kinds, *(["real"] if real else []), *(["quick"] if quick else [])]))
+
+
 def run_demo(
     out: Path, *, seeds: Sequence[int] = (0,), what: What = "mlp", real: bool = False, quick: bool = False, progress: Progress
 ) -> DemoResults:

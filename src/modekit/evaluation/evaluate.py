@@ -18,6 +18,7 @@ from modekit.evaluation.gaps import SMALLEST_GAP, gaps_of, with_gaps
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import Job, row_jobs
 from modekit.evaluation.loss import score_domain
+from modekit.evaluation.notes import notes_of
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.results_folder import UNREADABLE, read_results, write_results
 from modekit.progress import Progress, silent
@@ -51,8 +52,10 @@ def evaluate(
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
     if gapless:
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
+    rows = with_gaps(rows, gaps)
+    notes += notes_of(rows, domains, SMALLEST_GAP)
     results = Results(
-        with_gaps(rows, gaps),
+        rows,
         [domain.name for domain in domains if domain.expert is not None],
         [domain.name for domain in domains if domain.expert is None],
         {domain.name: domain.record for domain in domains},

@@ -12,13 +12,13 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.staging import refuse_existing, staging, write_json
-from modekit.errors import UnsupportedError
+from modekit.errors import ModekitError, UnsupportedError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model, load_tokenizer, without_bars
@@ -31,7 +31,24 @@ from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
 
+RANK = 16
+"""Of an adapter, when nothing is said."""
 What = Literal["mlp", "lora", "full"]
+
+
+def checked_choice(train: str, rank: int | None, learning_rate: float | None) -> tuple[What, int, float]:
+    """What moves, the rank and the peak learning rate, with the defaults of that kind of training.
+
+    Raises ModekitError for a kind that there is not, and for a rank without an adapter.
+    """
+    if train not in get_args(What):
+        raise ModekitError(
+            "unknown choice", where="--train", found=train, expected="mlp, lora or full", remedy="write one of them"
+        )
+    if rank is not None and train != "lora":
+        raise ModekitError("the setting has no effect", where="--rank", found=rank, remedy="remove it, or add --train lora")
+    rate = learning_rate if learning_rate is not None else 1e-3 if train == "lora" else 1e-4
+    return cast(What, train), rank or RANK, rate
 
 
 def specialize(
@@ -41,7 +58,7 @@ def specialize(
     *,
     root: Path,
     train: What = "mlp",
-    rank: int = 16,
+    rank: int = RANK,
     training: Training | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,

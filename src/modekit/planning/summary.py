@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 from modekit.planning.plan import Plan
+from modekit.planning.work import fit_work
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
@@ -25,6 +26,7 @@ def summary(plan: Plan) -> dict[str, Any]:
     """A plan as plain data: what `modekit plan --json` prints. The disk is that of the recipe's folder."""
     recipe = plan.recipe
     statistics = plan.statistics_bytes(in_memory=False) if recipe.mixture.keeps_statistics else 0
+    work = fit_work(plan)
     operations: dict[str, int] = {}
     for tensor in plan.tensors:
         label = "router" if tensor.role == "router" else tensor.operation
@@ -50,5 +52,6 @@ def summary(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters(),
         "disk": {"needed": plan.bytes_written + statistics, "free": shutil.disk_usage(plan.root).free},
         "memory": plan.memory(),
+        "fit": work.as_data() if work is not None else None,
         "notes": list(plan.notes),
     }

@@ -1,9 +1,9 @@
-"""The paths that a recipe names: where they are, and the same paths said from another folder."""
+"""The paths that a recipe names: where they are, and the same paths said from another folder, or for other people."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,26 @@ def from_folder(recipe: Mapping[str, Any], root: Path, folder: Path) -> dict[str
             return spec
         relative = os.path.relpath(root / spec, folder)
         return relative if relative.startswith("..") else f"./{relative}"
+
+    return with_specs(recipe, moved)
+
+
+def with_names(recipe: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """The recipe with every path, relative to `root`, cut to its last name: ./medicine. Hub ids stay as they are."""
+    return with_specs(recipe, lambda spec: name_of(spec, root))
+
+
+def name_of(spec: str, root: Path) -> str:
+    """What a recipe names, without where it lies on this machine; a hub id stays as it is."""
+    folder = locate(spec, root)
+    if folder is None and not spec.startswith((".", "/", "~")) and spec.count("/") <= 1:
+        return spec
+    name = Path(spec).name
+    return f"./{name if name not in ('', '..') or folder is None else folder.name}"
+
+
+def with_specs(recipe: Mapping[str, Any], moved: Callable[[str], str]) -> dict[str, Any]:
+    """The recipe with every model and text said as `moved` says it."""
 
     def moved_texts(texts: str | Sequence[str]) -> str | list[str]:
         return moved(texts) if isinstance(texts, str) else [moved(text) for text in texts]

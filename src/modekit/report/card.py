@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import Record
 from modekit.checkpoint.staging import write_atomically
 from modekit.errors import OutputError
 from modekit.evaluation.identity import belongs_to
@@ -48,33 +49,51 @@ def write_card(checkpoint: Checkpoint, *, overwrite: bool = False, ask_hub: bool
     Licences of hub models whose README is not at hand are asked for with `ask_hub`. Raises OutputError when there is a file
     that modekit did not write, or that was changed since, unless `overwrite`.
     """
-    sources = sources_of(checkpoint, ask_hub=ask_hub)
-    known = facts(sources)
-    results, problem = _results(checkpoint)
-    notes = [*([problem] if problem else []), *known]
-    data = _metadata(checkpoint, sources)
-    if data.base_model is None:
-        notes.append("base_model is left out: the sources are folders, and none of them says what it was made from")
-    contents = {CARD_FILE: f"---\n{data.to_yaml()}\n---\n\n{_body(checkpoint, sources, known, results, problem)}"}
-    if data.license_link == LICENCE_FILE:
-        contents[LICENCE_FILE] = _licence_page(sources, known)
-    files = {checkpoint.folder / name: content for name, content in contents.items()}
+    made = make_card(checkpoint, ask_hub=ask_hub)
+    files = {checkpoint.folder / name: content for name, content in made.contents.items()}
     for path in files:
-        if not overwrite and not _is_ours(path):
+        if not overwrite and not is_ours(path):
             raise OutputError(
                 "a file that modekit did not write, or that was changed since, would be lost", where=str(path),
                 remedy="move it away, or pass --overwrite",
             )  # fmt: skip
     for path, content in files.items():
-        write_atomically(path, _marked(content).encode())
-    return Card(list(files), str(data.license), notes)
+        write_atomically(path, content)
+    return Card(list(files), made.licence, made.notes)
+
+
+@dataclass(frozen=True)
+class CardText:
+    """A card that is not written yet: files by name, and what it could not say."""
+
+    contents: Mapping[str, bytes]
+    licence: str
+    notes: Sequence[str]
+
+
+def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: Record | None = None) -> CardText:
+    """The card's files. `shown` is the record as it is shown to others, by default the checkpoint's own."""
+    sources = sources_of(checkpoint, ask_hub=ask_hub)
+    results, problem = _results(checkpoint)
+    data = _metadata(checkpoint, sources)
+    if shown is not None:
+        sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
+    known = facts(sources)
+    notes = [*([problem] if problem else []), *known]
+    if data.base_model is None:
+        notes.append("base_model is left out: the sources are folders, and none of them says what it was made from")
+    body = _body(Checkpoint(checkpoint.folder, shown or checkpoint.record), sources, known, results, problem)
+    contents = {CARD_FILE: f"---\n{data.to_yaml()}\n---\n\n{body}"}
+    if data.license_link == LICENCE_FILE:
+        contents[LICENCE_FILE] = _licence_page(sources, known)
+    return CardText({name: _marked(text).encode() for name, text in contents.items()}, str(data.license), notes)
 
 
 def _marked(content: str) -> str:
     return f"{content}\n<!-- modekit card {hashlib.sha256(content.encode()).hexdigest()} -->\n"
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether nothing is there, or what modekit wrote and nobody changed."""
     if not path.exists():
         return True

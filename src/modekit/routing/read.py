@@ -83,6 +83,11 @@ class Reader:
         self._settings = fitting.settings
         self._tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
         self._view: ExpertView | None = None
+        self._done = self._total = 0
+
+    def expect(self, domains: Sequence[DomainToRead]) -> None:
+        """Say beforehand what will be read one by one, so that progress is that of all of it."""
+        self._total = sum(len(sequence.ids) for domain in domains for sequence in domain.sequences)
 
     def look_at(self, place: int, expert: Expert) -> DomainToRead:
         """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.
@@ -123,12 +128,13 @@ class Reader:
         """Read one domain's text once for readers that differ in how they average, and keep what each of them wants."""
         domains = [domain for _, domain in others]
         first = domains[0]
-        total = sum(len(sequence.ids) for sequence in first.sequences)
-        done = 0
+        total = self._total or sum(len(sequence.ids) for sequence in first.sequences)
+        done = self._done if self._total else 0
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
+            self._done = done
             self._fitting.progress(f"read {first.name}", done, total)
 
         found = capture_domain(

@@ -15,6 +15,7 @@ def solve_gates(fitting: Fitting) -> FittedRouter:
     reader = Reader(fitting)
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
     looked_at = [reader.look_at(place, expert) for place, expert in enumerate(experts)]
+    reader.expect(looked_at)
     domains = [reader.read(domain) for domain in looked_at]
     if not processes().is_main:
         return FittedRouter([], RouterRecord.unfitted(fitting.recipe))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from modekit.errors import SourceError
@@ -48,8 +49,10 @@ def open_recipe_sources(
 ) -> tuple[ModelSource, ...]:
     """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
 
-    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers.
+    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers. Raises SourceError; folders
+    that do not exist are named all at once, before anything is opened.
     """
+    _check_folders(recipe, root)
 
     def opened(label: str, spec: str, revision: str | None) -> ModelSource:
         if headers_only and local_folder(spec, root=root, label=label) is None:
@@ -71,3 +74,27 @@ def open_recipe_sources(
 
     experts = (expert_source(f"experts[{place}] '{expert.name}'", expert) for place, expert in enumerate(recipe.experts))
     return (base, *experts)
+
+
+def _check_folders(recipe: Recipe, root: Path) -> None:
+    missing: list[SourceError] = []
+    for label, spec in _named(recipe):
+        try:
+            local_folder(spec, root=root, label=label)
+        except SourceError as error:
+            missing.append(error)
+    if len(missing) == 1:
+        raise missing[0]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} model folders do not exist", where="; ".join(str(error.where) for error in missing),
+            found="; ".join(str(error.found) for error in missing), remedy="correct the paths",
+        )  # fmt: skip
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every model that a recipe names: where it does so, and its path or hub id."""
+    yield "base_model", recipe.base_model
+    for place, expert in enumerate(recipe.experts):
+        if not expert.is_base:
+            yield f"experts[{place}] '{expert.name}'", expert.source

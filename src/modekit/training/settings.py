@@ -6,6 +6,7 @@ Every default that is a number has its source beside it. The settings of a run a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ WEIGHTS: dict[Loss, float] = {
 
 DISTILLS = {"distill", "distill_reverse"}
 """Losses that need the domains' own experts as teachers."""
+_FEWEST_SELECT_TOKENS = 64
 _READS_LABEL = {"label", *DISTILLS}
 OF_ROUTERS = {"label", "balance", "importance", "z"}
 """Losses that are taken of what routers say."""
@@ -100,7 +102,7 @@ class TrainSettings(BaseModel):
     randomise: float = Field(0.0, ge=0, lt=1)
     pack: bool | None = None
     share: float = Field(1.0, gt=0, le=1)
-    select_tokens: int = Field(8_192, ge=64)
+    select_tokens: int = Field(8_192, ge=_FEWEST_SELECT_TOKENS)
     evaluate_every: int | None = Field(None, ge=1)
     patience: int = Field(4, ge=1)
     cache_bytes: int = Field(2 * 2**30, ge=2**20)
@@ -170,3 +172,16 @@ def read_settings(path: Path) -> dict[str, Any]:
             "the settings file holds no mapping", where=str(path), expected="what: [routers]", remedy="correct it"
         )
     return values
+
+
+def given_settings(said: Mapping[str, Any], file: Path | None, *, held_out_tokens: int | None = None) -> TrainSettings:
+    """Settings of a file with what was said besides, which counts more. Raises TrainingError.
+
+    `held_out_tokens` is how much held-out text per domain the tables were asked to read, if they were: where nothing says how
+    much of it states are compared on, that is no more.
+    """
+    values = {**(read_settings(file) if file is not None else {}), **said}
+    if held_out_tokens:
+        default = int(TrainSettings.model_fields["select_tokens"].default)
+        values.setdefault("select_tokens", max(_FEWEST_SELECT_TOKENS, min(default, held_out_tokens)))
+    return train_settings(values, where=str(file) if file is not None else "modekit train")

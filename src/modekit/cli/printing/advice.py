@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
-from modekit.cli.printing.mixtures import bytes_of, count_of, out
+from modekit.cli.printing.console import out, shows_bold
+from modekit.cli.printing.figures import bytes_of, count_of, three_digits
+from modekit.cli.printing.mixtures import fit_said, print_notes
+from modekit.cli.printing.table import OWN, Cell, Table
 
 if TYPE_CHECKING:
     from modekit.search.advise.advice import Advice
     from modekit.search.advise.findings import Finding
     from modekit.search.advise.gain import Figure
 
-_MOST_WITH_ERRORS = 4  # columns that fit a terminal
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
@@ -35,32 +36,25 @@ def print_advice(advice: Advice) -> None:
     _print_choices(advice)
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
-    return table
-
-
 def _print_drift(advice: Advice, moved: Sequence[int]) -> None:
     drift = advice.drift
-    table = _table("expert", "all", *drift.groups)
+    table = Table("expert", ["all", *drift.groups])
     for place in moved:
         cells = []
         for group in drift.groups:
             relative, share = drift.relative(place, group), drift.share(place, group)
-            cells.append("0" if share == 0 else f"{'-' if relative is None else f'{relative:.3f}'}  {share:4.0%}")
-        table.add_row(escape(advice.name(place)), f"{drift.total(place):.3f}", *cells)
+            cells.append("0" if share == 0 else f"{'-' if relative is None else three_digits(relative)}  {share:4.0%}")
+        table.add(advice.name(place), three_digits(drift.total(place)), *cells)
     out.print("How far experts moved: |difference| / |base|, and the group's share of the squared difference.")
     out.print(table)
 
 
 def _print_cosines(advice: Advice, moved: Sequence[int]) -> None:
-    table = _table("expert", *(escape(advice.name(place)) for place in moved))
+    table = Table("expert", [advice.name(place) for place in moved])
     for place in moved:
         cosines = ((other, advice.drift.cosine(place, other)) for other in moved)
-        table.add_row(
-            escape(advice.name(place)),
+        table.add(
+            advice.name(place),
             *("" if other == place or cosine is None else f"{cosine:.2f}" for other, cosine in cosines),
         )
     out.print("\nWhether they moved the same way: cosine of their differences from the base.")
@@ -71,15 +65,13 @@ def _print_losses(advice: Advice) -> None:
     gains = advice.measured.gains
     assert gains is not None
     domains = list(next(iter(gains.whole.values())))
-    table = _table("model", *(escape(advice.name(place)) for place in domains))
+    table = Table("model", [advice.name(place) for place in domains])
     for model, row in gains.whole.items():
-        cells = [f"[bold]{row[domain].mean:.3f}[/]" if domain == model else f"{row[domain].mean:.3f}" for domain in domains]
-        table.add_row(escape(advice.name(model)), *cells)
+        table.add(advice.name(model), *(Cell(f"{row[domain].mean:.3f}", own=domain == model) for domain in domains))
     tokens = [advice.measured.texts[place]["tokens"] for place in domains]
     size = f"{min(tokens):,}" + (f" to {max(tokens):,}" if min(tokens) < max(tokens) else "")
-    out.print(
-        f"\nHeld-out loss in nats per token ({size} tokens per domain of the select split), an expert's own text in bold."
-    )
+    own = "in bold" if shows_bold(out) else f"marked {OWN}"
+    out.print(f"\nHeld-out loss in nats per token ({size} tokens per domain of the select split), an expert's own text {own}.")
     out.print(table)
 
 
@@ -89,28 +81,29 @@ def _print_gains(advice: Advice) -> None:
     columns = {place: shares for place in gains.parts if (shares := advice.shares(place)) is not None}
     if not columns:
         return
-    errors = len(columns) <= _MOST_WITH_ERRORS
-
-    def figure(share: Figure) -> str:
-        return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if errors and share.error else "")
-
-    table = _table("put into the base", *(escape(advice.name(place)) for place in columns))
+    table = Table("put into the base", [advice.name(place) for place in columns])
     for part in next(iter(columns.values())):
-        table.add_row(part, *(figure(shares[part]) for shares in columns.values()))
+        table.add(part, *(_with_error(shares[part]) for shares in columns.values()))
     if gains.on_average:
         on_average = (gains.share(place, gains.on_average[place]) for place in columns)
-        table.add_row("ffn, rest averaged", *map(figure, on_average))
-    title = "Where the gain sits: share of an expert's gain on its own text"
-    out.print(f"\n{title}, with its standard error." if errors else f"\n{title} (standard errors: --json).")
+        table.add("ffn, rest averaged", *map(_with_error, on_average))
+    out.print("\nWhere the gain sits: share of an expert's gain on its own text, with its standard error.")
     out.print(table)
+    without = [advice.name(place) for place, shares in columns.items() if any(share.error is None for share in shares.values())]
+    if without:
+        print_notes([f"too little text to say how sure the figures of {', '.join(without)} are: give more, or more --tokens"])
+
+
+def _with_error(share: Figure) -> str:
+    return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if share.error else "")
 
 
 def _print_words(advice: Advice) -> None:
     words = advice.measured.confusion
     assert words is not None
-    table = _table("text of", *(escape(advice.name(place)) for place in words.domains))
+    table = Table("text of", [advice.name(place) for place in words.domains])
     for row, place in enumerate(words.domains):
-        table.add_row(escape(advice.name(place)), *(f"{share:.2f}" for share in words.named[row]))
+        table.add(advice.name(place), *(f"{share:.2f}" for share in words.named[row]))
     out.print("\nWhich domain n-grams take a token for, knowing the text so far: share of held-out tokens.")
     out.print(table)
 
@@ -145,6 +138,7 @@ def _print_choices(advice: Advice) -> None:
         f"[bold]gives[/] {escape(plan['architecture'])}, {count_of(sizes['total'])} parameters, {count_of(sizes['active'])} "
         f"active per token, {bytes_of(plan['bytes']['written'])}", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    out.print(f"[bold]fit[/] {escape(fit_said(plan['fit']))}", highlight=False, soft_wrap=True)
     for note in plan["notes"]:
         out.print(f"  [yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     for limit in advice.limits:

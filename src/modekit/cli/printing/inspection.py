@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 from rich.markup import escape
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
-from modekit.cli.printing.mixtures import out
+from modekit.cli.printing.console import out, shows_bold
+from modekit.cli.printing.table import OWN, Cell, Table
 
 if TYPE_CHECKING:
     from modekit.evaluation.inspection.words import Word
@@ -36,7 +36,8 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
     titles = [f"{name}\nunseen" if name in unseen else name for name in domains]
     used = data["utilisation"]
 
-    out.print("Mean weight of each expert per domain; in brackets the fraction of tokens that chose it.")
+    own = "in bold" if shows_bold(out) else f"marked {OWN}"
+    out.print(f"Mean weight of each expert per domain (its own {own}); in brackets the fraction of tokens that chose it.")
     rows: list[_Row] = []
     for place, name in enumerate(names):
         cells = [
@@ -97,10 +98,10 @@ def _print_without(names: Sequence[str], titles: Sequence[str], domains: Mapping
     _print_table("left out", titles, rows)
 
 
-def _bold_own(cells: Sequence[str], domains: Mapping[str, Any], name: str) -> list[str]:
+def _bold_own(cells: Sequence[str], domains: Mapping[str, Any], name: str) -> list[str | Cell]:
     """The cells of an expert with that of its own domain in bold."""
     own = [entry["expert"] == name for entry in domains.values()]
-    return [f"[bold]{cell}[/]" if mine else cell for cell, mine in zip(cells, own, strict=True)]
+    return [Cell(cell, own=mine) for cell, mine in zip(cells, own, strict=True)]
 
 
 def _print_dead(data: Mapping[str, Any]) -> None:
@@ -165,7 +166,7 @@ def _print_worth(trace: Mapping[str, Any]) -> None:
 
 
 def _print_glossed(words: Sequence[Word], gloss: Callable[[Word], str], style: Callable[[Word], Style]) -> None:
-    """Words side by side with a line below them, wrapped to the terminal's width."""
+    """Words side by side with a line below them, wrapped to the terminal's width, in a file to a line one can read."""
     above, below, used = Text(), Text(), 0
     for word in words:
         shown, under = printable(word.text), gloss(word)
@@ -205,28 +206,15 @@ def printable(text: str) -> str:
     return "␣" * (len(shown) - len(shown.lstrip(" "))) + stripped if stripped else "␣" * len(shown)
 
 
-_Row = tuple[str, Sequence[str], str]
-"""Name, cells in markup, style."""
+_Row = tuple[str, Sequence[str | Cell], str]
+"""Name, cells, style."""
 
 
 def _print_table(first: str, titles: Sequence[str], rows: Sequence[_Row]) -> None:
-    """Draw a table; what is too wide for the terminal goes on in another one below."""
-    lines = [[title.split("\n") for title in titles], *([[Text.from_markup(c).plain] for c in cells] for _, cells, _ in rows)]
-    widths = [max(cell_len(line) for cells in lines for line in cells[place]) + 2 for place in range(len(titles))]
-    names = max(cell_len(name) for name in (first, *(name for name, _, _ in rows)))
-    start = 0
-    while start < len(titles):
-        stop = start + 1
-        while stop < len(titles) and names + sum(widths[start : stop + 1]) <= out.width:
-            stop += 1
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column(escape(first), no_wrap=True)
-        for title in titles[start:stop]:
-            table.add_column(escape(title), justify="right", no_wrap=True)
-        for name, cells, style in rows:
-            table.add_row(escape(name), *cells[start:stop], style=style)
-        out.print(table)
-        start = stop
+    table = Table(first, titles)
+    for name, cells, style in rows:
+        table.add(name, *cells, style=style)
+    out.print(table)
 
 
 def _print_notes(notes: Iterable[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from modekit.cli.printing.console import err, out
+from modekit.cli.printing.figures import bytes_of, count_of, three_digits, time_of
+from modekit.cli.printing.table import Cell, Table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,24 +19,23 @@ if TYPE_CHECKING:
     from modekit.search.tune.results import TuneResults
     from modekit.training.finish import TrainedMixture
 
-out = Console()
-err = Console(stderr=True)
-
 
 def print_results(results: Results) -> None:
     """Draw the table of an evaluation."""
     header, body = results.table(between="\n")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate(header):
-        table.add_column(title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
-    for cells in body:
-        style = "bold green" if cells[0] == "mixture" else None
-        name = cells[0] if len(cells[0]) < 16 else cells[0].replace(" ", "\n", 1)
-        table.add_row(*map(escape, [name, *cells[1:]]), style=style)
-    out.print("Held-out loss in nats per token, perplexity below; gap closed: 1 = as good as each domain's own expert.")
+    table = Table(header[0], [title.replace(" ", "\n") for title in header[1:]])
+    for name, *cells in body:
+        table.add(name, *cells, style="bold green" if name == "mixture" else "")
+    place = "after /" if out.soft_wrap else "below"
+    out.print(f"Held-out loss in nats per token, perplexity {place}; gap closed: 1 = as good as each domain's own expert.")
     out.print(table)
-    for note in results.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+    print_notes(results.notes)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Draw what has to be said of a table."""
+    for note in notes:
+        out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
 
 
 _SHOWN_CANDIDATES = 12
@@ -43,16 +44,18 @@ _SHOWN_CANDIDATES = 12
 def print_tune(results: TuneResults) -> None:
     """Draw the best candidates of a search, and the fixed variants."""
     header, body = results.table()
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    table = Table("variant", header[2:])
     named = [bool(candidate.name) for candidate in results.ranked()]
     left_out = 0
     for place, (cells, is_named) in enumerate(zip(body, named, strict=True)):
         if place < _SHOWN_CANDIDATES or is_named or cells[0]:
-            style = "bold green" if cells[0] == "best" else "dim" if cells[2].startswith("(") else None
-            table.add_row(*map(escape, cells), style=style)
+            mark, variant, *figures = cells
+            style = "bold green" if mark == "best" else "dim" if figures[0].startswith("(") else ""
+            table.add(f"{mark}: {variant}" if mark else variant, *figures, style=style)
         else:
             left_out += 1
-    out.print("Mean held-out loss; compared on the select split, the report split chose nothing. In brackets: dropped early.")
+    out.print("Mean held-out loss; compared on the select split, the report split chose nothing. In brackets: dropped early;")
+    out.print("front: no other variant is better with as few active parameters.")
     out.print(table)
     more = f"; {left_out} more in tune.md" if left_out else ""
     out.print(f"[dim]{len(body)} variants in {results.seconds:.0f} s{more}[/]")
@@ -63,13 +66,12 @@ def print_training(folder: Path, training: TrainedMixture) -> None:
     record = training.record
     if training.results is not None:
         print_results(training.results)
-    table = Table("domain", "before", "after", box=None, pad_edge=False)
+    table = Table("domain", ["before", "after"])
     for name, loss in record.select_loss.items():
-        table.add_row(escape(name), f"{loss['before']:.4f}", f"{loss['after']:.4f}")
+        table.add(name, f"{loss['before']:.4f}", f"{loss['after']:.4f}")
     out.print("Held-out loss by which states were compared (select split).")
     out.print(table)
-    for note in record.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+    print_notes(record.notes)
     moved = f"{count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} tokens"
     verdict = "trained" if training.improved else "left as it was"
     out.print(f"[bold]{escape(str(folder))}[/]: {verdict}; {moved}")
@@ -77,37 +79,35 @@ def print_training(folder: Path, training: TrainedMixture) -> None:
 
 def print_summary(summary: dict[str, dict[str, float | None]]) -> None:
     """Draw the means over the seeds of a demo."""
-    table = Table("model", "mean loss", "gap closed", "unseen / base", box=None, pad_edge=False)
+    table = Table("model", ["mean loss", "gap closed", "unseen / base"])
     for name, figures in summary.items():
         cells = [
             "-" if figures[key] is None else f"{figures[key]:.3f} ± {figures[key + '_spread']:.3f}"
             for key in ("mean_loss", "gap_closed", "unseen_against_base")
         ]
-        table.add_row(name, *cells)
+        table.add(name, *cells)
     out.print("Over the seeds: mean and largest deviation.")
     out.print(table)
 
 
 def print_checks(checks: Sequence[Check]) -> None:
     """Draw what a verification found."""
-    table = Table("check", "verdict", "detail", box=None, pad_edge=False)
+    table = Table("check", ["verdict", "detail"], prose=True)
     colours = {"proven": "green", "failed": "red", "not possible": "yellow"}
     for check in checks:
-        table.add_row(check.name, f"[{colours[check.verdict]}]{check.verdict}[/]", escape(check.detail))
+        table.add(check.name, Cell(check.verdict, colours[check.verdict]), check.detail)
     out.print(table)
 
 
 def print_extract(record: dict[str, Any]) -> None:
     """Draw what an extraction kept, by the kind of module."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate(("module", "number", "rank", "drift", "error\nin weight", "error\nin output")):
-        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=True)
+    table = Table("module", ["number", "rank", "drift", "error\nin weight", "error\nin output"])
     weighted = record["text"] is not None
 
-    def add(name: str, row: dict[str, Any], style: str | None = None) -> None:
+    def add(name: str, row: dict[str, Any], style: str = "") -> None:
         low, high = row["smallest_rank"], row["largest_rank"]
-        table.add_row(
-            escape(name), str(row["modules"]), str(low) if low == high else f"{low}-{high}", _share(row["drift"]),
+        table.add(
+            name, str(row["modules"]), str(low) if low == high else f"{low}-{high}", _share(row["drift"]),
             _share(row["weight_error"]), _share(row["error"]) if weighted else "-", style=style,
         )  # fmt: skip
 
@@ -119,14 +119,12 @@ def print_extract(record: dict[str, Any]) -> None:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else three_digits(value)
 
 
 def print_plan(summary: dict[str, Any]) -> None:
     """Draw what a build would do."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+    table = Table("", [""], prose=True, name_style="bold")
     parameters, sizes, memory, disk = summary["parameters"], summary["bytes"], summary["memory"], summary["disk"]
     operations = ", ".join(f"{count} {name}" for name, count in summary["tensors"].items() if name != "total")
     rows = [
@@ -148,25 +146,23 @@ def print_plan(summary: dict[str, Any]) -> None:
             "memory",
             f"{bytes_of(memory['build'])} to build, {bytes_of(memory['fit'])} to fit, {bytes_of(memory['load'])} to load",
         ),
+        ("fit", fit_said(summary["fit"])),
         *(("note", note) for note in summary["notes"]),
     ]
     for name, value in rows:
-        table.add_row(name, escape(value))
+        table.add(name, value)
     out.print(table)
     if disk["needed"] > disk["free"]:
         err.print("[yellow]the disk has too little free space for this build[/]")
 
 
-def bytes_of(count: int) -> str:
-    """A size in the unit that suits it."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-def count_of(number: int) -> str:
-    """A number of parameters, in millions or billions."""
-    if number < 10_000:
-        return str(number)
-    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+def fit_said(work: Mapping[str, Any] | None) -> str:
+    """How much the fit of the router has to do, and how long that takes."""
+    if work is None:
+        return "nothing to read: the router is set without text"
+    if not work["reads"]:
+        return "counts n-grams: no model is run, seconds"
+    much = f"at most {work['tokens']:,} tokens, {work['flops']:.1e} floating-point operations"
+    if work["seconds"] is None:
+        return f"{much}; time unknown (modekit plan --time measures it)"
+    return f"{much}; {time_of(work['seconds'])} on this machine"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
-from modekit.cli.printing.mixtures import out
+from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.table import Cell, Table
 
 if TYPE_CHECKING:
     from modekit.evaluation.tasks.intervals import Estimate
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 def print_tasks(results: TaskResults) -> None:
     """Draw a table per kind of question, a column per model; then one of the tasks asked for by name."""
-    out.print("Scores of each model, 95 % interval below; mixture -: the mixture's mean minus the model's, paired.")
+    place = "after /" if out.soft_wrap else "below"
+    out.print(f"Scores of each model, 95 % interval {place}; mixture -: the mixture's mean minus the model's, paired.")
     kinds: dict[str, dict[str, TaskScores]] = {}
     for name, scores in results.tasks.items():
         if scores.domain is not None:
@@ -31,8 +33,7 @@ def print_tasks(results: TaskResults) -> None:
     for metric in dict.fromkeys(scores.metric for scores in named.values()):
         of_metric = {name: scores for name, scores in named.items() if scores.metric == metric}
         _print_table(results, "tasks", of_metric, results.macro.get(metric))
-    for note in results.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+    print_notes(results.notes)
 
 
 def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScores], mean: TaskScores | None) -> None:
@@ -43,21 +44,23 @@ def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScore
         f"[bold]{escape(title)}[/] ({escape(first.metric)}{chance}{'' if first.higher_is_better else ', less is better'})"
     )
     models = [model for model in results.models if any(model in scores.rows for scores in [first, *lines.values()])]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("n", justify="right", style="dim", no_wrap=True)
-    for model in models:
-        table.add_column(escape(model), justify="right", no_wrap=True, style="green" if model == "mixture" else None)
+    table = Table("", ["n", *models])
     for label, scores in lines.items():
         cells = [_cell(scores.rows.get(model), scores.metric) for model in models]
-        table.add_row(escape(label), str(scores.items), *map(escape, cells))
+        table.add(label, Cell(str(scores.items), "dim"), *_green(models, cells))
     if mean is not None:
-        table.add_row("mean", str(mean.items), *(escape(_cell(mean.rows.get(m), mean.metric)) for m in models), style="bold")
+        cells = [_cell(mean.rows.get(model), mean.metric) for model in models]
+        table.add("mean", Cell(str(mean.items), "dim"), *_green(models, cells), style="bold")
     if first is mean and first.differences:
         cells = [_cell(mean.differences.get(model), mean.metric, "+") for model in models]
-        table.add_row("mixture -", "", *map(escape, cells))
+        table.add("mixture -", "", *_green(models, cells))
     out.print(table)
     out.print()
+
+
+def _green(models: Sequence[str], cells: Sequence[str]) -> list[Cell]:
+    """Cells with the mixture's in green."""
+    return [Cell(cell, "green" if model == "mixture" else "") for model, cell in zip(models, cells, strict=True)]
 
 
 def _cell(estimate: Estimate | None, metric: str, sign: str = "") -> str:

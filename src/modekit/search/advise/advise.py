@@ -59,6 +59,8 @@ def advise(
     findings += of_unmixed(recipe, drift, full, choices[0].mixture, facts)
     data = _advised(raw, kept, measured, choices, native)
     planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, trust_remote_code=trust_remote_code))
+    if planned["fit"] is not None and planned["fit"]["reads"] and measured.speed is not None:
+        planned["fit"]["seconds"] = planned["fit"]["flops"] / measured.speed
     return Advice(recipe, root, drift, usable, measured, findings, facts, choices, data, planned)
 
 

@@ -64,6 +64,13 @@ class Gains:
     parts: Mapping[int, Mapping[str, Losses]]
     on_average: Mapping[int, Losses] = field(default_factory=dict)
 
+    @property
+    def tokens(self) -> int:
+        """Scored in all; what is known from elsewhere counts once."""
+        scored = {id(losses): losses for row in self.whole.values() for losses in row.values()}
+        scored |= {id(losses): losses for row in self.parts.values() for losses in row.values()}
+        return int(sum(losses.tokens.sum() for losses in scored.values()))
+
     def with_average(self, losses: Mapping[int, Losses]) -> Gains:
         """The same with what FFNs do on the average backbone."""
         return replace(self, on_average=losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.sequences import TokenSequence
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from modekit.search.advise.confusion import Confusion
 
 
@@ -28,6 +31,7 @@ class Measured:
         texts: index of an expert -> record of its select text.
         unread: indices of experts whose text cannot be read.
         fittable: indices of experts that have documents for a router fit.
+        speed: floating-point operations per second of the passes that were run here.
     """
 
     texts: Mapping[int, Mapping[str, Any]]
@@ -35,6 +39,7 @@ class Measured:
     fittable: frozenset[int]
     gains: Gains | None
     confusion: Confusion | None
+    speed: float | None = None
 
 
 NOTHING = Measured({}, frozenset(), frozenset(), None, None)
@@ -64,18 +69,20 @@ def measure_text(
     confusion = measure_confusion(tokenizer, texts)
     findings += of_confusion(recipe, confusion) if confusion is not None else []
     scored = {index: text.sequences for index, text in texts.items() if text.sequences}
-    gains = None
+    gains = speed = None
     if scored:
-        gains = _gains(examined, scored, trust_remote_code, progress)
+        gains, speed = _gains(examined, scored, trust_remote_code, progress)
         findings += of_gains(recipe, gains, examined.moved, scored)
     records = {index: text.record for index, text in texts.items()}
-    return Measured(records, unread, fittable, gains, confusion), findings
+    return Measured(records, unread, fittable, gains, confusion, speed), findings
 
 
 def _gains(
     examined: Examined, scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress
-) -> Gains:
-    """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain."""
+) -> tuple[Gains, float | None]:
+    """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain. And
+    how fast the passes were.
+    """
     from modekit.loaded.load import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
@@ -84,11 +91,20 @@ def _gains(
         base = examined.models.base
         model = load_model(base.folder, trust_remote_code=trust_remote_code)
         patched = PatchedBase(model, [base, *examined.sources], examined.groups, examined.drift.moved, mappings)
+        started = time.perf_counter()
         gains = measure(patched, scored, examined.usable, progress=progress)
+        seconds = time.perf_counter() - started
         own = [index for index in examined.moved if helps(gains, index)]
         ffn = [gains.share(index, gains.parts[index]["ffn"]).value for index in own if index in gains.parts]
         if ffn and min(ffn) < NEARLY_ALL:
             gains = gains.with_average(on_average(patched, scored, own, progress=progress))
-        return gains
+        return gains, gains.tokens * 2 * _weights(model) / seconds if seconds > 0 else None
     finally:
         mappings.close()
+
+
+def _weights(model: PreTrainedModel) -> int:
+    """Weights that every token passes: all but an embedding that is looked up and is not the head as well."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return int(every - (0 if embedding is head else embedding.numel()))

@@ -37,7 +37,7 @@ from modekit.search.tune.results import TuneResults
 from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
 from modekit.search.tune.selection import Selection, read_selection
 from modekit.search.tune.settings import TuneSettings
-from modekit.search.tune.space import Space, default_space
+from modekit.search.tune.space import Space, default_space, read_space
 from modekit.search.tune.study import Job, candidate_recipe, candidates, prepare
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
@@ -135,6 +135,16 @@ def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> d
         f"{RESULTS_FOLDER}/tune.json": json_bytes({**made, **results.as_data()}),
         f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
     }
+
+
+def asked_space(
+    file: Path | None, recipe: Recipe, root: Path, *, native: bool, trust_remote_code: bool = False
+) -> Space | None:
+    """The space that a file narrows the default one to; None without a file. Raises TuneError."""
+    if file is None:
+        return None
+    plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
+    return read_space(file, space_of(recipe, root, plan, native=native))
 
 
 def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:

@@ -1,0 +1,47 @@
+"""Options of a command as one value: a frozen dataclass whose fields are the options, by the same names.
+
+    @dataclass(frozen=True)
+    class Scored:
+        tokens: Annotated[int, typer.Option(help="Held-out tokens per domain.")] = 8_192
+
+    @app.command()
+    @grouped
+    def score(checkpoint: OutFolder, options: Scored) -> None: ...
+
+gives `score CHECKPOINT --tokens 8192`. Typer reads a function's signature, so that is what is made here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from typing import Any, get_type_hints
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose dataclass parameters are spread out into their fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    spread: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        spread += _fields(groups[name]) if name in groups else [_option(name, hints[name], parameter.default)]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: kind(**{each.name: values.pop(each.name) for each in fields(kind)}) for name, kind in groups.items()}
+        command(**values, **given)
+
+    run.__dict__["__signature__"] = inspect.Signature(spread)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    return run
+
+
+def _fields(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [_option(each.name, hints[each.name], each.default) for each in fields(kind)]
+
+
+def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

@@ -1,0 +1,42 @@
+"""Figures as the command line says them: sizes, numbers of parameters, times, and small shares."""
+
+from __future__ import annotations
+
+
+def bytes_of(count: int) -> str:
+    """A size in the unit that suits it."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def count_of(number: int) -> str:
+    """A number of parameters, in millions or billions."""
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+def three_digits(value: float) -> str:
+    """A figure with three digits that mean something, however small it is."""
+    if value == 0 or not abs(value) < 100:
+        return f"{value:.0f}" if value else "0"
+    return f"{value:#.3g}"
+
+
+def clock_of(seconds: float) -> str:
+    """A time as a clock shows it: 0:07, 12:30, 1:02:30."""
+    whole = round(seconds)
+    minutes, hours = whole // 60 % 60, whole // 3600
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def time_of(seconds: float) -> str:
+    """About how long something takes, in words."""
+    if seconds < 1:
+        return "under a second"
+    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.1f} {unit}" if seconds < 10 * size else f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s"

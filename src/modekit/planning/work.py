@@ -1,0 +1,53 @@
+"""How much a fit of the router has to do: tokens and arithmetic, from the plan alone; no time is measured here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from modekit.planning.plan import Plan
+
+_TRAINED = 3  # a pass forward and back costs about three forward
+_TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
+
+
+@dataclass(frozen=True)
+class FitWork:
+    """What a fit does at most; texts may be shorter.
+
+    Attributes:
+        reads: whether a model reads the text; an n-gram router is counted, which takes seconds.
+        tokens: read by the model, of all domains together.
+        flops: floating-point operations of that and of the statistics that it keeps.
+        passes: how many passes forward a token costs.
+    """
+
+    reads: bool
+    tokens: int
+    flops: int
+    passes: int = 1
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON; `seconds` are None until somebody measures them."""
+        return {**asdict(self), "seconds": None}
+
+
+def fit_work(plan: Plan) -> FitWork | None:
+    """The work of setting the plan's router from text; None when it is set without."""
+    mixture, router = plan.recipe.mixture, plan.recipe.mixture.router
+    if not mixture.needs_text:
+        return None
+    if router.row.reads == "tokens":
+        return FitWork(False, 0, 0)
+    trained = router.row.reads == "training"
+    per_domain = (router.steps or 100) * _TRAINED_TOKENS // 100 if trained else router.tokens_per_domain
+    passes, tokens = _TRAINED if trained else 1, per_domain * plan.experts
+    statistics = 0 if trained else sum(2 * slot.shape[1] ** 2 for slot in plan.slots)
+    return FitWork(True, tokens, tokens * (2 * passes * _weights(plan) + statistics), passes)
+
+
+def _weights(plan: Plan) -> int:
+    """Weights of the decoder's layers that a token passes with one expert active."""
+    parameters = plan.parameters()
+    backbone = sum(tensor.numel for tensor in plan.tensors if tensor.role == "backbone" and ".layers." in tensor.name)
+    return backbone + parameters["per_expert"] + parameters["adapters"] // plan.experts

@@ -1,0 +1,166 @@
+"""A mixture for the hub: what goes there, without the router's statistics and without where things lie on this machine.
+
+modekit.json and recipe.yaml name models and texts by their hub ids or last names; the card is made anew unless somebody wrote
+it; results go along unless they name a path of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record
+from modekit.errors import OutputError
+from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.recipes.paths import name_of, with_names
+from modekit.recipes.recipe import Recipe
+from modekit.report.card import CARD_FILE, LICENCE_FILE, is_ours, make_card
+
+_RECIPE_FILE = "recipe.yaml"
+_AT_HOME = (f"{STATISTICS_FOLDER}/", f"{RESULTS_FOLDER}/tensorboard/")  # logs of tensorboard are named after the machine
+_TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt", ".svg"}
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What would go to the hub.
+
+    Attributes:
+        files: path in the repository -> the file as it is, or other bytes in its place.
+        left: what stays here -> its bytes.
+        notes: what a user should know of it.
+    """
+
+    files: Mapping[str, Path | bytes]
+    left: Mapping[str, int]
+    notes: Sequence[str]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file that goes."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in self.files.items()
+        }
+
+
+def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
+    """Everything of a checkpoint that others need. Nothing is written; `ask_hub` may look for licences there."""
+    shown = _shown(checkpoint)
+    made = {RECORD_FILE: _as_json(shown.model_dump(mode="json"))}
+    if (checkpoint.folder / _RECIPE_FILE).exists():
+        said = shown.model_dump(mode="json")["recipe"]
+        made[_RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
+    notes: list[str] = []
+    if is_ours(checkpoint.folder / CARD_FILE) and is_ours(checkpoint.folder / LICENCE_FILE):
+        card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)
+        made |= card.contents
+        notes += card.notes
+    private = _private(checkpoint)
+    files: dict[str, Path | bytes] = {}
+    left: dict[str, int] = {}
+    for path in sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint.folder).as_posix()
+        folder = next((each for each in _AT_HOME if name.startswith(each)), None)
+        if folder is not None or any(part.startswith(".") for part in Path(name).parts):
+            left[folder or name] = left.get(folder or name, 0) + path.stat().st_size
+        elif name not in made:
+            content, found = _content(path, private, checkpoint.record.recipe_digest, shown.recipe_digest)
+            if found is not None and name.startswith(f"{RESULTS_FOLDER}/"):
+                left[name] = path.stat().st_size
+                notes.append(f"{name} stays here, since it names {found}")
+                continue
+            if found is not None:
+                notes.append(f"{name} goes as it is, and names {found}")
+            files[name] = content
+    return Parcel(dict(sorted({**files, **made}.items())), left, notes)
+
+
+def push(parcel: Parcel, repo: str, *, private: bool | None = None) -> str:
+    """Make the repository if need be and upload everything in one commit; returns its address.
+
+    Raises OutputError when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
+        for name, content in parcel.files.items()
+    ]
+    with _explained(repo):
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.create_commit(url.repo_id, operations, commit_message="Mixture made with modekit")
+    return str(url)
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HFValidationError:
+        raise OutputError("not a name of a repository", where="REPO", found=repo, expected="NAME or OWNER/NAME",
+                          remedy="correct it") from None  # fmt: skip
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise OutputError(
+            "the hub did not take it", where=repo, found=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            remedy="log in with `hf auth login`, as somebody who may write there, and push again",
+        ) from None  # fmt: skip
+
+
+def _shown(checkpoint: Checkpoint) -> Record:
+    """The record with names where it has paths of this machine."""
+    record, root = checkpoint.record, checkpoint.recipe_root
+    recipe = Recipe.model_validate(with_names(record.model_dump(mode="json")["recipe"], root))
+    sources = []
+    for source in record.sources:
+        spec = name_of(source.spec, root)
+        sources.append(source.model_copy(update={"spec": spec, "folder": spec.removeprefix("./")}))
+    training = [
+        each.model_copy(update={"settings": {**each.settings, "generic": [name_of(g, root) for g in each.settings["generic"]]}})
+        if each.settings.get("generic")
+        else each
+        for each in record.training
+    ]
+    return record.model_copy(
+        update={
+            "recipe": recipe, "recipe_digest": recipe.digest(), "recipe_folder": ".", "sources": sources, "training": training,
+            "dense_config": {key: value for key, value in record.dense_config.items() if key != "_name_or_path"},
+        }
+    )  # fmt: skip
+
+
+def _private(checkpoint: Checkpoint) -> list[str]:
+    """Words that tell where things lie on this machine."""
+    record, root = checkpoint.record, checkpoint.recipe_root
+    recipe = record.recipe
+    texts = [spec for each in (*(expert.text or [] for expert in recipe.experts), *recipe.eval.values()) for spec in each]
+    generic = [spec for training in record.training for spec in training.settings.get("generic") or []]
+    specs = [*(source.spec for source in record.sources), *texts, *generic]
+    said = [spec for spec in specs if name_of(spec, root) not in {spec, f"./{spec}"}]
+    folders = [checkpoint.folder, *(checkpoint.folder / source.folder for source in record.sources)]
+    places = [folder.resolve().parent for folder in folders]
+    return [*dict.fromkeys([*said, *(f"{place}/" for place in (*places, root, Path.home()) if place != Path(place.anchor))])]
+
+
+def _content(path: Path, private: Sequence[str], digest: str, shown_digest: str) -> tuple[Path | bytes, str | None]:
+    """What goes in place of a file, with the digest of the recipe as it is shown; and what it says of this machine."""
+    if path.suffix not in _TEXT or path.name in {"tokenizer.json", "vocab.json", "merges.txt"}:
+        return path, None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return path, None
+    found = next((word for word in private if word in text or json.dumps(word)[1:-1] in text), None)
+    return (text.replace(digest, shown_digest).encode() if digest in text else path), found
+
+
+def _as_json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

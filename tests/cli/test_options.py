@@ -1,0 +1,96 @@
+"""Options as dataclasses, and the commands that are made of them."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import modekit.cli.mixtures as mixtures
+import modekit.cli.training as training
+from conftest import Workshop
+from modekit.cli.options import grouped
+from modekit.cli.shell import app
+from refusal import borrow, refuse
+
+
+@dataclass(frozen=True)
+class Scored:
+    tokens: Annotated[int, typer.Option(min=64, help="How many.")] = 8_192
+    text: Annotated[list[str] | None, typer.Option(help="Which.")] = None
+
+
+def test_fields_become_options() -> None:
+    got: list[Any] = []
+    small = typer.Typer()
+
+    @small.command()
+    @grouped
+    def score(folder: Path, options: Scored, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
+        got.append((folder, options, loud))
+
+    runner = CliRunner()
+    assert runner.invoke(small, ["OUT"]).exit_code == 0
+    assert runner.invoke(small, ["OUT", "--tokens", "100", "--text", "a", "--text", "b", "--loud"]).exit_code == 0
+    assert runner.invoke(small, ["OUT", "--tokens", "1"]).exit_code == 2
+    assert got == [(Path("OUT"), Scored(), False), (Path("OUT"), Scored(100, ["a", "b"]), True)]
+
+
+def test_no_command_takes_more_than_six_parameters() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        written = inspect.unwrap(command.callback, stop=lambda each: not hasattr(each, "__wrapped__"))
+        count = written.__code__.co_argcount + written.__code__.co_kwonlyargcount
+        assert count <= 6, f"{command.name or written.__name__}: {count}"
+
+
+def test_the_version_is_said_without_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['modekit', '--version']\nfrom modekit.cli import main\n"
+        "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("modekit 0.")
+
+
+def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    router = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32}
+    recipe = workshop.write(mixture={"method": "routing", "top_k": 2, "router": router})
+    done = subprocess.run(
+        [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "OUT")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, deletable = done.stdout.splitlines()
+    assert "router fitted" in said and "OUT/router: " in deletable and "may be deleted" in deletable
+    # Progress went beside it, and counts the text of all domains together.
+    stages = [line for line in done.stderr.splitlines() if "  read " in line]
+    assert [line.split()[2].rstrip(":") for line in stages] == ["medicine", "law", "code"]
+    shares = [int(line.split(": ")[1].split(" %")[0]) for line in stages]
+    assert shares == sorted(shares) and shares[0] <= 34 and shares[-1] >= 67
+
+
+def test_fit_options_are_changes_of_the_mixture() -> None:
+    assert mixtures.FitOptions().changes() == {"router": {}}
+    options = mixtures.FitOptions(method="routing", router="ridge", top_k=1, l2=0.5)
+    assert options.changes() == {"method": "routing", "top_k": 1, "router": {"fit": "ridge", "l2": 0.5}}
+
+
+def test_train_options_are_settings() -> None:
+    assert training.SettingOptions().said() == {}
+    said = training.SettingOptions(cheap=True, loss=["lm=2", "z"], select_tokens=128, sequence_length=64).said()
+    assert said == {"speed": "cheap", "losses": {"lm": 2.0, "z": 0.001}, "select_tokens": 128, "sequence_length": 64}
+
+
+@pytest.mark.parametrize("option", ["--limit", "--seed"])
+def test_what_has_no_effect_is_refused(option: str) -> None:
+    assert "it belongs to --tasks" in refuse("eval", "OUT", option, 3)

@@ -1,0 +1,212 @@
+"""Every table, at several widths and in a file: nothing is cut off, wrapped where it must not be, or coloured."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace as Some
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from rich.console import Console
+
+import modekit.cli.printing.advice as advice
+import modekit.cli.printing.inspection as inspection
+import modekit.cli.printing.mixtures as mixtures
+import modekit.cli.printing.tasks as tasks
+from modekit.building.verify import Check
+from modekit.cli.printing.console import console_for
+from modekit.cli.printing.figures import three_digits, time_of
+from modekit.cli.printing.table import Cell, Table
+from modekit.evaluation.results import Results, Row, Score
+from modekit.evaluation.tasks.intervals import Estimate
+from modekit.evaluation.tasks.results import TaskScores
+
+NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
+WIDTHS = (60, 80, 200)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """What a drawing gives on a terminal of a width, or in a file (width None)."""
+
+    def draw(width: int | None, drawing: Callable[..., None], *arguments: Any) -> str:
+        stream = io.StringIO()
+        if width is None:
+            with patch("sys.stdout", stream):
+                console = console_for()
+        else:
+            console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
+        console.file = stream
+        for module in (advice, inspection, mixtures, tasks):
+            monkeypatch.setattr(module, "out", console)
+        drawing(*arguments)
+        return stream.getvalue()
+
+    yield draw
+
+
+def plain(text: str) -> str:
+    from rich.text import Text
+
+    return Text.from_ansi(text).plain
+
+
+def check_whole(shown: Callable[..., str], cells: list[str], drawing: Callable[..., None], *arguments: Any) -> None:
+    """Every name and figure is there at every width, and no line is wider."""
+    for width in WIDTHS:
+        text = plain(shown(width, drawing, *arguments))
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width, text
+        together = "".join(text.split())
+        assert all("".join(cell.split()) in together or width < 200 for cell in cells)
+        figures = [cell for cell in cells if cell[0].isdigit()]
+        assert [cell for cell in figures if cell not in text.replace("*", " ")] == []
+    text = shown(None, drawing, *arguments)
+    assert "\x1b" not in text and "…" not in text and "\r" not in text
+    lines = text.splitlines()
+    assert [cell for cell in cells if not any(cell in line for line in lines)] == []
+
+
+def results() -> Results:
+    scores = {name: Score(10.1234 + place, 123456.7 + place, 1.0) for place, name in enumerate(NAMES)}
+    rows = [Row(name, "expert", 123_456_789_000, 98_765_432_100, scores, "x") for name in ["base", *NAMES, "mixture"]]
+    return Results(rows, NAMES[:7], NAMES[7:], {}, ["a note " * 20])
+
+
+def test_eval(shown: Callable[..., str]) -> None:
+    cells = [*NAMES, "10.123", "17.123", "123456.7", "123463.7", "13.123", "123.46B", "98.77B", "mixture"]
+    check_whole(shown, cells, mixtures.print_results, results())
+    assert "10.123 / 123456.7" in shown(None, mixtures.print_results, results())
+
+
+def test_a_table_that_fits_is_one_table(shown: Callable[..., str]) -> None:
+    small = Results([Row("base", "base", 10**6, 10**6, {"law": Score(3.0, 20.1, 1.0)}, "x")], ["law"], [], {}, [])
+    text = plain(shown(80, mixtures.print_results, small))
+    assert [line.split() for line in text.splitlines()[-2:]] == [["base", "3.000", "3.000", "-", "1.00M"], ["20.1", "1.00M"]]
+    assert len(text.splitlines()) == 6  # two of the sentence above, two of titles
+
+
+def test_tune(shown: Callable[..., str]) -> None:
+    variant = "logistic, context, decay 0.9, T 0.5, top-2, always general 0.1, whole models, layers 1,2,3,4,5"
+    candidate = Some(name="x")
+    body = [["best", variant, "3.1234", "3.2345", "0.987", "12345.67M", "modekit"]] * 3
+    header = ["", "variant", "select loss", "report loss", "gap closed", "active", "runs as"]
+    found = Some(table=lambda: (header, body), ranked=lambda: [candidate] * 3, seconds=1.0)
+    check_whole(shown, ["3.1234", "3.2345", "0.987", "12345.67M", "modekit"], mixtures.print_tune, found)
+    assert variant in shown(None, mixtures.print_tune, found)
+    assert "".join(variant.split()) in "".join(plain(shown(200, mixtures.print_tune, found)).split())
+
+
+def test_plan(shown: Callable[..., str]) -> None:
+    summary = {
+        "architecture": "ModekitForCausalLM", "also_runs_in": "transformers alone", "why": "why " * 40, "method": "routing",
+        "experts": [{"name": name, "model": f"./{name}"} for name in NAMES], "top_k": 2, "router": "logistic",
+        "backbone": "base", "parameters": {"total": 10**12, "active": 10**11}, "tensors": {"total": 1113, "copy": 1113},
+        "shards": 3, "dtype": "bfloat16", "bytes": {"read": 10**12, "written": 10**12, "statistics": 10**9},
+        "disk": {"needed": 1, "free": 2}, "memory": {"build": 1, "fit": 2, "load": 3}, "notes": ["note " * 40],
+        "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
+    }  # fmt: skip
+    check_whole(shown, ["1000.00B total"], mixtures.print_plan, summary)
+    for name in NAMES:
+        assert name in "".join(plain(shown(80, mixtures.print_plan, summary)).split())
+
+
+def test_verify(shown: Callable[..., str]) -> None:
+    checks = [Check("copied tensors", "proven", "1113 tensors compared byte by byte with their sources " * 4)]
+    check_whole(shown, ["copied tensors", "proven"], mixtures.print_checks, checks)
+    text = plain(shown(80, mixtures.print_checks, checks)).splitlines()
+    assert text[1].startswith("copied tensors  proven   1113 tensors") and text[2].startswith(" " * 24)
+
+
+def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
+    row = {"modules": 210, "smallest_rank": 4, "largest_rank": 128, "drift": 0.000712, "weight_error": 0.5, "error": 0.25}
+    record = {"text": {}, "kinds": {"self_attn.q_proj": row}, "totals": row}
+    check_whole(shown, ["self_attn.q_proj", "4-128", "0.000712", "0.500", "0.250"], mixtures.print_extract, record)
+    losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
+    done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
+    check_whole(shown, [*NAMES, "3.1234", "2.9876"], mixtures.print_training, "OUT", done)
+    figures = {"mean_loss": 3.0, "mean_loss_spread": 0.1, "gap_closed": 0.9, "gap_closed_spread": 0.1}
+    figures |= {"unseen_against_base": None, "unseen_against_base_spread": None}
+    check_whole(shown, [*NAMES, "3.000 ± 0.100"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
+
+
+def test_tasks(shown: Callable[..., str]) -> None:
+    rows = {name: Estimate(0.1234, 0.1, 0.2) for name in ["base", *NAMES, "mixture"]}
+    scores = Some(metric="acc", chance=0.25, higher_is_better=True, items=1234, rows=rows, differences=rows, domain=None,
+                  unseen=False)  # fmt: skip
+    found = Some(tasks=dict.fromkeys(NAMES, scores), macro={"acc": scores}, models=["base", *NAMES, "mixture"], notes=[])
+    assert {"metric", "chance", "items", "rows", "differences"} <= set(TaskScores.__dataclass_fields__)
+    check_whole(shown, [*NAMES, "0.123", "1234"], tasks.print_tasks, found)
+
+
+def test_inspect(shown: Callable[..., str]) -> None:
+    size = len(NAMES)
+    weights = [[0.123] * size] * 3
+    entry = {
+        "shares": weights, "chosen": weights, "agreement": [0.5] * 3, "entropy": [1.25] * 3, "loss": 12.345, "named": 0.1,
+        "without": dict.fromkeys(NAMES, 0.456),
+    }  # fmt: skip
+    data = {
+        "experts": NAMES, "per_domain": {name: {**entry, "expert": name} for name in NAMES}, "unseen": [], "domains": NAMES,
+        "utilisation": weights, "routers": [{"layer": layer, "module": "mlp"} for layer in range(3)], "dead": [],
+        "similarity": {"of": "weights", "experts": [[0.789] * size] * size}, "notes": [], "top_tokens": {},
+    }  # fmt: skip
+    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], lambda: inspection.print_inspection(Some(), data))
+
+
+def test_advise(shown: Callable[..., str]) -> None:
+    places = range(len(NAMES))
+    losses = {place: Some(mean=12.3456) for place in places}
+    parts = {place: {"ffn": None, "all": None} for place in places}
+    share = {"ffn": Some(value=0.5, error=0.25), "all": Some(value=1.0, error=None)}
+    drift = Some(
+        moved=[{1}] * 8, groups=["ffn", "attention"], relative=lambda *_: 0.000712, share=lambda *_: 0.5,
+        total=lambda _: 0.00123, cosine=lambda *_: 0.25,
+    )  # fmt: skip
+    measured = Some(
+        gains=Some(whole=dict.fromkeys([-1, *places], losses), parts=parts, on_average={}),
+        words=Some(domains=[*places], named=[[0.789] * 8] * 8), texts={place: {"tokens": 8192} for place in places},
+    )  # fmt: skip
+    found = Some(
+        usable=[*places], drift=drift, measured=measured, findings=[], recipe=None, choices=[], shares=lambda _: share,
+        name=lambda place: "base" if place < 0 else NAMES[place],
+    )  # fmt: skip
+    cells = [*NAMES, "0.000712", "0.00123", "0.25", "12.346", "0.50 ± 0.25", "1.00", "0.79"]
+    check_whole(shown, cells, advice.print_advice, found)
+    for width, own in ((80, "text in bold"), (None, "text marked *")):
+        text = " ".join(plain(shown(width, advice.print_advice, found)).split())
+        assert own in text and ("12.346*" in text) == (width is None)
+        assert "too little text to say how sure the figures" in text
+
+
+def test_without_bold_a_sign_marks_and_figures_stay_aligned() -> None:
+    stream = io.StringIO()
+    table = Table("", ["law", "code"])
+    table.add("a", Cell("1.000", own=True), "2.000")
+    table.add("b", "3.000", Cell("4.000", own=True))
+    Console(file=stream, width=80).print(table)
+    assert stream.getvalue().splitlines() == ["      law    code", "a  1.000*  2.000 ", "b  3.000   4.000*"]
+
+
+def test_names_are_shown_and_not_obeyed() -> None:
+    stream = io.StringIO()
+    table = Table("", ["x"])
+    table.add("[red]a[/]\x1b[31m", "\x07")
+    Console(file=stream, width=80).print(table)
+    assert "[red]a[/]\\x1b[31m" in stream.getvalue() and "\x1b" not in stream.getvalue() and "\x07" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0"), (0.000712, "0.000712"), (0.5, "0.500"), (1.2345, "1.23"), (123.4, "123"), (1e-9, "1.00e-09")],
+)
+def test_small_figures_keep_their_digits(value: float, said: str) -> None:
+    assert three_digits(value) == said
+
+
+def test_times_in_words() -> None:
+    assert [time_of(s) for s in (0.1, 12, 100, 400, 6000, 50_000)] == [
+        "under a second", "about 12 s", "about 1.7 minutes", "about 6.7 minutes", "about 1.7 hours", "about 14 hours",
+    ]  # fmt: skip

@@ -1,0 +1,44 @@
+"""What is said below a table: figures without an error, and experts that others beat on their own text."""
+
+from __future__ import annotations
+
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.notes import notes_of
+from modekit.evaluation.results import Row, Score
+from modekit.text.sequences import TokenSequence
+
+
+def domain(name: str, expert: int | None = 0, sequences: int = 4) -> Domain:
+    return Domain(name, expert, [TokenSequence(tuple(range(11)), 10)] * sequences, {})
+
+
+def row(name: str, loss: float, jitter: float = 0.0, gap: float | None = None) -> Row:
+    """Four blocks of ten tokens each around a mean loss."""
+    blocks = tuple(10 * (loss + (jitter if place % 2 else -jitter)) for place in range(4))
+    kind = "base" if name == "base" else "mixture" if name == "mixture" else "expert"
+    return Row(name, kind, 1, 1, {"general": Score(loss, 1.0, 1.0, gap_closed=gap, blocks=blocks)}, "")
+
+
+def test_a_base_expert_that_is_beaten_is_named() -> None:
+    rows = [row("base", 3.6), row("medicine", 3.44), row("law", 3.5), row("mixture", 3.4)]
+    (note,) = notes_of(rows, [domain("general")], 1e-3)
+    assert note == "general: the base model, which is its expert, has 3.600 on its text, worse than medicine with 3.440"
+
+
+def test_an_expert_that_is_beaten_is_named() -> None:
+    (note,) = notes_of([row("base", 3.8), row("general", 3.6), row("law", 3.5)], [domain("general")], 1e-3)
+    assert note.startswith("general: its own expert has 3.600") and note.endswith("worse than law with 3.500")
+
+
+def test_what_is_within_the_error_is_not() -> None:
+    rows = [row("base", 3.6, jitter=0.5), row("medicine", 3.59, jitter=-0.5)]
+    assert notes_of(rows, [domain("general")], 1e-3) == []
+    assert notes_of([row("base", 3.6), row("medicine", 3.61)], [domain("general")], 1e-3) == []
+    assert notes_of([row("base", 3.6), row("medicine", 3.4)], [domain("general", expert=None)], 1e-3) == []
+
+
+def test_errors_that_cannot_be_told_are_said_to_be_missing() -> None:
+    (note,) = notes_of([row("base", 3.6)], [domain("general", sequences=1)], 1e-3)
+    assert "no standard errors for general" in note and "single sequence" in note
+    (note,) = notes_of([row("base", 3.6), row("mixture", 3.6, gap=0.5)], [domain("general")], 1e-3)
+    assert "no standard error of the gap closed for general" in note

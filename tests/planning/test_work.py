@@ -1,0 +1,78 @@
+"""How long a fit takes: counted from the plan, measured on one layer by a clock of the test's own, or stated as unknown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+import modekit.loaded.speed as speed
+from conftest import SMALL, Workshop, make_workshop
+from modekit.building.preview import fit_seconds, preview
+from modekit.cli.printing.mixtures import fit_said
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
+from modekit.planning.work import fit_work
+from modekit.recipes.read import load_recipe
+from refusal import borrow
+
+
+def plan_of(workshop: Workshop, router: dict[str, object] | None = None, **mixture: object) -> Plan:
+    settings = {"method": "routing", "top_k": 2, **({"router": router} if router else {}), **mixture}
+    return make_plan(load_recipe(workshop.write(mixture=settings)), workshop.root)
+
+
+def test_the_work_is_counted_from_the_plan(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Per token and layer: attention and FFN of one expert, and the outer product of what the gate reads."""
+    plan = plan_of(borrow(shared_workshop, tmp_path), {"fit": "ridge", "tokens_per_domain": 1000})
+    work = fit_work(plan)
+    hidden, inner = SMALL["hidden_size"], SMALL["intermediate_size"]
+    layer = hidden * hidden * 2 + hidden * hidden // 2 * 2 + 3 * hidden * inner + 2 * hidden  # k and v have half the heads
+    assert work is not None and work.reads and work.tokens == 3000
+    assert work.flops == 3000 * 3 * (2 * layer + 2 * hidden**2)
+
+
+def test_a_router_without_text_or_without_a_model_has_no_time(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    assert fit_work(plan_of(workshop, {"fit": "random"})) is None
+    counted = plan_of(workshop, {"fit": "ngram"})
+    work = fit_work(counted)
+    assert work is not None and not work.reads and fit_seconds(counted) is None
+    assert "no model is run" in fit_said(work.as_data()) and "without text" in fit_said(None)
+
+
+def test_the_time_is_that_of_one_layer_times_layers_and_tokens(shared_workshop: Workshop, tmp_path: Path) -> None:
+    plan = plan_of(borrow(shared_workshop, tmp_path), {"fit": "ridge", "tokens_per_domain": 1000, "sequence_length": 64})
+    seconds = {"layer": 2e-3, "moment": 5e-4}
+    with (
+        patch.object(speed, "layer_seconds", lambda *_, **__: seconds["layer"]),
+        patch.object(speed, "moment_seconds", lambda _: seconds["moment"]),
+    ):
+        assert fit_seconds(plan) == pytest.approx(3000 * 3 * (2e-3 + 5e-4))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "mistral"])
+def test_a_layer_of_a_family_is_timed(tmp_path: Path, family: str) -> None:
+    """Every look at the clock is 0.25 s later: four calls make the second, whatever they take."""
+    plan = plan_of(make_workshop(tmp_path, family), {"fit": "ridge"})
+    ticks = count(0.0, 0.25)
+    config = plan.family.dense_config(plan.sources[0].config)
+    per_token = speed.layer_seconds(config, sequence_length=128, clock=lambda: next(ticks))
+    assert per_token == pytest.approx(1.0 / 4 / 2048)
+
+
+def test_the_command_says_unknown_and_measures_when_asked(shared_workshop: Workshop, tmp_path: Path) -> None:
+    recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
+    command = [sys.executable, "-m", "modekit", "plan", str(recipe)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "at most 49,152 tokens" in said and "time unknown (modekit plan --time measures it)" in said
+    said = subprocess.run([*command, "--time"], capture_output=True, text=True, check=True).stdout
+    assert "on this machine" in said and "unknown" not in said
+    data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert data["fit"]["seconds"] is None and data["fit"]["tokens"] == 49_152
+    assert preview(recipe)["fit"] == data["fit"]

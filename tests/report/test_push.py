@@ -1,0 +1,159 @@
+"""`modekit push`: what goes to the hub opens there, says nothing of this machine, and leaves the statistics at home."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from transformers import AutoModelForCausalLM
+
+from conftest import Workshop, logits_of
+from modekit.building.verify import verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import OutputError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.results import results_from_data
+from modekit.evaluation.results_folder import RESULTS_FILE
+from modekit.recipes.paths import name_of
+from modekit.report.push import pack, push
+from modekit.report.write import write_report
+from refusal import borrow, refuse
+
+FITTED = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub in a folder: a commit writes the files that it adds."""
+    folder = tmp_path / "hub"
+
+    def create_repo(_: HfApi, repo_id: str, **options: Any) -> Any:
+        name = repo_id if "/" in repo_id else f"me/{repo_id}"
+        (folder / name).mkdir(parents=True, exist_ok=options["exist_ok"])
+        (folder / name / ".private").write_text(str(options["private"]))
+
+        class Url(str):
+            repo_id = name
+
+        return Url(f"https://hub.example/{name}")
+
+    def create_commit(_: HfApi, repo_id: str, operations: list[CommitOperationAdd], **options: Any) -> Any:
+        assert options["commit_message"]
+        for operation in operations:
+            target = folder / repo_id / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as stream:
+                target.write_bytes(stream.read())
+        return SimpleNamespace()
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    return folder
+
+
+def made(shared: Workshop, root: Path) -> Path:
+    workshop = borrow(shared, root)
+    return workshop.build(mixture=FITTED)
+
+
+def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:
+    out = made(shared_workshop, tmp_path)
+    checkpoint = open_checkpoint(out)
+    evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
+    inspect(checkpoint, tokens_per_domain=300, sequence_length=32)
+    write_report(checkpoint)
+    parcel = pack(checkpoint, ask_hub=False)
+    assert push(parcel, "mine", private=True) == "https://hub.example/me/mine"
+    there = hub / "me" / "mine"
+    assert (there / ".private").read_text() == "True"
+
+    files = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()} - {".private"}
+    assert files == set(parcel.files) and not any(name.startswith("router/") for name in files)
+    assert parcel.left["router/"] == sum(file.stat().st_size for file in (out / "router").iterdir())
+    words = [str(tmp_path), str(shared_workshop.root), "text/law.jsonl", str(Path.home())]
+    for name in files:
+        content = (there / name).read_bytes()
+        assert not [word for word in words if word.encode() in content], name
+    assert (there / "README.md").read_text().count("./law") >= 1
+    assert "results/report.html" in parcel.left and any("results/report.html" in note for note in parcel.notes)
+
+    opened = open_checkpoint(there)
+    assert opened.names == checkpoint.names and opened.record.router == checkpoint.record.router
+    assert opened.record.sources[0].spec == "./base"
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(logits_of(there, ids), logits_of(out, ids))
+    assert AutoModelForCausalLM.from_pretrained(there) is not None
+    results = results_from_data(json.loads((there / "results" / RESULTS_FILE).read_text()))
+    assert belongs_to(results, opened)
+    assert json.loads((there / "results" / "inspect.json").read_text())["checkpoint"] == opened.identity
+    verdicts = {check.name: check.verdict for check in verify(opened)}
+    assert verdicts["recipe digest"] == "proven" and "failed" not in verdicts.values()
+
+
+def test_a_dry_run_says_what_goes_and_writes_nothing(
+    shared_workshop: Workshop, tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modekit.cli.shell import main
+
+    out = made(shared_workshop, tmp_path)
+    before = sorted(path.name for path in out.rglob("*"))
+    monkeypatch.setattr("sys.argv", ["modekit", "push", str(out), "me/mine", "--dry-run"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "stays here: router/" in said and "modekit.json" in said and " stay\n" in said
+    assert not hub.exists() and sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_a_card_that_somebody_wrote_goes_as_it_is(shared_workshop: Workshop, tmp_path: Path) -> None:
+    out = made(shared_workshop, tmp_path)
+    (out / "README.md").write_text(f"# Mine\n\nfrom {shared_workshop.root}/text")
+    (out / ".cache").mkdir()
+    (out / ".cache" / "x").write_text("x")
+    parcel = pack(open_checkpoint(out), ask_hub=False)
+    assert parcel.files["README.md"] == out / "README.md" and ".cache/x" in parcel.left
+    assert any("README.md goes as it is, and names" in note for note in parcel.notes)
+
+
+def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = made(shared_workshop, tmp_path)
+    for error, words in ((LocalTokenNotFoundError("Token is required"), "log in"), (HFValidationError("x"), "OWNER/NAME")):
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(HfApi, "create_repo", fail)
+        assert words in refuse_push(out)
+        with pytest.raises(OutputError):
+            push(pack(open_checkpoint(out), ask_hub=False), "a/b")
+
+
+def refuse_push(out: Path) -> str:
+    """The message alone: the table of what would go stands on the standard output."""
+    import contextlib
+    import io
+    from unittest.mock import patch
+
+    with patch("modekit.cli.reports.print_parcel"), contextlib.redirect_stdout(io.StringIO()):
+        return refuse("push", out, "a/b")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("gpt2", "gpt2"), ("./models/law", "./law"),
+        ("/a/b/law.jsonl", "./law.jsonl"), ("~/x", "./x"), ("a/b/c", "./c"), ("texts/law.jsonl", "./law.jsonl"),
+    ],
+)  # fmt: skip
+def test_names_without_places(tmp_path: Path, spec: str, name: str) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "law.jsonl").write_text("")
+    assert name_of(spec, tmp_path) == name
