@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and texts, made on the spot. One torch thread, no network."""
+"""Tiny models, tokenizers and texts, made on the spot. One thread here and in every process of a test, no network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are imported; child processes inherit it
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
