@@ -915,7 +915,7 @@ def test_transformers_alone_says_the_same(form: str, tmp_path: Path, monkeypatch
         "base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "output": {"format": form},
         "mixture": {"router": {"fit": "random", "temperature": 0.1}},
     }  # fmt: skip
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     ids = torch.tensor([[5, 9, 30, 41, 7, 8]])
     with built(bench, recipe) as (checkpoint, model):
         ours = logits_of(model, ids, torch.ones_like(ids))

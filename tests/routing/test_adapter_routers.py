@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_adapters import train as train_adapter
 from transformers import AutoModelForCausalLM
 
+from adapter_folders import train_adapter
 from conftest import Workshop
 from modekit.architecture.modekit_router import select
 from modekit.building.verify import is_proven, verify

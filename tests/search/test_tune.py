@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_bad_adapters import UP, write_adapter
 
 import modekit.search.tune.study as study_module
+from adapter_folders import UP, write_adapter
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify

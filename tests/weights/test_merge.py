@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_build import DTYPES, RANDOM, State, result_of, states_of, store
 
+from checkpoint_states import DTYPES, RANDOM, State, result_of, states_of, store
 from conftest import Workshop
 from modekit.recipes.recipe import BackboneMerge
 from modekit.weights.merge import merge_blocks
