@@ -4,7 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-real test test-all bench check lint docs clean
+# As many workers as there are cores, four at most: each is a process of about a gigabyte, with one thread.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+# Where computed numbers are compared.
+NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
+
+.PHONY: demo demo-real test test-all test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +27,16 @@ demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
 	$(BIN)/modekit demo --real
 
 test: $(READY)  ## the tests, minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the tests and the slow ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-processors: $(READY)  ## numbers as other processors give them: two threads, AVX2 alone, no vector instructions but SSE; half an hour
+	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow" $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Zen $(PYTEST) -m "not slow" $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
+		$(PYTEST) -m "not slow" $(NUMERIC)
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts

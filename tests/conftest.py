@@ -1,9 +1,13 @@
-"""Tiny models, tokenizers and texts, made on the spot. One torch thread, no network."""
+"""Tiny models, tokenizers and texts, made on the spot. One thread here and in every process of a test, no network."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +15,12 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are imported; child processes inherit it
 
+# Where transformers copies the code that lies beside a checkpoint: each worker for itself, and none into the user's folder.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modekit-modules-")
+
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -19,9 +28,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+hypothesis.settings.register_profile("the same every time", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("the same every time")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What is imported is not searched for garbage again and again: a training collects garbage after every run."""
+    gc.collect()
+    gc.freeze()
+
 
 VOCAB = 96
 SMALL: dict[str, Any] = {

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+from command_line import ended
 from conftest import Workshop
-from modekit.cli.shell import main
 
 Tree = dict[str, bytes | None]
 """Every path below a folder -> its bytes, None for a folder."""
@@ -27,17 +24,7 @@ def tree(folder: Path) -> Tree:
 
 def refuse(*args: object) -> str:
     """Run `modekit ARGS` in this process and return its error message."""
-    stdout, stderr, code = io.StringIO(), io.StringIO(), None
-    with (
-        patch.object(sys, "argv", ["modekit", *map(str, args)]),
-        redirect_stdout(stdout),
-        redirect_stderr(stderr),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    return checked(code, stdout.getvalue(), stderr.getvalue())
+    return checked(*ended(*args))
 
 
 def checked(code: object, stdout: str, stderr: str) -> str:

@@ -12,9 +12,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_adapters import train as train_adapter
 from transformers import AutoModelForCausalLM
 
+from adapter_folders import train_adapter
 from conftest import Workshop, logits_of, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.cli.shell import main

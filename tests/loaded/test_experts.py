@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bad_adapters import write_adapter
 from transformers import AutoModelForCausalLM
 
+from adapter_folders import write_adapter
 from conftest import Workshop, make_workshop
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint

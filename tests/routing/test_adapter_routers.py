@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_adapters import train as train_adapter
 from transformers import AutoModelForCausalLM
 
+from adapter_folders import train_adapter
 from conftest import Workshop
 from modekit.architecture.modekit_router import select
 from modekit.building.verify import is_proven, verify
@@ -21,6 +21,7 @@ from modekit.routing.refit import refit
 from modekit.sources.adapter import open_adapter
 from modekit.sources.model import open_source
 from refusal import refuse
+from rounding import assert_close, assert_same_checkpoint
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -122,8 +123,9 @@ def test_phatgoose_trains_each_gate_alone(bench: Workshop) -> None:
     assert set(first) == {f"model.layers.{layer}.{place}.router.gate" for layer in range(LAYERS) for place in PLACES}
     for name, gate in first.items():
         assert torch.equal(gate, again[name])
-        assert torch.equal(gate[0], swapped[name][0])  # medicine's gate does not know what the other expert is
-        assert not torch.equal(gate[1], swapped[name][1])
+        # Medicine's gate does not know what the other expert is; its products share a matrix with it, whose width rounds them.
+        assert_close(gate[0], swapped[name][0], 1e-4)
+        assert not torch.allclose(gate[1], swapped[name][1], atol=1e-2 * float(gate[1].abs().max()))
         assert gate[:2].abs().max() > 0 and gate[2].abs().max() == 0  # the base has nothing to gate
 
 
@@ -159,8 +161,7 @@ def test_a_router_can_be_set_anew_by_every_fit(bench: Workshop) -> None:
         done = refit(open_checkpoint(out), {"router": router})
         assert is_proven(verify(done)), router
         fresh = bench.build("FRESH", mixture=done.record.recipe.mixture.model_dump(mode="json", exclude_unset=True))
-        for file in ("model-router.safetensors", "config.json", "model.safetensors.index.json"):
-            assert (out / file).read_bytes() == (fresh / file).read_bytes(), (router, file)
+        assert_same_checkpoint(out, fresh)
     assert {file.name: file.read_bytes() for file in out.glob("model-0*.safetensors")} == untouched
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import peft
 import pytest
-from test_adapters import train as train_adapter
 
+from adapter_folders import train_adapter
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
+from rounding import assert_same_checkpoint, record_of
 
 FIT: dict[str, Any] = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 
@@ -234,8 +236,8 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
 def test_refit_equals_a_build_with_the_same_settings(workshop: Workshop) -> None:
     refitted = refit(fitted(workshop, "A"), {"router": {"fit": "logistic", "temperature": 2.0}})
     built = fitted(workshop, "B", fit="logistic", temperature=2.0)
-    assert (refitted.folder / ROUTER_FILE).read_bytes() == (built.folder / ROUTER_FILE).read_bytes()
-    assert (refitted.folder / "modekit.json").read_bytes() == (built.folder / "modekit.json").read_bytes()
+    assert_same_checkpoint(refitted.folder, built.folder)
+    assert record_of(refitted.folder) == record_of(built.folder)
 
 
 def test_refit_that_needs_another_build_is_refused(workshop: Workshop) -> None:
@@ -246,14 +248,14 @@ def test_refit_that_needs_another_build_is_refused(workshop: Workshop) -> None:
 
 def test_interrupted_fit_goes_on_with_the_next_domain(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = fitted(workshop)
-    expected = (checkpoint.folder / ROUTER_FILE).read_bytes()
+    expected = shutil.copytree(checkpoint.folder, workshop.root / "EXPECTED")
     (checkpoint.folder / STATISTICS_FOLDER / "law.safetensors").unlink()
     read: list[int] = []
     real = capture_module.capture_domain
     monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     refit(checkpoint, {})
     assert len(read) == 1
-    assert (checkpoint.folder / ROUTER_FILE).read_bytes() == expected
+    assert_same_checkpoint(checkpoint.folder, expected)
 
 
 def test_changed_text_is_read_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,7 @@ import copy
 import dataclasses
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM
 
+from adapter_folders import quiet
+from adapter_folders import train_adapter as train
 from conftest import SMALL, logits_of, tiny_model
 from modekit.building.build import build
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
@@ -61,27 +61,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             tiny_model(family, num_hidden_layers=2, **BASES[name]).save_pretrained(root / name)
         return root / name
 
-    return folder
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """PEFT warns at almost every setting tested here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def train(base: Path, config: peft.PeftConfig, folder: Path) -> Path:
-    """An adapter whose trainable parameters are all random, saved by PEFT."""
-    with quiet():
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad or "lora_B" in name:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        model.save_pretrained(folder)
     return folder
 
 

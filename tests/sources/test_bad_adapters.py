@@ -15,42 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
+from adapter_folders import PREFIX, UP, lora, write_adapter
 from conftest import Workshop, logits_of, save, tiny_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import borrow, refuse_build, run_python, tree
 
 LAW = "experts[1] 'law' (./law)"
-PREFIX = "base_model.model.model.layers."
 RANDOM: dict[str, Any] = {"router": {"fit": "random"}}
 FORMATS = ["native", "modekit"]
-Tensors = dict[str, np.ndarray]
 
 
-def lora(part: str, rows: int, columns: int, rank: int = 4, layers: int = 3) -> Tensors:
-    """A and B on one module of every layer."""
-    generator = np.random.default_rng(0)
-    return {
-        f"{PREFIX}{layer}.{part}.lora_{side}.weight": generator.normal(size=shape).astype(np.float32)
-        for layer in range(layers)
-        for side, shape in (("A", (rank, columns)), ("B", (rows, rank)))
-    }
-
-
-UP, Q = lora("mlp.up_proj", 48, 32), lora("self_attn.q_proj", 32, 32)
+Q = lora("self_attn.q_proj", 32, 32)
 UP_A, UP_B = f"{PREFIX}1.mlp.up_proj.lora_A.weight", f"{PREFIX}1.mlp.up_proj.lora_B.weight"
-
-
-def write_adapter(folder: Path, tensors: Tensors = UP, **config: Any) -> Path:
-    """An adapter folder by hand: LoRA on up_proj, unless said otherwise. A setting `...` is left out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["up_proj"], **config}
-    kept = {key: value for key, value in settings.items() if value is not ...}
-    (folder / "adapter_config.json").write_text(json.dumps(kept))
-    return folder
 
 
 @pytest.fixture

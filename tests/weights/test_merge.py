@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_build import DTYPES, RANDOM, State, result_of, states_of, store
 
+from checkpoint_states import DTYPES, RANDOM, State, result_of, states_of, store
 from conftest import Workshop
 from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.merge import merge_blocks
@@ -107,7 +107,12 @@ def test_a_merged_backbone(
         torch.testing.assert_close(found[name].double(), wanted, **tolerance)
     bench.recipe["output"] = {"dtype": dtype}
     monkeypatch.setattr("modekit.weights.numeric.BLOCK", 101)
-    assert tree(bench.build("BLOCKS")) == tree(whole)
+    blocks = bench.build("BLOCKS")
+    if settings["method"] != "slerp":
+        assert tree(blocks) == tree(whole)
+        return
+    for name, tensor in result_of(blocks).items():  # its cosine is a sum of products, which blocks round in another way
+        torch.testing.assert_close(tensor, found[name], rtol=2e-7 if dtype == "float32" else 2**-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

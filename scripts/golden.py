@@ -1,0 +1,213 @@
+"""Golden checkpoints: what a recipe's bytes are, written down once and compared ever after.
+
+    python scripts/golden.py build FOLDER        tiny sources and a checkpoint of every kind, with the command line only
+    python scripts/golden.py record FOLDER TO    what they hold, as tests/golden/ has it
+    python scripts/golden.py old FOLDER          the few that tests/golden/old/ keeps whole, with the logits of each
+    python scripts/golden.py compare A B         two folders of checkpoints, file by file; exit code 1 when they differ
+
+Only `modekit build` is used, so that any commit can be asked: PYTHONPATH=OTHER_TREE/src python scripts/golden.py ...
+What tests/golden/ holds was made at commit f5be87a.
+
+Copied and computed tensors, the index, tokenizer files and the record are compared by digest, the config as data. Fitted
+gates and what a decomposition makes of full models are compared as numbers, because their last bits are the processor's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns of bfloat16)
+import numpy as np
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from golden_recipes import OLD, RECIPES
+from golden_sources import write_sources, write_yaml
+
+Run = Callable[..., object]
+"""Runs `modekit ARGS`; raises when that fails."""
+Recipes = dict[str, dict[str, Any]]
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+ROUTER_FILE = "model-router.safetensors"
+_COUNTED = "ngram"  # the checkpoint whose kept statistics are counts, not sums
+_DECOMPOSED = "low-rank"
+_DECOMPOSED_ENDS = ("lora_A", "lora_B")
+
+
+def command_line(*args: object) -> None:
+    """Run `modekit ARGS` in a process of its own."""
+    subprocess.run([sys.executable, "-m", "modekit", *map(str, args)], check=True, stdout=subprocess.DEVNULL)
+
+
+def build_all(folder: Path, run: Run = command_line, recipes: Recipes = RECIPES, layers: int = 2) -> Path:
+    """Write FOLDER/sources and a checkpoint FOLDER/checkpoints/NAME per recipe; returns the latter's folder."""
+    write_sources(folder / "sources", layers)
+    for name, recipe in recipes.items():
+        path = write_yaml(folder / "recipes" / f"{name}.yaml", {"base_model": "../sources/base", **recipe})
+        run("build", path, folder / "checkpoints" / name)
+    return folder / "checkpoints"
+
+
+def build_old(folder: Path) -> None:
+    """Write the old checkpoints, and FOLDER/logits.safetensors: (1, 24, vocabulary) of each, float32."""
+    checkpoints = build_all(folder, command_line, OLD, layers=1)
+    save_file({name: logits_of(checkpoints / name) for name in OLD}, folder / "logits.safetensors")
+
+
+def logits_of(checkpoint: Path) -> np.ndarray[Any, Any]:
+    """Logits of a fixed text, in float32."""
+    import torch
+
+    import modekit  # noqa: F401  (transformers learns of its architecture)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray[Any, Any] = model(input_ids=torch.arange(40, 64)[None]).logits.numpy()
+    return logits
+
+
+def digests_of(checkpoint: Path) -> dict[str, str]:
+    """File -> digest of what must be the same on any machine; of a router file and a decomposition only names and shapes."""
+    return {
+        str(path.relative_to(checkpoint)): hashlib.sha256(_content(path)).hexdigest()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.suffix != ".py" and path.name != "config.json"  # code is this version's
+    }
+
+
+def config_of(checkpoint: Path) -> dict[str, Any]:
+    """config.json; with a newer transformers it may say more."""
+    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def numbers_of(checkpoint: Path) -> Tensors:
+    """Tensors of the checkpoint that are compared with a tolerance, as float32."""
+    tensors: Tensors = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        named = load_file(path).items()
+        tensors |= {name: value.astype(np.float32) for name, value in named if not _is_exact(path, name)}
+    return tensors
+
+
+def _is_exact(path: Path, name: str) -> bool:
+    """Whether a tensor has the same bytes on any machine."""
+    if path.parent.name == "router":
+        return path.parents[1].name == _COUNTED
+    if path.name == ROUTER_FILE:
+        return False
+    return path.parent.name != _DECOMPOSED or not name.endswith(_DECOMPOSED_ENDS)
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file that count."""
+    if path.name == "modekit.json":
+        return _canonical(_record(json.loads(path.read_text(encoding="utf-8"))))
+    if path.suffix == ".safetensors":
+        header, tensors = _header(path), load_file(path)
+        if path.parent.name != "router" and all(_is_exact(path, name) for name in tensors):
+            return path.read_bytes()
+        digests = {
+            name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in tensors.items() if _is_exact(path, name)
+        }
+        return _canonical([header, digests])
+    return path.read_bytes()
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True).encode()
+
+
+def _record(record: dict[str, Any]) -> dict[str, Any]:
+    """modekit.json without versions, paths, the digest of fitted bytes and transformers' defaults."""
+    kept = {key: value for key, value in record.items() if key not in {"modekit_version", "recipe_folder", "dense_config"}}
+    kept["sources"] = [{key: value for key, value in source.items() if key != "folder"} for source in record["sources"]]
+    kept["router"] = {key: value for key, value in record["router"].items() if key != "sha256"}
+    return kept
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        return {"metadata": file.metadata(), "tensors": {name: [s.get_dtype(), s.get_shape()] for name, s in slices.items()}}
+
+
+def record(checkpoints: Path, to: Path) -> None:
+    """Write TO/golden.json and TO/numbers.safetensors."""
+    entries = {name: {"config": config_of(checkpoints / name), "files": digests_of(checkpoints / name)} for name in RECIPES}
+    golden = {"transformers": transformers.__version__, "checkpoints": entries}
+    lines = json.dumps(golden, indent=1, sort_keys=True)
+    (to / "golden.json").write_text(lines + "\n", encoding="utf-8")
+    numbers = {f"{name}/{key}": value for name in RECIPES for key, value in numbers_of(checkpoints / name).items()}
+    save_file(numbers, to / "numbers.safetensors")
+
+
+def compare(first: Path, second: Path) -> list[str]:
+    """What differs between two folders that hold checkpoints: a line per file, with the distance where both hold tensors.
+
+    Here, on one machine, every file counts bit by bit, but for code and the program's version.
+    """
+    found = [
+        {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"}
+        for folder in (first, second)
+    ]
+    lines = [f"only in {first}: {name}" for name in found[0] if name not in found[1]]
+    lines += [f"only in {second}: {name}" for name in found[1] if name not in found[0]]
+    for name in found[0].keys() & found[1].keys():
+        ours, theirs = found[0][name], found[1][name]
+        if ours.read_bytes() != theirs.read_bytes() and not _same_but_for_version(ours, theirs):
+            lines.append(f"{name}: {_distance(ours, theirs)}")
+    return sorted(lines)
+
+
+def _same_but_for_version(ours: Path, theirs: Path) -> bool:
+    if ours.name != "modekit.json":
+        return False
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (ours, theirs)]
+    return {**records[0], "modekit_version": ""} == {**records[1], "modekit_version": ""}
+
+
+def _distance(ours: Path, theirs: Path) -> str:
+    if ours.suffix != ".safetensors":
+        return "differs"
+    if _header(ours) != _header(theirs):
+        return "names, shapes or metadata differ"
+    one, other = load_file(ours), load_file(theirs)
+    largest = max(float(np.abs(one[name].astype(np.float64) - other[name].astype(np.float64)).max()) for name in one)
+    return f"numbers differ by at most {largest:.2e}" if largest else "the same numbers, written in another order"
+
+
+def main() -> None:
+    """Run a command of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("build", "record", "old", "compare"))
+    parser.add_argument("first", type=Path, metavar="FOLDER")
+    parser.add_argument("second", type=Path, nargs="?", metavar="TO")
+    args = parser.parse_args()
+    if args.command == "build":
+        build_all(args.first)
+        return
+    if args.command == "old":
+        build_old(args.first)
+        return
+    if args.second is None:
+        parser.error(f"{args.command} takes two folders")
+    if args.command == "record":
+        record(args.first / "checkpoints", args.second)
+        return
+    lines = compare(args.first, args.second)
+    print("\n".join(lines) if lines else f"{args.first} and {args.second} hold the same")
+    sys.exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A module of which every expert has its own: y = sum_e g_e E_e(x), with adapters kept low-rank.
+
+What an expert has at a place is one of three things: the base's module (nothing is stored for it), a module of its own
+(`experts`), or the base's module with a low-rank change. As the weights g sum to one, the base's module counts with
+what the experts with modules of their own leave over, and all low-rank changes together are two matrix products:
+
+    y = (1 - sum_own g_e) W x + sum_own g_e W_e x + B (g_r s_r (A x))      A (R, I), B (O, R): all adapters' ranks in a row
+
+where g_r and s_r are the weight and the scale (alpha / rank) of the adapter that rank r belongs to. A and B are the
+adapters' own tensors, bit for bit.
+
+Shape legend: B batch, S sequence, T tokens of all sequences, E experts, R ranks of all adapters together, I and O width in and
+out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modekit_router import Flow, Router
+
+
+class Mixed(nn.Module):
+    """One place of a model with the experts' parts, and the router if the place has one.
+
+    `place` is its entry in `modekit.places`:
+        ranks, scales: per expert the rank and scale of its adapter, 0 without one.
+        own: experts with a module of their own here. biased: experts whose adapter adds a bias of its own.
+        base: whether the base's module is kept (some expert is made of it).
+        router: the place whose router decides here. Its first place in the order of execution owns it.
+        width, rows: of that router's gate: what it reads, and rows per expert.
+        features: how many decisions, when there is one per output feature.
+        sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
+    """
+
+    def __init__(
+        self, name: str, dense: nn.Module, place: Mapping[str, Any], flow: Flow, experts: int, routing: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.sequence_axis: int = place.get("sequence_axis", 1)
+        self.own: list[int] = list(place["own"])
+        self.ranks: list[int] = list(place["ranks"])
+        self.scales: list[float] = list(place["scales"])
+        self.biased: list[int] = list(place.get("biased", []))
+        self.per_feature = "features" in place
+        self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
+        self.base = dense if place["base"] else None
+        self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
+        if any(self.ranks):
+            width_in, width_out = int(dense.in_features), int(dense.out_features)  # type: ignore[arg-type]
+            self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
+            self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
+            if self.biased:
+                self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), width_out))
+        self.router: Router | None = None
+        if place["router"] == name:
+            self.router = Router(name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0))
+        self._leader = [self]
+        self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
+        self._reads_ids = isinstance(dense, nn.Embedding)
+        self._is_head = name == "lm_head"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes no part in a running pass."""
+        return {**self.__dict__, "weights": None}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of the base's module, or the first expert's: those who look at a layer's weight ask for its shape or dtype."""
+        module = self.base if self.base is not None else self.experts[0]
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        return weight
+
+    def follow(self, leader: Mixed) -> None:
+        """Take the weights that another place's router decides."""
+        self._leader = [leader]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
+        if self.router is not None:
+            self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
+        weights = self._leader[0].weights
+        if weights is None:
+            raise RuntimeError("the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds)")
+        weights = weights.to(x.device)
+        if self._is_head and self._flow[0].kept is not None:
+            weights = weights[:, self._flow[0].kept.to(weights.device)]
+        elif weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
+            weights = weights[:, -x.shape[self.sequence_axis] :]
+        if self.sequence_axis == 2:
+            weights = weights[:, None]
+        y = self._whole_parts(x, weights)
+        if any(self.ranks):
+            y = self._plus_low_rank(y, x, weights)
+        for row, expert in enumerate(self.biased):
+            weight = weights[..., expert] if self.per_feature else weights[..., expert, None]
+            y = y + weight.to(y.dtype) * (self.lora_bias[row].to(y.dtype) * self.scales[expert])
+        return y
+
+    def _whole_parts(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the base's module and the experts' own modules give."""
+        if not self.own:
+            assert self.base is not None
+            y: torch.Tensor = self.base(x)
+            return y
+        parts = [(module, weights[..., expert]) for module, expert in zip(self.experts, self.own, strict=True)]
+        if self.base is not None:
+            parts.insert(0, (self.base, 1.0 - weights[..., self.own].sum(-1)))
+        if self.per_feature or self.sequence_axis != 1 or torch.compiler.is_compiling():
+            return _dense_sum(x, parts, one_each=self.per_feature)
+        return _sparse_sum(x, parts)
+
+    def _plus_low_rank(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
+        hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
+        lora_B = self.lora_B.to(x.dtype)
+        if self.per_feature:
+            weights = weights.to(x.dtype)
+            present = [expert for expert, rank in enumerate(self.ranks) if rank]
+            sizes = [self.ranks[expert] for expert in present]
+            parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
+            terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
+            return y + torch.stack(terms).sum(0)
+        weighted = self._weighted(hidden, weights)
+        if not (y.dtype == weighted.dtype == lora_B.dtype and y.is_contiguous() and weighted.is_contiguous()):
+            return y + nn.functional.linear(weighted, lora_B)
+        # The sum costs a few per cent as a pass of its own: the matrix product adds to what is there.
+        y_TO, weighted_TR = y.view(-1, y.shape[-1]), weighted.view(-1, weighted.shape[-1])
+        if torch.is_grad_enabled() or not self._owns_output:
+            return torch.addmm(y_TO, weighted_TR, lora_B.t()).view(y.shape)
+        y_TO.addmm_(weighted_TR, lora_B.t())
+        return y
+
+    @property
+    def _owns_output(self) -> bool:
+        """Whether nobody else can hold the output of `_whole_parts`: it may be added to in place."""
+        return bool(self.own) or (type(self.base) is nn.Linear and not self.base._forward_hooks)
+
+    def _weighted(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Each rank of A x times the weight and the scale of its adapter."""
+        weights = weights.to(hidden.dtype)
+        rank = self.ranks[0]
+        if all(other == rank for other in self.ranks):
+            same = all(scale == self.scales[0] for scale in self.scales)
+            scales = self.scales[0] if same else torch.tensor(self.scales, dtype=hidden.dtype, device=hidden.device)
+            by_expert = hidden.reshape(*hidden.shape[:-1], len(self.ranks), rank)
+            return (by_expert * (weights * scales)[..., None]).flatten(-2)
+        present = [expert for expert, rank in enumerate(self.ranks) if rank]
+        factors = [(weights[..., e, None] * self.scales[e]).expand(*hidden.shape[:-1], self.ranks[e]) for e in present]
+        return hidden * torch.cat(factors, dim=-1)
+
+
+def _dense_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]], *, one_each: bool) -> torch.Tensor:
+    """Every module on every token; `one_each`: the weights have an axis of output features already."""
+    total: torch.Tensor | None = None
+    for module, weight in parts:
+        y = module(x)
+        y = y * (weight.to(y.dtype) if one_each else _spread(weight, y))
+        total = y if total is None else total + y
+    assert total is not None
+    return total
+
+
+def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) -> torch.Tensor:
+    """Every module on the tokens that give it weight."""
+    flat = x.flatten(0, 1)
+    total: torch.Tensor | None = None
+    for module, weight in parts:
+        weight_T = weight.flatten(0, 1)
+        rows = weight_T.nonzero().squeeze(-1)
+        if len(rows) == 0 and total is not None:
+            continue
+        everywhere = len(rows) == len(flat)
+        y = module(flat if everywhere else flat[rows])
+        y = y * _spread(weight_T[rows], y)
+        if total is None:
+            total = y if everywhere else y.new_zeros(len(flat), *y.shape[1:]).index_add(0, rows, y)
+        else:
+            total = total + y if everywhere else total.index_add(0, rows, y)
+    assert total is not None
+    return total.reshape(*x.shape[:2], *total.shape[1:])
+
+
+def _spread(weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """One weight per token, for a y with axes behind those of the tokens."""
+    return weight.reshape(*weight.shape, *[1] * (y.ndim - weight.ndim)).to(y.dtype)

@@ -1,0 +1,337 @@
+"""Models of the modekit architecture: the installed transformers classes of a dense family, with modules replaced.
+
+Nothing of a family's modelling code is copied: its own classes are built, then every place that the config names is
+wrapped in a `Mixed` module. `family_classes` makes the two classes of a family; `ModekitModel` and
+`ModekitForCausalLM` are what the Auto classes are given, and open as the family's.
+
+Shape legend: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_modekit import ModekitConfig, family_config
+from .modekit_mixed import Mixed
+from .modekit_router import Flow, Router, places_of
+
+
+class CarriesRouterStates:
+    """Mixed into the class of a key-value cache: the routers' running averages go wherever its sequences go.
+
+    They are no layer of the cache, since transformers looks through its layers for lengths and masks.
+    """
+
+    router_states: dict[str, torch.Tensor]
+
+    def _change(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.router_states = {place: rule(state) for place, state in self.router_states.items()}
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take the sequences in another order (beam search)."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some sequences."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change(lambda state: state[indices.to(state.device)])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[misc]
+        self.router_states = {}
+
+    def crop(self, tokens: int) -> None:
+        """Take tokens back from the keys and values. An average cannot take them back: what it held is forgotten, and
+        a pass that would go on from here is refused.
+        """
+        super().crop(tokens)  # type: ignore[misc]
+        if tokens:  # generate crops by 0 after every token, and the last one when all is done
+            self.router_states = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the class of cache that it was, and what it carries."""
+        return _carrying, (self.__class__.__mro__[2], self.__dict__)
+
+
+@functools.cache
+def _carrier(cache_class: Any) -> Any:
+    return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
+
+
+def _carrying(cache_class: Any, members: dict[str, Any]) -> Any:
+    cache = object.__new__(_carrier(cache_class))
+    cache.__dict__.update(members)
+    return cache
+
+
+class _Recomputing:
+    """Gradient checkpointing whose second run of a layer finds the masks, states and decisions of the first one's pass."""
+
+    def __init__(self, flow: Flow, checkpoint: Callable[..., Any]) -> None:
+        self._flow, self._checkpoint = flow, checkpoint
+
+    def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+        flow = self._flow
+        mask_BS, ids_BS, states, forced = flow.mask_BS, flow.ids_BS, flow.states, flow.forced
+        weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
+
+        def run(*args: Any) -> Any:
+            flow.mask_BS, flow.ids_BS, flow.states, flow.forced = mask_BS, ids_BS, states, forced
+            for name, mixed in flow.mixed.items():
+                mixed.weights = weights[name]
+            return layer(*args)
+
+        return self._checkpoint(run, *args)
+
+
+class _InBoth:
+    """Mixed into both classes of a family."""
+
+    config: Any
+    base_model: Any
+
+    def _set_gradient_checkpointing(self, *, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+        if gradient_checkpointing_func is not None:
+            places = self.config.modekit["places"]
+            shared = any(_layer_of(name) != _layer_of(place["router"]) for name, place in places.items())
+            if shared and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+                raise ValueError("a router that serves several layers gets no gradient with use_reentrant; set it to False")
+            kwargs["gradient_checkpointing_func"] = _Recomputing(self.base_model.flow, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(**kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family does; refused where experts have embeddings of their own."""
+        if any(isinstance(module, Mixed) for module in (self.get_input_embeddings(), self.get_output_embeddings())):  # type: ignore[attr-defined]
+            raise NotImplementedError("this mixture's experts have embeddings of their own: resize the models it is built from")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
+
+def _layer_of(place: str) -> str:
+    return place.partition(".layers.")[2].partition(".")[0]
+
+
+class MixtureModel(_InBoth):
+    """Mixed into a family's base model: replaces the places, and carries masks and states to the routers."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.flow = Flow()
+        routing = config.modekit["routing"]
+        self.flow.averages = any(average["decay"] is not None for average in routing["averages"])
+        prefix = f"{self.base_model_prefix}."  # type: ignore[attr-defined]
+        install(self, prefix, config, self.flow)  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
+        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back.
+
+        Raises ValueError for an expert that is not there.
+        """
+        self.flow.forced = places_of(expert, self.config.modekit["experts"])
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module)
+        super()._init_weights(module)  # type: ignore[misc]
+
+
+class MixtureForCausalLM(_InBoth):
+    """Mixed into a family's causal language model: its base model and, where the config says so, its head are mixtures."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        model = family_classes(config.__class__)[0](config)
+        setattr(self, self.base_model_prefix, model)  # type: ignore[attr-defined]
+        install(self, "", config, model.flow, only="lm_head")  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
+        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back."""
+        self.base_model.use_expert(expert)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the family does; the routers see which tokens are pads even where it makes a 4-D mask of it.
+
+        `inputs_embeds` is named because generate looks for the name.
+        """
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+            inputs[_PADDING] = attention_mask
+        return inputs
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module)
+        super()._init_weights(module)  # type: ignore[misc]
+
+
+def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow, only: str | None = None) -> None:
+    """Wrap the places under `root` (all, or `only` one) that the config names; their names start with `prefix`."""
+    modekit: dict[str, Any] = config.modekit
+    here: list[str] = []
+    for name, place in modekit["places"].items():
+        if name == only if only is not None else name.startswith(prefix):
+            parent, _, leaf = name.removeprefix(prefix).rpartition(".")
+            owner = root.get_submodule(parent) if parent else root
+            module = Mixed(name, getattr(owner, leaf), place, flow, len(modekit["experts"]), modekit["routing"])
+            setattr(owner, leaf, module)
+            flow.mixed[name] = module
+            here.append(name)
+    for name in here:
+        flow.mixed[name].follow(flow.mixed[modekit["places"][name]["router"]])
+
+
+def initialise(module: nn.Module) -> None:
+    """A mixture made from a config alone starts as its base: gates and B are zero, A is small and random."""
+    if isinstance(module, Router) and hasattr(module, "gate"):
+        nn.init.zeros_(module.gate)
+    if isinstance(module, Mixed):
+        if any(module.ranks):
+            nn.init.normal_(module.lora_A, std=0.02)
+            nn.init.zeros_(module.lora_B)
+        if module.biased:
+            nn.init.zeros_(module.lora_bias)
+
+
+@functools.cache
+def family_classes(config_class: Any) -> tuple[Any, Any]:
+    """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
+    dense_config = config_class.__mro__[1]
+    dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    arguments, causal_arguments = (list(inspect.signature(each.forward).parameters)[1:] for each in (dense_model, dense_causal))
+
+    @functools.wraps(dense_model.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.flow.one_pass():
+            start_pass(self.flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
+            kwargs.pop(_PADDING, None)
+            output = dense_model.forward(self, *args, **kwargs)
+            finish_pass(self.flow, output)
+        return output
+
+    @functools.wraps(dense_causal.forward)
+    def causal_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flow = self.base_model.flow
+        with flow.one_pass():
+            kept = {**dict(zip(causal_arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
+            flow.kept = kept if isinstance(kept, torch.Tensor) else None
+            return dense_causal.forward(self, *args, **kwargs)
+
+    # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
+    shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
+    dense_type = dense_config.model_type
+    members = {**shared, "__qualname__": f"ModekitModel_{dense_type}", "forward": forward, "_auto_class": "AutoModel"}
+    model = type("ModekitModel", (MixtureModel, dense_model), members)
+    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "forward": causal_forward}
+    members["_auto_class"] = "AutoModelForCausalLM"
+    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
+    return model, causal
+
+
+def __getattr__(name: str) -> Any:
+    """The class of a family, which pickle looks for under its qualified name."""
+    kind, _, dense_type = name.partition("_")
+    if kind in {"ModekitModel", "ModekitForCausalLM"} and dense_type in CONFIG_MAPPING:
+        config_class: Any = family_config(dense_type)
+        return family_classes(config_class)[kind == "ModekitForCausalLM"]
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+_PADDING = "routers_attention_mask"
+"""Argument of a pass that generate makes: the 2-D mask of the tokens (None: no pads), whatever attention is given."""
+
+
+def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
+    """Tell the routers which tokens are real and where their averages stood.
+
+    Raises ValueError where an average would not be that of the row's own tokens: several sequences share a row, pads are not
+    named, or the tokens before were not read by these routers.
+    """
+    for mixed in flow.mixed.values():
+        mixed.weights = None
+    flow.ids_BS = tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    given = kwargs.get("attention_mask")
+    mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(_PADDING)
+    flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
+    flow.fresh = {}
+    if not flow.averages or (flow.forced is not None and not flow.solo):
+        return
+    if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")
+    if isinstance(cache, Cache) and not flow.states and not torch.compiler.is_compiling() and int(cache.get_seq_length()):
+        raise ValueError(
+            "context and sequence routers must have read what the cache holds, and cannot take tokens back: give the cache as "
+            "this mixture returned it, or the whole text; generate without an assistant model or prompt lookup"
+        )
+    if _is_packed(flow, kwargs):
+        raise ValueError("context and sequence routers read one sequence per row; give packed sequences as rows with padding")
+
+
+def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
+    """Whether positions do not count from 0 where no mask and no earlier tokens explain it."""
+    positions = kwargs.get("position_ids")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return True
+    if positions is None or flow.mask_BS is not None or flow.states or torch.compiler.is_compiling():
+        return False
+    return bool((positions != torch.arange(positions.shape[-1], device=positions.device)).any())
+
+
+def finish_pass(flow: Flow, output: Any) -> None:
+    """Keep the routers' averages beside the keys and values."""
+    values = output.values() if hasattr(output, "values") else output
+    cache = next((value for value in values if isinstance(value, Cache)), None)
+    if isinstance(cache, CarriesRouterStates) and not flow.fresh:  # an expert was forced: the averages miss these tokens
+        cache.router_states = {}
+    elif cache is not None and flow.fresh:
+        if not isinstance(cache, CarriesRouterStates):
+            cache.__class__ = _carrier(cache.__class__)
+        cache.router_states = flow.fresh
+    flow.states, flow.fresh = {}, {}
+
+
+class ModekitModel:
+    """What AutoModel is given: opens as the base model of the checkpoint's family."""
+
+    _place = 0
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """The family's model from a checkpoint folder or hub id."""
+        config = config if config is not None else ModekitConfig.from_pretrained(path)
+        return family_classes(config.__class__)[cls._place].from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        return family_classes(config.__class__)[cls._place]._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: the family's classes say where their code is."""
+
+
+class ModekitForCausalLM(ModekitModel):
+    """What AutoModelForCausalLM is given: opens as the causal language model of the checkpoint's family."""
+
+    _place = 1
