@@ -1,20 +1,15 @@
 """modekit: one Mixture of Domain Experts from language models fine-tuned for different domains.
 
-The command line (`modekit --help`) is a thin layer over these functions:
-
-    modekit.recipes.read.load_recipe             recipe.yaml -> Recipe
-    modekit.planning.make.make_plan              Recipe -> Plan, from configs and headers
-    modekit.building.build.build                 Plan -> checkpoint folder
-    modekit.checkpoint.checkpoint.open_checkpoint  folder -> Checkpoint
-    modekit.routing.refit.refit                  another router for a Checkpoint
-    modekit.evaluation.evaluate.evaluate           Checkpoint -> Results
-    modekit.building.verify.verify               Checkpoint -> proof
-    modekit.experts.specialize.specialize       base model + text -> specialist
-
-After `import modekit`, transformers' Auto classes open checkpoints of the modekit architecture. Nothing heavy is imported
-here, so that `modekit plan` starts without torch.
+The eight functions below are the public face (docs/python.md); the command line is a thin layer over the same code, and all
+else is inner. After `import modekit`, transformers' Auto classes open checkpoints of the modekit architecture. Nothing heavy
+is imported here, so that a plan needs no torch.
 """
 
 from modekit.architecture import register
+from modekit.errors import ModekitError
+from modekit.public import build, evaluate, fit, load, plan, recipe, train, verify
+from modekit.run import Run
+
+__all__ = ["ModekitError", "Run", "build", "evaluate", "fit", "load", "plan", "recipe", "train", "verify"]
 
 register()

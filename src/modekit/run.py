@@ -1,10 +1,23 @@
-"""How a command runs, said once and handed down."""
+"""How a command runs, said once and handed down: whether code of others may run, and who is told of progress.
+
+Progress is a callback that the command line draws; library code neither prints nor exits.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from modekit.progress import Progress, silent
+
+class Progress(Protocol):
+    """Called with the name of the stage, how much of it is done, and how much there is (same unit)."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Draw nothing."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +26,7 @@ class Run:
 
     Attributes:
         trust_remote_code: whether Python that a model brings may run; False unless the user said so.
-        progress: who is told how far a stage is; library code neither prints nor draws.
+        progress: who is told how far a stage is.
     """
 
     trust_remote_code: bool = False

@@ -22,6 +22,7 @@ from modekit.errors import CheckpointError, OutputError
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
+from modekit.run import Run
 from refusal import Tree, borrow, refuse, run_python, tree
 
 KILLED = 9
@@ -207,7 +208,7 @@ def test_what_the_journal_knows_is_not_written_again(bench: Workshop) -> None:
     assert build_and_die(plan, out, RECORD_MOMENTS["after the line"], 12)
     known = len((out.with_name("OUT.partial") / JOURNAL).read_text().splitlines()) - 1
     done: list[int] = []
-    build(plan, out, progress=lambda _stage, done_now, _total: done.append(done_now))
+    build(plan, out, run=Run(progress=lambda _stage, done_now, _total: done.append(done_now)))
     total = sum(len(shard.tensors) for shard in plan.shards)
     assert known == 12
     assert len(done) - 1 <= total + len(set(plan.sources)) - known

@@ -12,7 +12,7 @@ import modekit.demo.demo as run_module
 from modekit.demo.demo import run_demo
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
 from modekit.errors import OutputError
-from modekit.progress import silent
+from modekit.run import Run, silent
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 
@@ -39,15 +39,15 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(run_module, "_run_seed", reached)
     with pytest.raises(ReachedError):
-        run_demo(tmp_path / "demo", progress=silent)
+        run_demo(tmp_path / "demo", run=Run(progress=silent))
     for other in ({"quick": True}, {"real": True}, {"what": "full"}):
         with pytest.raises(OutputError, match="another kind"):
-            run_demo(tmp_path / "demo", progress=silent, **other)  # type: ignore[arg-type]
+            run_demo(tmp_path / "demo", run=Run(progress=silent), **other)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run_demo(tmp_path / "demo", quick=True, progress=silent)
+    first = run_demo(tmp_path / "demo", quick=True, run=Run(progress=silent))
     table = first.merged(0)
     names = [row.name for row in table.rows]
     assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing", "context", "ngram"]
@@ -61,12 +61,12 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(run_module, "make_base", no_training)
     monkeypatch.setattr(run_module, "specialize", no_training)
     monkeypatch.setattr(run_module, "build", no_training)
-    assert run_demo(tmp_path / "demo", quick=True, progress=silent).as_data() == first.as_data()
+    assert run_demo(tmp_path / "demo", quick=True, run=Run(progress=silent)).as_data() == first.as_data()
 
 
 @pytest.mark.slow
 def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
-    table = run_demo(tmp_path / "demo", quick=True, what="lora", progress=silent).merged(0)
+    table = run_demo(tmp_path / "demo", quick=True, what="lora", run=Run(progress=silent)).merged(0)
     assert [row.name for row in table.rows] == [
         "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing",
         "context", "ngram",

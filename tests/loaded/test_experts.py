@@ -18,6 +18,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.loaded.experts import average_of, load_expert, load_expert_source
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
+from modekit.run import Run
 
 OWN_CODE = "from transformers import LlamaForCausalLM\n\n\nclass OwnModel(LlamaForCausalLM):\n    own = True\n"
 
@@ -32,12 +33,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     (base / "modeling_own.py").write_text(OWN_CODE)
     write_adapter(workshop.root / "lora")
     workshop.recipe["experts"][1] = {"name": "law", "adapter": "./lora", "text": "./text/law.jsonl"}
-    plan = make_plan(load_recipe(workshop.write()), workshop.root, trust_remote_code=True)
+    plan = make_plan(load_recipe(workshop.write()), workshop.root, run=Run(trust_remote_code=True))
     return build(plan, workshop.root / "OUT")
 
 
 def test_an_adapter_over_a_base_with_code_of_its_own_is_loaded_when_that_is_trusted(mixture: Checkpoint) -> None:
-    model = load_expert_source(mixture, 1, trust_remote_code=True)
+    model = load_expert_source(mixture, 1, run=Run(trust_remote_code=True))
     assert model is not None and getattr(model, "own", False)
     base = AutoModelForCausalLM.from_pretrained(mixture.recipe_root / "base", trust_remote_code=False)
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base.state_dict()[name])]
@@ -50,7 +51,7 @@ def test_without_trust_it_is_refused_by_name(mixture: Checkpoint) -> None:
 
 
 def test_a_table_has_the_row_of_such_an_adapter(mixture: Checkpoint) -> None:
-    results = evaluate(mixture, tokens_per_domain=100, sequence_length=32, trust_remote_code=True, write=False)
+    results = evaluate(mixture, tokens_per_domain=100, sequence_length=32, run=Run(trust_remote_code=True), write=False)
     assert [row.name for row in results.rows] == ["base", "medicine", "law", "code", "weight average", "oracle", "mixture"]
 
 

@@ -29,6 +29,7 @@ from modekit.experts.export import export_adapter
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE
+from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
 from modekit.training.batches import Batches, Corpus, plan_parts, shares
@@ -259,7 +260,9 @@ ALL = {"lm": 1.0, "distill": 0.5, "distill_reverse": 0.3, "label": 0.2, "balance
 def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[str, Any] | None) -> None:
     checkpoint = built(workshop, mixture=mixture)
     corpora = small_corpora()
-    teachers = make_teachers(checkpoint, corpora, workshop.root / "work", trust_remote_code=False, progress=lambda *_: None)
+    teachers = make_teachers(
+        checkpoint, corpora, workshop.root / "work", run=Run(trust_remote_code=False, progress=lambda *_: None)
+    )
     names = {name: weight for name, weight in ALL.items() if name not in {"balance", "importance"}}  # products over a batch
     settings = settings_of(losses=names, what=["all"])
 
@@ -293,7 +296,9 @@ def small_corpora() -> list[Corpus]:
 def test_a_teacher_says_what_its_expert_says_of_every_token(workshop: Workshop) -> None:
     checkpoint = built(workshop)
     corpora = small_corpora()
-    teachers = make_teachers(checkpoint, corpora, workshop.root / "work", trust_remote_code=False, progress=lambda *_: None)
+    teachers = make_teachers(
+        checkpoint, corpora, workshop.root / "work", run=Run(trust_remote_code=False, progress=lambda *_: None)
+    )
     for corpus, teacher in zip(corpora, teachers, strict=True):
         assert teacher is not None
         model = load_model(workshop.root / corpus.name)
@@ -314,7 +319,9 @@ def test_a_router_that_takes_the_own_expert_has_nothing_to_learn_from_it(worksho
         save(model, workshop.root / name)
     checkpoint = built(workshop)
     corpora = small_corpora()[:1]
-    teachers = make_teachers(checkpoint, corpora, workshop.root / "work", trust_remote_code=False, progress=lambda *_: None)
+    teachers = make_teachers(
+        checkpoint, corpora, workshop.root / "work", run=Run(trust_remote_code=False, progress=lambda *_: None)
+    )
     model = load_model(checkpoint.folder)
     objective = Objective(
         model, checkpoint, settings_of(losses={"distill": 1.0}), teachers=teachers, train_top_k=None, packed=False
@@ -479,7 +486,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been_killed(workshop: Workshop,
     whole, cut = built(workshop, "WHOLE", mixture), built(workshop, "CUT", mixture)
     run(whole, **changes)
     with pytest.raises(_KilledError):
-        train(cut, settings_of(**changes), evaluate_tokens=None, progress=killed_at(step))
+        train(cut, settings_of(**changes), evaluate_tokens=None, run=Run(progress=killed_at(step)))
     assert (workshop.root / "CUT.training" / "settings.json").exists() == (step > 2)  # else there is nothing to go on from
     run(cut, **changes)
     assert tensors_of(whole.folder) == tensors_of(cut.folder)
@@ -491,7 +498,7 @@ def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -
     checkpoint = built(workshop)
     changes = {"what": ["attention"], "steps": 6, "evaluate_every": 2}
     with pytest.raises(_KilledError):
-        train(checkpoint, settings_of(**changes), evaluate_tokens=None, progress=killed_at(5))
+        train(checkpoint, settings_of(**changes), evaluate_tokens=None, run=Run(progress=killed_at(5)))
     states = sorted((workshop.root / "OUT.training").glob("checkpoint-*"))
     (states[-1] / "complete").unlink()
     (states[-1] / "model.safetensors").write_bytes(b"cut short")
@@ -504,7 +511,7 @@ def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -
 def test_another_training_does_not_take_over_an_unfinished_one(workshop: Workshop) -> None:
     checkpoint = built(workshop)
     with pytest.raises(_KilledError):
-        train(checkpoint, settings_of(what=["head"]), evaluate_tokens=None, progress=killed_at(3))
+        train(checkpoint, settings_of(what=["head"]), evaluate_tokens=None, run=Run(progress=killed_at(3)))
     with pytest.raises(TrainingError, match="an unfinished training is in the way"):
         run(checkpoint, what=["head"], seed=5)
     assert run(checkpoint, what=["head"]).improved
@@ -897,7 +904,7 @@ def test_memory_settings_may_change_when_a_training_goes_on(workshop: Workshop) 
     changes = {"what": ["head"], "steps": 4, "evaluate_every": 2}
     run(whole, **changes)
     with pytest.raises(_KilledError):
-        train(checkpoint, settings_of(**changes), evaluate_tokens=None, progress=killed_at(3))
+        train(checkpoint, settings_of(**changes), evaluate_tokens=None, run=Run(progress=killed_at(3)))
     run(checkpoint, **changes, accumulate=2, checkpointing=True)
     first, second = read(whole.folder), read(checkpoint.folder)
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)

@@ -160,7 +160,7 @@ def _dense_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]], *, 
     total: torch.Tensor | None = None
     for module, weight in parts:
         y = module(x)
-        y = y * (weight.to(y.dtype) if one_each else _spread(weight, y))
+        y = y * (weight.to(y.dtype) if one_each else _broadcast(weight, y))
         total = y if total is None else total + y
     assert total is not None
     return total
@@ -177,7 +177,7 @@ def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) ->
             continue
         everywhere = len(rows) == len(flat)
         y = module(flat if everywhere else flat[rows])
-        y = y * _spread(weight_T[rows], y)
+        y = y * _broadcast(weight_T[rows], y)
         if total is None:
             total = y if everywhere else y.new_zeros(len(flat), *y.shape[1:]).index_add(0, rows, y)
         else:
@@ -186,6 +186,6 @@ def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) ->
     return total.reshape(*x.shape[:2], *total.shape[1:])
 
 
-def _spread(weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _broadcast(weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """One weight per token, for a y with axes behind those of the tokens."""
     return weight.reshape(*weight.shape, *[1] * (y.ndim - weight.ndim)).to(y.dtype)

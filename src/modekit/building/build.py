@@ -23,15 +23,15 @@ from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.checkpoint.staging import Staging, staging, write_all, write_json
 from modekit.errors import SourceError
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
-from modekit.progress import Progress, silent
 from modekit.routing.fit import fit_router
+from modekit.run import QUIET, Run
 from modekit.sources.model import Mappings
 from modekit.text.documents import is_local
 from modekit.text.held_out import fit_documents
 
 
 def build(
-    plan: Plan, out: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None, progress: Progress = silent
+    plan: Plan, out: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None, run: Run = QUIET
 ) -> Checkpoint:
     """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`.
 
@@ -43,7 +43,7 @@ def build(
     with staging(out, plan.digest(), overwrite=overwrite, marker=RECORD_FILE) as stage:
         inspector = Inspector(plan, stage)
         try:
-            _write_shards(plan, stage, progress)
+            _write_shards(plan, stage, run)
         except BaseException:
             inspector.stop()
             raise
@@ -55,7 +55,7 @@ def build(
         for name, content in (beside or {}).items():
             (stage.folder / name).parent.mkdir(exist_ok=True)
             (stage.folder / name).write_bytes(content)
-        checkpoint = _set_router(plan, out, stage, hashes, progress)
+        checkpoint = _set_router(plan, out, stage, hashes, run)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
     return Checkpoint(out, checkpoint.record)
 
@@ -67,19 +67,18 @@ def _check_text(plan: Plan) -> None:
             fit_documents(expert, plan.root, number)
 
 
-def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], progress: Progress) -> Checkpoint:
+def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], run: Run) -> Checkpoint:
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
     checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, RouterRecord.unfitted(plan.recipe, sha256)))
     fitted = fit_router(
-        checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, trust_remote_code=plan.trust_remote_code,
-        progress=progress,
+        checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run=Run(plan.trust_remote_code, run.progress),
     )  # fmt: skip
     return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe)
 
 
-def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
+def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
     mappings = Mappings()
     read = PieceReader(mappings)
     total = sum(shard.nbytes for shard in plan.shards)
@@ -89,13 +88,13 @@ def _write_shards(plan: Plan, stage: Staging, progress: Progress) -> None:
 
             def write_next(number: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written
-                progress("build", min(written, total), total)
+                run.progress("build", min(written, total), total)
                 write_tensor(plan, tensors[number], read, stream)
                 written += tensors[number].nbytes
 
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
             stage.write_shard(shard.file, entries, write_next)
-        progress("build", total, total)
+        run.progress("build", total, total)
     finally:
         mappings.close()
 

@@ -10,17 +10,18 @@ from modekit.planning.plan import Plan
 from modekit.planning.summary import summary
 from modekit.planning.work import fit_work
 from modekit.recipes.read import load_recipe
+from modekit.run import QUIET, Run
 from modekit.text.documents import check_present
 
 
-def preview(recipe: Path, *, measure: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
+def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[str, Any]:
     """The plan of a recipe file as plain data; what `modekit plan --json` prints.
 
     With `measure` a layer is run for a second or two to say how long the fit will take on this machine (`fit.seconds`); that
     alone imports torch. Raises what a build would raise for models, and TextError for a text that is not there.
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
-    plan = make_plan(parsed, root, trust_remote_code=trust_remote_code, headers_only=True)
+    plan = make_plan(parsed, root, run=run, headers_only=True)
     for place, expert in enumerate(parsed.experts):
         check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}'")
     for domain, texts in parsed.eval.items():

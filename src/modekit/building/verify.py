@@ -21,7 +21,7 @@ from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.sources.model import Mappings
 from modekit.weights.numeric import blocks, is_finite
 
@@ -38,12 +38,15 @@ class Check:
 
 
 def verify(
-    checkpoint: Checkpoint, *, trust_remote_code: bool = False, reload: bool = True, progress: Progress = silent
+    checkpoint: Checkpoint,
+    *,
+    run: Run = QUIET,
+    reload: bool = True,
 ) -> list[Check]:
     """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers."""
-    checks = [_check_digest(checkpoint), *_check_sources(checkpoint, progress)]
+    checks = [_check_digest(checkpoint), *_check_sources(checkpoint, run)]
     try:
-        plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root, trust_remote_code=trust_remote_code)
+        plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root, run=run)
     except ModekitError as error:
         checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
         plan = None
@@ -53,16 +56,16 @@ def verify(
         if plan is not None:
             checks.append(_check_config(checkpoint, plan))
             checks.append(_check_files(checkpoint, plan))
-            checks.append(_check_copies(checkpoint, plan, mappings, progress))
-            checks.append(_check_computed(checkpoint, plan, mappings, progress))
+            checks.append(_check_copies(checkpoint, plan, mappings, run))
+            checks.append(_check_computed(checkpoint, plan, mappings, run))
         if checkpoint.record.trained:
             checks.append(_check_trained(checkpoint, mappings))
-        checks.append(_check_finite(checkpoint, mappings, progress))
+        checks.append(_check_finite(checkpoint, mappings, run))
     finally:
         mappings.close()
     checks.append(_check_router(checkpoint))
     if reload:
-        checks.append(_check_reload(checkpoint.folder, trust_remote_code))
+        checks.append(_check_reload(checkpoint.folder, run))
     return checks
 
 
@@ -79,7 +82,7 @@ def _check_digest(checkpoint: Checkpoint) -> Check:
     )
 
 
-def _check_sources(checkpoint: Checkpoint, progress: Progress) -> Iterator[Check]:
+def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
     for source in checkpoint.record.sources:
         folder = (checkpoint.folder / source.folder).resolve()
         name = f"source {source.label}"
@@ -89,7 +92,7 @@ def _check_sources(checkpoint: Checkpoint, progress: Progress) -> Iterator[Check
             continue
         changed = []
         for file, expected in source.files.items():
-            if (folder / file).stat().st_size != expected.size or _blake3(folder / file, progress, name) != expected.blake3:
+            if (folder / file).stat().st_size != expected.size or _blake3(folder / file, run, name) != expected.blake3:
                 changed.append(file)
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
@@ -97,13 +100,13 @@ def _check_sources(checkpoint: Checkpoint, progress: Progress) -> Iterator[Check
             yield Check(name, "proven", f"{len(source.files)} files, blake3 as recorded")
 
 
-def _blake3(path: Path, progress: Progress, stage: str) -> str:
+def _blake3(path: Path, run: Run, stage: str) -> str:
     digest, size, done = blake3(), path.stat().st_size, 0
     with path.open("rb", buffering=0) as stream:
         while chunk := stream.read(4 * 2**20):
             digest.update(chunk)
             done += len(chunk)
-            progress(stage, done, size)
+            run.progress(stage, done, size)
     return digest.hexdigest()
 
 
@@ -118,7 +121,7 @@ def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
     return Check("tensor names and shapes", "proven", f"{len(found)} tensors as planned")
 
 
-def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
+def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> Check:
     trained = checkpoint.record.trained
     copied = [tensor for tensor in plan.tensors if tensor.operation == "copy" and tensor.name not in trained]
     total, done = sum(tensor.nbytes for tensor in copied), 0
@@ -126,7 +129,7 @@ def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progre
         if not _same_bytes(checkpoint, tensor, mappings):
             return Check("copied tensors", "failed", f"{tensor.name} differs from its source")
         done += tensor.nbytes
-        progress("compare", done, total)
+        run.progress("compare", done, total)
     return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit")
 
 
@@ -159,7 +162,7 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
 
 
-def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, progress: Progress) -> Check:
+def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> Check:
     trained = checkpoint.record.trained
     computed = [
         tensor
@@ -177,7 +180,7 @@ def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, prog
                 return Check("computed tensors", "failed", f"{tensor.name} is not what the recipe makes of its sources")
             start += len(block)
         done += tensor.nbytes
-        progress("compute again", done, total)
+        run.progress("compute again", done, total)
     return Check("computed tensors", "proven", f"{len(computed)} cast, scaled, folded, merged or zero tensors computed again")
 
 
@@ -198,7 +201,7 @@ def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mapping
     return start == len(ours)
 
 
-def _check_finite(checkpoint: Checkpoint, mappings: Mappings, progress: Progress) -> Check:
+def _check_finite(checkpoint: Checkpoint, mappings: Mappings, run: Run) -> Check:
     total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
     for name, ref in checkpoint.tensors.items():
         view = mappings.view(ref)
@@ -206,7 +209,7 @@ def _check_finite(checkpoint: Checkpoint, mappings: Mappings, progress: Progress
             if not is_finite(view[part], ref.dtype):
                 return Check("finite values", "failed", f"NaN or Inf in {name}")
         done += ref.nbytes
-        progress("finite", done, total)
+        run.progress("finite", done, total)
     return Check("finite values", "proven", f"{total:,} bytes")
 
 
@@ -226,7 +229,7 @@ def _check_router(checkpoint: Checkpoint) -> Check:
     return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}")
 
 
-def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
+def _check_reload(folder: Path, run: Run) -> Check:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -235,7 +238,7 @@ def _check_reload(folder: Path, trust_remote_code: bool) -> Check:
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
         with without_bars():
-            model, report = load(folder, trust_remote_code=trust_remote_code, output_loading_info=True)
+            model, report = load(folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed
         return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]

@@ -14,6 +14,7 @@ from modekit.cli.printing.advice import print_advice
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, RecipePath, Trust, app
+from modekit.run import Run
 
 
 @app.command()
@@ -33,13 +34,13 @@ def advise(
 
     What the recipe says under `mixture` is not read. Exit code 1 when nothing is left to mix.
     """
-    from modekit.search.advise.advise import advise as run
+    from modekit.search.advise.advise import advise
     from modekit.search.advise.recipe_file import check_target, write_advised
 
     if write is not None:
         check_target(write)
     with drawn_progress() as progress:
-        advice = run(recipe, tokens=tokens, native=native, trust_remote_code=trust_remote_code, progress=progress)
+        advice = advise(recipe, tokens=tokens, native=native, run=Run(trust_remote_code, progress))
     if as_json:
         sys.stdout.write(json.dumps(advice.as_data(), indent=2) + "\n")
     else:

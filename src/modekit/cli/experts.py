@@ -18,6 +18,7 @@ from modekit.cli.printing.mixtures import print_extract, print_notes
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Overwrite, Trust, app
 from modekit.errors import ModekitError
+from modekit.run import Run
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ def specialize(
     options: SpecializeOptions,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well."""
-    from modekit.experts.specialize import checked_choice
-    from modekit.experts.specialize import specialize as run
+    from modekit.experts.specialize import checked_choice, specialize
     from modekit.loaded.next_token import Training
     from modekit.sources.open import model_folder
 
@@ -59,10 +59,10 @@ def specialize(
         seed=options.seed,
     )  # fmt: skip
     with drawn_progress() as progress:
-        record = run(
+        record = specialize(
             model_folder(base, None, root=Path.cwd(), label="BASE"), output.resolve(),
             text, root=Path.cwd(), train=train, rank=rank, training=training, overwrite=options.overwrite,
-            trust_remote_code=options.trust_remote_code, progress=progress,
+            run=Run(options.trust_remote_code, progress),
         )  # fmt: skip
     loss = record["held_out_loss"]
     change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
@@ -98,8 +98,7 @@ def extract(
 ) -> None:
     """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
     from modekit.experts.carried import notes_of
-    from modekit.experts.extract import ExtractSettings
-    from modekit.experts.extract import extract as run
+    from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
     if options.tokens is not None and not options.text:
@@ -111,10 +110,10 @@ def extract(
         texts=options.text or (), root=Path.cwd(), tokens=options.tokens or 16_384, base_name=base,
     )  # fmt: skip
     with drawn_progress() as progress:
-        record = run(
+        record = extract(
             model_folder(model, None, root=Path.cwd(), label="MODEL"),
             model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), settings,
-            overwrite=options.overwrite, trust_remote_code=options.trust_remote_code, progress=progress,
+            overwrite=options.overwrite, run=Run(options.trust_remote_code, progress),
         )  # fmt: skip
     if options.as_json:
         sys.stdout.write(json.dumps({**record, "notes": notes_of(record)}, indent=2) + "\n")

@@ -15,6 +15,7 @@ from modekit.cli.printing.inspection import print_inspection, print_trace
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.errors import ModekitError
+from modekit.run import Run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def inspect(
     """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
     text, layer = shown.text, shown.layer
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.evaluation.inspection.inspect import inspect as run
+    from modekit.evaluation.inspection.inspect import inspect
     from modekit.evaluation.inspection.text import STDIN, inspect_text, read_text
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
@@ -52,14 +53,12 @@ def inspect(
         raise ModekitError("it has an effect with a text only", where="--layer", remedy="add --text, or leave it out")
     with drawn_progress() as progress:
         if text is None:
-            data = run(
-                opened, tokens_per_domain=tokens, sequence_length=sequence_length, trust_remote_code=trust_remote_code,
-                progress=progress,
+            data = inspect(
+                opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=Run(trust_remote_code, progress),
             )  # fmt: skip
         else:
             data = inspect_text(
-                opened, text, layer=layer, sequence_length=sequence_length, trust_remote_code=trust_remote_code,
-                progress=progress,
+                opened, text, layer=layer, sequence_length=sequence_length, run=Run(trust_remote_code, progress),
             )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")

@@ -18,6 +18,7 @@ from modekit.cli.printing.mixtures import print_checks, print_plan
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app
 from modekit.errors import ModekitError
+from modekit.run import Run
 
 
 @app.command()
@@ -32,7 +33,7 @@ def plan(
     """Show what a build would do, from configs and headers alone."""
     from modekit.building.preview import preview
 
-    summary = preview(recipe, measure=measure, trust_remote_code=trust_remote_code)
+    summary = preview(recipe, measure=measure, run=Run(trust_remote_code))
     if as_json:
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     else:
@@ -45,15 +46,15 @@ def build(
     overwrite: Overwrite = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write the mixture: stream the experts, fit the router."""
-    from modekit.building.build import build as run
+    from modekit.building.build import build
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
-    made = make_plan(load_recipe(recipe), recipe.resolve().parent, trust_remote_code=trust_remote_code)
+    made = make_plan(load_recipe(recipe), recipe.resolve().parent, run=Run(trust_remote_code))
     with drawn_progress() as progress:
-        checkpoint = run(made, output.resolve(), overwrite=overwrite, progress=progress)
+        checkpoint = build(made, output.resolve(), overwrite=overwrite, run=Run(progress=progress))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
     out.print(
         f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
@@ -99,7 +100,9 @@ def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = F
 
     with drawn_progress() as progress:
         done = refit(
-            open_checkpoint(checkpoint.resolve()), options.changes(), trust_remote_code=trust_remote_code, progress=progress
+            open_checkpoint(checkpoint.resolve()),
+            options.changes(),
+            run=Run(trust_remote_code, progress),
         )
     if not processes().is_main:
         return
@@ -117,13 +120,14 @@ def verify(
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
 ) -> None:  # fmt: skip
     """Prove that the checkpoint is what it says; exit code 1 when it is not."""
-    from modekit.building.verify import is_proven
-    from modekit.building.verify import verify as run
+    from modekit.building.verify import is_proven, verify
     from modekit.checkpoint.checkpoint import open_checkpoint
 
     with drawn_progress() as progress:
-        checks = run(
-            open_checkpoint(checkpoint.resolve()), trust_remote_code=trust_remote_code, reload=reload, progress=progress
+        checks = verify(
+            open_checkpoint(checkpoint.resolve()),
+            run=Run(trust_remote_code, progress),
+            reload=reload,
         )
     if as_json:
         sys.stdout.write(json.dumps([vars(check) for check in checks], indent=2) + "\n")

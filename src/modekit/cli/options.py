@@ -21,20 +21,20 @@ from typing import Any, get_type_hints
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose dataclass parameters are spread out into their fields."""
+    """A command whose dataclass parameters are unfolded out into their fields."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-    spread: list[inspect.Parameter] = []
+    unfolded: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        spread += _fields(groups[name]) if name in groups else [_option(name, hints[name], parameter.default)]
+        unfolded += _fields(groups[name]) if name in groups else [_option(name, hints[name], parameter.default)]
 
     @wraps(command)
     def run(**values: Any) -> None:
         given = {name: kind(**{each.name: values.pop(each.name) for each in fields(kind)}) for name, kind in groups.items()}
         command(**values, **given)
 
-    run.__dict__["__signature__"] = inspect.Signature(spread)
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    run.__dict__["__signature__"] = inspect.Signature(unfolded)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in unfolded}
     return run
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from modekit.cli.printing.console import err
 from modekit.cli.printing.figures import clock_of
-from modekit.progress import Progress
+from modekit.run import Progress
 
 EVERY = 30.0
 """Seconds after which a stage says again how far it is."""

@@ -50,10 +50,9 @@ def push(
 ) -> None:
     """Upload the mixture to the hub: without the router's statistics, and without paths of this machine."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.report.push import pack
-    from modekit.report.push import push as run
+    from modekit.report.push import pack, push
 
     parcel = pack(open_checkpoint(checkpoint.resolve()), ask_hub=not dry_run)
     print_parcel(parcel, repo)
     if not dry_run:
-        out.print(f"[bold]{escape(run(parcel, repo, private=private or None))}[/]", highlight=False, soft_wrap=True)
+        out.print(f"[bold]{escape(push(parcel, repo, private=private or None))}[/]", highlight=False, soft_wrap=True)

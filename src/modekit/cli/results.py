@@ -18,6 +18,7 @@ from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect
 from modekit.cli.tasks import score_tasks
 from modekit.errors import ModekitError
+from modekit.run import Run
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ def evaluate(
         return
     refuse_without_effect("it belongs to --tasks", of_tasks.beside_tasks())
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.evaluation.evaluate import evaluate as run
+    from modekit.evaluation.evaluate import evaluate
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     with drawn_progress() as progress:
-        results = run(
+        results = evaluate(
             open_checkpoint(checkpoint.resolve()), tokens_per_domain=tokens or 20_000, sequence_length=sequence_length or 512,
-            trust_remote_code=trust_remote_code, progress=progress,
+            run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
@@ -105,7 +106,7 @@ def demo(
     what: Literal["full", "lora", "mlp"] = "full" if full else "lora" if adapters else "mlp"
     output = output or folder_of(what, real=real, quick=quick)
     with drawn_progress() as progress:
-        results = run_demo(output.resolve(), seeds=range(seeds), what=what, real=real, quick=quick, progress=progress)
+        results = run_demo(output.resolve(), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))
     for seed in results.per_seed:
         out.print(f"[bold]seed {seed}[/]")
         print_results(results.merged(seed))

@@ -12,6 +12,7 @@ from rich.markup import escape
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.errors import ModekitError
+from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.cli.results import TaskOptions
@@ -31,7 +32,7 @@ def score_tasks(checkpoint: Path, options: TaskOptions, *, as_json: bool, trust_
             models=_listed(options.models, "--models") if options.models is not None else (),
             folders=[folder.resolve() for folder in options.include_path or ()], limit=options.limit,
             seen=[str(Path(each).resolve()) for each in options.seen or ()], seed=options.seed or 0,
-            trust_remote_code=trust_remote_code, progress=progress,
+            run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(opened), indent=2) + "\n")

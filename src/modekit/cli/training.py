@@ -15,6 +15,7 @@ from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app
 from modekit.errors import ModekitError
+from modekit.run import Run
 
 _RENAMED = {"loss": "losses", "cheap": "speed"}
 
@@ -92,15 +93,15 @@ def train(
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.training.settings import given_settings
-    from modekit.training.train import train as run
+    from modekit.training.train import train
 
     wanted = given_settings(said.said(), options.settings, held_out_tokens=options.tokens)
     tokens = 8_192 if options.tokens is None else options.tokens
     with drawn_progress() as progress:
-        done = run(
+        done = train(
             open_checkpoint(checkpoint.resolve()), wanted, texts=_texts(text), root=Path.cwd(),
             out=options.output.resolve() if options.output is not None else None, evaluate_tokens=tokens or None,
-            trust_remote_code=options.trust_remote_code, progress=progress,
+            run=Run(options.trust_remote_code, progress),
         )  # fmt: skip
     if processes().is_main:
         if options.as_json:

@@ -17,6 +17,7 @@ from modekit.cli.printing.mixtures import print_tune
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app
 from modekit.errors import TuneError
+from modekit.run import Run
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ def tune(
 
     try:
         from modekit.search.tune.settings import TuneSettings
-        from modekit.search.tune.tune import asked_space
-        from modekit.search.tune.tune import tune as run
+        from modekit.search.tune.tune import asked_space, tune
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
@@ -57,14 +57,14 @@ def tune(
 
     parsed, root = load_recipe(recipe), recipe.resolve().parent
     trust = options.trust_remote_code
-    space = asked_space(options.space, parsed, root, native=options.native, trust_remote_code=trust)
+    space = asked_space(options.space, parsed, root, native=options.native, run=Run(trust))
     settings = TuneSettings(
         options.trials, options.tokens, options.sequence_length, options.seed, options.processes, options.ray
     )
     with drawn_progress() as progress:
-        results = run(
+        results = tune(
             parsed, root, output.resolve(), space=space, settings=settings, native=options.native,
-            overwrite=options.overwrite, trust_remote_code=trust, progress=progress,
+            overwrite=options.overwrite, run=Run(trust, progress),
         )  # fmt: skip
     if options.as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")

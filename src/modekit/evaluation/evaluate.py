@@ -21,7 +21,7 @@ from modekit.evaluation.loss import score_domain
 from modekit.evaluation.notes import notes_of
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.results_folder import UNREADABLE, read_results, write_results
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 
 
 def evaluate(
@@ -29,11 +29,10 @@ def evaluate(
     *,
     tokens_per_domain: int = 20_000,
     sequence_length: int = 512,
-    trust_remote_code: bool = False,
+    run: Run = QUIET,
     known: Results | None = None,
     seen: Collection[str] = (),
     write: bool = True,
-    progress: Progress = silent,
 ) -> Results:
     """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
 
@@ -44,10 +43,10 @@ def evaluate(
     """
     domains = held_out_domains(
         checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen,
-        trust_remote_code=trust_remote_code,
+        run=run,
     )  # fmt: skip
-    jobs, notes = row_jobs(checkpoint, trust_remote_code=trust_remote_code)
-    rows = _run(jobs, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], progress)
+    jobs, notes = row_jobs(checkpoint, run=run)
+    rows = _run(jobs, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
     gaps = gaps_of(rows, domains)
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
     if gapless:
@@ -66,7 +65,7 @@ def evaluate(
     return results
 
 
-def _run(jobs: Sequence[Job], domains: Sequence[Domain], known: Sequence[Row], progress: Progress) -> list[Row]:
+def _run(jobs: Sequence[Job], domains: Sequence[Domain], known: Sequence[Row], run: Run) -> list[Row]:
     """Every job's scores, taken over where `known` rows have them; one model is in memory at a time."""
     earlier = {(row.identity, name): score for row in known for name, score in row.scores.items()}
     total = sum(domain.scored_tokens for domain in domains) * len(jobs)
@@ -82,10 +81,10 @@ def _run(jobs: Sequence[Job], domains: Sequence[Domain], known: Sequence[Row], p
                 if score is None or (score.blocks is None and len(domain.sequences) > 1):
                     model = model if model is not None else job.load()
                     with job.within(model, domain):
-                        score = score_domain(model, domain, partial(progress, f"score {job.name}", total=total), done)
+                        score = score_domain(model, domain, partial(run.progress, f"score {job.name}", total=total), done)
                 scores[domain.name] = score
             done += domain.scored_tokens
-            progress(f"score {job.name}", done, total)
+            run.progress(f"score {job.name}", done, total)
         rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))
         del model
     return rows

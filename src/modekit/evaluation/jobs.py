@@ -18,6 +18,7 @@ from modekit.loaded.experts import average_of, load_expert
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
+from modekit.run import Run
 from modekit.sources.adapter import is_adapter
 
 
@@ -37,7 +38,7 @@ class Job:
     within: Callable[[PreTrainedModel, Domain], AbstractContextManager[None]] = lambda _model, _domain: nullcontext()
 
 
-def row_jobs(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[list[Job], list[str]]:
+def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[Job], list[str]]:
     """Jobs in the order of the table, and what has to be said about rows that are left out."""
     sources = checkpoint.record.sources
     folders = [(checkpoint.folder / source.folder).resolve() for source in sources]
@@ -48,17 +49,15 @@ def row_jobs(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[list[J
     if checkpoint.record.recipe.mixture.weights is not None:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
     hashes = source_hashes(checkpoint)
-    jobs = list(_source_jobs(checkpoint, folders, hashes, trust_remote_code))
-    return [*jobs, *_mixture_jobs(checkpoint, hashes, trust_remote_code)], notes
+    jobs = list(_source_jobs(checkpoint, folders, hashes, run))
+    return [*jobs, *_mixture_jobs(checkpoint, hashes, run)], notes
 
 
-def _source_jobs(
-    checkpoint: Checkpoint, folders: Sequence[Path], hashes: Sequence[str], trust_remote_code: bool
-) -> Iterator[Job]:
+def _source_jobs(checkpoint: Checkpoint, folders: Sequence[Path], hashes: Sequence[str], run: Run) -> Iterator[Job]:
     """Base, experts, and their average, as far as their models are still there."""
     record = checkpoint.record
     dense = checkpoint.parameters.dense
-    load = partial(load_expert, folders[0], trust_remote_code=trust_remote_code)
+    load = partial(load_expert, folders[0], run=run)
     if folders[0].is_dir():
         yield Job(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
     for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
@@ -73,11 +72,11 @@ def _source_jobs(
         yield Job("weight average", "average", dense, dense, identity, partial(average_of, loads))
 
 
-def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], trust_remote_code: bool) -> Iterator[Job]:
+def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], run: Run) -> Iterator[Job]:
     """The mixture with each domain's own expert forced, and as it is."""
     total, active = checkpoint.parameters.total, checkpoint.parameters.active
     carried, decided = mixture_identities(checkpoint, hashes)
-    load = partial(load_model, checkpoint.folder, trust_remote_code=trust_remote_code)
+    load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
         yield Job(
             "oracle", "oracle", total, active, f"oracle {carried}", load,

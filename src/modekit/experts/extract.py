@@ -29,7 +29,7 @@ from modekit.errors import ModekitError
 from modekit.experts.differences import Pair, check_differs, chosen_of, compare, linears_of, shared_names
 from modekit.experts.extract_record import Adapted, account
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.sources.model import Mappings, open_source
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
@@ -78,8 +78,7 @@ def extract(
     settings: ExtractSettings,
     *,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    run: Run = QUIET,
 ) -> dict[str, Any]:
     """Write the adapter whose sum with `base` comes closest to `model`, in float32; returns what extract.json says.
 
@@ -93,23 +92,23 @@ def extract(
     """
     _check_settings(settings)
     refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
-    tuned = open_source("MODEL", str(model), model, trust_remote_code=trust_remote_code)
-    origin = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
+    tuned = open_source("MODEL", str(model), model, run=run)
+    origin = open_source("BASE", str(base), base, run=run)
     names = shared_names(tuned, origin)
     mappings = Mappings()
     try:
         pairs = []
         for place, name in enumerate(names):
             pairs.append(compare(tuned, origin, name, mappings))
-            progress("compare", place + 1, len(names))
+            run.progress("compare", place + 1, len(names))
         linears = linears_of(pairs)
         chosen = [pair for pair in chosen_of(linears, settings.modules) if pair.squared_delta]
         check_differs(chosen, pairs)
-        moments, text = _moments(chosen, model, settings, trust_remote_code, progress)
+        moments, text = _moments(chosen, model, settings, run)
         adapted = []
         for place, (pair, moment_II) in enumerate(moments):
             adapted.append(_adapt(pair, moment_II, mappings, settings))
-            progress("factorise", place + 1, len(chosen))
+            run.progress("factorise", place + 1, len(chosen))
     finally:
         mappings.close()
     record = {
@@ -149,7 +148,10 @@ _Moments = Iterator[tuple[Pair, npt.NDArray[np.float32] | None]]
 
 
 def _moments(
-    chosen: Sequence[Pair], model: Path, settings: ExtractSettings, trust_remote_code: bool, progress: Progress
+    chosen: Sequence[Pair],
+    model: Path,
+    settings: ExtractSettings,
+    run: Run,
 ) -> tuple[_Moments, dict[str, Any] | None]:
     """Each chosen weight with E[x x^T] of what it reads on the text, or None without text; and the record of the text."""
     if not settings.texts:
@@ -157,12 +159,12 @@ def _moments(
     from modekit.loaded.load import load_model, load_tokenizer
     from modekit.loaded.moments import input_moments
 
-    sequences, text = _read_text(settings, load_tokenizer(model, trust_remote_code=trust_remote_code))
+    sequences, text = _read_text(settings, load_tokenizer(model, run=run))
     by_module = {pair.module: pair for pair in chosen}
 
     def read() -> _Moments:
-        loaded = load_model(model, trust_remote_code=trust_remote_code)
-        for name, moment_II in input_moments(loaded, list(by_module), sequences, advance=partial(progress, "read text")):
+        loaded = load_model(model, run=run)
+        for name, moment_II in input_moments(loaded, list(by_module), sequences, advance=partial(run.progress, "read text")):
             yield by_module[name], moment_II
 
     return read(), text

@@ -20,6 +20,7 @@ from modekit.errors import ModekitError
 from modekit.planning.mixture_config import Place
 from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece
+from modekit.run import Run
 from modekit.sources.adapter import AdapterSource, LowRank, open_adapter
 from modekit.sources.model import Mappings, ModelSource, TensorRef, open_source
 from modekit.weights.folding import Folded, folded_bias, reader
@@ -73,7 +74,7 @@ def own_files(checkpoint: Checkpoint, expert: int) -> OwnFiles:
 def _opened(checkpoint: Checkpoint, expert: int, folder: Path) -> tuple[ModelSource, AdapterSource]:
     recipe, base = checkpoint.record.recipe, checkpoint.record.sources[0]
     # Headers alone are read: no code of the model's runs, whatever it brings.
-    model = open_source(base.label, base.spec, (checkpoint.folder / base.folder).resolve(), trust_remote_code=True)
+    model = open_source(base.label, base.spec, (checkpoint.folder / base.folder).resolve(), run=Run(trust_remote_code=True))
     return model, open_adapter(f"experts[{expert}]", str(recipe.experts[expert].adapter), folder, model)
 
 

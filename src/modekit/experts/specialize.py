@@ -23,7 +23,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.sources.families import family_of
 from modekit.sources.model import DTYPE_NAMES, SPECIALIST_FILE, ModelSource, open_source
 from modekit.sources.names import in_layer
@@ -61,8 +61,7 @@ def specialize(
     rank: int = RANK,
     training: Training | None = None,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    run: Run = QUIET,
 ) -> dict[str, Any]:
     """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
 
@@ -73,10 +72,10 @@ def specialize(
     """
     training = training or Training()
     refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
-    source = open_source("BASE", str(base), base, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    source = open_source("BASE", str(base), base, run=run)
+    tokenizer = load_tokenizer(base, run=run)
     fit, sequences, held_out = _read_text(texts, root, tokenizer, training)
-    model = load_model(base, trust_remote_code=trust_remote_code)
+    model = load_model(base, run=run)
     parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
     domain = Domain("held-out", None, held_out, {})
     before = score_domain(model, domain, lambda _: None).loss if held_out else None
@@ -86,7 +85,7 @@ def specialize(
         overwrite=overwrite,
         marker=SPECIALIST_FILE,
     ) as stage:
-        losses = train_language_model(model, parameters, sequences, training, progress=progress)
+        losses = train_language_model(model, parameters, sequences, training, run=run)
         after = score_domain(model, domain, lambda _: None).loss if held_out else None
         record = {
             "specialist": train,

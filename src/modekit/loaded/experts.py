@@ -9,19 +9,20 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_adapted, load_model
+from modekit.run import QUIET, Run
 from modekit.sources.adapter import is_adapter, open_adapter
 from modekit.sources.model import open_source
 
 
-def load_expert(base: Path, folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedModel:
     """A full model, or the base with an adapter folded in. Raises SourceError, and MismatchError for another base's adapter."""
     if not is_adapter(folder):
-        return load_model(folder, trust_remote_code=trust_remote_code)
-    source = open_source("base_model", str(base), base, trust_remote_code=trust_remote_code)
-    return load_adapted(base, open_adapter("expert", str(folder), folder, source), trust_remote_code=trust_remote_code)
+        return load_model(folder, run=run)
+    source = open_source("base_model", str(base), base, run=run)
+    return load_adapted(base, open_adapter("expert", str(folder), folder, source), run=run)
 
 
-def load_expert_source(checkpoint: Checkpoint, expert: int, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+def load_expert_source(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> PreTrainedModel | None:
     """The model that the expert at a place was made from, with all that it learned; None when it is no longer there."""
     record = checkpoint.record
     base, folder = (
@@ -29,7 +30,7 @@ def load_expert_source(checkpoint: Checkpoint, expert: int, *, trust_remote_code
     )
     if not folder.is_dir() or (is_adapter(folder) and not base.is_dir()):
         return None
-    return load_expert(base, folder, trust_remote_code=trust_remote_code)
+    return load_expert(base, folder, run=run)
 
 
 def average_of(loads: Sequence[Callable[[], PreTrainedModel]]) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
+from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.model import Mappings
 from modekit.weights.folding import Folded, folded_bias, reader
@@ -37,10 +38,10 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises SourceError when it has none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             "the model folder has no usable tokenizer", where=str(folder), found=str(error).splitlines()[0],
@@ -49,12 +50,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return tokenizer
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: Run = QUIET) -> PreTrainedModel:
     """A causal language model from a folder, on the default device, for evaluation."""
     try:
         with without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+                folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise SourceError("transformers cannot load the model", where=str(folder), found=str(error).splitlines()[0]) from None
@@ -68,9 +69,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def load_adapted(base: Path, adapter: AdapterSource, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> PreTrainedModel:
     """The base model with an adapter folded into its weights, in float32, for evaluation."""
-    model = load_model(base, trust_remote_code=trust_remote_code)
+    model = load_model(base, run=run)
     parameters = dict(model.named_parameters())
     mappings = Mappings()
     try:

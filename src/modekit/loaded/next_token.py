@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.loaded.heads import head_of
 from modekit.loaded.load import default_device
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence, encode, make_batches
 
 
@@ -72,7 +72,7 @@ def train_language_model(
     sequences: Sequence[TokenSequence],
     training: Training,
     *,
-    progress: Progress = silent,
+    run: Run = QUIET,
     stage: str = "train",
 ) -> list[float]:
     """Next-token training on `sequences`; documents are never joined, pads never count. Returns the loss of each step.
@@ -110,7 +110,7 @@ def train_language_model(
             optimizer.step()
             optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        progress(stage, step + 1, steps)
+        run.progress(stage, step + 1, steps)
     model.eval()
     return losses
 

@@ -19,6 +19,7 @@ from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, Shard, joined
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
+from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import (
     check_complete,
@@ -37,14 +38,14 @@ from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 
 
-def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False) -> Plan:
+def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
     With `headers_only` models on the hub are not downloaded; such a plan can be shown but not built.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    sources = open_recipe_sources(recipe, root, trust_remote_code=trust_remote_code, headers_only=headers_only)
+    sources = open_recipe_sources(recipe, root, run=run, headers_only=headers_only)
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
     native, why = _choose_architecture(recipe, base, family)
@@ -66,7 +67,7 @@ def make_plan(recipe: Recipe, root: Path, *, trust_remote_code: bool = False, he
     notes = [*_notes(recipe, sources, mixed), *lost_changes(recipe, sources, mixed), *layout.notes()]
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),
-        layout.router_dtype, copied, tuple(notes), trust_remote_code,
+        layout.router_dtype, copied, tuple(notes), run.trust_remote_code,
     )  # fmt: skip
 
 

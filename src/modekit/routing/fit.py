@@ -12,10 +12,10 @@ from pkgutil import resolve_name
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.processes import processes
-from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Recipe
 from modekit.routing.constant import zero_gates
 from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.run import QUIET, Run
 
 
 def fit_router(
@@ -24,8 +24,7 @@ def fit_router(
     root: Path,
     statistics_folder: Path,
     *,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    run: Run = QUIET,
 ) -> FittedRouter:
     """Set the gates as `recipe.mixture` asks for, from text found relative to `root` where the fit reads any.
 
@@ -33,7 +32,7 @@ def fit_router(
     are made and written there. Under a launcher the processes share the text, and the main one solves: the others' gates are
     empty. Raises TextError.
     """
-    fitting = Fitting(checkpoint, recipe, root, statistics_folder, trust_remote_code, progress)
+    fitting = Fitting(checkpoint, recipe, root, statistics_folder, run)
     fit = recipe.mixture.fit
     if not processes().is_main and (fit is None or fit.keeps is None or not fit.keeps.shared):
         return FittedRouter([], RouterRecord.unfitted(recipe))

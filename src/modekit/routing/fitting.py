@@ -8,9 +8,9 @@ from pathlib import Path
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.checkpoint.router_file import Gates
-from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
+from modekit.run import QUIET, Run
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Fitting:
         recipe: what it is to be afterwards.
         root: folder that the recipe's paths are relative to.
         folder: of kept statistics.
+        run: what was handed down.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
     root: Path
     folder: Path
-    trust_remote_code: bool = False
-    progress: Progress = silent
+    run: Run = QUIET
 
     @property
     def settings(self) -> Router:

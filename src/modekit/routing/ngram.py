@@ -33,11 +33,11 @@ _UNCALIBRATED_TEMPERATURE = 8.0  # without a kept document to choose it on
 def count_gate(fitting: Fitting) -> FittedRouter:
     """The table of an n-gram router, from kept counts where text and settings are still the same. Raises TextError."""
     settings, experts = fitting.settings, fitting.recipe.experts
-    tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     domains = []
     for place, expert in enumerate(experts):
         domains.append(_counted(fitting, tokenizer, place, expert))
-        fitting.progress("count n-grams", place + 1, len(experts))
+        fitting.run.progress("count n-grams", place + 1, len(experts))
     (slot,) = fitting.checkpoint.slots
     gate = ngram_gate(domains, settings)
     assert gate.shape == slot.shape

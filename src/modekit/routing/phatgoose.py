@@ -30,7 +30,7 @@ _LEARNING_RATE = 1e-3
 def learned_gates(fitting: Fitting) -> FittedRouter:
     """Gates trained expert by expert on the fit split of their text. Raises TextError."""
     recipe, settings = fitting.recipe, fitting.settings
-    tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = [fit_documents(expert, fitting.root, place) for place, expert in enumerate(recipe.experts)]
     longest = {"max_tokens": settings.tokens_per_domain, "sequence_length": settings.sequence_length}
     sequences = [encode(tokenizer, documents, **longest) for documents in texts]
@@ -59,7 +59,7 @@ def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list
         if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):
             # Jitter and noise draw from the global generator.
             with _seeded(settings.seed, model.device), flow_of(model).forcing(expert, solo=True):
-                train_language_model(model, gates, own, training, progress=fitting.progress, stage=f"train gate {name}")
+                train_language_model(model, gates, own, training, run=fitting.run, stage=f"train gate {name}")
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()

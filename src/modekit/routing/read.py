@@ -18,21 +18,20 @@ from modekit.loaded.load import load_tokenizer
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.shapes import expert_view
 from modekit.processes import processes
-from modekit.progress import Progress, silent
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.fitting import Fitting
 from modekit.routing.statistics import DomainStatistics, load_statistics
+from modekit.run import QUIET, Run
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, text_record
 
 
 def read_statistics(
-    checkpoint: Checkpoint, recipe: Recipe, root: Path, routers: Mapping[Path, Router], *, trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> None:  # fmt: skip
+    checkpoint: Checkpoint, recipe: Recipe, root: Path, routers: Mapping[Path, Router], *, run: Run = QUIET,
+    ) -> None:  # fmt: skip
     """Make the statistics of several routers, folder -> settings, that differ only in what they average, in one reading.
 
     `fit_router` finds them in those folders. Raises TextError.
@@ -40,7 +39,7 @@ def read_statistics(
     readers = []
     for folder, settings in routers.items():
         one = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"router": settings})})
-        readers.append(Reader(Fitting(checkpoint, one, root, folder, trust_remote_code, progress)))
+        readers.append(Reader(Fitting(checkpoint, one, root, folder, run)))
     for place, expert in enumerate(recipe.experts):
         domains = [(reader, reader.look_at(place, expert)) for reader in readers]
         missing = [(reader, domain) for reader, domain in domains if not domain.known]
@@ -81,7 +80,7 @@ class Reader:
     def __init__(self, fitting: Fitting) -> None:
         self._fitting = fitting
         self._settings = fitting.settings
-        self._tokenizer = load_tokenizer(fitting.checkpoint.folder, trust_remote_code=fitting.trust_remote_code)
+        self._tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
         self._view: ExpertView | None = None
         self._done = self._total = 0
 
@@ -135,7 +134,7 @@ class Reader:
             nonlocal done
             done += count
             self._done = done
-            self._fitting.progress(f"read {first.name}", done, total)
+            self._fitting.run.progress(f"read {first.name}", done, total)
 
         found = capture_domain(
             self._view_of(first.place), first.sequences, first.negatives,

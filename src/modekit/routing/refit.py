@@ -13,16 +13,19 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError
 from modekit.processes import processes
-from modekit.progress import Progress, silent
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
 from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.routing.fit import fit_router
+from modekit.run import QUIET, Run
 
 
 def refit(
-    checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False, progress: Progress = silent
+    checkpoint: Checkpoint,
+    changes: Mapping[str, Any],
+    *,
+    run: Run = QUIET,
 ) -> Checkpoint:
     """Set the router anew without touching the experts.
 
@@ -32,7 +35,7 @@ def refit(
     recipe = _changed_recipe(checkpoint, changes)
     fitted = fit_router(
         checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
-        trust_remote_code=trust_remote_code, progress=progress,
+        run=run,
     )  # fmt: skip
     return checkpoint.with_router(fitted.gates, fitted.record, recipe) if processes().is_main else checkpoint
 

@@ -25,7 +25,7 @@ def solve_gates(fitting: Fitting) -> FittedRouter:
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        fitting.progress(f"solve {settings.fit}", done, len(slots))
+        fitting.run.progress(f"solve {settings.fit}", done, len(slots))
 
     whole = [domain for domain in domains if domain is not None]  # all of them, in the process that solves
     solved = fit_gates(settings, whole, advance)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from modekit.errors import SourceError
+from modekit.run import QUIET, Run
 from modekit.sources.model import ModelSource, TensorRef, check_no_code, open_source, read_config
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
@@ -33,15 +34,15 @@ def download(spec: str, revision: str | None, *, where: str) -> Path:
         return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
 
 
-def open_hub_headers(label: str, spec: str, revision: str | None, *, trust_remote_code: bool = False) -> ModelSource:
+def open_hub_headers(label: str, spec: str, revision: str | None, *, run: Run = QUIET) -> ModelSource:
     """A hub model by config and tensor headers alone; no weights are downloaded. Raises SourceError."""
     where = f"{label} ({spec})"
     with _explained(where):
         folder = Path(snapshot_download(spec, revision=revision, allow_patterns=_SMALL_FILES))
     if any(folder.glob("model*.safetensors")):
-        return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
+        return open_source(label, spec, folder, revision=revision, run=run)
     config = read_config(folder, where=where)
-    check_no_code(config, where=where, trust_remote_code=trust_remote_code)
+    check_no_code(config, where=where, run=run)
     with _explained(where):
         metadata = get_safetensors_metadata(spec, revision=revision)
     tensors = {

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import SourceError
+from modekit.run import QUIET, Run
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -217,9 +218,7 @@ class Mappings:
         self._files.clear()
 
 
-def open_source(
-    label: str, spec: str, folder: Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> ModelSource:
+def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:
     """Read config and headers of a model folder.
 
     Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
@@ -228,16 +227,16 @@ def open_source(
     if not folder.is_dir():
         raise SourceError("model folder does not exist", where=where, found=str(folder), remedy="correct the path")
     config = read_config(folder, where=where)
-    check_no_code(config, where=where, trust_remote_code=trust_remote_code)
+    check_no_code(config, where=where, run=run)
     tensors: dict[str, TensorRef] = {}
     for file in _weight_files(folder, where=where):
         tensors.update(read_header(file, where=where))
     return ModelSource(label, spec, folder, revision, config, tensors)
 
 
-def check_no_code(config: Mapping[str, Any], *, where: str, trust_remote_code: bool) -> None:
+def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
     """Raise SourceError when a model brings Python of its own and the user did not accept it."""
-    if config.get("auto_map") and not trust_remote_code:
+    if config.get("auto_map") and not run.trust_remote_code:
         raise SourceError(
             "the model brings code of its own (auto_map in config.json)", where=where, found=config["auto_map"],
             remedy="check that the weights follow the named family, then pass --trust-remote-code",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modekit.errors import SourceError
 from modekit.recipes.recipe import Expert, Recipe
+from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.model import ModelSource, open_source
 
@@ -44,9 +45,7 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str) -> 
     return folder
 
 
-def open_recipe_sources(
-    recipe: Recipe, root: Path, *, trust_remote_code: bool = False, headers_only: bool = False
-) -> tuple[ModelSource, ...]:
+def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> tuple[ModelSource, ...]:
     """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
 
     Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers. Raises SourceError; folders
@@ -58,9 +57,9 @@ def open_recipe_sources(
         if headers_only and local_folder(spec, root=root, label=label) is None:
             from modekit.sources.hub import open_hub_headers
 
-            return open_hub_headers(label, spec, revision, trust_remote_code=trust_remote_code)
+            return open_hub_headers(label, spec, revision, run=run)
         folder = model_folder(spec, revision, root=root, label=label)
-        return open_source(label, spec, folder, revision=revision, trust_remote_code=trust_remote_code)
+        return open_source(label, spec, folder, revision=revision, run=run)
 
     base = opened("base_model", recipe.base_model, recipe.revision)
 

@@ -20,7 +20,7 @@ from modekit.errors import TrainingError
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import expert_view, mixture_of
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Corpus, shares
 from modekit.training.ended import Ended, Trained
@@ -45,16 +45,19 @@ class CheapResult:
     steps: int
 
 
-def train_gates(request: Request, trust_remote_code: bool, progress: Progress) -> Ended:
+def train_gates(
+    request: Request,
+    run: Run,
+) -> Ended:
     """Train gates on kept activations, and take them when the mixture's held-out loss falls.
 
     Raises TrainingError where a router's score is not linear in what its gate reads.
     """
     checkpoint = request.checkpoint
     result = train_cheap(
-        checkpoint, request.corpora, {text.corpus.expert: text.select for text in request.texts}, request.settings, progress
+        checkpoint, request.corpora, {text.corpus.expert: text.select for text in request.texts}, request.settings, run
     )
-    model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    model = load_model(checkpoint.folder, run=run)
     domains = [text.held_out for text in request.texts]
 
     def losses() -> dict[str, float]:
@@ -79,7 +82,7 @@ def train_cheap(
     corpora: Sequence[Corpus],
     select: Mapping[int, Sequence[TokenSequence]],
     settings: TrainSettings,
-    progress: Progress,
+    run: Run,
 ) -> CheapResult:
     """Train every gate; nothing is written. `select` is held-out text by the index of its expert.
 
@@ -93,8 +96,8 @@ def train_cheap(
     total = sum(corpus.tokens for corpus in corpora) + sum(len(s.ids) for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
     keeper = Keeper(expert_view(checkpoint), averages, prefix, slots, keep)
-    kept = keeper.read({corpus.expert: corpus.sequences for corpus in corpora}, "read", progress)
-    held_out = keeper.read(select, "read held-out", progress)
+    kept = keeper.read({corpus.expert: corpus.sequences for corpus in corpora}, "read", run)
+    held_out = keeper.read(select, "read held-out", run)
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}
     gates, before, after, steps = [], [], [], 0
     for slot, gate in enumerate(map(torch.from_numpy, checkpoint.gates())):
@@ -103,7 +106,7 @@ def train_cheap(
         gates.append(trained)
         before.append(losses[0])
         after.append(losses[1])
-        progress("train gates", slot + 1, slots)
+        run.progress("train gates", slot + 1, slots)
     return CheapResult(gates, before, after, total, steps)
 
 

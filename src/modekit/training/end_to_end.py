@@ -13,7 +13,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.next_token import has_bfloat16_products
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
 from modekit.training.ended import Ended
 from modekit.training.engine import Schedule, run_trainer
@@ -26,10 +26,14 @@ from modekit.training.teachers import make_teachers
 from modekit.training.texts import silent_domains
 
 
-def train_end_to_end(request: Request, folder: Path, trust_remote_code: bool, progress: Progress) -> Ended:
+def train_end_to_end(
+    request: Request,
+    folder: Path,
+    run: Run,
+) -> Ended:
     """Train; what is needed to go on after a kill is kept in `folder`. Raises TrainingError."""
     checkpoint, settings, corpora = request.checkpoint, request.settings, request.corpora
-    trainable = _trainable(request, trust_remote_code)
+    trainable = _trainable(request, run)
     train_top_k, notes = _train_top_k(checkpoint, settings)
     silent = silent_domains(checkpoint, request.texts)
     notes += [f"no text of {', '.join(silent)}: nothing was trained on it"] if silent else []
@@ -40,14 +44,14 @@ def train_end_to_end(request: Request, folder: Path, trust_remote_code: bool, pr
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
     distills = bool(DISTILLS & set(settings.losses))
     teachers = (
-        make_teachers(checkpoint, corpora, folder, trust_remote_code=trust_remote_code, progress=progress)
+        make_teachers(checkpoint, corpora, folder, run=run)
         if distills else []
     )  # fmt: skip
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     done = run_trainer(
         objective, Batches(corpora, parts, pad_id=0), [text.held_out for text in request.texts],
-        Schedule(steps, accumulate, _in_bfloat16(settings, mixture.device)), folder, progress,
+        Schedule(steps, accumulate, _in_bfloat16(settings, mixture.device)), folder, run,
     )  # fmt: skip
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
@@ -56,10 +60,10 @@ def train_end_to_end(request: Request, folder: Path, trust_remote_code: bool, pr
     return Ended(done, notes, sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step]))
 
 
-def _trainable(request: Request, trust_remote_code: bool) -> Trainable:
+def _trainable(request: Request, run: Run) -> Trainable:
     """The mixture in memory, frozen but for what is to move."""
     checkpoint, settings = request.checkpoint, request.settings
-    mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    mixture = load_model(checkpoint.folder, run=run)
     mixture_of(mixture, checkpoint).prepare_training()
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
     if settings.checkpointing:

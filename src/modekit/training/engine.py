@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.training.batches import Batches
 from modekit.training.ended import Trained
 from modekit.training.log import watchers
@@ -41,14 +41,14 @@ class Schedule:
 
 
 def run_trainer(
-    objective: Objective, batches: Batches, select: Sequence[Domain], schedule: Schedule, folder: Path, progress: Progress
+    objective: Objective, batches: Batches, select: Sequence[Domain], schedule: Schedule, folder: Path, run: Run
 ) -> Trained:
     """Train until the steps are done or the held-out loss stops falling, from the last complete state in `folder` on."""
     last = _last_complete(folder)
     failed: TrainingError | None = None
     with _loudness_kept():
         arguments = _arguments(objective, schedule, folder, from_start=last is None)
-        trainer = MixtureTrainer(objective, batches, select, arguments, watchers(folder, progress))
+        trainer = MixtureTrainer(objective, batches, select, arguments, watchers(folder, run))
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NotFiniteError as error:

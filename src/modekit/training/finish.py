@@ -20,7 +20,7 @@ from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.training.ended import Ended
 from modekit.training.folder import TrainingFolder
 from modekit.training.log import LOG_FILE
@@ -47,7 +47,10 @@ class TrainedMixture:
 
 
 def finish(
-    request: Request, ended: Ended, folder: TrainingFolder | None, trust_remote_code: bool, progress: Progress
+    request: Request,
+    ended: Ended,
+    folder: TrainingFolder | None,
+    run: Run,
 ) -> TrainedMixture:
     """Write the trained mixture if it is better, and the tables; whatever of this a kill left undone.
 
@@ -66,9 +69,9 @@ def finish(
         written = open_checkpoint(request.target)
     else:
         if before is None:
-            before = _evaluate(request, request.checkpoint, None, trust_remote_code, progress, write=False)
-        written = _write(request, ended, record, before, folder, trust_remote_code)
-    after = _evaluate(request, written, before, trust_remote_code, progress, write=True)
+            before = _evaluate(request, request.checkpoint, None, run, write=False)
+        written = _write(request, ended, record, before, folder, run)
+    after = _evaluate(request, written, before, run, write=True)
     results = _compared(before, after) if before is not None and after is not None else None
     _write_results(written, record, results, folder)
     if folder is not None:
@@ -87,18 +90,18 @@ def _record(request: Request, ended: Ended) -> TrainingRecord:
 
 def _write(
     request: Request, ended: Ended, record: TrainingRecord, before: Results | None, folder: TrainingFolder | None,
-    trust_remote_code: bool,
+    run: Run,
 ) -> Checkpoint:  # fmt: skip
     """The trained mixture in its place. What a kill must not cost is kept first."""
     if folder is not None and before is not None:
         folder.keep("before", before.as_data())
-    moved = ended.gates or _moved(request, ended, trust_remote_code)
+    moved = ended.gates or _moved(request, ended, run)
     if folder is not None:
         folder.announce([*request.checkpoint.record.training, record])
     return write_trained(request, moved, record)
 
 
-def _moved(request: Request, ended: Ended, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+def _moved(request: Request, ended: Ended, run: Run) -> dict[str, torch.Tensor]:
     """What moved, as it was in the best state, under its names on disk.
 
     The mixture is loaded anew: whatever shards and wrappers it was trained in, what is written is what a state says.
@@ -106,7 +109,7 @@ def _moved(request: Request, ended: Ended, trust_remote_code: bool) -> dict[str,
     """
     assert ended.trained.best is not None
     checkpoint, settings = request.checkpoint, request.settings
-    mixture = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    mixture = load_model(checkpoint.folder, run=run)
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
     best = {name.removeprefix("mixture."): value for name, value in load_file(ended.trained.best).items()}
     mixture.load_state_dict(best, strict=False)
@@ -124,8 +127,7 @@ def _evaluate(
     request: Request,
     checkpoint: Checkpoint,
     before: Results | None,
-    trust_remote_code: bool,
-    progress: Progress,
+    run: Run,
     *,
     write: bool,
 ) -> Results | None:
@@ -134,8 +136,8 @@ def _evaluate(
         return None
     try:
         return evaluate(
-            checkpoint, tokens_per_domain=request.evaluate_tokens, trust_remote_code=trust_remote_code, known=before,
-            seen={*request.trained_on, *request.selected_by}, write=write, progress=progress,
+            checkpoint, tokens_per_domain=request.evaluate_tokens, run=run, known=before,
+            seen={*request.trained_on, *request.selected_by}, write=write,
         )  # fmt: skip
     except TextError:
         return None

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from modekit.loaded.mixture import ExpertView
-from modekit.progress import Progress
 from modekit.routing.capture import run_with_inputs, to_float16
+from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 
 
@@ -34,7 +34,7 @@ class Keeper:
     slots: int
     share: float
 
-    def read(self, texts: Mapping[int, Sequence[TokenSequence]], stage: str, progress: Progress) -> list[Kept]:
+    def read(self, texts: Mapping[int, Sequence[TokenSequence]], stage: str, run: Run) -> list[Kept]:
         """One forward pass over text by the index of its expert; what is kept, per gate."""
         whole = sum(len(sequence.ids) for sequences in texts.values() for sequence in sequences)
         done = 0
@@ -42,7 +42,7 @@ class Keeper:
         def advance(tokens: int) -> None:
             nonlocal done
             done += tokens
-            progress(stage, done, whole)
+            run.progress(stage, done, whole)
 
         parts: list[list[Kept]] = [[] for _ in range(self.slots)]
         for expert, sequences in texts.items():

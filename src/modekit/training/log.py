@@ -12,15 +12,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from modekit.checkpoint.staging import write_atomically
-from modekit.progress import Progress
+from modekit.run import Run
 
 LOG_FILE = "log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def watchers(folder: Path, progress: Progress) -> list[TrainerCallback]:
+def watchers(folder: Path, run: Run) -> list[TrainerCallback]:
     """Callbacks that write into `folder` and report progress."""
-    return [*_tensorboard(folder / TENSORBOARD_FOLDER), _Report(progress)]
+    return [*_tensorboard(folder / TENSORBOARD_FOLDER), _Report(run)]
 
 
 def _tensorboard(folder: Path) -> list[TrainerCallback]:
@@ -36,8 +36,8 @@ def _tensorboard(folder: Path) -> list[TrainerCallback]:
 class _Report(TrainerCallback):  # type: ignore[misc]
     """Progress for the command line, and log.csv."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, run: Run) -> None:
+        self._progress = run.progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:

@@ -25,8 +25,8 @@ from modekit.loaded.heads import Head, head_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
-from modekit.progress import Progress
 from modekit.routing.capture import to_float16
+from modekit.run import Run
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
@@ -49,7 +49,11 @@ class Teacher:
 
 
 def make_teachers(
-    checkpoint: Checkpoint, corpora: Sequence[Corpus], folder: Path, *, trust_remote_code: bool, progress: Progress
+    checkpoint: Checkpoint,
+    corpora: Sequence[Corpus],
+    folder: Path,
+    *,
+    run: Run,
 ) -> list[Teacher | None]:
     """One teacher per corpus; None for text of no domain.
 
@@ -60,7 +64,7 @@ def make_teachers(
     for corpus in corpora:
         path = folder / f"teacher-{corpus.expert}-{processes().rank}.bin"
         generic = corpus.expert == GENERIC
-        teachers.append(None if generic else _read(checkpoint, corpus, path, trust_remote_code, progress))
+        teachers.append(None if generic else _read(checkpoint, corpus, path, run))
     heads: list[Head] = []
     for teacher in teachers:  # experts that share the base's head share one copy of it
         if teacher is not None:
@@ -72,11 +76,16 @@ def make_teachers(
     return teachers
 
 
-def _read(checkpoint: Checkpoint, corpus: Corpus, path: Path, trust_remote_code: bool, progress: Progress) -> Teacher:
-    model = load_expert_source(checkpoint, corpus.expert, trust_remote_code=trust_remote_code)
+def _read(
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    path: Path,
+    run: Run,
+) -> Teacher:
+    model = load_expert_source(checkpoint, corpus.expert, run=run)
     forced = model is None
     if model is None:
-        model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+        model = load_model(checkpoint.folder, run=run)
     model.requires_grad_(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     width = int(model.config.hidden_size)
@@ -90,7 +99,7 @@ def _read(checkpoint: Checkpoint, corpus: Corpus, path: Path, trust_remote_code:
             positions = (corpus.starts[torch.tensor(batch.rows)][:, None] + within)[batch.mask]
             hidden_ND[positions] = to_float16(output.last_hidden_state[mask].float())
             done += len(positions)
-            progress(f"teacher {corpus.name}", done, corpus.tokens)
+            run.progress(f"teacher {corpus.name}", done, corpus.tokens)
     head = head_of(model)
     if isinstance(head.linear, Mixed):
         raise TrainingError(

@@ -13,6 +13,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
+from modekit.run import Run
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
@@ -41,7 +42,7 @@ class Text:
 
 
 def read_texts(
-    checkpoint: Checkpoint, settings: TrainSettings, texts: Mapping[str, Sequence[str]], root: Path, *, trust_remote_code: bool
+    checkpoint: Checkpoint, settings: TrainSettings, texts: Mapping[str, Sequence[str]], root: Path, *, run: Run
 ) -> list[Text]:
     """Text of every domain, in recipe order, then generic text.
 
@@ -65,7 +66,7 @@ def read_texts(
         )
     if settings.generic:
         given.append((GENERIC_NAME, GENERIC, read_text(settings.generic, root=root, where="generic")))
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
     return [_in_sequences(name, expert, text, own.select_of(text), tokenizer, settings) for name, expert, text in given]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TrainingError
 from modekit.processes import processes
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
 from modekit.training.ended import Ended
@@ -34,8 +34,7 @@ def train(
     root: Path | None = None,
     out: Path | None = None,
     evaluate_tokens: int | None = 8_192,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    run: Run = QUIET,
 ) -> TrainedMixture:
     """Train a mixture and write it to `out` (by default in its own place).
 
@@ -50,26 +49,30 @@ def train(
     folder = TrainingFolder(target)
     if target != checkpoint.folder and target.exists() and not folder.is_written:
         raise TrainingError("the output folder exists", where=str(target), remedy="choose another folder, or leave --out away")
-    read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), trust_remote_code=trust_remote_code)
+    read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), run=run)
     request = Request(checkpoint, target, settings, read, evaluate_tokens)
     request.check()
     if settings.speed == "cheap":
         with memory_errors():
-            ended = train_gates(request, trust_remote_code, progress)
-        return finish(request, ended, None, trust_remote_code, progress)
+            ended = train_gates(request, run)
+        return finish(request, ended, None, run)
     folder.claim(checkpoint, settings, read)
-    ended = _go_on(request, folder, trust_remote_code, progress)
-    return finish(request, ended, folder, trust_remote_code, progress)
+    ended = _go_on(request, folder, run)
+    return finish(request, ended, folder, run)
 
 
-def _go_on(request: Request, folder: TrainingFolder, trust_remote_code: bool, progress: Progress) -> Ended:
+def _go_on(
+    request: Request,
+    folder: TrainingFolder,
+    run: Run,
+) -> Ended:
     """How the training ended: as it is kept, when a kill came after that; else it is trained, from the last state that is."""
     kept = folder.recall("trained")
     if kept is not None:
         return Ended.from_data(kept)
     try:
         with memory_errors():
-            ended = train_end_to_end(request, folder.path, trust_remote_code, progress)
+            ended = train_end_to_end(request, folder.path, run)
     except BaseException:
         if processes().is_main and not folder.has_states:
             folder.remove()

@@ -22,7 +22,7 @@ from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence
 
 INSPECT_FILE = "inspect.json"
@@ -38,26 +38,23 @@ def inspect(
     *,
     tokens_per_domain: int = 8_192,
     sequence_length: int = 512,
-    trust_remote_code: bool = False,
+    run: Run = QUIET,
     write: bool = True,
-    progress: Progress = silent,
 ) -> dict[str, Any]:
     """What docs/inspect.md describes, as plain data; with `write` in OUT/results/inspect.json, too.
 
     Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text.
     """
-    domains = held_out_domains(
-        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, trust_remote_code=trust_remote_code
-    )
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    domains = held_out_domains(checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, run=run)
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
+    model = load_model(checkpoint.folder, run=run)
     longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(checkpoint.shape.positions) * len(checkpoint.names))))
     samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
-    advance = counted(progress, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
+    advance = counted(run, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
     top = TopTokens(int(model.config.vocab_size), len(checkpoint.names))
     per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
     shown = _of_samples(model, checkpoint, tokenizer, [sequence for _, sequence in samples], advance)
-    alike = similarity(checkpoint, progress)
+    alike = similarity(checkpoint, run)
     own = [domain.name for domain in domains if domain.expert is not None]
     data = {
         "format": FORMAT,
@@ -92,7 +89,7 @@ def six_digits(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def counted(progress: Progress, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
+def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
     """An `Advance` that reports tokens of all passes over these sequences: as they are, and without each expert."""
     passes = 1 + (len(checkpoint.names) if len(checkpoint.names) > 1 else 0)
     total, done = passes * sum(len(sequence.ids) for sequence in sequences), 0
@@ -100,7 +97,7 @@ def counted(progress: Progress, checkpoint: Checkpoint, sequences: Sequence[Toke
     def advance(tokens: int) -> None:
         nonlocal done
         done += tokens
-        progress("inspect", done, total)
+        run.progress("inspect", done, total)
 
     return advance
 

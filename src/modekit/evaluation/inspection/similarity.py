@@ -20,7 +20,7 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import SourceError
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.sources.model import Mappings, TensorRef, open_source
 from modekit.sources.names import EMBEDDING, HEAD, module_of, weight_of
 from modekit.weights.numeric import as_array, to_float32
@@ -39,7 +39,7 @@ class Similarity:
     notes: list[str]
 
 
-def similarity(checkpoint: Checkpoint, progress: Progress = silent) -> Similarity:
+def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     """Compare the experts of a checkpoint; memory does not grow with the model.
 
     Two experts that changed nothing are alike (1); one that changed something and one that did not have 0. Where the base
@@ -52,7 +52,7 @@ def similarity(checkpoint: Checkpoint, progress: Progress = silent) -> Similarit
     try:
         for done, tensor in enumerate(mixed, 1):
             gram += _products(tensor, count, mappings)
-            progress("compare experts", done, len(mixed))
+            run.progress("compare experts", done, len(mixed))
     finally:
         mappings.close()
     whole = sum(_is_whole(tensor) for tensor in mixed)
@@ -119,7 +119,7 @@ def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
     """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
     folder: Path = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
     try:
-        tensors = open_source("base_model", str(folder), folder, trust_remote_code=True).tensors  # no code is run
+        tensors = open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
     except SourceError:
         tensors = {}
 

@@ -23,7 +23,7 @@ from modekit.evaluation.inspection.passes import Array32, changes_without, sums_
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence
 
 STDIN = "-"
@@ -51,8 +51,7 @@ def inspect_text(
     *,
     layer: int | None = None,
     sequence_length: int = 512,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    run: Run = QUIET,
 ) -> dict[str, Any]:
     """A trace as those under `texts` in inspect.json, with `experts`, `routers`, `entropy`, `base_loss`, `windows`, `notes`.
 
@@ -61,18 +60,18 @@ def inspect_text(
     """
     routers = checkpoint.shape.positions
     kept = _kept_routers(routers, layer)
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
     ids, texts = _encoded(tokenizer, text)
-    model = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    model = load_model(checkpoint.folder, run=run)
     length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
     windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
     detailed = len(ids) <= _MOST_DETAIL
     read = _Read(len(kept) if detailed else 1, len(ids), len(checkpoint.names), kept, length)
-    advance = counted(progress, checkpoint, windows)
+    advance = counted(run, checkpoint, windows)
     losses = traced_losses(model, checkpoint, windows, read.consume, advance)
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
     del model  # before the base model comes
-    base_losses = _base_losses(checkpoint, windows, trust_remote_code)
+    base_losses = _base_losses(checkpoint, windows, run)
     per_token = [loss for each in losses for loss in (None, *each.tolist())]
     data = {
         "experts": checkpoint.names,
@@ -137,12 +136,12 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
 
 
-def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], trust_remote_code: bool) -> list[Array32] | None:
+def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32] | None:
     """Of the base model on the same tokens; None when it is no longer there."""
     folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
     if not folder.is_dir():
         return None
-    return token_losses(load_model(folder, trust_remote_code=trust_remote_code), windows, lambda _: None)
+    return token_losses(load_model(folder, run=run), windows, lambda _: None)
 
 
 def _notes(windows: int, length: int, detailed: bool, with_base: bool) -> list[str]:

@@ -35,8 +35,8 @@ from modekit.evaluation.tasks.questions import make_questions
 from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.progress import Progress, silent
 from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
 
 FOLDER = "tasks"
 _FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}
@@ -69,8 +69,7 @@ def evaluate_tasks(
     limit: int | None = None,
     seen: Sequence[str] = (),
     seed: int = 0,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    run: Run = QUIET,
 ) -> TaskResults:
     """Run tasks and write OUT/results/tasks.json and tasks.md.
 
@@ -91,14 +90,14 @@ def evaluate_tasks(
                 "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
             )
     require_harness()
-    chosen = _chosen(checkpoint, models, trust_remote_code)
+    chosen = _chosen(checkpoint, models, run)
     notes: list[str] = []
-    with quiet(trust_remote_code):
-        found = named_tasks(others, folders, trusted=trust_remote_code, others=list(GROUPS)) if others else {}
+    with quiet(run.trust_remote_code):
+        found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
         tasks = _question_tasks(checkpoint, forms, seen, seed, notes)
         for name, made in found.items():
             tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
-        scored = _run(checkpoint, tasks, chosen, limit, trust_remote_code, notes, progress)
+        scored = _run(checkpoint, tasks, chosen, limit, notes, run)
     results = kept_results(checkpoint, _results(tasks, scored, notes))
     save_results(checkpoint, results)
     return results
@@ -110,7 +109,7 @@ def model_names(checkpoint: Checkpoint) -> list[str]:
     return [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
 
 
-def _chosen(checkpoint: Checkpoint, models: Sequence[str], trusted: bool) -> list[_Model]:
+def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Model]:
     known = model_names(checkpoint)
     for name in models:
         if name not in known:
@@ -120,11 +119,11 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str], trusted: bool) -> lis
 
     def load(name: str) -> PreTrainedModel | None:
         if name == MIXTURE:
-            return load_model(checkpoint.folder, trust_remote_code=trusted)
+            return load_model(checkpoint.folder, run=run)
         if name != BASE:
-            return load_expert_source(checkpoint, checkpoint.names.index(name), trust_remote_code=trusted)
+            return load_expert_source(checkpoint, checkpoint.names.index(name), run=run)
         folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
-        return load_model(folder, trust_remote_code=trusted) if folder.is_dir() else None
+        return load_model(folder, run=run) if folder.is_dir() else None
 
     return [_Model(name, partial(load, name)) for name in known if not models or name in models]
 
@@ -156,12 +155,11 @@ def _run(
     tasks: Sequence[_Task],
     models: Sequence[_Model],
     limit: int | None,
-    trusted: bool,
     notes: list[str],
-    progress: Progress,
+    run: Run,
 ) -> dict[str, dict[str, Scored]]:
     """Model -> task -> its items. One model is in memory at a time."""
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
     for task in tasks:
         task.made.build_all_requests(limit=limit)
     total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
@@ -169,7 +167,7 @@ def _run(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress(stage, done, total)
+        run.progress(stage, done, total)
 
     scored: dict[str, dict[str, Scored]] = {}
     for model in models:
@@ -179,7 +177,12 @@ def _run(
             notes.append(f"{model.name} left out: it is no longer where the recipe found it")
             continue
         scored[model.name] = run_tasks(
-            loaded, tokenizer, {task.name: task.made for task in tasks}, limit=limit, trusted=trusted, advance=advance
+            loaded,
+            tokenizer,
+            {task.name: task.made for task in tasks},
+            limit=limit,
+            trusted=run.trust_remote_code,
+            advance=advance,
         )
         del loaded
     return scored

@@ -13,11 +13,11 @@ from typing import Any
 
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
-from modekit.progress import Progress, silent
 from modekit.recipes.edit import with_mixture
 from modekit.recipes.read import parse_recipe, read_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.examined import Examined, examine
 from modekit.search.advise.groups import is_projection
@@ -30,7 +30,11 @@ TOKENS = 8_192
 
 
 def advise(
-    path: Path, *, tokens: int = TOKENS, native: bool = False, trust_remote_code: bool = False, progress: Progress = silent
+    path: Path,
+    *,
+    tokens: int = TOKENS,
+    native: bool = False,
+    run: Run = QUIET,
 ) -> Advice:
     """Read the models and the select text of a recipe and say what to build. Nothing is written.
 
@@ -42,12 +46,12 @@ def advise(
     raw, root = read_recipe(path), path.resolve().parent
     recipe = _models_of(raw, where=str(path))
     native = native or recipe.output.format == "native"
-    examined = examine(recipe, root, trust_remote_code=trust_remote_code, progress=progress)
+    examined = examine(recipe, root, run=run)
     drift, usable = examined.drift, examined.usable
     findings = [*examined.models.findings, *of_files(recipe, drift, usable)]
     measured = NOTHING
     if examined.moved:
-        measured, of_text = measure_text(examined, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
+        measured, of_text = measure_text(examined, tokens=tokens, run=run)
         findings += of_text
     # Index of every expert of the advised recipe -> whether its own model is worth having; else the base stands for it.
     kept = {index: index in examined.moved and helps(measured.gains, index) for index in usable}
@@ -58,7 +62,7 @@ def advise(
     full = [index for index, is_own in kept.items() if is_own and not examined.is_low_rank(index)]
     findings += of_unmixed(recipe, drift, full, choices[0].mixture, facts)
     data = _advised(raw, kept, measured, choices, native)
-    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, trust_remote_code=trust_remote_code))
+    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
     if planned["fit"] is not None and planned["fit"]["reads"] and measured.speed is not None:
         planned["fit"]["seconds"] = planned["fit"]["flops"] / measured.speed
     return Advice(recipe, root, drift, usable, measured, findings, facts, choices, data, planned)

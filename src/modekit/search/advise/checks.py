@@ -15,6 +15,7 @@ from typing import Any
 from modekit.errors import ModekitError
 from modekit.planning.pieces import piece_of
 from modekit.recipes.recipe import Expert, Recipe
+from modekit.run import QUIET, Run
 from modekit.search.advise.findings import Finding, finding_of
 from modekit.sources.adapter import AdapterSource, open_adapter
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
@@ -38,10 +39,10 @@ class Models:
         return [self.experts.get(index, self.base) for index in range(count)]
 
 
-def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> Models:
+def open_models(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Models:
     """Open and check every model. Raises what is wrong with the base model, without which there is nothing to say."""
     folder = model_folder(recipe.base_model, recipe.revision, root=root, label="base_model")
-    base = open_source("base_model", recipe.base_model, folder, revision=recipe.revision, trust_remote_code=trust_remote_code)
+    base = open_source("base_model", recipe.base_model, folder, revision=recipe.revision, run=run)
     where = f"base_model ({base.spec})"
     family = family_of(base.config, where=where)
     check_sizes(base)
@@ -55,7 +56,7 @@ def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) 
             experts[index] = base
             continue
         try:
-            source = _open(expert, index, base, root, trust_remote_code)
+            source = _open(expert, index, base, root, run)
         except ModekitError as error:
             findings.append(finding_of(error, expert.name))
             continue
@@ -66,12 +67,12 @@ def open_models(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) 
     return Models(base, family, experts, findings)
 
 
-def _open(expert: Expert, index: int, base: ModelSource, root: Path, trust_remote_code: bool) -> ModelSource:
+def _open(expert: Expert, index: int, base: ModelSource, root: Path, run: Run) -> ModelSource:
     label = f"experts[{index}] '{expert.name}'"
     folder = model_folder(expert.source, expert.revision, root=root, label=label)
     if expert.adapter is not None:
         return open_adapter(label, expert.source, folder, base, revision=expert.revision)
-    return open_source(label, expert.source, folder, revision=expert.revision, trust_remote_code=trust_remote_code)
+    return open_source(label, expert.source, folder, revision=expert.revision, run=run)
 
 
 def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from modekit.building.tensors import PieceReader
 from modekit.planning.pieces import piece_of, touched
 from modekit.planning.plan import Piece
-from modekit.progress import Progress, silent
+from modekit.run import QUIET, Run
 from modekit.search.advise.groups import GROUPS, Group
 from modekit.sources.model import Mappings, ModelSource, TensorRef
 from modekit.weights.merge import FlatArray
@@ -84,9 +84,7 @@ class Drift:
         return every
 
 
-def compare(
-    base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[str, Group], *, progress: Progress = silent
-) -> Drift:
+def compare(base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[str, Group], *, run: Run = QUIET) -> Drift:
     """Read every tensor of the base and of the experts once. Raises SourceError when a file becomes shorter meanwhile."""
     sources = (base, *experts)
     tally = _Tally(len(experts))
@@ -99,7 +97,7 @@ def compare(
             for piece in pieces.values():
                 for part in piece.refs:
                     mappings.forget(part)
-            progress("compare", done, len(groups))
+            run.progress("compare", done, len(groups))
     finally:
         mappings.close()
     return tally.drift()

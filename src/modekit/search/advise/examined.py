@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import SourceError
-from modekit.progress import Progress
 from modekit.recipes.recipe import Recipe
+from modekit.run import Run
 from modekit.search.advise.checks import Models, open_models
 from modekit.search.advise.drift import Drift, compare
 from modekit.search.advise.groups import Group, groups_of
@@ -43,11 +43,16 @@ class Examined:
         return adapter or self.recipe.experts[index].lora_rank is not None
 
 
-def examine(recipe: Recipe, root: Path, *, trust_remote_code: bool, progress: Progress) -> Examined:
+def examine(
+    recipe: Recipe,
+    root: Path,
+    *,
+    run: Run,
+) -> Examined:
     """Open every model and read every tensor once. Raises what is wrong with the base model."""
-    models = open_models(recipe, root, trust_remote_code=trust_remote_code)
+    models = open_models(recipe, root, run=run)
     groups = groups_of(models.base, models.family)
-    drift = compare(models.base, models.by_index(len(recipe.experts)), groups, progress=progress)
+    drift = compare(models.base, models.by_index(len(recipe.experts)), groups, run=run)
     if drift.base_damaged:
         raise SourceError(
             "the weights hold NaN or Inf", where=f"base_model ({models.base.spec}): {drift.base_damaged[0]}",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.search.advise.examined import Examined
 from modekit.search.advise.findings import Finding
 from modekit.search.advise.gain import Gains
@@ -50,7 +50,10 @@ _NO_TOKENIZER = Finding(
 
 
 def measure_text(
-    examined: Examined, *, tokens: int, trust_remote_code: bool, progress: Progress
+    examined: Examined,
+    *,
+    tokens: int,
+    run: Run,
 ) -> tuple[Measured, list[Finding]]:
     """Read what text there is and measure what it allows."""
     recipe, models, base = examined.recipe, examined.models, examined.models.base
@@ -60,7 +63,7 @@ def measure_text(
     from modekit.search.advise.confusion import measure_confusion
     from modekit.search.advise.texts import read_texts
 
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(base.folder, run=run)
     folders = [base.folder, *(source.folder for source in models.experts.values())]
     texts, findings = read_texts(recipe, examined.root, folders, tokenizer, tokens)
     unread = frozenset(index for index, expert in enumerate(recipe.experts) if expert.text and index not in texts)
@@ -71,14 +74,16 @@ def measure_text(
     scored = {index: text.sequences for index, text in texts.items() if text.sequences}
     gains = speed = None
     if scored:
-        gains, speed = _gains(examined, scored, trust_remote_code, progress)
+        gains, speed = _gains(examined, scored, run)
         findings += of_gains(recipe, gains, examined.moved, scored)
     records = {index: text.record for index, text in texts.items()}
     return Measured(records, unread, fittable, gains, confusion, speed), findings
 
 
 def _gains(
-    examined: Examined, scored: Mapping[int, Sequence[TokenSequence]], trust_remote_code: bool, progress: Progress
+    examined: Examined,
+    scored: Mapping[int, Sequence[TokenSequence]],
+    run: Run,
 ) -> tuple[Gains, float | None]:
     """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain. And
     how fast the passes were.
@@ -89,15 +94,15 @@ def _gains(
     mappings = Mappings()
     try:
         base = examined.models.base
-        model = load_model(base.folder, trust_remote_code=trust_remote_code)
+        model = load_model(base.folder, run=run)
         patched = PatchedBase(model, [base, *examined.sources], examined.groups, examined.drift.moved, mappings)
         started = time.perf_counter()
-        gains = measure(patched, scored, examined.usable, progress=progress)
+        gains = measure(patched, scored, examined.usable, run=run)
         seconds = time.perf_counter() - started
         own = [index for index in examined.moved if helps(gains, index)]
         ffn = [gains.share(index, gains.parts[index]["ffn"]).value for index in own if index in gains.parts]
         if ffn and min(ffn) < NEARLY_ALL:
-            gains = gains.with_average(on_average(patched, scored, own, progress=progress))
+            gains = gains.with_average(on_average(patched, scored, own, run=run))
         return gains, gains.tokens * 2 * _weights(model) / seconds if seconds > 0 else None
     finally:
         mappings.close()

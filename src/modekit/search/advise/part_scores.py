@@ -17,8 +17,8 @@ from modekit.building.tensors import PieceReader
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
-from modekit.progress import Progress, silent
 from modekit.recipes.backbone import BackboneMerge
+from modekit.run import QUIET, Run
 from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
 from modekit.search.advise.groups import Group
 from modekit.sources.model import Mappings, ModelSource
@@ -93,13 +93,13 @@ class PatchedBase:
 
 
 def measure(
-    patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, progress: Progress = silent
+    patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, run: Run = QUIET
 ) -> Gains:
     """Score the base and every expert on every domain, and the parts of every expert on its own text.
 
     `texts` by the expert whose domain it is; an expert that equals the base is not run again.
     """
-    scorer = _Scorer(patched.model, texts, progress)
+    scorer = _Scorer(patched.model, texts, run)
     own = [expert for expert in experts if expert in texts]
     # A group that did not move changes nothing: what is left of a part is looked up when it is the base, the whole or known.
     sets = {e: {name: groups & patched.moved_groups(e) for name, groups in PARTS.items()} for e in own}
@@ -128,10 +128,10 @@ def measure(
 
 
 def on_average(
-    patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, progress: Progress = silent
+    patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, run: Run = QUIET
 ) -> dict[int, Losses]:
     """Loss of each expert's FFN on a backbone that is the average of all: what FFN experts could reach there."""
-    scorer = _Scorer(patched.model, texts, progress)
+    scorer = _Scorer(patched.model, texts, run)
     own = [expert for expert in experts if expert in texts]
     scorer.expect(own)
     losses = {}
@@ -145,8 +145,8 @@ def on_average(
 class _Scorer:
     """Scores a model on the blocks of a domain's text and reports progress over everything that was expected."""
 
-    def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], progress: Progress) -> None:
-        self._model, self._progress = model, progress
+    def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], run: Run) -> None:
+        self._model, self._progress = model, run.progress
         self._blocks = {index: [Domain("", None, part, {}) for part in _cut(text)] for index, text in texts.items()}
         self._done = self._total = 0
 

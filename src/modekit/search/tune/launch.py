@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from modekit.errors import TuneError
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.search.tune.selection import Selection
 from modekit.search.tune.study import Job, work
 
 _GO_ON = "see what it said above; the same command goes on from what is there, with --processes 1 in less memory"
 
 
-def launch(job: Job, select: Selection, processes: int, ray: bool, progress: Progress) -> None:
+def launch(job: Job, select: Selection, processes: int, ray: bool, run: Run) -> None:
     """Search until there are `trials` candidates. Raises what `work` raises, and TuneError when another process ended early."""
     if ray:
         _search_with_ray(job, select, processes)
@@ -24,7 +24,7 @@ def launch(job: Job, select: Selection, processes: int, ray: bool, progress: Pro
         for process in others:
             process.start()
         try:
-            work(job, select, progress)
+            work(job, select, run)
         except BaseException:
             for process in others:
                 process.terminate()
@@ -35,7 +35,7 @@ def launch(job: Job, select: Selection, processes: int, ray: bool, progress: Pro
         if any(process.exitcode for process in others):
             raise TuneError("a process of the search ended early", where=str(job.work), remedy=_GO_ON)
     else:
-        work(job, select, progress)
+        work(job, select, run)
 
 
 def _search_with_ray(job: Job, select: Selection, processes: int) -> None:

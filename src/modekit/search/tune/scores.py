@@ -11,7 +11,7 @@ from modekit.evaluation.loss import score_domain
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan
-from modekit.progress import Progress
+from modekit.run import Run
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.selection import Selection, Tally
 from modekit.search.tune.study import Job, candidate_recipe
@@ -21,17 +21,15 @@ Losses = dict[str, float]
 """Domain -> nats per token."""
 
 
-def score_all(
-    job: Job, shown: Sequence[Candidate], text: Selection, file: str, stage: str, progress: Progress
-) -> dict[int, Losses]:
+def score_all(job: Job, shown: Sequence[Candidate], text: Selection, file: str, stage: str, run: Run) -> dict[int, Losses]:
     """Loss per domain on all of a text, by number of the candidate; refused ones are left out, what WORK/`file` has is kept."""
     path = job.work / file
     known: dict[str, Losses] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     weights = job.weights()
-    switched = SwitchedModel(trust_remote_code=job.trust_remote_code)
+    switched = SwitchedModel(run=job.run)
     numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
     for place, (number, candidate) in enumerate(numbers.items()):
-        progress(stage, place, len(numbers))
+        run.progress(stage, place, len(numbers))
         if str(number) not in known:
             recipe = candidate_recipe(job.recipe, candidate.mixture)
             shared = weights.checkpoint(weights.plan(recipe))
@@ -40,11 +38,11 @@ def score_all(
             tally.add(model, text.domains, f"candidate {number}")
             known[str(number)] = tally.losses
             write_json(path, known)
-    progress(stage, len(numbers), len(numbers))
+    run.progress(stage, len(numbers), len(numbers))
     return {number: known[str(number)] for number in numbers}
 
 
-def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, progress: Progress) -> list[Candidate]:
+def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, run: Run) -> list[Candidate]:
     """The candidates, where of every number of active parameters below the best's the most promising is scored in full.
 
     Dropping compares losses alone; whoever weighs loss against size needs a figure for the smaller ones, too.
@@ -58,7 +56,7 @@ def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, 
     for candidate in sorted(found, key=lambda each: (-each.tokens, each.mean if each.losses else 0.0)):
         if candidate.status == "dropped" and candidate.active < best.active and candidate.active not in known:
             promising.setdefault(candidate.active, candidate)
-    losses = score_all(job, list(promising.values()), select, "smaller.json", "smaller mixtures", progress)
+    losses = score_all(job, list(promising.values()), select, "smaller.json", "smaller mixtures", run)
     tokens = sum(domain.scored_tokens for domain in select.domains)
     return [
         replace(each, status="scored", losses=losses[each.number], tokens=tokens) if each.number in losses else each
@@ -66,9 +64,7 @@ def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, 
     ]
 
 
-def reference_losses(
-    job: Job, plan: Plan, splits: Mapping[str, Selection], progress: Progress
-) -> dict[str, dict[str, dict[str, float]]]:
+def reference_losses(job: Job, plan: Plan, splits: Mapping[str, Selection], run: Run) -> dict[str, dict[str, dict[str, float]]]:
     """Per split and domain, the loss of the base and of the domain's own expert."""
     path = job.work / "reference.json"
     if path.exists():
@@ -77,17 +73,17 @@ def reference_losses(
     found: dict[str, dict[str, dict[str, float]]] = {split: {"base": {}, "own": {}} for split in splits}
     base = plan.sources[0].folder
 
-    model = load_model(base, trust_remote_code=job.trust_remote_code)
+    model = load_model(base, run=job.run)
     for split, selection in splits.items():
         for domain in selection.domains:
             found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss
     for place, domain in enumerate(splits["select"].domains):
-        progress("score the experts", place, len(splits["select"].domains))
+        run.progress("score the experts", place, len(splits["select"].domains))
         assert domain.expert is not None
         own = (
             model
             if job.recipe.experts[domain.expert].is_base
-            else load_expert(base, plan.sources[1 + domain.expert].folder, trust_remote_code=job.trust_remote_code)
+            else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
         )
         for split, selection in splits.items():
             text = next(each for each in selection.domains if each.name == domain.name)

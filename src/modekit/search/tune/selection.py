@@ -14,6 +14,7 @@ from modekit.evaluation.domains import Domain, domain_of
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Recipe
+from modekit.run import QUIET, Run
 from modekit.text.held_out import HeldOutText, RecipeTexts
 from modekit.text.splits import HeldOutSplit, digest_of, mark_of
 
@@ -43,13 +44,13 @@ def _part(domain: Domain, number: int) -> Domain:
 
 def read_selection(
     recipe: Recipe, root: Path, model_folders: Sequence[Path], *, split: HeldOutSplit, tokens_per_domain: int,
-    sequence_length: int, trust_remote_code: bool = False,
+    sequence_length: int, run: Run = QUIET,
 ) -> Selection:  # fmt: skip
     """Text of every domain that has an expert: what chooses, or what `modekit eval` will show of the mixture so chosen.
 
     `model_folders`: the base's first. Raises TextError when a domain has none.
     """
-    tokenizer = load_tokenizer(model_folders[0], trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model_folders[0], run=run)
     texts = RecipeTexts(recipe, root, models=model_folders)
     select = texts.select()
     if not select:

@@ -35,6 +35,7 @@ from modekit.recipes.recipe import Output, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.fit import fit_router
 from modekit.routing.read import read_statistics
+from modekit.run import QUIET, Run
 from modekit.search.tune.switched_model import structure
 from modekit.sources.model import Mappings
 from modekit.sources.names import split_layer
@@ -44,16 +45,15 @@ class SharedWeights:
     """The weights and statistics in a work folder. Processes may use it at once."""
 
     def __init__(
-        self, work: Path, root: Path, *, averages: Sequence[float | None] = (), trust_remote_code: bool = False
-    ) -> None:  # fmt: skip
-        self._work, self._root, self._trust = work, root, trust_remote_code
+        self, work: Path, root: Path, *, averages: Sequence[float | None] = (), run: Run = QUIET) -> None:  # fmt: skip
+        self._work, self._root, self._run = work, root, run
         self._averages = averages
         self._gates: dict[str, Gates] = {}
 
     def plan(self, recipe: Recipe) -> Plan:
         """Of a candidate: in the modekit architecture, which says all of them."""
         output = Output(format="modekit", dtype=recipe.output.dtype)
-        return make_plan(recipe.model_copy(update={"output": output}), self._root, trust_remote_code=self._trust)
+        return make_plan(recipe.model_copy(update={"output": output}), self._root, run=self._run)
 
     def checkpoint(self, plan: Plan) -> Checkpoint:
         """The weights of a plan, written if need be, under the plan's routing; the gates are zero."""
@@ -91,8 +91,8 @@ class SharedWeights:
             together = self._read_with(recipe, router)
             with FileLock(next(iter(together)).with_suffix(".lock")):
                 if mixture.fit.reads == "router inputs":
-                    read_statistics(shared, unscaled, self._root, together, trust_remote_code=self._trust)
-                fitted = fit_router(shared, unscaled, self._root, folder, trust_remote_code=self._trust)
+                    read_statistics(shared, unscaled, self._root, together, run=self._run)
+                fitted = fit_router(shared, unscaled, self._root, folder, run=self._run)
             self._gates[key] = fitted.gates
         return [gate / np.float32(router.temperature) for gate in self._gates[key]]
 

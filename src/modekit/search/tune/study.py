@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
 from modekit.planning.plan import Plan
-from modekit.progress import Progress, silent
 from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
+from modekit.run import QUIET, Run
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.selection import RUNGS, Selection, Tally
 from modekit.search.tune.shared_weights import SharedWeights
@@ -57,9 +57,14 @@ class Job:
     seed: int
     trust_remote_code: bool
 
+    @property
+    def run(self) -> Run:
+        """For what reads models; a worker tells of whole candidates itself."""
+        return Run(self.trust_remote_code)
+
     def weights(self) -> SharedWeights:
         """What candidates share."""
-        return SharedWeights(self.work, self.root, averages=self.space.averages(), trust_remote_code=self.trust_remote_code)
+        return SharedWeights(self.work, self.root, averages=self.space.averages(), run=self.run)
 
 
 @contextmanager
@@ -120,16 +125,16 @@ def _mend(path: Path) -> None:
 
 
 @_quiet()
-def work(job: Job, selection: Selection, progress: Progress = silent, *, process: int = 0) -> None:
+def work(job: Job, selection: Selection, run: Run = QUIET, *, process: int = 0) -> None:
     """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
     study = open_study(job, process)
-    worker = _Worker(job, study, selection, job.weights(), SwitchedModel(trust_remote_code=job.trust_remote_code))
+    worker = _Worker(job, study, selection, job.weights(), SwitchedModel(run=job.run))
     again = 0
     while again < _SAME_AGAIN:
         trials = study.get_trials(deepcopy=False)
         distinct = [trial for trial in trials if _counts(trial)]
         waiting = len([trial for trial in trials if trial.state == TrialState.WAITING])
-        progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
+        run.progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
         if len(distinct) >= job.trials and not waiting:
             return
         again = 0 if worker.try_one(study.ask()) else again + 1

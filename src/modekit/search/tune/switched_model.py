@@ -18,6 +18,7 @@ from modekit.checkpoint.router_file import Gates
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import routers_at
 from modekit.planning.mixture_config import MixtureConfig
+from modekit.run import QUIET, Run
 from modekit.sources.model import TensorRef
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 
@@ -27,8 +28,8 @@ _Bytes = tuple[int, int, int]
 class SwitchedModel:
     """A modekit model under changing weights and routers."""
 
-    def __init__(self, *, trust_remote_code: bool = False) -> None:
-        self._trust = trust_remote_code
+    def __init__(self, *, run: Run = QUIET) -> None:
+        self._run = run
         self._places: dict[str, Any] | None = None
         self._bytes: dict[str, _Bytes] = {}
         self._model: PreTrainedModel | None = None
@@ -44,7 +45,7 @@ class SwitchedModel:
         refs = {name: ref for name, ref in shared.tensors.items() if not name.endswith(".router.gate")}
         if self._model is None or places != self._places:
             self.clear()
-            self._model = load_model(shared.folder, trust_remote_code=self._trust)
+            self._model = load_model(shared.folder, run=self._run)
             self.loads += 1
         else:
             self._read(self._model, {name: ref for name, ref in refs.items() if self._bytes[name] != _bytes_of(ref)})

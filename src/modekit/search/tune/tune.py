@@ -25,11 +25,11 @@ from modekit.errors import TuneError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.progress import Progress, silent
 from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
 from modekit.search.tune.candidate import pareto
 from modekit.search.tune.folder import alone, claim, stamp
 from modekit.search.tune.launch import launch
@@ -45,8 +45,7 @@ from modekit.text.splits import SELECTED_FILE, HeldOutSplit
 
 def tune(
     recipe: Recipe, root: Path, out: Path, *, space: Space | None = None, settings: TuneSettings | None = None,
-    native: bool = False, overwrite: bool = False, trust_remote_code: bool = False, progress: Progress = silent,
-) -> TuneResults:  # fmt: skip
+    native: bool = False, overwrite: bool = False, run: Run = QUIET, ) -> TuneResults:  # fmt: skip
     """Search, build the best at `out` and write what was found.
 
     `native`: only what a native architecture says, which is what OUT is then built in. Raises what `make_plan` and `build`
@@ -54,7 +53,7 @@ def tune(
     """
     settings = settings or TuneSettings()
     refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
-    plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
+    plan = make_plan(plain_recipe(recipe), root, run=run)
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
     native = recipe.output.format == "native"
@@ -63,13 +62,13 @@ def tune(
     space = space or space_of(recipe, root, plan, native=native)
     folder = out.with_name(out.name + ".tuning")
     built_native = plan.shape.plain and recipe.output.format != "modekit"
-    job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, trust_remote_code)
+    job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, run.trust_remote_code)
     texts = _read_texts(job, plan, settings)
     claim(job, settings, native, {"models": stamp(plan), "text": texts["select"].read})
     with alone(folder):
-        results = _search(job, plan, settings, texts, progress)
-        best = make_plan(candidate_recipe(recipe, results.best.mixture), root, trust_remote_code=trust_remote_code)
-        build(best, out, overwrite=overwrite, beside=_beside(best, out, results, texts["select"]), progress=progress)
+        results = _search(job, plan, settings, texts, run)
+        best = make_plan(candidate_recipe(recipe, results.best.mixture), root, run=run)
+        build(best, out, overwrite=overwrite, beside=_beside(best, out, results, texts["select"]), run=run)
         job.weights().remove()
         return results
 
@@ -90,20 +89,19 @@ def _read_texts(job: Job, plan: Plan, settings: TuneSettings) -> dict[str, Selec
     return {
         split: read_selection(
             job.recipe, job.root, folders, split=split, tokens_per_domain=settings.tokens_per_domain,
-            sequence_length=settings.sequence_length, trust_remote_code=job.trust_remote_code,
+            sequence_length=settings.sequence_length, run=job.run,
         )
         for split in splits
     }  # fmt: skip
 
 
 def _search(
-    job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], progress: Progress
-) -> TuneResults:  # fmt: skip
+    job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:  # fmt: skip
     """Try candidates, and score in full what is to be shown. Raises TuneError when none has a loss."""
     started = time.perf_counter()
     select, report = texts["select"], texts["report"]
     prepare(job)
-    launch(job, select, settings.processes, settings.ray, progress)
+    launch(job, select, settings.processes, settings.ray, run)
     found = candidates(job)
     best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
     if best is None:
@@ -112,13 +110,13 @@ def _search(
             remedy="widen the space of the search",
         )  # fmt: skip
     searched = time.perf_counter() - started
-    found = with_smaller_sizes(job, found, select, progress)
+    found = with_smaller_sizes(job, found, select, run)
     front = pareto(found)
     shown = [best, *(each for each in found if each.name), *front]
     return TuneResults(
         candidates=found, best=best, front=front,
-        reported=score_all(job, shown, report, "reported.json", "report", progress),
-        reference=reference_losses(job, plan, texts, progress),
+        reported=score_all(job, shown, report, "reported.json", "report", run),
+        reference=reference_losses(job, plan, texts, run),
         settings=dataclasses.asdict(settings), space=job.space.model_dump(mode="json"),
         text={split: {domain.name: dict(domain.record) for domain in text.domains} for split, text in texts.items()},
         seconds=searched,
@@ -137,13 +135,11 @@ def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> d
     }
 
 
-def asked_space(
-    file: Path | None, recipe: Recipe, root: Path, *, native: bool, trust_remote_code: bool = False
-) -> Space | None:
+def asked_space(file: Path | None, recipe: Recipe, root: Path, *, native: bool, run: Run = QUIET) -> Space | None:
     """The space that a file narrows the default one to; None without a file. Raises TuneError."""
     if file is None:
         return None
-    plan = make_plan(plain_recipe(recipe), root, trust_remote_code=trust_remote_code)
+    plan = make_plan(plain_recipe(recipe), root, run=run)
     return read_space(file, space_of(recipe, root, plan, native=native))
 
 
@@ -152,21 +148,21 @@ def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) ->
     only_adapters = all(
         expert.adapter is not None or expert.lora_rank is not None or expert.is_base for expert in recipe.experts
     )
-    differ = not only_adapters and backbones_differ(recipe, root, trust_remote_code=plan.trust_remote_code)
+    differ = not only_adapters and backbones_differ(recipe, root, run=Run(trust_remote_code=plan.trust_remote_code))
     return default_space(
         recipe, layers=plan.layers, backbones_differ=differ,
         only_adapters=only_adapters, native=native or recipe.output.format == "native",
     )  # fmt: skip
 
 
-def backbones_differ(recipe: Recipe, root: Path, *, trust_remote_code: bool = False) -> bool:
+def backbones_differ(recipe: Recipe, root: Path, *, run: Run = QUIET) -> bool:
     """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything.
 
     Reads until the first difference.
     """
     if all(expert.is_base for expert in recipe.experts):
         return False
-    merged = make_plan(plain_recipe(recipe, backbone="average"), root, trust_remote_code=trust_remote_code)
+    merged = make_plan(plain_recipe(recipe, backbone="average"), root, run=run)
     mappings = Mappings()
     try:
         for tensor in merged.tensors:

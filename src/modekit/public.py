@@ -1,0 +1,136 @@
+"""The public face: what `import modekit` offers. Each verb of the command line is a function here, over the same code.
+
+    checkpoint = modekit.build(modekit.plan("recipe.yaml"), "OUT")
+    modekit.fit("OUT", fit="ridge")
+    print(modekit.evaluate("OUT").markdown())
+    model, tokenizer = modekit.load("OUT")
+
+Everything else in the package is inner and may move. Nothing heavy is imported before a function is called, so that a plan
+needs no torch. All functions raise `ModekitError` for what a user can mend; they print nothing and write only what they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modekit.run import QUIET, Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from modekit.building.verify import Check
+    from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.evaluation.results import Results
+    from modekit.planning.plan import Plan
+    from modekit.recipes.recipe import Recipe
+    from modekit.training.finish import TrainedMixture
+
+    Folder = str | Path | Checkpoint
+    """A checkpoint's folder, or the checkpoint itself."""
+
+
+def recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+    """Read and check a recipe: a YAML file, or the same as a mapping.
+
+    Raises RecipeError, which lists every problem with its key.
+    """
+    from modekit.recipes.read import load_recipe, parse_recipe
+
+    return parse_recipe(dict(source)) if isinstance(source, Mapping) else load_recipe(Path(source))
+
+
+def plan(source: Recipe | str | Path | Mapping[str, Any], *, root: str | Path | None = None, run: Run = QUIET) -> Plan:
+    """Every tensor of the result and where it comes from, from configs and headers alone.
+
+    Paths in the recipe are relative to `root`: by default the folder of the recipe's file, or the current one.
+    Raises RecipeError, SourceError, MismatchError or UnsupportedError; nothing is written.
+    """
+    from modekit.planning.make import make_plan
+    from modekit.recipes.recipe import Recipe
+
+    if root is None:
+        root = Path(source).resolve().parent if isinstance(source, (str, Path)) else Path.cwd()
+    return make_plan(source if isinstance(source, Recipe) else recipe(source), Path(root), run=run)
+
+
+def build(
+    source: Plan | Recipe | str | Path | Mapping[str, Any], out: str | Path, *, overwrite: bool = False, run: Run = QUIET
+) -> Checkpoint:
+    """Write the checkpoint that a plan (or a recipe, which is planned first) describes; it appears in `out` whole.
+
+    Raises OutputError, SourceError or TextError; nothing is left behind then.
+    """
+    from modekit.building.build import build as write
+    from modekit.planning.plan import Plan
+
+    return write(source if isinstance(source, Plan) else plan(source, run=run), Path(out), overwrite=overwrite, run=run)
+
+
+def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
+    """Set the router anew; the experts are not touched.
+
+    `changes` are keys of the recipe's `mixture.router` (`fit="ridge"`, `temperature=0.5`) or of `mixture` itself
+    (`method`, `top_k`, `top_p`). Raises RecipeError for what would need another build.
+    """
+    from modekit.recipes.router import Router
+    from modekit.routing.refit import refit
+
+    router = {key: value for key, value in changes.items() if key in Router.model_fields}
+    mixture = {key: value for key, value in changes.items() if key not in router}
+    return refit(_opened(checkpoint), {**mixture, **({"router": router} if router else {})}, run=run)
+
+
+def train(
+    checkpoint: Folder,
+    *,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    out: str | Path | None = None,
+    run: Run = QUIET,
+    **settings: Any,
+) -> TrainedMixture:
+    """Train a mixture by gradient and write it to `out`, by default in its own place, when that is better on held-out text.
+
+    `settings` are those of docs/training.md (`what=["routers"]`, `steps=100`); `texts` is text per domain instead of the
+    recipe's. Raises TextError or TrainingError.
+    """
+    from modekit.training.settings import train_settings
+    from modekit.training.train import train as move
+
+    asked = train_settings(settings, where="modekit.train")
+    return move(_opened(checkpoint), asked, texts=texts, out=None if out is None else Path(out), run=run)
+
+
+def evaluate(checkpoint: Folder, *, tokens: int = 20_000, sequence_length: int = 512, run: Run = QUIET) -> Results:
+    """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
+
+    `tokens` are read per domain, in sequences of at most `sequence_length`. Raises TextError or SourceError.
+    """
+    from modekit.evaluation.evaluate import evaluate as score
+
+    return score(_opened(checkpoint), tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
+
+
+def verify(checkpoint: Folder, *, run: Run = QUIET) -> list[Check]:
+    """Prove a checkpoint: every check with its verdict (proven, failed, not possible). Nothing is written."""
+    from modekit.building.verify import verify as prove
+
+    return prove(_opened(checkpoint), run=run)
+
+
+def load(checkpoint: Folder, *, dtype: str = "auto", run: Run = QUIET) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, on the accelerator if there is one, and its tokenizer; `dtype` as in transformers.
+
+    Raises CheckpointError or SourceError.
+    """
+    from modekit.loaded.load import load_model, load_tokenizer
+
+    folder = _opened(checkpoint).folder
+    return load_model(folder, dtype=dtype, run=run), load_tokenizer(folder, run=run)
+
+
+def _opened(checkpoint: Folder) -> Checkpoint:
+    from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(checkpoint))

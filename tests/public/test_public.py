@@ -1,0 +1,73 @@
+"""What `import modekit` offers, pinned: names, signatures, and that nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import modekit
+from conftest import Workshop
+from refusal import borrow, run_python
+
+VERBS = ("build", "evaluate", "fit", "load", "plan", "recipe", "train", "verify")
+
+
+def test_the_names_are_these() -> None:
+    assert sorted(modekit.__all__) == sorted([*VERBS, "ModekitError", "Run"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_documented_function(verb: str) -> None:
+    function = getattr(modekit, verb)
+    assert inspect.isfunction(function)
+    assert (inspect.getdoc(function) or "").strip()
+    page = (Path(__file__).parents[2] / "docs/python.md").read_text()
+    assert f"`modekit.{verb}(" in page
+
+
+def test_no_room_takes_a_verbs_name() -> None:
+    for module in pkgutil.walk_packages(modekit.__path__, "modekit."):
+        if module.name.count(".") == 1 and module.name != "modekit.__main__":
+            importlib.import_module(module.name)
+    assert all(inspect.isfunction(getattr(modekit, verb)) for verb in VERBS)
+
+
+def test_the_import_and_a_plan_stay_light(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    code = "import sys, modekit; plan = modekit.plan(sys.argv[1]); assert 'torch' not in sys.modules; print(plan.experts)"
+    done = run_python(code, bench.write())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"
+
+
+def test_from_a_mapping_to_a_model(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe = modekit.recipe(bench.recipe)
+    checkpoint = modekit.build(recipe, "OUT")
+    assert all(check.verdict == "proven" for check in modekit.verify("OUT"))
+    assert modekit.fit(checkpoint, fit="random", seed=3).record.recipe.mixture.router.seed == 3
+    assert modekit.fit("OUT", top_k=1).record.recipe.top_k == 1
+    model, tokenizer = modekit.load("OUT")
+    with torch.inference_mode():
+        logits = model(**tokenizer("a dose", return_tensors="pt")).logits
+    assert torch.isfinite(logits).all()
+    assert {row.name for row in modekit.evaluate("OUT", tokens=200).rows} >= {"base", "oracle", "mixture"}
+
+
+def test_what_is_wrong_is_a_modekit_error() -> None:
+    with pytest.raises(modekit.ModekitError, match="experts: missing"):
+        modekit.recipe({"base_model": "./base"})
+    with pytest.raises(modekit.ModekitError, match=r"modekit\.json is missing"):
+        modekit.verify("nowhere")
+
+
+def test_a_change_that_nothing_reads_is_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    with pytest.raises(modekit.ModekitError, match="unknown key"):
+        modekit.fit(bench.build(), temperatur=0.5)
