@@ -84,7 +84,7 @@ class Size:
 
 
 _TRAINING = Training(
-    steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3, weight_decay=0.05, autocast=True
+    steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3, weight_decay=0.05, by_length=True, autocast=True,
 )
 SMALL = Size(
     480,
