@@ -51,6 +51,7 @@ from modekit.text.documents import (
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
 _OWN = re.compile(r"\.experts\.\d+\.")
+_CACHED_TOKENS = 2_048  # of a batch on a processor: 30 % faster than 8,192, whose activations are in no cache
 SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture"]
@@ -332,6 +333,8 @@ def tokens_per_pass(config: Any) -> int:
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
     tokens = tokens_per_pass(model.config)
+    if model.device.type == "cpu":
+        tokens = min(tokens, _CACHED_TOKENS)
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):

@@ -27,9 +27,9 @@ _MOMENTUM = 0.95
 
 
 def orthogonal(matrices_KMN: torch.Tensor) -> torch.Tensor:
-    """The nearest matrices whose singular values are near 1 (0.6 to 1.4), for K matrices with M <= N, in their dtype."""
+    """The nearest matrices whose singular values are near 1 (0.4 to 1.6), for K matrices with M <= N, in their dtype."""
     lengths = torch.linalg.matrix_norm(matrices_KMN, keepdim=True).clamp_min(1e-7)
-    x = matrices_KMN / (lengths * _MARGIN)
+    x: torch.Tensor = matrices_KMN / (lengths * _MARGIN)
     for a, b, c in _POLYNOMIALS:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -188,7 +188,7 @@ class _Batches:
 
     def _batches(self, rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """The rows as batches; of several batches each takes sequences of similar length, in a drawn order."""
-        starts = range(0, len(rows), self._rows)
+        starts = list(range(0, len(rows), self._rows))
         if len(starts) > 1:
             rows = sorted(rows, key=lambda row: len(self._sequences[row].ids))
             starts = [starts[place] for place in self._permutation(len(starts))]
