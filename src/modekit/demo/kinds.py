@@ -64,12 +64,12 @@ _TRAINING = Training(
     by_length=True, autocast=True,
 )  # fmt: skip
 SMALL = Size(
-    480,
-    _TRAINING.with_(muon_learning_rate=0.01),
-    _TRAINING,
-    131_072,
-    16_384,
-)  # fmt: skip
+    base_steps=320,
+    expert_training=_TRAINING.with_(steps=60, muon_learning_rate=0.01),
+    lora_training=_TRAINING,
+    fit_tokens=65_536,
+    eval_tokens=16_384,
+)
 QUICK = Size(12, SMALL.expert_training.with_(steps=3), SMALL.lora_training.with_(steps=3), 2_048, 2_048)
 _REAL_TRAINING = Training(
     steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True
