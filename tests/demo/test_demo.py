@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 import modekit.demo.demo as run_module
+import modekit.demo.seed as seed_module
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.demo import run_demo
+from modekit.demo.kinds import MIXTURES, REFITTED
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
 from modekit.errors import OutputError
 from modekit.run import Run, silent
@@ -37,12 +41,21 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
     def reached(*_: Any) -> Any:
         raise ReachedError
 
-    monkeypatch.setattr(run_module, "_run_seed", reached)
+    monkeypatch.setattr(run_module, "run_seed", reached)
     with pytest.raises(ReachedError):
         run_demo(tmp_path / "demo", run=Run(progress=silent))
     for other in ({"quick": True}, {"real": True}, {"what": "full"}):
         with pytest.raises(OutputError, match="another kind"):
             run_demo(tmp_path / "demo", run=Run(progress=silent), **other)  # type: ignore[arg-type]
+
+
+def test_what_is_refitted_differs_in_the_fit_alone() -> None:
+    for mixtures in MIXTURES.values():
+        for name, other in REFITTED.items():
+            if name in mixtures:
+                said, read = ({**mixtures[each]["mixture"]} for each in (name, other))
+                assert said.pop("router") == {"fit": name} and said == read
+                assert next(iter(mixtures)) not in (name, other)  # which is scored while the others are made
 
 
 @pytest.mark.slow
@@ -58,9 +71,16 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     def no_training(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished model was trained again")
 
-    monkeypatch.setattr(run_module, "make_base", no_training)
-    monkeypatch.setattr(run_module, "specialize", no_training)
-    monkeypatch.setattr(run_module, "build", no_training)
+    # The copy says what a build of its own recipe would: the text was read once for both.
+    for name, other in REFITTED.items():
+        folders = [tmp_path / "demo" / "seed0" / each for each in (name, other)]
+        kept = [(folder / STATISTICS_FOLDER / "medicine.safetensors").read_bytes() for folder in folders]
+        assert kept[0] == kept[1]
+        assert open_checkpoint(folders[0]).record.recipe.mixture.router.fit == name
+
+    monkeypatch.setattr(seed_module, "_side_by_side", lambda _real: (1, 1))  # in this process, where these are replaced
+    for name in ("make_base", "specialize", "build", "refit"):
+        monkeypatch.setattr(seed_module, name, no_training)
     assert run_demo(tmp_path / "demo", quick=True, run=Run(progress=silent)).as_data() == first.as_data()
 
 

@@ -19,93 +19,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
-from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.staging import write_atomically, write_json
-from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH, make_base, make_real_base
-from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
-from modekit.errors import CheckpointError, OutputError
-from modekit.evaluation.evaluate import evaluate
+from modekit.demo.kinds import QUICK, REAL, SMALL, What
+from modekit.demo.seed import run_seed
+from modekit.demo.text import unpack_text
+from modekit.errors import OutputError
 from modekit.evaluation.results import Results, Row
-from modekit.experts.specialize import specialize
-from modekit.loaded.next_token import Training
-from modekit.planning.make import make_plan
-from modekit.recipes.fits import DEFAULT_FIT, FITS
-from modekit.recipes.read import parse_recipe
 from modekit.run import Run
-
-What = Literal["mlp", "full", "lora"]
-
-_ROUTING = {"method": "routing", "top_k": 2}
-_FOLDED = {"output": {"format": "native"}}
-MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
-    "mlp": {
-        "linear": {"mixture": {"method": "linear"}},
-        "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random"}}},
-        "ridge": {"mixture": {**_ROUTING, "router": {"fit": "ridge"}}},
-        "routing": {"mixture": _ROUTING},
-        "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
-        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
-    },
-    "full": {
-        "linear": {"mixture": {"method": "linear"}},
-        "routing": {"mixture": _ROUTING},
-        **{f"routing {backbone}": {"mixture": {**_ROUTING, "backbone": backbone}}
-           for backbone in ("average", "task_arithmetic", "ties")},
-        "sequence whole": {
-            "mixture": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}}
-        },
-        "ngram whole": {"mixture": {**_ROUTING, "modules": "all", "router": {"fit": "ngram"}}},
-    },
-    "lora": {
-        "linear": {"mixture": {"method": "linear"}},
-        "routing": {"mixture": _ROUTING},
-        "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
-        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
-        "routing folded": {"mixture": _ROUTING, **_FOLDED},
-        "routing folded average": {"mixture": {**_ROUTING, "backbone": "average"}, **_FOLDED},
-    },
-}  # fmt: skip
-"""What the experts are -> name -> what the recipe says. `routing` is what a recipe gets that says nothing about the router;
-what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much work a demo does."""
-
-    base_steps: int
-    expert_training: Training
-    lora_training: Training
-    fit_tokens: int
-    eval_tokens: int
-
-
-_TRAINING = Training(
-    steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3, weight_decay=0.05, autocast=True
-)
-SMALL = Size(
-    480,
-    _TRAINING.with_(muon_learning_rate=0.01),
-    _TRAINING,
-    131_072,
-    16_384,
-)  # fmt: skip
-QUICK = Size(12, SMALL.expert_training.with_(steps=3), SMALL.lora_training.with_(steps=3), 2_048, 2_048)
-_REAL_TRAINING = Training(
-    steps=24, batch_tokens=2_048, sequence_length=512, learning_rate=3e-4, held_out_tokens=1_024, autocast=True
-)
-REAL = Size(
-    0,
-    _REAL_TRAINING,
-    _REAL_TRAINING.with_(learning_rate=1e-3),
-    2_048,
-    1_024,
-)
 
 
 @dataclass(frozen=True)
@@ -171,7 +93,7 @@ def run_demo(
     size = QUICK if quick else REAL if real else SMALL
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
     texts = unpack_text(out / "text")
-    per_seed = {seed: _run_seed(out / f"seed{seed}", texts, seed, what, real, size, run) for seed in seeds}
+    per_seed = {seed: run_seed(out / f"seed{seed}", texts, seed, what, real, size, run) for seed in seeds}
     results = DemoResults(per_seed, time.monotonic() - started)
     folder = out / "results"
     folder.mkdir(exist_ok=True)
@@ -191,65 +113,6 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
         raise OutputError(
             "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
         )
-
-
-def _run_seed(
-    folder: Path, texts: dict[str, Path], seed: int, what: What, real: bool, size: Size, run: Run
-) -> dict[str, Results]:
-    base = folder / "base"
-    if not base.exists() and real:
-        make_real_base(base, run)
-    elif not base.exists():
-        make_base(base, texts, steps=size.base_steps, seed=seed, run=run)
-    for place, name in enumerate(DOMAINS):
-        if not (folder / name).exists():
-            specialize(
-                base, folder / name, [str(texts[name])], root=folder, train=what,
-                training=(size.lora_training if what == "lora" else size.expert_training).with_(seed=1000 * seed + place),
-                run=Run(progress=lambda _stage, done, total, name=name: run.progress(f"train {name}", done, total)),
-            )  # fmt: skip
-    results: dict[str, Results] = {}
-    known: Results | None = None
-    for name, says in MIXTURES[what].items():
-        checkpoint = _build(folder, name, _recipe(what, says, texts, size), run)
-        known = evaluate(checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=SEQUENCE_LENGTH, known=known, run=run)
-        results[name] = known
-    return results
-
-
-def _recipe(what: What, says: dict[str, Any], texts: dict[str, Path], size: Size) -> dict[str, Any]:
-    mixture = dict(says["mixture"])
-    if mixture["method"] != "linear":
-        router = dict(mixture.get("router", {}))
-        if "tokens_per_domain" in FITS[router.get("fit", DEFAULT_FIT)].settings:
-            router.update(
-                tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH
-            )
-        mixture["router"] = router
-    kind = "adapter" if what == "lora" else "model"
-    return {
-        "base_model": "./base",
-        "experts": [{"name": domain, kind: f"./{domain}", "text": f"../text/{texts[domain].name}"} for domain in DOMAINS],
-        "mixture": mixture,
-        "output": says.get("output", {}),
-        "eval": {UNSEEN: f"../text/{texts[UNSEEN].name}"},
-    }
-
-
-def _build(folder: Path, name: str, recipe: dict[str, Any], run: Run) -> Checkpoint:
-    place = name.replace(" ", "-")
-    write_atomically(folder / f"{place}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
-    parsed = parse_recipe(recipe, where=name)
-    try:
-        checkpoint = open_checkpoint(folder / place)
-        if checkpoint.record.recipe_digest == parsed.digest():
-            return checkpoint
-    except CheckpointError:
-        pass
-    return build(
-        make_plan(parsed, folder), folder / place, overwrite=True,
-        run=Run(progress=lambda stage, done, total: run.progress(f"{name}: {stage}", done, total)),
-    )  # fmt: skip
 
 
 def _by_what_is_carried(results: Mapping[str, Results]) -> dict[str, Results]:

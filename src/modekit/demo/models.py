@@ -33,8 +33,8 @@ SEQUENCE_LENGTH = 512  # a whole document of the demo's text
 BATCH_TOKENS = 3_072
 _DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
 BASE_TRAINING = Training(
-    steps=480, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2,
-    muon_learning_rate=0.02, weight_decay=0.05, autocast=True,
+    batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2, muon_learning_rate=0.02,
+    weight_decay=0.05, by_length=True, shares=2, autocast=True,
 )  # fmt: skip
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,

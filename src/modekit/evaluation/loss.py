@@ -17,6 +17,8 @@ from modekit.evaluation.results import Score
 from modekit.evaluation.uncertainty import in_blocks, mean_error
 from modekit.text.sequences import make_batches
 
+_CACHED_TOKENS = 2_048  # of a batch on a processor: 30 % faster than 8,192, whose activations are in no cache
+
 
 def tokens_per_pass(config: Any) -> int:
     """Padded tokens of a batch whose logits, (B, S, V) float32, stay within bounds."""
@@ -26,6 +28,8 @@ def tokens_per_pass(config: Any) -> int:
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
     tokens = tokens_per_pass(model.config)
+    if model.device.type == "cpu":
+        tokens = min(tokens, _CACHED_TOKENS)
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):

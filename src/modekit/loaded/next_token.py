@@ -17,10 +17,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import TextError
-from modekit.loaded.heads import head_of
 from modekit.loaded.load import default_device
+from modekit.loaded.muon import Muon
+from modekit.loaded.shares import NextTokenLoss, Shares
 from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence, encode, make_batches
+
+_SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Training:
         learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
         muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
         weight_decay, warmup, clip: as usual.
+        by_length: sequences of similar length share a step, and attention is not told which tokens are pads: on the right of
+            a text they reach no real token of a causal model.
+        shares: threads that each take a share of a step's sequences, on a processor; of their number, not of that of the
+            cores, the result depends.
         autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
         max_tokens: text read at most.
         held_out_tokens: tokens on which the loss before and after is measured.
@@ -48,6 +55,8 @@ class Training:
     weight_decay: float = 0.0
     warmup: float = 0.06
     clip: float = 1.0
+    by_length: bool = False
+    shares: int = 1
     autocast: bool = False
     max_tokens: int = 50_000_000
     held_out_tokens: int = 8_192
@@ -81,36 +90,29 @@ def train_language_model(
     """
     device = default_device()
     model.to(device).train()
-    head = head_of(model)
     batches = _Batches(sequences, training)
     steps = training.steps or len(batches)
+    bfloat16 = training.autocast and has_bfloat16_products(device)
+    loss_of = NextTokenLoss(model, bfloat16=bfloat16, pads_named=not training.by_length)
     optimizers = _optimizers(model, parameters, training)
     losses = []
-    for step, (input_ids, mask) in zip(range(steps), batches.forever(), strict=False):
-        factor = _schedule(step, steps, training.warmup)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-        input_ids, mask = input_ids.to(device), mask.to(device)
-        keep = mask[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast and has_bfloat16_products(device)):
-            hidden = model.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            logits = head(hidden[:, :-1][keep])  # (real tokens, V): pads never reach the head
-        loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep])
-        if not torch.isfinite(loss):
-            raise TextError(
-                "the training loss is not finite",
-                where=f"step {step}",
-                found=float(loss.detach()),
-                remedy="lower the learning rate",
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, training.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        run.progress(stage, step + 1, steps)
+    with Shares(training.shares if device.type == "cpu" else 1) as shares:
+        for step, (input_ids, mask) in zip(range(steps), batches.forever(), strict=False):
+            factor = _schedule(step, steps, training.warmup)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+            loss = shares.gradients(loss_of, parameters, input_ids.to(device), mask.to(device))
+            if not math.isfinite(loss):
+                raise TextError(
+                    "the training loss is not finite", where=f"step {step}", found=loss, remedy="lower the learning rate"
+                )
+            torch.nn.utils.clip_grad_norm_(parameters, training.clip)
+            shares.run(optimizer.step for optimizer in optimizers)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            losses.append(loss)
+            run.progress(stage, step + 1, steps)
     model.eval()
     return losses
 
@@ -146,15 +148,15 @@ def _optimizers(
     matrices = [p for p in parameters if training.muon_learning_rate > 0 and id(p) in in_layers]
     others = [p for p in parameters if not (training.muon_learning_rate > 0 and id(p) in in_layers)]
     optimizers: list[torch.optim.Optimizer] = []
+    for share in (matrices[place :: training.shares] for place in range(training.shares)):
+        if share:
+            products = torch.bfloat16 if has_bfloat16_products(share[0].device) else torch.float32
+            optimizers.append(
+                Muon(share, lr=training.muon_learning_rate, weight_decay=training.weight_decay, products=products)
+            )
     if others:
         optimizers.append(
             torch.optim.AdamW(others, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
-        )
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=training.muon_learning_rate, weight_decay=training.weight_decay, adjust_lr_fn="original"
-            )
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -168,6 +170,7 @@ class _Batches:
     def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
         self._sequences = sequences
         self._rows = max(1, training.batch_tokens // min(training.sequence_length, max(len(s.ids) for s in sequences)))
+        self._sorted = _SORTED_TOGETHER if training.by_length else 1
         self._generator = torch.Generator().manual_seed(training.seed)
 
     def __len__(self) -> int:
@@ -176,9 +179,22 @@ class _Batches:
     def forever(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """(input_ids, mask) of (B, S), without end."""
         pending: list[int] = []
+        drawn = self._rows * self._sorted
         while True:
-            while len(pending) < self._rows:
-                pending += torch.randperm(len(self._sequences), generator=self._generator).tolist()
-            rows, pending = pending[: self._rows], pending[self._rows :]
-            (batch,) = make_batches([self._sequences[row] for row in rows], tokens=2**31)
+            while len(pending) < drawn:
+                pending += self._permutation(len(self._sequences))
+            rows, pending = pending[:drawn], pending[drawn:]
+            yield from self._batches(rows)
+
+    def _batches(self, rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """The rows as batches; of several batches each takes sequences of similar length, in a drawn order."""
+        starts = list(range(0, len(rows), self._rows))
+        if len(starts) > 1:
+            rows = sorted(rows, key=lambda row: len(self._sequences[row].ids))
+            starts = [starts[place] for place in self._permutation(len(starts))]
+        for start in starts:
+            (batch,) = make_batches([self._sequences[row] for row in rows[start : start + self._rows]], tokens=2**31)
             yield batch.input_ids, batch.mask
+
+    def _permutation(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self._generator).tolist()

@@ -1,0 +1,170 @@
+"""One seed of the demo: base, experts, mixtures, and what each is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.staging import write_atomically
+from modekit.demo.kinds import MIXTURES, REFITTED, Size, What
+from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
+from modekit.demo.text import DOMAINS, UNSEEN
+from modekit.demo.workers import Task, Workers
+from modekit.errors import CheckpointError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.results import Results
+from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.experts.specialize import specialize
+from modekit.planning.make import make_plan
+from modekit.recipes.fits import DEFAULT_FIT, FITS
+from modekit.recipes.read import parse_recipe
+from modekit.routing.refit import refit
+from modekit.run import Progress, Run
+
+
+def run_seed(
+    folder: Path, texts: Mapping[str, Path], seed: int, what: What, real: bool, size: Size, run: Run
+) -> dict[str, Results]:
+    """Make what is not there yet, and return the table of every mixture by its name."""
+    base = folder / "base"
+    if not base.exists() and real:
+        make_real_base(base, run)
+    elif not base.exists():
+        make_base(base, dict(texts), steps=size.base_steps, seed=seed, run=run)
+    count, torch_threads = _side_by_side(real)
+    with Workers(count, torch_threads, run.progress) as workers:
+        for _ in workers.run(_trainings(folder, texts, seed, what, size)):
+            pass
+        return _tables(folder, {name: _recipe(what, says, texts, size) for name, says in MIXTURES[what].items()}, size, workers)
+
+
+def _side_by_side(real: bool) -> tuple[int, int]:
+    """Processes, and torch's threads in each. The real demo's models fill the memory one at a time."""
+    threads = torch.get_num_threads()
+    return (1, threads) if real or threads == 1 or torch.cuda.is_available() else (2, threads // 2)
+
+
+def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, what: What, size: Size) -> Iterator[Task]:
+    """The experts that are not there yet."""
+    for place, name in enumerate(DOMAINS):
+        if not (folder / name).exists():
+            training = (size.lora_training if what == "lora" else size.expert_training).with_(seed=1000 * seed + place)
+            yield Task(
+                name, partial(_train_expert, folder, name, text=texts[name], what=what, training=training)
+            )  # fmt: skip
+
+
+def _train_expert(folder: Path, name: str, *, text: Path, what: What, training: Any, progress: Progress) -> None:
+    specialize(
+        folder / "base", folder / name, [str(text)], root=folder, train=what, training=training,
+        run=Run(progress=lambda _stage, done, total: progress(f"train {name}", done, total)),
+    )  # fmt: skip
+
+
+def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], size: Size, workers: Workers) -> dict[str, Results]:
+    """Build and score every mixture, two at a time.
+
+    The first is scored while others read text: all later ones take its rows of base and experts over.
+    """
+    first, *others = recipes
+    found: dict[str, Results] = {}
+
+    def beginnings() -> Iterator[Task]:
+        yield _scoring(folder, first, recipes[first], size, None)
+        for name in others:
+            if name not in REFITTED and "tokens_per_domain" in recipes[name]["mixture"].get("router", {}):
+                yield Task(name, partial(_build_alone, folder, name, recipes[name]))
+
+    def rest() -> Iterator[Task]:
+        for name in others:
+            yield _scoring(folder, name, recipes[name], size, _all_rows(found))
+
+    for tasks in (beginnings(), rest()):
+        found |= {name: table for name, table in workers.run(tasks) if table is not None}
+    return {name: found[name] for name in recipes}
+
+
+def _scoring(folder: Path, name: str, recipe: dict[str, Any], size: Size, known: Results | None) -> Task:
+    return Task(name, partial(_score, folder, name, recipe, tokens=size.eval_tokens, known=known))
+
+
+def _all_rows(found: Mapping[str, Results]) -> Results:
+    """The tables so far as one: what it holds need not be scored again."""
+    first = next(iter(found.values()))
+    return dataclasses.replace(first, rows=[row for table in found.values() for row in table.rows])
+
+
+def _score(
+    folder: Path, name: str, recipe: dict[str, Any], *, tokens: int, known: Results | None, progress: Progress
+) -> Results:
+    checkpoint = _built(folder, name, recipe, progress)
+    return evaluate(
+        checkpoint, tokens_per_domain=tokens, sequence_length=SEQUENCE_LENGTH, known=known,
+        run=Run(progress=lambda _stage, done, total: progress(f"{name}: score", done, total)),
+    )  # fmt: skip
+
+
+def _build_alone(folder: Path, name: str, recipe: dict[str, Any], *, progress: Progress) -> None:
+    _built(folder, name, recipe, progress)
+
+
+def _recipe(what: What, says: dict[str, Any], texts: Mapping[str, Path], size: Size) -> dict[str, Any]:
+    mixture = dict(says["mixture"])
+    if mixture["method"] != "linear":
+        router = dict(mixture.get("router", {}))
+        if "tokens_per_domain" in FITS[router.get("fit", DEFAULT_FIT)].settings:
+            router.update(
+                tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH
+            )
+        mixture["router"] = router
+    kind = "adapter" if what == "lora" else "model"
+    return {
+        "base_model": "./base",
+        "experts": [{"name": domain, kind: f"./{domain}", "text": f"../text/{texts[domain].name}"} for domain in DOMAINS],
+        "mixture": mixture,
+        "output": says.get("output", {}),
+        "eval": {UNSEEN: f"../text/{texts[UNSEEN].name}"},
+    }
+
+
+def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) -> Checkpoint:
+    """The mixture's checkpoint: the one that is there, another one's with its router fitted anew, or a new one."""
+    out = _folder_of(folder, name)
+    write_atomically(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
+    parsed = parse_recipe(recipe, where=name)
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(f"{name}: {stage}", done, total)
+
+    try:
+        checkpoint = open_checkpoint(out)
+        if checkpoint.record.recipe_digest == parsed.digest():
+            return checkpoint
+    except CheckpointError:
+        pass
+    if name in REFITTED:
+        return _refitted(_folder_of(folder, REFITTED[name]), out, recipe["mixture"], report)
+    return build(make_plan(parsed, folder), out, overwrite=True, run=Run(progress=report))
+
+
+def _refitted(source: Path, out: Path, mixture: dict[str, Any], progress: Progress) -> Checkpoint:
+    """A copy of a mixture whose router is fitted anew from the statistics that came along."""
+    copy = out.with_name(out.name + ".copy")
+    for folder in (copy, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(RESULTS_FOLDER))
+    copy.rename(out)
+    return refit(open_checkpoint(out), mixture, run=Run(progress=progress))
+
+
+def _folder_of(folder: Path, name: str) -> Path:
+    return folder / name.replace(" ", "-")
