@@ -18,7 +18,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## tokenizer, base, experts and mixtures on real text, about 8 minutes on two cores
+demo: $(READY)  ## tokenizer, base, experts and mixtures on real text, minutes on two cores
 	$(BIN)/modekit demo
 
 demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
@@ -43,6 +43,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/measure_house.py --check
 
 check: lint test  ## what has to pass before a commit: ruff, mypy --strict, import rules, tests (docs are among them)
 
