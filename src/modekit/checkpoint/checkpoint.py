@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from modekit.checkpoint.change import change_together, finish_change
 from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord
-from modekit.checkpoint.router_file import Gates, read_gates, rewrite_index, write_router_file
-from modekit.checkpoint.staging import JOURNAL, write_json
+from modekit.checkpoint.router_file import Gates, changed_index, read_gates, router_bytes, sha256_of
+from modekit.checkpoint.staging import JOURNAL, json_bytes
 from modekit.errors import CheckpointError
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
@@ -126,19 +127,20 @@ class Checkpoint:
         return replace(self, routed=self.shape.rerouted(recipe, self.tensors))
 
     def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
-        """Write new gates, then the routing in config.json, then modekit.json; nothing else is touched."""
+        """Write new gates, the routing in config.json and modekit.json, all together; nothing else is touched."""
         changed = self.with_recipe(recipe)
         dtype = self._gate_dtype
-        sha256 = write_router_file(self.folder / ROUTER_FILE, changed.slots, gates, dtype)
+        files = {ROUTER_FILE: router_bytes(changed.slots, gates, dtype)}
         if changed.slots != self.slots:
             old = {slot.name for slot in self.slots}
             kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
             gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
-            rewrite_index(self.folder, changed.slots, kept + gates_size)
-        write_json(self.folder / "config.json", changed.config)
-        update = {"router": router.model_copy(update={"sha256": sha256}), "recipe": recipe, "recipe_digest": recipe.digest()}
+            files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
+        files["config.json"] = json_bytes(changed.config)
+        fitted = router.model_copy(update={"sha256": sha256_of(files[ROUTER_FILE])})
+        update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest()}
         record = self.record.model_copy(update=update)
-        write_json(self.folder / RECORD_FILE, record.model_dump(mode="json"))
+        change_together(self.folder, {**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
         return Checkpoint(self.folder, record)
 
     @property
@@ -159,6 +161,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "an unfinished build is no checkpoint", where=str(folder), remedy="run the same `modekit build` again to finish it"
         )
     try:
+        finish_change(folder)
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         partial = folder.with_name(folder.name + ".partial")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modekit.checkpoint.staging import safetensors_header, write_atomically, write_json
+from modekit.checkpoint.staging import json_bytes, safetensors_header, write_atomically, write_json
 from modekit.errors import RecipeError
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.slot import RouterSlot
@@ -35,10 +35,19 @@ def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) ->
 
 
 def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
-    """Write the gates in a safetensors dtype; returns the file's sha256.
+    """Write the gates in a safetensors dtype; returns the file's sha256. Raises RecipeError as `router_bytes`."""
+    content = router_bytes(slots, gates, dtype)
+    write_atomically(path, content)
+    return sha256_of(content)
 
-    Raises RecipeError when they are not finite in that dtype.
-    """
+
+def sha256_of(content: bytes) -> str:
+    """Of a router file, as the record keeps it."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def router_bytes(slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> bytes:
+    """The router file with the gates in a safetensors dtype. Raises RecipeError when they are not finite in that dtype."""
     data = [to_bytes(np.ascontiguousarray(gate).ravel(), dtype) for gate in gates]
     if not all(is_finite(view, dtype) for view in data):
         raise RecipeError(
@@ -46,24 +55,22 @@ def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dty
             remedy="raise temperature or l2, or fit on other text",
         )  # fmt: skip
     header = safetensors_header((slot.name, dtype, slot.shape, len(view)) for slot, view in zip(slots, data, strict=True))
-    content = header + b"".join(data)
-    write_atomically(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return header + b"".join(data)
 
 
 def write_index(plan: Plan, folder: Path) -> None:
     """Write the index that tells transformers which file holds which tensor."""
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    _write_index(folder, weight_map, plan.slots, plan.bytes_written)
+    write_json(folder / INDEX_FILE, _index(weight_map, plan.slots, plan.bytes_written))
 
 
-def rewrite_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> None:
-    """Name other gates in an index that is there."""
+def changed_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> bytes:
+    """The index that is there with other gates."""
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
-    _write_index(folder, kept, slots, total_size)
+    return json_bytes(_index(kept, slots, total_size))
 
 
-def _write_index(folder: Path, weight_map: Mapping[str, str], slots: Sequence[RouterSlot], total_size: int) -> None:
+def _index(weight_map: Mapping[str, str], slots: Sequence[RouterSlot], total_size: int) -> dict[str, object]:
     gates = {slot.name: ROUTER_FILE for slot in slots}
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": {**weight_map, **gates}})
+    return {"metadata": {"total_size": total_size}, "weight_map": {**weight_map, **gates}}

@@ -118,9 +118,19 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     UnsupportedError when it does what no plain weight of the base can say.
     """
     where = f"{label} ({spec})"
+    config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
+    parse_settings(config, where=where)
+    tensors = read_header(_weights_file(folder, where=where), where=where)
+    return adapter_of(label, spec, folder, base, tensors, revision=revision)
+
+
+def adapter_of(
+    label: str, spec: str, folder: Path, base: ModelSource, tensors: Mapping[str, TensorRef], *, revision: str | None = None
+) -> AdapterSource:
+    """An adapter by the config in a folder and the header of its weights, wherever these are. Raises as `open_adapter`."""
+    where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)
     settings = parse_settings(config, where=where)
-    tensors = read_header(_weights_file(folder, where=where), where=where)
     try:
         resolved = Resolution(where, settings, base, tensors)
         rules = _Rules(resolved)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata, parse_safetensors_file_metadata, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 
 from modekit.errors import SourceError
 from modekit.run import QUIET, Run
+from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, adapter_of, open_adapter
 from modekit.sources.model import ModelSource, TensorRef, check_no_code, open_source, read_config
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
@@ -45,12 +47,26 @@ def open_hub_headers(label: str, spec: str, revision: str | None, *, run: Run = 
     check_no_code(config, where=where, run=run)
     with _explained(where):
         metadata = get_safetensors_metadata(spec, revision=revision)
-    tensors = {
-        name: TensorRef(name, folder / file, info.dtype, tuple(info.shape), *info.data_offsets)
-        for file, header in metadata.files_metadata.items()
-        for name, info in header.tensors.items()
-    }
+    files = (_refs(folder / file, header.tensors) for file, header in metadata.files_metadata.items())
+    tensors = {name: ref for refs in files for name, ref in refs.items()}
     return ModelSource(label, spec, folder, revision, config, tensors)
+
+
+def open_hub_adapter(label: str, spec: str, base: ModelSource, revision: str | None) -> AdapterSource:
+    """A hub adapter by its config and the header of its weights, which are not downloaded. Raises as `open_adapter`."""
+    where = f"{label} ({spec})"
+    with _explained(where):
+        folder = Path(snapshot_download(spec, revision=revision, allow_patterns=_SMALL_FILES))
+    if (folder / WEIGHTS_FILE).exists():
+        return open_adapter(label, spec, folder, base, revision=revision)
+    with _explained(where):
+        header = parse_safetensors_file_metadata(spec, WEIGHTS_FILE, revision=revision)
+    return adapter_of(label, spec, folder, base, _refs(folder / WEIGHTS_FILE, header.tensors), revision=revision)
+
+
+def _refs(file: Path, infos: Mapping[str, Any]) -> dict[str, TensorRef]:
+    """Tensors of a file by what the hub tells of its header (huggingface_hub's TensorInfo)."""
+    return {name: TensorRef(name, file, info.dtype, tuple(info.shape), *info.data_offsets) for name, info in infos.items()}
 
 
 @contextmanager

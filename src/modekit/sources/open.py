@@ -68,6 +68,10 @@ def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers
             return base
         if expert.adapter is None:
             return opened(label, expert.source, expert.revision)
+        if headers_only and local_folder(expert.adapter, root=root, label=label) is None:
+            from modekit.sources.hub import open_hub_adapter
+
+            return open_hub_adapter(label, expert.adapter, base, expert.revision)
         folder = model_folder(expert.adapter, expert.revision, root=root, label=label)
         return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from modekit.checkpoint.change import change_together
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, Record, TrainingRecord
-from modekit.checkpoint.router_file import write_router_file
-from modekit.checkpoint.staging import link, staging, write_all, write_atomically, write_json
+from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router_file
+from modekit.checkpoint.staging import json_bytes, link, staging, write_all, write_atomically
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
@@ -49,8 +50,8 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
     ]
     dtype = checkpoint.tensors[checkpoint.slots[0].name].dtype if checkpoint.slots else "F32"
     if out == checkpoint.folder and tensors.keys() <= gate_names:
-        sha256 = write_router_file(out / ROUTER_FILE, checkpoint.slots, gates, dtype)
-        _write_rest(out, record, sha256, files)
+        router = router_bytes(checkpoint.slots, gates, dtype)
+        change_together(out, {ROUTER_FILE: router, **_rest(record, sha256_of(router), files)})
         return open_checkpoint(out)
     with staging(
         out, f"train {training.settings} {sorted(record.trained.items())}", overwrite=out == checkpoint.folder,
@@ -70,7 +71,8 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         finally:
             mappings.close()
         sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
-        _write_rest(stage.folder, record, sha256, files)
+        for name, beside in _rest(record, sha256, files).items():
+            write_atomically(stage.folder / name, beside)
     return open_checkpoint(out)
 
 
@@ -114,11 +116,11 @@ def _record(
     )
 
 
-def _write_rest(folder: Path, record: Record, router_sha256: str, files: Mapping[str, str]) -> None:
-    for name, content in files.items():
-        write_atomically(folder / name, content.encode())
+def _rest(record: Record, router_sha256: str, files: Mapping[str, str]) -> dict[str, bytes]:
+    """What is written last: the lists of documents, then the record."""
     router = record.router.model_copy(update={"sha256": router_sha256})
-    write_json(folder / RECORD_FILE, record.model_copy(update={"router": router}).model_dump(mode="json"))
+    said = record.model_copy(update={"router": router}).model_dump(mode="json")
+    return {**{name: content.encode() for name, content in files.items()}, RECORD_FILE: json_bytes(said)}
 
 
 def _copy_rest(checkpoint: Checkpoint, folder: Path, *, results: bool) -> None:
