@@ -167,3 +167,8 @@ def logits_of(model: Path | PreTrainedModel, ids: torch.Tensor, dtype: torch.dty
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval() if isinstance(model, Path) else model
     with torch.inference_mode():
         return loaded(input_ids=ids).logits
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, so that the other workers are busy as long as it takes."""
+    items.sort(key=lambda item: "tutorial" not in item.name)

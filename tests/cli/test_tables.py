@@ -167,7 +167,7 @@ def test_advise(shown: Callable[..., str]) -> None:
     )  # fmt: skip
     measured = Some(
         gains=Some(whole=dict.fromkeys([-1, *places], losses), parts=parts, on_average={}),
-        words=Some(domains=[*places], named=[[0.789] * 8] * 8), texts={place: {"tokens": 8192} for place in places},
+        confusion=Some(domains=[*places], named=[[0.789] * 8] * 8), texts={place: {"tokens": 8192} for place in places},
     )  # fmt: skip
     found = Some(
         usable=[*places], drift=drift, measured=measured, findings=[], recipe=None, choices=[], shares=lambda _: share,

@@ -20,6 +20,7 @@ from conftest import character_tokenizer, logits_of, save, tiny_model, write_tex
 from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, TextError, UnsupportedError
 from modekit.experts.extract import ExtractSettings, extract
 from modekit.loaded import moments
+from modekit.run import Run
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import TRAINED_FILE, documents_of_split
@@ -464,7 +465,7 @@ def test_progress_is_told(root: Path) -> None:
     tune(root, low_rank())
     write_text(root / "text")
     calls: list[tuple[str, int, int]] = []
-    run(root, texts=["text/law.jsonl"], progress=lambda *call: calls.append(call))
+    run(root, texts=["text/law.jsonl"], run=Run(progress=lambda *call: calls.append(call)))
     for stage in ("compare", "read text", "factorise"):
         done = [call[1:] for call in calls if call[0] == stage]
         assert done[-1][0] == done[-1][1] and done == sorted(done)

@@ -106,7 +106,7 @@ def test_a_mixture_config_is_written_as_it_was_read(shared_workshop: Workshop, t
     written = checkpoint.config["modekit"]
     assert "biased" not in next(iter(written["places"].values())) and "ngram" not in written["routing"]
     assert MixtureConfig.model_validate(written).as_written() == written
-    again = checkpoint.shape.rerouted(checkpoint.record.recipe)
+    again = checkpoint.shape.rerouted(checkpoint.record.recipe, checkpoint.tensors)
     assert again.config == checkpoint.config
 
 

@@ -270,7 +270,7 @@ def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str)
     code = (
         "import os, sys; from pathlib import Path\n"
         "import modekit.checkpoint.staging as staging\n"
-        "from modekit.recipes.recipe import load_recipe\n"
+        "from modekit.recipes.read import load_recipe\n"
         "from modekit.search.tune.settings import TuneSettings\n"
         "from modekit.search.tune.space import Space\n"
         "from modekit.search.tune.tune import tune\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import modekit.training.train as train_module
+import modekit.training.cheap as cheap_module
 from conftest import Workshop
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
@@ -40,13 +40,13 @@ def test_a_cheap_training_of_a_small_budget_scores_little(
     workshop = borrow(shared_workshop, tmp_path)
     out = workshop.build(mixture={"method": "routing", "top_k": 2, "router": {"fit": "random"}})
     scored: list[int] = []
-    score = train_module.score_domain
+    score = cheap_module.score_domain
 
     def counted(model: Any, domain: Domain, *rest: Any) -> Any:
         scored.append(sum(len(sequence.ids) for sequence in domain.sequences))
         return score(model, domain, *rest)
 
-    monkeypatch.setattr(train_module, "score_domain", counted)
+    monkeypatch.setattr(cheap_module, "score_domain", counted)
     options = ["--cheap", "--share", "0.5", "--tokens", "100", "--sequence-length", "32", "--steps", "2"]
     monkeypatch.setattr("sys.argv", ["modekit", "train", str(out), *options])
     with pytest.raises(SystemExit) as end:
