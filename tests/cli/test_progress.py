@@ -81,6 +81,19 @@ def test_a_stage_that_begins_anew_is_timed_anew(clock: Clock) -> None:
     assert said[-1] == "5:30  compare: 11 %, 4:27 left"
 
 
+def test_stages_that_go_on_at_once_are_said_once_each(clock: Clock) -> None:
+    lines: list[str] = []
+    draw = Lines(lines.append, clock)
+    for step in range(100):
+        clock.now += 0.1
+        draw("train law", step, 100)
+        draw("train code", step, 100)
+    assert [line.split()[2] for line in lines] == ["law:", "code:"]
+    clock.now += 30
+    draw("train law", 100, 100)
+    assert len(lines) == 3
+
+
 def test_lines_go_to_the_standard_error_and_hold_no_control_characters() -> None:
     stream = io.StringIO()
     with patch.object(progress_module, "err", Console(file=stream, width=40)), drawn_progress() as progress:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from modekit.cli.printing.console import err
@@ -22,29 +23,44 @@ EVERY = 30.0
 _SHARED = ("score ", "read ")  # stages of that name count what all of them do: one bar, one estimate
 
 
+@dataclass
+class _Work:
+    """One kind of work: stages that count together. `first` is when it was first heard of, and how much was done then."""
+
+    first: tuple[float, int]
+    done: int = 0
+    total: int = 0
+    begun: set[str] = field(default_factory=set)  # stages of it that were said
+
+    def left(self, now: float) -> float | None:
+        """Seconds left at the speed so far; None when there is none to tell it by."""
+        seconds, done = now - self.first[0], self.done - self.first[1]
+        return seconds * (self.total - self.done) / done if seconds > 0 and done > 0 else None
+
+
 class Lines:
     """Progress as lines. `write` gets each line, `clock` says seconds that never go back.
 
-    `tick` may be called from another thread, so that a stage that reports nothing for long (a model that is read) is still
-    seen to go on.
+    Several stages may go on at once; each is said when it begins. `tick` may be called from another thread, so that a stage
+    that reports nothing for long (a model that is read) is still seen to go on.
     """
 
     def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock = write, clock
         self._started = self._said = clock()
         self._stage = ""
-        self._done = self._total = 0
-        self._first = (self._started, 0)  # when this kind of work was first heard of, and how much was done then
+        self._works: dict[str, _Work] = {}
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take a report, and say it when the stage is new."""
         with self._lock:
-            is_new = stage != self._stage
-            if (is_new and _group(stage) != _group(self._stage)) or total != self._total or done < self._done:
-                self._first = (self._clock(), done)
-            self._stage, self._done, self._total = stage, done, total
-            if is_new or self._is_due():
+            work = self._works.get(_group(stage))
+            if work is None or total != work.total or done < work.done:
+                work = self._works[_group(stage)] = _Work((self._clock(), done))
+            work.done, work.total, self._stage = done, total, stage
+            if stage not in work.begun or self._is_due():
+                work.begun.add(stage)
                 self._say()
 
     def tick(self) -> None:
@@ -58,17 +74,12 @@ class Lines:
 
     def _say(self) -> None:
         self._said = self._clock()
-        parts = [f"{100 * self._done / self._total:.0f} %"] if self._total else []
-        left = self._left()
+        work = self._works.get(_group(self._stage))
+        parts = [f"{100 * work.done / work.total:.0f} %"] if work is not None and work.total else []
+        left = work.left(self._said) if work is not None else None
         parts += [f"{clock_of(left)} left"] if left is not None else []
         far = f": {', '.join(parts)}" if parts else ""
         self._write(f"{clock_of(self._said - self._started)}  {self._stage or 'starting'}{far}")
-
-    def _left(self) -> float | None:
-        """Seconds left of this kind of work at the speed so far; None when there is none to tell it by."""
-        since, before = self._first
-        seconds, done = self._said - since, self._done - before
-        return seconds * (self._total - self._done) / done if seconds > 0 and done > 0 else None
 
 
 def _group(stage: str) -> str:
