@@ -64,7 +64,7 @@ _TRAINING = Training(
     by_length=True, autocast=True,
 )  # fmt: skip
 SMALL = Size(
-    base_steps=320,
+    base_steps=480,
     expert_training=_TRAINING.with_(steps=60, muon_learning_rate=0.01),
     lora_training=_TRAINING,
     fit_tokens=65_536,
