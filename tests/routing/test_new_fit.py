@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import modekit
 from conftest import Workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -81,3 +84,11 @@ def test_every_row_names_what_there_is() -> None:
         assert callable(resolve_name(row.function)), row.name
         assert not row.rule or callable(resolve_name(row.rule)), row.name
         assert bool(row.rule) == (row.reads == "router inputs")
+
+
+def test_nobody_asks_which_fit_it_is() -> None:
+    """A fit's row is asked, never its name."""
+    source = Path(modekit.__file__).parent
+    asks = re.compile(r"\.fit (==|!=|in|not in) [^a ]|\bfit (==|!=) [\"']")
+    asked = [f"{file}: {line}" for file in source.rglob("*.py") for line in file.read_text().splitlines() if asks.search(line)]
+    assert not [line for line in asked if "typer.Option" not in line]

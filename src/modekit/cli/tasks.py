@@ -1,12 +1,14 @@
-"""`modekit eval --tasks`: parses, calls tasks.run, prints."""
+"""`modekit eval --tasks`: its options, and the call of what scores tasks."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 
 from modekit.cli.printing.console import out
@@ -14,8 +16,34 @@ from modekit.cli.progress import drawn_progress
 from modekit.errors import ModekitError
 from modekit.run import Run
 
-if TYPE_CHECKING:
-    from modekit.cli.results import TaskOptions
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of `--tasks`."""
+
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of text: tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
+            "continuations, generation), with commas between them."
+        ),
+    ] = None
+    models: Annotated[str | None, typer.Option(help="With --tasks: only these rows (base,medicine,mixture).")] = None
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="With --tasks: a folder of your own YAML tasks; may be given several times.")
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: items per task at most.")] = None
+    seen: Annotated[
+        list[str] | None, typer.Option(help="With questions: text the base was trained on, whose terms are not asked for.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="With questions: which are drawn, and the wrong answers (default 0).")] = None
+
+    def beside_tasks(self) -> dict[str, object]:
+        """Those that mean nothing without --tasks."""
+        return {
+            "--models": self.models, "--include-path": self.include_path, "--limit": self.limit, "--seen": self.seen,
+            "--seed": self.seed,
+        }  # fmt: skip
 
 
 def score_tasks(checkpoint: Path, options: TaskOptions, *, as_json: bool, trust_remote_code: bool) -> None:
