@@ -67,7 +67,7 @@ SMALL = Size(
     base_steps=480,
     expert_training=_TRAINING.with_(steps=60, muon_learning_rate=0.01),
     lora_training=_TRAINING,
-    fit_tokens=65_536,
+    fit_tokens=131_072,
     eval_tokens=16_384,
 )
 QUICK = Size(12, SMALL.expert_training.with_(steps=3), SMALL.lora_training.with_(steps=3), 2_048, 2_048)
