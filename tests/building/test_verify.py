@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import Workshop
@@ -105,3 +106,27 @@ def test_one_flipped_bit_in_a_computed_tensor_is_found(workshop: Workshop, chang
     ref = next(ref for key, ref in checkpoint.tensors.items() if key.endswith(name))
     flip(ref.file, ref.start)
     assert checks_of(out)["computed tensors"].verdict == "failed"
+
+
+def test_low_rank_parts_may_be_turned_as_another_processor_turns_them(workshop: Workshop) -> None:
+    law = {"name": "law", "model": "./law", "as": "lora", "rank": 4}
+    out = workshop.build(experts=[law, {"name": "general", "model": "base"}], mixture={"router": {"fit": "random"}})
+    checkpoint = open_checkpoint(out)
+    module = next(iter(checkpoint.shape.mixture.places))
+
+    def scale(side: str, factor: float) -> None:
+        ref = checkpoint.tensors[f"{module}.lora_{side}"]
+        with ref.file.open("r+b") as file:
+            file.seek(ref.start)
+            values = np.frombuffer(file.read(ref.nbytes), np.float32) * np.float32(factor)
+            file.seek(ref.start)
+            file.write(values.tobytes())
+
+    scale("A", -1.0)
+    scale("B", -1.0)  # the same product
+    checks = verify(checkpoint, reload=False)
+    assert is_proven(checks)
+    assert any("1 modules give the same change in other bits" in check.detail for check in checks)
+    scale("B", 1.01)
+    failed = [check for check in verify(checkpoint, reload=False) if check.verdict == "failed"]
+    assert [check.name for check in failed] == ["computed tensors"] and module in failed[0].detail

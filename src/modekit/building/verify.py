@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
-from modekit.building.tensors import PieceReader, computed_blocks
+from modekit.building.computed import compute_again
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
@@ -163,25 +163,13 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 
 def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> Check:
-    trained = checkpoint.record.trained
-    computed = [
-        tensor
-        for tensor in plan.tensors
-        if tensor.role != "router" and tensor.operation != "copy" and tensor.name not in trained
-    ]
-    read = PieceReader(mappings)
-    total, done = sum(tensor.nbytes for tensor in computed), 0
-    for tensor in computed:
-        ref = checkpoint.tensors.get(tensor.name)
-        content = mappings.view(ref) if ref is not None else memoryview(b"")
-        start = 0
-        for block in computed_blocks(plan, tensor, read):
-            if not np.array_equal(np.frombuffer(content[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8)):
-                return Check("computed tensors", "failed", f"{tensor.name} is not what the recipe makes of its sources")
-            start += len(block)
-        done += tensor.nbytes
-        run.progress("compute again", done, total)
-    return Check("computed tensors", "proven", f"{len(computed)} cast, scaled, folded, merged or zero tensors computed again")
+    again = compute_again(checkpoint, plan, mappings, run)
+    if again.wrong is not None:
+        return Check("computed tensors", "failed", f"{again.wrong} is not what the recipe makes of its sources")
+    detail = f"{again.count} cast, scaled, folded, merged or zero tensors computed again"
+    if again.alike:
+        detail += f"; low-rank parts of {again.alike} modules give the same change in other bits (another processor)"
+    return Check("computed tensors", "proven", detail)
 
 
 def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mappings) -> bool:

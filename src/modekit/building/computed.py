@@ -1,0 +1,85 @@
+"""Computed tensors of a checkpoint computed again: cast, scaled, folded, merged and zero ones come out bit for bit.
+
+Low-rank parts of full models (`as: lora`) do so on the kind of processor that built them. Elsewhere the factors may be
+turned or differ in their last bits; what counts is their product, the change that an expert makes.
+
+Shape legend: O, I rows and columns of a weight, R ranks of all experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.building.tensors import PieceReader, computed_blocks
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.planning.plan import Plan, PlannedTensor
+from modekit.run import Run
+from modekit.sources.model import Mappings
+from modekit.weights.numeric import as_array, to_float32
+
+_ALIKE = {"F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
+"""Dtype of factors -> largest difference of two products, as a share of the product: some roundings of the dtype."""
+
+
+@dataclass(frozen=True)
+class ComputedAgain:
+    """How many tensors were computed again, in how many modules low-rank parts were alike but not the same bits, and the
+    first tensor that is wrong.
+    """
+
+    count: int
+    alike: int = 0
+    wrong: str | None = None
+
+
+def compute_again(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> ComputedAgain:
+    """Compare every computed tensor, gates and trained ones aside, with what the recipe makes of its sources."""
+    trained = checkpoint.record.trained
+    computed = [t for t in plan.tensors if t.role != "router" and t.operation != "copy" and t.name not in trained]
+    read = PieceReader(mappings)
+    total, done = sum(tensor.nbytes for tensor in computed), 0
+    factored: dict[str, None] = {}
+    for tensor in computed:
+        if not _same_bits(checkpoint, plan, tensor, read):
+            if not any(piece.factor is not None for piece in tensor.pieces):
+                return ComputedAgain(len(computed), wrong=tensor.name)
+            factored[tensor.name.rpartition(".")[0]] = None
+        done += tensor.nbytes
+        run.progress("compute again", done, total)
+    wrong = next((module for module in factored if not _same_change(checkpoint, plan, module, read)), None)
+    return ComputedAgain(len(computed), len(factored), wrong)
+
+
+def _same_bits(checkpoint: Checkpoint, plan: Plan, tensor: PlannedTensor, read: PieceReader) -> bool:
+    ref = checkpoint.tensors.get(tensor.name)
+    content = read.mappings.view(ref) if ref is not None else memoryview(b"")
+    start = 0
+    for block in computed_blocks(plan, tensor, read):
+        if not np.array_equal(np.frombuffer(content[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8)):
+            return False
+        start += len(block)
+    return True
+
+
+def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceReader) -> bool:
+    """Whether B A of every expert is what its source gives."""
+    a, b = (next(t for t in plan.tensors if t.name == f"{module}.lora_{side}") for side in "AB")
+    a_RI, b_OR = (_found(checkpoint, tensor, read) for tensor in (a, b))
+    start = 0
+    for piece_a, piece_b in zip(a.pieces, b.pieces, strict=True):
+        again_RI = to_float32(np.asarray(read.values(piece_a))).reshape(-1, a.shape[1])
+        again_OR = to_float32(np.asarray(read.values(piece_b))).reshape(b.shape[0], -1)
+        stop = start + len(again_RI)
+        again_OI, found_OI = again_OR @ again_RI, b_OR[:, start:stop] @ a_RI[start:stop]
+        if not np.linalg.norm(found_OI - again_OI) <= _ALIKE[a.dtype] * np.linalg.norm(again_OI):
+            return False
+        start = stop
+    return True
+
+
+def _found(checkpoint: Checkpoint, tensor: PlannedTensor, read: PieceReader) -> npt.NDArray[np.float32]:
+    ref = checkpoint.tensors[tensor.name]
+    return to_float32(as_array(read.mappings.view(ref), ref.dtype)).reshape(ref.shape)
