@@ -17,9 +17,14 @@ _CHANGING, _CHANGED = ".changing", ".changed"
 
 
 def change_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace files in a folder, the last one last; each is seen whole. Raises OSError, and then nothing has changed."""
+    """Replace files in a folder, the last one last; each is seen whole. Raises OSError, and then nothing has changed.
+
+    A change that lies there unfinished is dropped: it is finished where a checkpoint is opened, and a build that goes on
+    after a kill makes its own anew.
+    """
     staged = folder / _CHANGING
-    shutil.rmtree(staged, ignore_errors=True)
+    for left in (staged, folder / _CHANGED):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         staged.mkdir()
         for name, content in files.items():
