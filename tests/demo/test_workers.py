@@ -47,6 +47,23 @@ def test_results_and_reports_of_all_tasks_come_and_each_is_asked_for_when_one_is
     assert max(ahead) < max(2, count)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_task_that_needs_others_waits_for_them(count: int) -> None:
+    ended: dict[str, int] = {}
+
+    def tasks() -> Iterator[Task | None]:
+        for value in (1, 2):
+            yield Task(str(value), partial(double, value))
+        while not ended.keys() >= {"1", "2"}:
+            yield None
+        yield Task("sum", partial(double, sum(ended.values())))
+
+    with Workers(count, 1, silent) as workers:
+        for name, (doubled, _) in workers.run(tasks()):
+            ended[name] = doubled
+    assert ended == {"1": 2, "2": 4, "sum": 12}
+
+
 def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
     for call, error, text in ((fail, TextError, "write some"), (end, ModekitError, "ended early")):
         run: Any = partial(call)

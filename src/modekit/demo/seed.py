@@ -73,23 +73,29 @@ def _train_expert(folder: Path, name: str, *, text: Path, what: What, training: 
 def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], size: Size, workers: Workers) -> dict[str, Results]:
     """Build and score every mixture, two at a time.
 
-    The first is scored while others read text: all later ones take its rows of base and experts over.
+    The first is scored while others read text: all later ones take its rows of base and experts over. Those that read text are
+    scored last, so that a process which is free before the reading ended has others to score.
     """
     first, *others = recipes
+    routers = {name: recipes[name]["mixture"].get("router", {}) for name in others}
+    reading = [name for name in others if name not in REFITTED and "tokens_per_domain" in routers[name]]
     found: dict[str, Results] = {}
+    ended: set[str] = set()
 
-    def beginnings() -> Iterator[Task]:
+    def tasks() -> Iterator[Task | None]:
         yield _scoring(folder, first, recipes[first], size, None)
-        for name in others:
-            if name not in REFITTED and "tokens_per_domain" in recipes[name]["mixture"].get("router", {}):
-                yield Task(name, partial(_build_alone, folder, name, recipes[name]))
-
-    def rest() -> Iterator[Task]:
-        for name in others:
+        for name in reading:
+            yield Task(name, partial(_build_alone, folder, name, recipes[name]))
+        for name in sorted(others, key=reading.__contains__):
+            needed = {first, REFITTED.get(name, name)}.intersection([first, *reading])
+            while not needed <= ended:
+                yield None
             yield _scoring(folder, name, recipes[name], size, _all_rows(found))
 
-    for tasks in (beginnings(), rest()):
-        found |= {name: table for name, table in workers.run(tasks) if table is not None}
+    for name, table in workers.run(tasks()):
+        ended.add(name)
+        if table is not None:
+            found[name] = table
     return {name: found[name] for name in recipes}
 
 

@@ -47,13 +47,14 @@ class Workers:
         for process in self._processes.values():
             process.join()
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[str, Any]]:
+    def run(self, tasks: Iterable[Task | None]) -> Iterator[tuple[str, Any]]:
         """Names and results as tasks end. A task is asked of `tasks` only when a process is free for it.
 
+        None in place of a task says that the next one needs what is at work: it is asked for again when a task has ended.
         Raises what a task raises, and ModekitError when a process ended early.
         """
         if self._count == 1:
-            yield from ((task.name, task.call(progress=self._progress)) for task in tasks)
+            yield from ((task.name, task.call(progress=self._progress)) for task in tasks if task is not None)
             return
         waiting = iter(tasks)
         busy: dict[Connection, str] = {}
