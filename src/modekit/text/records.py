@@ -14,6 +14,17 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 
 
+def decode(data: bytes, *, where: str) -> str:
+    """UTF-8 as text, without a byte order mark. Raises TextError for anything else."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            "the text is not UTF-8 (binary file?)", where=where, found=f"byte {error.start}: {error.reason}",
+            remedy="save it as UTF-8",
+        ) from None  # fmt: skip
+
+
 def read_file(file: Path, *, where: str) -> Iterator[str]:
     """The documents of one file. Raises TextError when it is of no known kind, cannot be read, or is binary."""
     place = f"{where}: {file.name}"
@@ -26,12 +37,7 @@ def read_file(file: Path, *, where: str) -> Iterator[str]:
         yield from _read_parquet(file, where=place)
         return
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            "the text is not UTF-8 (binary file?)", where=place, found=f"byte {error.start}: {error.reason}",
-            remedy="save it as UTF-8",
-        ) from None  # fmt: skip
+        text = decode(file.read_bytes(), where=place)
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
     if "\x00" in text:

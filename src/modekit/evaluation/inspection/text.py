@@ -24,6 +24,7 @@ from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
 from modekit.run import QUIET, Run
+from modekit.text.records import decode
 from modekit.text.sequences import TokenSequence
 
 STDIN = "-"
@@ -35,12 +36,7 @@ def read_text(path: Path | None) -> str:
     name = "standard input" if path is None else str(path)
     try:
         data = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            "the text is not UTF-8 (binary file?)", where=name, found=f"byte {error.start}: {error.reason}",
-            remedy="save it as UTF-8",
-        ) from None  # fmt: skip
+        return decode(data, where=name)
     except OSError as error:
         raise TextError("the text cannot be read", where=name, found=error.strerror, remedy="correct the path") from None
 
