@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.checkpoint.staging import safetensors_header
+from modekit.files.staging import safetensors_header
 
 COPY = """
 import json, mmap, sys

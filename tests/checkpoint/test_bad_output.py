@@ -164,7 +164,7 @@ def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, 
 @pytest.mark.parametrize(
     "moment",
     [
-        "modekit.checkpoint.staging.Staging.record",
+        "modekit.files.staging.Staging.record",
         "modekit.building.build.write_index",
         "modekit.building.build.fit_router",
     ],
@@ -177,7 +177,7 @@ def test_ctrl_c(bench: Workshop, moment: str, exists: bool) -> None:
     before = tree(bench.root)
     module, name = moment.rsplit(".", 1)
     interrupt = (
-        "import os, signal, threading, modekit.building.build, modekit.checkpoint.staging\n"
+        "import os, signal, threading, modekit.building.build, modekit.files.staging\n"
         f"real = {moment}\n"
         "def interrupted(*args, **kwargs):\n"
         "    result = real(*args, **kwargs)\n"

@@ -17,8 +17,8 @@ import pytest
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.checkpoint.staging import JOURNAL, Staging, staging
 from modekit.errors import CheckpointError, OutputError
+from modekit.files.staging import JOURNAL, Staging, staging
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
@@ -249,12 +249,12 @@ def test_sigkill_and_the_same_command_again(bench: Workshop, expected: Callable[
     whole, recipe, out = expected(), bench.write(), bench.root / "OUT"
     run = "import sys; from modekit.cli import main; sys.argv = ['modekit', *sys.argv[1:]]; main()"
     kill = (
-        "import os, signal, modekit.checkpoint.staging\n"
-        "record = modekit.checkpoint.staging.Staging.record\n"
+        "import os, signal, modekit.files.staging\n"
+        "record = modekit.files.staging.Staging.record\n"
         "def last(stage, key, value):\n"
         "    record(stage, key, value)\n"
         "    '-00002-of-' in key and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "modekit.checkpoint.staging.Staging.record = last\n"
+        "modekit.files.staging.Staging.record = last\n"
     )
     assert run_python(kill + run, "build", recipe, out).returncode == -9
     assert_only(bench.root, {"EXPECTED", "OUT.partial"})
@@ -345,7 +345,7 @@ NO_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
 def test_a_folder_that_is_being_written_is_left_to_its_writer(tmp_path: Path, system: str) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from modekit.checkpoint.staging import staging\n"
+        "from modekit.files.staging import staging\n"
         "from modekit.errors import OutputError\n"
         "out = Path(sys.argv[1])\n"
         "with staging(out, 'mine', overwrite=False, marker='record') as stage:\n"
@@ -367,7 +367,7 @@ def test_a_folder_that_is_being_written_is_left_to_its_writer(tmp_path: Path, sy
 def test_a_lock_dies_with_its_process_and_holds_nobody_up(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from modekit.checkpoint.staging import Staging\n"
+        "from modekit.files.staging import Staging\n"
         "Staging(Path(sys.argv[1]), 'mine', 'record')\n"
         "os._exit(9)\n"
     )

@@ -269,7 +269,7 @@ def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str)
     out = shop.root / f"CUT-{moment}"
     code = (
         "import os, sys; from pathlib import Path\n"
-        "import modekit.checkpoint.staging as staging\n"
+        "import modekit.files.staging as staging\n"
         "from modekit.recipes.read import load_recipe\n"
         "from modekit.search.tune.settings import TuneSettings\n"
         "from modekit.search.tune.space import Space\n"

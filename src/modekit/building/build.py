@@ -20,8 +20,8 @@ from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
-from modekit.checkpoint.staging import Staging, staging, write_all, write_json
 from modekit.errors import SourceError
+from modekit.files.staging import Staging, staging, write_all, write_json
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.routing.fit import fit_router
 from modekit.run import QUIET, Run

@@ -12,8 +12,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from modekit.building.tensors import check_finite
-from modekit.checkpoint.staging import Staging
 from modekit.errors import SourceError
+from modekit.files.staging import Staging
 from modekit.planning.plan import Plan
 from modekit.sources.model import Mappings, TensorRef
 

@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from modekit.checkpoint.change import change_together, finish_change
 from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord
 from modekit.checkpoint.router_file import Gates, changed_index, read_gates, router_bytes, sha256_of
-from modekit.checkpoint.staging import JOURNAL, json_bytes
 from modekit.errors import CheckpointError
+from modekit.files.change import change_together, finish_change
+from modekit.files.staging import JOURNAL, json_bytes
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
 from modekit.planning.shapes import open_shape

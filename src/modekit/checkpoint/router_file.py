@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modekit.checkpoint.staging import json_bytes, safetensors_header, write_atomically, write_json
 from modekit.errors import RecipeError
+from modekit.files.staging import json_bytes, safetensors_header, write_atomically, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.slot import RouterSlot
 from modekit.sources.model import Mappings, TensorRef

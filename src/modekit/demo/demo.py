@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.demo.kinds import QUICK, REAL, SMALL, What
 from modekit.demo.seed import run_seed
 from modekit.demo.text import unpack_text
 from modekit.errors import OutputError
 from modekit.evaluation.results import Results, Row
+from modekit.files.staging import write_atomically, write_json
 from modekit.run import Run
 
 

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modekit.checkpoint.staging import staging
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
+from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.run import Run

@@ -14,7 +14,6 @@ import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.staging import write_atomically
 from modekit.demo.kinds import MIXTURES, REFITTED, Size, What
 from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
 from modekit.demo.text import DOMAINS, UNSEEN
@@ -24,6 +23,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.experts.specialize import specialize
+from modekit.files.staging import write_atomically
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.recipes.read import parse_recipe

@@ -9,7 +9,7 @@ import lzma
 from importlib.resources import files
 from pathlib import Path
 
-from modekit.checkpoint.staging import write_atomically
+from modekit.files.staging import write_atomically
 
 DOMAINS = ("medicine", "law", "science", "code")
 GENERAL = "general"

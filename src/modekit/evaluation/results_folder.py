@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.evaluation.results import Results, results_from_data
+from modekit.files.staging import write_atomically, write_json
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"

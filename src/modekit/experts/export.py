@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.staging import Staging, staging, write_json
 from modekit.errors import UnsupportedError
 from modekit.experts.own_files import TRAINED, OwnFiles, is_trained, own_files, places_of
 from modekit.experts.parts import parts_config, parts_of
 from modekit.experts.peft_folder import write_lora
+from modekit.files.staging import Staging, staging, write_json
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modekit.checkpoint.staging import refuse_existing, staging, write_json
 from modekit.errors import ModekitError
 from modekit.experts.differences import Pair, check_differs, chosen_of, compare, linears_of, shared_names
 from modekit.experts.extract_record import Adapted, account
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
+from modekit.files.staging import refuse_existing, staging, write_json
 from modekit.run import QUIET, Run
 from modekit.sources.model import Mappings, open_source
 from modekit.text.held_out import read_text

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modekit.checkpoint.staging import Entry, Staging, write_all, write_json
+from modekit.files.staging import Entry, Staging, write_all, write_json
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
 

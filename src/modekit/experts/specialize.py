@@ -17,10 +17,10 @@ from typing import Any, Literal, cast, get_args
 import torch
 from transformers import PreTrainedModel
 
-from modekit.checkpoint.staging import refuse_existing, staging, write_json
 from modekit.errors import ModekitError, UnsupportedError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
+from modekit.files.staging import refuse_existing, staging, write_json
 from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.run import QUIET, Run

@@ -19,12 +19,12 @@ from huggingface_hub import ModelCardData
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Record
-from modekit.checkpoint.staging import write_atomically
 from modekit.errors import OutputError
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_results
+from modekit.files.staging import write_atomically
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.licences import Source, facts, sources_of

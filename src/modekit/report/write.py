@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.staging import write_atomically, write_json
 from modekit.report.content import make_content
 from modekit.report.page import make_page
 from modekit.report.plots import make_plots

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import TrainingRecord
-from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.staging import write_atomically, write_json
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.run import Run

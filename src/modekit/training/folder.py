@@ -19,8 +19,8 @@ from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
-from modekit.checkpoint.staging import write_json
 from modekit.errors import TrainingError
+from modekit.files.staging import write_json
 from modekit.processes import processes
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import Text

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from modekit.checkpoint.staging import write_atomically
+from modekit.files.staging import write_atomically
 from modekit.run import Run
 
 LOG_FILE = "log.csv"

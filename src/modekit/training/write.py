@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from modekit.checkpoint.change import change_together
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, Record, TrainingRecord
 from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router_file
-from modekit.checkpoint.staging import json_bytes, link, staging, write_all, write_atomically
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.change import change_together
+from modekit.files.staging import json_bytes, link, staging, write_all, write_atomically
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in

@@ -15,12 +15,12 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.staging import write_atomically
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.staging import write_atomically
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence

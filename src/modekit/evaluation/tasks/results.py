@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.staging import write_atomically, write_json
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import RESULTS_FOLDER, UNREADABLE, read_results
 from modekit.evaluation.tasks.intervals import Estimate
+from modekit.files.staging import write_atomically, write_json
 
 TASKS_FILE = "tasks.json"
 PERCENTAGES = ("chrf", "bleu", "rougeL")  # metrics from 0 to 100

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from modekit.checkpoint.staging import write_atomically
 from modekit.errors import OutputError
+from modekit.files.staging import write_atomically
 from modekit.recipes.paths import from_folder
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.findings import Finding

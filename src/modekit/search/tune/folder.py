@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from modekit.checkpoint.staging import write_json
 from modekit.errors import OutputError, TuneError
+from modekit.files.staging import write_json
 from modekit.planning.plan import Plan
 from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.study import Job

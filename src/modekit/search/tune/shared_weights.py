@@ -26,7 +26,7 @@ from modekit.building.tensors import PieceReader
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, RouterRecord, make_record
 from modekit.checkpoint.router_file import Gates, write_index, write_router_file
-from modekit.checkpoint.staging import link, safetensors_header, write_all, write_json
+from modekit.files.staging import link, safetensors_header, write_all, write_json
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture

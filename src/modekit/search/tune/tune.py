@@ -20,9 +20,9 @@ import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.record import RECORD_FILE
-from modekit.checkpoint.staging import json_bytes, refuse_existing
 from modekit.errors import TuneError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.staging import json_bytes, refuse_existing
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture

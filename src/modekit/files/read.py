@@ -1,0 +1,72 @@
+"""Files that strangers made: only regular ones are opened, sizes are bounded before anything is allocated.
+
+Everything here raises OSError or ValueError and nothing else, so that each caller says in its own words what is damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+SMALL = 2**24
+"""Bytes: configs, recipes, records."""
+LARGE = 2**28
+"""Bytes: tokenizers, results."""
+UNREADABLE = (OSError, ValueError)
+"""What reading raises: OSError where there is no regular file that can be read, ValueError for what it holds."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading, unbuffered. A pipe, a device or a folder is refused, and none is waited for.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.FileIO(descriptor, "rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file's content. Raises OSError, and ValueError when it has more than `limit` bytes."""
+    with open_regular(path) as stream:
+        content = io.BufferedReader(stream).read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = SMALL) -> str:
+    """A regular file's text, in UTF-8. Raises OSError and ValueError."""
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def read_json(path: Path, limit: int = SMALL) -> Any:
+    """A regular file's JSON as plain data. Raises OSError and ValueError."""
+    return parse_json(read_text(path, limit))
+
+
+def parse_json(text: str) -> Any:
+    """JSON as plain data. Raises ValueError: also where it nests too deeply, or holds what no JSON and no file can.
+
+    That is NaN and Infinity, numbers of thousands of digits, and halves of surrogate pairs, which no encoding writes.
+    """
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+        if _SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return data
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
