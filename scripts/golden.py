@@ -80,7 +80,7 @@ def digests_of(checkpoint: Path) -> dict[str, str]:
     return {
         str(path.relative_to(checkpoint)): hashlib.sha256(_content(path)).hexdigest()
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.suffix != ".py" and path.name != "config.json"  # code is this version's
+        if path.is_file() and path.suffix != ".py" and path.name not in {"config.json", ".modekit"}  # code is this version's
     }
 
 

@@ -27,10 +27,12 @@ class Run:
     Attributes:
         trust_remote_code: whether Python that a model brings may run; False unless the user said so.
         progress: who is told how far a stage is.
+        sync: whether a command waits until the disk has what it wrote, so that a power loss costs nothing.
     """
 
     trust_remote_code: bool = False
     progress: Progress = silent
+    sync: bool = True
 
 
 QUIET = Run()

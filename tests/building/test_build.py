@@ -147,6 +147,7 @@ def test_sharded_sources_give_the_same_bytes(bench: Workshop) -> None:
     experts = [{**expert, "model": f"./{expert['name']}"} for expert in bench.recipe["experts"]]
     sharded = tree(bench.build("SHARDED", base_model="./base", experts=experts))
     assert single.pop("modekit.json") != sharded.pop("modekit.json")
+    assert single.pop(".modekit") != sharded.pop(".modekit")  # which has its digest
     assert sharded == single
 
 

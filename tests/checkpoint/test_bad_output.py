@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import Workshop, write_text
+from modekit.files.marker import claim_work_folder
 from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
 
 FFN = "model.layers.2.mlp.down_proj.weight"
@@ -214,14 +215,16 @@ def test_a_folder_that_is_no_checkpoint(bench: Workshop, command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unfinished_build(bench: Workshop, command: str) -> None:
     partial = bench.root / "OUT.partial"
-    partial.mkdir()
-    (partial / "journal").write_text("digest\n")
+    assert claim_work_folder(partial, "partial", "OUT")
+    (partial / "journal").touch()
+    (partial / "new").mkdir()
     for folder in (partial, bench.root / "OUT"):
         message = refuse(command, folder)
         assert str(folder) in message
         assert "run the same `modekit build` again" in message
-    shutil.copy(bench.build("WHOLE") / "modekit.json", partial)
-    assert "unfinished" in refuse(command, partial)
+    shutil.copytree(bench.build("WHOLE"), partial / "new", dirs_exist_ok=True)
+    for folder in (partial, partial / "new"):
+        assert "unfinished" in refuse(command, folder)
 
 
 @pytest.fixture(scope="module")

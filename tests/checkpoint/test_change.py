@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
 from conftest import Workshop
+from kills import dies
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import CheckpointError, OutputError
+from modekit.files.lock import Lock
+from modekit.files.marker import CHANGE_LOCK
 from modekit.routing.refit import refit
 from refusal import borrow, tree
 
 CHANGES = {"method": "linear"}
 """Other gates, other slots in the modekit shape, another config and record."""
-
-
-class Killed(BaseException):
-    """Nobody catches it, and nothing is tidied up."""
-
-
-@contextmanager
-def killed_before(operation: int) -> Iterator[list[str]]:
-    """Die before the n-th operation on files."""
-    done: list[str] = []
-
-    def counting(name: str) -> object:
-        real = getattr(Path, name)
-
-        def counted(path: Path, *args: object, **kwargs: object) -> object:
-            if len(done) == operation:
-                raise Killed
-            done.append(f"{name} {path.name}")
-            return real(path, *args, **kwargs)
-
-        return counted
-
-    names = ("mkdir", "write_bytes", "rename", "replace", "rmdir")
-    with patch.multiple(Path, **{name: counting(name) for name in names}):
-        yield done
 
 
 @pytest.fixture(scope="module", params=["native", "modekit"])
@@ -51,34 +27,28 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return bench.build(output={"format": request.param})
 
 
-def test_old_or_new_whatever_the_moment(built: Path, tmp_path: Path) -> None:
+def test_old_or_new_whatever_the_moment(built: Path) -> None:
     out, whole = built.with_name("killed"), built.with_name("whole")
     shutil.copytree(built, whole)
-    before = tree(built)
     refit(open_checkpoint(whole), CHANGES)
     after = tree(whole)
-    assert before != after
-    moments = states = 0
-    while True:
+    assert tree(built) != after
+    states = set()
+    for moment in range(1, 1000):
         shutil.copytree(built, out)
-        try:
-            with killed_before(moments):
-                refit(open_checkpoint(out), CHANGES)
-        except Killed:
-            opened = open_checkpoint(out)
-            assert is_proven(verify(opened, reload=False))
-            states |= 1 if opened.record.recipe.mixture.method == "routing" else 2
-            refit(opened, CHANGES)
-            assert tree(out) == after, moments
-            shutil.rmtree(out)
-            moments += 1
-            continue
-        assert tree(out) == after
+        if not dies(lambda: refit(open_checkpoint(out), CHANGES), out, moment):
+            break
+        opened = open_checkpoint(out)
+        assert is_proven(verify(opened, reload=False))
+        states.add(opened.record.recipe.mixture.method)
+        refit(opened, CHANGES)
+        assert tree(out) == after, moment
         shutil.rmtree(out)
-        shutil.rmtree(whole)
-        break
-    assert moments >= 8
-    assert states == 3  # some moments left the old one, some the new one
+    assert tree(out) == after
+    for folder in (out, whole):
+        shutil.rmtree(folder)
+    assert moment > 15
+    assert states == {"routing", "linear"}  # some moments left the old one, some the new one
 
 
 def test_a_full_disk_changes_nothing(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +56,10 @@ def test_a_full_disk_changes_nothing(built: Path, tmp_path: Path, monkeypatch: p
     shutil.copytree(built, out)
     before = tree(out)
 
-    def full(path: Path, content: bytes) -> int:
-        raise OSError(28, "No space left on device", str(path))
+    def full(_stream: object, _view: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("modekit.files.change.write_all", full)
     with pytest.raises(OSError, match="No space left"):
         refit(open_checkpoint(out), CHANGES)
     assert tree(out) == before
@@ -100,6 +70,30 @@ def test_a_link_in_the_changes_place_is_not_followed(built: Path, tmp_path: Path
     shutil.copytree(built, out)
     elsewhere.mkdir()
     (elsewhere / "config.json").write_text("{}")
-    (out / ".changed").symlink_to(elsewhere)
-    open_checkpoint(out)
-    assert (elsewhere / "config.json").exists()
+    before = tree(elsewhere)
+    (out / ".modekit.changed").symlink_to(elsewhere)
+    refit(open_checkpoint(out), CHANGES)
+    assert tree(elsewhere) == before
+
+
+def test_a_change_of_what_another_command_changed_meanwhile_is_refused(built: Path, tmp_path: Path) -> None:
+    out = tmp_path / "OUT"
+    shutil.copytree(built, out)
+    opened = open_checkpoint(out)
+    refit(open_checkpoint(out), CHANGES)
+    before = tree(out)
+    with pytest.raises(CheckpointError, match="changed the checkpoint meanwhile"):
+        refit(opened, {"method": "gating"})
+    assert tree(out) == before
+
+
+def test_two_changes_at_once_wait_for_each_other(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "OUT"
+    shutil.copytree(built, out)
+    monkeypatch.setattr("modekit.files.change._PATIENCE", 0.1)
+    other = Lock(out / CHANGE_LOCK)
+    assert other.take()
+    with pytest.raises(OutputError, match="another command is changing this folder"):
+        refit(open_checkpoint(out), CHANGES)
+    other.release()
+    refit(open_checkpoint(out), CHANGES)

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from conftest import Workshop
-from modekit.files.staging import safetensors_header
+from modekit.files.tensors import safetensors_header
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +20,10 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import SourceError
-from modekit.files.staging import Staging, staging, write_all, write_json
+from modekit.files.output import replaced_by
+from modekit.files.staging import Staging, staging
+from modekit.files.tensors import write_all
+from modekit.files.write import copy_file, make_folder, remove, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.routing.fit import fit_router
 from modekit.run import QUIET, Run
@@ -40,7 +42,9 @@ def build(
     """
     if plan.recipe.mixture.needs_text:
         _check_text(plan)
-    with staging(out, plan.digest(), overwrite=overwrite, marker=RECORD_FILE) as stage:
+    sources = [source.folder for source in plan.sources]
+    with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replaced_by(overwrite), sync=run.sync) as stage:
+        stage.areas = (STATISTICS_FOLDER,)
         inspector = Inspector(plan, stage)
         try:
             _write_shards(plan, stage, run)
@@ -51,10 +55,10 @@ def build(
         write_index(plan, stage.folder)
         write_json(stage.folder / "config.json", dict(plan.config))
         for file in (*plan.copied_files, *plan.shape.code_files):
-            shutil.copyfile(file, stage.folder / file.name)
+            copy_file(file, stage.folder / file.name)
         for name, content in (beside or {}).items():
-            (stage.folder / name).parent.mkdir(exist_ok=True)
-            (stage.folder / name).write_bytes(content)
+            make_folder((stage.folder / name).parent)
+            write_file(stage.folder / name, content)
         checkpoint = _set_router(plan, out, stage, hashes, run)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
     return Checkpoint(out, checkpoint.record)
@@ -68,6 +72,7 @@ def _check_text(plan: Plan) -> None:
 
 
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], run: Run) -> Checkpoint:
+    remove(stage.folder / RECORD_FILE)  # of a build that was killed here: it is not what this one knows
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)

@@ -28,7 +28,9 @@ from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord
 from modekit.checkpoint.router_file import Gates, changed_index, read_gates, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together, finish_change
-from modekit.files.staging import JOURNAL, json_bytes
+from modekit.files.output import is_in_the_making, mend, work_folder
+from modekit.files.read import LARGE, UNREADABLE, read_text
+from modekit.files.write import json_bytes
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
 from modekit.planning.shapes import open_shape
@@ -140,8 +142,27 @@ class Checkpoint:
         fitted = router.model_copy(update={"sha256": sha256_of(files[ROUTER_FILE])})
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest()}
         record = self.record.model_copy(update=update)
-        change_together(self.folder, {**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
+        self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
         return Checkpoint(self.folder, record)
+
+    def change(self, files: Mapping[str, bytes]) -> None:
+        """Replace or add files, by their path in the folder, all together.
+
+        Raises CheckpointError when another command has changed the checkpoint since this one opened it, and OSError.
+        """
+        change_together(self.folder, files, check=self._check_unchanged)
+
+    def _check_unchanged(self) -> None:
+        try:
+            now = Record.model_validate_json(read_text(self.folder / RECORD_FILE, LARGE))
+        except FileNotFoundError:  # in the making, for the first time
+            return
+        except (*UNREADABLE, ValidationError):
+            now = None
+        if now != self.record:
+            raise CheckpointError(
+                "another command has changed the checkpoint meanwhile", where=str(self.folder), remedy="run the command again"
+            )
 
     @property
     def _gate_dtype(self) -> str:
@@ -156,15 +177,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises CheckpointError when the folder is none, damaged or of another format, SourceError when a shard is damaged.
     """
     path = folder / RECORD_FILE
-    if folder.name.endswith(".partial") and (not path.exists() or (folder / JOURNAL).exists()):
+    if is_in_the_making(folder):
         raise CheckpointError(
             "an unfinished build is no checkpoint", where=str(folder), remedy="run the same `modekit build` again to finish it"
         )
     try:
+        mend(folder)
         finish_change(folder)
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        partial = folder.with_name(folder.name + ".partial")
+        partial = work_folder(folder)
         remedy = (
             f"the build of it was cut short ({partial.name} is there): run the same `modekit build` again to finish it"
             if partial.exists()

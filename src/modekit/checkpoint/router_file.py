@@ -6,7 +6,6 @@ Shape legend: E experts, D width of what a router reads.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.errors import RecipeError
-from modekit.files.staging import json_bytes, safetensors_header, write_atomically, write_json
+from modekit.files.read import read_json
+from modekit.files.tensors import safetensors_header
+from modekit.files.write import json_bytes, write_file, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.slot import RouterSlot
 from modekit.sources.model import Mappings, TensorRef
@@ -37,7 +38,7 @@ def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) ->
 def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
     """Write the gates in a safetensors dtype; returns the file's sha256. Raises RecipeError as `router_bytes`."""
     content = router_bytes(slots, gates, dtype)
-    write_atomically(path, content)
+    write_file(path, content)
     return sha256_of(content)
 
 
@@ -66,7 +67,7 @@ def write_index(plan: Plan, folder: Path) -> None:
 
 def changed_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> bytes:
     """The index that is there with other gates."""
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX_FILE)
     kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
     return json_bytes(_index(kept, slots, total_size))
 

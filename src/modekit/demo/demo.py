@@ -26,7 +26,7 @@ from modekit.demo.seed import run_seed
 from modekit.demo.text import unpack_text
 from modekit.errors import OutputError
 from modekit.evaluation.results import Results, Row
-from modekit.files.staging import write_atomically, write_json
+from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
 
 
@@ -96,10 +96,10 @@ def run_demo(
     per_seed = {seed: run_seed(out / f"seed{seed}", texts, seed, what, real, size, run) for seed in seeds}
     results = DemoResults(per_seed, time.monotonic() - started)
     folder = out / "results"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     write_json(folder / "demo.json", results.as_data())
     parts = [f"## Seed {seed}\n\n{results.merged(seed).markdown()}" for seed in per_seed]
-    write_atomically(folder / "demo.md", "\n".join(parts).encode())
+    write_file(folder / "demo.md", "\n".join(parts).encode())
     return results
 
 
@@ -107,7 +107,7 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
     """Models of one kind of demo must not be taken for another's: a folder remembers what it was made for."""
     stamp = out / "demo.json"
     if not stamp.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_json(stamp, settings)
     elif json.loads(stamp.read_text(encoding="utf-8")) != settings:
         raise OutputError(

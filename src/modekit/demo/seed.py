@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.kinds import MIXTURES, REFITTED, Size, What
 from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
 from modekit.demo.text import DOMAINS, UNSEEN
@@ -23,7 +23,9 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.experts.specialize import specialize
-from modekit.files.staging import write_atomically
+from modekit.files.marker import INTERNAL
+from modekit.files.staging import staging
+from modekit.files.write import carry_over, write_file
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.recipes.read import parse_recipe
@@ -145,7 +147,7 @@ def _recipe(what: What, says: dict[str, Any], texts: Mapping[str, Path], size: S
 def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) -> Checkpoint:
     """The mixture's checkpoint: the one that is there, another one's with its router fitted anew, or a new one."""
     out = _folder_of(folder, name)
-    write_atomically(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
+    write_file(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
     parsed = parse_recipe(recipe, where=name)
 
     def report(stage: str, done: int, total: int) -> None:
@@ -164,11 +166,9 @@ def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) 
 
 def _refitted(source: Path, out: Path, mixture: dict[str, Any], progress: Progress) -> Checkpoint:
     """A copy of a mixture whose router is fitted anew from the statistics that came along."""
-    copy = out.with_name(out.name + ".copy")
-    for folder in (copy, out):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(RESULTS_FOLDER))
-    copy.rename(out)
+    with staging(out, f"copy of {source.name}", "checkpoint", sources=[source], replace="modekit's own") as stage:
+        stage.areas = (STATISTICS_FOLDER,)
+        carry_over(source, stage.folder, but=(RESULTS_FOLDER, *INTERNAL))
     return refit(open_checkpoint(out), mixture, run=Run(progress=progress))
 
 

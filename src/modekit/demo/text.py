@@ -9,7 +9,7 @@ import lzma
 from importlib.resources import files
 from pathlib import Path
 
-from modekit.files.staging import write_atomically
+from modekit.files.write import make_folder, write_file
 
 DOMAINS = ("medicine", "law", "science", "code")
 GENERAL = "general"
@@ -18,12 +18,12 @@ UNSEEN = "music"
 
 def unpack_text(folder: Path) -> dict[str, Path]:
     """Write every domain's text as FOLDER/<domain>.jsonl, where it can be looked at; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shipped = files("modekit.demo") / "text"
-    (folder / "NOTICE").write_bytes((shipped / "NOTICE").read_bytes())
+    write_file(folder / "NOTICE", (shipped / "NOTICE").read_bytes())
     paths = {}
     for domain in (*DOMAINS, GENERAL, UNSEEN):
         paths[domain] = folder / f"{domain}.jsonl"
         if not paths[domain].exists():
-            write_atomically(paths[domain], lzma.decompress((shipped / f"{domain}.jsonl.xz").read_bytes()))
+            write_file(paths[domain], lzma.decompress((shipped / f"{domain}.jsonl.xz").read_bytes()))
     return paths

@@ -20,7 +20,7 @@ from modekit.evaluation.jobs import Job, row_jobs
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.notes import notes_of
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import UNREADABLE, read_results, write_results
+from modekit.evaluation.results_folder import UNREADABLE, read_results, write_table
 from modekit.run import QUIET, Run
 
 
@@ -61,7 +61,7 @@ def evaluate(
         notes,
     )
     if write:
-        write_results(checkpoint, results)
+        write_table(checkpoint, results)
     return results
 
 

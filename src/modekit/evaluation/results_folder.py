@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.results import Results, results_from_data
-from modekit.files.staging import write_atomically, write_json
+from modekit.files.change import change_together
+from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
@@ -29,12 +31,18 @@ def read_results(checkpoint: Checkpoint) -> Results:
     return results_from_data(read_json(checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE))
 
 
-def write_results(checkpoint: Checkpoint, results: Results) -> None:
+def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of: str | None = None) -> None:
+    """Write files into OUT/results, all together; `all_of` names a folder there of which no others are to stay.
+
+    Raises OSError and OutputError.
+    """
+    inside = {f"{RESULTS_FOLDER}/{name}": content for name, content in files.items()}
+    change_together(checkpoint.folder, inside, remove_in=f"{RESULTS_FOLDER}/{all_of}" if all_of else None)
+
+
+def write_table(checkpoint: Checkpoint, results: Results) -> None:
     """Write eval.json and eval.md."""
-    folder = checkpoint.folder / RESULTS_FOLDER
-    folder.mkdir(exist_ok=True)
-    write_json(folder / RESULTS_FILE, results.as_data())
-    write_atomically(folder / "eval.md", results.markdown().encode())
+    write_results(checkpoint, {RESULTS_FILE: json_bytes(results.as_data()), "eval.md": results.markdown().encode()})
 
 
 def _refuse_constant(name: str) -> float:

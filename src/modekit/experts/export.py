@@ -10,7 +10,6 @@ its low-rank parts are cut out of the mixture, bit for bit; what was folded into
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,11 @@ from modekit.errors import UnsupportedError
 from modekit.experts.own_files import TRAINED, OwnFiles, is_trained, own_files, places_of
 from modekit.experts.parts import parts_config, parts_of
 from modekit.experts.peft_folder import write_lora
-from modekit.files.staging import Staging, staging, write_json
+from modekit.files.marker import foreign_files
+from modekit.files.output import replaced_by
+from modekit.files.read import UNREADABLE, read_json
+from modekit.files.staging import Staging, staging
+from modekit.files.write import copy_file, write_json
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
@@ -97,12 +100,14 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
         "modules": len(places_of(checkpoint, way.expert)), "as_it_came": way.as_it_came, "notes": list(way.notes),
     }  # fmt: skip
     digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {way.name} {way.as_it_came}".encode()).hexdigest()
+    if not overwrite and _is_written(out, record):
+        return record
     mappings = Mappings()
     try:
-        with staging(out, digest, overwrite=overwrite, marker=EXPORT_FILE) as stage:
+        with staging(out, digest, "adapter", sources=_read_from(checkpoint, way), replace=replaced_by(overwrite)) as stage:
             if given_back is not None:
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copyfile(given_back.folder / file, stage.folder / file)
+                    copy_file(given_back.folder / file, stage.folder / file)
             else:
                 write_lora(stage, config, list(parts_of(checkpoint, way.expert, mappings)))
             _write_beside(way, stage)
@@ -110,6 +115,19 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
     finally:
         mappings.close()
     return record
+
+
+def _is_written(out: Path, record: Mapping[str, Any]) -> bool:
+    """Whether an earlier run of the command, perhaps killed at a later expert, wrote this very adapter."""
+    try:
+        return foreign_files(out) == [] and read_json(out / EXPORT_FILE) == record
+    except UNREADABLE:
+        return False
+
+
+def _read_from(checkpoint: Checkpoint, way: WayOut) -> list[Path]:
+    """Folders that the output must not touch."""
+    return [checkpoint.folder, *([way.own.folder] if way.own is not None else [])]
 
 
 def _way_out(checkpoint: Checkpoint, expert: int, name: str) -> WayOut:
@@ -162,4 +180,4 @@ def _write_beside(way: WayOut, stage: Staging) -> None:
         return
     for file in _BESIDE:
         if (way.own.folder / file).is_file():
-            shutil.copyfile(way.own.folder / file, stage.folder / file)
+            copy_file(way.own.folder / file, stage.folder / file)

@@ -14,8 +14,8 @@ Shape legend: O outputs, I inputs, R rank of a module's factors.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,9 @@ from modekit.errors import ModekitError
 from modekit.experts.differences import Pair, check_differs, chosen_of, compare, linears_of, shared_names
 from modekit.experts.extract_record import Adapted, account
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
-from modekit.files.staging import refuse_existing, staging, write_json
+from modekit.files.output import Replace, refuse_existing, replaced_by
+from modekit.files.staging import Staging, staging
+from modekit.files.write import copy_file, write_json
 from modekit.run import QUIET, Run
 from modekit.sources.model import Mappings, open_source
 from modekit.text.held_out import read_text
@@ -91,7 +93,7 @@ def extract(
     mixture), TextError, OutputError, and ModekitError for settings that contradict each other.
     """
     _check_settings(settings)
-    refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
+    refuse_existing(out, replaced_by(overwrite), sources=(model, base))
     tuned = open_source("MODEL", str(model), model, run=run)
     origin = open_source("BASE", str(base), base, run=run)
     names = shared_names(tuned, origin)
@@ -116,7 +118,8 @@ def extract(
         **account(adapted, linears, pairs),
     }  # fmt: skip
     config = _adapter_config(adapted, linears, settings.base_name or str(base))
-    _write(out, adapted, config, record, model / TRAINED_FILE, overwrite=overwrite)
+    with _staged(out, adapted, record, (model, base), replaced_by(overwrite), run) as stage:
+        _write(stage, adapted, config, record, model / TRAINED_FILE)
     return record
 
 
@@ -191,21 +194,26 @@ def _adapt(pair: Pair, moment_II: npt.NDArray[np.float32] | None, mappings: Mapp
     return Adapted(pair, factors, plain)
 
 
-def _write(
-    out: Path, adapted: Sequence[Adapted], config: Mapping[str, Any], record: Mapping[str, Any], trained_on: Path, *,
-    overwrite: bool,
-) -> None:  # fmt: skip
+@contextmanager
+def _staged(
+    out: Path, adapted: Sequence[Adapted], record: Mapping[str, Any], sources: Sequence[Path], replace: Replace, run: Run
+) -> Iterator[Staging]:
     """The adapter folder, by rename. Its digest is that of the factors, so a killed write goes on only with equal ones."""
     digest = hashlib.sha256(repr(record).encode())
     for entry in adapted:
         digest.update(to_bytes(entry.factors.a, "F32"))
         digest.update(to_bytes(entry.factors.b, "F32"))
-    tensors = [tensor for entry in adapted for tensor in _tensors(entry)]
-    with staging(out, f"extract {digest.hexdigest()}", overwrite=overwrite, marker=RECORD_FILE) as stage:
-        write_lora(stage, config, tensors)
-        if trained_on.exists():
-            shutil.copyfile(trained_on, stage.folder / TRAINED_FILE)
-        write_json(stage.folder / RECORD_FILE, record)
+    with staging(out, f"extract {digest.hexdigest()}", "adapter", sources=sources, replace=replace, sync=run.sync) as stage:
+        yield stage
+
+
+def _write(
+    stage: Staging, adapted: Sequence[Adapted], config: Mapping[str, Any], record: Mapping[str, Any], trained_on: Path
+) -> None:
+    write_lora(stage, config, [tensor for entry in adapted for tensor in _tensors(entry)])
+    if trained_on.exists():
+        copy_file(trained_on, stage.folder / TRAINED_FILE)
+    write_json(stage.folder / RECORD_FILE, record)
 
 
 def _tensors(entry: Adapted) -> Iterator[PeftTensor]:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modekit.files.staging import Entry, Staging, write_all, write_json
+from modekit.files.staging import Staging
+from modekit.files.tensors import Entry, write_all
+from modekit.files.write import write_json
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
 
@@ -106,4 +108,4 @@ def write_lora(stage: Staging, config: Mapping[str, Any], tensors: Sequence[Peft
         write_all(stream, tensors[place].read())
 
     stage.write_shard(WEIGHTS_FILE, entries, write)
-    write_json(stage.folder / CONFIG_FILE, dict(config))
+    write_json(stage.folder / CONFIG_FILE, dict(config), sync=False)

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from modekit.errors import ModekitError, UnsupportedError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
-from modekit.files.staging import refuse_existing, staging, write_json
+from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.staging import staging
+from modekit.files.write import remove, write_file, write_json
 from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.run import QUIET, Run
@@ -71,7 +73,7 @@ def specialize(
     says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
     """
     training = training or Training()
-    refuse_existing(out, overwrite=overwrite, marker=SPECIALIST_FILE)
+    refuse_existing(out, replaced_by(overwrite), sources=(base,))
     source = open_source("BASE", str(base), base, run=run)
     tokenizer = load_tokenizer(base, run=run)
     fit, sequences, held_out = _read_text(texts, root, tokenizer, training)
@@ -82,8 +84,10 @@ def specialize(
     with staging(
         out,
         f"specialize {training} {train} {rank} {text_record(fit, 0)} {[str(file) for file in source.files]}",
-        overwrite=overwrite,
-        marker=SPECIALIST_FILE,
+        "adapter" if train == "lora" else "model",
+        sources=(base,),
+        replace=replaced_by(overwrite),
+        sync=run.sync,
     ) as stage:
         losses = train_language_model(model, parameters, sequences, training, run=run)
         after = score_domain(model, domain, lambda _: None).loss if held_out else None
@@ -99,7 +103,7 @@ def specialize(
         save(stage.folder)
         if train != "lora":
             tokenizer.save_pretrained(stage.folder)
-        (stage.folder / TRAINED_FILE).write_text("".join(f"{mark_of(document)}\n" for document in fit))
+        write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in fit).encode())
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
 
@@ -152,7 +156,7 @@ def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
 
     def save(folder: Path) -> None:
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with the base's path on this machine
+        remove(folder / "README.md")  # PEFT's empty model card, with the base's path on this machine
 
     return moving, save
 

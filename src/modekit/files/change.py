@@ -1,49 +1,132 @@
-"""Several files of a finished checkpoint change together: all of them or none, whenever the process is killed.
+"""Several files of a finished folder change together: all of them or none, whenever the process is killed.
 
-    OUT/.changing   where the new files are written
-    OUT/.changed    the same folder once it is whole: this rename is the moment of the change
+    OUT/.modekit.<16 hex digits>.tmp/    where the new files are written
+    OUT/.modekit.changed/                the same folder once it is whole: this rename is the moment of the change
 
-What a kill leaves of the first is thrown away by the next change; what it leaves of the second is put into place when the
-checkpoint is opened next.
+What a kill leaves of the first is thrown away by the next change; what it leaves of the second is put into place by it, or
+when the folder is opened next. Among the files is the folder's marker, which then lists them as modekit's.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+import errno
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 
-_CHANGING, _CHANGED = ".changing", ".changed"
+from modekit.errors import OutputError
+from modekit.files.lock import Lock
+from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Marker, read_marker
+from modekit.files.tensors import write_all
+from modekit.files.write import (
+    appearing,
+    create,
+    files_below,
+    is_temporary,
+    make_folder,
+    remove,
+    sync_folder,
+)  # fmt: skip
+
+_PATIENCE = 60.0
+"""Seconds: a change takes a fraction of one."""
+_LAST = ("modekit.json", MARKER)
+"""Records go last: what they tell of is then there."""
 
 
-def change_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace files in a folder, the last one last; each is seen whole. Raises OSError, and then nothing has changed.
+def change_together(
+    folder: Path, files: Mapping[str, bytes], *, remove_in: str | None = None, check: Callable[[], None] | None = None
+) -> None:
+    """Replace files in a folder, or add them; each is seen whole. Keys are paths in it, with slashes.
 
-    A change that lies there unfinished is dropped: it is finished where a checkpoint is opened, and a build that goes on
-    after a kill makes its own anew.
+    Args:
+        folder: a finished output.
+        files: content by path.
+        remove_in: a folder in it of which nothing else of modekit's is to stay.
+        check: called when nobody else can change the folder, before anything does; what it raises ends the change.
+
+    Raises OutputError when another process is changing the folder, and OSError; then nothing has changed.
     """
-    staged = folder / _CHANGING
-    for left in (staged, folder / _CHANGED):
-        shutil.rmtree(left, ignore_errors=True)
+    lock = Lock(folder / CHANGE_LOCK)
+    if not lock.take(patience=_PATIENCE):
+        raise OutputError(
+            "another command is changing this folder", where=str(folder), remedy="wait for it, and run this one again"
+        )
     try:
-        staged.mkdir()
-        for name, content in files.items():
-            (staged / name).write_bytes(content)
-        staged.rename(folder / _CHANGED)
-    except OSError:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    _put(folder, list(files))
+        _finish(folder)
+        if check is not None:
+            check()
+        for left in folder.iterdir():
+            if is_temporary(left):
+                remove(left)
+        old = read_marker(folder)
+        gone = [
+            name for name in (old.files if old else {}) if remove_in and name.startswith(f"{remove_in}/") and name not in files
+        ]
+        with appearing(folder / CHANGED) as staged:
+            staged.mkdir()
+            for name, content in files.items():
+                _write(staged, name, content)
+            if old is not None:
+                kept = {name: digest for name, digest in old.files.items() if name not in gone}
+                _write(staged, MARKER, old.model_copy(update={"files": kept}).with_files(files).as_bytes())
+        _put(folder)
+        for name in gone:
+            remove(folder / name)
+    finally:
+        lock.release()
 
 
 def finish_change(folder: Path) -> None:
-    """Put into place what a killed process left of a change that was whole. Raises OSError."""
-    changed = folder / _CHANGED
-    if changed.is_dir() and not changed.is_symlink():
-        _put(folder, sorted(path.name for path in changed.iterdir()))
+    """Put into place what a killed process left of a change that was whole, unless a process is at it. Raises OSError."""
+    if not (folder / CHANGED).is_dir():
+        return
+    lock = Lock(folder / CHANGE_LOCK)
+    if lock.take():
+        try:
+            _finish(folder)
+        finally:
+            lock.release()
 
 
-def _put(folder: Path, names: list[str]) -> None:
-    for name in names:
-        (folder / _CHANGED / name).replace(folder / name)
-    (folder / _CHANGED).rmdir()
+def _finish(folder: Path) -> None:
+    changed = folder / CHANGED
+    if changed.is_symlink():
+        changed.unlink()
+    elif changed.is_dir():
+        _put(folder)
+
+
+def _listed_in(marker: Marker | None, start: str) -> list[str]:
+    return [name for name in marker.files if name.startswith(start)] if marker is not None else []
+
+
+def _refuse_in_the_way(folder: Path, name: str) -> None:
+    """Raise OSError where a file cannot be put: a link or a file in the place of a folder above it, a folder in its own."""
+    for parent in list(PurePosixPath(name).parents)[:-1]:
+        path = folder / parent
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise OSError(errno.ENOTDIR, "a link or file is in the way of a folder", str(path))
+    path = folder / name
+    if path.is_dir() and not path.is_symlink():
+        raise OSError(errno.EISDIR, "a folder is in the way of a file", str(path))
+
+
+def _write(staged: Path, name: str, content: bytes) -> None:
+    path = staged / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with create(path) as stream:
+        write_all(stream, memoryview(content))
+
+
+def _put(folder: Path) -> None:
+    """Move what is ready to its place, records last; links in it are not."""
+    changed = folder / CHANGED
+    names = [name for name in files_below(changed) if not (changed / name).is_symlink()]
+    for name in sorted(names, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name)):
+        parent = folder
+        for part in PurePosixPath(name).parts[:-1]:
+            parent = parent / part
+            make_folder(parent)
+        (changed / name).replace(folder / name)
+    sync_folder(folder)
+    remove(changed)

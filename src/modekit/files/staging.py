@@ -1,92 +1,103 @@
-"""The result folder appears whole or not at all.
+"""An output folder appears whole or not at all, and replaces only what modekit wrote.
 
-    OUT.partial/            everything is written here, with a journal line after each tensor
-    OUT.partial/journal     what is surely written (after a kill; not after a power loss); the same build goes on from there
-    OUT.partial/lock        held by the process that writes here, and released when it ends, however it does
-    OUT                     appears by rename; an old OUT is set aside as OUT.replaced first and removed last
+    OUT.partial/.modekit    says that the folder is modekit's, and of which output
+    OUT.partial/lock        held by the process that writes, until OUT is in its place
+    OUT.partial/journal     what is surely written; the same command goes on from there
+    OUT.partial/new/        the output in the making
+    OUT.partial/old/        an old OUT, from the moment that it gives way until the new one is in its place
+    OUT                     appears by rename
 
-A killed process leaves OUT.partial, which never looks like a checkpoint: its record file is written last.
+A killed process leaves OUT.partial. Whoever next asks for OUT mends what a kill between the two renames left: the old folder
+comes back, or, when the new one is in its place, goes. A rename never replaces a folder that holds something, so that what
+appears at OUT while modekit works is safe, too.
+
+After a power loss the journal is believed only as far as the disk had the bytes: of shards that were written whole.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
-import struct
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from modekit.errors import InterruptError, OutputError
+from modekit.files.lock import Lock
+from modekit.files.marker import (
+    CHANGE_LOCK,
+    INTERNAL,
+    MARKER,
+    Kind,
+    claim_work_folder,
+    foreign_files,
+    is_work_folder,
+    mark_work_folder,
+    marker_of,
+)
+from modekit.files.output import (
+    JOURNAL,
+    LOCK,
+    NEW,
+    OLD,
+    PARTIAL,
+    Replace,
+    clear,
+    mend_commit,
+    refuse_existing,
+    refuse_what_is_there,
+    work_folder,
+)
+from modekit.files.read import read_text
+from modekit.files.tensors import Entry, safetensors_header, write_all
+from modekit.files.write import (
+    create,
+    go_on_writing,
+    make_folder,
+    remove,
+    sweep,
+    sync_file,
+    sync_folder,
+    sync_tree,
+    write_file,
+)
 
-JOURNAL = "journal"
-_LOCK = "lock"
-
-Entry = tuple[str, str, tuple[int, ...], int]
-"""name, safetensors dtype, shape, bytes: one tensor of a file's header."""
-
-
-def safetensors_header(entries: Iterable[Entry]) -> bytes:
-    """Header of a safetensors file with the tensors in the given order; data starts on an 8-byte boundary."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, dtype, shape, nbytes in entries:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        offset += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is seen whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-def link(file: Path, target: Path) -> None:
-    """The same bytes under another name, without copying them where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copy2(file, target)
-
-
-def json_bytes(value: object) -> bytes:
-    """Data as indented JSON with a fixed key order."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write data as JSON, atomically."""
-    write_atomically(path, json_bytes(value))
+_LARGEST_JOURNAL = 2**28
+_ATTEMPTS = 20
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class Staging:
     """An output folder in the making. Use `staging(...)`."""
 
-    def __init__(self, out: Path, digest: str, marker: str) -> None:
+    def __init__(self, out: Path, digest: str, kind: Kind, *, replace: Replace, sync: bool) -> None:
         self.out = out
-        self._marker = marker
-        self.folder = out.with_name(out.name + ".partial")
+        self._kind, self._replace, self._sync = kind, replace, sync
+        self.work = work_folder(out)
+        self.folder = self.work / NEW
+        self.areas: tuple[str, ...] = ()
+        """Folders of the output in which everything will be modekit's."""
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
-        self._journal_path = self.folder / JOURNAL
+        self._journal_path = self.work / JOURNAL
         self._appending = threading.Lock()
-        self._alone = FileLock(self.folder / _LOCK)
-        self._take()
+        self._synced: dict[Path, Future[None]] = {}
+        self._disk = ThreadPoolExecutor(1, "sync")
+        self._lock = Lock(self.work / LOCK)
         try:
+            self._take()
+            mend_commit(self.work, out)
+            refuse_what_is_there(out, replace)
+            self._replaced = _identity(out)
             self._done = self._open(digest)
-            self._journal = self._journal_path.open("a", encoding="utf-8", buffering=1)
-        except OSError:
-            self._remove()
+            self._journal = go_on_writing(self._journal_path, append=True)
+        except BaseException:
+            self._release()
             raise
 
     def recall(self, key: str) -> Any:
@@ -96,13 +107,14 @@ class Staging:
     def record(self, key: str, value: object) -> None:
         """Append to the journal. Call only when what it claims is already written."""
         with self._appending:
-            self._journal.write(json.dumps([key, value]) + "\n")
+            write_all(self._journal, memoryview(_line(key, value)))
             self._done[key] = value
 
     def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, io.FileIO], None]) -> None:
         """Write one safetensors file, going on after the last tensor that the journal knows.
 
-        `write_tensor(number, stream)` must write the bytes of entry `number` to the unbuffered stream.
+        `write_tensor(number, stream)` must write the bytes of entry `number` to the unbuffered stream. While the next file is
+        written, the disk takes this one.
         """
         header = safetensors_header(entries)
         ends = [len(header)]
@@ -112,7 +124,9 @@ class Staging:
         done = int(self.recall(f"shard {file}") or 0)
         if not path.exists() or path.stat().st_size < ends[done]:
             done = 0
-        with path.open("r+b" if done else "wb", buffering=0) as stream:
+        if not done:
+            remove(path)
+        with go_on_writing(path) if done else create(path) as stream:
             if done:
                 stream.truncate(ends[done])
                 stream.seek(ends[done])
@@ -123,22 +137,60 @@ class Staging:
                 position = stream.tell()
                 assert position == ends[number + 1], f"{entries[number][0]}: wrote to {position}, planned {ends[number + 1]}"
                 self.record(f"shard {file}", number + 1)
+        if self._sync:
+            self._synced[path] = self._disk.submit(self._take_to_disk, path)
+
+    def _take_to_disk(self, path: Path) -> None:
+        sync_file(path)
+        self.record(f"synced {path.name}", True)
 
     def commit(self) -> None:
-        """Make the folder visible under its final name."""
+        """Make the folder visible under its final name. Raises OutputError when something else has appeared there."""
+        for done in self._synced.values():
+            done.result()
         self.close()
-        self._release()  # no system renames a folder in which a file is held
-        self._journal_path.unlink()
-        replaced = _set_aside(self.out)
+        self._mark()
+        if self._sync:
+            sync_tree(self.folder, but=self._synced.keys())
+        if _identity(self.out) != self._replaced:
+            raise AppearedError(self.out)
+        if self._replaced is not None:
+            refuse_what_is_there(self.out, self._replace)
+            self._set_aside()
+        self._put()
+        if self._sync:
+            sync_folder(self.out.parent)
+        self._remove()
+
+    def _mark(self) -> None:
+        """Say what in the folder is modekit's: all of it, but for what was carried over and was not."""
+        remove(self.folder / MARKER)
+        marker = marker_of(self.folder, self._kind, areas=self.areas)
+        if self._replace == "in place":
+            foreign = foreign_files(self.out)
+            if foreign is None:
+                return
+            marker = marker.without(foreign)
+        write_file(self.folder / MARKER, marker.as_bytes(), sync=False)
+
+    def _set_aside(self) -> None:
+        """Move the old folder out of the way, while nobody changes a file in it."""
+        change = Lock(self.out / CHANGE_LOCK)
+        if not change.take():
+            raise OutputError(
+                "another command is changing the output folder", where=str(self.out), remedy="run this one again after it"
+            )
+        change.release()
+        self.out.rename(self.work / OLD)
+
+    def _put(self) -> None:
         try:
-            if self.out.exists():
-                self.out.rename(replaced)
             self.folder.rename(self.out)
-        except BaseException:
-            if replaced.exists() and not self.out.exists():
-                replaced.rename(self.out)
+        except OSError:
+            if os.path.lexists(self.out):
+                raise AppearedError(self.out) from None
+            mend_commit(self.work, self.out)
             raise
-        _remove_folder(replaced, last=self._marker)
 
     def discard(self) -> None:
         """Remove everything written so far."""
@@ -146,143 +198,166 @@ class Staging:
             self.close()
         self._remove()
 
+    def keep(self) -> None:
+        """Leave everything for the next command with the same digest."""
+        with suppress(OSError):
+            self.close()
+        self._lock.release()
+
     def _remove(self) -> None:
-        self._release()
-        _remove_folder(self.folder, last=JOURNAL)
+        clear(self.work, self._lock)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        """Of folders that were made for this one, those that hold nothing."""
         for parent in self._new_parents:
-            with suppress(OSError):  # someone else has put something there meanwhile
+            with suppress(OSError):
                 parent.rmdir()
+
+    def _release(self) -> None:
+        """Give the folder free: with what an earlier command left in it, or not at all."""
+        self._disk.shutdown()
+        if self._lock.is_held and not self._journal_path.exists():
+            clear(self.work, self._lock)
+        self._lock.release()
+        self._remove_parents()
 
     def close(self) -> None:
         """Release the journal; what was written stays for a resume."""
+        self._disk.shutdown(cancel_futures=True)
         self._journal.close()
 
     def _take(self) -> None:
-        """Hold the folder against other processes; the lock dies with this one.
+        """Make the work folder, or find our own, and hold it against other processes; the lock dies with this one.
 
         Raises OutputError when another process is writing the folder, or something else bears its name.
         """
-        ours = self._journal_path.exists() or (self.folder / self._marker).exists()
-        if self.folder.exists() and not ours and any(path.name != _LOCK for path in self.folder.iterdir()):
+        ours = free = False
+        for attempt in range(_ATTEMPTS):
+            try:
+                ours = claim_work_folder(self.work, PARTIAL, self.out.name)
+                free = ours and self._lock.take()
+                break
+            except FileNotFoundError:  # another process has just finished, and removed it
+                if attempt == _ATTEMPTS - 1:  # or the system takes no folder here
+                    raise
+        if not ours:
             raise OutputError(
-                "a folder that modekit did not make is in the way", where=str(self.folder),
+                "a folder that modekit did not make is in the way", where=str(self.work),
                 remedy="move it away, or choose another output folder",
             )  # fmt: skip
-        is_new = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._alone.acquire(timeout=0)
-        except Timeout:
+        if not free:
             raise OutputError(
                 "another process is writing this output folder", where=str(self.out),
                 remedy="wait for it, or choose another folder",
-            ) from None  # fmt: skip
-        except OSError:
-            if is_new:
-                self._remove()
-            raise
-
-    def _release(self) -> None:
-        """Give the folder free; a lock file outlives its lock."""
-        if self._alone.is_locked:
-            self._alone.release()
-            (self.folder / _LOCK).unlink(missing_ok=True)
+            )  # fmt: skip
+        if not is_work_folder(self.work, PARTIAL, self.out.name):  # whoever had it has just cleared it
+            mark_work_folder(self.work, PARTIAL, self.out.name)
 
     def _open(self, digest: str) -> dict[str, Any]:
-        if self._journal_path.exists():
-            lines = self._journal_path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines and lines[0] == digest:
-                return dict(_whole_lines(lines[1:]))
-        _empty_folder(self.folder, {JOURNAL, _LOCK})
-        self._journal_path.write_text(digest + "\n", encoding="utf-8")
+        begin = _line(digest, _this_boot())
+        with suppress(OSError, ValueError):
+            (known, boot), *rest = _whole_lines(read_text(self._journal_path, _LARGEST_JOURNAL))
+            if known == digest and self.folder.is_dir() and not self.folder.is_symlink():
+                sweep(self.folder)
+                for name in INTERNAL:  # of a change that was cut short
+                    remove(self.folder / name)
+                done = dict(rest)
+                if not boot or boot != _this_boot():
+                    done = _on_disk(done)
+                lines = [_line(*each) for each in done.items()]  # without the one that the kill cut short
+                write_file(self._journal_path, begin + b"".join(lines), sync=False)
+                return done
+        for name in (NEW, JOURNAL):
+            remove(self.work / name)
+        make_folder(self.folder)
+        write_file(self._journal_path, begin, sync=False)
         return {}
 
 
-def _remove_folder(folder: Path, *, last: str) -> None:
-    """Remove a folder, the file `last` at the end: a kill in between leaves what is still known to be ours."""
-    _empty_folder(folder, {last})
-    shutil.rmtree(folder, ignore_errors=True)
+class AppearedError(OutputError):
+    """Something came to lie at OUT while modekit worked; the work is kept."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(
+            "something else has appeared at the output path meanwhile", where=str(out),
+            remedy=f"move it away and run the same command again: it goes on from {work_folder(out).name}",
+        )  # fmt: skip
 
 
-def _empty_folder(folder: Path, but: Collection[str]) -> None:
-    """Remove what lies in a folder, but for the files of some names."""
-    with suppress(OSError):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name not in but:
-                path.unlink(missing_ok=True)
+def _full(out: Path, error: OSError) -> OutputError:
+    free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
+    return OutputError(
+        "writing failed; nothing was left behind", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
+        remedy="free space or choose another disk; `modekit plan` tells how much is needed",
+    )  # fmt: skip
 
 
-def _set_aside(out: Path) -> Path:
-    return out.with_name(out.name + ".replaced")
+def _identity(out: Path) -> tuple[int, int] | None:
+    """Which folder lies there, whatever is in it; None when there is nothing."""
+    try:
+        status = out.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
-def _whole_lines(lines: list[str]) -> Iterator[tuple[str, Any]]:
-    for line in lines:
+def _this_boot() -> str:
+    """Changes whenever the machine starts; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _on_disk(done: dict[str, Any]) -> dict[str, Any]:
+    """What can be believed of a journal from before the machine was started: shards that the disk had."""
+    return {key: value for key, value in done.items() if not key.startswith("shard ") or done.get(f"synced {key[6:]}")}
+
+
+def _line(key: str, value: object) -> bytes:
+    return (json.dumps([key, value]) + "\n").encode()
+
+
+def _whole_lines(text: str) -> Iterator[tuple[str, Any]]:
+    for line in text.splitlines():
         try:
             key, value = json.loads(line)
-        except (ValueError, TypeError):  # the line that a kill cut short
+        except (ValueError, TypeError, RecursionError):  # the line that a kill cut short
             return
         yield str(key), value
 
 
-def write_all(stream: io.FileIO, view: memoryview) -> None:
-    """Write all of a view to an unbuffered stream, however little each call takes."""
-    while len(view):
-        view = view[stream.write(view) or 0 :]
-
-
-def _finish_commit(out: Path, marker: str) -> None:
-    """Mend what a kill inside `commit` left: between its two renames the old folder comes back, after them it goes."""
-    replaced = _set_aside(out)
-    if (replaced / marker).exists() and not out.exists():
-        replaced.rename(out)
-    elif (replaced / marker).exists() or (replaced.is_dir() and not any(replaced.iterdir())):
-        _remove_folder(replaced, last=marker)
-
-
-def refuse_existing(out: Path, *, overwrite: bool, marker: str) -> None:
-    """Raise OutputError when OUT exists and may not be replaced; first mend what a killed commit left of it."""
-    _finish_commit(out, marker)
-    if out.exists() and not overwrite:
-        raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
-    if out.exists() and not (out / marker).exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise OutputError(
-            "the output path exists and holds something else, so it is not overwritten", where=str(out),
-            remedy="choose another folder, or remove it yourself",
-        )  # fmt: skip
-
-
 @contextmanager
-def staging(out: Path, digest: str, *, overwrite: bool, marker: str) -> Iterator[Staging]:
-    """A staging folder that is committed when the block ends well, and removed when it fails.
+def staging(
+    out: Path, digest: str, kind: Kind, *, sources: Sequence[Path] = (), replace: Replace = "nothing", sync: bool = True
+) -> Iterator[Staging]:
+    """A folder in the making that becomes OUT when the block ends well, and is removed when it fails.
 
-    Only a killed process leaves it behind; the next call with the same digest then continues. An existing folder is
-    only ever replaced when it holds the file `marker`, which says that modekit wrote it.
+    Only a killed process leaves it behind; the next call with the same digest then continues. `kind` says what the folder
+    holds, `sources` are the folders it is made from, `replace` says what may be in its place. With `sync` it outlives a power
+    loss once it is there.
 
-    Raises OutputError when OUT exists and `overwrite` is False, or when the disk is full or not writable.
+    Raises OutputError when OUT exists and may not be replaced, when it and a source lie in one another, or when the disk is
+    full or not writable.
     """
     try:
-        refuse_existing(out, overwrite=overwrite, marker=marker)
-        stage = Staging(out, digest, marker)
+        refuse_existing(out, replace, sources=sources)
+        stage = Staging(out, digest, kind, replace=replace, sync=sync)
     except OSError as error:
-        raise OutputError(
-            "the output folder cannot be written",
-            where=str(out),
-            found=error.strerror,
+        raise _full(out, error) if error.errno in _FULL else OutputError(
+            "the output folder cannot be written", where=str(out), found=error.strerror,
             remedy="choose a folder that can be written",
-        ) from None
+        ) from None  # fmt: skip
     try:
         yield stage
         stage.commit()
+    except AppearedError:
+        stage.keep()
+        raise
     except OSError as error:
         stage.discard()
-        free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
-        raise OutputError(
-            "writing failed; nothing was left behind", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
-            remedy="free space or choose another disk; `modekit plan` tells how much is needed",
-        ) from None  # fmt: skip
+        raise _full(out, error) from None
     except KeyboardInterrupt:
         stage.discard()
         raise InterruptError(

@@ -1,5 +1,6 @@
 """Writes the recipe's JSON schema as it is shipped: `python -m modekit.recipes`."""
 
+from modekit.files.write import write_file
 from modekit.recipes.read import SCHEMA_FILE, schema_text
 
-SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
+write_file(SCHEMA_FILE, schema_text().encode())

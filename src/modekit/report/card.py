@@ -24,7 +24,7 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_results
-from modekit.files.staging import write_atomically
+from modekit.files.change import change_together
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.licences import Source, facts, sources_of
@@ -57,8 +57,7 @@ def write_card(checkpoint: Checkpoint, *, overwrite: bool = False, ask_hub: bool
                 "a file that modekit did not write, or that was changed since, would be lost", where=str(path),
                 remedy="move it away, or pass --overwrite",
             )  # fmt: skip
-    for path, content in files.items():
-        write_atomically(path, content)
+    change_together(checkpoint.folder, made.contents)
     return Card(list(files), made.licence, made.notes)
 
 

@@ -45,6 +45,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
 }
 """How a figure is written, by what it is."""
 
+GENERATOR = '<meta name="generator" content="modekit report">'
+"""By which a page is known as one of ours."""
 _NOTHING = 0.02  # of the largest difference: less has no colour
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -59,7 +61,8 @@ def make_page(content: dict[str, Any]) -> str:
     figures = Figures(content)
     samples = content["samples"]
     return environment.get_template("page.html.jinja").render(
-        content=content, num=figures.number, style=Markup(style), script=Markup(script), policy=_policy(style, script),
+        content=content, num=figures.number, style=Markup(style), script=Markup(script),
+        policy=_policy(style, script), generator=Markup(GENERATOR),
         shade=shade, tint=tint, samples_json=_json_block({"experts": content["mixture"]["experts"], **(samples or {})}),
         gap_bars=gap_bars(content["results"], figures) if content["results"] else None, line_chart=line_chart,
         scatter_chart=scatter_chart, largest=_largest_change,

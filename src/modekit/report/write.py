@@ -1,20 +1,28 @@
-"""A report to disk: page, report.json, plots. The same checkpoint and results give the same bytes."""
+"""A report to disk: page, report.json, plots. The same checkpoint and results give the same bytes.
+
+In OUT/results they replace what is there. Under another name they replace nothing but an earlier report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
-from modekit.files.staging import write_atomically, write_json
+from modekit.files.change import change_together
+from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
+from modekit.files.write import json_bytes, make_folder
 from modekit.report.content import make_content
-from modekit.report.page import make_page
+from modekit.report.page import GENERATOR, make_page
 from modekit.report.plots import make_plots
 
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
+_KEYS = {"format", "modekit_version", "mixture", "provenance"}
+"""Of report.json, by which one is known."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +36,69 @@ class Report:
 
 
 def write_report(checkpoint: Checkpoint, *, page: Path | None = None) -> Report:
-    """Write a report to `page` (default OUT/results/report.html), its data beside it as .json, plots in plots/.
+    """Write a report to `page` (default OUT/results/report.html), its data beside it as .json, and plots.
 
-    Raises OutputError when `page` is a folder, or its name ends in .json.
+    Plots of the default page lie in OUT/results/plots, of X.html in X-plots beside it. All of them appear together.
+
+    Raises OutputError when `page` is a folder, its name ends in .json, or what it would replace is no report; OSError.
     """
-    page = page or checkpoint.folder / RESULTS_FOLDER / PAGE_FILE
+    own = checkpoint.folder / RESULTS_FOLDER / PAGE_FILE
+    page = page or own
     if page.is_dir() or page.suffix == ".json":
         raise OutputError(
             "the page needs a name of its own", where=str(page), expected="a file like report.html",
             remedy="name the file to write",
         )  # fmt: skip
+    data = page.with_suffix(".json")
+    plots = page.with_name(PLOTS_FOLDER if page == own else f"{page.stem}-{PLOTS_FOLDER}")
     content = make_content(checkpoint)
-    html = make_page(content)
     notes = list(content["missing"])
     try:
         pictures = make_plots(content)
     except ImportError:
         pictures = {}
         notes.append("plots need matplotlib: pip install 'modekit[report]'")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    data = page.with_suffix(".json")
-    write_json(data, content)
-    folder = page.parent / PLOTS_FOLDER
-    if pictures:
-        folder.mkdir(exist_ok=True)
-    for name, picture in pictures.items():
-        write_atomically(folder / name, picture)
-    write_atomically(page, html.encode())
-    return Report(page, data, [folder / name for name in pictures], notes)
+    files = {data: json_bytes(content), **{plots / name: picture for name, picture in pictures.items()}}
+    files[page] = make_page(content).encode()
+    if page != own:
+        for path in _not_reports(page, data, plots, pictures):
+            raise OutputError(
+                "a file that is no report of modekit's would be lost", where=str(path), remedy="give the page another name"
+            )
+    _write(checkpoint, page, files)
+    return Report(page, data, [plots / name for name in pictures], notes)
+
+
+def _write(checkpoint: Checkpoint, page: Path, files: dict[Path, bytes]) -> None:
+    """All together: as files of the checkpoint where the page lies in it, else in the page's folder."""
+    inside = checkpoint.folder in page.parents
+    folder = checkpoint.folder if inside else page.parent
+    if not inside:
+        make_folder(folder)
+    change_together(folder, {path.relative_to(folder).as_posix(): content for path, content in files.items()})
+
+
+def _not_reports(page: Path, data: Path, plots: Path, pictures: dict[str, bytes]) -> Iterator[Path]:
+    """What is in the way and was not written by an earlier report of that name."""
+    known = _is_report(data)
+    if data.exists() and not known:
+        yield data
+    if page.exists() and not _is_page(page):
+        yield page
+    if not known:
+        yield from (plots / name for name in pictures if (plots / name).exists())
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content: Any = read_json(path, LARGE)
+    except UNREADABLE:
+        return False
+    return isinstance(content, dict) and content.keys() >= _KEYS
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        return GENERATOR in read_text(path, LARGE)
+    except UNREADABLE:
+        return False

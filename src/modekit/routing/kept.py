@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modekit.errors import CheckpointError
+from modekit.files.write import appearing, make_folder
 
 _Statistics = TypeVar("_Statistics")
 Get = Callable[[str], torch.Tensor]
@@ -20,15 +21,14 @@ Get = Callable[[str], torch.Tensor]
 
 def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     """Write atomically. Raises OSError, also where safetensors says it in its own way (a full disk)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    make_folder(path.parent)
     # One metadata key: safetensors writes several in an order that differs from run to run.
     metadata = {"about": json.dumps(about, sort_keys=True)}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        with appearing(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
     except SafetensorError as error:  # what safetensors makes of an OSError
         raise OSError(str(error)) from None
-    partial.replace(path)
 
 
 def load_kept(path: Path, make: Callable[[Get, dict[str, Any]], _Statistics | None]) -> _Statistics | None:

@@ -10,7 +10,6 @@ split.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.utils import logging
 
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
+from modekit.files.write import remove
 from modekit.run import Run
 from modekit.training.batches import Batches
 from modekit.training.ended import Trained
@@ -123,5 +123,5 @@ def _last_complete(folder: Path) -> Path | None:
     whole = [state for state in states if (state / COMPLETE).exists()]
     for state in states:
         if state not in whole:
-            shutil.rmtree(state, ignore_errors=True)
+            remove(state)
     return whole[-1] if whole else None

@@ -5,7 +5,6 @@ A kill in between is gone on from: what is there already is not made again.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +15,15 @@ from modekit.checkpoint.record import TrainingRecord
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, results_from_data
-from modekit.evaluation.results_folder import RESULTS_FOLDER
-from modekit.files.staging import write_atomically, write_json
+from modekit.evaluation.results_folder import write_results
+from modekit.files.read import LARGE, read_bytes
+from modekit.files.write import files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.run import Run
 from modekit.training.ended import Ended
 from modekit.training.folder import TrainingFolder
-from modekit.training.log import LOG_FILE
+from modekit.training.log import LOG_FILE, TENSORBOARD_FOLDER
 from modekit.training.low_rank import make_trainable
 from modekit.training.moving import moving_of
 from modekit.training.request import Request
@@ -95,26 +95,26 @@ def _write(
     """The trained mixture in its place. What a kill must not cost is kept first."""
     if folder is not None and before is not None:
         folder.keep("before", before.as_data())
-    moved = ended.gates or _moved(request, ended, run)
+    moved = ended.gates or _moved(request, ended, folder, run)
     if folder is not None:
         folder.announce([*request.checkpoint.record.training, record])
-    return write_trained(request, moved, record)
+    return write_trained(request, moved, record, run)
 
 
-def _moved(request: Request, ended: Ended, run: Run) -> dict[str, torch.Tensor]:
+def _moved(request: Request, ended: Ended, kept: TrainingFolder | None, run: Run) -> dict[str, torch.Tensor]:
     """What moved, as it was in the best state, under its names on disk.
 
     The mixture is loaded anew: whatever shards and wrappers it was trained in, what is written is what a state says.
     transformers itself says how memory and disk correspond.
     """
-    assert ended.trained.best is not None
+    assert ended.trained.best is not None and kept is not None
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
     best = {name.removeprefix("mixture."): value for name, value in load_file(ended.trained.best).items()}
     mixture.load_state_dict(best, strict=False)
-    folder = ended.trained.best.parent.with_name("moved")
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = kept.path / "moved"
+    remove(folder)
     with without_bars():
         mixture.save_pretrained(folder, state_dict=trainable.moved())
     tensors: dict[str, torch.Tensor] = {}
@@ -156,13 +156,13 @@ def _compared(before: Results, after: Results) -> Results:
 def _write_results(
     checkpoint: Checkpoint, record: TrainingRecord, results: Results | None, folder: TrainingFolder | None
 ) -> None:
-    target = checkpoint.folder / RESULTS_FOLDER
-    target.mkdir(exist_ok=True)
     data = {"training": record.model_dump(mode="json"), "results": results.as_data() if results is not None else None}
-    write_json(target / "train.json", data)
+    files = {"train.json": json_bytes(data)}
     if results is not None:
-        write_atomically(target / "train.md", results.markdown().encode())
+        files["train.md"] = results.markdown().encode()
     if folder is not None and (folder.path / LOG_FILE).exists():
-        shutil.copyfile(folder.path / LOG_FILE, target / "train.csv")
-    if folder is not None and (folder.path / "tensorboard").exists():
-        shutil.copytree(folder.path / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
+        files["train.csv"] = read_bytes(folder.path / LOG_FILE, LARGE)
+    logs = folder.path / TENSORBOARD_FOLDER if folder is not None else None
+    if logs is not None and logs.is_dir():
+        files |= {f"{TENSORBOARD_FOLDER}/{name}": read_bytes(logs / name, LARGE) for name in files_below(logs)}
+    write_results(checkpoint, files)

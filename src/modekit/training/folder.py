@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,13 +19,16 @@ from typing import Any
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
-from modekit.files.staging import write_json
+from modekit.files.lock import Lock
+from modekit.files.marker import MARKER, claim_work_folder
+from modekit.files.write import empty_folder, remove, sweep, write_json
 from modekit.processes import processes
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import Text
 
 _SETTINGS = "settings"
 _WRITING = "writing"
+_LOCK = "training.lock"
 _OF_MEMORY = {"accumulate", "checkpointing", "cache_bytes"}  # what a training may go on with otherwise
 
 
@@ -36,6 +38,7 @@ class TrainingFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".training")
+        self._lock = Lock(self.path / _LOCK)
 
     @property
     def has_states(self) -> bool:
@@ -65,21 +68,24 @@ class TrainingFolder:
 
     def remove(self) -> None:
         """All is done, or nothing has begun. What says so goes last: a kill in between leaves a folder that is still ours."""
-        last = [f"{name}.json" for name in (_WRITING, "trained", "before", _SETTINGS)]
+        last = [*(f"{name}.json" for name in (_WRITING, "trained", "before", _SETTINGS)), MARKER, _LOCK]
+        empty_folder(self.path, but=last)
+        for name in last[:-1]:
+            remove(self.path / name)
+        self._lock.release()
         with suppress(OSError):
-            for path in self.path.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.name not in last:
-                    path.unlink(missing_ok=True)
-            for name in last:
-                (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+            self.path.rmdir()
+
+    def release(self) -> None:
+        """Let another command at it; what is kept stays."""
+        self._lock.release()
 
     def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[Text]) -> None:
         """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
         request, state = _request(settings, texts), _state(checkpoint)
         problem = self._claim(request, state) if processes().is_main else None
+        if problem:
+            self.release()
         problem = processes().agree(problem)
         if problem:
             raise TrainingError(
@@ -88,15 +94,17 @@ class TrainingFolder:
             )  # fmt: skip
 
     def _claim(self, request: str, state: str) -> str | None:
+        if not claim_work_folder(self.path, "training", self.out.name):
+            return "a folder that no training made"
+        if not self._lock.take():
+            return "a command that is at it"
+        sweep(self.path)
         kept = self.recall(_SETTINGS)
-        if kept is None and self.path.exists() and any(not path.name.startswith(_SETTINGS) for path in self.path.iterdir()):
-            return "a folder that no training made"  # the beginnings of the settings are what a kill may leave
         if kept is not None and kept["request"] == request and (kept["state"] == state or self.is_written):
             return None
         if kept is not None and self.has_states and not self.is_written:
             return "other settings or text" if kept["request"] != request else "OUT is no longer what it started from"
-        self.remove()
-        self.path.mkdir(parents=True, exist_ok=True)
+        empty_folder(self.path, but=(MARKER, _LOCK))
         self.keep(_SETTINGS, {"request": request, "state": state})
         return None
 

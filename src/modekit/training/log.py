@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from modekit.files.staging import write_atomically
+from modekit.files.write import write_file
 from modekit.run import Run
 
 LOG_FILE = "log.csv"
@@ -61,4 +61,4 @@ def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "step": step} for step, row in sorted(rows.items()))
-    write_atomically(path, text.getvalue().encode())
+    write_file(path, text.getvalue().encode())

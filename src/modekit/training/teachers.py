@@ -20,6 +20,7 @@ import torch
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
+from modekit.files.write import make_folder, remove
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.heads import Head, head_of
 from modekit.loaded.load import load_model
@@ -87,7 +88,8 @@ def _read(
     if model is None:
         model = load_model(checkpoint.folder, run=run)
     model.requires_grad_(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    remove(path)
     width = int(model.config.hidden_size)
     hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
     done = 0

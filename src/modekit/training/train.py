@@ -57,8 +57,10 @@ def train(
             ended = train_gates(request, run)
         return finish(request, ended, None, run)
     folder.claim(checkpoint, settings, read)
-    ended = _go_on(request, folder, run)
-    return finish(request, ended, folder, run)
+    try:
+        return finish(request, _go_on(request, folder, run), folder, run)
+    finally:
+        folder.release()
 
 
 def _go_on(

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.files.write import appearing, make_folder, sync_tree, write_file
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.objective import Objective
@@ -137,16 +138,19 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         state = state_dict if state_dict is not None else dict(self.model.named_parameters())
         moved = {name: state[name].detach().contiguous().cpu() for name in sorted(self._moving)}
-        save_file(moved, folder / STATE_FILE)
+        with appearing(folder / STATE_FILE) as temporary:
+            save_file(moved, temporary)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            sync_tree(state)
+            write_file(state / COMPLETE, b"")
 
     def _issue_warnings_after_load(self, _result: Any) -> None:
         """Nothing: what does not move is not in the file."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,20 +16,23 @@ import torch
 from blake3 import blake3
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.record import RECORD_FILE, Record, TrainingRecord
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record, TrainingRecord
 from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
-from modekit.files.change import change_together
-from modekit.files.staging import json_bytes, link, staging, write_all, write_atomically
+from modekit.files.marker import INTERNAL
+from modekit.files.staging import staging
+from modekit.files.tensors import write_all
+from modekit.files.write import carry_over, json_bytes, link_file, write_file
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.run import Run
 from modekit.sources.model import Mappings, TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 
 
-def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], training: TrainingRecord) -> Checkpoint:
+def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], training: TrainingRecord, run: Run) -> Checkpoint:
     """Write the request's checkpoint with new tensors (by their names on disk) to its target, which may be its own folder.
 
     The documents that moved something or chose a state are kept beside it: no table may show them any more. Each tensor gets
@@ -51,19 +53,21 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
     dtype = checkpoint.tensors[checkpoint.slots[0].name].dtype if checkpoint.slots else "F32"
     if out == checkpoint.folder and tensors.keys() <= gate_names:
         router = router_bytes(checkpoint.slots, gates, dtype)
-        change_together(out, {ROUTER_FILE: router, **_rest(record, sha256_of(router), files)})
+        checkpoint.change({ROUTER_FILE: router, **_rest(record, sha256_of(router), files)})
         return open_checkpoint(out)
+    in_place = out == checkpoint.folder
     with staging(
-        out, f"train {training.settings} {sorted(record.trained.items())}", overwrite=out == checkpoint.folder,
-        marker=RECORD_FILE,
+        out, f"train {training.settings} {sorted(record.trained.items())}", "checkpoint", sync=run.sync,
+        sources=() if in_place else [checkpoint.folder], replace="in place" if in_place else "nothing",
     ) as stage:  # fmt: skip
-        _copy_rest(checkpoint, stage.folder, results=out == checkpoint.folder)
+        stage.areas = (STATISTICS_FOLDER,)
+        _copy_rest(checkpoint, stage.folder, in_place=in_place)
         mappings = Mappings()
         try:
             for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
                 inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
                 if not any(name in content for name, _ in inside):
-                    link(file, stage.folder / file.name)
+                    link_file(file, stage.folder / file.name)
                     continue
                 entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
 
@@ -72,7 +76,7 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
             mappings.close()
         sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
         for name, beside in _rest(record, sha256, files).items():
-            write_atomically(stage.folder / name, beside)
+            write_file(stage.folder / name, beside)
     return open_checkpoint(out)
 
 
@@ -123,14 +127,9 @@ def _rest(record: Record, router_sha256: str, files: Mapping[str, str]) -> dict[
     return {**{name: content.encode() for name, content in files.items()}, RECORD_FILE: json_bytes(said)}
 
 
-def _copy_rest(checkpoint: Checkpoint, folder: Path, *, results: bool) -> None:
-    """Everything that is neither weights nor the record: config, tokenizer, code, statistics, and `results` if wanted."""
+def _copy_rest(checkpoint: Checkpoint, folder: Path, *, in_place: bool) -> None:
+    """Everything that is neither weights nor the record: config, tokenizer, code, statistics; in place, all that is there."""
     weights = {ref.file.name for ref in checkpoint.tensors.values()}
-    for path in checkpoint.folder.iterdir():
-        if path.name in {RECORD_FILE, ROUTER_FILE, *weights} or (path.name == RESULTS_FOLDER and not results):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, folder / path.name)
+    results = set() if in_place else {RESULTS_FOLDER}
+    carry_over(checkpoint.folder, folder, but={RECORD_FILE, ROUTER_FILE, *weights, *INTERNAL, *results}, links=in_place)
     assert (folder / INDEX_FILE).exists()

@@ -19,8 +19,7 @@ from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
-from modekit.evaluation.results_folder import RESULTS_FOLDER
-from modekit.files.staging import write_atomically
+from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence
@@ -74,9 +73,8 @@ def inspect(
     }
     rounded: dict[str, Any] = six_digits(data)
     if write:
-        (checkpoint.folder / RESULTS_FOLDER).mkdir(exist_ok=True)
         text = json.dumps(rounded, sort_keys=True, ensure_ascii=False) + "\n"  # indented it would be three times as long
-        write_atomically(checkpoint.folder / RESULTS_FOLDER / INSPECT_FILE, text.encode())
+        write_results(checkpoint, {INSPECT_FILE: text.encode()})
     return rounded
 
 

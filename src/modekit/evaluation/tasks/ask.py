@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError
-from modekit.evaluation.results_folder import RESULTS_FOLDER
-from modekit.evaluation.tasks.files import GROUPS, task_config, tasks_of, wanted_forms, write_tasks
+from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
+from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of, wanted_forms
 from modekit.evaluation.tasks.harness import (
     Metric,
     Scored,
@@ -138,7 +138,7 @@ def _question_tasks(
     made, said = make_questions(checkpoint, seen=seen, seed=seed)
     notes += said
     folder = checkpoint.folder / RESULTS_FOLDER / FOLDER
-    write_tasks(folder, made)
+    write_results(checkpoint, {f"{FOLDER}/{name}": content for name, content in task_files(made).items()}, all_of=FOLDER)
     tasks = []
     for name, (form, questions) in tasks_of(forms, made).items():
         own = {"process_results": process_results} if form == "generation" else {}

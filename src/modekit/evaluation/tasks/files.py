@@ -7,7 +7,6 @@ lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks modeki
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,23 +61,19 @@ def task_name(form: str, domain: str) -> str:
     return f"modekit_{domain}_{form}"
 
 
-def write_tasks(folder: Path, made: Sequence[Questions]) -> None:
-    """Write every task of the questions; the folder appears whole, and what an earlier run left there goes."""
-    stage = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    (stage / "scores.py").write_bytes(Path(scores.__file__).read_bytes())
+def task_files(made: Sequence[Questions]) -> dict[str, bytes]:
+    """Every task of the questions: file name -> content."""
+    files = {"scores.py": Path(scores.__file__).read_bytes()}
     for questions in made:
         lines = [json.dumps(item, ensure_ascii=False, sort_keys=True) for item in questions.items]
-        (stage / _data_file(questions)).write_bytes(("\n".join(lines) + "\n").encode())
+        files[_data_file(questions)] = ("\n".join(lines) + "\n").encode()
         for form in _forms_of(questions.kind):
             config = task_config(form, questions, folder=None)
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             if form == "generation":
                 text += f"process_results: {FUNCTION} scores.process_results\n"
-            (stage / f"{task_name(form, questions.domain)}.yaml").write_bytes(text.encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    stage.rename(folder)
+            files[f"{task_name(form, questions.domain)}.yaml"] = text.encode()
+    return files
 
 
 def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, Any]:

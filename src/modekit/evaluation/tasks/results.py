@@ -10,9 +10,9 @@ from typing import Any
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
-from modekit.evaluation.results_folder import RESULTS_FOLDER, UNREADABLE, read_results
+from modekit.evaluation.results_folder import RESULTS_FOLDER, UNREADABLE, read_results, write_results
 from modekit.evaluation.tasks.intervals import Estimate
-from modekit.files.staging import write_atomically, write_json
+from modekit.files.write import json_bytes
 
 TASKS_FILE = "tasks.json"
 PERCENTAGES = ("chrf", "bleu", "rougeL")  # metrics from 0 to 100
@@ -107,10 +107,8 @@ def results_of(data: Mapping[str, Any]) -> TaskResults:
 
 def save_results(checkpoint: Checkpoint, results: TaskResults) -> None:
     """Write tasks.json and tasks.md."""
-    folder = checkpoint.folder / RESULTS_FOLDER
-    folder.mkdir(exist_ok=True)
-    write_json(folder / TASKS_FILE, results.as_data(checkpoint))
-    write_atomically(folder / "tasks.md", markdown(results, perplexities(checkpoint)).encode())
+    table = markdown(results, perplexities(checkpoint))
+    write_results(checkpoint, {TASKS_FILE: json_bytes(results.as_data(checkpoint)), "tasks.md": table.encode()})
 
 
 def perplexities(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from modekit.errors import OutputError
-from modekit.files.staging import write_atomically
+from modekit.files.write import write_file
 from modekit.recipes.paths import from_folder
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.findings import Finding
@@ -47,7 +47,7 @@ def write_advised(path: Path, advice: Advice) -> None:
     check_target(path)
     assert advice.recipe is not None
     data = from_folder(advice.recipe, advice.root, path.resolve().parent)
-    write_atomically(path, recipe_text(data, advice.choices, advice.findings).encode())
+    write_file(path, recipe_text(data, advice.choices, advice.findings).encode())
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

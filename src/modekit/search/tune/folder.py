@@ -8,15 +8,52 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from modekit.errors import OutputError, TuneError
-from modekit.files.staging import write_json
+from modekit.files.lock import Lock
+from modekit.files.marker import claim_work_folder, is_work_folder
+from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
+from modekit.files.write import remove, sweep, write_json
 from modekit.planning.plan import Plan
 from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.study import Job
 
 _SETTINGS_FILE = "settings.json"
+_BUILT_FILE = "built.json"
+_SUFFIX = ".tuning"
+
+
+def folder_of(out: Path) -> Path:
+    """Where the search for an output is kept."""
+    return out.with_name(out.name + _SUFFIX)
+
+
+def out_of(folder: Path) -> str:
+    """The name of the output that a search is for."""
+    return folder.name.removesuffix(_SUFFIX)
+
+
+def announce(out: Path, beside: Mapping[str, bytes]) -> None:
+    """Say, before the best mixture is built, which files will lie beside it: a kill after that costs no more than a look."""
+    write_json(folder_of(out) / _BUILT_FILE, {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()})
+
+
+def is_built(out: Path) -> bool:
+    """Whether OUT is what a search that was killed later had announced."""
+    folder = folder_of(out)
+    if not is_work_folder(folder, "tuning", out.name):
+        return False
+    try:
+        announced = read_json(folder / _BUILT_FILE)
+        return bool(announced) and all(
+            hashlib.sha256(read_bytes(out / name, LARGE)).hexdigest() == digest for name, digest in announced.items()
+        )
+    except (*UNREADABLE, AttributeError):
+        return False
+
+
+def close(out: Path) -> None:
+    """The search is over and OUT is in its place."""
+    remove(folder_of(out) / _BUILT_FILE)
 
 
 def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str]) -> None:
@@ -31,15 +68,11 @@ def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str
         "seed": settings.seed, **read,
     }  # fmt: skip
     path = folder / _SETTINGS_FILE
+    if not claim_work_folder(folder, "tuning", out_of(folder)):
+        raise OutputError(
+            "a folder that modekit did not make is in the way", where=str(folder), remedy="move it away, or choose another OUT"
+        )
     if not path.exists():
-        others = (each for each in folder.iterdir() if not each.name.startswith(_SETTINGS_FILE)) if folder.exists() else ()
-        if any(others):  # a kill may have left the beginnings of the settings
-            raise OutputError(
-                "a folder that modekit did not make is in the way",
-                where=str(folder),
-                remedy="move it away, or choose another OUT",
-            )
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, asked)
     known = json.loads(path.read_text(encoding="utf-8"))
     if known != asked:
@@ -53,14 +86,13 @@ def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Held while a command searches: another would take its candidates for those that a kill cut short."""
-    lock = FileLock(folder / "search.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = Lock(folder / "search.lock")
+    if not lock.take():
         raise TuneError(
             "another command is at this search", where=str(folder), remedy="wait for it, or use --processes for more at once"
-        ) from None
+        )
     try:
+        sweep(folder)
         yield
     finally:
         lock.release()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from modekit.evaluation.loss import score_domain
-from modekit.files.staging import write_json
+from modekit.files.write import write_json
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan

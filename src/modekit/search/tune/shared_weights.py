@@ -10,23 +10,22 @@ Two candidates with the same backbone share all of it; two with different backbo
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from modekit.building.build import write_tensor
 from modekit.building.tensors import PieceReader
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, RouterRecord, make_record
 from modekit.checkpoint.router_file import Gates, write_index, write_router_file
-from modekit.files.staging import link, safetensors_header, write_all, write_json
+from modekit.files.lock import waiting
+from modekit.files.tensors import safetensors_header, write_all
+from modekit.files.write import appearing, copy_file, create, link_file, make_folder, remove, write_json
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
@@ -66,8 +65,8 @@ class SharedWeights:
             / "weights"
             / _digest([structure(plan.shape.mixture), [_identities(plan, shard) for shard in plan.shards]])
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        make_folder(folder.parent)
+        with waiting(folder.with_suffix(".lock")):
             if not (folder / RECORD_FILE).exists():
                 self._write(plan, folder)
         return open_checkpoint(folder).with_recipe(recipe)
@@ -86,10 +85,10 @@ class SharedWeights:
         folder = self._statistics_of(recipe, router)
         key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if mixture.fit.low_rank else ""])
         if key not in self._gates:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             unscaled = recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": plain})})
             together = self._read_with(recipe, router)
-            with FileLock(next(iter(together)).with_suffix(".lock")):
+            with waiting(next(iter(together)).with_suffix(".lock")):
                 if mixture.fit.reads == "router inputs":
                     read_statistics(shared, unscaled, self._root, together, run=self._run)
                 fitted = fit_router(shared, unscaled, self._root, folder, run=self._run)
@@ -126,36 +125,38 @@ class SharedWeights:
     def remove(self) -> None:
         """Remove the weights; statistics stay, for a search that goes on."""
         for name in ("weights", "tensors"):
-            shutil.rmtree(self._work / name, ignore_errors=True)
+            remove(self._work / name)
 
     def _write(self, plan: Plan, folder: Path) -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        with appearing(folder, sync=False) as partial:
+            make_folder(partial)
+            self._write_into(plan, folder, partial)
+
+    def _write_into(self, plan: Plan, folder: Path, partial: Path) -> None:
+        """Write everything into `partial`, which will be `folder`."""
         pool = self._work / "tensors"
-        pool.mkdir(exist_ok=True)
+        make_folder(pool)
         mappings = Mappings()
         try:
             read = PieceReader(mappings)
             for shard in plan.shards:
                 kept = pool / (_digest(_identities(plan, shard)) + ".safetensors")
-                with FileLock(kept.with_suffix(".lock")):
+                with waiting(kept.with_suffix(".lock")):
                     if not kept.exists():
                         _write_shard(plan, shard, kept, read)
-                link(kept, partial / shard.file)
+                link_file(kept, partial / shard.file)
         finally:
             mappings.close()
         write_index(plan, partial)
         write_json(partial / "config.json", dict(plan.config))
         for file in (*plan.copied_files, *plan.shape.code_files):
-            shutil.copyfile(file, partial / file.name)
+            copy_file(file, partial / file.name)
         zeros = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
         sha256 = write_router_file(partial / ROUTER_FILE, plan.slots, zeros, plan.router_dtype)
         # Sources are hashed by the build of what the search finds; nothing here is shown.
         hashes = {str(file): "" for source in plan.sources for file in source.files}
         record = make_record(plan, folder, hashes, RouterRecord.unfitted(plan.recipe, sha256))
-        write_json(partial / RECORD_FILE, record.model_dump(mode="json"))
-        partial.rename(folder)
+        write_json(partial / RECORD_FILE, record.model_dump(mode="json"), sync=False)
 
 
 def _by_layer(plan: Plan) -> list[Shard]:
@@ -169,13 +170,11 @@ def _by_layer(plan: Plan) -> list[Shard]:
 
 
 def _write_shard(plan: Plan, shard: Shard, path: Path, read: PieceReader) -> None:
-    partial = path.with_suffix(".partial")
-    with io.FileIO(partial, "w") as stream:
+    with appearing(path, sync=False) as partial, create(partial) as stream:
         entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
         write_all(stream, memoryview(safetensors_header(entries)))
         for tensor in shard.tensors:
             write_tensor(plan, tensor, read, stream)
-    partial.replace(path)
 
 
 def _identities(plan: Plan, shard: Shard) -> list[Any]:

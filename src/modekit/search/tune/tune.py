@@ -19,10 +19,11 @@ from pathlib import Path
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.record import RECORD_FILE
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TuneError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
-from modekit.files.staging import json_bytes, refuse_existing
+from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.write import json_bytes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture
@@ -31,7 +32,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.search.tune.candidate import pareto
-from modekit.search.tune.folder import alone, claim, stamp
+from modekit.search.tune.folder import alone, announce, claim, close, folder_of, is_built, stamp
 from modekit.search.tune.launch import launch
 from modekit.search.tune.results import TuneResults
 from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
@@ -52,7 +53,9 @@ def tune(
     raise, TextError and TuneError.
     """
     settings = settings or TuneSettings()
-    refuse_existing(out, overwrite=overwrite, marker=RECORD_FILE)
+    built = is_built(out)
+    if not built:
+        refuse_existing(out, replaced_by(overwrite))
     plan = make_plan(plain_recipe(recipe), root, run=run)
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
@@ -60,7 +63,7 @@ def tune(
     if native and not plan.shape.plain:
         raise _not_native(recipe, plan)
     space = space or space_of(recipe, root, plan, native=native)
-    folder = out.with_name(out.name + ".tuning")
+    folder = folder_of(out)
     built_native = plan.shape.plain and recipe.output.format != "modekit"
     job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, run.trust_remote_code)
     texts = _read_texts(job, plan, settings)
@@ -68,8 +71,13 @@ def tune(
     with alone(folder):
         results = _search(job, plan, settings, texts, run)
         best = make_plan(candidate_recipe(recipe, results.best.mixture), root, run=run)
-        build(best, out, overwrite=overwrite, beside=_beside(best, out, results, texts["select"]), run=run)
+        if not (built and open_checkpoint(out).record.recipe_digest == best.recipe.digest()):
+            refuse_existing(out, replaced_by(overwrite))
+            beside = _beside(best, out, results, texts["select"])
+            announce(out, beside)
+            build(best, out, overwrite=overwrite, beside=beside, run=run)
         job.weights().remove()
+        close(out)
         return results
 
 

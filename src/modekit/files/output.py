@@ -1,0 +1,145 @@
+"""May this be written? What lies at an output path, what a kill left of it, and what it is made from.
+
+Where an output is made, `OUT.partial`, is laid out in staging.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from modekit.errors import OutputError
+from modekit.files.lock import Lock
+from modekit.files.marker import MARKER, foreign_files, is_work_folder
+from modekit.files.write import empty_folder, remove
+
+Replace = Literal["nothing", "modekit's own", "in place"]
+"""What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
+
+PARTIAL: Literal["partial"] = "partial"
+LOCK, JOURNAL, NEW, OLD = "lock", "journal", "new", "old"
+_SHOWN = 5
+
+
+def replaced_by(overwrite: bool) -> Replace:
+    """What `--overwrite` allows."""
+    return "modekit's own" if overwrite else "nothing"
+
+
+def work_folder(out: Path) -> Path:
+    """Where an output is made."""
+    return out.with_name(f"{out.name}.{PARTIAL}")
+
+
+def is_in_the_making(folder: Path) -> bool:
+    """Whether a folder is an output's work folder, or the unfinished output in it."""
+    work = folder.parent if folder.name in {NEW, OLD} else folder
+    name = work.name.removesuffix(f".{PARTIAL}")
+    return name != work.name and is_work_folder(work, PARTIAL, name)
+
+
+def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()) -> None:
+    """Raise OutputError when something is at OUT that may not be replaced, or OUT and a source lie in one another.
+
+    What a kill left of an earlier commit is mended first. Raises OSError where that cannot be done.
+    """
+    _refuse_entangled(out, sources)
+    mend(out)
+    refuse_what_is_there(out, replace)
+
+
+def mend(out: Path) -> None:
+    """Put right what a kill inside a commit left, unless a process is at it. Raises OutputError, OSError."""
+    work = work_folder(out)
+    if not is_work_folder(work, PARTIAL, out.name):
+        return
+    lock = Lock(work / LOCK)
+    if lock.take():
+        try:
+            mend_commit(work, out)
+        finally:
+            lock.release()
+        remove_if_done(work)
+
+
+def mend_commit(work: Path, out: Path) -> None:
+    """With the lock held: the old folder comes back, or goes when the new one is in its place.
+
+    Raises OutputError when something else has taken its place.
+    """
+    old, new = work / OLD, work / NEW
+    if old.is_symlink() or not old.is_dir():
+        remove(old)
+    elif not os.path.lexists(out):
+        old.rename(out)
+    elif new.exists():
+        raise OutputError(
+            "something else took the place of an old output that was being replaced", where=str(out),
+            found=f"the old one is in {old}", remedy="move what is there away, and run the command again",
+        )  # fmt: skip
+    else:
+        remove(old)
+    if not new.exists():
+        remove(work / JOURNAL)
+
+
+def remove_if_done(work: Path) -> None:
+    """Remove a work folder in which nothing is left to go on with."""
+    if not (work / JOURNAL).exists() and not (work / NEW).exists() and not (work / OLD).exists():
+        lock = Lock(work / LOCK)
+        if lock.take():
+            clear(work, lock)
+
+
+def clear(work: Path, lock: Lock) -> None:
+    """Remove a work folder whose lock is held. A kill in between leaves what is still known to be ours.
+
+    Another process that comes just then finds the folder empty, or with its own lock in it, and it stays.
+    """
+    empty_folder(work, but=(JOURNAL, MARKER, LOCK))
+    for name in (JOURNAL, MARKER):
+        remove(work / name)
+    lock.release()
+    with suppress(OSError):
+        work.rmdir()
+
+
+def refuse_what_is_there(out: Path, replace: Replace) -> None:
+    """Raise OutputError when something is at OUT that may not be replaced."""
+    if not os.path.lexists(out) or replace == "in place":
+        return
+    if replace == "nothing":
+        raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        return
+    foreign = foreign_files(out) if out.is_dir() else None
+    if foreign is None:
+        raise OutputError(
+            "the output path exists and holds something else, so it is not overwritten", where=str(out),
+            found="no mark of modekit's (the file .modekit, which every folder that it makes has)",
+            remedy="choose another folder, or remove it yourself",
+        )  # fmt: skip
+    if foreign:
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        raise OutputError(
+            "the output folder holds files that modekit did not write, or that were changed since", where=str(out),
+            found=", ".join(foreign[:_SHOWN]) + more, remedy="move them away, or choose another folder",
+        )  # fmt: skip
+
+
+def _refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
+    """Raise OutputError when OUT is, holds, or lies in a folder that the command reads, whatever links lead there."""
+    real = out.resolve()
+    for source in sources:
+        folder = source.resolve()
+        relation = (
+            "is" if real == folder else "holds" if real in folder.parents else "lies in" if folder in real.parents else ""
+        )
+        if relation:
+            raise OutputError(
+                "the output must not touch what it is made from", where=str(out), found=f"it {relation} {source}",
+                remedy="choose a folder beside it",
+            )  # fmt: skip

@@ -1,0 +1,195 @@
+"""One file or folder appears whole, by rename, or not at all.
+
+    folder/.modekit.<16 hex digits>.tmp    where it is made: nobody could foresee the name, so nobody can have put a link there
+    folder/name                            its own name once it is whole
+
+Nothing here follows a link out of a folder that others may have made: a file in the place of another replaces a link and never
+writes through it, and a folder is never entered through one. After a power loss, too, a file is there as it was or as it
+became: its bytes are on the disk before its name is, and both before the call returns.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from modekit.files.read import open_regular
+from modekit.files.tensors import write_all
+
+_TEMPORARY = re.compile(r"\.modekit\.[0-9a-f]{16}\.tmp")
+_CHUNK = 2**20
+
+
+def json_bytes(value: object) -> bytes:
+    """Data as indented JSON with a fixed key order."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def create(path: Path) -> io.FileIO:
+    """A new file, open for writing, unbuffered. Raises OSError where anything has that name, a link included."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return io.FileIO(os.open(path, flags, 0o666), "wb")
+
+
+def go_on_writing(path: Path, *, append: bool = False) -> io.FileIO:
+    """A file that is there, open for writing, unbuffered. Raises OSError for a link, or what has another name elsewhere."""
+    flags = os.O_RDWR | (os.O_APPEND if append else 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, "not a file of its own", str(path))
+    return io.FileIO(descriptor, "ab" if append else "rb+")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it. Raises OSError where a link has its name: what is written there would go elsewhere."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link is in the way of a folder", str(path))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """A free name beside `path` for a file or folder that takes its place when the block ends well.
+
+    A file replaces what has its name, but for a folder; a folder replaces nothing. Raises OSError.
+    """
+    temporary = temporary_in(path.parent)
+    try:
+        yield temporary
+        if sync:
+            sync_tree(temporary)
+        (temporary.rename if temporary.is_dir() else temporary.replace)(path)
+    except BaseException:
+        remove(temporary)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a small file so that it is seen whole or not at all. Raises OSError."""
+    with appearing(path, sync=sync) as temporary, create(temporary) as stream:
+        write_all(stream, memoryview(content))
+
+
+def write_json(path: Path, value: object, *, sync: bool = True) -> None:
+    """Write data as JSON, as `write_file`."""
+    write_file(path, json_bytes(value), sync=sync)
+
+
+def copy_file(file: Path, target: Path) -> None:
+    """Copy a regular file's bytes; the copy appears whole, in place of what has its name. Raises OSError."""
+    with open_regular(file) as source, appearing(target, sync=False) as temporary, create(temporary) as stream:
+        shutil.copyfileobj(source, stream, _CHUNK)
+
+
+def carry_over(folder: Path, target: Path, *, but: Collection[str] = (), links: bool = False) -> None:
+    """The regular files of a folder under the same names in another, without copying them where the file system can.
+
+    `but` names entries of the folder that stay behind. With `links`, links are made anew as they are; else they stay, too,
+    since what they lead to may be no part of the folder. Raises OSError.
+    """
+    for name in files_below(folder):
+        path = folder / name
+        if name.partition("/")[0] in but or is_temporary(path):
+            continue
+        make_folder((target / name).parent)
+        if path.is_symlink():
+            if links:
+                with appearing(target / name, sync=False) as temporary:
+                    temporary.symlink_to(path.readlink())
+        elif path.is_file():
+            link_file(path, target / name)
+
+
+def link_file(file: Path, target: Path) -> None:
+    """The same bytes under another name, without copying them where the file system can. Raises OSError."""
+    if not file.is_symlink():
+        with suppress(OSError), appearing(target, sync=False) as temporary:
+            os.link(file, temporary)
+            return
+    copy_file(file, target)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Everything in a folder and its folders that is no folder, by its path with slashes; links are named, not followed."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links)]
+    return sorted(found)
+
+
+def temporary_in(folder: Path) -> Path:
+    """A name that nobody could foresee, for something that is yet to be whole."""
+    return folder / f".modekit.{secrets.token_hex(8)}.tmp"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether something bears such a name: a kill may have left it."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what kills left of things in the making, in a folder that is modekit's and that no other process writes."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if is_temporary(path):
+                remove(path)
+            elif path.is_dir() and not path.is_symlink():
+                sweep(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; of a link, the link. What cannot be removed stays."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def empty_folder(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Remove what lies in a folder, but for some names; what cannot be removed stays."""
+    with suppress(OSError):
+        for path in folder.iterdir() if not folder.is_symlink() else ():
+            if path.name not in but:
+                remove(path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can say so."""
+    if os.name != "nt":
+        sync_file(path)
+
+
+def sync_tree(path: Path, *, but: Collection[Path] = ()) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk; `but` for files that are known to be."""
+    if not path.is_dir():
+        sync_file(path)
+        return
+    for parent, _, names in os.walk(path, topdown=False):
+        for file in (Path(parent) / name for name in names):
+            if file not in but and not file.is_symlink():
+                sync_file(file)
+        sync_folder(Path(parent))
