@@ -209,11 +209,13 @@ def test_a_build_killed_twice(bench: Workshop, expected: Callable[..., Tree]) ->
 def test_what_the_journal_knows_is_not_written_again(bench: Workshop) -> None:
     plan, out = plan_of(bench), bench.root / "OUT"
     assert build_and_die(plan, out, RECORD_MOMENTS["after the line"], 12)
-    known = len((out.with_name("OUT.partial") / JOURNAL).read_text().splitlines()) - 1
+    lines = (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines()[1:]
+    known = sum(not line.startswith('["synced ') for line in lines)
     done: list[int] = []
     build(plan, out, run=Run(progress=lambda _stage, done_now, _total: done.append(done_now)))
     total = sum(len(shard.tensors) for shard in plan.shards)
-    assert known == 12
+    assert len(lines) == 12
+    assert known > 9
     assert len(done) - 1 <= total + len(set(plan.sources)) - known
 
 

@@ -102,7 +102,7 @@ def claim_work_folder(folder: Path, kind: Kind, of: str) -> bool:
         marker = read_marker(folder)
         if marker is not None:
             return marker.kind == kind and marker.of == of
-        if not all(is_temporary(path) or (path.name.endswith("lock") and not path.stat().st_size) for path in folder.iterdir()):
+        if not is_remains(folder):
             return False
     mark_work_folder(folder, kind, of)
     return True
@@ -111,6 +111,13 @@ def claim_work_folder(folder: Path, kind: Kind, of: str) -> bool:
 def mark_work_folder(folder: Path, kind: Kind, of: str) -> None:
     """Say whose a work folder is. Raises OSError."""
     write_file(folder / MARKER, Marker(kind=kind, of=of).as_bytes(), sync=False)
+
+
+def is_remains(folder: Path) -> bool:
+    """Whether a folder is no more than a kill leaves of a work folder that is not marked yet, or no longer: empty locks."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(is_temporary(path) or (path.name.endswith("lock") and not path.lstat().st_size) for path in folder.iterdir())
 
 
 def is_work_folder(folder: Path, kind: Kind, of: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from modekit.errors import OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import MARKER, foreign_files, is_work_folder
+from modekit.files.marker import MARKER, foreign_files, is_remains, is_work_folder
 from modekit.files.write import empty_folder, remove
 
 Replace = Literal["nothing", "modekit's own", "in place"]
@@ -54,7 +54,7 @@ def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()
 def mend(out: Path) -> None:
     """Put right what a kill inside a commit left, unless a process is at it. Raises OutputError, OSError."""
     work = work_folder(out)
-    if not is_work_folder(work, PARTIAL, out.name):
+    if not (is_work_folder(work, PARTIAL, out.name) or is_remains(work)):
         return
     lock = Lock(work / LOCK)
     if lock.take():
