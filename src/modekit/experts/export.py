@@ -21,7 +21,7 @@ from modekit.experts.own_files import TRAINED, OwnFiles, is_trained, own_files, 
 from modekit.experts.parts import parts_config, parts_of
 from modekit.experts.peft_folder import write_lora
 from modekit.files.marker import foreign_files
-from modekit.files.output import replaced_by
+from modekit.files.output import mend, replaced_by
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.write import copy_file, write_json
@@ -120,6 +120,7 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
 def _is_written(out: Path, record: Mapping[str, Any]) -> bool:
     """Whether an earlier run of the command, perhaps killed at a later expert, wrote this very adapter."""
     try:
+        mend(out)
         return foreign_files(out) == [] and read_json(out / EXPORT_FILE) == record
     except UNREADABLE:
         return False

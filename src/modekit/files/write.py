@@ -117,6 +117,7 @@ def link_file(file: Path, target: Path) -> None:
     """The same bytes under another name, without copying them where the file system can. Raises OSError."""
     if not file.is_symlink():
         with suppress(OSError), appearing(target, sync=False) as temporary:
+            remove(target)  # a rename onto another name of the same bytes would do nothing
             os.link(file, temporary)
             return
     copy_file(file, target)

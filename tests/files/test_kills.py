@@ -1,0 +1,157 @@
+"""Every command, killed before the n-th change of a file, for every n: the old or the new is whole, and the same command goes on.
+
+A command that is added joins by a line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adapter_folders import UP, write_adapter
+from command_line import ended
+from conftest import Workshop, make_workshop
+from kills import dies
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import CheckpointError
+from modekit.files.marker import foreign_files, read_marker
+from refusal import Tree, tree
+
+FIT = {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
+FEW = ("--tokens", "200")
+SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
+_VOLATILE = ("tensorboard", "tune.json", "tune.md", "NEW.tuning", ".modekit")
+"""What has the time in it, the digest of something that has, or the order in which a search came upon candidates."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a user types; OUT, ADAPTERS and so on are folders beside the recipes.
+
+    Attributes:
+        words: the command.
+        least: how many moments there are at least, so that a hook which sees nothing is noticed.
+        stride, slow_stride: one in this many of the moments is tried, in `make test` and in `make test-all`.
+    """
+
+    words: Sequence[str]
+    least: int
+    stride: int = 7
+    slow_stride: int = 1
+
+
+COMMANDS = {
+    "build": Command(("build", "native.yaml", "NEW"), 60, 17),
+    "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 60, 17),
+    "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
+    "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
+    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 60, 37, 3),
+    "train": Command(("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60, 41, 5),
+    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 97, 13),
+    "eval": Command(("eval", "OUT", *FEW), 10),
+    "inspect": Command(("inspect", "OUT", *FEW), 8),
+    "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
+    "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
+    "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "--steps", "2"), 20),
+    "report": Command(("report", "OUT"), 15),
+    "report elsewhere": Command(("report", "OUT", "--out", "pages/page.html"), 8),
+    "card": Command(("card", "OUT"), 10),
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Models, text, recipes, a native mixture and one of adapters."""
+    made = make_workshop(tmp_path_factory.mktemp("kills"), num_hidden_layers=1)
+    layer = {name: tensor for name, tensor in UP.items() if ".layers.0." in name}
+    for name in ("fever", "court"):
+        write_adapter(made.root / name, layer, target_modules=["up_proj"], r=4, lora_alpha=8)
+    experts = made.recipe["experts"][:2]
+    adapters = [{"name": name, "adapter": f"./{name}", "text": "./text/law.jsonl"} for name in ("fever", "court")]
+    recipes = {
+        "native": {**made.recipe, "experts": experts, "mixture": {"router": FIT}},
+        "other": {**made.recipe, "experts": experts, "mixture": {"router": {"fit": "random", "seed": 5}}},
+        "adapters": {**made.recipe, "experts": adapters, "mixture": {"router": {**FIT, "fit": "arrow"}}},
+    }
+    recipes["adapters"]["mixture"] = {"router": {"fit": "arrow"}}
+    for name, recipe in recipes.items():
+        (made.root / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for recipe_name, out in (("native", "OUT"), ("adapters", "ADAPTERS")):
+        assert ended("build", made.root / f"{recipe_name}.yaml", made.root / out)[0] == 0
+    return made
+
+
+def run_in(root: Path, words: Sequence[str]) -> tuple[object, str]:
+    """The command, typed in a folder; exit code and what it said of an error."""
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        code, _, stderr = ended(*words)
+    finally:
+        os.chdir(before)
+    return code, stderr
+
+
+def check_whole(root: Path) -> None:
+    """Every output that is there is all there, and is what it says."""
+    for out in (root / name for name in ("OUT", "NEW", "ADAPTERS")):
+        try:
+            opened = open_checkpoint(out)
+        except CheckpointError as error:
+            assert "modekit.json is missing" in str(error), error
+            assert not (out / "config.json").exists() or read_marker(out) is not None
+        else:
+            assert is_proven(verify(opened, reload=False))
+    exported = list((root / "EXPORTED").glob("*[!l]"))
+    for out in (root / "NEW", *(path for path in exported if path.suffix != ".partial")):
+        assert not out.exists() or foreign_files(out) == []
+
+
+def stable(found: Tree) -> Tree:
+    """What must be the same after every kill."""
+    return {name: content for name, content in found.items() if not any(part in _VOLATILE for part in name.split("/"))}
+
+
+def try_kills(shop: Workshop, tmp_path: Path, command: Command, stride: int) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(shop.root, whole)
+    assert run_in(whole, command.words)[0] == 0
+    wanted = stable(tree(whole))
+    for moment in range(1, 5000, stride):
+        root = tmp_path / f"at{moment}"
+        shutil.copytree(shop.root, root)
+
+        def work(root: Path = root) -> None:
+            code, said = run_in(root, command.words)
+            assert code == 0, said
+
+        if not dies(work, root, moment):
+            assert moment > command.least, "the hook saw too little"
+            assert stable(tree(root)) == wanted
+            return
+        check_whole(root)
+        code, said = run_in(root, command.words)
+        assert code == 0 or (code == 2 and "exists" in said), f"{moment}: {said}"
+        found = stable(tree(root))
+        assert found.keys() == wanted.keys(), f"{moment}: {sorted(found.keys() ^ wanted.keys())}"
+        different = [name for name in wanted if found[name] != wanted[name]]
+        assert not different, f"{moment}: {different}"
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_here_and_there(shop: Workshop, tmp_path: Path, name: str) -> None:
+    try_kills(shop, tmp_path, COMMANDS[name], COMMANDS[name].stride)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_all_moments(shop: Workshop, tmp_path: Path, name: str) -> None:
+    try_kills(shop, tmp_path, COMMANDS[name], COMMANDS[name].slow_stride)
