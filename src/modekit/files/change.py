@@ -48,9 +48,7 @@ def change_together(
     """
     lock = Lock(folder / CHANGE_LOCK)
     if not lock.take(patience=_PATIENCE):
-        raise OutputError(
-            "another command is changing this folder", where=str(folder), remedy="wait for it, and run this one again"
-        )
+        raise OutputError("another command is changing this folder", where=str(folder), remedy="run this one again after it")
     try:
         _finish(folder)
         if check is not None:
@@ -58,17 +56,16 @@ def change_together(
         for left in folder.iterdir():
             if is_temporary(left):
                 remove(left)
-        old = read_marker(folder)
-        gone = [
-            name for name in (old.files if old else {}) if remove_in and name.startswith(f"{remove_in}/") and name not in files
-        ]
+        for name in files:
+            _refuse_in_the_way(folder, name)
+        marker = read_marker(folder)
+        gone = [name for name in _listed_in(marker, f"{remove_in}/") if name not in files] if remove_in else []
         with appearing(folder / CHANGED) as staged:
             staged.mkdir()
             for name, content in files.items():
                 _write(staged, name, content)
-            if old is not None:
-                kept = {name: digest for name, digest in old.files.items() if name not in gone}
-                _write(staged, MARKER, old.model_copy(update={"files": kept}).with_files(files).as_bytes())
+            if marker is not None:
+                _write(staged, MARKER, marker.without(gone).with_files(files).as_bytes())
         _put(folder)
         for name in gone:
             remove(folder / name)

@@ -77,7 +77,8 @@ def read_marker(folder: Path) -> Marker | None:
 
 def marker_of(folder: Path, kind: Kind, *, areas: tuple[str, ...] = ()) -> Marker:
     """The marker of an output all of whose files modekit wrote. Raises OSError."""
-    files = {name: _digest_of(folder / name) for name in files_below(folder) if not _is_internal(name)}
+    paths = {name: folder / name for name in files_below(folder) if not _is_internal(name)}
+    files = {name: _digest_of(path) for name, path in paths.items() if not path.is_symlink()}
     return Marker(kind=kind, files=files, areas=areas)
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from modekit.errors import OutputError
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, foreign_files, is_remains, is_work_folder
-from modekit.files.write import empty_folder, remove
+from modekit.files.write import empty_folder, remove, remove_if_empty
 
 Replace = Literal["nothing", "modekit's own", "in place"]
 """What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
@@ -103,8 +102,7 @@ def clear(work: Path, lock: Lock) -> None:
     for name in (JOURNAL, MARKER):
         remove(work / name)
     lock.release()
-    with suppress(OSError):
-        work.rmdir()
+    remove_if_empty(work)
 
 
 def refuse_what_is_there(out: Path, replace: Replace) -> None:

@@ -61,6 +61,7 @@ from modekit.files.write import (
     go_on_writing,
     make_folder,
     remove,
+    remove_if_empty,
     sweep,
     sync_file,
     sync_folder,
@@ -211,8 +212,7 @@ class Staging:
     def _remove_parents(self) -> None:
         """Of folders that were made for this one, those that hold nothing."""
         for parent in self._new_parents:
-            with suppress(OSError):
-                parent.rmdir()
+            remove_if_empty(parent)
 
     def _release(self) -> None:
         """Give the folder free: with what an earlier command left in it, or not at all."""

@@ -161,6 +161,12 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder unless somebody has put something there."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def empty_folder(folder: Path, *, but: Collection[str] = ()) -> None:
     """Remove what lies in a folder, but for some names; what cannot be removed stays."""
     with suppress(OSError):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder
-from modekit.files.write import empty_folder, remove, sweep, write_json
+from modekit.files.write import empty_folder, remove, remove_if_empty, sweep, write_json
 from modekit.processes import processes
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import Text
@@ -73,8 +72,7 @@ class TrainingFolder:
         for name in last[:-1]:
             remove(self.path / name)
         self._lock.release()
-        with suppress(OSError):
-            self.path.rmdir()
+        remove_if_empty(self.path)
 
     def release(self) -> None:
         """Let another command at it; what is kept stays."""

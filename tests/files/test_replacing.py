@@ -1,0 +1,244 @@
+"""Only what modekit wrote may modekit replace or remove, and nothing that a command reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import modekit.building.build as building
+from command_line import modekit
+from conftest import Workshop, make_workshop
+from modekit.building.build import build
+from modekit.errors import OutputError
+from modekit.files.marker import foreign_files, read_marker
+from modekit.files.output import refuse_existing, work_folder
+from modekit.files.staging import staging
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
+from refusal import borrow, refuse, tree
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, small: Workshop) -> Workshop:
+    made = borrow(small, tmp_path)
+    made.recipe["experts"] = made.recipe["experts"][:2]
+    return made
+
+
+def put_a_letter(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "letter.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_during_a_build_is_not_replaced(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out, real = bench.root / "OUT", building.write_index
+    plan = make_plan(load_recipe(bench.write()), bench.root)
+
+    def write_index(*args: object) -> None:
+        put_a_letter(out)
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(building, "write_index", write_index)
+    with pytest.raises(OutputError, match="appeared at the output path meanwhile"):
+        build(plan, out, overwrite=overwrite)
+    assert tree(out) == {"letter.txt": b"mine"}
+    monkeypatch.undo()
+    shutil.rmtree(out)  # as the message says
+    build(plan, out)
+    assert not work_folder(out).exists()
+    assert foreign_files(out) == []
+
+
+def test_a_folder_that_took_the_place_of_the_old_one_is_not_replaced(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real = bench.build(), building.write_index
+
+    def write_index(*args: object) -> None:
+        out.rename(out.with_name("moved"))
+        put_a_letter(out)
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(building, "write_index", write_index)
+    with pytest.raises(OutputError, match="appeared at the output path meanwhile"):
+        bench.build()
+    assert tree(out) == {"letter.txt": b"mine"}
+
+
+def test_a_backup_beside_the_output_is_nobodys_but_the_users(bench: Workshop) -> None:
+    out = bench.build()
+    for name in ("OUT.replaced", "OUT.old", "OUT.copy"):
+        shutil.copytree(out, bench.root / name)
+    before = {name: tree(bench.root / name) for name in ("OUT.replaced", "OUT.old", "OUT.copy")}
+    refuse("build", bench.write(), out)
+    bench.build()
+    assert {name: tree(bench.root / name) for name in before} == before
+
+
+@pytest.mark.parametrize("how", ["a journal", "a journal and a lock", "a link", "a mixture", "another's work"])
+def test_a_folder_of_the_users_with_the_work_folders_name(bench: Workshop, how: str) -> None:
+    partial, elsewhere = bench.root / "OUT.partial", bench.root / "elsewhere"
+    if how == "a link":
+        put_a_letter(elsewhere)
+        (elsewhere / "journal").write_text("Dear diary\n")
+        partial.symlink_to(elsewhere)
+    elif how == "a mixture":
+        bench.build("OUT.partial")
+    elif how == "another's work":
+        with pytest.raises(OutputError), staging(bench.root / "OTHER", "x", "model") as stage:
+            shutil.copytree(stage.work, partial)
+            raise OutputError("enough")
+    else:
+        partial.mkdir()
+        (partial / "journal").write_text("Dear diary\n")
+        if "lock" in how:
+            (partial / "lock").write_text("")
+    recipe = bench.write()
+    before = tree(bench.root)
+    message = refuse("build", recipe, bench.root / "OUT")
+    assert "that modekit did not make is in the way" in message
+    assert "OUT.partial" in message
+    assert tree(bench.root) == before
+
+
+def test_files_of_the_user_in_an_output_are_not_overwritten(bench: Workshop) -> None:
+    out = bench.build()
+    (out / "notes").mkdir()
+    (out / "notes" / "monday.txt").write_text("mine")
+    recipe = bench.write()
+    before = tree(bench.root)
+    message = refuse("build", recipe, out, "--overwrite")
+    assert "notes/monday.txt" in message
+    assert tree(bench.root) == before
+    (out / "notes" / "monday.txt").unlink()
+    modekit("build", recipe, out, "--overwrite")
+
+
+def test_a_small_file_that_the_user_changed_is_the_users(bench: Workshop) -> None:
+    out = bench.build()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    assert foreign_files(out) == ["config.json"]
+    assert "config.json" in refuse("build", bench.write(), out, "--overwrite")
+
+
+def test_what_commands_added_is_modekits_own(bench: Workshop) -> None:
+    out = bench.build(mixture={"router": {"fit": "centroid", "tokens_per_domain": 64}})
+    for words in (("eval", "--tokens", "100"), ("inspect", "--tokens", "100"), ("report",), ("card",), ("fit", "--fit", "lda")):
+        modekit(words[0], out, *words[1:])
+        assert foreign_files(out) == [], words
+    bench.build(mixture={"router": {"fit": "centroid", "tokens_per_domain": 64}})
+
+
+def test_many_files_of_the_user_make_a_short_message(bench: Workshop) -> None:
+    out = bench.build()
+    for number in range(2000):
+        (out / f"letter{number}.txt").write_text("mine")
+    message = refuse("build", bench.write(), out, "--overwrite")
+    assert "and 1995 more" in message
+    assert len(message) < 1000
+
+
+def test_a_training_in_place_keeps_what_the_user_put_there(bench: Workshop) -> None:
+    out = bench.build()
+    (out / "notes.txt").write_text("mine")
+    (out / "link").symlink_to("../recipe.yaml")
+    modekit(
+        "train", out, "--what", "experts", "--backbone-learning-rate", "0.01", "--steps", "2", "--batch-tokens", "128",
+        "--sequence-length", "32", "--select-tokens", "100", "--tokens", "0",
+    )  # fmt: skip
+    assert json.loads((out / "modekit.json").read_text())["trained"]
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "link").readlink() == Path("../recipe.yaml")
+    assert foreign_files(out) == ["link", "notes.txt"]
+
+
+Entangled = Callable[[Path], tuple[Path, Path]]
+
+
+@pytest.mark.parametrize(
+    ("out", "relation"),
+    [
+        ("source", "is"),
+        ("source/OUT", "lies in"),
+        (".", "holds"),
+        ("link", "is"),
+        ("link/OUT", "lies in"),
+        ("source/../source", "is"),
+    ],
+)
+def test_an_output_and_its_sources_are_apart_by_real_path(tmp_path: Path, out: str, relation: str) -> None:
+    root = tmp_path / "models"
+    (root / "source").mkdir(parents=True)
+    (root / "link").symlink_to(root / "source")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=f"it {relation} "), staging(root / out, "x", "model", sources=[root / "source"]):
+        raise AssertionError
+    with pytest.raises(OutputError, match=f"it {relation} "):
+        refuse_existing(root / out, "modekit's own", sources=[root / "source"])
+    assert tree(tmp_path) == before
+
+
+def test_a_specialist_does_not_replace_its_own_base(bench: Workshop) -> None:
+    text = bench.recipe["experts"][0]["text"]
+    modekit("specialize", bench.recipe["base_model"], bench.root / "S", "--text", text, "--steps", "1")
+    before = tree(bench.root)
+    message = refuse("specialize", bench.root / "S", bench.root / "S", "--text", text, "--steps", "1", "--overwrite")
+    assert "must not touch what it is made from" in message
+    assert tree(bench.root) == before
+
+
+def test_a_build_does_not_replace_the_folder_that_its_experts_lie_in(bench: Workshop) -> None:
+    out = bench.build()
+    shutil.copytree(bench.recipe["experts"][0]["model"], out / "adapters" / "medicine")
+    experts = [{**bench.recipe["experts"][0], "model": "./OUT/adapters/medicine"}, bench.recipe["experts"][1]]
+    recipe = bench.write(experts=experts)
+    before = tree(bench.root)
+    assert "it holds " in refuse("build", recipe, out, "--overwrite")
+    assert tree(bench.root) == before
+
+
+@pytest.mark.parametrize("name", ["page.html", "page.json", "page-plots/pareto.svg"])
+def test_a_report_replaces_nothing_but_a_report(bench: Workshop, name: str) -> None:
+    out = bench.build()
+    mine = bench.root / "pages" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    if "plots" in name:  # whatever the plots are called
+        modekit("report", out, "--out", bench.root / "try" / "page.html")
+        plots = [path.name for path in (bench.root / "try" / "page-plots").glob("*")]
+        if not plots:
+            pytest.skip("this mixture has no plots")
+        mine.rename(mine.with_name(plots[0]))
+        mine = mine.with_name(plots[0])
+    before = tree(bench.root)
+    assert "no report of modekit's would be lost" in refuse("report", out, "--out", bench.root / "pages" / "page.html")
+    assert tree(bench.root) == before
+    mine.unlink()
+    for _ in range(2):
+        modekit("report", out, "--out", bench.root / "pages" / "page.html")
+
+
+def test_a_report_does_not_replace_a_part_of_the_mixture(bench: Workshop) -> None:
+    out = bench.build()
+    before = tree(out)
+    assert "no report" in refuse("report", out, "--out", out / "config.html")
+    assert tree(out) == before
+
+
+def test_every_folder_that_is_made_says_so(bench: Workshop) -> None:
+    out = bench.build()
+    marker = read_marker(out)
+    assert marker is not None
+    assert (marker.kind, marker.of) == ("checkpoint", "")
+    assert set(marker.files) == {name for name in tree(out) if name != ".modekit"}
