@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 KILLED = 9
+Sizes = dict[int, int]
+"""Inode -> bytes of the file that are surely on the disk."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
 
 
-def dies(work: Callable[[], object], below: Path, count: int) -> bool:
-    """Whether `work`, done in a process of its own, came to the count-th change of a file below a folder, and died there."""
+def dies(work: Callable[[], object], below: Path, count: int, *, lose: Callable[[Path, Sizes], None] | None = None) -> bool:
+    """Whether `work`, done in a process of its own, came to the count-th change of a file below a folder, and died there.
+
+    With `lose` the machine dies with it: it is called with what the disk has of every file, and makes the folder what the
+    disk would give back.
+    """
     process = os.fork()
     if process == 0:
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                _die_at(str(below), count)
+                _die_at(below, count, lose)
                 work()
             os._exit(0)
         except BaseException:
@@ -34,15 +40,28 @@ def dies(work: Callable[[], object], below: Path, count: int) -> bool:
     return code == KILLED
 
 
-def _die_at(below: str, count: int) -> None:
+def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None) -> None:
     seen = 0
+    dying = False
+    synced = {file.stat().st_ino: file.stat().st_size for file in below.rglob("*") if file.is_file()}
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    os.fsync = recorded
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
+        nonlocal seen, dying
         changes = event in _CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES)
-        if changes and any(below in os.fsdecode(arg) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))):
+        if changes and any(str(below) in os.fsdecode(arg) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))):
             seen += 1
-            if seen == count:
+            if seen == count and not dying:
+                dying = True
+                if lose is not None:
+                    lose(below, synced)
                 os._exit(KILLED)
 
     sys.addaudithook(hook)

@@ -1,4 +1,4 @@
-"""Every command, killed before the n-th change of a file, for every n: the old or the new is whole, and the same command goes on.
+"""Every command, killed before the n-th change of a file: the old or the new is whole, and the same command goes on.
 
 A command that is added joins by a line in COMMANDS.
 """

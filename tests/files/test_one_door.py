@@ -8,8 +8,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "modekit"
 CALLS = {
-    "write_text", "write_bytes", "mkdir", "makedirs", "rmdir", "unlink", "rename", "touch", "symlink_to", "hardlink_to", "rmtree",
-    "copyfile", "copy2", "copytree", "copyfileobj", "save_file", "save_pretrained", "truncate", "symlink",
+    "write_text", "write_bytes", "mkdir", "makedirs", "rmdir", "unlink", "rename", "touch", "symlink_to", "hardlink_to",
+    "rmtree", "copyfile", "copy2", "copytree", "copyfileobj", "save_file", "save_pretrained", "truncate", "symlink",
     "link", "mkstemp", "NamedTemporaryFile", "TemporaryDirectory", "FileLock", "FileIO", "savez", "savefig", "to_csv",
 }  # fmt: skip
 ALLOWED = {

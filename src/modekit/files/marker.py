@@ -111,7 +111,7 @@ def claim_work_folder(folder: Path, kind: Kind, of: str) -> bool:
 
 def mark_work_folder(folder: Path, kind: Kind, of: str) -> None:
     """Say whose a work folder is. Raises OSError."""
-    write_file(folder / MARKER, Marker(kind=kind, of=of).as_bytes(), sync=False)
+    write_file(folder / MARKER, Marker(kind=kind, of=of).as_bytes())
 
 
 def is_remains(folder: Path) -> bool:

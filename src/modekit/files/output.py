@@ -56,12 +56,17 @@ def mend(out: Path) -> None:
     if not (is_work_folder(work, PARTIAL, out.name) or is_remains(work)):
         return
     lock = Lock(work / LOCK)
-    if lock.take():
-        try:
-            mend_commit(work, out)
-        finally:
-            lock.release()
-        remove_if_done(work)
+    try:
+        if not lock.take():
+            return
+    except FileNotFoundError:  # whoever was at it has just finished
+        return
+    try:
+        mend_commit(work, out)
+        if not any((work / name).exists() for name in (JOURNAL, NEW, OLD)):
+            clear(work, lock)
+    finally:
+        lock.release()
 
 
 def mend_commit(work: Path, out: Path) -> None:
@@ -83,14 +88,6 @@ def mend_commit(work: Path, out: Path) -> None:
         remove(old)
     if not new.exists():
         remove(work / JOURNAL)
-
-
-def remove_if_done(work: Path) -> None:
-    """Remove a work folder in which nothing is left to go on with."""
-    if not (work / JOURNAL).exists() and not (work / NEW).exists() and not (work / OLD).exists():
-        lock = Lock(work / LOCK)
-        if lock.take():
-            clear(work, lock)
 
 
 def clear(work: Path, lock: Lock) -> None:
