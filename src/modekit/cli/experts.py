@@ -16,7 +16,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_extract, print_notes
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Overwrite, Trust, app
+from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -37,6 +37,7 @@ class SpecializeOptions:
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
     seed: Annotated[int, typer.Option(help="Order of the text.")] = 0
     overwrite: Overwrite = False
+    fsync: Fsync = True
     trust_remote_code: Trust = False
 
 
@@ -62,7 +63,7 @@ def specialize(
         record = specialize(
             model_folder(base, None, root=Path.cwd(), label="BASE"), output.resolve(),
             text, root=Path.cwd(), train=train, rank=rank, training=training, overwrite=options.overwrite,
-            run=Run(options.trust_remote_code, progress),
+            run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     loss = record["held_out_loss"]
     change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
@@ -84,6 +85,7 @@ class ExtractOptions:
     ] = None
     tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None
     overwrite: Overwrite = False
+    fsync: Fsync = True
     as_json: AsJson = False
     trust_remote_code: Trust = False
 
@@ -113,7 +115,7 @@ def extract(
         record = extract(
             model_folder(model, None, root=Path.cwd(), label="MODEL"),
             model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), settings,
-            overwrite=options.overwrite, run=Run(options.trust_remote_code, progress),
+            overwrite=options.overwrite, run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     if options.as_json:
         sys.stdout.write(json.dumps({**record, "notes": notes_of(record)}, indent=2) + "\n")

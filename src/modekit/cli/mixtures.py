@@ -16,7 +16,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_checks, print_plan
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Overwrite, RecipePath, Trust, app
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -43,7 +43,7 @@ def plan(
 @app.command()
 def build(
     recipe: RecipePath, output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    overwrite: Overwrite = False, trust_remote_code: Trust = False,
+    overwrite: Overwrite = False, fsync: Fsync = True, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
@@ -54,7 +54,7 @@ def build(
 
     made = make_plan(load_recipe(recipe), recipe.resolve().parent, run=Run(trust_remote_code))
     with drawn_progress() as progress:
-        checkpoint = build(made, output.resolve(), overwrite=overwrite, run=Run(progress=progress))
+        checkpoint = build(made, output.resolve(), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
     out.print(
         f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
@@ -143,6 +143,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets one PEFT folder per expert.")],
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None,
     overwrite: Overwrite = False,
+    fsync: Fsync = True,
 ) -> None:
     """Write the adapters of a mixture as ordinary PEFT folders, bit for bit."""
     from modekit.checkpoint.checkpoint import open_checkpoint
@@ -159,7 +160,7 @@ def export(
         if way.reason is not None:
             out.print(f"[dim]{escape(way.name)}: not exported: {escape(way.reason)}[/]")
             continue
-        record = write_way(opened, way, output.resolve() / way.name, overwrite=overwrite)
+        record = write_way(opened, way, output.resolve() / way.name, overwrite=overwrite, run=Run(sync=fsync))
         rank = f", rank {record['rank']}" if record["rank"] is not None else ""
         origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
         out.print(f"[bold]{escape(str(output / way.name))}[/]: {record['kind']}{rank}, {record['modules']} modules, {origin}")

@@ -28,6 +28,9 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe.yaml.")]
 OutFolder = Annotated[Path, typer.Argument(help="The checkpoint folder.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that bring code of their own.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
+Fsync = Annotated[
+    bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has it all, so that a power loss costs nothing.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -13,7 +13,7 @@ import typer
 from modekit.cli.options import grouped
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -74,6 +74,7 @@ class TrainOptions:
         int | None,
         typer.Option(min=0, help="Held-out tokens per domain for the tables before and after (default 8192); 0: none."),
     ] = None
+    fsync: Fsync = True
     as_json: AsJson = False
     trust_remote_code: Trust = False
 
@@ -101,7 +102,7 @@ def train(
         done = train(
             open_checkpoint(checkpoint.resolve()), wanted, texts=_texts(text), root=Path.cwd(),
             out=options.output.resolve() if options.output is not None else None, evaluate_tokens=tokens or None,
-            run=Run(options.trust_remote_code, progress),
+            run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     if processes().is_main:
         if options.as_json:

@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_tune
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Overwrite, RecipePath, Trust, app
+from modekit.cli.shell import AsJson, Fsync, Overwrite, RecipePath, Trust, app
 from modekit.errors import TuneError
 from modekit.run import Run
 
@@ -33,6 +33,7 @@ class TuneOptions:
     ray: Annotated[bool, typer.Option("--ray", help="Let Ray place the processes, on a cluster.")] = False
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the search.")] = 0
     overwrite: Overwrite = False
+    fsync: Fsync = True
     as_json: AsJson = False
     trust_remote_code: Trust = False
 
@@ -64,7 +65,7 @@ def tune(
     with drawn_progress() as progress:
         results = tune(
             parsed, root, output.resolve(), space=space, settings=settings, native=options.native,
-            overwrite=options.overwrite, run=Run(trust, progress),
+            overwrite=options.overwrite, run=Run(trust, progress, options.fsync),
         )  # fmt: skip
     if options.as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")

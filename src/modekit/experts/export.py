@@ -26,6 +26,7 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.write import copy_file, write_json
 from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.model import Mappings
@@ -91,7 +92,7 @@ def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: b
     return write_way(checkpoint, chosen_ways(checkpoint, [name])[0], out, overwrite=overwrite)
 
 
-def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> dict[str, Any]:
     """Write one expert by a way that is open (`reason` is None); returns what export.json says. Raises OutputError."""
     given_back = way.own if way.as_it_came else None
     config = dict(given_back.config) if given_back is not None else parts_config(checkpoint, way.expert, _known(way))
@@ -104,7 +105,9 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
         return record
     mappings = Mappings()
     try:
-        with staging(out, digest, "adapter", sources=_read_from(checkpoint, way), replace=replaced_by(overwrite)) as stage:
+        with staging(
+            out, digest, "adapter", sources=_read_from(checkpoint, way), replace=replaced_by(overwrite), sync=run.sync
+        ) as stage:
             if given_back is not None:
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     copy_file(given_back.folder / file, stage.folder / file)
