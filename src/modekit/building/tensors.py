@@ -14,11 +14,13 @@ import numpy.typing as npt
 
 from modekit.errors import SourceError
 from modekit.planning.plan import Piece, Plan, PlannedTensor
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.folding import Folded, folded_bias, reader
-from modekit.weights.merge import FlatArray, merge_blocks
+from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
+from modekit.weights.stored import FlatArray, Stored
 
 _KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed for A serves for B
 
@@ -26,9 +28,9 @@ _KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed
 class PieceReader:
     """Reads pieces as flat arrays of numbers, computing what adapters and low-rank parts make of a tensor."""
 
-    def __init__(self, mappings: Mappings) -> None:
-        self.mappings = mappings
-        self._read = reader(mappings)
+    def __init__(self, opened: OpenFiles) -> None:
+        self.opened = opened
+        self._read = reader(opened)
         self._factors: OrderedDict[tuple[object, ...], Factors] = OrderedDict()
 
     def values(self, piece: Piece) -> FlatArray:
@@ -36,11 +38,11 @@ class PieceReader:
         if piece.factor is not None:
             factors = self._factored(piece)
             return (factors.a if piece.factor.side == "A" else factors.b).ravel()
-        plain = self._read(piece.ref)
+        if piece.of_bias and piece.change is not None:
+            return folded_bias(piece.change, self._read(piece.ref), self._read)
+        plain = Stored(self.opened, piece.ref)
         if piece.change is None:
             return plain
-        if piece.of_bias:
-            return folded_bias(piece.change, plain, self._read)
         rows, columns = piece.ref.shape
         return Folded(piece.change, plain, (rows, columns), self._read)
 
@@ -49,12 +51,19 @@ class PieceReader:
         assert factor is not None
         key = (piece.ref.file, piece.ref.start, factor.expert.file, factor.expert.start, factor.rank)
         if key not in self._factors:
-            with np.errstate(over="ignore"):
-                delta = to_float32(self._read(factor.expert)) - to_float32(self._read(piece.ref))
-            self._factors[key] = factorise(delta.reshape(piece.ref.shape), rank=factor.rank)
+            self._factors[key] = factorise(self._difference(factor.expert, piece.ref), rank=factor.rank)
             if len(self._factors) > _KEPT_FACTORS:
                 self._factors.popitem(last=False)
         return self._factors[key]
+
+    def _difference(self, expert: TensorRef, base: TensorRef) -> npt.NDArray[np.float32]:
+        """The whole of an expert's difference to the base, (O, I)."""
+        moved, still = Stored(self.opened, expert), Stored(self.opened, base)
+        delta = np.empty(len(still), np.float32)
+        with np.errstate(over="ignore"):
+            for part in blocks(len(still)):
+                np.subtract(to_float32(moved[part]), to_float32(still[part]), out=delta[part])
+        return delta.reshape(base.shape)
 
 
 def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
@@ -65,7 +74,8 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
         return
     for ref in dict.fromkeys(ref for piece in tensor.pieces for ref in piece.refs):
         # Before computing, which can hide them: ties drops a NaN from its sum.
-        check_finite(plan, ref, read.mappings.view(ref))
+        for chunk in read.opened.chunks(ref):
+            check_finite(plan, ref, chunk)
     if tensor.operation == "merge":
         yield from _merged(plan, tensor, read)
     elif tensor.operation == "columns":
@@ -111,10 +121,15 @@ def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReade
 def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     """Pieces (O, R_e) as the columns of one (O, R) tensor."""
     rows = tensor.shape[0]
-    parts: list[npt.NDArray[np.generic]] = [np.asarray(_values(plan, piece, read)).reshape(rows, -1) for piece in tensor.pieces]
+    parts = [_values(plan, piece, read) for piece in tensor.pieces]
+    ranks = [len(part) // rows for part in parts]
     group = max(1, BLOCK // tensor.shape[1])
     for start in range(0, rows, group):
-        taken = [np.ascontiguousarray(to_float32(part[start : start + group])) for part in parts]
+        stop = min(start + group, rows)
+        taken = [
+            to_float32(part[start * rank : stop * rank]).reshape(stop - start, rank)
+            for part, rank in zip(parts, ranks, strict=True)
+        ]
         converted = to_bytes(np.concatenate(taken, axis=1).ravel(), tensor.dtype)
         if not is_finite(converted, tensor.dtype):
             finite = (is_finite(to_bytes(part.ravel(), tensor.dtype), tensor.dtype) for part in taken)

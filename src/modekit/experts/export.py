@@ -25,7 +25,7 @@ from modekit.files.staging import Staging, staging, write_json
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.text.splits import TRAINED_FILE
 
 EXPORT_FILE = "export.json"
@@ -97,18 +97,18 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
         "modules": len(places_of(checkpoint, way.expert)), "as_it_came": way.as_it_came, "notes": list(way.notes),
     }  # fmt: skip
     digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {way.name} {way.as_it_came}".encode()).hexdigest()
-    mappings = Mappings()
+    opened = OpenFiles()
     try:
         with staging(out, digest, overwrite=overwrite, marker=EXPORT_FILE) as stage:
             if given_back is not None:
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     shutil.copyfile(given_back.folder / file, stage.folder / file)
             else:
-                write_lora(stage, config, list(parts_of(checkpoint, way.expert, mappings)))
+                write_lora(stage, config, list(parts_of(checkpoint, way.expert, opened)))
             _write_beside(way, stage)
             write_json(stage.folder / EXPORT_FILE, record)
     finally:
-        mappings.close()
+        opened.close()
     return record
 
 

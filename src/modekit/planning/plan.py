@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from modekit.errors import SourceError
+from modekit.files.read import FileState
 from modekit.planning.shape import Shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
@@ -185,6 +185,11 @@ class Plan:
         """All tensors of the result, router last."""
         return (*(tensor for shard in self.shards for tensor in shard.tensors), *self.router)
 
+    @cached_property
+    def source_states(self) -> dict[Path, FileState | None]:
+        """Every weight file of the sources, and its state when its header was read."""
+        return {file: source.states[file] for source in self.sources for file in source.files}
+
     @property
     def bytes_written(self) -> int:
         """Size of the weights."""
@@ -234,16 +239,7 @@ class Plan:
         return {"build": _BUILD_FLOOR + 6 * 4 * largest, "fit": fit, "load": self.bytes_written}
 
     def digest(self) -> str:
-        """Identity of this build: version, recipe, every planned tensor, and size and time of every source file."""
-        try:
-            stats = [(file, file.stat()) for source in self.sources for file in source.files]
-        except OSError as error:
-            raise SourceError(
-                "a source file cannot be read",
-                where=str(error.filename),
-                found=error.strerror,
-                remedy="put it back and build again",
-            ) from None
+        """Identity of this build: version, recipe, every planned tensor, and what every source file was when it was planned."""
         identity = {
             "modekit": version("modekit"),
             "recipe": self.recipe.digest(),
@@ -252,6 +248,9 @@ class Plan:
                 [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces]]
                 for t in self.tensors
             ],
-            "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+            "files": [
+                [str(file), state and [state.inode, state.size, state.modified_ns]]
+                for file, state in self.source_states.items()
+            ],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,8 @@ from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.change import change_together
 from modekit.files.staging import json_bytes, link, staging, write_all, write_atomically
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
@@ -58,7 +59,7 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         marker=RECORD_FILE,
     ) as stage:  # fmt: skip
         _copy_rest(checkpoint, stage.folder, results=out == checkpoint.folder)
-        mappings = Mappings()
+        opened = OpenFiles()
         try:
             for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
                 inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
@@ -67,9 +68,9 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
                     continue
                 entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
 
-                stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, mappings))
+                stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, opened))
         finally:
-            mappings.close()
+            opened.close()
         sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
         for name, beside in _rest(record, sha256, files).items():
             write_atomically(stage.folder / name, beside)
@@ -77,11 +78,11 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
 
 
 def _write_tensor(
-    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, index: int,
+    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], opened: OpenFiles, index: int,
     stream: io.FileIO,
 ) -> None:  # fmt: skip
     name, ref = inside[index]
-    write_all(stream, content[name] if name in content else mappings.view(ref))
+    write_all(stream, content[name] if name in content else opened.read(ref))
 
 
 def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memoryview:
