@@ -22,6 +22,7 @@ from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.stored import FlatArray, Stored
 
+_PLAIN = 8  # arrays of a plain block: read, in float32, scaled, rounded; small, so that they stay in the processor's cache
 _KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed for A serves for B
 
 
@@ -108,7 +109,7 @@ def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
 
 def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     values = _values(plan, piece, read)
-    for part in blocks(len(values)):
+    for part in blocks(len(values), _PLAIN if piece.change is None else 1):
         block = to_float32(values[part])
         if tensor.factor != 1.0:
             block *= np.float32(tensor.factor)

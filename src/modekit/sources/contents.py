@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from blake3 import blake3
 
 from modekit.errors import SourceError
 from modekit.files.read import FileState, open_regular
 from modekit.sources.model import TensorRef
 
-CHUNK = 2**20
+CHUNK = 2**19
 """Bytes read at a time where a whole file or tensor goes by: they stay in the processor's cache while they are looked at."""
 
 _ALONE = "leave the models alone while they are read, and run the command again"
@@ -119,7 +120,7 @@ class OpenFiles:
 
     def read(self, ref: TensorRef, start: int = 0, stop: int | None = None) -> memoryview:
         """A tensor's bytes, or those from `start` to `stop` of them, in memory of their own."""
-        buffer = memoryview(bytearray((ref.nbytes if stop is None else stop) - start))
+        buffer: memoryview = np.empty((ref.nbytes if stop is None else stop) - start, np.uint8).data
         self.file(ref).fill(buffer, ref.start + start)
         return buffer
 
