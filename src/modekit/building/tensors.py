@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.errors import SourceError
-from modekit.planning.plan import Piece, Plan, PlannedTensor
+from modekit.planning.plan import Factor, Piece, Plan, PlannedTensor
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
 from modekit.weights.factorise import Factors, factorise
@@ -23,7 +22,6 @@ from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, 
 from modekit.weights.stored import FlatArray, Stored
 
 _PLAIN = 8  # arrays of a plain block: read, in float32, scaled, rounded; small, so that they stay in the processor's cache
-_KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed for A serves for B
 
 
 class PieceReader:
@@ -32,12 +30,13 @@ class PieceReader:
     def __init__(self, opened: OpenFiles) -> None:
         self.opened = opened
         self._read = reader(opened)
-        self._factors: OrderedDict[tuple[object, ...], Factors] = OrderedDict()
+        # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
+        self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
 
     def values(self, piece: Piece) -> FlatArray:
         """The piece's elements in order: its own dtype when it is plain, else float32."""
         if piece.factor is not None:
-            factors = self._factored(piece)
+            factors = self._factors(piece.ref, piece.factor)
             return (factors.a if piece.factor.side == "A" else factors.b).ravel()
         if piece.of_bias and piece.change is not None:
             return folded_bias(piece.change, self._read(piece.ref), self._read)
@@ -47,15 +46,13 @@ class PieceReader:
         rows, columns = piece.ref.shape
         return Folded(piece.change, plain, (rows, columns), self._read)
 
-    def _factored(self, piece: Piece) -> Factors:
-        factor = piece.factor
-        assert factor is not None
-        key = (piece.ref.file, piece.ref.start, factor.expert.file, factor.expert.start, factor.rank)
-        if key not in self._factors:
-            self._factors[key] = factorise(self._difference(factor.expert, piece.ref), rank=factor.rank)
-            if len(self._factors) > _KEPT_FACTORS:
-                self._factors.popitem(last=False)
-        return self._factors[key]
+    def _factors(self, base: TensorRef, factor: Factor) -> Factors:
+        if self._factored[0] != base:
+            self._factored = (base, {})
+        known, key = self._factored[1], (factor.expert, factor.rank)
+        if key not in known:
+            known[key] = factorise(self._difference(factor.expert, base), rank=factor.rank)
+        return known[key]
 
     def _difference(self, expert: TensorRef, base: TensorRef) -> npt.NDArray[np.float32]:
         """The whole of an expert's difference to the base, (O, I)."""
