@@ -6,7 +6,7 @@ Makes a base and four bf16 experts of about 300M parameters (random values; the 
 turn, in alternating order, runs the copy and `modekit build` as processes of their own. Prints wall and CPU seconds
 (user + system, children included) as medians with the range, their ratio round by round, and the most memory that each
 held: resident (all of it, pages of files included) and anonymous (its own alone). With --verify, `modekit verify
---no-reload` of the result runs in every round, too.
+--no-reload` of the result runs in every round, too; with --other CHECKOUT the build of another checkout.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from modekit.files.staging import safetensors_header
+
+HERE = Path(__file__).parents[1]
 
 COPY = """
 import json, mmap, sys
@@ -86,10 +88,11 @@ class Figures:
     anonymous: int
 
 
-def measure(command: list[str]) -> Figures:
-    """Run a process to its end."""
+def measure(command: list[str], checkout: Path = HERE) -> Figures:
+    """Run a process to its end, with the package of a checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src")}
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     largest = {"VmHWM": 0, "RssAnon": 0}
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="1: 24 layers, 340M parameters; 2: twice the layers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--verify", action="store_true", help="measure the proof as well")
+    parser.add_argument("--other", type=Path, metavar="CHECKOUT", help="measure its build as well, and the ratio to it")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -141,6 +145,8 @@ def main() -> None:
             "copy": [sys.executable, str(folder / "copy.py"), str(folder / "pieces.json"), str(folder / "COPY")],
             "build": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT")],
         }
+        checkouts = {"other": arguments.other} if arguments.other else {}
+        commands |= {name: commands["build"] for name in checkouts}
         results: dict[str, list[Figures]] = {name: [] for name in commands}
         for round_ in range(arguments.rounds + 1):
             for name in sorted(commands, reverse=bool(round_ % 2)):
@@ -148,7 +154,7 @@ def main() -> None:
                     shutil.rmtree(folder / target, ignore_errors=True)
                 (folder / "COPY").mkdir()
                 os.sync()  # the last run's write-back must not fall into this run's time
-                figures = measure(commands[name])
+                figures = measure(commands[name], checkouts.get(name, HERE))
                 if round_:
                     results[name].append(figures)
                 if name == "build" and arguments.verify:
@@ -162,9 +168,10 @@ def main() -> None:
                 f"{name:7} wall {shown([row.wall for row in rows], ' s')}  cpu {shown([row.cpu for row in rows], ' s')}"
                 f"  resident {resident / 1e6:.0f} MB  anonymous {anonymous / 1e6:.0f} MB"
             )
-        pairs = list(zip(results["build"], results["copy"], strict=True))
-        print(f"build / copy: wall {shown([ours.wall / copy.wall for ours, copy in pairs])}", end="")
-        print(f"  cpu {shown([ours.cpu / copy.cpu for ours, copy in pairs])}")
+        for floor in ("copy", *checkouts):
+            pairs = list(zip(results["build"], results[floor], strict=True))
+            print(f"build / {floor}: wall {shown([ours.wall / its.wall for ours, its in pairs])}", end="")
+            print(f"  cpu {shown([ours.cpu / its.cpu for ours, its in pairs])}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
