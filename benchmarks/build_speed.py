@@ -4,7 +4,9 @@
 
 Makes a base and four bf16 experts of about 300M parameters (random values; the scale multiplies the layers), then in
 turn, in alternating order, runs the copy and `modekit build` as processes of their own. Prints wall and CPU seconds
-(user + system, children included) and the largest anonymous memory of each, as medians with the range.
+(user + system, children included) as medians with the range, their ratio round by round, and the most memory that each
+held: resident (all of it, pages of files included) and anonymous (its own alone). With --verify, `modekit verify
+--no-reload` of the result runs in every round, too; with --other CHECKOUT the build of another checkout.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from modekit.files.staging import safetensors_header
+
+HERE = Path(__file__).parents[1]
 
 COPY = """
 import json, mmap, sys
@@ -73,24 +78,37 @@ def make_models(folder: Path, layers: int) -> None:
                 rest -= stream.write(block[: min(rest, len(block))])
 
 
-def measure(command: list[str]) -> tuple[float, float, int]:
-    """(wall seconds, CPU seconds, largest anonymous bytes) of a process, sampled every 10 ms."""
+@dataclass(frozen=True)
+class Figures:
+    """Seconds and largest bytes of a process. The system keeps the resident peak, the anonymous one is sampled every 10 ms."""
+
+    wall: float
+    cpu: float
+    resident: int
+    anonymous: int
+
+
+def measure(command: list[str], checkout: Path = HERE) -> Figures:
+    """Run a process to its end, with the package of a checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src")}
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    largest = 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    largest = {"VmHWM": 0, "RssAnon": 0}
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
         try:
             for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-                if line.startswith("RssAnon"):
-                    largest = max(largest, int(line.split()[1]) * 1024)
+                name, _, value = line.partition(":")
+                if name in largest:
+                    largest[name] = max(largest[name], int(value.split()[0]) * 1024)
         except OSError:
             pass
         time.sleep(0.01)
     assert status == 0, command
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, largest
+    seconds = time.perf_counter() - started
+    return Figures(seconds, usage.ru_utime + usage.ru_stime, largest["VmHWM"], largest["RssAnon"])
 
 
 def shown(values: list[float], unit: str = "") -> str:
@@ -101,6 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=int, default=1, help="1: 24 layers, 340M parameters; 2: twice the layers")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--verify", action="store_true", help="measure the proof as well")
+    parser.add_argument("--other", type=Path, metavar="CHECKOUT", help="measure its build as well, and the ratio to it")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -123,25 +143,35 @@ def main() -> None:
         (folder / "copy.py").write_text(COPY)
         commands = {
             "copy": [sys.executable, str(folder / "copy.py"), str(folder / "pieces.json"), str(folder / "COPY")],
-            "modekit": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT")],
+            "build": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT")],
         }
-        results: dict[str, list[tuple[float, float, int]]] = {"copy": [], "modekit": []}
+        checkouts = {"other": arguments.other} if arguments.other else {}
+        commands |= {name: commands["build"] for name in checkouts}
+        results: dict[str, list[Figures]] = {name: [] for name in commands}
         for round_ in range(arguments.rounds + 1):
             for name in sorted(commands, reverse=bool(round_ % 2)):
                 for target in ("COPY", "OUT"):
                     shutil.rmtree(folder / target, ignore_errors=True)
                 (folder / "COPY").mkdir()
                 os.sync()  # the last run's write-back must not fall into this run's time
-                figures = measure(commands[name])
+                figures = measure(commands[name], checkouts.get(name, HERE))
                 if round_:
                     results[name].append(figures)
+                if name == "build" and arguments.verify:
+                    proven = measure([sys.executable, "-m", "modekit", "verify", str(folder / "OUT"), "--no-reload"])
+                    if round_:
+                        results.setdefault("verify", []).append(proven)
         print(f"{plan.bytes_written / 1e9:.2f} GB written from {plan.bytes_read / 1e9:.2f} GB, {arguments.rounds} rounds")
         for name, rows in results.items():
-            wall, cpu, memory = (list(column) for column in zip(*rows, strict=True))
-            print(f"{name:8} wall {shown(wall, ' s')}  cpu {shown(cpu, ' s')}  anonymous {max(memory) / 1e6:.0f} MB")
-        for place, figure in enumerate(("wall", "cpu")):
-            ratios = [ours[place] / copy[place] for ours, copy in zip(results["modekit"], results["copy"], strict=True)]
-            print(f"ratio {figure} {shown(ratios)}")
+            resident, anonymous = max(row.resident for row in rows), max(row.anonymous for row in rows)
+            print(
+                f"{name:7} wall {shown([row.wall for row in rows], ' s')}  cpu {shown([row.cpu for row in rows], ' s')}"
+                f"  resident {resident / 1e6:.0f} MB  anonymous {anonymous / 1e6:.0f} MB"
+            )
+        for floor in ("copy", *checkouts):
+            pairs = list(zip(results["build"], results[floor], strict=True))
+            print(f"build / {floor}: wall {shown([ours.wall / its.wall for ours, its in pairs])}", end="")
+            print(f"  cpu {shown([ours.cpu / its.cpu for ours, its in pairs])}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

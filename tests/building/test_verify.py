@@ -124,9 +124,9 @@ def test_low_rank_parts_may_be_turned_as_another_processor_turns_them(workshop: 
 
     scale("A", -1.0)
     scale("B", -1.0)  # the same product
-    checks = verify(checkpoint, reload=False)
+    checks = verify(open_checkpoint(out), reload=False)
     assert is_proven(checks)
     assert any("1 modules give the same change in other bits" in check.detail for check in checks)
     scale("B", 1.01)
-    failed = [check for check in verify(checkpoint, reload=False) if check.verdict == "failed"]
+    failed = [check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed"]
     assert [check.name for check in failed] == ["computed tensors"] and module in failed[0].detail

@@ -41,8 +41,9 @@ from modekit.search.advise.recipe_file import recipe_text
 from modekit.search.advise.rules import EXPERTS, ROUTERS, Facts, choose
 from modekit.search.advise.texts import read_texts
 from modekit.sources.adapter import open_adapter
+from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES, family_of
-from modekit.sources.model import Mappings, ModelSource, open_source
+from modekit.sources.model import ModelSource, open_source
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import documents_of_split, split_of
@@ -210,7 +211,7 @@ def test_the_base_is_given_back_bit_for_bit(trained: Workshop, tmp_path: Path, d
     model, ids = load_model(tmp_path / "0"), torch.arange(3, 60)[None]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(ids).logits
-    patched = PatchedBase(model, sources, groups, moved, Mappings())
+    patched = PatchedBase(model, sources, groups, moved, OpenFiles())
     for expert in range(len(folders) - 1):
         for name, part in PARTS.items():
             with patched.with_parts(expert, part):
@@ -230,7 +231,7 @@ def test_the_base_is_given_back_after_an_error(trained: Workshop) -> None:
     groups = groups_of(sources[0], FAMILIES[0])
     model = load_model(sources[0].folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    patched = PatchedBase(model, sources, groups, compare(sources[0], sources[1:], groups).moved, Mappings())
+    patched = PatchedBase(model, sources, groups, compare(sources[0], sources[1:], groups).moved, OpenFiles())
     with pytest.raises(KeyboardInterrupt), patched.with_parts(0, PARTS["all"]):
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -245,7 +246,7 @@ def test_losses_are_those_of_models_put_together_by_hand(trained: Workshop) -> N
     assert set(drift.moved[0]) == set(groups)
     documents = documents_of_split(read_documents(["text/law.jsonl"], root=trained.root, where=""), "select")
     text = encode(load_tokenizer(trained.root / "base"), documents, max_tokens=500, sequence_length=64)
-    patched = PatchedBase(load_model(trained.root / "base"), sources, groups, drift.moved, Mappings())
+    patched = PatchedBase(load_model(trained.root / "base"), sources, groups, drift.moved, OpenFiles())
     gains = measure(patched, {0: text}, [0, 1])
     states = [load_model(each.folder).state_dict() for each in sources]
 

@@ -33,7 +33,8 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.adapter import AdapterSource, LowRank, Scaling, is_adapter, open_adapter
 from modekit.sources.adapter_config import _NO_EFFECT, LoraSettings
-from modekit.sources.model import Mappings, ModelSource, open_source
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource, open_source
 from modekit.weights import folding
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import to_float32
@@ -78,8 +79,8 @@ def opened(base: Path, adapter: Path) -> AdapterSource:
 
 def folded(base: ModelSource, adapter: AdapterSource) -> dict[str, np.ndarray]:
     """Every tensor of the base with the adapter folded in."""
-    mappings = Mappings()
-    read, result = reader(mappings), {}
+    opened = OpenFiles()
+    read, result = reader(opened), {}
     for name, ref in base.tensors.items():
         values: Any = read(adapter.replaced.get(name, ref))
         if name in adapter.changes:
@@ -87,7 +88,7 @@ def folded(base: ModelSource, adapter: AdapterSource) -> dict[str, np.ndarray]:
         elif name in adapter.bias_changes:
             values = folded_bias(adapter.bias_changes[name], values, read)
         result[name] = to_float32(values).reshape(ref.shape).copy()
-    mappings.close()
+    opened.close()
     return result
 
 
@@ -286,7 +287,7 @@ def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: 
     source = open_source("", "", bases("llama"))
     up = "model.layers.0.mlp.up_proj.weight"
     assert ours.changes[up] == Scaling(ours.tensors[names[0]], "rows", (48, 96))
-    original = to_float32(reader(Mappings())(source.tensors[up])).reshape(48, 32)
+    original = to_float32(reader(OpenFiles())(source.tensors[up])).reshape(48, 32)
     assert np.array_equal(folded(source, ours)[up], original * vector[48:])
 
 

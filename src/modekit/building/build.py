@@ -1,4 +1,4 @@
-"""Runs a plan: tensors stream from memory-mapped sources to shards, then the router is set, then the folder appears.
+"""Runs a plan: tensors stream from their sources to shards, then the router is set, then the folder appears.
 
 A copied tensor goes from the page cache of its source to that of the result without passing through the process. A second
 thread inspects the sources meanwhile (inspector.py).
@@ -21,15 +21,19 @@ from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterReco
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import SourceError
 from modekit.files.output import replaced_by
+from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
-from modekit.files.write import copy_file, make_folder, remove, write_file, write_json
+from modekit.files.write import make_folder, remove, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.routing.fit import fit_router
 from modekit.run import QUIET, Run
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.text.documents import is_local
 from modekit.text.held_out import fit_documents
+
+# EIO may be the source's or the result's: copying through the process tells which.
+_NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
 
 
 def build(
@@ -55,7 +59,7 @@ def build(
         write_index(plan, stage.folder)
         write_json(stage.folder / "config.json", dict(plan.config))
         for file in (*plan.copied_files, *plan.shape.code_files):
-            copy_file(file, stage.folder / file.name)
+            write_file(stage.folder / file.name, _content(file), sync=False)
         for name, content in (beside or {}).items():
             make_folder((stage.folder / name).parent)
             write_file(stage.folder / name, content)
@@ -71,6 +75,17 @@ def _check_text(plan: Plan) -> None:
             fit_documents(expert, plan.root, number)
 
 
+def _content(file: Path) -> bytes:
+    """A file that goes beside the weights. Raises SourceError: the writing around it would call it an error of OUT."""
+    try:
+        return read_bytes(file, LARGE)
+    except UNREADABLE as error:
+        found = getattr(error, "strerror", None) or error
+        raise SourceError(
+            "a file of the base model cannot be read", where=str(file), found=found, remedy="put it back and build again"
+        ) from None
+
+
 def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], run: Run) -> Checkpoint:
     remove(stage.folder / RECORD_FILE)  # of a build that was killed here: it is not what this one knows
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
@@ -84,11 +99,10 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], r
 
 
 def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
-    mappings = Mappings()
-    read = PieceReader(mappings)
     total = sum(shard.nbytes for shard in plan.shards)
     written = 0
-    try:
+    with OpenFiles() as opened:
+        read = PieceReader(opened)
         for shard in plan.shards:
 
             def write_next(number: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
@@ -100,37 +114,30 @@ def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
             stage.write_shard(shard.file, entries, write_next)
         run.progress("build", total, total)
-    finally:
-        mappings.close()
 
 
 def write_tensor(plan: Plan, tensor: PlannedTensor, read: PieceReader, stream: io.FileIO) -> None:
     """Write the bytes of a planned tensor. Raises SourceError."""
     if tensor.operation == "copy":
         for piece in tensor.pieces:
-            _copy(piece, read.mappings, stream)
+            _copy(piece, read.opened, stream)
     else:
         for block in computed_blocks(plan, tensor, read):
             write_all(stream, block)
-    for piece in tensor.pieces:
-        for ref in piece.refs:
-            read.mappings.forget(ref)
 
 
-def _copy(piece: Piece, mappings: Mappings, stream: io.FileIO) -> None:
-    """From page cache to page cache inside the kernel where the system can, else through the memory map."""
-    source, position = mappings.descriptor(piece.ref.file), piece.ref.start
+def _copy(piece: Piece, opened: OpenFiles, stream: io.FileIO) -> None:
+    """From page cache to page cache inside the kernel where the system can, else through the process."""
+    source, position = opened.file(piece.ref), piece.ref.start
     while position < piece.ref.end:
         try:
-            sent = os.sendfile(stream.fileno(), source, position, piece.ref.end - position)
+            sent = os.sendfile(stream.fileno(), source.descriptor, position, piece.ref.end - position)
         except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP}:
+            if isinstance(error, OSError) and error.errno not in _NOT_IN_THE_KERNEL:
                 raise
-            write_all(stream, mappings.view(piece.ref)[position - piece.ref.start :])
+            for chunk in source.chunks(position, piece.ref.end):
+                write_all(stream, chunk)
             return
         if sent == 0:
-            raise SourceError(
-                "a source file became shorter during the build", where=str(piece.ref.file),
-                remedy="leave the models alone while they are read, and build again",
-            )  # fmt: skip
+            raise source.ended()
         position += sent

@@ -17,7 +17,7 @@ from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.planning.plan import Plan, PlannedTensor
 from modekit.run import Run
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.weights.numeric import as_array, to_float32
 
 _ALIKE = {"F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
@@ -35,11 +35,11 @@ class ComputedAgain:
     wrong: str | None = None
 
 
-def compute_again(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> ComputedAgain:
+def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> ComputedAgain:
     """Compare every computed tensor, gates and trained ones aside, with what the recipe makes of its sources."""
     trained = checkpoint.record.trained
     computed = [t for t in plan.tensors if t.role != "router" and t.operation != "copy" and t.name not in trained]
-    read = PieceReader(mappings)
+    read = PieceReader(opened)
     total, done = sum(tensor.nbytes for tensor in computed), 0
     factored: dict[str, None] = {}
     for tensor in computed:
@@ -55,10 +55,12 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: R
 
 def _same_bits(checkpoint: Checkpoint, plan: Plan, tensor: PlannedTensor, read: PieceReader) -> bool:
     ref = checkpoint.tensors.get(tensor.name)
-    content = read.mappings.view(ref) if ref is not None else memoryview(b"")
+    if ref is None or ref.nbytes != tensor.nbytes:
+        return False
     start = 0
     for block in computed_blocks(plan, tensor, read):
-        if not np.array_equal(np.frombuffer(content[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8)):
+        found = read.opened.read(ref, start, start + len(block))
+        if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(block, np.uint8)):
             return False
         start += len(block)
     return True
@@ -70,8 +72,8 @@ def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceRea
     a_RI, b_OR = (_found(checkpoint, tensor, read) for tensor in (a, b))
     start = 0
     for piece_a, piece_b in zip(a.pieces, b.pieces, strict=True):
-        again_RI = to_float32(np.asarray(read.values(piece_a))).reshape(-1, a.shape[1])
-        again_OR = to_float32(np.asarray(read.values(piece_b))).reshape(b.shape[0], -1)
+        again_RI = to_float32(read.values(piece_a)[:]).reshape(-1, a.shape[1])
+        again_OR = to_float32(read.values(piece_b)[:]).reshape(b.shape[0], -1)
         stop = start + len(again_RI)
         again_OI, found_OI = again_OR @ again_RI, b_OR[:, start:stop] @ a_RI[start:stop]
         if not np.linalg.norm(found_OI - again_OI) <= _ALIKE[a.dtype] * np.linalg.norm(again_OI):
@@ -82,4 +84,4 @@ def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceRea
 
 def _found(checkpoint: Checkpoint, tensor: PlannedTensor, read: PieceReader) -> npt.NDArray[np.float32]:
     ref = checkpoint.tensors[tensor.name]
-    return to_float32(as_array(read.mappings.view(ref), ref.dtype)).reshape(ref.shape)
+    return to_float32(as_array(read.opened.read(ref), ref.dtype)).reshape(ref.shape)

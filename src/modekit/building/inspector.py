@@ -1,23 +1,22 @@
 """Reads every source file once, beside the copying: its blake3 hash, and NaN or Inf in the tensors that are used.
 
-Both run outside the interpreter lock, several times faster than the copy they accompany.
+Reading, hash and check all run outside the interpreter lock, several times faster than the copy they accompany.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
 
 from modekit.building.tensors import check_finite
-from modekit.errors import SourceError
 from modekit.files.staging import Staging
 from modekit.planning.plan import Plan
-from modekit.sources.model import Mappings, TensorRef
-
-_CHUNK = 2**20  # bytes: stays in the processor's cache between the hash and the check
+from modekit.sources.contents import WeightFile
+from modekit.sources.model import TensorRef
 
 
 class Inspector:
@@ -41,50 +40,52 @@ class Inspector:
         """
         try:
             return self._found.result()
-        except (OSError, ValueError) as error:
-            raise SourceError(
-                "a source file cannot be read", found=error, remedy="leave the models alone while they are read"
-            ) from None
         finally:
             self.stop()
 
     def _run(self) -> dict[str, str]:
         """Inspect files until done, halted or something is wrong."""
         hashes: dict[str, str] = {}
-        mappings = Mappings()
-        try:
-            for file, refs in self._used_refs().items():
-                known = self._stage.recall(f"blake3 {file}")
+        states = self._plan.source_states
+        for file, refs in self._used_refs().items():
+            known = self._stage.recall(f"blake3 {file}")
+            if known is None:
+                opened = WeightFile(file, states[file])
+                try:
+                    known = self._inspect(opened, refs)
+                    opened.check_unchanged()
+                finally:
+                    opened.close()
                 if known is None:
-                    known = self._inspect(mappings.file(file), refs)
-                    if known is None:
-                        break
-                    self._stage.record(f"blake3 {file}", known)
-                hashes[str(file)] = known
-        finally:
-            mappings.close()
+                    break
+                self._stage.record(f"blake3 {file}", known)
+            hashes[str(file)] = known
         return hashes
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:
-        files: dict[Path, list[TensorRef]] = {file: [] for source in self._plan.sources for file in source.files}
+        files: dict[Path, list[TensorRef]] = {file: [] for file in self._plan.source_states}
         for ref in dict.fromkeys(ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs):
             files[ref.file].append(ref)
         return files
 
-    def _inspect(self, content: memoryview, refs: list[TensorRef]) -> str | None:
+    def _inspect(self, file: WeightFile, refs: list[TensorRef]) -> str | None:
         """Hash of a file's content, or None when halted."""
         hasher = blake3()
-        position = 0
-        for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
-            for start, end, check in ((position, ref.start, False), (max(position, ref.start), ref.end, True)):
-                for at in range(start, end, _CHUNK):
-                    if self._halt.is_set():
-                        return None
-                    chunk = content[at : min(at + _CHUNK, end)]
-                    hasher.update(chunk)
-                    if check:
-                        check_finite(self._plan, ref, chunk)
-            position = max(position, ref.end)
-        for at in range(position, len(content), _CHUNK):
-            hasher.update(content[at : at + _CHUNK])
+        for start, end, ref in _stretches(refs, file.state.size):
+            for chunk in file.chunks(start, end):
+                if self._halt.is_set():
+                    return None
+                hasher.update(chunk)
+                if ref is not None:
+                    check_finite(self._plan, ref, chunk)
         return hasher.hexdigest()
+
+
+def _stretches(refs: list[TensorRef], size: int) -> Iterator[tuple[int, int, TensorRef | None]]:
+    """All of a file in order: where a tensor of the list lies, and what lies between."""
+    position = 0
+    for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
+        yield position, ref.start, None
+        yield max(position, ref.start), ref.end, ref
+        position = max(position, ref.end)
+    yield position, size, None

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -13,48 +12,56 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.errors import SourceError
-from modekit.planning.plan import Piece, Plan, PlannedTensor
-from modekit.sources.model import Mappings, TensorRef
+from modekit.planning.plan import Factor, Piece, Plan, PlannedTensor
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.folding import Folded, folded_bias, reader
-from modekit.weights.merge import FlatArray, merge_blocks
+from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
+from modekit.weights.stored import FlatArray, Stored
 
-_KEPT_FACTORS = 16  # both sides of one module of every expert: what is computed for A serves for B
+_PLAIN = 8  # arrays of a plain block: read, in float32, scaled, rounded; small, so that they stay in the processor's cache
 
 
 class PieceReader:
     """Reads pieces as flat arrays of numbers, computing what adapters and low-rank parts make of a tensor."""
 
-    def __init__(self, mappings: Mappings) -> None:
-        self.mappings = mappings
-        self._read = reader(mappings)
-        self._factors: OrderedDict[tuple[object, ...], Factors] = OrderedDict()
+    def __init__(self, opened: OpenFiles) -> None:
+        self.opened = opened
+        self._read = reader(opened)
+        # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
+        self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
 
     def values(self, piece: Piece) -> FlatArray:
         """The piece's elements in order: its own dtype when it is plain, else float32."""
         if piece.factor is not None:
-            factors = self._factored(piece)
+            factors = self._factors(piece.ref, piece.factor)
             return (factors.a if piece.factor.side == "A" else factors.b).ravel()
-        plain = self._read(piece.ref)
+        if piece.of_bias and piece.change is not None:
+            return folded_bias(piece.change, self._read(piece.ref), self._read)
+        plain = Stored(self.opened, piece.ref)
         if piece.change is None:
             return plain
-        if piece.of_bias:
-            return folded_bias(piece.change, plain, self._read)
         rows, columns = piece.ref.shape
         return Folded(piece.change, plain, (rows, columns), self._read)
 
-    def _factored(self, piece: Piece) -> Factors:
-        factor = piece.factor
-        assert factor is not None
-        key = (piece.ref.file, piece.ref.start, factor.expert.file, factor.expert.start, factor.rank)
-        if key not in self._factors:
-            with np.errstate(over="ignore"):
-                delta = to_float32(self._read(factor.expert)) - to_float32(self._read(piece.ref))
-            self._factors[key] = factorise(delta.reshape(piece.ref.shape), rank=factor.rank)
-            if len(self._factors) > _KEPT_FACTORS:
-                self._factors.popitem(last=False)
-        return self._factors[key]
+    def _factors(self, base: TensorRef, factor: Factor) -> Factors:
+        if self._factored[0] != base:
+            self._factored = (base, {})
+        known, key = self._factored[1], (factor.expert, factor.rank)
+        if key not in known:
+            known[key] = factorise(self._difference(factor.expert, base), rank=factor.rank)
+        return known[key]
+
+    def _difference(self, expert: TensorRef, base: TensorRef) -> npt.NDArray[np.float32]:
+        """The whole of an expert's difference to the base, (O, I)."""
+        moved, still = Stored(self.opened, expert), Stored(self.opened, base)
+        delta = np.empty(len(still), np.float32)
+        with np.errstate(over="ignore"):
+            for part in blocks(len(still)):
+                np.subtract(to_float32(moved[part]), to_float32(still[part]), out=delta[part])
+        return delta.reshape(base.shape)
 
 
 def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
@@ -65,7 +72,8 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
         return
     for ref in dict.fromkeys(ref for piece in tensor.pieces for ref in piece.refs):
         # Before computing, which can hide them: ties drops a NaN from its sum.
-        check_finite(plan, ref, read.mappings.view(ref))
+        for chunk in read.opened.chunks(ref):
+            check_finite(plan, ref, chunk)
     if tensor.operation == "merge":
         yield from _merged(plan, tensor, read)
     elif tensor.operation == "columns":
@@ -98,7 +106,7 @@ def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
 
 def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     values = _values(plan, piece, read)
-    for part in blocks(len(values)):
+    for part in blocks(len(values), _PLAIN if piece.change is None else 1):
         block = to_float32(values[part])
         if tensor.factor != 1.0:
             block *= np.float32(tensor.factor)
@@ -111,10 +119,15 @@ def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReade
 def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     """Pieces (O, R_e) as the columns of one (O, R) tensor."""
     rows = tensor.shape[0]
-    parts: list[npt.NDArray[np.generic]] = [np.asarray(_values(plan, piece, read)).reshape(rows, -1) for piece in tensor.pieces]
+    parts = [_values(plan, piece, read) for piece in tensor.pieces]
+    ranks = [len(part) // rows for part in parts]
     group = max(1, BLOCK // tensor.shape[1])
     for start in range(0, rows, group):
-        taken = [np.ascontiguousarray(to_float32(part[start : start + group])) for part in parts]
+        stop = min(start + group, rows)
+        taken = [
+            to_float32(part[start * rank : stop * rank]).reshape(stop - start, rank)
+            for part, rank in zip(parts, ranks, strict=True)
+        ]
         converted = to_bytes(np.concatenate(taken, axis=1).ravel(), tensor.dtype)
         if not is_finite(converted, tensor.dtype):
             finite = (is_finite(to_bytes(part.ravel(), tensor.dtype), tensor.dtype) for part in taken)

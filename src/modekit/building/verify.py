@@ -9,21 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from blake3 import blake3
 
 from modekit.building.computed import compute_again
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
+from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
-from modekit.sources.model import Mappings
-from modekit.weights.numeric import blocks, is_finite
+from modekit.sources.contents import OpenFiles, blake3_of
+from modekit.weights.stored import holds_only_finite, same_bytes, span_of
 
 Verdict = Literal["proven", "failed", "not possible"]
 
@@ -43,26 +44,26 @@ def verify(
     run: Run = QUIET,
     reload: bool = True,
 ) -> list[Check]:
-    """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers."""
+    """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers.
+
+    Raises SourceError when a weight file cannot be read to its end, or changes meanwhile: then nothing is said of it.
+    """
     checks = [_check_digest(checkpoint), *_check_sources(checkpoint, run)]
     try:
         plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root, run=run)
     except ModekitError as error:
         checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
         plan = None
-    mappings = Mappings()
-    try:
+    with OpenFiles() as opened:
         checks.append(_check_names(checkpoint, plan))
         if plan is not None:
             checks.append(_check_config(checkpoint, plan))
             checks.append(_check_files(checkpoint, plan))
-            checks.append(_check_copies(checkpoint, plan, mappings, run))
-            checks.append(_check_computed(checkpoint, plan, mappings, run))
+            checks.append(_check_copies(checkpoint, plan, opened, run))
+            checks.append(_check_computed(checkpoint, plan, opened, run))
         if checkpoint.record.trained:
-            checks.append(_check_trained(checkpoint, mappings))
-        checks.append(_check_finite(checkpoint, mappings, run))
-    finally:
-        mappings.close()
+            checks.append(_check_trained(checkpoint, opened))
+        checks.append(_check_finite(checkpoint, opened, run))
     checks.append(_check_router(checkpoint))
     if reload:
         checks.append(_check_reload(checkpoint.folder, run))
@@ -92,22 +93,13 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
             continue
         changed = []
         for file, expected in source.files.items():
-            if (folder / file).stat().st_size != expected.size or _blake3(folder / file, run, name) != expected.blake3:
+            path, progress = folder / file, partial(run.progress, name)
+            if path.stat().st_size != expected.size or blake3_of(path, progress) != expected.blake3:
                 changed.append(file)
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
         else:
             yield Check(name, "proven", f"{len(source.files)} files, blake3 as recorded")
-
-
-def _blake3(path: Path, run: Run, stage: str) -> str:
-    digest, size, done = blake3(), path.stat().st_size, 0
-    with path.open("rb", buffering=0) as stream:
-        while chunk := stream.read(4 * 2**20):
-            digest.update(chunk)
-            done += len(chunk)
-            run.progress(stage, done, size)
-    return digest.hexdigest()
 
 
 def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
@@ -121,26 +113,33 @@ def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
     return Check("tensor names and shapes", "proven", f"{len(found)} tensors as planned")
 
 
-def _check_copies(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> Check:
+def _check_copies(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> Check:
     trained = checkpoint.record.trained
     copied = [tensor for tensor in plan.tensors if tensor.operation == "copy" and tensor.name not in trained]
     total, done = sum(tensor.nbytes for tensor in copied), 0
     for tensor in copied:
-        if not _same_bytes(checkpoint, tensor, mappings):
+        if not _is_copied(checkpoint, tensor, opened):
             return Check("copied tensors", "failed", f"{tensor.name} differs from its source")
         done += tensor.nbytes
         run.progress("compare", done, total)
     return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit")
 
 
-def _check_trained(checkpoint: Checkpoint, mappings: Mappings) -> Check:
+def _check_trained(checkpoint: Checkpoint, opened: OpenFiles) -> Check:
     """What a training moved cannot be computed again; it is what modekit.json records."""
     for name, digest in checkpoint.record.trained.items():
         ref = checkpoint.tensors.get(name)
-        if ref is None or blake3(mappings.view(ref)).hexdigest() != digest:
+        if ref is None or _hash_of(opened.chunks(ref)) != digest:
             return Check("trained tensors", "failed", f"{name} is not the one that {RECORD_FILE} records")
     runs = len(checkpoint.record.training)
     return Check("trained tensors", "proven", f"{len(checkpoint.record.trained)} tensors as recorded by {runs} training(s)")
+
+
+def _hash_of(chunks: Iterable[memoryview]) -> str:
+    digest = blake3()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
@@ -154,16 +153,19 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     for file in (*plan.copied_files, *plan.shape.code_files):
-        ours = checkpoint.folder / file.name
-        if not ours.exists() or ours.read_bytes() != file.read_bytes():
+        try:
+            same = read_bytes(checkpoint.folder / file.name, LARGE) == read_bytes(file, LARGE)
+        except UNREADABLE as error:
+            return Check("tokenizer files", "failed", f"{file.name} cannot be compared with {file} ({error})")
+        if not same:
             return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
     count = len(plan.copied_files)
     code = f", {len(plan.shape.code_files)} of code as this version's" if plan.shape.code_files else ""
     return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
 
 
-def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> Check:
-    again = compute_again(checkpoint, plan, mappings, run)
+def _check_computed(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> Check:
+    again = compute_again(checkpoint, plan, opened, run)
     if again.wrong is not None:
         return Check("computed tensors", "failed", f"{again.wrong} is not what the recipe makes of its sources")
     detail = f"{again.count} cast, scaled, folded, merged or zero tensors computed again"
@@ -172,30 +174,24 @@ def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run:
     return Check("computed tensors", "proven", detail)
 
 
-def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mappings) -> bool:
-    if tensor.name not in checkpoint.tensors:
+def _is_copied(checkpoint: Checkpoint, tensor: PlannedTensor, opened: OpenFiles) -> bool:
+    ours = checkpoint.tensors.get(tensor.name)
+    if ours is None or ours.nbytes != sum(piece.ref.nbytes for piece in tensor.pieces):
         return False
-    ours = mappings.view(checkpoint.tensors[tensor.name])
     start = 0
     for piece in tensor.pieces:
-        theirs = mappings.view(piece.ref)
-        if len(ours) < start + len(theirs):
+        stop = start + piece.ref.nbytes
+        if not same_bytes(opened, span_of(ours, start, stop), piece.ref):
             return False
-        for part in blocks(len(theirs)):
-            mine = ours[start + part.start : start + part.stop]
-            if not np.array_equal(np.frombuffer(mine, np.uint8), np.frombuffer(theirs[part], np.uint8)):
-                return False
-        start += len(theirs)
-    return start == len(ours)
+        start = stop
+    return True
 
 
-def _check_finite(checkpoint: Checkpoint, mappings: Mappings, run: Run) -> Check:
+def _check_finite(checkpoint: Checkpoint, opened: OpenFiles, run: Run) -> Check:
     total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
     for name, ref in checkpoint.tensors.items():
-        view = mappings.view(ref)
-        for part in blocks(len(view)):
-            if not is_finite(view[part], ref.dtype):
-                return Check("finite values", "failed", f"NaN or Inf in {name}")
+        if not holds_only_finite(opened, ref):
+            return Check("finite values", "failed", f"NaN or Inf in {name}")
         done += ref.nbytes
         run.progress("finite", done, total)
     return Check("finite values", "proven", f"{total:,} bytes")

@@ -18,7 +18,8 @@ from modekit.files.tensors import safetensors_header
 from modekit.files.write import json_bytes, write_file, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.slot import RouterSlot
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
 
 Gates = Sequence[npt.NDArray[np.float32]]
@@ -27,12 +28,9 @@ Gates = Sequence[npt.NDArray[np.float32]]
 
 def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) -> list[npt.NDArray[np.float32]]:
     """The gate of every router slot as it is on disk."""
-    mappings = Mappings()
-    try:
+    with OpenFiles() as opened:
         refs = [tensors[slot.name] for slot in slots]
-        return [to_float32(as_array(mappings.view(ref), ref.dtype)).reshape(ref.shape) for ref in refs]
-    finally:
-        mappings.close()
+        return [to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape) for ref in refs]
 
 
 def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:

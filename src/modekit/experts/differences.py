@@ -10,10 +10,12 @@ import numpy as np
 
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
+from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES, Family
-from modekit.sources.model import Mappings, ModelSource, TensorRef
+from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import module_of, split_layer
-from modekit.weights.numeric import as_array, blocks, is_finite, to_float32
+from modekit.weights.numeric import blocks, to_float32
+from modekit.weights.stored import Stored, holds_only_finite
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,21 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     return names
 
 
-def compare(tuned: ModelSource, origin: ModelSource, name: str, mappings: Mappings) -> Pair:
+def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFiles) -> Pair:
     """How far a tensor has moved: read in blocks, summed in float64. Raises SourceError for NaN or Inf."""
     refs = (tuned.tensors[name], origin.tensors[name])
-    views = [mappings.view(ref) for ref in refs]
-    for source, ref, view in zip((tuned, origin), refs, views, strict=True):
-        if not is_finite(view, ref.dtype):
+    for source, ref in zip((tuned, origin), refs, strict=True):
+        if not holds_only_finite(opened, ref):
             raise SourceError(
                 "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {name}",
                 remedy="the model is damaged: save or download it again",
             )  # fmt: skip
-    moved, still = (as_array(view, ref.dtype) for view, ref in zip(views, refs, strict=True))
+    moved, still = (Stored(opened, ref) for ref in refs)
     squared_delta = squared_base = 0.0
     for part in blocks(len(still)):
         base_block = to_float32(still[part])
         squared_delta += float(np.square(to_float32(moved[part]) - base_block, dtype=np.float64).sum())
         squared_base += float(np.square(base_block, dtype=np.float64).sum())
-    for ref in refs:
-        mappings.forget(ref)
     return Pair(name, *refs, squared_delta, squared_base)
 
 

@@ -29,7 +29,7 @@ from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.text.splits import TRAINED_FILE
 
 EXPORT_FILE = "export.json"
@@ -103,7 +103,7 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
     digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {way.name} {way.as_it_came}".encode()).hexdigest()
     if not overwrite and _is_written(out, record):
         return record
-    mappings = Mappings()
+    opened = OpenFiles()
     try:
         with staging(
             out, digest, "adapter", sources=_read_from(checkpoint, way), replace=replaced_by(overwrite), sync=run.sync
@@ -112,11 +112,11 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     copy_file(given_back.folder / file, stage.folder / file)
             else:
-                write_lora(stage, config, list(parts_of(checkpoint, way.expert, mappings)))
+                write_lora(stage, config, list(parts_of(checkpoint, way.expert, opened)))
             _write_beside(way, stage)
             write_json(stage.folder / EXPORT_FILE, record)
     finally:
-        mappings.close()
+        opened.close()
     return record
 
 

@@ -32,7 +32,8 @@ from modekit.files.output import Replace, refuse_existing, replaced_by
 from modekit.files.staging import Staging, staging
 from modekit.files.write import copy_file, write_json
 from modekit.run import QUIET, Run
-from modekit.sources.model import Mappings, open_source
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import open_source
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, text_record
@@ -97,11 +98,10 @@ def extract(
     tuned = open_source("MODEL", str(model), model, run=run)
     origin = open_source("BASE", str(base), base, run=run)
     names = shared_names(tuned, origin)
-    mappings = Mappings()
-    try:
+    with OpenFiles() as opened:
         pairs = []
         for place, name in enumerate(names):
-            pairs.append(compare(tuned, origin, name, mappings))
+            pairs.append(compare(tuned, origin, name, opened))
             run.progress("compare", place + 1, len(names))
         linears = linears_of(pairs)
         chosen = [pair for pair in chosen_of(linears, settings.modules) if pair.squared_delta]
@@ -109,10 +109,8 @@ def extract(
         moments, text = _moments(chosen, model, settings, run)
         adapted = []
         for place, (pair, moment_II) in enumerate(moments):
-            adapted.append(_adapt(pair, moment_II, mappings, settings))
+            adapted.append(_adapt(pair, moment_II, opened, settings))
             run.progress("factorise", place + 1, len(chosen))
-    finally:
-        mappings.close()
     record = {
         "model": model.name, "base_model": settings.base_name or base.name, "settings": settings.size, "text": text,
         **account(adapted, linears, pairs),
@@ -183,12 +181,10 @@ def _read_text(settings: ExtractSettings, tokenizer: Any) -> tuple[list[TokenSeq
     return sequences, text_record(documents, sum(len(sequence.ids) for sequence in sequences))
 
 
-def _adapt(pair: Pair, moment_II: npt.NDArray[np.float32] | None, mappings: Mappings, settings: ExtractSettings) -> Adapted:
+def _adapt(pair: Pair, moment_II: npt.NDArray[np.float32] | None, opened: OpenFiles, settings: ExtractSettings) -> Adapted:
     """Factors of one weight's difference."""
-    moved, still = (to_float32(as_array(mappings.view(ref), ref.dtype)) for ref in (pair.tuned, pair.base))
+    moved, still = (to_float32(as_array(opened.read(ref), ref.dtype)) for ref in (pair.tuned, pair.base))
     delta_OI: Array32 = (moved - still).reshape(pair.base.shape)
-    for ref in (pair.tuned, pair.base):
-        mappings.forget(ref)
     factors = factorise(delta_OI, rank=settings.rank, energy=settings.energy, max_rank=settings.max_rank, moment_II=moment_II)
     plain = factors.error if moment_II is None else relative_error(delta_OI, factors.a, factors.b)
     return Adapted(pair, factors, plain)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError
@@ -22,9 +21,11 @@ from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece
 from modekit.run import Run
 from modekit.sources.adapter import AdapterSource, LowRank, open_adapter
-from modekit.sources.model import Mappings, ModelSource, TensorRef, open_source
+from modekit.sources.contents import OpenFiles, blake3_of
+from modekit.sources.model import ModelSource, TensorRef, open_source
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import BLOCK, as_array, to_bytes, to_float32
+from modekit.weights.stored import Stored
 
 TRAINED = "it was trained on in the mixture (modekit train)"
 _ALIKE = 0.01
@@ -58,17 +59,17 @@ def own_files(checkpoint: Checkpoint, expert: int) -> OwnFiles:
     """Look at the folder of an adapter expert. Reads its weights once; raises nothing, a problem is part of the answer."""
     record = checkpoint.record.sources[checkpoint.record.expert_sources[expert]]
     folder = (checkpoint.folder / record.folder).resolve()
-    for name, expected in record.files.items():
-        file = folder / name
-        if not file.is_file():
-            return OwnFiles(folder, problem=f"its own folder is gone ({folder})")
-        if file.stat().st_size != expected.size or blake3().update_mmap(file).hexdigest() != expected.blake3:
-            return OwnFiles(folder, problem=f"{name} in its own folder has changed since the build")
     try:
+        for name, expected in record.files.items():
+            file = folder / name
+            if not file.is_file():
+                return OwnFiles(folder, problem=f"its own folder is gone ({folder})")
+            if file.stat().st_size != expected.size or blake3_of(file) != expected.blake3:
+                return OwnFiles(folder, problem=f"{name} in its own folder has changed since the build")
         base, source = _opened(checkpoint, expert, folder)
+        return OwnFiles(folder, source.config, _problem(checkpoint, expert, base, source))
     except ModekitError as error:
         return OwnFiles(folder, problem=f"its own folder cannot be read any more ({error.what})")
-    return OwnFiles(folder, source.config, _problem(checkpoint, expert, base, source))
 
 
 def _opened(checkpoint: Checkpoint, expert: int, folder: Path) -> tuple[ModelSource, AdapterSource]:
@@ -86,16 +87,13 @@ def _problem(checkpoint: Checkpoint, expert: int, base: ModelSource, source: Ada
     outside = [name for name in changed if not any(name.startswith(f"{module}.") for module in places)]
     if outside:
         return f"only a part of it is mixed: {len(outside)} of the {len(changed)} tensors that it changes are not"
-    mappings = Mappings()
-    try:
-        same = all(_is_as_built(checkpoint, expert, module, (base, source), mappings) for module in places)
-    finally:
-        mappings.close()
+    with OpenFiles() as opened:
+        same = all(_is_as_built(checkpoint, expert, module, (base, source), opened) for module in places)
     return None if same else "adapter_config.json in its own folder has changed since the build"
 
 
 def _is_as_built(
-    checkpoint: Checkpoint, expert: int, module: str, sources: tuple[ModelSource, AdapterSource], mappings: Mappings
+    checkpoint: Checkpoint, expert: int, module: str, sources: tuple[ModelSource, AdapterSource], opened: OpenFiles
 ) -> bool:
     """Whether the adapter's rules give what the mixture has at a place."""
     place = checkpoint.shape.mixture.places[module]
@@ -107,7 +105,7 @@ def _is_as_built(
     prefix = f"{module}.experts.{place.own.index(expert)}."
     pieces = [(name, piece_of(sources, 1, ref)) for name, ref in sources[0].tensors.items() if name.startswith(f"{module}.")]
     return all(
-        _is_folded(checkpoint.tensors[prefix + name.removeprefix(f"{module}.")], piece, mappings)
+        _is_folded(checkpoint.tensors[prefix + name.removeprefix(f"{module}.")], piece, opened)
         for name, piece in pieces
         if piece.change is not None
     )
@@ -116,18 +114,19 @@ def _is_as_built(
 _Single = npt.NDArray[np.float32]
 
 
-def _is_folded(ref: TensorRef, piece: Piece, mappings: Mappings) -> bool:
+def _is_folded(ref: TensorRef, piece: Piece, opened: OpenFiles) -> bool:
     """Whether a tensor of the mixture is what the adapter is folded into, rounded as it was."""
-    found = to_float32(as_array(mappings.view(ref), ref.dtype)[:BLOCK])
-    folded, before = _fold(piece, mappings)
+    found = to_float32(Stored(opened, ref)[:BLOCK])
+    folded, before = _fold(piece, opened)
     rounded = to_float32(as_array(to_bytes(folded, ref.dtype), ref.dtype))
     return bool(np.linalg.norm(found - rounded) <= _ALIKE * np.linalg.norm(rounded - before))
 
 
-def _fold(piece: Piece, mappings: Mappings) -> tuple[_Single, _Single]:
+def _fold(piece: Piece, opened: OpenFiles) -> tuple[_Single, _Single]:
     """The first block of a folded tensor, and of the tensor that it was folded into."""
-    change, ref, read = piece.change, piece.ref, reader(mappings)
+    change, ref, read = piece.change, piece.ref, reader(opened)
     assert change is not None
     if piece.of_bias:
         return folded_bias(change, read(ref), read), to_float32(read(ref))
-    return Folded(change, read(ref), (ref.shape[0], ref.shape[1]), read)[:BLOCK], to_float32(read(ref)[:BLOCK])
+    plain = Stored(opened, ref)
+    return Folded(change, plain, (ref.shape[0], ref.shape[1]), read)[:BLOCK], to_float32(plain[:BLOCK])

@@ -15,7 +15,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.experts.own_files import places_of
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name
 from modekit.recipes.paths import locate
-from modekit.sources.model import ITEMSIZE, Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ITEMSIZE, TensorRef
 from modekit.weights.numeric import as_array
 
 
@@ -28,30 +29,30 @@ def parts_config(checkpoint: Checkpoint, expert: int, known: Mapping[str, Any]) 
     return lora_config(_base_model(checkpoint), changes, lora_bias=biased, known={**known, **revision})
 
 
-def parts_of(checkpoint: Checkpoint, expert: int, mappings: Mappings) -> Iterator[PeftTensor]:
+def parts_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
     """A (R, I), B (O, R) and, where it has one, the bias (O,) of every module."""
     for module, place in sorted(places_of(checkpoint, expert).items()):
         start, rank = sum(place.ranks[:expert]), place.ranks[expert]
         own = slice(start, start + rank)
         a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
-        yield _part(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), mappings)
-        yield _part(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), mappings)
+        yield _part(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
+        yield _part(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
         if expert in place.biased:
             bias = checkpoint.tensors[f"{module}.lora_bias"]
             row = (place.biased.index(expert), slice(None))
-            yield _part(peft_name(module, "lora_B.bias"), bias, row, (bias.shape[1],), mappings)
+            yield _part(peft_name(module, "lora_B.bias"), bias, row, (bias.shape[1],), opened)
 
 
 _Index = tuple[slice | int, slice]
 
 
-def _part(name: str, ref: TensorRef, index: _Index, shape: tuple[int, ...], mappings: Mappings) -> PeftTensor:
+def _part(name: str, ref: TensorRef, index: _Index, shape: tuple[int, ...], opened: OpenFiles) -> PeftTensor:
     nbytes = int(np.prod(shape)) * ITEMSIZE[ref.dtype]
-    return PeftTensor(name, ref.dtype, shape, nbytes, partial(_read, ref, index, mappings))
+    return PeftTensor(name, ref.dtype, shape, nbytes, partial(_read, ref, index, opened))
 
 
-def _read(ref: TensorRef, index: _Index, mappings: Mappings) -> memoryview:
-    part = np.ascontiguousarray(as_array(mappings.view(ref), ref.dtype).reshape(ref.shape)[index])
+def _read(ref: TensorRef, index: _Index, opened: OpenFiles) -> memoryview:
+    part = np.ascontiguousarray(as_array(opened.read(ref), ref.dtype).reshape(ref.shape)[index])
     view: memoryview = part.view(np.uint8).reshape(-1).data
     return view
 

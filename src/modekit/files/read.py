@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ LARGE = 2**28
 UNREADABLE = (OSError, ValueError)
 """What reading raises: OSError where there is no regular file that can be read, ValueError for what it holds."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What a file was when it was looked at: another state is another file, or other bytes."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, stream: io.FileIO) -> FileState:
+        """The state of an open file. Raises OSError."""
+        found = os.fstat(stream.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def open_regular(path: Path) -> io.FileIO:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from modekit.errors import SourceError
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
 
@@ -73,14 +73,14 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
     """The base model with an adapter folded into its weights, in float32, for evaluation."""
     model = load_model(base, run=run)
     parameters = dict(model.named_parameters())
-    mappings = Mappings()
+    opened = OpenFiles()
     try:
-        read = reader(mappings)
+        read = reader(opened)
         for name in {*adapter.changes, *adapter.bias_changes, *adapter.replaced}:
             parameter = parameters[name]
             values = parameter.detach().cpu().float().numpy().ravel()
             if name in adapter.replaced:
-                values = to_float32(as_array(mappings.view(adapter.replaced[name]), adapter.replaced[name].dtype))
+                values = to_float32(as_array(opened.read(adapter.replaced[name]), adapter.replaced[name].dtype))
             if name in adapter.changes:
                 rows, columns = parameter.shape
                 values = Folded(adapter.changes[name], values, (rows, columns), read)[:]
@@ -88,5 +88,5 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
                 values = folded_bias(adapter.bias_changes[name], values, read)
             parameter.data = torch.from_numpy(values.copy()).view(parameter.shape).to(parameter)
     finally:
-        mappings.close()
+        opened.close()
     return model

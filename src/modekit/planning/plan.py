@@ -15,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from modekit.errors import SourceError
+from modekit.files.read import FileState
 from modekit.planning.shape import Shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import Change
 from modekit.sources.families import Family
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.weights.factor_size import working_bytes
 
 ROUTER_FILE = "model-router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,7 +30,7 @@ INDEX_FILE = "model.safetensors.index.json"
 Role = Literal["backbone", "expert", "adapter", "router", "constant"]
 Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros"]
 
-_BUILD_FLOOR = 150 * 2**20  # interpreter, numpy and one block of copies
+_BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed, as measured (benchmarks/speed.md)
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,11 @@ class Plan:
         """All tensors of the result, router last."""
         return (*(tensor for shard in self.shards for tensor in shard.tensors), *self.router)
 
+    @cached_property
+    def source_states(self) -> dict[Path, FileState | None]:
+        """Every weight file of the sources, and its state when its header was read."""
+        return {file: source.states[file] for source in self.sources for file in source.files}
+
     @property
     def bytes_written(self) -> int:
         """Size of the weights."""
@@ -221,7 +227,10 @@ class Plan:
         return sum(self.experts * of_domain(slot.shape[1], mixture.router.keep_tokens, in_memory) for slot in self.slots)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of anonymous memory to build, to fit the router (0 when nothing is fitted), and to load the result."""
+        """Bytes of memory to build (resident in all), to fit the router (0 when nothing is fitted), and to load the result.
+
+        What runs a model, a fit included, holds torch and transformers as well, 0.4 GB.
+        """
         parameters = self.parameters()
         router, row = self.recipe.mixture.router, self.recipe.mixture.fit
         fit = 0
@@ -230,20 +239,14 @@ class Plan:
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.loads_one_expert else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
             fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
-        largest = max((ref.numel for t in self.tensors for p in t.pieces if p.factor for ref in p.refs), default=0)
-        return {"build": _BUILD_FLOOR + 6 * 4 * largest, "fit": fit, "load": self.bytes_written}
+        factored = (
+            working_bytes(piece.ref.shape, piece.factor.rank) + 8 * tensor.numel  # one expert's; the factors of all
+            for tensor in self.tensors for piece in tensor.pieces if piece.factor is not None
+        )  # fmt: skip
+        return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": self.bytes_written}
 
     def digest(self) -> str:
-        """Identity of this build: version, recipe, every planned tensor, and size and time of every source file."""
-        try:
-            stats = [(file, file.stat()) for source in self.sources for file in source.files]
-        except OSError as error:
-            raise SourceError(
-                "a source file cannot be read",
-                where=str(error.filename),
-                found=error.strerror,
-                remedy="put it back and build again",
-            ) from None
+        """Identity of this build: version, recipe, every planned tensor, and what every source file was when it was planned."""
         identity = {
             "modekit": version("modekit"),
             "recipe": self.recipe.digest(),
@@ -252,6 +255,9 @@ class Plan:
                 [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces]]
                 for t in self.tensors
             ],
-            "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+            "files": [
+                [str(file), state and [state.inode, state.size, state.modified_ns]]
+                for file, state in self.source_states.items()
+            ],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Model folders read by header: which tensors, where their bytes lie, and the bytes themselves, memory-mapped.
+"""Model folders read by header: which tensors, and where their bytes lie (contents.py reads these).
 
 Nothing here imports torch. A safetensors file is 8 bytes of header length (little endian), a JSON header with dtype,
 shape and data_offsets per tensor, then the data; every claim of the header is checked against the file's size before
@@ -10,16 +10,15 @@ from __future__ import annotations
 import io
 import json
 import math
-import mmap
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from modekit.errors import SourceError
+from modekit.files.read import FileState, open_regular
 from modekit.run import QUIET, Run
 
 ITEMSIZE = {
@@ -39,7 +38,10 @@ _REMEDY = "download or save the file again"
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor in a file: safetensors dtype, shape, and the absolute byte range [start, end)."""
+    """A tensor in a file: safetensors dtype, shape, and the absolute byte range [start, end).
+
+    `state` is the file's when its header was read; None where the header is not of a file on this disk.
+    """
 
     name: str
     file: Path
@@ -47,6 +49,7 @@ class TensorRef:
     shape: tuple[int, ...]
     start: int
     end: int
+    state: FileState | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -65,10 +68,10 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
     Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
     """
     where = f"{where}: {file.name}"
-    header, data_start, size = _parsed_header(file, where)
+    header, data_start, state = _parsed_header(file, where)
     try:
         tensors = {
-            name: _ref_of(name, entry, file, (data_start, size), where)
+            name: replace(_ref_of(name, entry, file, (data_start, state.size), where), state=state)
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -78,11 +81,12 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
     return tensors
 
 
-def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, int]:
-    """The header as data, where the tensors' bytes start, and the file's size. Raises SourceError."""
+def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, FileState]:
+    """The header as data, where the tensors' bytes start, and the file's state. Raises SourceError."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as raw:
+            state = FileState.of(raw)
+            size, stream = state.size, io.BufferedReader(raw)
             raw_length = stream.read(8)
             if len(raw_length) < 8:
                 raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
@@ -92,7 +96,7 @@ def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, int]:
                     "not a safetensors file, or its header is truncated", where=where,
                     found=f"a header of {length} bytes in a file of {size}", remedy=_REMEDY,
                 )  # fmt: skip
-            return json.loads(stream.read(length)), 8 + length, size
+            return json.loads(stream.read(length)), 8 + length, state
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
     except OSError as error:
@@ -149,7 +153,12 @@ class ModelSource:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """Weight files in name order."""
-        return tuple(sorted({ref.file for ref in self.tensors.values()}))
+        return tuple(sorted(self.states))
+
+    @cached_property
+    def states(self) -> dict[Path, FileState | None]:
+        """Every weight file, and its state when its header was read."""
+        return {ref.file: ref.state for ref in self.tensors.values()}
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
@@ -160,62 +169,6 @@ class ModelSource:
                 "tensor is missing", where=f"{self.label}: {name}", found=f"{len(self.tensors)} other tensors in {self.spec}",
                 remedy="check that the download is complete and the model is of the base model's family",
             ) from None  # fmt: skip
-
-
-class Mappings:
-    """Memory maps of source files, opened on first use and closed together."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, tuple[mmap.mmap, memoryview]] = {}
-        self._files: dict[Path, io.FileIO] = {}
-
-    def view(self, ref: TensorRef) -> memoryview:
-        """The tensor's bytes, without a copy. Raises SourceError when the file has become shorter."""
-        view = self.file(ref.file)[ref.start : ref.end]
-        if len(view) != ref.nbytes:
-            raise SourceError(
-                "a source file became shorter during the build", where=f"{ref.file}: {ref.name}",
-                remedy="leave the models alone while they are read, and build again",
-            )  # fmt: skip
-        return view
-
-    def file(self, path: Path) -> memoryview:
-        """A whole file's bytes, without a copy."""
-        if path not in self._maps:
-            mapped = mmap.mmap(self.descriptor(path), 0, access=mmap.ACCESS_READ)
-            self._maps[path] = (mapped, memoryview(mapped))
-        return self._maps[path][1]
-
-    def descriptor(self, path: Path) -> int:
-        """An open file descriptor of a file."""
-        if path not in self._files:
-            try:
-                self._files[path] = path.open("rb", buffering=0)
-            except OSError as error:
-                raise SourceError(
-                    "a source file cannot be read", where=str(path), found=error.strerror, remedy="put it back and build again"
-                ) from None
-        return self._files[path].fileno()
-
-    def forget(self, ref: TensorRef) -> None:
-        """Tell the kernel that a tensor's pages are no longer needed, so that resident memory stays flat."""
-        if ref.file not in self._maps:
-            return
-        page = mmap.PAGESIZE
-        start, end = -(-ref.start // page) * page, ref.end // page * page
-        if end > start and hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[ref.file][0].madvise(mmap.MADV_DONTNEED, start, end - start)
-
-    def close(self) -> None:
-        """Release all maps and files; a map that a view still holds (while an error is on its way) goes with the view."""
-        for mapped, view in self._maps.values():
-            with suppress(BufferError):
-                view.release()
-                mapped.close()
-        for file in self._files.values():
-            file.close()
-        self._maps.clear()
-        self._files.clear()
 
 
 def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:

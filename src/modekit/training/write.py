@@ -26,7 +26,8 @@ from modekit.files.tensors import write_all
 from modekit.files.write import carry_over, json_bytes, link_file, write_file
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.run import Run
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
@@ -62,7 +63,7 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
     ) as stage:  # fmt: skip
         stage.areas = (STATISTICS_FOLDER,)
         _copy_rest(checkpoint, stage.folder, in_place=in_place)
-        mappings = Mappings()
+        opened = OpenFiles()
         try:
             for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
                 inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
@@ -71,9 +72,9 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
                     continue
                 entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
 
-                stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, mappings))
+                stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, opened))
         finally:
-            mappings.close()
+            opened.close()
         sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
         for name, beside in _rest(record, sha256, files).items():
             write_file(stage.folder / name, beside)
@@ -81,11 +82,11 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
 
 
 def _write_tensor(
-    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], mappings: Mappings, index: int,
+    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], opened: OpenFiles, index: int,
     stream: io.FileIO,
 ) -> None:  # fmt: skip
     name, ref = inside[index]
-    write_all(stream, content[name] if name in content else mappings.view(ref))
+    write_all(stream, content[name] if name in content else opened.read(ref))
 
 
 def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memoryview:

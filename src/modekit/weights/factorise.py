@@ -25,13 +25,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from modekit.weights.factor_size import SMALL, is_exact
 from modekit.weights.numeric import BLOCK
 
 Array32 = npt.NDArray[np.float32]
 Array64 = npt.NDArray[np.float64]
 
 _SHRINKAGE = 0.01  # share of the mean eigenvalue in M: directions that a short text never showed still count a little
-_SMALL = 512  # up to this many rows or columns an exact decomposition takes less than a second
 _OVERSAMPLING = 16  # columns beyond the rank; the more, the fewer iterations
 _MOST_ITERATIONS = 24
 _TOLERANCE = 2e-4  # of the squared error: an iteration that gains less is the last
@@ -143,9 +143,9 @@ def _basis(
     """U (O, R) with orthonormal columns: `most` of them, or as few as keep the energy and at most `most`."""
     smaller = min(delta_OI.shape)
     width = most if energy is None else min(_FIRST_WIDTH, most)
-    if smaller > _SMALL and width < smaller // 4:
+    if not is_exact(smaller, width):
         total = float(np.multiply(delta_OI, weighted_OI, dtype=np.float64).sum())
-        while width < smaller // 4:
+        while not is_exact(smaller, width):
             basis_OP, energies_P = _subspace(delta_OI, weighted_OI, moment_II, width, total, seed)
             keep = width if energy is None else _smallest_rank(energies_P[:width], energy * total)
             if keep is not None or width == most:
@@ -217,7 +217,7 @@ def _balanced(basis_OR: Array64, delta_OI: Array32) -> tuple[Array32, Array32]:
 
     The largest entry of every row of A is positive: an SVD leaves the signs open.
     """
-    projected_RI = basis_OR.T.astype(np.float32) @ delta_OI if min(delta_OI.shape) > _SMALL else basis_OR.T @ delta_OI
+    projected_RI = basis_OR.T.astype(np.float32) @ delta_OI if min(delta_OI.shape) > SMALL else basis_OR.T @ delta_OI
     projected_RI = projected_RI.astype(np.float64)
     _, turn_RR = _eigen(projected_RI @ projected_RI.T)
     rows_RI = turn_RR.T @ projected_RI  # singular values times right singular vectors

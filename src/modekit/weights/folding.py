@@ -14,19 +14,33 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.sources.adapter import Change, LowRank, Scaling
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.weights.numeric import BLOCK, as_array, to_float32
+from modekit.weights.stored import FlatArray
 
 Array = npt.NDArray[np.generic]
 Read = Callable[[TensorRef], Array]
-"""The flat array of a tensor of the adapter, in its own dtype."""
+"""The whole of a tensor of the adapter as a flat array, in its own dtype."""
 _Single = npt.NDArray[np.float32]
 _Double = npt.NDArray[np.float64]
 
 
-def reader(mappings: Mappings) -> Read:
-    """Read adapter tensors from memory maps, without a copy."""
-    return lambda ref: as_array(mappings.view(ref), ref.dtype)
+def reader(opened: OpenFiles) -> Read:
+    """Read adapter tensors into memory."""
+    return lambda ref: as_array(opened.read(ref), ref.dtype)
+
+
+class _Rows:
+    """Rows of a weight (O, I) that is given as a flat array, in float32."""
+
+    def __init__(self, flat: FlatArray, shape: tuple[int, int]) -> None:
+        self._flat, self.shape = flat, shape
+
+    def __getitem__(self, rows: slice) -> _Single:
+        count, columns = self.shape
+        start, stop = min(rows.start, count), min(rows.stop, count)
+        return to_float32(self._flat[start * columns : stop * columns]).reshape(stop - start, columns)
 
 
 class Folded:
@@ -37,24 +51,23 @@ class Folded:
 
     Args:
         change: what the adapter does to the weight.
-        base: the base's weight, or the adapter's replacement of it, flat, in any float dtype.
+        base: the base's weight, or the adapter's replacement of it, flat, in any float dtype; read by rows.
         shape: (O, I), or (V, D) of an embedding.
         read: gives the adapter's tensors; see `reader`.
     """
 
-    def __init__(self, change: Change, base: Array, shape: tuple[int, int], read: Read) -> None:
-        self._base: Array = base.reshape(shape)
+    def __init__(self, change: Change, base: FlatArray, shape: tuple[int, int], read: Read) -> None:
+        self._size = len(base)
+        rows = _Rows(base, shape)
         self._columns = shape[1]
         self._group = max(1, BLOCK // 4 // max(1, shape[1]))  # float64 and its temporaries fit in a block
         self._change: _LowRankRows | _ScaledRows = (
-            _LowRankRows(change, self._base, self._group, read)
-            if isinstance(change, LowRank)
-            else _ScaledRows(change, self._base, read)
+            _LowRankRows(change, rows, self._group, read) if isinstance(change, LowRank) else _ScaledRows(change, rows, read)
         )
         self._last: tuple[int, _Single] = (-1, np.empty(0, np.float32))
 
     def __len__(self) -> int:
-        return int(self._base.size)
+        return self._size
 
     def __getitem__(self, part: slice) -> _Single:
         start, stop, step = part.indices(len(self))
@@ -89,7 +102,7 @@ def folded_bias(change: Change, base: Array, read: Read) -> _Single:
 class _LowRankRows:
     """Rows of W + scale * B A (LoRA, arXiv:2106.09685), and of DoRA's m * W' / ||W'|| (Eq. 5, arXiv:2402.09353)."""
 
-    def __init__(self, change: LowRank, base: Array, group: int, read: Read) -> None:
+    def __init__(self, change: LowRank, base: _Rows, group: int, read: Read) -> None:
         self._base, self._group, self._scale = base, group, change.scale
         a, b = read(change.a).reshape(change.a.shape), read(change.b).reshape(change.b.shape)
         # One factor is needed whole for every row and is small; of the other, rows are taken as they come.
@@ -110,7 +123,7 @@ class _LowRankRows:
             return moved.astype(np.float32)
 
     def _plain(self, rows: slice) -> _Double:
-        return _moved(to_float32(self._base[rows]), self._scale * (self._left[rows].astype(np.float64) @ self._right))
+        return _moved(self._base[rows], self._scale * (self._left[rows].astype(np.float64) @ self._right))
 
     def _column_factor(self) -> _Double:
         if self._factor_of_columns is None:
@@ -125,12 +138,12 @@ class _LowRankRows:
 class _ScaledRows:
     """Rows of W with outputs or inputs scaled (IA3, arXiv:2205.05638)."""
 
-    def __init__(self, change: Scaling, base: Array, read: Read) -> None:
+    def __init__(self, change: Scaling, base: _Rows, read: Read) -> None:
         self._base, self._by_row = base, change.axis == "rows"
         self._vector = to_float32(_part(read(change.vector), change.rows))
 
     def __call__(self, rows: slice) -> _Single:
-        return to_float32(self._base[rows]) * (self._vector[rows, None] if self._by_row else self._vector)
+        return self._base[rows] * (self._vector[rows, None] if self._by_row else self._vector)
 
 
 def _part(array: Array, rows: tuple[int, int] | None) -> Array:

@@ -1,30 +1,22 @@
 """Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SLERP.
 
 Sources are read as float32; sums are kept in float64 and rounded once, so that merging copies of one model gives that
-model back bit for bit. Memory is a few blocks, whatever the tensor's size.
+model back bit for bit. Memory is a few blocks, whatever the tensor's size and however many models there are.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.recipes.backbone import BackboneMerge
 from modekit.weights.numeric import blocks
+from modekit.weights.stored import FlatArray
 
-
-class FlatArray(Protocol):
-    """What is merged: a flat array, or something that is read like one and computes what it gives."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> npt.NDArray[np.generic]: ...
-
-
+_COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
 Block = npt.NDArray[np.float64]
 
 
@@ -37,7 +29,7 @@ def merge_blocks(settings: BackboneMerge, base: FlatArray, experts: Sequence[Fla
         yield from _slerp(settings.t, *experts)
         return
     rule = _elementwise(settings, base, experts)
-    for part in blocks(len(base)):
+    for part in blocks(len(base), _COPIES * (1 + len(experts))):
         yield rule(_read(base, part), [_read(expert, part) for expert in experts])
 
 
@@ -90,13 +82,13 @@ def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> 
     """
     keep = max(1, int(np.ceil(density * len(base))))
     high = np.zeros(1 << 16, np.int64)
-    for part in blocks(len(base)):
+    for part in blocks(len(base), 2 * _COPIES):
         high += np.bincount(_magnitude_bits(base, expert, part) >> 16, minlength=1 << 16)
     from_top = np.cumsum(high[::-1])
     bucket = (1 << 16) - 1 - int(np.searchsorted(from_top, keep))
     above = int(from_top[(1 << 16) - 2 - bucket]) if bucket < (1 << 16) - 1 else 0
     low = np.zeros(1 << 16, np.int64)
-    for part in blocks(len(base)):
+    for part in blocks(len(base), 2 * _COPIES):
         bits = _magnitude_bits(base, expert, part)
         low += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
     rest = (1 << 16) - 1 - int(np.searchsorted(np.cumsum(low[::-1]), keep - above))

@@ -37,10 +37,11 @@ def is_finite(view: memoryview, dtype: str) -> bool:
     return int(np.frombuffer(view, signed).max()) < positive and int(np.frombuffer(view, unsigned).max()) < negative
 
 
-def blocks(count: int) -> Iterator[slice]:
-    """Slices of at most BLOCK elements that cover `count` elements."""
-    for start in range(0, count, BLOCK):
-        yield slice(start, min(start + BLOCK, count))
+def blocks(count: int, arrays: int = 1) -> Iterator[slice]:
+    """Slices that cover `count` elements: of at most BLOCK, or of as many as make a block where `arrays` lie side by side."""
+    step = max(1, BLOCK // arrays)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def as_array(view: memoryview, dtype: str) -> npt.NDArray[np.generic]:

@@ -21,9 +21,11 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import SourceError
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.run import QUIET, Run
-from modekit.sources.model import Mappings, TensorRef, open_source
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef, open_source
 from modekit.sources.names import EMBEDDING, HEAD, module_of, weight_of
 from modekit.weights.numeric import as_array, to_float32
+from modekit.weights.stored import Stored
 
 Array64 = npt.NDArray[np.float64]
 
@@ -48,13 +50,10 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     mixed = _with_base(checkpoint)
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
-    mappings = Mappings()
-    try:
+    with OpenFiles() as opened:
         for done, tensor in enumerate(mixed, 1):
-            gram += _products(tensor, count, mappings)
+            gram += _products(tensor, count, opened)
             run.progress("compare experts", done, len(mixed))
-    finally:
-        mappings.close()
     whole = sum(_is_whole(tensor) for tensor in mixed)
     notes = []
     of = f"what the experts changed of the base model in {len(mixed)} tensors"
@@ -78,15 +77,15 @@ def _cosines(gram: Array64) -> Array64:
     return cosines
 
 
-def _products(tensor: MixedTensor, count: int, mappings: Mappings) -> Array64:
+def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     """Inner products of the experts' changes of one tensor, (E, E)."""
 
     def read(part: TensorPart, start: int, stop: int) -> Array64:
-        values = as_array(mappings.view(part.ref), part.ref.dtype)[part.start + start : part.start + stop]
+        values = Stored(opened, part.ref)[part.start + start : part.start + stop]
         return to_float32(values).astype(np.float64) / part.factor
 
     def whole(ref: TensorRef) -> Array64:
-        return to_float32(as_array(mappings.view(ref), ref.dtype)).astype(np.float64).reshape(ref.shape)
+        return to_float32(as_array(opened.read(ref), ref.dtype)).astype(np.float64).reshape(ref.shape)
 
     gram = np.zeros((count, count))
     rows, columns = tensor.shape[0], int(np.prod(tensor.shape[1:]))

@@ -22,9 +22,10 @@ from modekit.planning.pieces import piece_of, touched
 from modekit.planning.plan import Piece
 from modekit.run import QUIET, Run
 from modekit.search.advise.groups import GROUPS, Group
-from modekit.sources.model import Mappings, ModelSource, TensorRef
-from modekit.weights.merge import FlatArray
-from modekit.weights.numeric import BLOCK, is_finite, to_float32
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.weights.numeric import BLOCK, to_float32
+from modekit.weights.stored import FlatArray, holds_only_finite
 
 _Double = npt.NDArray[np.float64]
 _STEP = BLOCK // 8  # float64 rows of every expert side by side stay as small as one block of a copy
@@ -88,18 +89,11 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[s
     """Read every tensor of the base and of the experts once. Raises SourceError when a file becomes shorter meanwhile."""
     sources = (base, *experts)
     tally = _Tally(len(experts))
-    mappings = Mappings()
-    read = PieceReader(mappings)
-    try:
+    with OpenFiles() as opened:
+        read = PieceReader(opened)
         for done, (name, group) in enumerate(groups.items(), 1):
-            pieces = _pieces(sources, name)
-            tally.add(name, group, pieces, read)
-            for piece in pieces.values():
-                for part in piece.refs:
-                    mappings.forget(part)
+            tally.add(name, group, _pieces(sources, name), read)
             run.progress("compare", done, len(groups))
-    finally:
-        mappings.close()
     return tally.drift()
 
 
@@ -124,7 +118,7 @@ class _Tally:
 
     def add(self, name: str, group: Group, pieces: Mapping[int, Piece], read: PieceReader) -> None:
         """Count one tensor. Where the base's is damaged, there is nothing to compare with."""
-        broken = {index: _broken(piece.refs, read.mappings) for index, piece in pieces.items()}
+        broken = {index: _broken(piece.refs, read.opened) for index, piece in pieces.items()}
         for index, names in broken.items():
             if index == 0 or not broken[0]:
                 self._damaged[index] += names
@@ -162,5 +156,5 @@ def _sums(base: FlatArray, experts: Sequence[FlatArray]) -> tuple[float, _Double
     return square, product
 
 
-def _broken(refs: Sequence[TensorRef], mappings: Mappings) -> list[str]:
-    return [ref.name for ref in refs if not is_finite(mappings.view(ref), ref.dtype)]
+def _broken(refs: Sequence[TensorRef], opened: OpenFiles) -> list[str]:
+    return [ref.name for ref in refs if not holds_only_finite(opened, ref)]

@@ -13,7 +13,7 @@ from modekit.search.advise.findings import Finding
 from modekit.search.advise.gain import Gains
 from modekit.search.advise.judge import helps, of_confusion, of_gains
 from modekit.search.advise.rules import NEARLY_ALL
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.sequences import TokenSequence
 
@@ -91,11 +91,11 @@ def _gains(
     from modekit.loaded.load import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
-    mappings = Mappings()
+    opened = OpenFiles()
     try:
         base = examined.models.base
         model = load_model(base.folder, run=run)
-        patched = PatchedBase(model, [base, *examined.sources], examined.groups, examined.drift.moved, mappings)
+        patched = PatchedBase(model, [base, *examined.sources], examined.groups, examined.drift.moved, opened)
         started = time.perf_counter()
         gains = measure(patched, scored, examined.usable, run=run)
         seconds = time.perf_counter() - started
@@ -105,7 +105,7 @@ def _gains(
             gains = gains.with_average(on_average(patched, scored, own, run=run))
         return gains, gains.tokens * 2 * _weights(model) / seconds if seconds > 0 else None
     finally:
-        mappings.close()
+        opened.close()
 
 
 def _weights(model: PreTrainedModel) -> int:

@@ -21,7 +21,8 @@ from modekit.recipes.backbone import BackboneMerge
 from modekit.run import QUIET, Run
 from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
 from modekit.search.advise.groups import Group
-from modekit.sources.model import Mappings, ModelSource
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource
 from modekit.text.sequences import TokenSequence
 from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import blocks, to_float32
@@ -38,12 +39,12 @@ class PatchedBase:
 
     def __init__(
         self, model: PreTrainedModel, sources: Sequence[ModelSource], groups: Mapping[str, Group],
-        moved: Sequence[frozenset[str]], mappings: Mappings,
+        moved: Sequence[frozenset[str]], opened: OpenFiles,
     ) -> None:  # fmt: skip
         self.model = model
         self._tensors: dict[str, torch.Tensor] = model.state_dict()  # shares its storage with the model
         self._sources, self._groups, self._moved = tuple(sources), groups, moved
-        self._read, self._mappings = PieceReader(mappings), mappings
+        self._read = PieceReader(opened)
 
     @contextmanager
     def with_parts(self, expert: int, groups: Collection[Group]) -> Iterator[None]:
@@ -87,9 +88,6 @@ class PatchedBase:
         with torch.no_grad():
             for part, block in zip(blocks(ref.numel), values, strict=True):
                 flat[part] = torch.from_numpy(block).to(flat)
-        for piece in pieces:
-            for each in piece.refs:
-                self._mappings.forget(each)
 
 
 def measure(

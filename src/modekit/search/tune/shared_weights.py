@@ -36,7 +36,7 @@ from modekit.routing.fit import fit_router
 from modekit.routing.read import read_statistics
 from modekit.run import QUIET, Run
 from modekit.search.tune.switched_model import structure
-from modekit.sources.model import Mappings
+from modekit.sources.contents import OpenFiles
 from modekit.sources.names import split_layer
 
 
@@ -136,17 +136,14 @@ class SharedWeights:
         """Write everything into `partial`, which will be `folder`."""
         pool = self._work / "tensors"
         make_folder(pool)
-        mappings = Mappings()
-        try:
-            read = PieceReader(mappings)
+        with OpenFiles() as opened:
+            read = PieceReader(opened)
             for shard in plan.shards:
                 kept = pool / (_digest(_identities(plan, shard)) + ".safetensors")
                 with waiting(kept.with_suffix(".lock")):
                     if not kept.exists():
                         _write_shard(plan, shard, kept, read)
                 link_file(kept, partial / shard.file)
-        finally:
-            mappings.close()
         write_index(plan, partial)
         write_json(partial / "config.json", dict(plan.config))
         for file in (*plan.copied_files, *plan.shape.code_files):

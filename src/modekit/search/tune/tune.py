@@ -40,8 +40,10 @@ from modekit.search.tune.selection import Selection, read_selection
 from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.space import Space, default_space, read_space
 from modekit.search.tune.study import Job, candidate_recipe, candidates, prepare
-from modekit.sources.model import Mappings, TensorRef
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
+from modekit.weights.stored import same_bytes
 
 
 def tune(
@@ -171,22 +173,17 @@ def backbones_differ(recipe: Recipe, root: Path, *, run: Run = QUIET) -> bool:
     if all(expert.is_base for expert in recipe.experts):
         return False
     merged = make_plan(plain_recipe(recipe, backbone="average"), root, run=run)
-    mappings = Mappings()
-    try:
+    with OpenFiles() as opened:
         for tensor in merged.tensors:
             if tensor.operation == "merge":
                 base, *others = (piece.ref for piece in tensor.pieces)
-                if any(not _same(base, other, mappings) for other in others) or any(p.change for p in tensor.pieces):
+                if any(not _same(base, other, opened) for other in others) or any(p.change for p in tensor.pieces):
                     return True
-                for piece in tensor.pieces:
-                    mappings.forget(piece.ref)
         return False
-    finally:
-        mappings.close()
 
 
-def _same(base: TensorRef, other: TensorRef, mappings: Mappings) -> bool:
-    return base.dtype == other.dtype and mappings.view(base) == mappings.view(other)
+def _same(base: TensorRef, other: TensorRef, opened: OpenFiles) -> bool:
+    return base.dtype == other.dtype and same_bytes(opened, base, other)
 
 
 def plain_recipe(recipe: Recipe, backbone: str = BASE) -> Recipe:

@@ -1,0 +1,154 @@
+"""The bytes of weight files, which others may change at any moment: read into memory, never mapped.
+
+A map of a file that becomes shorter kills the process that looks at it, without a word (SIGBUS), and the pages that it has
+looked at count as its memory. What is read is held by whoever reads it, and no longer. A file that is not in the state in
+which its header was read is refused, so that what is copied, what is hashed and what was planned are the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from blake3 import blake3
+
+from modekit.errors import SourceError
+from modekit.files.read import FileState, open_regular
+from modekit.sources.model import TensorRef
+
+CHUNK = 2**19
+"""Bytes read at a time where a whole file or tensor goes by: they stay in the processor's cache while they are looked at."""
+
+_ALONE = "leave the models alone while they are read, and run the command again"
+
+
+class WeightFile:
+    """One file, open for reading by one thread. With `planned`, it must be in that state.
+
+    Everything here raises SourceError: a file that cannot be read, ends early or has changed.
+    """
+
+    def __init__(self, path: Path, planned: FileState | None = None) -> None:
+        self.path = path
+        try:
+            self._stream = open_regular(path)
+            self.state = FileState.of(self._stream)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if planned is not None and planned != self.state:
+            self._stream.close()
+            raise self._changed()
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file, for the kernel's own copying."""
+        return self._stream.fileno()
+
+    def fill(self, buffer: memoryview, position: int) -> None:
+        """Fill a buffer from a place in the file; other threads run meanwhile."""
+        try:
+            self._stream.seek(position)
+            while len(buffer):
+                count = self._stream.readinto(buffer)
+                if not count:
+                    raise self.ended()
+                buffer = buffer[count:]
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def chunks(self, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes [start, end) in order. Each chunk lies in the same memory as the one before it."""
+        buffer = memoryview(bytearray(min(CHUNK, max(0, end - start))))
+        for position in range(start, end, CHUNK):
+            chunk = buffer[: min(CHUNK, end - position)]
+            self.fill(chunk, position)
+            yield chunk
+
+    def check_unchanged(self) -> None:
+        """To be called when all has been read: whether it is still the file that was opened."""
+        try:
+            state = FileState.of(self._stream)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if state != self.state:
+            raise self._changed()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._stream.close()
+
+    def ended(self) -> SourceError:
+        """What to raise when there are fewer bytes than its header said."""
+        return SourceError("a weight file became shorter while it was read", where=str(self.path), remedy=_ALONE)
+
+    def _changed(self) -> SourceError:
+        return SourceError("a weight file has changed since its header was read", where=str(self.path), remedy=_ALONE)
+
+    def _unreadable(self, error: OSError) -> SourceError:
+        return SourceError(
+            "a weight file cannot be read", where=str(self.path), found=error.strerror or error,
+            remedy="put it back, make it readable, or mend the disk",
+        )  # fmt: skip
+
+
+class OpenFiles:
+    """The files of the tensors that one thread reads, opened on first use and closed together.
+
+    As a context, it makes sure at a good end that no file has changed meanwhile. Raises SourceError, as `WeightFile` does.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, WeightFile] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
+
+    def file(self, ref: TensorRef) -> WeightFile:
+        """The file that holds a tensor."""
+        if ref.file not in self._files:
+            self._files[ref.file] = WeightFile(ref.file, ref.state)
+        return self._files[ref.file]
+
+    def read(self, ref: TensorRef, start: int = 0, stop: int | None = None) -> memoryview:
+        """A tensor's bytes, or those from `start` to `stop` of them, in memory of their own."""
+        buffer: memoryview = np.empty((ref.nbytes if stop is None else stop) - start, np.uint8).data
+        self.file(ref).fill(buffer, ref.start + start)
+        return buffer
+
+    def chunks(self, ref: TensorRef) -> Iterator[memoryview]:
+        """A tensor's bytes in order, in whole elements. Each chunk lies in the same memory as the one before it."""
+        return self.file(ref).chunks(ref.start, ref.end)
+
+    def check_unchanged(self) -> None:
+        """Raise when a file is no longer what it was when it was opened."""
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Release all files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """A file's hash; `progress` is told the bytes so far and in all. Raises SourceError."""
+    file, digest, done = WeightFile(path), blake3(), 0
+    try:
+        for chunk in file.chunks(0, file.state.size):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done, file.state.size)
+        file.check_unchanged()
+    finally:
+        file.close()
+    return digest.hexdigest()

@@ -1,0 +1,214 @@
+"""Sources that others change while a build or a proof reads them: an error, never a checkpoint with a hash of other bytes."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Workshop
+from modekit.building.build import build
+from modekit.building.inspector import Inspector
+from modekit.building.verify import verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import ModekitError, OutputError, SourceError
+from modekit.files.read import open_regular
+from modekit.files.staging import Staging
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
+from modekit.recipes.read import load_recipe
+from modekit.run import Run
+from refusal import borrow, copy_expert, tree
+
+HALF = {"output": {"dtype": "float16"}}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, shared_workshop: Workshop) -> Workshop:
+    """A recipe of which one expert, law, may be damaged."""
+    workshop = borrow(shared_workshop, tmp_path)
+    copy_expert(workshop)
+    return workshop
+
+
+def law_of(bench: Workshop) -> Path:
+    return bench.root / "law" / "model.safetensors"
+
+
+def plan_of(bench: Workshop, **changes: Any) -> Plan:
+    return make_plan(load_recipe(bench.write(**changes)), bench.root)
+
+
+def refused(plan: Plan, kind: type[ModekitError], match: str, run: Run | None = None) -> ModekitError:
+    """Build to OUT: the error; nothing may be left behind."""
+    out = plan.root / "OUT"
+    with pytest.raises(kind, match=match) as error:
+        build(plan, out, run=run or Run())
+    assert not out.exists() and not out.with_name("OUT.partial").exists()
+    return error.value
+
+
+def touch(path: Path) -> None:
+    """Other bytes in the same file, of the same length."""
+    before = path.stat().st_mtime_ns
+    with path.open("r+b") as stream:
+        stream.seek(-4, io.SEEK_END)
+        stream.write(b"\0\0\0\0")
+    os.utime(path, ns=(before, before + 1))
+
+
+def test_a_source_that_shrinks_while_it_is_hashed(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended the process by SIGBUS, without a message."""
+    law = law_of(bench)
+    monkeypatch.setattr("modekit.building.inspector.check_finite", lambda *_: os.truncate(law, 5000))
+    assert refused(plan_of(bench), SourceError, "became shorter|has changed").where == str(law)
+
+
+@pytest.mark.parametrize("changes", [HALF, {"mixture": {"router": {"fit": "random"}, "backbone": "ties"}}])
+def test_a_source_that_shrinks_while_tensors_are_computed_of_it(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    law = law_of(bench)
+    plan = plan_of(bench, **changes)
+    monkeypatch.setattr("modekit.building.build.Inspector", Idle)
+    monkeypatch.setattr("modekit.building.tensors.check_finite", lambda *_: os.truncate(law, 5000))
+    assert refused(plan, SourceError, "became shorter|has changed").where == str(law)
+
+
+class Idle(Inspector):
+    """One that looks at nothing, so that what the copying finds is seen."""
+
+    def _run(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.mark.parametrize("watched", ["copying", "hashing"])
+def test_a_source_replaced_between_plan_and_build(bench: Workshop, monkeypatch: pytest.MonkeyPatch, watched: str) -> None:
+    plan, law = plan_of(bench), law_of(bench)
+    shutil.copy2(law, law.with_suffix(".new"))  # the same bytes, size and time: who knows that they are the same?
+    law.with_suffix(".new").replace(law)
+    if watched == "copying":
+        monkeypatch.setattr("modekit.building.build.Inspector", Idle)
+    else:
+        monkeypatch.setattr("modekit.building.build._write_shards", lambda *_: None)
+    assert refused(plan, SourceError, "has changed since").where == str(law)
+
+
+def test_a_source_changed_after_it_was_copied_and_before_it_is_hashed(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, law, copied = plan_of(bench), law_of(bench), threading.Event()
+    run, finish = Inspector._run, Inspector.finish
+
+    def late(inspector: Inspector) -> dict[str, str]:
+        assert copied.wait(60)
+        touch(law)
+        return run(inspector)
+
+    def finished(inspector: Inspector) -> dict[str, str]:
+        copied.set()
+        return finish(inspector)
+
+    monkeypatch.setattr(Inspector, "_run", late)
+    monkeypatch.setattr(Inspector, "finish", finished)
+    assert refused(plan, SourceError, "has changed since").where == str(law)
+
+
+def test_a_source_changed_after_it_was_hashed_and_before_all_is_copied(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, law = plan_of(bench), law_of(bench)
+    monkeypatch.setattr("modekit.building.build.Inspector", Idle)  # as if it had been done long ago
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "build" and 0 < total == done:
+            touch(law)
+
+    assert refused(plan, SourceError, "has changed since", Run(progress=progress)).where == str(law)
+
+
+def broken_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Files of that name in a folder `law` can be opened and not be read."""
+
+    class Broken(io.FileIO):
+        def readinto(self, _: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(path: Path) -> io.FileIO:
+        return Broken(path) if path.parent.name == "law" and path.name == name else open_regular(path)
+
+    monkeypatch.setattr("modekit.sources.contents.open_regular", opened)
+
+
+@pytest.mark.parametrize("watched", ["copying", "computing", "hashing"])
+def test_a_source_that_the_disk_does_not_give(bench: Workshop, monkeypatch: pytest.MonkeyPatch, watched: str) -> None:
+    plan = plan_of(bench, **HALF) if watched == "computing" else plan_of(bench)
+    broken_disk(monkeypatch, "model.safetensors")
+    if watched == "hashing":
+        monkeypatch.setattr("modekit.building.build._write_shards", lambda *_: None)
+    else:
+        monkeypatch.setattr("modekit.building.build.Inspector", Idle)
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("modekit.building.build.os.sendfile", failing)
+    error = refused(plan, SourceError, "cannot be read")
+    assert error.where == str(law_of(bench)) and error.found == os.strerror(errno.EIO)
+
+
+def test_a_tokenizer_file_that_cannot_be_read_is_no_error_of_the_output(bench: Workshop) -> None:
+    shutil.copytree(bench.recipe["base_model"], bench.root / "base")
+    plan = plan_of(bench, base_model="./base")
+    (bench.root / "base" / "tokenizer.json").unlink()
+    assert str(refused(plan, SourceError, "cannot be read").where).endswith("tokenizer.json")
+
+
+def test_a_full_disk_under_the_journal_of_hashes_is_an_error_of_the_output(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was reported as a source that cannot be read."""
+    record = Staging.record
+
+    def full(stage: Staging, key: str, value: object) -> None:
+        if key.startswith("blake3"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        record(stage, key, value)
+
+    monkeypatch.setattr(Staging, "record", full)
+    refused(plan_of(bench), OutputError, "writing failed")
+
+
+def test_another_file_under_the_same_name_size_and_time_is_another_build(bench: Workshop) -> None:
+    first, law = plan_of(bench), law_of(bench)
+    assert plan_of(bench).digest() == first.digest()
+    shutil.copy2(law, law.with_suffix(".new"))
+    law.with_suffix(".new").replace(law)
+    assert plan_of(bench).digest() != first.digest()
+
+
+@pytest.mark.parametrize("changes", [{}, HALF])
+def test_a_proof_ends_where_a_source_cannot_be_read(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    checkpoint = open_checkpoint(bench.build(**changes))
+    broken_disk(monkeypatch, "model.safetensors")
+    before = tree(checkpoint.folder)
+    with pytest.raises(SourceError, match="cannot be read"):
+        verify(checkpoint, reload=False)
+    assert tree(checkpoint.folder) == before
+
+
+def test_a_proof_ends_where_a_source_changes_meanwhile(bench: Workshop) -> None:
+    law = law_of(bench)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "compare" and done == total:
+            os.truncate(law, 5000)
+
+    with pytest.raises(SourceError, match=r"has changed since|became shorter"):
+        verify(open_checkpoint(bench.build()), run=Run(progress=progress), reload=False)
