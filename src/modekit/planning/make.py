@@ -48,6 +48,9 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
     sources = open_recipe_sources(recipe, root, run=run, headers_only=headers_only)
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
+    for source in dict.fromkeys(sources):
+        if not isinstance(source, AdapterSource):
+            check_sizes(source)
     native, why = _choose_architecture(recipe, base, family)
     _check(recipe, sources, family)
 
@@ -118,8 +121,6 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
     base = sources[0]
     where = f"base_model ({base.spec})"
     models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
-    for source in models:
-        check_sizes(source)
     for source in models:
         check_dtypes(source)
         if source is not base:
