@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.planning.copied_files import copied_files
 from modekit.planning.layout import CodeOf, Layout
 from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
@@ -65,8 +66,7 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
     mixed = layout.mixed_names()
     backbone = _backbone(recipe, sources, family, layout, mixed, code_of)
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
-    files = (*TOKENIZER_FILES, "generation_config.json")
-    copied = tuple(base.folder / name for name in files if (base.folder / name).exists())
+    copied = copied_files(base.folder, (*TOKENIZER_FILES, "generation_config.json"), where=f"base_model ({base.spec})")
     notes = [*_notes(recipe, sources, mixed), *lost_changes(recipe, sources, mixed), *layout.notes()]
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),

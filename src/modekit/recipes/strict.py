@@ -13,7 +13,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
 """Of an expert and its domain; also a file's name."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_LARGEST_NUMBER = 2**53  # so that arithmetic with floats stays exact, and no product of a few of them overflows one
+_LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
 
 
 class Strict(BaseModel):
@@ -26,7 +26,7 @@ class Strict(BaseModel):
     def _no_endless_number(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
-                raise ValueError(f"'{str(key)[:64]}' is a number of more than {len(str(_LARGEST_NUMBER))} digits")
+                raise ValueError(f"'{str(key)[:64]}' is a number of more than 100 digits")
         return values
 
 

@@ -1,4 +1,4 @@
-"""YAML that a stranger may have written -> plain data, or ValueError: no type but JSON's and dates, nothing said twice, no bombs."""
+"""YAML that a stranger may have written -> plain data, or ValueError: nothing said twice, no bombs, and nothing that runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LARGEST = 2**20
 """Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
 _MOST_NODES = 2**20  # once every alias is written out
 _MOST_CHARACTERS = 2**24  # likewise
-_LARGEST_NUMBER = 2**63
+_LARGEST_NUMBER = 10**100
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently drop the first; values that are none; bombs of aliases."""
+    """Refuses a key given twice, of which YAML would silently drop the first; values that are none; bombs of aliases."""
 
     def get_single_node(self) -> yaml.Node | None:
         """The file's only document as nodes. Raises YAMLError also where aliases stand for too much, or for themselves."""
@@ -35,7 +35,7 @@ class StrictLoader(yaml.SafeLoader):
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
             raise _problem(f"this is no {node.tag.rpartition(':')[2][:40]}", node) from None
         if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:
-            raise _problem("a number of more than 18 digits", node)
+            raise _problem("a number of more than 100 digits", node)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""config.json of a model that anyone may have written: read as data, refused where it brings code, its values of the right kind.
+"""config.json of a model, which anyone may have written: read as data, refused where it brings code, values of the right kind.
 
 After `check_values` the settings that modekit and transformers' classes of dense models compute with are what their names say:
 sizes are whole numbers, names are text, and nothing is so large that arithmetic with it fails.

@@ -18,9 +18,9 @@ from modekit.recipes.backbone import Backbone, BackboneMerge
 from modekit.recipes.edit import settings_with_effect
 from modekit.recipes.fits import FITS, known_fit
 from modekit.recipes.mixture import AlwaysOn, Part
-from modekit.recipes.strict_yaml import read_yaml
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
+from modekit.recipes.strict_yaml import read_yaml
 
 Choice = dict[str, str]
 Ask = Callable[[str, Sequence[str]], str]
