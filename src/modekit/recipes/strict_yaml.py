@@ -11,13 +11,26 @@ from modekit.files.read import read_text
 
 LARGEST = 2**20
 """Bytes of a file: far more than any recipe has, and what the parser reads within seconds."""
-_MOST_NODES = 2**20  # once every alias is written out
+_MOST_NODES = 2**16  # once every alias is written out
+_DEEPEST = 50  # collections within each other
 _MOST_CHARACTERS = 2**24  # likewise
 _LARGEST_NUMBER = 10**100
 
 
 class StrictLoader(yaml.SafeLoader):
     """Refuses a key given twice, of which YAML would silently drop the first; values that are none; bombs of aliases."""
+
+    _nodes = _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node | None:
+        """The next node. Raises YAMLError as soon as there are too many, or they nest too deeply."""
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
+        if self._nodes > _MOST_NODES or self._depth > _DEEPEST:
+            what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST_NODES} values"
+            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def get_single_node(self) -> yaml.Node | None:
         """The file's only document as nodes. Raises YAMLError also where aliases stand for too much, or for themselves."""
@@ -56,8 +69,6 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -87,9 +87,11 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: int) -> Non
                 expected=f"{layers} layers", remedy="correct config.json, or save the model again",
             )  # fmt: skip
         found[layer].add(path)
+    alike: dict[str, set[str]] = {kind: set(family.mlp.values()) for kind in kinds}
+    for names, kind in zip(found, kinds, strict=True):
+        alike[kind] |= names
     for layer, kind in enumerate(kinds):
-        alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
-        for path in sorted((alike | set(family.mlp.values())) - found[layer]):
+        for path in sorted(alike[kind] - found[layer]):
             source.tensor(in_layer(layer, path))
 
 

@@ -254,6 +254,11 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     tensors: dict[str, TensorRef] = {}
     for file in _weight_files(folder, where=where):
         tensors.update(read_header(file, where=where))
+    if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
+        raise SourceError(
+            "the folder holds both a model and an adapter", where=where, found="adapter_config.json",
+            remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
+        )  # fmt: skip
     return ModelSource(label, spec, folder, revision, config, tensors)
 
 

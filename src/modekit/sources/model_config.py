@@ -148,7 +148,8 @@ def check_values(config: Mapping[str, Any], *, where: str) -> None:
         _Values.model_validate(dict(config))
         for key in ("rope_parameters", "rope_scaling"):
             rope = config.get(key) or {}
-            parts = {name: each for name, each in rope.items() if isinstance(each, dict)}  # one per kind of layer
+            parts = {name: each for name, each in rope.items() if isinstance(each, dict) and name not in _Rope.model_fields}
+            # One for all layers, or one per kind of layer.
             for part in ({name: each for name, each in rope.items() if name not in parts}, *parts.values()):
                 _Rope.model_validate(part)
     except ValidationError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,11 @@ class Patterns:
         import regex  # here, as few adapters have patterns
 
         try:
-            re.compile(pattern)
-            _check_size(pattern)
-            self._compiled[pattern] = regex.compile(pattern, regex.VERSION0, cache_pattern=False)
+            with warnings.catch_warnings():  # of what other versions of Python may make of it
+                warnings.simplefilter("ignore")
+                re.compile(pattern)
+                _check_size(pattern)
+                self._compiled[pattern] = regex.compile(pattern, regex.VERSION0, cache_pattern=False)
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
             raise SourceError(
                 "a pattern in adapter_config.json is no regular expression, or none that can be used", where=self.where,

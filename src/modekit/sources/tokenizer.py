@@ -14,6 +14,34 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def check_tokenizer_files(folder: Path, *, where: str) -> None:
+    """Raise SourceError for tokenizer files that would be waited for, and a config that names others in their place.
+
+    For every folder that transformers' tokenizers are to read.
+    """
+    there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    strange = [path.name for path in there if not path.is_file()]
+    if strange:
+        raise SourceError(
+            "the tokenizer cannot be read", where=where, found=f"{', '.join(strange)}: no regular file",
+            remedy="download or save the model again",
+        )  # fmt: skip
+    try:
+        config = read_json(folder / "tokenizer_config.json", LARGE)
+    except FileNotFoundError:
+        return
+    except UNREADABLE as error:
+        raise SourceError(
+            "the tokenizer cannot be read", where=f"{where}: tokenizer_config.json", found=error,
+            remedy="download or save the model again",
+        ) from None  # fmt: skip
+    if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
+        raise SourceError(
+            "the tokenizer's config names other files than tokenizer.json", where=f"{where}: tokenizer_config.json",
+            expected="a mapping without fast_tokenizer_files", remedy="save the tokenizer again with transformers 5",
+        )  # fmt: skip
+
+
 def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
     """Token -> id from tokenizer.json or vocab.json; None when the folder has neither. Raises SourceError."""
     read = _read(folder, where=where)
