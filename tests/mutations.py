@@ -1,7 +1,7 @@
 """Hostile variants of good files for hypothesis, and the limits under which whoever reads them must stay.
 
-A variant begins with good data. Any value anywhere in it is replaced, removed or given twice, and some of the bytes are flipped or
-cut off; what JSON cannot say otherwise (NaN, 1e999, numbers of thousands of digits, -0) is written as `Raw`.
+A variant begins with good data. Any value anywhere in it is replaced, removed or given twice, and some of the bytes are changed
+or cut off; what JSON cannot say otherwise (NaN, 1e999, numbers of thousands of digits, -0) is written as `Raw`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ class Raw:
 
 
 HOSTILE: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, 2**64, 10**10, 10**17, -(10**30), 10**400, 0.5, -0.5, 1e-300, 1e300, 3.0, 1e10,
+    None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, 2**64, 10**10, 10**17, -(10**30), 10**400, 0.5, -0.5, 1e-300, 1e300,
+    3.0, 1e10,
     "", "x", "3", "10000000000", "nan", "../../x", "/dev/zero", "evil/kernel", "a\0b", "\x1b]0;x\x07", "x" * 10_000, "é\u2028²",
     [], [1], ["x"], [None], [[]], [[[[1]]]], [0, 10**10], ["x"] * 2_000, {}, {"x": 1}, {"": None}, {"rope_type": ["x"]},
     {"content": "x", "id": True}, {"type": {}}, {"rope_type": {}}, {"full_attention": {"rope_type": "yarn", "factor": 2.0}},
-    "(a|a)*$", "(a+)+b", "((((a?){99}){99}){99}){99}", "(?:", "[[:alpha:]]", "(?x)#)", ".*{2", "0-99999999999", "model.layers.0",
+    "(a|a)*$", "(a+)+b", "((((a?){99}){99}){99}){99}", "(?:", "[[:alpha:]]", "(?x)#)", ".*{2", "0-99999999999",
+    "model.layers.0",
 ]  # fmt: skip
 RAW = [
     *map(

@@ -1,4 +1,4 @@
-"""Whatever strangers write, what reads it before there is a checkpoint ends in a plan or in modekit's own error, soon and small.
+"""Whatever strangers write, what reads it before there is a checkpoint ends in a plan or in modekit's own error, soon.
 
 Every target begins with a good file and opens the real door on hostile variants of it (tests/mutations.py). `make test` takes a
 few hundred inputs of each, `make test-all` 13,600 together.
@@ -223,7 +223,8 @@ def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:
     folder = root / "code"
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {
-        "exclude_modules": None, "modules_to_save": None, "rank_pattern": {"up_proj": 4}, "alpha_pattern": {r"layers\.1\..*": 8},
+        "exclude_modules": None, "modules_to_save": None, "rank_pattern": {"up_proj": 4},
+        "alpha_pattern": {r"layers\.1\..*": 8},
         "layers_to_transform": None, "layers_pattern": None, "use_rslora": False, "bias": "none", "init_lora_weights": True,
     }  # fmt: skip
     header = header_of(folder / "adapter_model.safetensors")
@@ -241,9 +242,12 @@ def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:
 
 
 YAML = [
-    "2001-99-99", "!!int x", "!!bool x", "!!map [a]", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a]", "!!null x",
-    "!!python/object/apply:os.system [x]", "*a", "&a [*a]", "0x" + "f" * 9_000, "0b1", "1:99:99", ".inf", ".nan", "-.inf", "1_000",
-    '"\\ud800"', "!!str 3", "? [a]\n: b", "<<: {a: b}", "{<<: [{a: b}, {c: d}]}", "&b {<<: *b}", "1e400", "~", "''", "[" * 400, "{[a]: b}",
+    "2001-99-99", "!!int x", "!!bool x", "!!map [a]", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}",
+    "!!omap [a]", "!!null x",
+    "!!python/object/apply:os.system [x]", "*a", "&a [*a]", "0x" + "f" * 9_000, "0b1", "1:99:99", ".inf", ".nan", "-.inf",
+    "1_000",
+    '"\\ud800"', "!!str 3", "? [a]\n: b", "<<: {a: b}", "{<<: [{a: b}, {c: d}]}", "&b {<<: *b}", "1e400", "~", "''",
+    "[" * 400, "{[a]: b}",
     "2001-01-01", "!!int ''", "0o17", "017", "-", "|", "%", "@", "\t",
 ]  # fmt: skip
 
@@ -251,10 +255,13 @@ YAML = [
 def fuzz_recipes(root: Path, recipe: dict[str, Any]) -> Target:
     """YAML, some of it that only YAML says; recipes with most of the keys that there are."""
     full = {
-        **recipe, "eval": {"law": ["./text/law.jsonl"]}, "output": {"format": "modekit", "dtype": "source", "shard_size": "5GB"},
+        **recipe, "eval": {"law": ["./text/law.jsonl"]},
+        "output": {"format": "modekit", "dtype": "source", "shard_size": "5GB"},
         "mixture": {
-            "method": "routing", "top_k": 2, "modules": ["mlp"], "layers": [0, "0-1"], "backbone": {"method": "ties", "scale": 1.0},
-            "always_on": {"expert": "law", "weight": 0.5}, "router": {"fit": "random", "seed": 1, "granularity": "context", "decay": [0.5]},
+            "method": "routing", "top_k": 2, "modules": ["mlp"], "layers": [0, "0-1"],
+            "backbone": {"method": "ties", "scale": 1.0},
+            "always_on": {"expert": "law", "weight": 0.5},
+            "router": {"fit": "random", "seed": 1, "granularity": "context", "decay": [0.5]},
         },
     }  # fmt: skip
     weights = {**recipe, "mixture": {"method": "linear", "weights": {"law": 1, "code": 2.5}, "backbone": "base"}}

@@ -12,7 +12,7 @@ from conftest import Workshop
 from modekit.errors import RecipeError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
-from modekit.search.tune.space import default_space, read_space
+from modekit.search.tune.space import Space, read_space
 from mutations import limited
 from refusal import borrow, refuse
 
@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["base_model", "output", "zzz"])
 def test_values_that_are_none(path: Path, key: str, value: str) -> None:
-    refused(path, GOOD.replace("base_model: ./base", "base_model: ./b") + f"more: {{{key}: {value}}}\n", "not YAML")
+    refused(path, f"{GOOD}more: {{{key}: {value}}}\n", "not YAML")
     refused(path, f"{key}: {value}\n", "not YAML")
 
 
@@ -84,7 +84,7 @@ def test_a_pipe_is_not_waited_for(path: Path, tmp_path: Path) -> None:
         with limited(), pytest.raises(RecipeError, match="cannot be read"):
             load_recipe(wait)
         with limited(), pytest.raises(RecipeError, match="cannot be read"):
-            read_space(wait, default_space(parse_recipe(_recipe()), layers=2, fitted=False))
+            read_space(wait, Space.model_construct())
 
 
 def _recipe() -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _recipe() -> dict[str, Any]:
 def test_thousands_of_problems_are_counted(path: Path) -> None:
     message = refused(path, GOOD + "".join(f"key{number}: 1\n" for number in range(20_000)), "20000 problems", "and 19980 more")
     assert message.count("unknown key") == 20
-    refused(path, GOOD + f"{'k' * 100_000}: 1\n", "unknown key")
+    refused(path, GOOD + f"{'k' * 1_000}: 1\n", "unknown key")
     refused(path, GOOD.replace("./base", f"[{'x' * 100_000}]"), "base_model")
 
 
@@ -117,9 +117,7 @@ def test_layers_without_end(tmp_path: Path, shared_workshop: Workshop, layers: o
     assert "mixture.layers" in message and len(message) < 6_000
 
 
-@pytest.mark.parametrize(
-    "weights", [{"law": 1e308, "code": 1e308}, {"law": 10**400, "code": 1}, {"law": 10**99, "code": 10**101}]
-)
+@pytest.mark.parametrize("weights", [{"law": 1e308, "code": 1e308}, {"law": 10**400, "code": 1}])
 def test_weights_whose_sum_is_endless(weights: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match="weights"):
         parse_recipe({**_recipe(), "mixture": {"method": "linear", "weights": weights}})

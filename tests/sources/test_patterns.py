@@ -21,22 +21,18 @@ from modekit.sources.patterns import Patterns
 from mutations import inputs, limited
 from refusal import borrow
 
-NAMES = [
-    f"model.layers.{layer}.{part}" for layer in (0, 1, 12) for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp")
-] + ["lm_head", "model.embed_tokens", "model.norm", "", "model.layers.1.self_attn.q_proj\n", "MODEL.Q_PROJ"]  # fmt: skip
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp")
+NAMES = [f"model.layers.{layer}.{part}" for layer in (0, 1, 12) for part in PARTS]
+NAMES += ["lm_head", "model.embed_tokens", "model.norm", "", "model.layers.1.self_attn.q_proj\n", "MODEL.Q_PROJ"]
 ATOMS = [
-    "q_proj", "up_proj", "mlp", "layers", "model", r"\.", ".", ".*", ".*?", ".+", r"\d", r"\d+", "[0-9]", "[01]+", "[^.]*", r"[a-z_\d]+",
-    "(q|k|v)_proj", "(?:self_attn|mlp)", "(?=m)", "(?!.*norm)", "(?<=_)", r"\b", "^", "$", r"\w+", r"\W", "(?i:MODEL)", "(a|b)?", "|",
-    "x{0,2}", r"\d{1,2}", ".{3,}", "(?P<n>l)", "[]a]", "[^]]", r"[\]]", r"\Z", r"\A", r"\s", "é", "(?s:.)", "(?:o)*", "()", "_{2}",
+    "q_proj", "up_proj", "mlp", "layers", "model", r"\.", ".", ".*", ".*?", ".+", r"\d", r"\d+", "[0-9]", "[01]+",
+    "[^.]*", r"[a-z_\d]+",
+    "(q|k|v)_proj", "(?:self_attn|mlp)", "(?=m)", "(?!.*norm)", "(?<=_)", r"\b", "^", "$", r"\w+", r"\W", "(?i:MODEL)",
+    "(a|b)?", "|",
+    "x{0,2}", r"\d{1,2}", ".{3,}", "(?P<n>l)", "[]a]", "[^]]", r"[\]]", r"\Z", r"\A", r"\s", "é", "(?s:.)", "(?:o)*",
+    "()", "_{2}",
 ]  # fmt: skip
-HANGS = [
-    "(a|a)*$",
-    "(.|a)*(.|l)*(.|m)*b",
-    "(.*.*.*.*.*.*.*.*.*)*=",
-    "((.|.)*)*b",
-    "(x+x+)+y|(.?){40}.{40}q",
-    "(?:(?:.|.)*|.)*=",
-]
+HANGS = ["(a|a)*$", r"(?:[a-z]|\w)*[A-Z]", r"(.|a)*(.|\w)*\d", r"(?:(?:.|a)*|.)*[^-a]"]
 
 
 @inputs(1_500)
@@ -70,8 +66,7 @@ def test_a_pattern_that_would_hang_is_stopped(pattern: str) -> None:
     patterns = Patterns("law: adapter_config.json", seconds=0.5)
     begin = time.perf_counter()
     with pytest.raises(SourceError) as caught:
-        for _ in range(100_000):
-            patterns.fullmatch(pattern, "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-")
+        patterns.fullmatch(pattern, "a" * 70 + "-")
     assert time.perf_counter() - begin < 20
     assert "takes too long" in str(caught.value)
     assert pattern in str(caught.value) and "law: adapter_config.json" in str(caught.value)
@@ -81,7 +76,8 @@ def test_a_pattern_that_would_hang_is_stopped(pattern: str) -> None:
     "pattern",
     [
         "(?:", "[[:alpha:]]", "a{e<=1}", "a{b", "(?x)a # )", "(?#(a)b", "((((a?){99}){99}){99}){99}", "(a?){1000000}", r"\p{L}",
-        "(?V1)a", "(?R)", "a{4294967296}", "(?:" * 5_000 + ")" * 5_000, "a{" + "9" * 5_000 + "}", "x" * 30_000, r"\L<x>", "(?|a|b)",
+        "(?V1)a", "(?R)", "a{4294967296}", "(?:" * 5_000 + ")" * 5_000, "a{" + "9" * 5_000 + "}", "x" * 30_000, r"\L<x>",
+        "(?|a|b)",
     ],
     ids=lambda pattern: pattern[:12],
 )  # fmt: skip
@@ -95,12 +91,12 @@ def test_thousands_of_plain_patterns_are_quick() -> None:
     names = [f"model.layers.{layer}.{part}_proj" for layer in range(100) for part in ("q", "k", "v", "o", "gate", "up", "down")]
     config = {"peft_type": "LORA", "target_modules": ["x"], "rank_pattern": dict.fromkeys(names, 8)}
     settings: Any = parse_settings(config, where="law")
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert [settings.rank(name) for name in names] == [8] * len(names)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 10
 
 
-HANG = "(.|.)*(.|.)*="
+HANG = r"(?:[a-z0-9_]|\w|[^A-Z]|[a-z.0-9])*[A-Z]"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from modekit.recipes.strict_yaml import read_yaml
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 _MOST_PROBLEMS = 20  # shown at once; the others are counted
-_LONGEST_LINE = 400  # characters of a problem
+_LONGEST_KEY, _LONGEST_LINE = 64, 400  # characters of a key in a problem, and of all of it
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -75,7 +75,7 @@ def _explain(problem: dict[str, Any]) -> list[str]:
         if isinstance(part, int):
             place += f"[{part}]"
         elif part not in {"BackboneExpert", "BackboneMerge"} and not str(part).startswith(("literal[", "function-")):
-            place += f".{part}" if place else str(part)
+            place += "." * bool(place) + str(part)[:_LONGEST_KEY]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "remove it"
@@ -84,7 +84,7 @@ def _explain(problem: dict[str, Any]) -> list[str]:
         return [f"{place}: missing"]
     message = str(problem["msg"]).removeprefix("Value error, ")
     shown = problem.get("input")
-    tail = f" (found {repr(shown)[:_LONGEST_LINE]})" if isinstance(shown, (str, int, float, bool)) else ""
+    tail = f" (found {repr(shown)[:200]})" if isinstance(shown, (str, int, float, bool)) else ""
     return [f"{place}: {line}{tail}" if place else line for line in message.split("\n")]
 
 
