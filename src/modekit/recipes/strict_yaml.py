@@ -22,12 +22,12 @@ class StrictLoader(yaml.SafeLoader):
 
     _nodes = _depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node. Raises YAMLError as soon as there are too many, or they nest too deeply."""
         self._nodes, self._depth = self._nodes + 1, self._depth + 1
         if self._nodes > _MOST_NODES or self._depth > _DEEPEST:
             what = "nested too deeply" if self._depth > _DEEPEST else f"more than {_MOST_NODES} values"
-            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         return node

@@ -31,7 +31,7 @@ class Patterns:
 
     where: str = "adapter_config.json"
     seconds: float = _SECONDS
-    _compiled: dict[str, regex.Pattern[str]] = field(default_factory=dict)
+    _known: dict[str, regex.Pattern[str]] = field(default_factory=dict)
 
     def fullmatch(self, pattern: str, name: str) -> bool:
         """Whether a pattern is all of a name, as `re.fullmatch` says. Raises SourceError for what is no pattern, or hangs."""
@@ -50,7 +50,7 @@ class Patterns:
 
     def _run(self, pattern: str, name: str, *, whole: bool) -> regex.Match[str] | None:
         begin = time.perf_counter()
-        compiled = self._compiled.get(pattern) or self._compile(pattern)
+        compiled = self._known.get(pattern) or self._read(pattern)
         try:
             return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(self.seconds, 1e-6))
         except (TimeoutError, MemoryError):
@@ -61,7 +61,7 @@ class Patterns:
         finally:
             self.seconds -= time.perf_counter() - begin
 
-    def _compile(self, pattern: str) -> regex.Pattern[str]:
+    def _read(self, pattern: str) -> regex.Pattern[str]:
         import regex  # here, as few adapters have patterns
 
         try:
@@ -69,13 +69,13 @@ class Patterns:
                 warnings.simplefilter("ignore")
                 re.compile(pattern)
                 _check_size(pattern)
-                self._compiled[pattern] = regex.compile(pattern, regex.VERSION0, cache_pattern=False)
+                self._known[pattern] = regex.compile(pattern, regex.VERSION0, cache_pattern=False)
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
             raise SourceError(
                 "a pattern in adapter_config.json is no regular expression, or none that can be used", where=self.where,
                 found=f"{pattern[:200]}: {error}", remedy=_REMEDY,
             ) from None  # fmt: skip
-        return self._compiled[pattern]
+        return self._known[pattern]
 
 
 def _check_size(pattern: str) -> None:
