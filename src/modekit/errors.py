@@ -15,6 +15,11 @@ ModekitError            exit code 2 at the command line
 
 from __future__ import annotations
 
+import re
+
+_LONGEST = 4_000  # characters of each part of a message: names and values that strangers wrote are of any length
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them; line ends and tabs are harmless
+
 
 class ModekitError(Exception):
     """Base of all errors that a user can cause and mend.
@@ -39,7 +44,7 @@ class ModekitError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [_shown(self.what)]
         for label, value in (
             ("where", self.where),
             ("found", self.found),
@@ -47,8 +52,19 @@ class ModekitError(Exception):
             ("to do", self.remedy),
         ):
             if value is not None:
-                lines.append(f"  {label + ':':<10}{value}")
+                lines.append(f"  {label + ':':<10}{_shown(value)}")
         return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A value as text that any terminal and file can take: cut when long, without control characters and half characters."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list within itself
+        return f"something of the kind {type(value).__name__} that cannot be written"
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... and {len(text) - _LONGEST:,} characters more"
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text).encode("utf-8", "backslashreplace").decode()
 
 
 class RecipeError(ModekitError):

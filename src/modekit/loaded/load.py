@@ -17,6 +17,7 @@ from modekit.errors import SourceError
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
+from modekit.sources.tokenizer import check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
 
@@ -39,12 +40,16 @@ def default_device() -> torch.device:
 
 
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises SourceError when it has none."""
+    """The tokenizer of a model folder. Raises SourceError when it has none that can be used."""
+    check_tokenizer_files(folder, where=str(folder))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BaseException as error:
+        # The library in Rust raises Exception itself for wrong files, and on a panic a class of its own that is none of these.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise SourceError(
-            "the model folder has no usable tokenizer", where=str(folder), found=str(error).splitlines()[0],
+            "the model folder has no usable tokenizer", where=str(folder), found=(str(error) or type(error).__name__)[:300],
             remedy="save the base model's tokenizer into the base model's folder",
         ) from None  # fmt: skip
     return tokenizer

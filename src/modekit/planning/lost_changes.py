@@ -5,9 +5,9 @@ A plan reads headers only, so that it says that this is lost, not how much it is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
+from modekit.files.read import UNREADABLE, read_json
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
@@ -44,7 +44,7 @@ def _mixes_every_ffn(recipe: Recipe) -> bool:
 def _changed_ffn_alone(source: ModelSource) -> bool:
     """Whether `modekit specialize` says that it trained nothing but the FFNs."""
     try:
-        record = json.loads((source.folder / SPECIALIST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(source.folder / SPECIALIST_FILE)
+    except UNREADABLE:
         return False
     return isinstance(record, dict) and record.get("specialist") == "mlp"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.planning.copied_files import copied_files
 from modekit.planning.layout import CodeOf, Layout
 from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
@@ -48,6 +49,9 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
     sources = open_recipe_sources(recipe, root, run=run, headers_only=headers_only)
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
+    for source in dict.fromkeys(sources):
+        if not isinstance(source, AdapterSource):
+            check_sizes(source)
     native, why = _choose_architecture(recipe, base, family)
     _check(recipe, sources, family)
 
@@ -62,8 +66,7 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
     mixed = layout.mixed_names()
     backbone = _backbone(recipe, sources, family, layout, mixed, code_of)
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
-    files = (*TOKENIZER_FILES, "generation_config.json")
-    copied = tuple(base.folder / name for name in files if (base.folder / name).exists())
+    copied = copied_files(base.folder, (*TOKENIZER_FILES, "generation_config.json"), where=f"base_model ({base.spec})")
     notes = [*_notes(recipe, sources, mixed), *lost_changes(recipe, sources, mixed), *layout.notes()]
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),
@@ -118,8 +121,6 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
     base = sources[0]
     where = f"base_model ({base.spec})"
     models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
-    for source in models:
-        check_sizes(source)
     for source in models:
         check_dtypes(source)
         if source is not base:

@@ -13,7 +13,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.families import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import in_layer
+from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import Native
 
 
@@ -30,14 +30,14 @@ class NativeLayout:
         self._layers = int(self._base.config["num_hidden_layers"])
         self._gate = self._base.tensor(in_layer(0, family.mlp["gate"]))
         self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
-        self._ffn_prefixes = tuple(in_layer(layer, family.mlp_module + ".") for layer in range(self._layers))
         self.router_dtype = code_of(self._gate)
 
     def backbone_name(self, name: str) -> str | None:
         """What a tensor of the base is called in the backbone; None for the experts'. Raises UnsupportedError."""
         if name in self._ffn:
             return None
-        if name.startswith(self._ffn_prefixes):
+        layer, path = split_layer(name)
+        if layer is not None and path.startswith(f"{self._family.mlp_module}."):
             raise UnsupportedError(
                 "the FFN has a tensor that the native experts do not", where=f"base_model ({self._base.spec}): {name}",
                 expected=", ".join(self._family.mlp.values()),

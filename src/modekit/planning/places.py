@@ -6,9 +6,11 @@ from the recipe's `per`: the first place that a router serves is its leader.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, takewhile
 
 from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import readers
@@ -147,7 +149,7 @@ class Places:
         for layer in self._recipe.mixture.mixed_layers(int(self._base.config["num_hidden_layers"])):
             for part, path in self.parts.in_order():
                 module = in_layer(layer, path)
-                if any(name.startswith(f"{module}.") for name in self._base.tensors):
+                if self._within(module):
                     place = self._place(module, f"{layer} {'attention' if part in ATTENTION else 'ffn'}")
                     if place.is_mixed:
                         yield place
@@ -167,11 +169,26 @@ class Places:
         return sorted(modules, key=lambda module: (module != EMBEDDING, module == HEAD, natural_key(module)))
 
     def _place(self, module: str, group: str = "all") -> PlannedPlace:
-        tensors = self._base.tensors.items()
-        refs = tuple(ref for name, ref in tensors if name.startswith(f"{module}.") and not is_ignored(name))
+        refs = tuple(ref for ref in self._within(module) if not is_ignored(ref.name))
         if module == HEAD and self.unties:
             refs = (self._base.tensor(weight_of(EMBEDDING)),)
         return PlannedPlace(module, group, refs, tuple(self._kind(expert, module, refs) for expert in range(self._count)))
+
+    def _within(self, module: str) -> list[TensorRef]:
+        """The base's tensors whose names begin with a module's, in its order."""
+        names, prefix = self._sorted_names, f"{module}."
+        begin = bisect_left(names, (prefix, 0))
+        found = takewhile(lambda entry: entry[0].startswith(prefix), islice(names, begin, None))
+        return [self._base.tensors[name] for name, _ in sorted(found, key=lambda entry: entry[1])]
+
+    @cached_property
+    def _sorted_names(self) -> list[tuple[str, int]]:
+        """Names of the base's tensors, sorted, and the place of each in its order."""
+        return sorted((name, place) for place, name in enumerate(self._base.tensors))
+
+    @cached_property
+    def _first_of_group(self) -> dict[str, str]:
+        return {place.group: place.module for place in reversed(self._all)}
 
     def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
         source, said = self._sources[1 + expert], self._recipe.experts[expert]
@@ -201,4 +218,4 @@ class Places:
             return self._all[0].module
         if per in {"projection", "feature"}:
             return place.module
-        return next(other.module for other in self if other.group == place.group)
+        return self._first_of_group[place.group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -112,7 +113,9 @@ class Mixture(Strict):
             _layer_ranges(self.layers or [])
         except ValueError:
             yield f"'layers' must be numbers or ranges such as '4-11' (found {self.layers})"
-        if self.weights is not None and not (min(self.weights.values(), default=0) >= 0 and sum(self.weights.values()) > 0):
+        if self.weights is not None and not (
+            min(self.weights.values(), default=0) >= 0 and 0 < sum(self.weights.values()) < math.inf
+        ):
             yield "'weights' must be >= 0 and not all zero"
 
     @property
@@ -134,13 +137,14 @@ class Mixture(Strict):
         """The layers that are mixed, of `count`. Raises RecipeError for one that does not exist."""
         if self.layers is None:
             return list(range(count))
-        layers = sorted({layer for first, last in _layer_ranges(self.layers) for layer in range(first, last + 1)})
-        if layers[-1] >= count:
+        ranges = _layer_ranges(self.layers)
+        deepest = max(last for _, last in ranges)
+        if deepest >= count:
             raise RecipeError(
-                "there is no such layer", where="mixture.layers", found=layers[-1], expected=f"0 to {count - 1}",
+                "there is no such layer", where="mixture.layers", found=deepest, expected=f"0 to {count - 1}",
                 remedy="correct the layers",
             )  # fmt: skip
-        return layers
+        return sorted({layer for first, last in ranges for layer in range(first, last + 1)})
 
     def beyond_native(self) -> list[str]:
         """What of this mixture only the modekit architecture can say."""
@@ -177,6 +181,6 @@ def _layer_ranges(layers: list[int | str]) -> list[tuple[int, int]]:
     for entry in layers:
         first, dash, last = str(entry).partition("-")
         ranges.append((int(first), int(last if dash else first)))
-        if ranges[-1][0] > ranges[-1][1]:
+        if not 0 <= ranges[-1][0] <= ranges[-1][1]:
             raise ValueError
     return ranges

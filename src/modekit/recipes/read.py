@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
@@ -18,22 +17,11 @@ from modekit.recipes.backbone import BackboneExpert, BackboneMerge
 from modekit.recipes.mixture import AlwaysOn, Mixture
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
+from modekit.recipes.strict_yaml import read_yaml
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
-
-
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a dict from a YAML mapping."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+_MOST_PROBLEMS = 20  # shown at once; the others are counted
+_LONGEST_KEY, _LONGEST_LINE = 64, 400  # characters of a key in a problem, and of all of it
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -47,16 +35,15 @@ def load_recipe(path: Path) -> Recipe:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, unchecked. Raises RecipeError."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError("the recipe does not exist", where=str(path), remedy="give the path of a recipe.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             "the recipe cannot be read", where=str(path), found=error, remedy="give a text file in UTF-8"
         ) from None
-    except yaml.YAMLError as error:
-        found = " ".join(str(error).split())
-        raise RecipeError("the recipe is not YAML", where=str(path), found=found, remedy="correct it at that place") from None
+    except ValueError as error:
+        raise RecipeError("the recipe is not YAML", where=str(path), found=error, remedy="correct it at that place") from None
     if not isinstance(raw, dict):
         raise RecipeError(
             "the recipe is not a mapping of keys", where=str(path), expected="base_model: ..., experts: [...]",
@@ -70,10 +57,16 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(dict(problem))]
-        unique = list(dict.fromkeys(problems))
-        head = "the recipe has a problem" if len(unique) == 1 else f"the recipe has {len(unique)} problems"
-        raise RecipeError(head + "".join(f"\n  - {line}" for line in unique), where=where) from None
+        found = iter(error.errors(include_url=False))
+        lines: dict[str, None] = {}
+        for problem in found:
+            lines.update((line[:_LONGEST_LINE], None) for line in _explain(dict(problem)))
+            if len(lines) >= _MOST_PROBLEMS:
+                break
+        more = len(list(found))
+        head = "the recipe has a problem" if len(lines) + more == 1 else f"the recipe has {len(lines) + more} problems"
+        shown = [*lines, *([f"and {more} more"] if more else [])]
+        raise RecipeError(head + "".join(f"\n  - {line}" for line in shown), where=where) from None
 
 
 def _explain(problem: dict[str, Any]) -> list[str]:
@@ -82,7 +75,7 @@ def _explain(problem: dict[str, Any]) -> list[str]:
         if isinstance(part, int):
             place += f"[{part}]"
         elif part not in {"BackboneExpert", "BackboneMerge"} and not str(part).startswith(("literal[", "function-")):
-            place += f".{part}" if place else str(part)
+            place += "." * bool(place) + str(part)[:_LONGEST_KEY]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "remove it"
@@ -91,7 +84,7 @@ def _explain(problem: dict[str, Any]) -> list[str]:
         return [f"{place}: missing"]
     message = str(problem["msg"]).removeprefix("Value error, ")
     shown = problem.get("input")
-    tail = f" (found {shown!r})" if isinstance(shown, (str, int, float, bool)) else ""
+    tail = f" (found {repr(shown)[:200]})" if isinstance(shown, (str, int, float, bool)) else ""
     return [f"{place}: {line}{tail}" if place else line for line in message.split("\n")]
 
 

@@ -21,6 +21,7 @@ from modekit.recipes.strict import BASE, Name, Strict, checked
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
 _TAKEN = (BASE, "oracle", "mixture")
+_MOST_EXPERTS = 1024  # an expert is a tensor or more in every layer of the plan, whatever lies on disk
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -109,6 +110,8 @@ class Recipe(Strict):
     @field_validator("experts")
     @classmethod
     def _unique(cls, experts: list[Expert]) -> list[Expert]:
+        if len(experts) > _MOST_EXPERTS:
+            raise ValueError(f"a mixture has {_MOST_EXPERTS} experts at most (found {len(experts)}); leave some out")
         seen: set[str] = set()
         for expert in experts:
             if expert.name in _TAKEN:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
@@ -13,12 +13,21 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
 """Of an expert and its domain; also a file's name."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
 
 
 class Strict(BaseModel):
-    """Part of a recipe: an unknown key, another type, or a number that is none is an error."""
+    """Part of a recipe: an unknown key, another type, or a number that is none, or past all use, is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_endless_number(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+                raise ValueError(f"'{str(key)[:64]}' is a number of more than 100 digits")
+        return values
 
 
 def checked(model: _Model, problems: list[str]) -> _Model:

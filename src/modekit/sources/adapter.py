@@ -8,7 +8,6 @@ Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidde
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from modekit.sources.adapter_config import (
     LoraSettings,
     parse_settings,
     read_adapter_config,
+    shortened,
 )
 from modekit.sources.adapter_resolve import Resolution
 from modekit.sources.model import ModelSource, TensorRef, read_header
@@ -131,15 +131,9 @@ def adapter_of(
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)
     settings = parse_settings(config, where=where)
-    try:
-        resolved = Resolution(where, settings, base, tensors)
-        rules = _Rules(resolved)
-        changes, replaced, notes = rules.changes(), resolved.replaced(), tuple(rules.notes())
-    except (re.error, OverflowError, RecursionError) as error:
-        raise SourceError(
-            "a pattern in adapter_config.json is no regular expression", where=f"{where}: {CONFIG_FILE}", found=error,
-            remedy=SAVE_AGAIN,
-        ) from None  # fmt: skip
+    resolved = Resolution(where, settings, base, tensors)
+    rules = _Rules(resolved)
+    changes, replaced, notes = rules.changes(), resolved.replaced(), tuple(rules.notes())
     if not changes and not replaced:
         raise SourceError("the adapter changes nothing", where=where, found=f"no tensor in {WEIGHTS_FILE}", remedy=SAVE_AGAIN)
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, rules.bias_changes(changes), replaced, notes)
@@ -192,11 +186,12 @@ class _Rules:
             yield "fan_in_fan_out has no effect: PEFT ignores it on linear layers and embeddings"
         own = [name for name in self.resolved.whole if module_of(name) in self.resolved.parts and name.endswith(".weight")]
         if own:
-            yield f"the adapter brings its own copy of {', '.join(own)}, which replaces the base's before the change"
+            yield f"the adapter brings its own copy of {shortened(', '.join(own))}, which replaces the base's before the change"
         if isinstance(self.resolved.settings, LoraSettings):
             unused = self.resolved.settings.unused_patterns(self.resolved.parts)
             if unused:
-                yield f"no adapted module matches these entries of rank_pattern or alpha_pattern: {', '.join(unused)}"
+                said = shortened(", ".join(unused))
+                yield f"no adapted module matches these entries of rank_pattern or alpha_pattern: {said}"
 
     def _low_rank(
         self, module: str, parts: Mapping[str, TensorRef], shape: tuple[int, int], rows: tuple[int, int] | None

@@ -6,23 +6,27 @@ and alpha (`get_pattern_key`). A setting whose effect on the weights is not know
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.files.read import UNREADABLE, read_json
 from modekit.sources.names import EMBEDDING, HEAD
+from modekit.sources.patterns import Patterns
 
 CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
 
 _MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+_LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Value = TypeVar("_Value")
+_Names = Annotated[list[str], Field(max_length=10_000)]
+_Rank = Annotated[int, Field(ge=1, le=10**100)]
+_Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 
 _NO_EFFECT = frozenset(
     {
@@ -42,10 +46,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    target_modules: str | list[str]
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
+    target_modules: str | _Names
+    exclude_modules: str | _Names | None = None
+    modules_to_save: _Names | None = None
     fan_in_fan_out: bool = False
+    _patterns: Patterns = PrivateAttr(default_factory=Patterns)
 
     @property
     def takes_all_linear(self) -> bool:
@@ -64,7 +69,7 @@ class Settings(BaseModel):
         if self.takes_all_linear:
             return module not in {EMBEDDING, HEAD}
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
+            return self._patterns.fullmatch(self.target_modules, module)
         return module in self.target_modules or (_ends_with(module, self.target_modules) and self._is_in_layers(module))
 
     def saves(self, module: str) -> bool:
@@ -76,10 +81,12 @@ class Settings(BaseModel):
     def _excludes(self, module: str) -> bool:
         excluded = self.exclude_modules or []
         if isinstance(excluded, str):
-            is_excluded = re.fullmatch(excluded, module) is not None
+            is_excluded = self._patterns.fullmatch(excluded, module)
         else:
             is_excluded = module in excluded or _ends_with(module, excluded)
-        return is_excluded or any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or [])
+        return is_excluded or any(
+            self._patterns.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or []
+        )
 
     def _is_in_layers(self, module: str) -> bool:
         return True
@@ -88,16 +95,16 @@ class Settings(BaseModel):
 class LoraSettings(Settings):
     """Settings of LoRA, rsLoRA and DoRA."""
 
-    r: PositiveInt = 8
-    lora_alpha: FiniteFloat = 8.0
+    r: _Rank = 8
+    lora_alpha: _Alpha = 8.0
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    rank_pattern: dict[str, PositiveInt] | None = None
-    alpha_pattern: dict[str, FiniteFloat] | None = None
+    rank_pattern: Annotated[dict[str, _Rank], Field(max_length=10_000)] | None = None
+    alpha_pattern: Annotated[dict[str, _Alpha], Field(max_length=10_000)] | None = None
     layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
+    layers_pattern: str | _Names | None = None
     init_lora_weights: bool | str | None = True
     ensure_weight_tying: bool = False
 
@@ -108,17 +115,21 @@ class LoraSettings(Settings):
 
     def rank(self, module: str) -> int:
         """R of a module."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return self._by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
         """The factor of B A."""
-        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        rank, alpha = self.rank(module), self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def unused_patterns(self, modules: Iterable[str]) -> list[str]:
         """Entries of rank_pattern and alpha_pattern that match none of the adapted modules."""
         patterns = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}
-        return [pattern for pattern in patterns if not any(_fits(pattern, module) for module in modules)]
+        return [pattern for pattern in patterns if not any(self._patterns.ends(pattern, module) for module in modules)]
+
+    def _by_pattern(self, patterns: Mapping[str, _Value] | None, module: str, default: _Value) -> _Value:
+        """The value of the first pattern that matches the module's name or its end."""
+        return next((value for pattern, value in (patterns or {}).items() if self._patterns.ends(pattern, module)), default)
 
     def _is_in_layers(self, module: str) -> bool:
         """Whether layers_to_transform holds for a module; PEFT asks only for targets that are not named in full."""
@@ -127,20 +138,20 @@ class LoraSettings(Settings):
             return True
         names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         patterns = [rf"(?:^|.*?\.){name}" for name in names or [] if name] or [r".*?\.[^.]*"]
-        matches = (re.match(rf"{pattern}\.(?P<layer>\d+)\.", module) for pattern in patterns)
+        matches = (self._patterns.match(rf"{pattern}\.(?P<layer>\d+)\.", module) for pattern in patterns)
         first = next((match for match in matches if match is not None), None)
-        return first is not None and int(first["layer"]) in wanted
+        return first is not None and len(first["layer"]) < 10 and int(first["layer"]) in wanted
 
 
 class IA3Settings(Settings):
     """Settings of IA3."""
 
-    feedforward_modules: str | list[str]
+    feedforward_modules: str | _Names
 
     def scales_inputs(self, module: str) -> bool:
         """Whether a target is a feedforward module, whose input is scaled (PEFT asks for no dot before the name here)."""
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, module) is not None
+            return self._patterns.fullmatch(self.feedforward_modules, module)
         return module.endswith(tuple(self.feedforward_modules))
 
 
@@ -149,15 +160,6 @@ _KINDS: dict[str, type[Settings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:
     return any(module.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(patterns: Mapping[str, _Value] | None, module: str, default: _Value) -> _Value:
-    """The value of the first pattern that matches the module's name or its end (`get_pattern_key`)."""
-    return next((value for pattern, value in (patterns or {}).items() if _fits(pattern, module)), default)
-
-
-def _fits(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def shortened(value: object) -> str:
@@ -169,7 +171,7 @@ def shortened(value: object) -> str:
 def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
     """An adapter's config as data. Raises SourceError when it is missing, not JSON, or names no peft_type."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE, _LARGEST)
     except FileNotFoundError:
         if (folder / "config.json").exists():
             raise SourceError(
@@ -179,7 +181,7 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
         raise SourceError(
             f"{CONFIG_FILE} is missing", where=where, remedy="give an adapter that PEFT saved (save_pretrained)"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise SourceError(f"{CONFIG_FILE} cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SourceError(
@@ -198,7 +200,7 @@ def parse_settings(config: Mapping[str, Any], *, where: str) -> Settings:
     kind = _KINDS.get(config["peft_type"])
     if kind is None:
         raise UnsupportedError(
-            "an adapter of this kind cannot be read", where=where, found=f"peft_type {config['peft_type']}",
+            "an adapter of this kind cannot be read", where=where, found=f"peft_type {shortened(config['peft_type'])}",
             expected=" or ".join(_KINDS), remedy=_MERGE_FIRST,
         )  # fmt: skip
     for key, value in config.items():
@@ -218,6 +220,7 @@ def parse_settings(config: Mapping[str, Any], *, where: str) -> Settings:
             expected=problem,
             remedy=SAVE_AGAIN,
         ) from None
+    settings._patterns.where = where
     if isinstance(settings, LoraSettings):
         _check_lora(settings, where=where)
     return settings
@@ -227,7 +230,7 @@ def _check_lora(settings: LoraSettings, *, where: str) -> None:
     if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
         raise UnsupportedError(
             "this initialisation may have changed the base model's weights, which the adapter does not hold", where=where,
-            found=f"init_lora_weights: {settings.init_lora_weights}",
+            found=f"init_lora_weights: {shortened(settings.init_lora_weights)}",
             remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE_FIRST,
         )  # fmt: skip
     if settings.use_dora and settings.lora_bias:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from modekit.errors import MismatchError, SourceError
 from modekit.sources.families import CONFIG_MUST_MATCH, Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, layers_of, split_layer, weight_of
-
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+from modekit.sources.model_config import check_values
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 
 
 def is_tied(source: ModelSource, family: Family) -> bool:
@@ -26,19 +25,16 @@ def own_names(source: ModelSource, family: Family) -> list[str]:
 
 
 def check_sizes(source: ModelSource) -> None:
-    """Raise SourceError when config.json lacks a size that every plan needs."""
-    for key in _SIZES:
-        size = source.config.get(key)
-        if not isinstance(size, int) or size < 1:
-            raise SourceError(
-                f"config.json gives no usable {key}", where=f"{source.label} ({source.spec}): config.json", found=size,
-                expected="a whole number > 0", remedy="download or save the model again",
-            )  # fmt: skip
-    kinds = source.config.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+    """Raise SourceError when config.json lacks a size that every plan needs, or has more layers than there are weights for."""
+    where = f"{source.label} ({source.spec})"
+    check_values(source.config, where=where)
+    layers, there = int(source.config["num_hidden_layers"]), {layer for layer, _ in map(split_layer, source.tensors)} - {None}
+    if layers > len(there):  # before anything has an entry for each of them
+        lacking = next(layer for layer in range(len(there) + 1) if layer not in there)
         raise SourceError(
-            "config.json gives no usable layer_types", where=f"{source.label} ({source.spec}): config.json", found=kinds,
-            expected="a list of names", remedy="download or save the model again",
+            "the weights have fewer layers than config.json says", where=f"{source.label}: {in_layer(lacking)}",
+            found=f"{len(there)} layers in {source.spec}", expected=f"num_hidden_layers {layers}",
+            remedy="check that the download is complete; correct config.json, or save the model again",
         )  # fmt: skip
 
 
@@ -63,9 +59,6 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
 
     Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
     """
-    deepest = layers_of(source.tensors)
-    if deepest < layers:
-        source.tensor(in_layer(deepest, family.mlp["down"]))
     _check_layers_alike(source, family, layers)
     needed = {EMBEDDING: True, FINAL_NORM: family.norms_have_weights, HEAD: not is_tied(source, family)}
     for module in (module for module, is_needed in needed.items() if is_needed):
@@ -94,27 +87,24 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: int) -> Non
                 expected=f"{layers} layers", remedy="correct config.json, or save the model again",
             )  # fmt: skip
         found[layer].add(path)
+    alike: dict[str, set[str]] = {kind: set(family.mlp.values()) for kind in kinds}
+    for names, kind in zip(found, kinds, strict=True):
+        alike[kind] |= names
     for layer, kind in enumerate(kinds):
-        alike = set().union(*(names for names, other in zip(found, kinds, strict=True) if other == kind))
-        for path in sorted((alike | set(family.mlp.values())) - found[layer]):
+        for path in sorted(alike[kind] - found[layer]):
             source.tensor(in_layer(layer, path))
 
 
 def _configured_shapes(source: ModelSource, family: Family, layers: int) -> dict[str, tuple[int, ...]]:
-    """Name -> the shape that follows from config.json. Raises SourceError when it gives no attention sizes."""
+    """Name -> the shape that follows from config.json."""
     hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
     shapes: dict[str, tuple[int, ...]] = {weight_of(EMBEDDING): (int(source.config["vocab_size"]), hidden)}
     for layer in range(layers):
         for part, path in family.mlp.items():
             rows = expert_hidden * list(family.mlp.values()).count(path)  # gate and up in one module
             shapes[in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
-    heads, head_dim = (family.dense_config(source.config)[key] for key in ("num_key_value_heads", "head_dim"))
-    if not isinstance(heads, int) or not isinstance(head_dim, int):
-        raise SourceError(
-            "config.json gives no usable attention sizes", where=f"{source.label} ({source.spec}): config.json",
-            expected="whole numbers", found=f"num_key_value_heads {heads!r}, head_dim {head_dim!r}",
-            remedy="correct config.json",
-        )  # fmt: skip
+    dense = family.dense_config(source.config)
+    heads, head_dim = int(dense["num_key_value_heads"]), int(dense["head_dim"])
     for layer in range(layers):
         for name in (in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
             if name in source.tensors:

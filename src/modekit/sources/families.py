@@ -105,7 +105,12 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
     """One full-attention layer in every `config[key]`, the others `most`."""
 
     def kinds(config: Config) -> list[str]:
-        period = int(config.get(key) or default)
+        period = config.get(key) or default
+        if not isinstance(period, int):
+            raise SourceError(
+                f"config.json gives no usable {key}", found=period, expected="a whole number of layers",
+                remedy="download or save the model again",
+            )  # fmt: skip
         return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(int(config["num_hidden_layers"]))]
 
     return kinds

@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 from modekit.errors import SourceError
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, adapter_of, open_adapter
-from modekit.sources.model import ModelSource, TensorRef, check_no_code, open_source, read_config
+from modekit.sources.model import ModelSource, TensorRef, open_source
+from modekit.sources.model_config import check_no_code, read_config
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 

@@ -8,8 +8,8 @@ a tensor is used.
 from __future__ import annotations
 
 import io
-import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import SourceError
-from modekit.files.read import FileState, open_regular
+from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
+from modekit.sources.model_config import check_no_code, read_config, refuse_adapter
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
+_BITS = {
+    **{name: 8 * size for name, size in ITEMSIZE.items()}, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Of every dtype that safetensors knows; those that cannot be mixed are refused by the plan, by name of the tensor."""
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
 
@@ -32,7 +38,10 @@ SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
-_LARGEST_HEADER = 100 * 2**20
+_LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
+_INDEX_FILE = "model.safetensors.index.json"
 _REMEDY = "download or save the file again"
 
 
@@ -63,21 +72,21 @@ class TensorRef:
 
 
 def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
-    """Tensors of one safetensors file.
+    """Tensors of one safetensors file; what is accepted here, the safetensors library accepts.
 
     Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
     """
     where = f"{where}: {file.name}"
     header, data_start, state = _parsed_header(file, where)
     try:
+        _check_metadata(header.pop("__metadata__", None))
         tensors = {
             name: replace(_ref_of(name, entry, file, (data_start, state.size), where), state=state)
             for name, entry in header.items()
-            if name != "__metadata__"
         }
     except (KeyError, TypeError, ValueError, AttributeError):
         raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY) from None
-    _check_gapless(tensors.values(), data_start, where)
+    _check_gapless(tensors.values(), data_start, state.size, where)
     return tensors
 
 
@@ -96,26 +105,36 @@ def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, FileSta
                     "not a safetensors file, or its header is truncated", where=where,
                     found=f"a header of {length} bytes in a file of {size}", remedy=_REMEDY,
                 )  # fmt: skip
-            return json.loads(stream.read(length)), 8 + length, state
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            header = parse_json(stream.read(length).decode("utf-8"), once=True)
+    except ValueError:
         raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
     except OSError as error:
         raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
+    if not isinstance(header, dict):
+        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY)
+    return header, 8 + length, state
+
+
+def _check_metadata(metadata: object) -> None:
+    """Raise ValueError unless it is text by name, or nothing."""
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
+        raise ValueError("metadata must be text")
 
 
 def _ref_of(name: str, entry: Mapping[str, Any], file: Path, extent: tuple[int, int], where: str) -> TensorRef:
     """A header's entry, checked against where data starts and ends.
 
-    Raises SourceError, and ValueError and its like for what is no entry. Of dtypes that cannot be mixed (and are refused by
-    the plan), only the range is checked.
+    Raises SourceError, and ValueError and its like for what is no entry.
     """
     data_start, size = extent
     begin, end = entry["data_offsets"]
     ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end)
-    if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *ref.shape)):
-        raise ValueError("sizes must be whole numbers")
-    itemsize = ITEMSIZE.get(ref.dtype)
-    if begin > end or ref.end > size or (itemsize is not None and ref.nbytes != ref.numel * itemsize):
+    if entry.keys() != _ENTRY or not all(type(number) is int and number >= 0 for number in (begin, end, *ref.shape)):
+        raise ValueError("sizes must be whole numbers")  # and true is none, which would count as 1
+    bits = _BITS[ref.dtype]
+    if math.prod(max(each, 1) for each in ref.shape) * bits >= 2**63:
+        raise ValueError("more elements than can be counted")
+    if begin > end or ref.end > size or 8 * ref.nbytes != ref.numel * bits:
         raise SourceError(
             "safetensors header and data disagree (truncated or damaged file)", where=f"{where}: {name}",
             found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data",
@@ -124,8 +143,8 @@ def _ref_of(name: str, entry: Mapping[str, Any], file: Path, extent: tuple[int, 
     return ref
 
 
-def _check_gapless(refs: Iterable[TensorRef], position: int, where: str) -> None:
-    """Raise SourceError unless the tensors lie one after the other from `position` on."""
+def _check_gapless(refs: Iterable[TensorRef], position: int, size: int, where: str) -> None:
+    """Raise SourceError unless the tensors lie one after the other from `position` to the end of the file."""
     for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
         if ref.start != position:
             raise SourceError(
@@ -134,6 +153,11 @@ def _check_gapless(refs: Iterable[TensorRef], position: int, where: str) -> None
                 remedy=_REMEDY,
             )  # fmt: skip
         position = ref.end
+    if position != size:
+        raise SourceError(
+            "safetensors header and data disagree (bytes after the last tensor)", where=where, found=f"{size} bytes",
+            expected=f"{position}, where the last tensor ends", remedy=_REMEDY,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,66 +208,28 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     tensors: dict[str, TensorRef] = {}
     for file in _weight_files(folder, where=where):
         tensors.update(read_header(file, where=where))
+    if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
+        raise SourceError(
+            "the folder holds both a model and an adapter", where=where, found="adapter_config.json",
+            remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
+        )  # fmt: skip
     return ModelSource(label, spec, folder, revision, config, tensors)
 
 
-def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
-    """Raise SourceError when a model brings Python of its own and the user did not accept it."""
-    if config.get("auto_map") and not run.trust_remote_code:
-        raise SourceError(
-            "the model brings code of its own (auto_map in config.json)", where=where, found=config["auto_map"],
-            remedy="check that the weights follow the named family, then pass --trust-remote-code",
-        )  # fmt: skip
-
-
-def read_config(folder: Path, *, where: str) -> dict[str, Any]:
-    """A model's config.json as data. Raises SourceError when it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        _refuse_adapter(folder, where=where)
-        raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            "config.json cannot be read", where=where, found=error, remedy="download or save the model again"
-        ) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
-    return config
-
-
-def _refuse_adapter(folder: Path, *, where: str) -> None:
-    if (folder / "adapter_config.json").exists():
-        raise SourceError(
-            "this is an adapter, not a full model", where=where,
-            remedy="name it as adapter: in place of model: in the recipe",
-        ) from None  # fmt: skip
-
-
 def _weight_files(folder: Path, *, where: str) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index, single = folder / _INDEX_FILE, folder / "model.safetensors"
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [folder / Path(name).name for name in names]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise SourceError(
-                "the safetensors index cannot be read",
-                where=f"{where}: {index.name}",
-                remedy="download or save the model again",
-            ) from None
-        missing = [file.name for file in files if not file.exists()]
+        names = _shard_names(index, where=f"{where}: {index.name}")
+        missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise SourceError(
                 "shards named by the index are missing", where=where, found=", ".join(missing),
                 remedy="download the model again",
             )  # fmt: skip
-        return files
+        return [folder / name for name in names]
     if single.exists():
         return [single]
-    _refuse_adapter(folder, where=where)
+    refuse_adapter(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles:
         raise SourceError(
@@ -256,3 +242,20 @@ def _weight_files(folder: Path, *, where: str) -> list[Path]:
     raise SourceError(
         "no safetensors weights", where=where, remedy="the folder needs model.safetensors or shards with an index"
     )
+
+
+def _shard_names(index: Path, *, where: str) -> list[str]:
+    """The files that a safetensors index names. Raises SourceError when it cannot be read, or names what lies elsewhere."""
+    try:
+        names = sorted(set(read_json(index, LARGE)["weight_map"].values()))
+        elsewhere = [name for name in names if not _SHARD.fullmatch(name)]
+    except (*UNREADABLE, KeyError, TypeError, AttributeError):
+        raise SourceError(
+            "the safetensors index cannot be read", where=where, remedy="download or save the model again"
+        ) from None
+    if elsewhere:
+        raise SourceError(
+            "the safetensors index names what is no weight file of this folder", where=where, found=elsewhere[0],
+            expected="names like model-00001-of-00002.safetensors", remedy="download or save the model again",
+        )  # fmt: skip
+    return names

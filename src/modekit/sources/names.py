@@ -13,7 +13,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 FINAL_NORM = "model.norm"
 
 _LAYERS = "model.layers."
-_IN_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
 
 
@@ -56,4 +56,5 @@ def is_ignored(tensor: str) -> bool:
 def natural_key(name: str) -> tuple[object, ...]:
     """Sorts names as a model runs: embedding, layers by number (2 before 10), what comes after them."""
     first = 0 if name.startswith(EMBEDDING) else 1 if name.startswith(_LAYERS) else 2
-    return (first, *((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)))
+    parts = re.split(r"([0-9]{1,18})", name)  # odd ones are digits, few enough for a number of any length to be one
+    return (first, *((0, int(part), "") if place % 2 else (1, 0, part) for place, part in enumerate(parts)))

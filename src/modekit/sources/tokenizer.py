@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from modekit.errors import MismatchError, SourceError
+from modekit.files.read import LARGE, UNREADABLE, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -14,36 +14,82 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def check_tokenizer_files(folder: Path, *, where: str) -> None:
+    """Raise SourceError for tokenizer files that would be waited for, and a config that names others in their place.
+
+    For every folder that transformers' tokenizers are to read.
+    """
+    there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    strange = [path.name for path in there if not path.is_file()]
+    if strange:
+        raise SourceError(
+            "the tokenizer cannot be read", where=where, found=f"{', '.join(strange)}: no regular file",
+            remedy="download or save the model again",
+        )  # fmt: skip
+    try:
+        config = read_json(folder / "tokenizer_config.json", LARGE)
+    except FileNotFoundError:
+        return
+    except UNREADABLE as error:
+        raise SourceError(
+            "the tokenizer cannot be read", where=f"{where}: tokenizer_config.json", found=error,
+            remedy="download or save the model again",
+        ) from None  # fmt: skip
+    if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
+        raise SourceError(
+            "the tokenizer's config names other files than tokenizer.json", where=f"{where}: tokenizer_config.json",
+            expected="a mapping without fast_tokenizer_files", remedy="save the tokenizer again with transformers 5",
+        )  # fmt: skip
+
+
 def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
-    """Token -> id from tokenizer.json or vocab.json; None when the folder has neither."""
+    """Token -> id from tokenizer.json or vocab.json; None when the folder has neither. Raises SourceError."""
+    read = _read(folder, where=where)
+    return None if read is None else read[0]
+
+
+def _read(folder: Path, *, where: str) -> tuple[dict[str, int], list[tuple[str, ...]] | None] | None:
+    """The vocabulary, and the merges of BPE where tokenizer.json has some; None without either file."""
     path = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()), None)
     if path is None:
         return None
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = read_json(path, LARGE)
         if path.name == "vocab.json":
-            return {str(token): int(index) for token, index in raw.items()}
+            return {token: _id(index) for token, index in raw.items()}, None
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
-        tokens = {str(token): int(index) for token, index in pairs}
-        tokens.update({str(added["content"]): int(added["id"]) for added in raw.get("added_tokens", [])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        tokens = {_text(token): _id(index) for token, index in pairs}
+        tokens.update({_text(added["content"]): _id(added["id"]) for added in raw.get("added_tokens") or []})
+        merges = raw["model"].get("merges")
+        return tokens, None if merges is None else [_pair(each) for each in merges]
+    except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
         raise SourceError(
             "the tokenizer cannot be read",
             where=f"{where}: {path.name}",
-            found=error,
+            found=f"nothing called {error}" if isinstance(error, KeyError) else error,
             remedy="download or save the model again",
         ) from None
-    return tokens
 
 
-def _merges(folder: Path) -> list[str] | None:
-    """BPE merges of tokenizer.json as 'left right'; None without that file or merges."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges")
-    return None if merges is None else [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+def _text(token: object) -> str:
+    if not isinstance(token, str):
+        raise ValueError(f"a token that is no text: {str(token)[:60]}")
+    return token
+
+
+def _id(index: object) -> int:
+    if type(index) is not int or not 0 <= index < 2**40:
+        raise ValueError(f"an id that is none: {str(index)[:60]}")
+    return index
+
+
+def _pair(merge: object) -> tuple[str, ...]:
+    """A merge, which old files write as 'left right'."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(parts, list):
+        raise ValueError(f"a merge that is none: {str(merge)[:60]}")
+    return tuple(map(_text, parts))
 
 
 def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
@@ -51,12 +97,12 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
 
     A folder without tokenizer files is taken to use the base model's.
     """
-    ours = read_vocabulary(base, where="base_model")
-    theirs = read_vocabulary(expert, where=where)
-    if ours is None or theirs is None:
+    base_read, expert_read = _read(base, where="base_model"), _read(expert, where=where)
+    if base_read is None or expert_read is None:
         return
+    (ours, our_merges), (theirs, their_merges) = base_read, expert_read
     if ours == theirs:
-        if None not in (_merges(base), _merges(expert)) and _merges(base) != _merges(expert):
+        if our_merges is not None and their_merges is not None and our_merges != their_merges:
             raise MismatchError(
                 "the expert's tokenizer has the base model's tokens but joins them by other merges", where=where,
                 remedy="use experts fine-tuned without changing the tokenizer",
@@ -66,7 +112,9 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
         {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)},
         key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
     )
-    shown = ", ".join(f"{token!r} (base {ours.get(token, '-')}, expert {theirs.get(token, '-')})" for token in differing[:5])
+    shown = ", ".join(
+        f"{token[:60]!r} (base {ours.get(token, '-')}, expert {theirs.get(token, '-')})" for token in differing[:5]
+    )
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise MismatchError(
         f"the expert's tokenizer differs from the base model's in {len(differing)} tokens",
@@ -85,6 +133,6 @@ def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
     if beyond:
         raise MismatchError(
             f"the tokenizer has {len(beyond)} tokens that the model has no embedding for", where=where,
-            found=", ".join(map(repr, beyond[:5])), expected=f"ids below vocab_size {vocab_size}",
+            found=", ".join(repr(token[:60]) for token in beyond[:5]), expected=f"ids below vocab_size {vocab_size}",
             remedy="give the tokenizer that belongs to the model, or resize the model's embeddings",
         )  # fmt: skip

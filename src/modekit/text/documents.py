@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from modekit.errors import TextError
@@ -58,7 +59,13 @@ def _files_in(path: Path) -> list[Path]:
     """A file, or the text files of a folder."""
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+    files, folders = [], [path]
+    while folders:
+        with suppress(OSError):  # not ours to read, or too deep for a path
+            entries = list(folders.pop().iterdir())
+            files += [entry for entry in entries if entry.suffix in TEXT_SUFFIXES and entry.is_file()]
+            folders += [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]  # links may lead in circles
+    return sorted(files)
 
 
 def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:

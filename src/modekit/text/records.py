@@ -8,9 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 from modekit.errors import TextError
+from modekit.files.read import open_regular
 from modekit.text.passages import passages
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
+_BATCH = 1_000  # rows in memory at once
+_ROWS = 2**20  # of a table, more only as far as its file is larger: a row of nothing takes no room there, but time
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 
 
@@ -37,7 +40,8 @@ def read_file(file: Path, *, where: str) -> Iterator[str]:
         yield from _read_parquet(file, where=place)
         return
     try:
-        text = decode(file.read_bytes(), where=place)
+        with open_regular(file) as stream:
+            text = decode(stream.readall(), where=place)
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
     if "\x00" in text:
@@ -69,15 +73,16 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
     except ImportError:
         raise TextError("reading .parquet needs pyarrow", where=where, remedy="pip install 'modekit[data]'") from None
     try:
-        column = parquet.read_table(file, columns=["text"]).column("text")
+        with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
+            if table.metadata.num_rows > _ROWS + 8 * file.stat().st_size:
+                raise ValueError(f"{table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
+            for batch in table.iter_batches(_BATCH, columns=["text"]):
+                yield from (value for value in batch.column("text").to_pylist() if isinstance(value, str))
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
-            "the parquet file has no readable column 'text'", where=where, found=str(error).splitlines()[0],
+            "the parquet file has no readable column 'text'", where=where, found=(str(error) or type(error).__name__)[:300],
             remedy="save the documents as strings in a column named 'text'",
         ) from None  # fmt: skip
-    for value in column.to_pylist():
-        if isinstance(value, str):
-            yield value
 
 
 def read_hub(spec: str, *, where: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LONG = 2**20  # characters: a document that has no more is tokenised whole
 _PAST = 256  # tokens: where a text is cut changes none that stands so far before
+_THIN = 64  # characters: text with more of them per token, read so far, is not read on for tokens that may never come
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,19 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) ->
     """Token ids and, of a fast tokenizer, their places in the document; of a very long one at least the first `wanted`.
 
     A tokenizer takes hundreds of bytes per character, so that of a document that is far longer than what is wanted only
-    its beginning is tokenised, up to white space and well past the last token that is wanted.
+    its beginning is tokenised, up to white space and well past the last token that is wanted. Megabytes that make hardly any
+    tokens (blanks, one endless word) are left where they are.
     """
-    length = max(_LONG, wanted)
+    length, most = max(_LONG, wanted), max(4 * _LONG, _THIN * wanted)
     while True:
         end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
         encoded = tokenizer(document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False)
         ids: list[int] = encoded["input_ids"]
+        offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
         if end == len(document) or len(ids) >= wanted + _PAST:
-            return ids, encoded.get("offset_mapping")
+            return ids, offsets
+        if length >= most:
+            return ids[:-_PAST], None if offsets is None else offsets[:-_PAST]
         length *= 4
 
 

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from modekit.errors import TextError
+from modekit.files.read import LARGE, UNREADABLE, read_text
+
 Split = Literal["fit", "select", "report"]
 HeldOutSplit = Literal["select", "report"]
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
@@ -33,8 +36,16 @@ def mark_of(document: str) -> str:
 
 
 def digests_in(path: Path) -> set[str]:
-    """Digests that a file keeps, one per line; none without the file."""
-    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+    """Digests that a file keeps, one per line; none without the file. Raises TextError when it cannot be read."""
+    try:
+        return set(read_text(path, LARGE).split())
+    except FileNotFoundError:
+        return set()
+    except UNREADABLE as error:
+        raise TextError(
+            "the list of documents that a model was made from cannot be read", where=str(path), found=error,
+            expected="digests, one per line", remedy="download the model again, or remove the file if its texts are others",
+        ) from None  # fmt: skip
 
 
 def split_of(document: str) -> Split:

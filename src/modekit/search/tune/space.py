@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from modekit.errors import RecipeError
@@ -19,9 +18,9 @@ from modekit.recipes.backbone import Backbone, BackboneMerge
 from modekit.recipes.edit import settings_with_effect
 from modekit.recipes.fits import FITS, known_fit
 from modekit.recipes.mixture import AlwaysOn, Part
-from modekit.recipes.read import StrictLoader
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
+from modekit.recipes.strict_yaml import read_yaml
 
 Choice = dict[str, str]
 Ask = Callable[[str, Sequence[str]], str]
@@ -234,7 +233,7 @@ def default_space(recipe: Recipe, *, layers: int, backbones_differ: bool, only_a
 def read_space(path: Path, default: Space) -> Space:
     """Axes from a YAML file; those that it does not name stay as they are. Raises RecipeError."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        raw = read_yaml(path)
         if not isinstance(raw, dict):
             raise ValueError("not a mapping of axes")
         return Space.model_validate({**{name: getattr(default, name) for name in Space.model_fields}, **raw})
@@ -245,6 +244,5 @@ def read_space(path: Path, default: Space) -> Space:
             "the space of the search has a problem", where=f"{path}: {place}", found=first["msg"],
             expected=f"lists under {', '.join(Space.model_fields)}", remedy="correct it",
         ) from None  # fmt: skip
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        found = " ".join(str(error).split())
-        raise RecipeError("the space of the search cannot be read", where=str(path), found=found, remedy="correct it") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError("the space of the search cannot be read", where=str(path), found=error, remedy="correct it") from None

@@ -1,0 +1,187 @@
+"""config.json of a model, which anyone may have written: read as data, refused where it brings code, values of the right kind.
+
+After `check_values` the settings that modekit and transformers' classes of dense models compute with are what their names say:
+sizes are whole numbers, names are text, and nothing is so large that arithmetic with it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modekit.errors import SourceError
+from modekit.files.read import UNREADABLE, read_json
+from modekit.run import Run
+
+_DEEPEST = 32  # containers within each other
+_SAVE_AGAIN = "download or save the model again"
+_REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
+"""Keys by which transformers reads other files than config.json and the weights that modekit checks."""
+_CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels", *_REDIRECTS})
+"""Keys by which a config makes transformers import, download or read something else, wherever in the config they stand."""
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+"""What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
+
+Size = Annotated[int, Field(ge=1, le=2**40)]
+Count = Annotated[int, Field(ge=0, le=2**40)]
+Number = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
+Word = Annotated[str, Field(max_length=200)]
+Simple = None | bool | Number | Word
+
+
+class _Values(BaseModel):
+    """The settings of dense configs that anything is computed from; what is not named here is carried as it is."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    vocab_size: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size | None = None
+    sliding_window: Count | None = None
+    max_window_layers: Count | None = None
+    sliding_window_pattern: Size | Word | None = None
+    full_attention_interval: Size | None = None
+    linear_conv_kernel_dim: Size | None = None
+    linear_key_head_dim: Size | None = None
+    linear_value_head_dim: Size | None = None
+    linear_num_key_heads: Size | None = None
+    linear_num_value_heads: Size | None = None
+    use_sliding_window: bool | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    use_bias: bool | None = None
+    hidden_act: Word | None = None
+    hidden_activation: Word | None = None
+    rms_norm_eps: Number | None = None
+    layer_norm_eps: Number | None = None
+    norm_epsilon: Number | None = None
+    rope_theta: Number | None = None
+    rope_local_base_freq: Number | None = None
+    partial_rotary_factor: Number | None = None
+    embedding_multiplier: Number | None = None
+    residual_multiplier: Number | None = None
+    logits_scaling: Number | None = None
+    attention_multiplier: Number | None = None
+    logit_scale: Number | None = None
+    query_pre_attn_scalar: Number | None = None
+    final_logit_softcapping: Number | None = None
+    attn_logit_softcapping: Number | None = None
+    clip_qkv: Number | None = None
+    layer_types: list[Word] | None = None
+    no_rope_layers: list[int] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+
+
+class _Rope(BaseModel):
+    """Rotary settings, in one piece or per kind of layer."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, Simple | list[Number]]
+
+    rope_type: Word | None = None
+    type: Word | None = None
+    rope_theta: Number | None = None
+
+
+def read_config(folder: Path, *, where: str) -> dict[str, Any]:
+    """A model's config.json as data. Raises SourceError when it is missing, no JSON, or nested past all use."""
+    try:
+        config = read_json(folder / "config.json")
+        if _is_deep(config):
+            raise ValueError("nested too deeply")
+    except FileNotFoundError:
+        refuse_adapter(folder, where=where)
+        raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
+    except UNREADABLE as error:
+        raise SourceError("config.json cannot be read", where=where, found=error, remedy=_SAVE_AGAIN) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
+    return config
+
+
+def refuse_adapter(folder: Path, *, where: str) -> None:
+    """Raise SourceError where a folder that lacks a model holds an adapter."""
+    if (folder / "adapter_config.json").exists():
+        raise SourceError(
+            "this is an adapter, not a full model", where=where,
+            remedy="name it as adapter: in place of model: in the recipe",
+        ) from None  # fmt: skip
+
+
+def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
+    """Raise SourceError when a config brings Python of its own, or names other code or files, and the user did not accept it.
+
+    For every config that reaches transformers: those of models, and of a mixture itself.
+    """
+    if run.trust_remote_code:
+        return
+    for key, value in _entries(config):
+        if key == "auto_map" and value:
+            raise SourceError(
+                "the model brings code of its own (auto_map in config.json)", where=where, found=value,
+                remedy="check that the weights follow the named family, then pass --trust-remote-code",
+            )  # fmt: skip
+        named = key.lstrip("_").removesuffix("_internal") in _IMPLEMENTATIONS and not _is_plain(value)
+        if named or (key in _CODE and value not in (None, False)):
+            raise SourceError(
+                f"config.json makes transformers use other code or files ({key[:64]})", where=where, found=value,
+                remedy="remove the setting from config.json, or pass --trust-remote-code if you trust what it names",
+            )  # fmt: skip
+
+
+def check_values(config: Mapping[str, Any], *, where: str) -> None:
+    """Raise SourceError when a setting is missing that every plan needs, or has a value of another kind than its name says.
+
+    For configs of the families in families.py: others may call something else by these names.
+    """
+    try:
+        _Values.model_validate(dict(config))
+        for key in ("rope_parameters", "rope_scaling"):
+            rope = config.get(key) or {}
+            parts = {name: each for name, each in rope.items() if isinstance(each, dict) and name not in _Rope.model_fields}
+            # One for all layers, or one per kind of layer.
+            for part in ({name: each for name, each in rope.items() if name not in parts}, *parts.values()):
+                _Rope.model_validate(part)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise SourceError(
+            f"config.json gives no usable {name[:64]}", where=f"{where}: config.json", found=config.get(name, first["input"]),
+            expected=first["msg"], remedy=_SAVE_AGAIN,
+        ) from None  # fmt: skip
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an implementation is named by a word, or several by part of the model, and none of them is a repository."""
+    if isinstance(value, dict):
+        return all(isinstance(each, str) and "/" not in each for each in value.values() if each is not None)
+    return value is None or (isinstance(value, str) and "/" not in value)
+
+
+def _entries(data: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and its value in mappings, and in mappings and lists within these."""
+    waiting = [data]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Mapping):
+            yield from each.items()
+        waiting += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+
+
+def _is_deep(data: Any) -> bool:
+    """Whether containers lie within each other so deeply that no config means it, and that code which follows them fails."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [each for within in inner for each in within]
+    return bool(level)

@@ -1,0 +1,331 @@
+"""Whatever strangers write, what reads it before there is a checkpoint ends in a plan or in modekit's own error, soon.
+
+Every target begins with a good file and opens the real door on hostile variants of it (tests/mutations.py). `make test` takes a
+few hundred inputs of each, `make test-all` 13,600 together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapter_folders import UP, write_adapter
+from conftest import SMALL, Workshop, character_tokenizer
+from modekit.errors import ModekitError, SourceError
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.sources.families import FAMILIES
+from modekit.sources.model import open_source, read_header
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
+
+RANDOM = {"router": {"fit": "random"}}
+MOST_TEXT = 20_000
+"""Characters of any message."""
+QUICK, SLOW = 150, 1_700
+TARGETS = ["headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts"]
+
+
+def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
+    """A model of zeros without their room on disk: config, header, and a file of that length."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **{**SMALL, **overrides}), dtype=torch.float32
+        )
+    header: dict[str, Any] = {}
+    position = 0
+    skipped = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in skipped:
+            stop = position + tensor.numel() * 4
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, stop]}
+            position = stop
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    write_weights(folder / "model.safetensors", json.dumps(header).encode(), position)
+
+
+def write_weights(path: Path, header: bytes, data: int) -> None:
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + max(data, 0))
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A base, an expert and an adapter of few and small tensors, and texts."""
+    root = tmp_path_factory.mktemp("fuzz")
+    for name in ("base", "law"):
+        write_headers(root / name, "llama", num_hidden_layers=2)
+        character_tokenizer().save_pretrained(root / name)
+    write_adapter(root / "code", {name: each for name, each in UP.items() if ".2." not in name})
+    (root / "text").mkdir()
+    experts = [{"name": "law", "model": "./law"}, {"name": "code", "adapter": "./code"}]
+    return Workshop(root, {"base_model": "./base", "experts": experts, "mixture": RANDOM})
+
+
+def refused_or_done(door: Callable[[], object]) -> bool:
+    """Open a door under limits; it must do its work, or refuse in a short message that can be printed."""
+    with limited():
+        try:
+            door()
+        except ModekitError as error:
+            message = str(error)
+            assert len(message) < MOST_TEXT
+            message.encode()
+            assert "\x1b" not in message
+            return False
+    return True
+
+
+class Counted:
+    """How many inputs a target has seen, of which how many were refused: both must happen, else the test is none."""
+
+    def __init__(self) -> None:
+        self.done = self.refused = 0
+
+    def saw(self, is_done: bool) -> None:
+        self.done += is_done
+        self.refused += not is_done
+
+    def check(self, count: int) -> None:
+        assert self.done + self.refused >= count * 0.95, (self.done, self.refused)
+        assert self.done and self.refused
+
+
+@pytest.mark.parametrize("count", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_own_errors_come_out(bench: Workshop, target: str, count: int, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(bench.root, root)
+    strategy, door = globals()[f"fuzz_{target}"](root, bench.recipe)
+    counted = Counted()
+
+    @inputs(count)
+    @given(strategy)
+    def run(content: Any) -> None:
+        counted.saw(refused_or_done(lambda: door(content)))
+
+    run()
+    counted.check(count)
+
+
+Target = tuple[st.SearchStrategy[Any], Callable[[Any], object]]
+
+
+def planned(root: Path, recipe: dict[str, Any]) -> object:
+    plan = make_plan(parse_recipe(recipe), root)
+    return plan.digest(), plan.memory(), plan.parameters(), json.dumps(dict(plan.config))
+
+
+def fuzz_headers(root: Path, recipe: dict[str, Any]) -> Target:
+    """Of weights: what is accepted here, the safetensors library accepts, too."""
+    path = root / "law" / "model.safetensors"
+    header, size = header_of(path), path.stat().st_size
+    data = size - 8 - len(json.dumps(header).encode())
+    small, position = {}, 0
+    for name in sorted(header)[:3]:
+        begin, end = header[name]["data_offsets"]
+        small[name] = {**header[name], "data_offsets": [position, position + end - begin]}
+        position += end - begin
+    lengths = st.sampled_from([0] * 9 + [-1, 1, 8])
+    metadata = st.sampled_from(
+        [{}] * 5 + [{"__metadata__": {"format": "pt"}}, {"__metadata__": {"a": 1}}, {"__metadata__": None}]
+    )
+    text = metadata.flatmap(
+        lambda more: st.one_of(
+            st.just(json.dumps({**header, **more})), hostile_json({**header, **more}), hostile_json({**small, **more}, most=2)
+        )
+    )
+
+    def door(drawn: tuple[bytes, int, bool]) -> object:
+        content, more, is_small = drawn
+        write_weights(path, content, (position if is_small else data) + more)
+        try:
+            tensors = read_header(path, where="law")
+        except SourceError:
+            return planned(root, recipe)
+        with safe_open(path, "np") as opened:
+            assert set(opened.keys()) == set(tensors)
+        return planned(root, recipe)
+
+    return st.tuples(hostile_bytes(text), lengths, st.booleans()), door
+
+
+def fuzz_configs(root: Path, recipe: dict[str, Any]) -> Target:
+    """Of base and expert alike, so that what both say is not refused as a difference."""
+    config = json.loads((root / "base" / "config.json").read_text())
+    config |= {"rope_scaling": None, "layer_types": None, "head_dim": 8, "sliding_window": None}
+    more = {key: value for key, value in config.items() if key not in {"architectures", "transformers_version", "dtype"}}
+
+    def door(content: bytes) -> object:
+        for name in ("base", "law"):
+            (root / name / "config.json").write_bytes(content)
+        return planned(root, recipe)
+
+    return hostile_bytes(hostile_json(more)), door
+
+
+def fuzz_families(root: Path, recipe: dict[str, Any]) -> Target:
+    """A config of every family, as native and as modekit mixture."""
+    configs = {}
+    for family in FAMILIES:
+        write_headers(root / family.model_type, family.model_type, head_dim=8)
+        configs[family.model_type] = json.loads((root / family.model_type / "config.json").read_text())
+    kinds = st.sampled_from(sorted(configs))
+    strategy = kinds.flatmap(
+        lambda kind: st.tuples(st.just(kind), hostile_bytes(hostile_json(configs[kind])), st.sampled_from(["auto", "native"]))
+    )
+
+    def door(drawn: tuple[str, bytes, str]) -> object:
+        kind, content, form = drawn
+        (root / kind / "config.json").write_bytes(content)
+        experts = [{"name": "one", "model": "base"}, {"name": "two", "model": f"./{kind}"}]
+        return planned(root, {"base_model": f"./{kind}", "experts": experts, "mixture": RANDOM, "output": {"format": form}})
+
+    return strategy, door
+
+
+def fuzz_indexes(root: Path, _: dict[str, Any]) -> Target:
+    """The index of shards, and a specialist's record."""
+    header = header_of(root / "law" / "model.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(list(header)[:4], "model.safetensors")}
+
+    def door(content: bytes) -> object:
+        (root / "law" / "model.safetensors.index.json").write_bytes(content)
+        (root / "law" / "specialist.json").write_bytes(content)
+        return open_source("law", "./law", root / "law")
+
+    return hostile_bytes(hostile_json(index)), door
+
+
+def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:
+    """Config and header."""
+    folder = root / "code"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {
+        "exclude_modules": None, "modules_to_save": None, "rank_pattern": {"up_proj": 4},
+        "alpha_pattern": {r"layers\.1\..*": 8},
+        "layers_to_transform": None, "layers_pattern": None, "use_rslora": False, "bias": "none", "init_lora_weights": True,
+    }  # fmt: skip
+    header = header_of(folder / "adapter_model.safetensors")
+    header.pop("__metadata__", None)
+    data = max(entry["data_offsets"][1] for entry in header.values())
+    configs = hostile_bytes(hostile_json(config, most=4))
+    headers = st.one_of(st.just(json.dumps(header).encode()), hostile_bytes(hostile_json(header)))
+
+    def door(drawn: tuple[bytes, bytes]) -> object:
+        (folder / "adapter_config.json").write_bytes(drawn[0])
+        write_weights(folder / "adapter_model.safetensors", drawn[1], data)
+        return planned(root, recipe)
+
+    return st.tuples(configs, headers), door
+
+
+YAML = [
+    "2001-99-99", "!!int x", "!!bool x", "!!map [a]", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}",
+    "!!omap [a]", "!!null x",
+    "!!python/object/apply:os.system [x]", "*a", "&a [*a]", "0x" + "f" * 9_000, "0b1", "1:99:99", ".inf", ".nan", "-.inf",
+    "1_000",
+    '"\\ud800"', "!!str 3", "? [a]\n: b", "<<: {a: b}", "{<<: [{a: b}, {c: d}]}", "&b {<<: *b}", "1e400", "~", "''",
+    "[" * 400, "{[a]: b}",
+    "2001-01-01", "!!int ''", "0o17", "017", "-", "|", "%", "@", "\t",
+]  # fmt: skip
+
+
+def fuzz_recipes(root: Path, recipe: dict[str, Any]) -> Target:
+    """YAML, some of it that only YAML says; recipes with most of the keys that there are."""
+    full = {
+        **recipe, "eval": {"law": ["./text/law.jsonl"]},
+        "output": {"format": "modekit", "dtype": "source", "shard_size": "5GB"},
+        "mixture": {
+            "method": "routing", "top_k": 2, "modules": ["mlp"], "layers": [0, "0-1"],
+            "backbone": {"method": "ties", "scale": 1.0},
+            "always_on": {"expert": "law", "weight": 0.5},
+            "router": {"fit": "random", "seed": 1, "granularity": "context", "decay": [0.5]},
+        },
+    }  # fmt: skip
+    weights = {**recipe, "mixture": {"method": "linear", "weights": {"law": 1, "code": 2.5}, "backbone": "base"}}
+    only_yaml = st.booleans().flatmap(lambda only: st.sampled_from([Raw(text) for text in YAML]) if only else VALUES)
+
+    @st.composite
+    def text(draw: st.DrawFn) -> str:
+        good = draw(st.sampled_from([full, weights, recipe]))
+        kind = draw(st.sampled_from(["json", "yaml", "yaml", "yaml", "good"]))
+        if kind == "json":
+            return draw(hostile_json(good))
+        lines = yaml.safe_dump(good).split("\n")
+        for _ in range(0 if kind == "good" else draw(st.integers(1, 2))):
+            place = draw(st.integers(0, len(lines) - 1))
+            key, colon, _old = lines[place].partition(":")
+            lines[place] = f"{key}{colon} {written(draw(only_yaml))}" if colon else written(draw(only_yaml))
+        return "\n".join(lines)
+
+    def door(content: bytes) -> object:
+        (root / "recipe.yaml").write_bytes(content)
+        return planned(root, load_recipe(root / "recipe.yaml").model_dump(mode="json", by_alias=True, exclude_unset=True))
+
+    return hostile_bytes(text()), door
+
+
+def fuzz_tokenizers(root: Path, recipe: dict[str, Any]) -> Target:
+    """Of the base, whose ids must fit and whose files are copied, and of the expert, whose must be the same."""
+    tokenizer = json.loads((root / "base" / "tokenizer.json").read_text())
+    vocab = dict(list(tokenizer["model"]["vocab"].items())[:5])
+    bpe = {**tokenizer, "model": {"type": "BPE", "vocab": vocab, "merges": ["a b", ["c", "d"]]}}
+    unigram = {**tokenizer, "model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}
+    texts = hostile_bytes(st.one_of(*(hostile_json(each) for each in (bpe, unigram, tokenizer, vocab))))
+
+    def door(drawn: tuple[bytes, str, bool]) -> object:
+        content, name, both = drawn
+        for folder in ("base", "law"):
+            for old in ("tokenizer.json", "vocab.json"):
+                (root / folder / old).unlink(missing_ok=True)
+        for folder in ("base", "law") if both else ("base",):
+            (root / folder / name).write_bytes(content)
+        return planned(root, recipe)
+
+    return st.tuples(texts, st.sampled_from(["tokenizer.json", "vocab.json"]), st.booleans()), door
+
+
+def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
+    """Records and plain text, read and cut into sequences."""
+    tokenizer = character_tokenizer()
+    lines = st.lists(
+        st.one_of(hostile_json({"text": "some words", "meta": {"id": 1}}), st.text(max_size=60)), min_size=1, max_size=4
+    )
+    text = lines.map("\n".join)
+
+    def door(drawn: tuple[bytes, str]) -> object:
+        path = root / "text" / f"law{drawn[1]}"
+        path.write_bytes(drawn[0])
+        documents = read_documents([f"./text/{path.name}"], root=root, where="law")
+        return encode(tokenizer, documents, max_tokens=64, sequence_length=16)
+
+    return st.tuples(hostile_bytes(text), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(bench: Workshop) -> Iterator[None]:
+    """What is imported once is not counted as what an input costs."""
+    planned(bench.root, bench.recipe)
+    yield
