@@ -6,7 +6,6 @@ comparison impossible, which is reported as such and never as a success.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from modekit.building.computed import compute_again
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
+from modekit.files.read import UNREADABLE, open_regular, read_bytes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
@@ -84,16 +84,21 @@ def _check_digest(checkpoint: Checkpoint) -> Check:
 
 def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
     for source in checkpoint.record.sources:
-        folder = (checkpoint.folder / source.folder).resolve()
+        folder = checkpoint.source_folder(source)
         name = f"source {source.label}"
         gone = [file for file in source.files if not (folder / file).exists()]
         if gone:
             yield Check(name, "not possible", f"no longer at {folder}")
             continue
-        changed = []
-        for file, expected in source.files.items():
-            if (folder / file).stat().st_size != expected.size or _blake3(folder / file, run, name) != expected.blake3:
-                changed.append(file)
+        try:
+            changed = [
+                file
+                for file, expected in source.files.items()
+                if (folder / file).stat().st_size != expected.size or _blake3(folder / file, run, name) != expected.blake3
+            ]
+        except OSError as error:
+            yield Check(name, "not possible", f"cannot be read: {error.strerror}")
+            continue
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
         else:
@@ -102,7 +107,7 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
 
 def _blake3(path: Path, run: Run, stage: str) -> str:
     digest, size, done = blake3(), path.stat().st_size, 0
-    with path.open("rb", buffering=0) as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(4 * 2**20):
             digest.update(chunk)
             done += len(chunk)
@@ -154,12 +159,20 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     for file in (*plan.copied_files, *plan.shape.code_files):
-        ours = checkpoint.folder / file.name
-        if not ours.exists() or ours.read_bytes() != file.read_bytes():
+        if not _same_file(checkpoint.folder / file.name, file):
             return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
     count = len(plan.copied_files)
     code = f", {len(plan.shape.code_files)} of code as this version's" if plan.shape.code_files else ""
     return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
+
+
+def _same_file(ours: Path, theirs: Path) -> bool:
+    """Whether two files hold the same bytes; what is no file that can be read is none."""
+    try:
+        expected = theirs.read_bytes()
+        return read_bytes(ours, len(expected)) == expected
+    except UNREADABLE:
+        return False
 
 
 def _check_computed(checkpoint: Checkpoint, plan: Plan, mappings: Mappings, run: Run) -> Check:
@@ -207,7 +220,9 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         if ref is None or ref.shape != slot.shape:
             found = None if ref is None else list(ref.shape)
             return Check("router", "failed", f"{slot.name}: {found}, expected {list(slot.shape)}")
-    if hashlib.sha256((checkpoint.folder / ROUTER_FILE).read_bytes()).hexdigest() != checkpoint.record.router.sha256:
+    try:
+        checkpoint.check_router()
+    except ModekitError:
         return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
     recipe = checkpoint.record.recipe
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
@@ -221,21 +236,25 @@ def _check_reload(folder: Path, run: Run) -> Check:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from modekit.loaded.load import without_bars
+    from modekit.loaded.load import check_loadable, said_by, without_bars
 
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
+        check_loadable(folder, run=run)
         with without_bars():
             model, report = load(folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed
-        return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         return Check(
             "reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}"
         )
-    with torch.inference_mode():
-        logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+    except Exception as error:
+        return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     if not torch.isfinite(logits).all():
         return Check("reload in transformers", "failed", "the logits of a first pass are not finite")
     return Check("reload in transformers", "proven", f"{type(model).__name__}, all keys matched, finite logits")

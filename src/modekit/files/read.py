@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -57,10 +58,10 @@ def read_json(path: Path, limit: int = SMALL) -> Any:
 def parse_json(text: str) -> Any:
     """JSON as plain data. Raises ValueError: also where it nests too deeply, or holds what no JSON and no file can.
 
-    That is NaN and Infinity, numbers of thousands of digits, and halves of surrogate pairs, which no encoding writes.
+    That is NaN, Infinity and 1e999, numbers of thousands of digits, and halves of surrogate pairs, which no encoding writes.
     """
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if _SURROGATE.search(text):
             json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
@@ -70,3 +71,10 @@ def parse_json(text: str) -> Any:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is more than a number can be")
+    return number

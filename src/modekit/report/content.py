@@ -153,7 +153,7 @@ def _best(losses: Sequence[tuple[str, float]]) -> str | None:
 
 def _mean_error(errors: Sequence[float | None]) -> float | None:
     known = [error for error in errors if error is not None]
-    return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
+    return math.sqrt(sum(error * error for error in known)) / len(known) if known and len(known) == len(errors) else None
 
 
 def _search(search: Search) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
-from modekit.evaluation.results import Results, results_from_data
-from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_json, read_results
-from modekit.report.inspection_file import Data, Inspection, Number
+from modekit.evaluation.results import MOST_CELLS, Results, results_from_data
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
+from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
+from modekit.files.typed import Count, Number, problem_in, shortened
+from modekit.report.inspection_file import Data, Inspection
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
 TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
@@ -46,6 +48,12 @@ class Tasks(Data):
     tasks: dict[str, Task]
     notes: list[str] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Tasks:
+        if len({row for task in self.tasks.values() for row in task.rows}) * len(self.tasks) > MOST_CELLS:
+            raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
+        return self
+
 
 class Reported(Data):
     """What a variant came to on text that chose nothing."""
@@ -62,7 +70,7 @@ class Variant(Data):
     status: Literal["scored", "dropped", "refused"]
     mean_loss: Number | None
     report: Reported | None
-    active: int
+    active: Count
     native: bool
     best: bool
     pareto: bool
@@ -73,15 +81,15 @@ class Search(Data):
 
     format: Literal[1]
     checkpoint: dict[str, str]
-    candidates: list[Variant]
+    candidates: list[Variant] = Field(max_length=2**14)
     seconds: Number
 
 
 class Curve(Data):
     """train.csv: columns of numbers by step, None where nothing was logged."""
 
-    steps: list[int]
-    columns: dict[str, list[float | None]]
+    steps: list[Count]
+    columns: dict[str, list[Number | None]]
 
 
 class Trained(Data):
@@ -109,7 +117,9 @@ def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection |
     inspection = _parse(checkpoint, INSPECT_FILE, "modekit inspect", Inspection.model_validate, problems)
     if inspection is None:
         return None
-    if inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names:
+    of = [(router.name, router.layer, router.module) for router in inspection.routers]
+    positions = [(router.name, router.layer, router.module) for router in checkpoint.shape.positions]
+    if (inspection.checkpoint, inspection.experts, of) != (checkpoint.identity, checkpoint.names, positions):
         problems.append(_of_another(INSPECT_FILE, "modekit inspect"))
         return None
     return inspection
@@ -142,7 +152,9 @@ def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None
     if not checkpoint.record.training or not _path(checkpoint, TRAIN_FILE).exists():
         return None
 
-    def parse(data: dict[str, Any]) -> Trained | None:
+    def parse(data: Any) -> Trained | None:
+        if not isinstance(data, dict) or not {"training", "results"} <= data.keys():
+            raise ValueError("it holds no training and results")
         if data["training"] != checkpoint.record.training[-1].model_dump(mode="json"):
             return None
         table = data["results"]
@@ -164,7 +176,7 @@ def _of_another(file: str, command: str) -> str:
 
 
 def _parse(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:
-    return _read(file, command, lambda: parse(read_json(_path(checkpoint, file))), problems)
+    return _read(file, command, lambda: parse(read_json(_path(checkpoint, file), LARGE)), problems)
 
 
 def _read(file: str, command: str, read: Callable[[], _Read], problems: list[str]) -> _Read | None:
@@ -173,24 +185,21 @@ def _read(file: str, command: str, read: Callable[[], _Read], problems: list[str
     except FileNotFoundError:
         problems.append(f"there is no {file}: run `{command}`")
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        problems.append(f"{file} is damaged or of another version ({place or 'whole file'}: {first['msg']}): run `{command}`")
+        problems.append(f"{file} is damaged or of another version ({problem_in(error)}): run `{command}`")
     except UNREADABLE as error:
-        problems.append(f"{file} is damaged or of another version ({type(error).__name__}): run `{command}`")
+        problems.append(f"{file} is damaged or of another version ({shortened(error)}): run `{command}`")
     return None
 
 
 def _curve(path: Path) -> Curve | None:
     """The log of a training; None when there is none that can be read."""
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        rows = list(csv.DictReader(io.StringIO(read_text(path, LARGE))))
         steps = [int(row["step"]) for row in rows]
         names = [name for name in rows[0] if name != "step"]
-        columns = {name: [_number(row[name]) for row in rows] for name in names}
+        return Curve(steps=steps, columns={name: [_number(row[name]) for row in rows] for name in names})
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
         return None
-    return Curve(steps=steps, columns=columns)
 
 
 def _number(cell: str) -> float | None:

@@ -170,6 +170,6 @@ class Reader:
     def _view_of(self, place: int) -> ExpertView:
         if self._view is None:
             dtype = torch.float32 if self._settings.compute_dtype == "float32" else torch.bfloat16
-            self._view = expert_view(self._fitting.checkpoint, dtype=dtype)
+            self._view = expert_view(self._fitting.checkpoint, dtype=dtype, run=self._fitting.run)
         self._view.use_expert(place)
         return self._view
