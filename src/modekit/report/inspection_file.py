@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -98,6 +100,11 @@ class Inspection(Data):
     top_tokens: dict[str, list[TopToken]]
     texts: list[Sample]
     notes: list[str]
+
+    @cached_property
+    def in_layer(self) -> Counter[int | None]:
+        """Layer -> number of its routers."""
+        return Counter(router.layer for router in self.routers)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Inspection:

@@ -117,9 +117,7 @@ def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection |
     inspection = _parse(checkpoint, INSPECT_FILE, "modekit inspect", Inspection.model_validate, problems)
     if inspection is None:
         return None
-    of = [(router.name, router.layer, router.module) for router in inspection.routers]
-    positions = [(router.name, router.layer, router.module) for router in checkpoint.shape.positions]
-    if (inspection.checkpoint, inspection.experts, of) != (checkpoint.identity, checkpoint.names, positions):
+    if inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names:
         problems.append(_of_another(INSPECT_FILE, "modekit inspect"))
         return None
     return inspection

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
-from modekit.routing.kept import Get, load_kept, save_kept
+from modekit.files.typed import Count, as_kind
+from modekit.routing.kept import Get, checked, load_kept, save_kept
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,36 @@ def load_statistics(path: Path) -> DomainStatistics | None:
 def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
     if "slots" not in about:  # of an n-gram router
         return None
+    said = as_kind(about, _About)
+    if said.slots != len(said.source.how.routers):
+        raise ValueError("they are of other routers than they say")
     slots = []
-    for number in range(int(about["slots"])):
-        sum_D, upper = get(f"{number}.sum"), get(f"{number}.outer_upper").double()
-        rows, columns = torch.triu_indices(len(sum_D), len(sum_D))
-        outer_DD = torch.zeros((len(sum_D), len(sum_D)), dtype=torch.float64)
+    for number, (_, read) in enumerate(said.source.how.routers):
+        width = read * len(said.source.how.averages)
+        sum_D = checked(get(f"{number}.sum"), (width,))
+        upper = checked(get(f"{number}.outer_upper"), (width * (width + 1) // 2,)).double()
+        rows, columns = torch.triu_indices(width, width)
+        outer_DD = torch.zeros((width, width), dtype=torch.float64)
         outer_DD[rows, columns] = upper
         outer_DD[columns, rows] = upper
-        slots.append(SlotStatistics(sum_D, outer_DD, get(f"{number}.negative"), get(f"{number}.sample")))
-    return DomainStatistics(int(about["tokens"]), tuple(slots), about["source"])
+        negative_D = checked(get(f"{number}.negative"), (width,))
+        slots.append(SlotStatistics(sum_D, outer_DD, negative_D, checked(get(f"{number}.sample"), (None, width))))
+    return DomainStatistics(said.tokens, tuple(slots), about["source"])
+
+
+class _How(BaseModel):
+    """What of the settings the shapes of the tensors follow from."""
+
+    routers: list[tuple[str, Annotated[Count, Field(ge=1)]]]
+    averages: list[dict[str, Any]]
+
+
+class _Source(BaseModel):
+    text: dict[str, Any]
+    how: _How
+
+
+class _About(BaseModel):
+    tokens: Annotated[Count, Field(ge=1)]
+    slots: Count
+    source: _Source
