@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
 HOSTILE_TEXT = (
-    "", "\x00", "../../x", "/dev/zero", "[/x]", "[bold]x", "<script>hacked()</script>", "'\"`|---\n# x\n---",
-    "\x1b]0;x\x07\x1b[31m", "\u202e\u2028", "x" * 5_000, "{{ 7 * 7 }}", "evil/kernel", "-1", "NaN", "model.layers.0", "base", "C:x", "..", "~root",
+    "", "\x00", "../../x", "/dev/zero", "[/x]", "[bold]x", "<script>hacked()</script>", "'\"`|---\n# x\n---", "\u202e\u2028",
+    "\x1b]0;x\x07\x1b[31m", "x" * 5_000, "{{ 7 * 7 }}", "evil/kernel", "-1", "NaN", "model.layers.0", "base", "C:x", "..",
+    "~root",
 )  # fmt: skip
 HOSTILE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 10**9, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308, [], {}, [[]], [None],
     [0] * 40, {"": 0}, {"a": {"b": {}}}, *HOSTILE_TEXT,
 )  # fmt: skip
 RAW = (
-    b"", b"\xff\xfe\x00", b"null", b"[]", b"{", b"[" * 3_000, b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b"\xef\xbb\xbf{}",
-    b'{"a": ' + b"9" * 5_000 + b"}",
+    b"", b"\xff\xfe\x00", b"null", b"[]", b"{", b"[" * 3_000, b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}',
+    b"\xef\xbb\xbf{}", b'{"a": ' + b"9" * 5_000 + b"}",
 )  # fmt: skip
 NUMBERS = st.integers(0, 2**30)
 
@@ -128,6 +132,23 @@ def no_file(path: Path, kind: str) -> None:
         "away": lambda: path.symlink_to("/etc/passwd"), "nowhere": lambda: path.symlink_to("nowhere"),
     }  # fmt: skip
     make[kind]()
+
+
+@contextmanager
+def in_time(seconds: int = 30, memory: int = 3 * 2**30) -> Iterator[None]:
+    """What takes too long inside, or too many bytes of memory (of this process in all), has failed."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < memory
 
 
 NO_FILES = ("gone", "folder", "pipe", "round", "device", "away", "nowhere")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import Workshop, make_workshop
-from damage import NO_FILES, damaged_file, no_file
+from damage import NO_FILES, damaged_file, in_time, no_file
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.errors import ModekitError
@@ -46,7 +44,6 @@ from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 
-SECONDS, BYTES = 30, 3 * 2**30  # that an input may take; what all of them together may add to this process
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 OLD_COUNTS = Path(__file__).parents[1] / "golden" / "old" / "checkpoints" / "ngram" / "router"
@@ -127,23 +124,6 @@ def damaged(stranger: Stranger, name: str, data: st.DataObject) -> Iterator[None
     finally:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         path.write_bytes(before)
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    """An input that takes too long, or too much memory, has failed."""
-
-    def too_long(*_: object) -> None:
-        raise AssertionError(f"not done after {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < BYTES
 
 
 @contextmanager

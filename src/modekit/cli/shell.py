@@ -87,8 +87,10 @@ def main() -> None:
         _fail(ModekitError(f"{error.strerror or error}", where=where, remedy="mend what is named and run the command again"))
     except TyperException as error:
         _fail(ModekitError(str(error), remedy="modekit --help, or --help after a command"))
-    except Exception as error:
-        if os.environ.get("MODEKIT_DEBUG") == "1":
+    except BaseException as error:
+        # A library in Rust panics by a class of its own, which is no Exception; the other such ones end the process.
+        foreseen = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        if foreseen or os.environ.get("MODEKIT_DEBUG") == "1":
             raise
         _tell_bug(error)
     sys.exit(status if isinstance(status, int) else 0)
@@ -110,7 +112,7 @@ def _within_a_screen(message: str) -> str:
     return "\n".join([*lines[:_MOST_LINES], *(["…"] if len(lines) > _MOST_LINES else [])])
 
 
-def _tell_bug(error: Exception) -> NoReturn:
+def _tell_bug(error: BaseException) -> NoReturn:
     """Say in a line that nobody foresaw this, and where a file tells the rest."""
     kind = type(error).__name__
     try:

@@ -50,6 +50,8 @@ def check_loadable(folder: Path, *, run: Run = QUIET) -> None:
             raise SourceError(
                 "no file that could be read, but a pipe or device, is in the model folder", where=str(path), remedy="remove it"
             )
+    if (folder / "adapter_config.json").exists():  # transformers would take it into the model
+        raise SourceError("a model and an adapter are in one folder", where=str(folder), remedy="remove adapter_config.json")
     config = read_config(folder, where=str(folder))
     if config["model_type"] == "modekit":
         config.pop("auto_map", None)
@@ -69,7 +71,9 @@ def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase
     check_loadable(folder, run=run)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.trust_remote_code)
-    except Exception as error:  # tokenizers raises what it likes, some of it of no kind but Exception
+    except BaseException as error:  # tokenizers raises what it likes, and where it panics, what is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise SourceError(
             "the model folder has no usable tokenizer", where=str(folder), found=said_by(error),
             remedy="save the base model's tokenizer into the base model's folder",
@@ -93,7 +97,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     return model.to(default_device()).eval()
 
 
-def said_by(error: Exception) -> str:
+def said_by(error: BaseException) -> str:
     """The first line of another library's error, or its kind where it says nothing."""
     return shortened(error) or type(error).__name__
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import SourceError
+from modekit.files.read import open_regular
 from modekit.run import QUIET, Run
 
 ITEMSIZE = {
@@ -82,7 +83,7 @@ def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, int]:
     """The header as data, where the tensors' bytes start, and the file's size. Raises SourceError."""
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as opened, io.BufferedReader(opened) as stream:
             raw_length = stream.read(8)
             if len(raw_length) < 8:
                 raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
