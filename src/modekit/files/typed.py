@@ -15,7 +15,7 @@ _MOST = 1_000  # problems among which the first is looked for
 
 Count = Annotated[int, Field(ge=0, le=2**63, strict=True)]
 """How many there are: whole, and no more than can be."""
-Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e300, le=1e300)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e300, le=1e300, strict=True)]
 """A measured figure: finite, and so is a sum of many."""
 Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 """64 hexadecimal digits, or nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -125,7 +126,7 @@ def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection |
 
 def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
     """What the mixture is worth on tasks, when that was asked."""
-    if not _path(checkpoint, TASKS_FILE).exists():
+    if not os.path.lexists(_path(checkpoint, TASKS_FILE)):
         return None
     tasks = _parse(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
     if tasks is not None and tasks.checkpoint not in (None, checkpoint.identity):
@@ -136,7 +137,7 @@ def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
 
 def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
     """The search that this mixture came out of, when there was one."""
-    if not _path(checkpoint, SEARCH_FILE).exists():
+    if not os.path.lexists(_path(checkpoint, SEARCH_FILE)):
         return None
     search = _parse(checkpoint, SEARCH_FILE, "modekit tune", Search.model_validate, problems)
     if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
@@ -147,7 +148,7 @@ def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
 
 def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None:
     """Tables and curve of the last training; None when there was none, or its files are of another one."""
-    if not checkpoint.record.training or not _path(checkpoint, TRAIN_FILE).exists():
+    if not checkpoint.record.training or not os.path.lexists(_path(checkpoint, TRAIN_FILE)):
         return None
 
     def parse(data: Any) -> Trained | None:
