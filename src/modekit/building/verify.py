@@ -22,7 +22,7 @@ from modekit.files.read import UNREADABLE, open_regular, read_bytes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
-from modekit.sources.model import Mappings
+from modekit.sources.model import DTYPE_NAMES, Mappings
 from modekit.weights.numeric import blocks, is_finite
 
 Verdict = Literal["proven", "failed", "not possible"]
@@ -205,6 +205,8 @@ def _same_bytes(checkpoint: Checkpoint, tensor: PlannedTensor, mappings: Mapping
 def _check_finite(checkpoint: Checkpoint, mappings: Mappings, run: Run) -> Check:
     total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
     for name, ref in checkpoint.tensors.items():
+        if ref.dtype not in DTYPE_NAMES:
+            return Check("finite values", "failed", f"{name} is of no dtype that a mixture has")
         view = mappings.view(ref)
         for part in blocks(len(view)):
             if not is_finite(view[part], ref.dtype):

@@ -95,7 +95,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     parameters = checkpoint.parameters
     files = sorted({ref.file for ref in checkpoint.tensors.values()})
     statistics = checkpoint.folder / STATISTICS_FOLDER
-    kept = sum(path.stat().st_size for path in statistics.glob("*.safetensors")) if statistics.is_dir() else 0
+    kept = sum(path.stat().st_size for path in statistics.glob("*.safetensors") if path.is_file())
     gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
     return {
         "parameters": {

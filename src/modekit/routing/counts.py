@@ -60,28 +60,16 @@ def _statistics(get: Get, about: dict[str, Any]) -> NgramStatistics | None:
     if not about.get("ngram"):
         return None
     said = as_kind(about, _About)
-    buckets = said.source.how.buckets
-    counts_H, sample_N = checked(get("counts"), (buckets,)), checked(get("sample"), (sum(said.lengths),))
-    if len(sample_N) and not 0 <= int(sample_N.min()) <= int(sample_N.max()) < buckets:
+    counts_H, sample_N = checked(get("counts"), (None,)), checked(get("sample"), (sum(said.lengths),))
+    if len(sample_N) and not 0 <= int(sample_N.min()) <= int(sample_N.max()) < len(counts_H):
         raise ValueError("the sample has n-grams of other buckets")
-    return NgramStatistics(counts_H, sample_N, said.lengths, said.tokens, about["source"])
-
-
-class _How(BaseModel):
-    """What of the settings the shapes of the tensors follow from."""
-
-    buckets: Annotated[Count, Field(ge=2)]
-
-
-class _Source(BaseModel):
-    text: dict[str, Any]
-    how: _How
+    return NgramStatistics(counts_H, sample_N, said.lengths, said.tokens, said.source)
 
 
 class _About(BaseModel):
     lengths: tuple[Annotated[Count, Field(ge=1)], ...]
     tokens: Annotated[Count, Field(ge=1)]
-    source: _Source
+    source: dict[str, Any]
 
 
 def count_domain(

@@ -8,6 +8,7 @@ Shape legend: D width of what a gate takes (its parts side by side), N kept toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +51,10 @@ class DomainStatistics:
     slots: tuple[SlotStatistics, ...]
     source: dict[str, Any]
 
+    def is_of(self, widths: Sequence[int]) -> bool:
+        """Whether they are of gates that take so much, one after the other."""
+        return [len(slot.sum_D) for slot in self.slots] == list(widths)
+
     def mean_D(self, slot: int) -> torch.Tensor:
         """Mean of x, float64. This is X'Y of the domain's column, per token."""
         return self.slots[slot].sum_D / self.tokens
@@ -75,35 +80,21 @@ def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
     if "slots" not in about:  # of an n-gram router
         return None
     said = as_kind(about, _About)
-    if said.slots != len(said.source.how.routers):
-        raise ValueError("they are of other routers than they say")
     slots = []
-    for number, (_, read) in enumerate(said.source.how.routers):
-        width = read * len(said.source.how.averages)
-        sum_D = checked(get(f"{number}.sum"), (width,))
-        upper = checked(get(f"{number}.outer_upper"), (width * (width + 1) // 2,)).double()
+    for number in range(said.slots):
+        sum_D = checked(get(f"{number}.sum"), (None,))
+        width = len(sum_D)
+        upper = checked(get(f"{number}.outer_upper"), (width * (width + 1) // 2,)).double()  # before D x D are made
         rows, columns = torch.triu_indices(width, width)
         outer_DD = torch.zeros((width, width), dtype=torch.float64)
         outer_DD[rows, columns] = upper
         outer_DD[columns, rows] = upper
         negative_D = checked(get(f"{number}.negative"), (width,))
         slots.append(SlotStatistics(sum_D, outer_DD, negative_D, checked(get(f"{number}.sample"), (None, width))))
-    return DomainStatistics(said.tokens, tuple(slots), about["source"])
-
-
-class _How(BaseModel):
-    """What of the settings the shapes of the tensors follow from."""
-
-    routers: list[tuple[str, Annotated[Count, Field(ge=1)]]]
-    averages: list[dict[str, Any]]
-
-
-class _Source(BaseModel):
-    text: dict[str, Any]
-    how: _How
+    return DomainStatistics(said.tokens, tuple(slots), said.source)
 
 
 class _About(BaseModel):
     tokens: Annotated[Count, Field(ge=1)]
     slots: Count
-    source: _Source
+    source: dict[str, Any]
