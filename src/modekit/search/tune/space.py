@@ -15,8 +15,6 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from modekit.errors import RecipeError
-from modekit.files.read import UNREADABLE, read_text
-from modekit.files.typed import problem_in, shortened
 from modekit.recipes.backbone import Backbone, BackboneMerge
 from modekit.recipes.edit import settings_with_effect
 from modekit.recipes.fits import FITS, known_fit
@@ -236,15 +234,17 @@ def default_space(recipe: Recipe, *, layers: int, backbones_differ: bool, only_a
 def read_space(path: Path, default: Space) -> Space:
     """Axes from a YAML file; those that it does not name stay as they are. Raises RecipeError."""
     try:
-        raw = yaml.load(read_text(path), StrictLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
         if not isinstance(raw, dict):
             raise ValueError("not a mapping of axes")
         return Space.model_validate({**{name: getattr(default, name) for name in Space.model_fields}, **raw})
     except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
         raise RecipeError(
-            "the space of the search has a problem", where=str(path), found=problem_in(error),
+            "the space of the search has a problem", where=f"{path}: {place}", found=first["msg"],
             expected=f"lists under {', '.join(Space.model_fields)}", remedy="correct it",
         ) from None  # fmt: skip
-    except (*UNREADABLE, yaml.YAMLError, RecursionError) as error:
-        found = "nested too deeply" if isinstance(error, RecursionError) else shortened(" ".join(str(error).split()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        found = " ".join(str(error).split())
         raise RecipeError("the space of the search cannot be read", where=str(path), found=found, remedy="correct it") from None

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
-from modekit.files.read import parse_json, read_bytes
+from modekit.files.read import open_regular, parse_json
 from modekit.files.typed import Count, Number, as_kind, shortened
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture
@@ -137,7 +137,10 @@ def prepare(job: Job) -> None:
 def _mend(path: Path) -> None:
     """Cut off the line that a full disk or a power loss left unfinished: the journal could not be read with it."""
     try:
-        data = read_bytes(path, 2**40) if path.exists() else b""
+        with open_regular(path) as stream:
+            data = stream.readall()
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise TuneError(
             "what a search left cannot be read", where=str(path), found=error.strerror, remedy="remove the folder to start over"
