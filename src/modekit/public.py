@@ -79,7 +79,7 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
 
     router = {key: value for key, value in changes.items() if key in Router.model_fields}
     mixture = {key: value for key, value in changes.items() if key not in router}
-    return refit(_opened(checkpoint), {**mixture, **({"router": router} if router else {})}, run=run)
+    return refit(_opened_with_any_router(checkpoint), {**mixture, **({"router": router} if router else {})}, run=run)
 
 
 def train(
@@ -116,7 +116,7 @@ def verify(checkpoint: Folder, *, run: Run = QUIET) -> list[Check]:
     """Prove a checkpoint: every check with its verdict (proven, failed, not possible). Nothing is written."""
     from modekit.building.verify import verify as prove
 
-    return prove(_opened(checkpoint), run=run)
+    return prove(_opened_with_any_router(checkpoint), run=run)
 
 
 def load(checkpoint: Folder, *, dtype: str = "auto", run: Run = QUIET) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -134,3 +134,10 @@ def _opened(checkpoint: Folder) -> Checkpoint:
     from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
     return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(checkpoint))
+
+
+def _opened_with_any_router(checkpoint: Folder) -> Checkpoint:
+    """Opened for what replaces the router, or says what is wrong with it."""
+    from modekit.checkpoint.checkpoint import Checkpoint, open_with_any_router
+
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_with_any_router(Path(checkpoint))

@@ -10,12 +10,12 @@ import pytest
 
 from conftest import Workshop
 from modekit.building.verify import Check, is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
 from modekit.planning.plan import ROUTER_FILE
 
 
 def checks_of(folder: Path) -> dict[str, Check]:
-    return {check.name: check for check in verify(open_checkpoint(folder), reload=False)}
+    return {check.name: check for check in verify(open_with_any_router(folder), reload=False)}
 
 
 def flip(path: Path, position: int) -> None:

@@ -13,8 +13,9 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import UNREADABLE, read_results, write_results
+from modekit.evaluation.results_folder import read_results, write_results
 from modekit.evaluation.tasks.results import perplexities
+from modekit.files.read import UNREADABLE
 from modekit.report.card import write_card
 from modekit.report.result_files import find_results
 

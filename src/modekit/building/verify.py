@@ -6,7 +6,6 @@ comparison impossible, which is reported as such and never as a success.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
+from modekit.sources.model import DTYPE_NAMES
 from modekit.weights.stored import holds_only_finite, same_bytes, span_of
 
 Verdict = Literal["proven", "failed", "not possible"]
@@ -85,17 +85,21 @@ def _check_digest(checkpoint: Checkpoint) -> Check:
 
 def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
     for source in checkpoint.record.sources:
-        folder = (checkpoint.folder / source.folder).resolve()
+        folder = checkpoint.source_folder(source)
         name = f"source {source.label}"
         gone = [file for file in source.files if not (folder / file).exists()]
         if gone:
             yield Check(name, "not possible", f"no longer at {folder}")
             continue
         changed = []
-        for file, expected in source.files.items():
-            path, progress = folder / file, partial(run.progress, name)
-            if path.stat().st_size != expected.size or blake3_of(path, progress) != expected.blake3:
-                changed.append(file)
+        try:
+            for file, expected in source.files.items():
+                path, progress = folder / file, partial(run.progress, name)
+                if path.stat().st_size != expected.size or blake3_of(path, progress) != expected.blake3:
+                    changed.append(file)
+        except OSError as error:
+            yield Check(name, "not possible", f"cannot be read: {error.strerror}")
+            continue
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
         else:
@@ -190,6 +194,8 @@ def _is_copied(checkpoint: Checkpoint, tensor: PlannedTensor, opened: OpenFiles)
 def _check_finite(checkpoint: Checkpoint, opened: OpenFiles, run: Run) -> Check:
     total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
     for name, ref in checkpoint.tensors.items():
+        if ref.dtype not in DTYPE_NAMES:
+            return Check("finite values", "failed", f"{name} is of no dtype that a mixture has")
         if not holds_only_finite(opened, ref):
             return Check("finite values", "failed", f"NaN or Inf in {name}")
         done += ref.nbytes
@@ -203,7 +209,9 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         if ref is None or ref.shape != slot.shape:
             found = None if ref is None else list(ref.shape)
             return Check("router", "failed", f"{slot.name}: {found}, expected {list(slot.shape)}")
-    if hashlib.sha256((checkpoint.folder / ROUTER_FILE).read_bytes()).hexdigest() != checkpoint.record.router.sha256:
+    try:
+        checkpoint.check_router()
+    except ModekitError:
         return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
     recipe = checkpoint.record.recipe
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
@@ -217,21 +225,25 @@ def _check_reload(folder: Path, run: Run) -> Check:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from modekit.loaded.load import without_bars
+    from modekit.loaded.load import check_loadable, said_by, without_bars
 
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
+        check_loadable(folder, run=run)
         with without_bars():
             model, report = load(folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed
-        return Check("reload in transformers", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         return Check(
             "reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}"
         )
-    with torch.inference_mode():
-        logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+    except Exception as error:
+        return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     if not torch.isfinite(logits).all():
         return Check("reload in transformers", "failed", "the logits of a first pass are not finite")
     return Check("reload in transformers", "proven", f"{type(model).__name__}, all keys matched, finite logits")

@@ -14,29 +14,48 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import BaseModel, Field
 
-from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord
-from modekit.checkpoint.router_file import Gates, changed_index, read_gates, router_bytes, sha256_of
+from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord, SourceRecord
+from modekit.checkpoint.router_file import (
+    Gates,
+    changed_index,
+    read_gates,
+    read_index,
+    router_bytes,
+    sha256_of,
+    sha256_of_file,
+)
 from modekit.errors import CheckpointError
 from modekit.files.change import change_together, finish_change
-from modekit.files.output import is_in_the_making, mend, work_folder
-from modekit.files.read import LARGE, UNREADABLE, read_text
+from modekit.files.output import is_in_the_making, mend
+from modekit.files.read import UNREADABLE, read_json
+from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import json_bytes
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
 from modekit.planning.shapes import open_shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
-from modekit.sources.model import ITEMSIZE, TensorRef, read_header
+from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
+
+
+class _Config(BaseModel):
+    """What every config.json of a mixture says."""
+
+    architectures: list[str] = Field(min_length=1)
+    dtype: Literal["float32", "bfloat16", "float16"]
+    hidden_size: Annotated[Count, Field(ge=1)]
+    num_hidden_layers: Annotated[Count, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,12 @@ class Checkpoint:
         """What its headers say. Raises CheckpointError when config.json or modekit.json are damaged."""
         if self.routed is not None:
             return self.routed
-        record, config = self.record, self._read_json("config.json", "num_hidden_layers")
+        record = self.record
+        try:
+            config = read_json(self.folder / "config.json")
+            as_kind(config, _Config)
+        except UNREADABLE as error:
+            raise self._damaged("config.json", error) from None
         dense_type = str(record.dense_config.get("model_type"))
         return open_shape(config, record.recipe, str(self.folder), record.native_type, dense_type)
 
@@ -69,15 +93,45 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """All tensors by name, read from the headers of the files that the index names."""
-        weight_map = self._read_json(INDEX_FILE, "weight_map")["weight_map"]
+        try:
+            files = sorted(set(read_index(self.folder).values()))
+        except UNREADABLE as error:
+            raise self._damaged(INDEX_FILE, error) from None
         tensors: dict[str, TensorRef] = {}
-        for file in sorted({str(file) for file in weight_map.values()}):
-            tensors.update(read_header(self.folder / Path(file).name, where=str(self.folder)))
+        for file in files:
+            tensors.update(read_header(self.folder / file, where=str(self.folder)))
+        self.shape.check(tensors)
         for slot in self.slots if self.routed is None else ():  # other routers' gates are yet to be written
             if slot.name not in tensors:
                 raise CheckpointError("the gate is missing", where=f"{self.folder}: {slot.name}", remedy=BUILD_AGAIN)
-        self.shape.check(tensors)
         return tensors
+
+    def check_router(self) -> None:
+        """Raise CheckpointError unless the router file holds the gates that config.json and modekit.json say.
+
+        What a checkpoint without gates, or of a record without their digest, has is not compared.
+        """
+        path = self.folder / ROUTER_FILE
+        inside = {name: ref for name, ref in self.tensors.items() if ref.file == path}
+        if {slot.name: slot.shape for slot in self.slots} != {name: ref.shape for name, ref in inside.items()}:
+            raise self._other_router("gates of other names or shapes", "those of config.json")
+        strange = next((ref.dtype for ref in inside.values() if ref.dtype not in DTYPE_NAMES), None)
+        if strange is not None:
+            raise self._other_router(f"gates of dtype {strange}", ", ".join(DTYPE_NAMES))
+        expected = self.record.router.sha256
+        size = max((ref.end for ref in inside.values()), default=0)
+        try:
+            found = sha256_of_file(path, size) if inside and expected else expected
+        except OSError as error:
+            raise self._damaged(ROUTER_FILE, error) from None
+        if found != expected:
+            raise self._other_router(f"sha256 {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it")
+
+    def _other_router(self, found: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            "the router file is not the one that modekit.json records", where=str(self.folder / ROUTER_FILE),
+            found=shortened(found), expected=expected, remedy="put it back, or set the router anew with `modekit fit`",
+        )  # fmt: skip
 
     @property
     def parameters(self) -> Parameters:
@@ -112,17 +166,18 @@ class Checkpoint:
     @property
     def recipe_root(self) -> Path:
         """The folder that the recipe's paths are relative to."""
-        return (self.folder / self.record.recipe_folder).resolve()
+        return self._beside(self.record.recipe_folder)
 
-    def _read_json(self, file: str, key: str) -> dict[str, Any]:
-        try:
-            data: dict[str, Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
-            data[key]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{file} is missing or damaged", where=str(self.folder), found=error, remedy=BUILD_AGAIN
-            ) from None  # fmt: skip
-        return data
+    def source_folder(self, source: SourceRecord) -> Path:
+        """Where a model that it was made from lay."""
+        return self._beside(source.folder)
+
+    def _beside(self, folder: str) -> Path:
+        return Path(os.path.realpath(self.folder / folder))  # Path.resolve raises where links go round
+
+    def _damaged(self, file: str, error: Exception) -> CheckpointError:
+        found = "there is none" if isinstance(error, FileNotFoundError) else shortened(error)
+        return CheckpointError(f"{file} is missing or damaged", where=str(self.folder), found=found, remedy=BUILD_AGAIN)
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
@@ -154,10 +209,10 @@ class Checkpoint:
 
     def _check_unchanged(self) -> None:
         try:
-            now = Record.model_validate_json(read_text(self.folder / RECORD_FILE, LARGE))
+            now = as_kind(read_json(self.folder / RECORD_FILE), Record)
         except FileNotFoundError:  # in the making, for the first time
             return
-        except (*UNREADABLE, ValidationError):
+        except UNREADABLE:
             now = None
         if now != self.record:
             raise CheckpointError(
@@ -166,16 +221,25 @@ class Checkpoint:
 
     @property
     def _gate_dtype(self) -> str:
-        if self.slots:
-            return self.tensors[self.slots[0].name].dtype
-        return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[self.config["dtype"]]
+        """That of the gates that are there, else that of the model."""
+        said = {name: code for code, name in DTYPE_NAMES.items()}[self.config["dtype"]]
+        found = self.tensors[self.slots[0].name].dtype if self.slots else said
+        return found if found in DTYPE_NAMES else said
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's record, config and headers.
+    """Read a checkpoint's record, config, headers and router file.
 
-    Raises CheckpointError when the folder is none, damaged or of another format, SourceError when a shard is damaged.
+    Raises CheckpointError when the folder is none, damaged or of another format, or its router is not the one that it
+    records; SourceError when a shard is damaged.
     """
+    checkpoint = open_with_any_router(folder)
+    checkpoint.check_router()
+    return checkpoint
+
+
+def open_with_any_router(folder: Path) -> Checkpoint:
+    """The same for those who replace the router, or say themselves what is wrong with it."""
     path = folder / RECORD_FILE
     if is_in_the_making(folder):
         raise CheckpointError(
@@ -184,27 +248,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         mend(folder)
         finish_change(folder)
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        record = as_kind(read_json(path), Record)
     except FileNotFoundError:
-        partial = work_folder(folder)
-        remedy = (
-            f"the build of it was cut short ({partial.name} is there): run the same `modekit build` again to finish it"
-            if partial.exists()
-            else "give the folder that `modekit build` wrote"
-        )
-        raise CheckpointError("not a modekit checkpoint: modekit.json is missing", where=str(folder), remedy=remedy) from None
-    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            "modekit.json cannot be read", where=str(folder), found=error, remedy="give the folder that `modekit build` wrote"
+            "not a modekit checkpoint: modekit.json is missing", where=str(folder), remedy=_how_to_get_one(folder)
         ) from None
-    except ValidationError as error:
+    except OSError as error:
         raise CheckpointError(
-            "modekit.json is damaged or of another version", where=str(folder), found=str(error).splitlines()[0],
+            "modekit.json cannot be read", where=str(folder), found=shortened(error),
+            remedy="give the folder that `modekit build` wrote",
+        ) from None  # fmt: skip
+    except ValueError as error:
+        raise CheckpointError(
+            "modekit.json is damaged or of another version", where=str(folder), found=shortened(error),
             remedy="build the mixture again with this version of modekit",
         ) from None  # fmt: skip
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
+
+
+def _how_to_get_one(folder: Path) -> str:
+    partial = f"{folder.name}.partial"
+    if folder.name and (folder.parent / partial).exists():
+        return f"the build of it was cut short ({partial} is there): run the same `modekit build` again to finish it"
+    return "give the folder that `modekit build` wrote"
 
 
 def size_of(folder: Path) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, as_kind
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
@@ -25,8 +26,8 @@ class _Record(BaseModel):
 class FileRecord(_Record):
     """A source file as it was when it was read."""
 
-    size: int
-    blake3: str
+    size: Count
+    blake3: Digest
 
 
 class SourceRecord(_Record):
@@ -35,15 +36,8 @@ class SourceRecord(_Record):
     label: str
     spec: str
     revision: str | None
-    folder: str
-    files: dict[str, FileRecord]
-
-    @field_validator("files")
-    @classmethod
-    def _inside_the_folder(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        if any(Path(name).name != name for name in files):
-            raise ValueError("source files must be names without a path")
-        return files
+    folder: RelativePath
+    files: dict[PlainName, FileRecord]
 
 
 class RouterRecord(_Record):
@@ -51,7 +45,7 @@ class RouterRecord(_Record):
 
     status: Literal["unfitted", "fitted", "trained"]
     settings: Router | None
-    sha256: str
+    sha256: Digest
     text: dict[str, dict[str, Any]]
     report: dict[str, Any]
 
@@ -60,6 +54,15 @@ class RouterRecord(_Record):
         """Of a router whose gates the recipe alone gives: fixed weights have no settings."""
         settings = None if recipe.mixture.method == "linear" else recipe.mixture.router
         return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
+
+
+class _Shown(BaseModel):
+    """What pages and cards say of a training's settings; later versions may have others."""
+
+    what: list[str] = []
+    losses: dict[str, Number] = {}
+    speed: str = ""
+    generic: list[str] = []
 
 
 class TrainingRecord(_Record):
@@ -76,11 +79,17 @@ class TrainingRecord(_Record):
 
     settings: dict[str, Any]
     text: dict[str, dict[str, Any]]
-    parameters: int
-    steps: int
-    tokens: int
+    parameters: Count
+    steps: Count
+    tokens: Count
     select_loss: dict[str, dict[str, float]]
     notes: list[str]
+
+    @field_validator("settings")
+    @classmethod
+    def _can_be_shown(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        as_kind(settings, _Shown)
+        return settings
 
 
 class Record(_Record):
@@ -92,13 +101,13 @@ class Record(_Record):
     format: Literal[1]
     modekit_version: str
     recipe: Recipe
-    recipe_digest: str
-    recipe_folder: str
+    recipe_digest: Digest
+    recipe_folder: RelativePath
     dense_config: dict[str, Any]
     native_type: str | None
-    dense_parameters: int
+    dense_parameters: Annotated[Count, Field(ge=1)]
     expert_sources: list[int]
-    sources: list[SourceRecord]
+    sources: list[SourceRecord] = Field(min_length=1)
     router: RouterRecord
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
@@ -108,6 +117,8 @@ class Record(_Record):
         numbers = self.expert_sources
         if len(numbers) != len(self.recipe.experts) or not all(0 <= number < len(self.sources) for number in numbers):
             raise ValueError("expert_sources must name a source for every expert")
+        if len(self.sources) > 1 + len(numbers):
+            raise ValueError("sources must be the base model's and the experts', each once")
         return self
 
     @field_serializer("recipe")

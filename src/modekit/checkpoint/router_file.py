@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field
 
 from modekit.errors import RecipeError
-from modekit.files.read import read_json
+from modekit.files.read import open_regular
 from modekit.files.tensors import safetensors_header
+from modekit.files.typed import PlainName, read_as
 from modekit.files.write import json_bytes, write_file, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.slot import RouterSlot
@@ -24,6 +26,7 @@ from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_fl
 
 Gates = Sequence[npt.NDArray[np.float32]]
 """The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
+_BLOCK = 2**22  # bytes hashed at once
 
 
 def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) -> list[npt.NDArray[np.float32]]:
@@ -57,6 +60,25 @@ def router_bytes(slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> bytes
     return header + b"".join(data)
 
 
+def sha256_of_file(path: Path, size: int) -> str:
+    """Of a router file that should have so many bytes; one more is read of a longer one. Raises OSError."""
+    digest, left = hashlib.sha256(), size + 1
+    with open_regular(path) as stream:
+        while left and (block := stream.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, PlainName] = Field(min_length=1)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file of the folder, as the index says it. Raises OSError, and ValueError for what is no index."""
+    return read_as(folder / INDEX_FILE, _Index).weight_map
+
+
 def write_index(plan: Plan, folder: Path) -> None:
     """Write the index that tells transformers which file holds which tensor."""
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
@@ -65,8 +87,7 @@ def write_index(plan: Plan, folder: Path) -> None:
 
 def changed_index(folder: Path, slots: Sequence[RouterSlot], total_size: int) -> bytes:
     """The index that is there with other gates."""
-    index = read_json(folder / INDEX_FILE)
-    kept = {name: file for name, file in index["weight_map"].items() if file != ROUTER_FILE}
+    kept = {name: file for name, file in read_index(folder).items() if file != ROUTER_FILE}
     return json_bytes(_index(kept, slots, total_size))
 
 

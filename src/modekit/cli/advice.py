@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.advice import print_advice
 from modekit.cli.printing.console import out
@@ -50,4 +50,4 @@ def advise(
     if write is not None:
         write_advised(write, advice)
         if not as_json:
-            out.print(f"[bold]{escape(str(write))}[/]: modekit build {escape(str(write))} OUT", highlight=False, soft_wrap=True)
+            out.print(Text.assemble((str(write), "bold"), f": modekit build {write} OUT"), soft_wrap=True)

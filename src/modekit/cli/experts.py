@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_extract, print_notes
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app
+from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -61,13 +61,13 @@ def specialize(
     )  # fmt: skip
     with drawn_progress() as progress:
         record = specialize(
-            model_folder(base, None, root=Path.cwd(), label="BASE"), output.resolve(),
+            model_folder(base, None, root=Path.cwd(), label="BASE"), resolved(output),
             text, root=Path.cwd(), train=train, rank=rank, training=training, overwrite=options.overwrite,
             run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     loss = record["held_out_loss"]
     change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
-    out.print(f"[bold]{escape(str(output))}[/]: {train}, {record['training']['steps']} steps, {change}")
+    out.print(Text.assemble((str(output), "bold"), f": {train}, {record['training']['steps']} steps, {change}"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def extract(
     with drawn_progress() as progress:
         record = extract(
             model_folder(model, None, root=Path.cwd(), label="MODEL"),
-            model_folder(base, None, root=Path.cwd(), label="--base"), output.resolve(), settings,
+            model_folder(base, None, root=Path.cwd(), label="--base"), resolved(output), settings,
             overwrite=options.overwrite, run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     if options.as_json:
@@ -123,7 +123,7 @@ def extract(
     print_extract(record)
     print_notes(notes_of(record))
     totals = record["totals"]
-    out.print(
-        f"[bold]{escape(str(output))}[/]: {totals['modules']} modules, {bytes_of(totals['bytes'])}, "
-        f"{totals['carried']:.0%} of the model's squared difference"
+    said = (
+        f"{totals['modules']} modules, {bytes_of(totals['bytes'])}, {totals['carried']:.0%} of the model's squared difference"
     )
+    out.print(Text.assemble((str(output), "bold"), f": {said}"))

@@ -13,7 +13,7 @@ import typer
 from modekit.cli.options import grouped
 from modekit.cli.printing.inspection import print_inspection, print_trace
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -46,7 +46,7 @@ def inspect(
 
     if text is not None and shown.text_file is not None:
         raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
-    opened = open_checkpoint(checkpoint.resolve())
+    opened = open_checkpoint(resolved(checkpoint))
     if shown.text_file is not None or text == STDIN:
         text = read_text(shown.text_file)
     if layer is not None and text is None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_checks, print_plan
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -52,19 +52,15 @@ def build(
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
-    made = make_plan(load_recipe(recipe), recipe.resolve().parent, run=Run(trust_remote_code))
+    made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
     with drawn_progress() as progress:
-        checkpoint = build(made, output.resolve(), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
+        checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
-    out.print(
-        f"[bold]{escape(str(output))}[/]: {made.config['architectures'][0]}, {made.experts} experts, "
-        f"top_k {made.recipe.top_k}, router {checkpoint.record.router.status}, {bytes_of(size)}"
-    )
+    said = f"{made.config['architectures'][0]}, {made.experts} experts, top_k {made.recipe.top_k}"
+    out.print(Text.assemble((str(output), "bold"), f": {said}, router {checkpoint.record.router.status}, {bytes_of(size)}"))
     if kept:
-        out.print(
-            f"[dim]{escape(str(output / STATISTICS_FOLDER))}: {bytes_of(kept)} of statistics, which may be deleted: only "
-            "`modekit fit` reads them, and makes them anew from the text[/]", highlight=False,
-        )  # fmt: skip
+        said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
+        out.print(Text(f"{said}`modekit fit` reads them, and makes them anew from the text", style="dim"))
 
 
 @dataclass(frozen=True)
@@ -94,13 +90,13 @@ class FitOptions:
 @grouped
 def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = False) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.checkpoint.checkpoint import open_with_any_router
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
     with drawn_progress() as progress:
         done = refit(
-            open_checkpoint(checkpoint.resolve()),
+            open_with_any_router(resolved(checkpoint)),
             options.changes(),
             run=Run(trust_remote_code, progress),
         )
@@ -108,10 +104,8 @@ def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = F
         return
     settings = done.record.router.settings
     name = settings.fit if settings is not None else "zero gate"
-    out.print(
-        f"[bold]{escape(str(checkpoint))}[/]: router {name}, {done.record.router.status}, "
-        f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
-    )
+    said = f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
+    out.print(Text.assemble((str(checkpoint), "bold"), f": router {name}, {done.record.router.status}, {said}"))
 
 
 @app.command()
@@ -121,11 +115,11 @@ def verify(
 ) -> None:  # fmt: skip
     """Prove that the checkpoint is what it says; exit code 1 when it is not."""
     from modekit.building.verify import is_proven, verify
-    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.checkpoint.checkpoint import open_with_any_router
 
     with drawn_progress() as progress:
         checks = verify(
-            open_checkpoint(checkpoint.resolve()),
+            open_with_any_router(resolved(checkpoint)),
             run=Run(trust_remote_code, progress),
             reload=reload,
         )
@@ -149,7 +143,7 @@ def export(
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.experts.export import chosen_ways, ways_out, write_way
 
-    opened = open_checkpoint(checkpoint.resolve())
+    opened = open_checkpoint(resolved(checkpoint))
     ways = chosen_ways(opened, expert) if expert else ways_out(opened)
     if all(way.reason is not None for way in ways):
         raise ModekitError(
@@ -158,14 +152,15 @@ def export(
         )  # fmt: skip
     for way in ways:
         if way.reason is not None:
-            out.print(f"[dim]{escape(way.name)}: not exported: {escape(way.reason)}[/]")
+            out.print(Text(f"{way.name}: not exported: {way.reason}", style="dim"))
             continue
-        record = write_way(opened, way, output.resolve() / way.name, overwrite=overwrite, run=Run(sync=fsync))
+        record = write_way(opened, way, resolved(output) / way.name, overwrite=overwrite, run=Run(sync=fsync))
         rank = f", rank {record['rank']}" if record["rank"] is not None else ""
         origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
-        out.print(f"[bold]{escape(str(output / way.name))}[/]: {record['kind']}{rank}, {record['modules']} modules, {origin}")
+        said = f"{record['kind']}{rank}, {record['modules']} modules, {origin}"
+        out.print(Text.assemble((str(output / way.name), "bold"), f": {said}"))
         for note in record["notes"]:
-            out.print(f"  [dim]{escape(note)}[/]")
+            out.print(Text(f"  {note}", style="dim"))
 
 
 @app.command()

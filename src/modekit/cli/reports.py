@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.reports import print_parcel
-from modekit.cli.shell import OutFolder, Overwrite, app
+from modekit.cli.shell import OutFolder, Overwrite, app, resolved
 
 
 @app.command()
@@ -23,10 +24,10 @@ def report(
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.write import write_report
 
-    written = write_report(open_checkpoint(checkpoint.resolve()), page=output.resolve() if output is not None else None)
-    for note in written.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
-    out.print(f"[bold]{escape(str(written.page))}[/]: {bytes_of(written.page.stat().st_size)}, {len(written.plots)} plots")
+    written = write_report(open_checkpoint(resolved(checkpoint)), page=resolved(output) if output is not None else None)
+    print_notes(written.notes)
+    said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} plots"
+    out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
 
 
 @app.command()
@@ -35,10 +36,9 @@ def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.card import write_card
 
-    written = write_card(open_checkpoint(checkpoint.resolve()), overwrite=overwrite)
-    for note in written.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
-    out.print(f"[bold]{escape(', '.join(map(str, written.files)))}[/]: license {escape(written.licence)}")
+    written = write_card(open_checkpoint(resolved(checkpoint)), overwrite=overwrite)
+    print_notes(written.notes)
+    out.print(Text.assemble((", ".join(map(str, written.files)), "bold"), f": license {written.licence}"))
 
 
 @app.command()
@@ -52,7 +52,7 @@ def push(
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.push import pack, push
 
-    parcel = pack(open_checkpoint(checkpoint.resolve()), ask_hub=not dry_run)
+    parcel = pack(open_checkpoint(resolved(checkpoint)), ask_hub=not dry_run)
     print_parcel(parcel, repo)
     if not dry_run:
-        out.print(f"[bold]{escape(push(parcel, repo, private=private or None))}[/]", highlight=False, soft_wrap=True)
+        out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)

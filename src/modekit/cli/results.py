@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_results, print_summary
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.cli.tasks import TaskOptions, score_tasks
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -44,14 +44,14 @@ def evaluate(
 
     with drawn_progress() as progress:
         results = evaluate(
-            open_checkpoint(checkpoint.resolve()), tokens_per_domain=tokens or 20_000, sequence_length=sequence_length or 512,
+            open_checkpoint(resolved(checkpoint)), tokens_per_domain=tokens or 20_000, sequence_length=sequence_length or 512,
             run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
     else:
         print_results(results)
-        out.print(f"[dim]{escape(str(checkpoint / RESULTS_FOLDER))}: eval.json, eval.md[/]")
+        out.print(Text(f"{checkpoint / RESULTS_FOLDER}: eval.json, eval.md", style="dim"))
 
 
 @app.command()
@@ -76,12 +76,11 @@ def demo(
     what: Literal["full", "lora", "mlp"] = "full" if full else "lora" if adapters else "mlp"
     output = output or folder_of(what, real=real, quick=quick)
     with drawn_progress() as progress:
-        results = run_demo(output.resolve(), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))
+        results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))
     for seed in results.per_seed:
-        out.print(f"[bold]seed {seed}[/]")
+        out.print(Text(f"seed {seed}", style="bold"))
         print_results(results.merged(seed))
     if seeds > 1:
         print_summary(results.summary())
-    out.print(
-        f"[dim]{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {escape(str(output))}[/]"
-    )
+    said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {output}"
+    out.print(Text(said, style="dim"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
+import tempfile
+import traceback
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 from typer.exceptions import TyperException
 
 from modekit.cli.printing.console import err
@@ -32,6 +35,8 @@ Fsync = Annotated[
     bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has it all, so that a power loss costs nothing.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
+_FRAMES = 100  # of a traceback that a log keeps
 
 
 def _say_version(wanted: bool) -> None:
@@ -63,8 +68,16 @@ def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
             raise ModekitError("the setting has no effect", where=name, found=value, expected=why, remedy="remove it")
 
 
+def resolved(path: Path) -> Path:
+    """A path without links and ways up; unlike `Path.resolve` not an error where links go round."""
+    return Path(os.path.realpath(path))
+
+
 def main() -> None:
-    """Entry point: errors that a user can mend are one message and exit code 2."""
+    """Entry point: errors that a user can mend are one message and exit code 2; what nobody foresaw is one line and code 1.
+
+    `MODEKIT_DEBUG=1` in the environment lets the latter through with its traceback.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         status = app(standalone_mode=False)  # so that Ctrl-C and wrong usage come here, too
@@ -73,13 +86,56 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail(InterruptError("interrupted", remedy="run the command again"))
     except OSError as error:  # a folder that cannot be written, a file that vanished
-        where = str(error.filename or "")
+        where = str(error.filename) if error.filename else f"modekit {_command()}"
         _fail(ModekitError(f"{error.strerror or error}", where=where, remedy="mend what is named and run the command again"))
     except TyperException as error:
         _fail(ModekitError(str(error), remedy="modekit --help, or --help after a command"))
+    except BaseException as error:
+        # A library in Rust panics by a class of its own, which is no Exception; the other such ones end the process.
+        foreseen = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        if foreseen or os.environ.get("MODEKIT_DEBUG") == "1":
+            raise
+        _tell_bug(error)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(error: ModekitError) -> None:
-    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+def _command() -> str:
+    """The command that was asked for."""
+    return next((each for each in sys.argv[1:] if not each.startswith("-")), "")
+
+
+def _fail(error: ModekitError) -> NoReturn:
+    err.print(Text.assemble(("error:", "bold red"), f" {_within_a_screen(str(error))}"), soft_wrap=True)
     sys.exit(2)
+
+
+def _within_a_screen(message: str) -> str:
+    """A message, cut where it is longer than anybody reads."""
+    lines = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…" for line in message.split("\n", _MOST_LINES)]
+    return "\n".join([*lines[:_MOST_LINES], *(["…"] if len(lines) > _MOST_LINES else [])])
+
+
+def _tell_bug(error: BaseException) -> NoReturn:
+    """Say in a line that nobody foresaw this, and where a file tells the rest."""
+    kind = type(error).__name__
+    try:
+        descriptor, log = tempfile.mkstemp(prefix="modekit-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(f"modekit {_command()}\n{_versions()}\n\n")
+            traceback.print_exception(error, limit=-_FRAMES, file=stream)
+        rest = f"please report it with {log}"
+    except OSError as problem:
+        rest = f"and no log could be written ({problem.strerror}); MODEKIT_DEBUG=1 shows it"
+    err.print(Text.assemble(("error:", "bold red"), f" this is a bug in modekit ({kind}); {rest}"), soft_wrap=True)
+    sys.exit(1)
+
+
+def _versions() -> str:
+    """What the command ran with."""
+    found = [f"python {platform.python_version()}", platform.platform()]
+    for name in ("modekit", "torch", "transformers", "safetensors", "tokenizers", "pydantic", "numpy", "optuna"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return "\n".join(found)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -53,20 +54,20 @@ def score_tasks(checkpoint: Path, options: TaskOptions, *, as_json: bool, trust_
     from modekit.evaluation.results_folder import RESULTS_FOLDER
     from modekit.evaluation.tasks.ask import evaluate_tasks
 
-    opened = open_checkpoint(checkpoint.resolve())
+    opened = open_checkpoint(resolved(checkpoint))
     with drawn_progress() as progress:
         results = evaluate_tasks(
             opened, _listed(options.tasks or "", "--tasks"),
             models=_listed(options.models, "--models") if options.models is not None else (),
-            folders=[folder.resolve() for folder in options.include_path or ()], limit=options.limit,
-            seen=[str(Path(each).resolve()) for each in options.seen or ()], seed=options.seed or 0,
+            folders=[resolved(folder) for folder in options.include_path or ()], limit=options.limit,
+            seen=[str(resolved(Path(each))) for each in options.seen or ()], seed=options.seed or 0,
             run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(opened), indent=2) + "\n")
         return
     print_tasks(results)
-    out.print(f"[dim]{escape(str(checkpoint / RESULTS_FOLDER))}: tasks.json, tasks.md[/]")
+    out.print(Text(f"{checkpoint / RESULTS_FOLDER}: tasks.json, tasks.md", style="dim"))
 
 
 def _listed(names: str, where: str) -> list[str]:

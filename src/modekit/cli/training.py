@@ -13,7 +13,7 @@ import typer
 from modekit.cli.options import grouped
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -100,8 +100,8 @@ def train(
     tokens = 8_192 if options.tokens is None else options.tokens
     with drawn_progress() as progress:
         done = train(
-            open_checkpoint(checkpoint.resolve()), wanted, texts=_texts(text), root=Path.cwd(),
-            out=options.output.resolve() if options.output is not None else None, evaluate_tokens=tokens or None,
+            open_checkpoint(resolved(checkpoint)), wanted, texts=_texts(text), root=Path.cwd(),
+            out=resolved(options.output) if options.output is not None else None, evaluate_tokens=tokens or None,
             run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     if processes().is_main:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_tune
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, RecipePath, Trust, app
+from modekit.cli.shell import AsJson, Fsync, Overwrite, RecipePath, Trust, app, resolved
 from modekit.errors import TuneError
 from modekit.run import Run
 
@@ -56,7 +56,7 @@ def tune(
             raise
         raise TuneError(f"a search needs {error.name}", remedy="pip install 'modekit[tune]'") from None
 
-    parsed, root = load_recipe(recipe), recipe.resolve().parent
+    parsed, root = load_recipe(recipe), resolved(recipe).parent
     trust = options.trust_remote_code
     space = asked_space(options.space, parsed, root, native=options.native, run=Run(trust))
     settings = TuneSettings(
@@ -64,11 +64,12 @@ def tune(
     )
     with drawn_progress() as progress:
         results = tune(
-            parsed, root, output.resolve(), space=space, settings=settings, native=options.native,
+            parsed, root, resolved(output), space=space, settings=settings, native=options.native,
             overwrite=options.overwrite, run=Run(trust, progress, options.fsync),
         )  # fmt: skip
     if options.as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
         return
     print_tune(results)
-    out.print(f"[bold]{escape(str(output))}[/]: the best of them, built; recipe.yaml and results/tune.md are in it")
+    said = "the best of them, built; recipe.yaml and results/tune.md are in it"
+    out.print(Text.assemble((str(output), "bold"), f": {said}"))

@@ -20,7 +20,8 @@ from modekit.evaluation.jobs import Job, row_jobs
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.notes import notes_of
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import UNREADABLE, read_results, write_table
+from modekit.evaluation.results_folder import read_results, write_table
+from modekit.files.read import UNREADABLE
 from modekit.run import QUIET, Run
 
 

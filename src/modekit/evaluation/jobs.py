@@ -41,7 +41,7 @@ class Job:
 def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[Job], list[str]]:
     """Jobs in the order of the table, and what has to be said about rows that are left out."""
     sources = checkpoint.record.sources
-    folders = [(checkpoint.folder / source.folder).resolve() for source in sources]
+    folders = [checkpoint.source_folder(source) for source in sources]
     missing = [source.label for source, folder in zip(sources, folders, strict=True) if not folder.is_dir()]
     notes = []
     if missing:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+
+_ENDS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 def _whole(cell: str) -> str:
-    """A cell whose bars do not end it."""
-    return cell.replace("|", "\\|")
+    """A cell that neither a bar nor the end of a line ends."""
+    return _ENDS.sub(" ", cell).replace("|", "\\|")
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]], escape: Callable[[str], str] = _whole) -> str:

@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from pydantic import BaseModel, model_validator
+
 from modekit.evaluation.markdown import markdown_table
+from modekit.files.typed import Count, Label, Number, as_kind
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture"]
+MOST_CELLS = 2**18
+"""Of a table that is read from a file: more than anybody measures."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,13 @@ class Score:
     an earlier version.
     """
 
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    gap_closed: float | None = None
-    loss_error: float | None = None
-    gap_error: float | None = None
-    blocks: tuple[float, ...] | None = None
+    loss: Number
+    perplexity: Number
+    bits_per_byte: Number
+    gap_closed: Number | None = None
+    loss_error: Number | None = None
+    gap_error: Number | None = None
+    blocks: tuple[Number, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Row:
         return replace(self, name=name)
 
     def mean_loss(self, domains: Sequence[str]) -> float | None:
-        """Mean loss over domains; None unless all were scored."""
-        if any(domain not in self.scores for domain in domains):
+        """Mean loss over domains; None unless all were scored, and there are some."""
+        if not domains or any(domain not in self.scores for domain in domains):
             return None
         return sum(self.scores[domain].loss for domain in domains) / len(domains)
 
@@ -120,26 +125,39 @@ class Results:
         return "\n".join(parts) + "\n"
 
 
-def results_from_data(data: Mapping[str, Any]) -> Results:
-    """A table back from `Results.as_data`."""
-    names = {key: [str(name) for name in data[key]] for key in ("domains", "unseen", "notes")}
-    text = {name: dict(record) for name, record in data["text"].items()}
-    return Results(_rows_from_data(data), names["domains"], names["unseen"], text, names["notes"])
+class _SavedRow(BaseModel):
+    name: Label
+    kind: Kind
+    total_parameters: Count
+    active_parameters: Count
+    domains: dict[Label, Score]
+    identity: str
 
 
-def _rows_from_data(data: Mapping[str, Any]) -> list[Row]:
-    return [
-        Row(
-            row["name"], row["kind"], row["total_parameters"], row["active_parameters"],
-            {domain: _score_from_data(score) for domain, score in row["domains"].items()}, row["identity"],
-        )
-        for row in data["rows"]
-    ]  # fmt: skip
+class _Saved(BaseModel):
+    rows: list[_SavedRow]
+    domains: list[Label]
+    unseen: list[Label]
+    text: dict[str, dict[str, Any]]
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> _Saved:
+        names = [*self.domains, *self.unseen]
+        if len(set(names)) < len(names) or len({row.name for row in self.rows}) < len(self.rows):
+            raise ValueError("a row or column is named twice")
+        if len(self.rows) * (1 + len(names)) > MOST_CELLS:
+            raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
+        return self
 
 
-def _score_from_data(data: Mapping[str, Any]) -> Score:
-    blocks = data.get("blocks")
-    return Score(**{**data, "blocks": tuple(blocks) if blocks is not None else None})
+def results_from_data(data: Any) -> Results:
+    """A table back from `Results.as_data`. Raises ValueError for anything else."""
+    saved = as_kind(data, _Saved)
+    rows = [
+        Row(row.name, row.kind, row.total_parameters, row.active_parameters, row.domains, row.identity) for row in saved.rows
+    ]
+    return Results(rows, saved.domains, saved.unseen, saved.text, saved.notes)
 
 
 def _gap_text(score: Score | None) -> str:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.results import Results, results_from_data
 from modekit.files.change import change_together
+from modekit.files.read import read_json
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
 RESULTS_FILE = "eval.json"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a results file raises when it is not there, damaged, or of another version."""
-_LARGEST = 2**28  # bytes of a results file; more is not one
-
-
-def read_json(path: Path) -> Any:
-    """Plain data of a results file. Raises one of UNREADABLE: FileNotFoundError where there is none."""
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{path.stat().st_size:,} bytes")
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
 
 
 def read_results(checkpoint: Checkpoint) -> Results:
-    """The table that eval.json holds, whatever it was made of. Raises one of UNREADABLE."""
+    """The table that eval.json holds, whatever it was made of. Raises OSError and ValueError."""
     return results_from_data(read_json(checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE))
 
 
@@ -43,7 +31,3 @@ def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of:
 def write_table(checkpoint: Checkpoint, results: Results) -> None:
     """Write eval.json and eval.md."""
     write_results(checkpoint, {RESULTS_FILE: json_bytes(results.as_data()), "eval.md": results.markdown().encode()})
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(name)

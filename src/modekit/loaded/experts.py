@@ -25,9 +25,7 @@ def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedMode
 def load_expert_source(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> PreTrainedModel | None:
     """The model that the expert at a place was made from, with all that it learned; None when it is no longer there."""
     record = checkpoint.record
-    base, folder = (
-        (checkpoint.folder / record.sources[place].folder).resolve() for place in (0, record.expert_sources[expert])
-    )
+    base, folder = (checkpoint.source_folder(record.sources[place]) for place in (0, record.expert_sources[expert]))
     if not folder.is_dir() or (is_adapter(folder) and not base.is_dir()):
         return None
     return load_expert(base, folder, run=run)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
+from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
+from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.tokenizer import check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
@@ -39,32 +41,68 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def check_loadable(folder: Path, *, run: Run = QUIET) -> None:
+    """Raise SourceError before transformers opens a folder that would run code of its own, or make it wait for ever.
+
+    A mixture in the modekit architecture brings the code that is installed here, and that is what runs.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        mode = _mode_of(path)
+        if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SourceError(
+                "no file that could be read, but a pipe or device, is in the model folder", where=str(path), remedy="remove it"
+            )
+    if (folder / "adapter_config.json").exists():  # transformers would take it into the model
+        raise SourceError("a model and an adapter are in one folder", where=str(folder), remedy="remove adapter_config.json")
+    config = read_config(folder, where=str(folder))
+    if config["model_type"] == "modekit":
+        config.pop("auto_map", None)
+    check_no_code(config, where=str(folder), run=run)
+
+
+def _mode_of(path: Path) -> int | None:
+    """Of a file; None of a link that leads nowhere."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return None
+
+
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises SourceError when it has none that can be used."""
+    check_loadable(folder, run=run)
     check_tokenizer_files(folder, where=str(folder))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.trust_remote_code)
-    except BaseException as error:
-        # The library in Rust raises Exception itself for wrong files, and on a panic a class of its own that is none of these.
+    except BaseException as error:  # tokenizers raises what it likes, and where it panics, what is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise SourceError(
-            "the model folder has no usable tokenizer", where=str(folder), found=(str(error) or type(error).__name__)[:300],
+            "the model folder has no usable tokenizer", where=str(folder), found=said_by(error),
             remedy="save the base model's tokenizer into the base model's folder",
         ) from None  # fmt: skip
     return tokenizer
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: Run = QUIET) -> PreTrainedModel:
-    """A causal language model from a folder, on the default device, for evaluation."""
+    """A causal language model from a folder, on the default device, for evaluation. Raises SourceError."""
+    check_loadable(folder, run=run)
     try:
         with without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise SourceError("transformers cannot load the model", where=str(folder), found=str(error).splitlines()[0]) from None
+    except Exception as error:  # by what a config says, anything may go wrong in a model's own code
+        raise SourceError(
+            "transformers cannot load the model", where=str(folder), found=said_by(error),
+            remedy="save or build it again; memory must suffice for it",
+        ) from None  # fmt: skip
     return model.to(default_device()).eval()
+
+
+def said_by(error: BaseException) -> str:
+    """The first line of another library's error, or its kind where it says nothing."""
+    return shortened(error) or type(error).__name__
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

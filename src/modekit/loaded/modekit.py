@@ -19,6 +19,7 @@ from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.mixture_config import MixtureConfig, leader_of
 from modekit.planning.slot import RouterSlot
+from modekit.run import QUIET, Run
 
 
 class ModekitMixture(LoadedMixture):
@@ -86,8 +87,8 @@ class ModekitMixture(LoadedMixture):
 class ModekitView:
     """A modekit checkpoint whose routers are overruled."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
-        self.model = load_model(checkpoint.folder, dtype=dtype)
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, run: Run = QUIET) -> None:
+        self.model = load_model(checkpoint.folder, dtype=dtype, run=run)
         self._slots = checkpoint.slots
 
     def use_expert(self, expert: int) -> None:

@@ -15,17 +15,21 @@ from functools import partial
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
-from modekit.loaded.load import decoder_layers, default_device, without_bars
+from modekit.loaded.load import decoder_layers, default_device, said_by, without_bars
 from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.native_shape import NativeShape
+from modekit.run import QUIET, Run
+from modekit.sources.model_config import check_no_code
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import Native
 
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _FAR = 10_000.0  # between two logits: softmax gives the lower one exactly nothing
 
 
@@ -183,21 +187,24 @@ class DenseView:
     are where the dtype allows.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, run: Run = QUIET) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = default_device()
         self._native = native_of(checkpoint)
         _check_sizes(checkpoint)
-        config = AutoConfig.for_model(**checkpoint.record.dense_config)
+        config = _dense_config(checkpoint, run)
         block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
         state = {name: self._read(name) for name in checkpoint.tensors if not _lies_in(name, block)}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
-        with without_bars():
-            self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype
-            )
+        try:
+            with without_bars():
+                self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                    None, config=config, state_dict=state, dtype=dtype
+                )
+        except Exception as error:  # as in load_model
+            raise _not_dense(checkpoint, said_by(error)) from None
         self.model.to(self._device).eval()
 
     def use_expert(self, expert: int) -> None:
@@ -230,9 +237,26 @@ class DenseView:
         return tensor.to(self._dtype)
 
 
+def _dense_config(checkpoint: Checkpoint, run: Run) -> PreTrainedConfig:
+    """The base's config, as the record keeps it."""
+    said = checkpoint.record.dense_config
+    check_no_code(said, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
+    try:
+        return AutoConfig.for_model(**said)
+    except Exception as error:  # configs check themselves, each in its own way
+        raise _not_dense(checkpoint, said_by(error)) from None
+
+
+def _not_dense(checkpoint: Checkpoint, found: str) -> CheckpointError:
+    return CheckpointError(
+        "one expert of the mixture is no model of the base's kind", where=f"{checkpoint.folder}: dense_config", found=found,
+        remedy="build the mixture again",
+    )  # fmt: skip
+
+
 def _check_sizes(checkpoint: Checkpoint) -> None:
     """An edited record must not make a model of another size than the weights."""
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
+    for key in _SIZES:
         if checkpoint.record.dense_config.get(key) != checkpoint.config.get(key):
             raise CheckpointError(
                 "modekit.json and config.json disagree", where=f"{checkpoint.folder}: dense_config.{key}",

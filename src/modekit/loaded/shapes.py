@@ -14,6 +14,7 @@ from modekit.loaded.native import DenseView, NativeMixture
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import Shape
+from modekit.run import QUIET, Run
 
 _LOADED: Mapping[type[Shape], tuple[type[LoadedMixture], Callable[..., ExpertView]]] = {
     NativeShape: (NativeMixture, DenseView),
@@ -26,6 +27,6 @@ def mixture_of(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadedMixture:
     return _LOADED[type(checkpoint.shape)][0](model, checkpoint)
 
 
-def expert_view(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> ExpertView:
-    """A checkpoint as one expert at a time, ready for evaluation."""
-    return _LOADED[type(checkpoint.shape)][1](checkpoint, dtype=dtype)
+def expert_view(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, run: Run = QUIET) -> ExpertView:
+    """A checkpoint as one expert at a time, ready for evaluation. Raises CheckpointError and SourceError."""
+    return _LOADED[type(checkpoint.shape)][1](checkpoint, dtype=dtype, run=run)

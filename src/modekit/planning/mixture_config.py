@@ -8,22 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.sources.families import FAMILIES, PARTS, Family
 from modekit.sources.names import in_layer, natural_key, split_layer
 
 FORMAT = 1
+MOST_AVERAGES = 256
+"""Parts of a gate."""
 _GATE = ".router.gate"
 _READ_ALIKE = ({"q", "k", "v"}, {"gate", "up"})
 """Parts of a layer that read the same input."""
 
 
+_PerExpert = Field(max_length=2**12)  # of lists: what is longer names no experts, and is not made first
+_Size = Annotated[int, Field(ge=1, le=2**40)]
+_Rank = Annotated[int, Field(ge=0, le=2**40)]
+
+
 class _Said(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def as_written(self) -> dict[str, Any]:
         """As config.json has it: only the keys that were set."""
@@ -33,30 +40,37 @@ class _Said(BaseModel):
 class Average(_Said):
     """What a part of the gate reads: the token itself (None), or a causal average; with `sum` what was seen adds up."""
 
-    decay: float | None
+    decay: Annotated[float, Field(ge=0, le=1)] | None
     sum: bool = False
 
 
 class Ngram(_Said):
     """The table of a router that reads token ids."""
 
-    order: int = Field(ge=1)
-    buckets: int = Field(ge=2)
+    order: int = Field(ge=1, le=4)
+    buckets: int = Field(ge=2, le=2**24)
+
+
+class AlwaysOn(_Said):
+    """What takes part in every token: an expert by its index, or the base (None), and its share if that is given."""
+
+    expert: int | None
+    weight: Annotated[float, Field(gt=0, lt=1)] | None
 
 
 class Routing(_Said):
     """How a router turns what it reads into weights."""
 
     method: Literal["linear", "gating", "routing"]
-    averages: list[Average] = Field(min_length=1)
-    top_k: int | None
+    averages: list[Average] = Field(min_length=1, max_length=MOST_AVERAGES)
+    top_k: _Size | None
     top_p: float | None
-    weights: list[float] | None
-    always_on: dict[str, Any] | None
+    weights: Annotated[list[float], _PerExpert] | None
+    always_on: AlwaysOn | None
     score: Literal["linear", "norm", "standardised", "ngram"] = "linear"
     jitter: float = 0.0
     noise: float = 0.0
-    prefix: int | None = None
+    prefix: _Size | None = None
     ngram: Ngram | None = None
 
     @property
@@ -68,16 +82,16 @@ class Routing(_Said):
 class Place(_Said):
     """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`."""
 
-    ranks: list[int]
-    scales: list[float]
-    own: list[int]
+    ranks: Annotated[list[_Rank], _PerExpert]
+    scales: Annotated[list[float], _PerExpert]
+    own: Annotated[list[int], _PerExpert]
     base: bool
     router: str
-    biased: list[int] = []
-    features: int = 0
-    sequence_axis: int = 1
-    width: int | None = None
-    rows: list[int] | None = None
+    biased: Annotated[list[int], _PerExpert] = []
+    features: _Rank = 0
+    sequence_axis: Literal[1, 2] = 1
+    width: _Size | None = None
+    rows: Annotated[list[_Rank], _PerExpert] | None = None
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here, an added bias aside."""
@@ -89,7 +103,7 @@ class MixtureConfig(_Said):
 
     format: int
     dense_type: str
-    experts: list[str] = Field(min_length=1)
+    experts: list[str] = Field(min_length=1, max_length=2**12)
     routing: Routing
     places: dict[str, Place] = Field(min_length=1)
 
@@ -98,12 +112,20 @@ class MixtureConfig(_Said):
         count = len(self.experts)
         if self.dense_type not in {family.model_type for family in FAMILIES}:
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
+        routing = self.routing
+        if routing.top_k is not None and routing.top_k > count:
+            raise ValueError(f"routing.top_k: there are only {count} experts")
+        if routing.weights is not None and len(routing.weights) != count:
+            raise ValueError(f"routing.weights must have {count} entries")
+        if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:
+            raise ValueError(f"routing.always_on: there are only {count} experts")
         for module, place in self.places.items():
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")
-            if not all(0 <= expert < count for expert in [*place.own, *place.biased]):
-                raise ValueError(f"places.{module}: there are only {count} experts")
+            for named in (place.own, place.biased):
+                if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
+                    raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once and in order")
             if leader is None or leader.width is None or leader.rows is None or len(leader.rows) != count:
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
         return self
@@ -135,13 +157,16 @@ class MixtureConfig(_Said):
 
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where the routers stand, in the order of `slots`."""
+        served: dict[str, list[tuple[int | None, str]]] = {}
+        for module, leader in self.leaders.items():
+            served.setdefault(leader, []).append(split_layer(module))
         found = []
         for slot in self.slots():
-            served = [split_layer(module) for module, leader in self.leaders.items() if leader == leader_of(slot)]
-            layers = {layer for layer, _ in served}
+            places = served[leader_of(slot)]
+            layers = {layer for layer, _ in places}
             one = len(layers) == 1
             found.append(
-                RouterPosition(slot.name, next(iter(layers)) if one else None, _shared([p for _, p in served]) if one else "")
+                RouterPosition(slot.name, next(iter(layers)) if one else None, _shared([p for _, p in places]) if one else "")
             )
         return tuple(found)
 
@@ -162,13 +187,6 @@ def readers(leader: str, family: Family, leaders: Mapping[str, str]) -> list[str
             names = dict.fromkeys(in_layer(layer, each) for each in paths)
             return [name for name in names if leaders.get(name) == leader]
     return [leader] if leader in leaders else []
-
-
-def problem_in(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"]).removeprefix("Value error, ")
 
 
 def _shared(paths: list[str]) -> str:

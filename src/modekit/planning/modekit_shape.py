@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from pydantic import ValidationError
-
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError
+from modekit.files.typed import as_kind
 from modekit.planning.mixed_tensor import LowRankPart, MixedTensor, TensorPart
-from modekit.planning.mixture_config import MixtureConfig, Place, Routing, problem_in
+from modekit.planning.mixture_config import MixtureConfig, Place, Routing
 from modekit.planning.reroute import bases_that_differ, rerouted
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors
+from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.names import split_layer
 
 _OWN = re.compile(r"\.experts\.\d+\.")
+_FIRST = ".experts.0."
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,19 @@ class ModekitShape(Shape):
     def opened(
         cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str
     ) -> ModekitShape:
-        """By config.json. Raises CheckpointError when it does not say what is mixed."""
+        """By config.json. Raises CheckpointError when it does not say what is mixed, or of other experts."""
         try:
-            return cls(config, recipe, where, MixtureConfig.model_validate(config.get("modekit")))
-        except ValidationError as error:
+            said = as_kind(config.get("modekit"), MixtureConfig)
+        except ValueError as error:
             raise CheckpointError(
-                "config.json does not say what is mixed", where=f"{where}: modekit", found=problem_in(error),
-                remedy=BUILD_AGAIN,
-            ) from None  # fmt: skip
+                "config.json does not say what is mixed", where=f"{where}: modekit", found=error, remedy=BUILD_AGAIN
+            ) from None
+        if said.experts != recipe.names:
+            raise CheckpointError(
+                "config.json and modekit.json disagree", where=f"{where}: modekit.experts",
+                found=f"{len(said.experts)} experts of other names or in another order", remedy=BUILD_AGAIN,
+            )  # fmt: skip
+        return cls(config, recipe, where, said)
 
     @property
     def mixture(self) -> MixtureConfig:
@@ -100,21 +105,21 @@ class ModekitShape(Shape):
         return recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "modekit"})})
 
     def check(self, tensors: Tensors) -> None:
-        """Raise CheckpointError unless the adapters' factors have the ranks that the config says."""
+        """Raise CheckpointError unless every place has the tensors that the config promises, in shapes that fit together."""
+        check_sizes(self.config, tensors, self.where)
+        leaves = _leaves(tensors)
         for module, place in self.mixture.places.items():
-            for name in (f"{module}.lora_A", f"{module}.lora_B") if any(place.ranks) else ():
-                if name not in tensors or sum(place.ranks) != tensors[name].shape[name.endswith("B")]:
-                    raise CheckpointError(
-                        "config.json and the weights disagree", where=f"{self.where}: {name}", remedy=BUILD_AGAIN
-                    )
+            wrong = next(_missing_of(module, place, tensors, leaves.get(module, [])), None)
+            if wrong is not None:
+                raise disagreement(f"{self.where}: {wrong}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
         """Every tensor of every place: the experts' own modules, their low-rank changes, and the biases these add."""
+        of_module = _leaves(tensors)
         for module, place in self.mixture.places.items():
-            prefix = f"{module}.experts.0."
-            leaves = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+            leaves = of_module.get(module, [])
             if any(place.ranks) and "weight" not in leaves:
-                leaves.append("weight")
+                leaves = [*leaves, "weight"]
             for leaf in leaves:
                 own = {expert: tensors[f"{module}.experts.{n}.{leaf}"] for n, expert in enumerate(place.own)}
                 kept = tensors.get(f"{module}.base.{leaf}")
@@ -131,6 +136,38 @@ class ModekitShape(Shape):
         total = sum(ref.numel for ref in tensors.values())
         per_expert = sum(ref.numel for name, ref in tensors.items() if _OWN.search(name)) // self.experts
         return Parameters(total, per_expert, self.active(total, per_expert), dense)
+
+
+def _leaves(tensors: Tensors) -> dict[str, list[str]]:
+    """Place -> the tensors that its first expert with a module of its own has there, without the place's name."""
+    found: dict[str, list[str]] = {}
+    for name in tensors:
+        module, sign, leaf = name.partition(_FIRST)
+        if sign:
+            found.setdefault(module, []).append(leaf)
+    return found
+
+
+def _missing_of(module: str, place: Place, tensors: Tensors, leaves: list[str]) -> Iterator[str]:
+    """Names of tensors of a place that are not there, or in another shape than the others."""
+    ranks, weight = sum(place.ranks), tensors.get(f"{module}.base.weight")
+    if bool(place.own) != bool(leaves):
+        yield f"{module}{_FIRST}weight"
+    for leaf in leaves if place.own else ():
+        shape = tensors[f"{module}{_FIRST}{leaf}"].shape
+        names = [f"{module}.experts.{number}.{leaf}" for number in range(len(place.own))]
+        names += [f"{module}.base.{leaf}"] if place.base else []
+        yield from (name for name in names if name not in tensors or tensors[name].shape != shape)
+    if ranks and not (weight is not None and len(weight.shape) == 2):
+        yield f"{module}.base.weight"
+    elif ranks and weight is not None:
+        for side, shape in (("A", (ranks, weight.shape[1])), ("B", (weight.shape[0], ranks))):
+            name = f"{module}.lora_{side}"
+            if name not in tensors or tensors[name].shape != shape:
+                yield name
+    bias = tensors.get(f"{module}.lora_bias")
+    if place.biased and (bias is None or len(bias.shape) != 2 or bias.shape[0] != len(place.biased)):
+        yield f"{module}.lora_bias"
 
 
 def _low_rank(tensors: Tensors, module: str, place: Place) -> dict[int, LowRankPart]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modekit.errors import CheckpointError, UnsupportedError
+from modekit.files.typed import shortened
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
-from modekit.planning.shape import Parameters, Shape, Tensors
+from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.names import in_layer
@@ -37,14 +38,25 @@ class NativeShape(Shape):
     def opened(
         cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str
     ) -> NativeShape:
-        """By the row that the checkpoint was written by. Raises CheckpointError when this version has none."""
+        """By the row that the checkpoint was written by.
+
+        Raises CheckpointError when this version has none, or config.json has other numbers of experts than there can be.
+        """
         try:
-            return cls(config, recipe, where, native_of(str(native_type), dense_type))
+            native = native_of(str(native_type), dense_type)
         except StopIteration:
             raise CheckpointError(
                 "modekit.json names a family that this version of modekit does not know", where=where, found=native_type,
                 remedy="build the mixture again with this version of modekit",
             ) from None  # fmt: skip
+        for key in (native.num_experts_key, native.top_k_key):
+            count, most = config.get(key), len(recipe.experts)
+            if type(count) is not int or not 1 <= count <= most:
+                raise CheckpointError(
+                    "config.json and modekit.json disagree", where=f"{where}: {key}", found=shortened(repr(count)),
+                    expected=f"1 to {most}, the number of experts", remedy=BUILD_AGAIN,
+                )  # fmt: skip
+        return cls(config, recipe, where, native)
 
     @property
     def native_type(self) -> str:
@@ -104,7 +116,29 @@ class NativeShape(Shape):
         return recipe
 
     def check(self, tensors: Tensors) -> None:
-        """Nothing that the gates and the architecture's own loading would not show."""
+        """Every tensor of what is mixed must be there, in the shape that the others have."""
+        check_sizes(self.config, tensors, self.where)
+        native, layers = self.native, range(self._layers)
+        for layer in layers:
+            for name in self._names(layer):
+                self._check_rank(tensors, name, 2 if native.experts is not None else 3)
+            for constant in native.constants:
+                self._check_rank(tensors, in_layer(layer, constant.name), len(constant.shape))
+            if native.fused is not None:
+                both, down = (tensors[in_layer(layer, name)].shape for name in native.fused)
+                if both != (self.experts, both[1], down[1]) or down != (self.experts, down[1], both[1] // 2) or both[1] % 2:
+                    raise disagreement(f"{self.where}: {in_layer(layer, native.fused[0])}")
+
+    def _names(self, layer: int) -> list[str]:
+        """Of the experts' tensors in a layer."""
+        if self.native.experts is None:
+            return [in_layer(layer, name) for name in self.native.fused or ()]
+        paths = self.native.experts.values()
+        return [in_layer(layer, path.format(expert=expert)) for path in paths for expert in range(self.experts)]
+
+    def _check_rank(self, tensors: Tensors, name: str, rank: int) -> None:
+        if name not in tensors or len(tensors[name].shape) != rank:
+            raise disagreement(f"{self.where}: {name}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
         """gate, up and down of every layer."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modekit.errors import UnsupportedError
-from modekit.planning.mixture_config import Average, Ngram, Routing
+from modekit.planning.mixture_config import AlwaysOn, Average, Ngram, Routing
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
@@ -19,7 +19,7 @@ def routing_config(recipe: Recipe) -> Routing:
     always_on = None
     if mixture.always_on is not None:
         index = recipe.names.index(mixture.always_on.expert) if mixture.always_on.expert in recipe.names else None
-        always_on = {"expert": index, "weight": mixture.always_on.weight}
+        always_on = AlwaysOn(expert=index, weight=mixture.always_on.weight)
     weights = None
     if mixture.method == "linear":
         given = mixture.weights or dict.fromkeys(recipe.names, 1.0)

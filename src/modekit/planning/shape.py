@@ -14,15 +14,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from modekit.errors import CheckpointError
 from modekit.planning.mixed_tensor import MixedTensor
 from modekit.planning.mixture_config import MixtureConfig, Routing
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.model import TensorRef
+from modekit.sources.names import EMBEDDING, layers_of
 
 BUILD_AGAIN = "build the mixture again"
 
 Tensors = Mapping[str, TensorRef]
+
+
+def disagreement(where: str, found: object = None) -> CheckpointError:
+    """The error where config.json promises other tensors than there are."""
+    return CheckpointError("config.json and the weights disagree", where=where, found=found, remedy=BUILD_AGAIN)
+
+
+def check_sizes(config: Mapping[str, Any], tensors: Tensors, where: str) -> None:
+    """Raise CheckpointError unless the weights have the layers and the width of which config.json speaks.
+
+    Before anything is made that is as large as it says.
+    """
+    layers, width = layers_of(tensors), config["hidden_size"]
+    if config["num_hidden_layers"] > layers:
+        raise disagreement(f"{where}: num_hidden_layers", f"{config['num_hidden_layers']}, and weights of {layers} layers")
+    embedding = (ref.shape for name, ref in tensors.items() if name.startswith(f"{EMBEDDING}.") and name.endswith(".weight"))
+    if width not in {shape[-1] for shape in embedding if shape}:
+        raise disagreement(f"{where}: hidden_size", f"{width}, which is not the embedding's")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ class Router(Strict):
         "token", description="What the gate reads: the token, a causal average of the text so far, or the first tokens."
     )
     decay: list[float] | None = Field(
-        None, min_length=1, description="Context: decays of the averages; 1 is the mean of all tokens so far, 0 the token."
+        None,
+        min_length=1,
+        max_length=256,
+        description="Context: decays of the averages; 1 is the mean of all tokens so far, 0 the token.",
     )
     prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
     per: Scope = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,9 @@ from modekit.errors import OutputError
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_results
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
 from modekit.files.change import change_together
+from modekit.files.read import UNREADABLE, read_json, read_text
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.licences import Source, facts, sources_of
@@ -94,11 +96,11 @@ def _marked(content: str) -> str:
 
 def is_ours(path: Path) -> bool:
     """Whether nothing is there, or what modekit wrote and nobody changed."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return True
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(path).replace("\r\n", "\n")
+    except UNREADABLE:
         return False
     mark = _MARK.search(text)
     return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
@@ -208,9 +210,10 @@ def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
+        config = read_json(folder / "tokenizer_config.json")
+    except UNREADABLE:
         return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def _made(checkpoint: Checkpoint) -> str:
@@ -285,8 +288,8 @@ def _fenced(text: str, kind: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of others as text: no markup, no links, one line."""
-    one_line = " ".join(text.split())
+    """Text of others as text: no markup, no links, one line, nothing that cannot be seen."""
+    one_line = "".join(character for character in " ".join(text.split()) if character.isprintable())
     return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", lambda found: _ENTITY.get(found[1], "\\" + found[1]), one_line)
 
 

@@ -95,7 +95,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     parameters = checkpoint.parameters
     files = sorted({ref.file for ref in checkpoint.tensors.values()})
     statistics = checkpoint.folder / STATISTICS_FOLDER
-    kept = sum(path.stat().st_size for path in statistics.glob("*.safetensors")) if statistics.is_dir() else 0
+    kept = sum(path.stat().st_size for path in statistics.glob("*.safetensors") if path.is_file())
     gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
     return {
         "parameters": {
@@ -153,7 +153,7 @@ def _best(losses: Sequence[tuple[str, float]]) -> str | None:
 
 def _mean_error(errors: Sequence[float | None]) -> float | None:
     known = [error for error in errors if error is not None]
-    return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
+    return math.sqrt(sum(error * error for error in known)) / len(known) if known and len(known) == len(errors) else None
 
 
 def _search(search: Search) -> dict[str, Any]:

@@ -134,10 +134,10 @@ def scatter_chart(points: Sequence[Sequence[float]], front: Sequence[Sequence[fl
         parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{tick:.6g}{letter}</text>')
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in map(at, front))
     parts.append(f'<path class="line front" d="M{line}"/>' if line else "")
-    kept = [list(point) for point in front]
-    for point in sorted(points, key=lambda point: list(point) in kept):  # the front last, on top
+    kept = {tuple(point) for point in front}
+    for point in sorted(points, key=lambda point: tuple(point) in kept):  # the front last, on top
         x, y = at(point)
-        look, radius = ("dot front", 5) if list(point) in kept else ("dot", 3.5)
+        look, radius = ("dot front", 5) if tuple(point) in kept else ("dot", 3.5)
         parts.append(f'<circle class="{look}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>')
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, label, Markup("".join(parts))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+from modekit.files.typed import Count, Number
+
 Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3)]
 
 
@@ -53,8 +56,8 @@ class Usage(Data):
     """How the routers treat one domain; lists are per router."""
 
     expert: str | None
-    documents: int
-    tokens: int
+    documents: Count
+    tokens: Count
     loss: Number
     shares: list[list[Share]]
     chosen: list[list[Share]]
@@ -76,7 +79,7 @@ class TopToken(Data):
 
     token: str
     share: Share
-    count: int
+    count: Count
     lift: Number
 
 
@@ -86,8 +89,8 @@ class Inspection(Data):
     format: Literal[1]
     checkpoint: dict[str, str]
     experts: list[str] = Field(min_length=1)
-    domains: list[str]
-    unseen: list[str]
+    domains: list[str] = Field(max_length=2**12)
+    unseen: list[str] = Field(max_length=2**12)
     routers: list[Router]
     top_k: int | None
     per_domain: dict[str, Usage]
@@ -98,6 +101,11 @@ class Inspection(Data):
     texts: list[Sample]
     notes: list[str]
 
+    @cached_property
+    def in_layer(self) -> Counter[int | None]:
+        """Layer -> number of its routers."""
+        return Counter(router.layer for router in self.routers)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Inspection:
         experts, routers = len(self.experts), len(self.routers)
@@ -106,7 +114,8 @@ class Inspection(Data):
             if len(rows) != routers or any(len(row) != experts for row in rows):
                 raise ValueError(f"{where} is not {routers} routers x {experts} experts")
 
-        if set(self.per_domain) != {*self.domains, *self.unseen}:
+        every = [*self.domains, *self.unseen]
+        if set(self.per_domain) != set(every) or len(self.per_domain) != len(every):
             raise ValueError("per_domain does not name the domains")
         for domain, usage in self.per_domain.items():
             check(usage.shares, f"per_domain.{domain}.shares")

@@ -6,7 +6,6 @@ without a README are asked for it, when asked to.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,15 @@ import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
+from modekit.files.read import UNREADABLE, parse_json, read_text
 from modekit.recipes.paths import locate
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.-]*$")
-_FRONT_MATTER = re.compile(r"^---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
+_LONGEST_MATTER = 2**16  # characters of front matter: YAML is read slowly
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
+_LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.-]*\Z")
+_FRONT_MATTER = re.compile(r"^---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(\n|\Z)", re.DOTALL)
 _TITLE = 600  # characters in which a licence's title stands
 _TITLES = (
     ("apache license version 2.0", "apache-2.0"),
@@ -127,7 +128,7 @@ def _names(sources: Iterable[Source]) -> str:
 
 def _source(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoint, ask_hub: bool) -> Source:
     hub_id = record.spec if locate(record.spec, checkpoint.recipe_root) is None and _HUB_ID.match(record.spec) else None
-    folder = (checkpoint.folder / record.folder).resolve()
+    folder = checkpoint.source_folder(record)
     readme = folder / "README.md"
     if not readme.exists() and hub_id and ask_hub:
         readme = _hub_readme(hub_id, record.revision) or readme
@@ -154,15 +155,15 @@ def _is_hub_id(name: str) -> bool:
 
 def _json_in(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(_text_of(path) or "{}")
-    except (ValueError, RecursionError):
+        data = parse_json(_text_of(path) or "{}")
+    except ValueError:
         data = None
     return data if isinstance(data, dict) else {}
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
     """The YAML at the head of a README; empty when there is none that can be read."""
-    matched = _FRONT_MATTER.match(_text_of(readme))
+    matched = _FRONT_MATTER.match(_text_of(readme)[:_LONGEST_MATTER])
     try:
         data = yaml.safe_load(matched[1]) if matched else None
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -172,8 +173,8 @@ def front_matter(readme: Path) -> dict[str, Any]:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig") if path.is_file() and path.stat().st_size <= _LARGEST else ""
-    except (OSError, UnicodeDecodeError):
+        return read_text(path, _LARGEST).removeprefix("\ufeff").replace("\r\n", "\n")
+    except UNREADABLE:
         return ""
 
 

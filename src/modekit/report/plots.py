@@ -18,7 +18,7 @@ _SETTINGS: dict[str, Any] = {
     "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 200, "font.family": ["DejaVu Sans"],
 }  # fmt: skip
 _LONGEST_NAME = 24  # characters that a picture has room for
-_MOST_ROWS = 64  # of a heat map that is still to be read on paper
+_MOST_ROWS, _MOST_COLUMNS = 64, 512  # of a picture that is still to be read on paper
 
 
 def make_plots(content: dict[str, Any]) -> dict[str, bytes]:
@@ -54,7 +54,7 @@ def _gap(figure: Any, content: dict[str, Any]) -> bool:
         for name in (results["domains"] if results else [])
         if any((row["domains"].get(name) or {}).get("gap_closed") is not None for row in shown)
     ]
-    if not domains:
+    if not 0 < len(domains) <= _MOST_ROWS:
         return False
     axes = figure.subplots()
     width = 0.8 / len(shown)
@@ -79,6 +79,8 @@ def _loss(figure: Any, content: dict[str, Any]) -> bool:
     if not results or not results["against_base"]:
         return False
     every, names = [*results["domains"], *results["unseen"]], [row["name"] for row in results["rows"]]
+    if max(len(every), len(names)) > _MOST_ROWS:
+        return False
     values = [[results["against_base"].get(name, {}).get(domain) for domain in every] for name in names]
     losses = [[(row["domains"].get(domain) or {}).get("loss") for domain in every] for row in results["rows"]]
     most = max((abs(value) for row in values for value in row if value is not None), default=0.0) or 1.0
@@ -91,6 +93,8 @@ def _routing(figure: Any, content: dict[str, Any]) -> bool:
     if not routing or not 0 < len(routing["rows"]) <= _MOST_ROWS:
         return False
     every = [*routing["domains"], *routing["unseen"]]
+    if len(routing["experts"]) * len(every) > _MOST_COLUMNS:
+        return False
     figure.set_size_inches(1.2 + 0.42 * len(routing["experts"]) * len(every), 1.6 + 0.26 * len(routing["rows"]))
     grid = figure.subplots(1, len(every), squeeze=False, sharey=True)[0]
     for place, (axes, domain) in enumerate(zip(grid, every, strict=True)):
@@ -103,7 +107,7 @@ def _routing(figure: Any, content: dict[str, Any]) -> bool:
 
 def _similarity(figure: Any, content: dict[str, Any]) -> bool:
     similarity = content["routing"]["similarity"] if content["routing"] else None
-    if not similarity:
+    if not similarity or len(similarity["experts"]) > _MOST_ROWS:
         return False
     names, values = content["routing"]["experts"], similarity["experts"]
     low = min(0.0, min(min(row) for row in values))
@@ -113,7 +117,7 @@ def _similarity(figure: Any, content: dict[str, Any]) -> bool:
 
 def _training(figure: Any, content: dict[str, Any]) -> bool:
     curve = content["training"]["curve"] if content["training"] else None
-    if not curve or not (curve["training"] or curve["mean"]):
+    if not curve or not (curve["training"] or curve["mean"]) or len(curve["domains"]) > _MOST_ROWS:
         return False
     axes, experts = figure.subplots(), content["mixture"]["experts"]
     looks: list[tuple[str, list[list[float]], dict[str, Any]]] = [
@@ -166,6 +170,7 @@ def _heat(
 
 
 def _short(name: str) -> str:
+    name = "".join(character for character in name if character.isprintable())
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}...{name[-6:]}"
 
 

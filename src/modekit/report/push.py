@@ -7,6 +7,7 @@ it; results go along unless they name a path of this machine.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record
 from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.recipes.paths import name_of, with_names
 from modekit.recipes.recipe import Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, is_ours, make_card
@@ -62,6 +64,7 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
         made |= card.contents
         notes += card.notes
     private = _private(checkpoint)
+    _check_links(checkpoint.folder)
     files: dict[str, Path | bytes] = {}
     left: dict[str, int] = {}
     for path in sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()):
@@ -79,6 +82,22 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
                 notes.append(f"{name} goes as it is, and names {found}")
             files[name] = content
     return Parcel(dict(sorted({**files, **made}.items())), left, notes)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise OutputError where a link leads out of the folder: what it names is not the mixture's.
+
+    But for a snapshot of the hub's cache, whose files are links to blobs beside it.
+    """
+    real = Path(os.path.realpath(folder))
+    inside = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    for path in sorted(folder.rglob("*")):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not any(target.is_relative_to(each) for each in inside):
+            raise OutputError(
+                "a link leads out of the folder, and what it names would go to the hub", where=str(path),
+                found=str(path.readlink()), remedy="put the file itself there, or remove the link",
+            )  # fmt: skip
 
 
 def push(parcel: Parcel, repo: str, *, private: bool | None = None) -> str:
@@ -145,8 +164,8 @@ def _private(checkpoint: Checkpoint) -> list[str]:
     generic = [spec for training in record.training for spec in training.settings.get("generic") or []]
     specs = [*(source.spec for source in record.sources), *texts, *generic]
     said = [spec for spec in specs if name_of(spec, root) not in {spec, f"./{spec}"}]
-    folders = [checkpoint.folder, *(checkpoint.folder / source.folder for source in record.sources)]
-    places = [folder.resolve().parent for folder in folders]
+    folders = [Path(os.path.realpath(checkpoint.folder)), *map(checkpoint.source_folder, record.sources)]
+    places = [folder.parent for folder in folders]
     return [*dict.fromkeys([*said, *(f"{place}/" for place in (*places, root, Path.home()) if place != Path(place.anchor))])]
 
 
@@ -155,8 +174,8 @@ def _content(path: Path, private: Sequence[str], digest: str, shown_digest: str)
     if path.suffix not in _TEXT or path.name in {"tokenizer.json", "vocab.json", "merges.txt"}:
         return path, None
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
+        text = read_bytes(path, LARGE).decode("utf-8")
+    except UNREADABLE:
         return path, None
     found = next((word for word in private if word in text or json.dumps(word)[1:-1] in text), None)
     return (text.replace(digest, shown_digest).encode() if digest in text else path), found

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
-from modekit.evaluation.results import Results, results_from_data
-from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, UNREADABLE, read_json, read_results
-from modekit.report.inspection_file import Data, Inspection, Number
+from modekit.evaluation.results import MOST_CELLS, Results, results_from_data
+from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
+from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
+from modekit.files.typed import Count, Number, problem_in, shortened
+from modekit.report.inspection_file import Data, Inspection
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
 TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
@@ -46,6 +49,12 @@ class Tasks(Data):
     tasks: dict[str, Task]
     notes: list[str] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Tasks:
+        if len({row for task in self.tasks.values() for row in task.rows}) * len(self.tasks) > MOST_CELLS:
+            raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
+        return self
+
 
 class Reported(Data):
     """What a variant came to on text that chose nothing."""
@@ -62,7 +71,7 @@ class Variant(Data):
     status: Literal["scored", "dropped", "refused"]
     mean_loss: Number | None
     report: Reported | None
-    active: int
+    active: Count
     native: bool
     best: bool
     pareto: bool
@@ -73,15 +82,15 @@ class Search(Data):
 
     format: Literal[1]
     checkpoint: dict[str, str]
-    candidates: list[Variant]
+    candidates: list[Variant] = Field(max_length=2**14)
     seconds: Number
 
 
 class Curve(Data):
     """train.csv: columns of numbers by step, None where nothing was logged."""
 
-    steps: list[int]
-    columns: dict[str, list[float | None]]
+    steps: list[Count]
+    columns: dict[str, list[Number | None]]
 
 
 class Trained(Data):
@@ -117,7 +126,7 @@ def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection |
 
 def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
     """What the mixture is worth on tasks, when that was asked."""
-    if not _path(checkpoint, TASKS_FILE).exists():
+    if not os.path.lexists(_path(checkpoint, TASKS_FILE)):
         return None
     tasks = _parse(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
     if tasks is not None and tasks.checkpoint not in (None, checkpoint.identity):
@@ -128,7 +137,7 @@ def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
 
 def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
     """The search that this mixture came out of, when there was one."""
-    if not _path(checkpoint, SEARCH_FILE).exists():
+    if not os.path.lexists(_path(checkpoint, SEARCH_FILE)):
         return None
     search = _parse(checkpoint, SEARCH_FILE, "modekit tune", Search.model_validate, problems)
     if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
@@ -139,10 +148,12 @@ def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
 
 def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None:
     """Tables and curve of the last training; None when there was none, or its files are of another one."""
-    if not checkpoint.record.training or not _path(checkpoint, TRAIN_FILE).exists():
+    if not checkpoint.record.training or not os.path.lexists(_path(checkpoint, TRAIN_FILE)):
         return None
 
-    def parse(data: dict[str, Any]) -> Trained | None:
+    def parse(data: Any) -> Trained | None:
+        if not isinstance(data, dict) or not {"training", "results"} <= data.keys():
+            raise ValueError("it holds no training and results")
         if data["training"] != checkpoint.record.training[-1].model_dump(mode="json"):
             return None
         table = data["results"]
@@ -164,7 +175,7 @@ def _of_another(file: str, command: str) -> str:
 
 
 def _parse(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:
-    return _read(file, command, lambda: parse(read_json(_path(checkpoint, file))), problems)
+    return _read(file, command, lambda: parse(read_json(_path(checkpoint, file), LARGE)), problems)
 
 
 def _read(file: str, command: str, read: Callable[[], _Read], problems: list[str]) -> _Read | None:
@@ -173,24 +184,21 @@ def _read(file: str, command: str, read: Callable[[], _Read], problems: list[str
     except FileNotFoundError:
         problems.append(f"there is no {file}: run `{command}`")
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        problems.append(f"{file} is damaged or of another version ({place or 'whole file'}: {first['msg']}): run `{command}`")
+        problems.append(f"{file} is damaged or of another version ({problem_in(error)}): run `{command}`")
     except UNREADABLE as error:
-        problems.append(f"{file} is damaged or of another version ({type(error).__name__}): run `{command}`")
+        problems.append(f"{file} is damaged or of another version ({shortened(error)}): run `{command}`")
     return None
 
 
 def _curve(path: Path) -> Curve | None:
     """The log of a training; None when there is none that can be read."""
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        rows = list(csv.DictReader(io.StringIO(read_text(path, LARGE))))
         steps = [int(row["step"]) for row in rows]
         names = [name for name in rows[0] if name != "step"]
-        columns = {name: [_number(row[name]) for row in rows] for name in names}
+        return Curve(steps=steps, columns={name: [_number(row[name]) for row in rows] for name in names})
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
         return None
-    return Curve(steps=steps, columns=columns)
 
 
 def _number(cell: str) -> float | None:

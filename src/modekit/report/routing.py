@@ -72,7 +72,7 @@ def _router_label(inspection: Inspection, place: int) -> str:
     router = inspection.routers[place]
     if router.layer is None:
         return router.module or "whole model"
-    alone = sum(other.layer == router.layer for other in inspection.routers) == 1
+    alone = inspection.in_layer[router.layer] == 1
     return f"layer {router.layer}" if alone or not router.module else f"layer {router.layer} {router.module}"
 
 

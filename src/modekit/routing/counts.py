@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.errors import TextError
+from modekit.files.typed import Count, as_kind
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.kept import Get, load_kept, save_kept
+from modekit.routing.kept import Get, checked, load_kept, save_kept
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, text_record
 
@@ -57,7 +59,17 @@ def load_ngram_statistics(path: Path) -> NgramStatistics | None:
 def _statistics(get: Get, about: dict[str, Any]) -> NgramStatistics | None:
     if not about.get("ngram"):
         return None
-    return NgramStatistics(get("counts"), get("sample"), tuple(about["lengths"]), int(about["tokens"]), about["source"])
+    said = as_kind(about, _About)
+    counts_H, sample_N = checked(get("counts"), (None,)), checked(get("sample"), (sum(said.lengths),))
+    if len(sample_N) and not 0 <= int(sample_N.min()) <= int(sample_N.max()) < len(counts_H):
+        raise ValueError("the sample has n-grams of other buckets")
+    return NgramStatistics(counts_H, sample_N, said.lengths, said.tokens, said.source)
+
+
+class _About(BaseModel):
+    lengths: tuple[Annotated[Count, Field(ge=1)], ...]
+    tokens: Annotated[Count, Field(ge=1)]
+    source: dict[str, Any]
 
 
 def count_domain(

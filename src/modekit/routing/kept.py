@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modekit.errors import CheckpointError
+from modekit.files.read import open_regular, parse_json
+from modekit.files.typed import shortened
 from modekit.files.write import appearing, make_folder
 
 _Statistics = TypeVar("_Statistics")
@@ -31,18 +33,30 @@ def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[st
         raise OSError(str(error)) from None
 
 
+def checked(tensor: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
+    """A tensor of a shape (None: any size) whose numbers are finite. Raises ValueError for another."""
+    fits = len(tensor.shape) == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    if not fits or not torch.isfinite(tensor).all():
+        raise ValueError(f"a tensor of shape {list(tensor.shape)[:8]} that does not fit, or is not finite")
+    return tensor
+
+
 def load_kept(path: Path, make: Callable[[Get, dict[str, Any]], _Statistics | None]) -> _Statistics | None:
     """What `make` takes from a file's tensors and what they are of; None when there is no file.
 
     Raises CheckpointError when the file is damaged.
     """
-    if not path.exists():
-        return None
     try:
+        open_regular(path).close()  # safetensors would wait for a pipe
         with safe_open(path, framework="pt") as file:
-            return make(file.get_tensor, json.loads(file.metadata()["about"]))
+            about = parse_json(file.metadata()["about"])
+            if not isinstance(about, dict):
+                raise ValueError("they do not say what they are of")
+            return make(file.get_tensor, about)
+    except FileNotFoundError:
+        return None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes
         raise CheckpointError(
-            "the kept statistics are damaged", where=str(path), found=error,
+            "the kept statistics are damaged", where=str(path), found=shortened(error) or type(error).__name__,
             remedy="delete the file and run `modekit fit` with the text at hand",
         ) from None  # fmt: skip

@@ -51,10 +51,13 @@ def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> Ng
     """A domain's counts, kept or made."""
     path = fitting.folder / f"{expert.name}.safetensors"
     kept = load_ngram_statistics(path)
+    if kept is not None and len(kept.counts_H) != fitting.settings.buckets:
+        kept = None
     try:
         documents = fit_documents(expert, fitting.root, place)
     except TextError:
-        if kept is None or kept.source["how"] != source_of([], expert, fitting.settings)["how"]:
+        asked = source_of([], expert, fitting.settings)["how"]
+        if kept is None or kept.source.get("how") != asked or not isinstance(kept.source.get("text"), dict):
             raise
         return kept  # the text is gone, and its counts are what they would be
     source = source_of(documents, expert, fitting.settings)

@@ -94,12 +94,13 @@ class Reader:
         Text that is gone is not needed when its statistics fit the settings. Raises TextError.
         """
         path = self._fitting.folder / f"{expert.name}.safetensors"
-        kept = load_statistics(path)
-        how = self._how(expert)
+        kept, how = load_statistics(path), self._how(expert)
+        if kept is not None and not kept.is_of([slot.shape[1] for slot in self._fitting.checkpoint.slots]):
+            kept = None
         try:
             documents = fit_documents(expert, self._fitting.root, place)
         except TextError:
-            if kept is not None and kept.source["how"] == how:
+            if kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict):
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))
             raise
         sequences = self._encode(documents, self._settings.tokens_per_domain)
@@ -170,6 +171,6 @@ class Reader:
     def _view_of(self, place: int) -> ExpertView:
         if self._view is None:
             dtype = torch.float32 if self._settings.compute_dtype == "float32" else torch.bfloat16
-            self._view = expert_view(self._fitting.checkpoint, dtype=dtype)
+            self._view = expert_view(self._fitting.checkpoint, dtype=dtype, run=self._fitting.run)
         self._view.use_expert(place)
         return self._view

@@ -8,13 +8,16 @@ Shape legend: D width of what a gate takes (its parts side by side), N kept toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
-from modekit.routing.kept import Get, load_kept, save_kept
+from modekit.files.typed import Count, as_kind
+from modekit.routing.kept import Get, checked, load_kept, save_kept
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class DomainStatistics:
     slots: tuple[SlotStatistics, ...]
     source: dict[str, Any]
 
+    def is_of(self, widths: Sequence[int]) -> bool:
+        """Whether they are of gates that take so much, one after the other."""
+        return [len(slot.sum_D) for slot in self.slots] == list(widths)
+
     def mean_D(self, slot: int) -> torch.Tensor:
         """Mean of x, float64. This is X'Y of the domain's column, per token."""
         return self.slots[slot].sum_D / self.tokens
@@ -72,12 +79,22 @@ def load_statistics(path: Path) -> DomainStatistics | None:
 def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
     if "slots" not in about:  # of an n-gram router
         return None
+    said = as_kind(about, _About)
     slots = []
-    for number in range(int(about["slots"])):
-        sum_D, upper = get(f"{number}.sum"), get(f"{number}.outer_upper").double()
-        rows, columns = torch.triu_indices(len(sum_D), len(sum_D))
-        outer_DD = torch.zeros((len(sum_D), len(sum_D)), dtype=torch.float64)
+    for number in range(said.slots):
+        sum_D = checked(get(f"{number}.sum"), (None,))
+        width = len(sum_D)
+        upper = checked(get(f"{number}.outer_upper"), (width * (width + 1) // 2,)).double()  # before D x D are made
+        rows, columns = torch.triu_indices(width, width)
+        outer_DD = torch.zeros((width, width), dtype=torch.float64)
         outer_DD[rows, columns] = upper
         outer_DD[columns, rows] = upper
-        slots.append(SlotStatistics(sum_D, outer_DD, get(f"{number}.negative"), get(f"{number}.sample")))
-    return DomainStatistics(int(about["tokens"]), tuple(slots), about["source"])
+        negative_D = checked(get(f"{number}.negative"), (width,))
+        slots.append(SlotStatistics(sum_D, outer_DD, negative_D, checked(get(f"{number}.sample"), (None, width))))
+    return DomainStatistics(said.tokens, tuple(slots), said.source)
+
+
+class _About(BaseModel):
+    tokens: Annotated[Count, Field(ge=1)]
+    slots: Count
+    source: dict[str, Any]

@@ -95,7 +95,7 @@ def train_cheap(
     bytes_per_token = 2 * sum(width * len(averages) for width in widths)
     total = sum(corpus.tokens for corpus in corpora) + sum(len(s.ids) for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
-    keeper = Keeper(expert_view(checkpoint), averages, prefix, slots, keep)
+    keeper = Keeper(expert_view(checkpoint, run=run), averages, prefix, slots, keep)
     kept = keeper.read({corpus.expert: corpus.sequences for corpus in corpora}, "read", run)
     held_out = keeper.read(select, "read held-out", run)
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}

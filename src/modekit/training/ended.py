@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, StringConstraints, model_validator
 
 from modekit.errors import TrainingError
+from modekit.files.typed import Count, Number, as_kind
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,63 @@ class Ended:
     tokens: int
     gates: dict[str, torch.Tensor] | None = None
 
-    def as_data(self) -> dict[str, Any]:
-        """Plain data for JSON; gates are not kept."""
+    def as_data(self, folder: Path) -> dict[str, Any]:
+        """Plain data for JSON, `best` by its name in the training's folder; gates are not kept."""
         trained = self.trained
-        failed = None if trained.failed is None else [trained.failed.what, trained.failed.where, trained.failed.found]
+        failed = None if trained.failed is None else [trained.failed.what, trained.failed.where, str(trained.failed.found)]
         return {
-            "steps": trained.steps, "best_step": trained.best_step, "before": dict(trained.before),
-            "after": dict(trained.after), "stopped": trained.stopped, "failed": failed,
-            "best": None if trained.best is None else str(trained.best), "notes": self.notes,
+            "steps": trained.steps, "best_step": trained.best_step, "before": _without_nan(trained.before),
+            "after": _without_nan(trained.after), "stopped": trained.stopped, "failed": failed,
+            "best": None if trained.best is None else trained.best.relative_to(folder).as_posix(), "notes": self.notes,
             "parameters": self.parameters, "tokens": self.tokens,
         }  # fmt: skip
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Ended:
-        """From what `as_data` gave."""
+    def from_data(cls, data: Any, folder: Path) -> Ended:
+        """From what `as_data` gave. Raises ValueError for anything else, and where `best` is no file in `folder`."""
+        kept = as_kind(data, _Kept)
         failed = None
-        if data["failed"]:
-            what, where, found = data["failed"]
+        if kept.failed:
+            what, where, found = kept.failed
             failed = TrainingError(what, where=where, found=found)
-        best = None if data["best"] is None else Path(data["best"])
-        trained = Trained(data["steps"], data["best_step"], data["before"], data["after"], data["stopped"], failed, best)
-        return cls(trained, data["notes"], data["parameters"], data["tokens"])
+        best = None if kept.best is None else folder / kept.best
+        if best is not None and not _lies_in(folder, best):
+            raise ValueError(f"best: there is no file {kept.best}")
+        before, after = ({name: math.nan if loss is None else loss for name, loss in each.items()} for each in kept.losses)
+        trained = Trained(kept.steps, kept.best_step, before, after, kept.stopped, failed, best)
+        return cls(trained, kept.notes, kept.parameters, kept.tokens)
+
+
+class _Kept(BaseModel):
+    steps: Count
+    best_step: Count
+    before: dict[str, Number | None]
+    after: dict[str, Number | None]
+    stopped: str | None
+    failed: tuple[str, str | None, str | None] | None
+    best: Annotated[str, StringConstraints(pattern=r"^checkpoint-[0-9]{1,18}/[a-z]+\.safetensors$")] | None
+    notes: list[str]
+    parameters: Count
+    tokens: Count
+
+    @property
+    def losses(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
+        return self.before, self.after
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _Kept:
+        if self.before.keys() != self.after.keys():
+            raise ValueError("before and after are of other domains")
+        if (self.best is None) != (self.best_step == 0):
+            raise ValueError("best and best_step do not go together")
+        return self
+
+
+def _without_nan(losses: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    """Whether a file is there, and not by a link to somewhere else."""
+    real = Path(os.path.realpath(file))
+    return real.is_relative_to(os.path.realpath(folder)) and real.is_file()

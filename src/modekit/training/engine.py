@@ -56,7 +56,7 @@ def run_trainer(
                 "the loss is not finite: training stopped", where=error.where, found=error.found,
                 remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
             )  # fmt: skip
-    return _trained(trainer.state, schedule.steps, failed)
+    return _trained(trainer.state, schedule.steps, failed, folder)
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def _loudness_kept() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _trained(state: Any, steps: int, failed: TrainingError | None) -> Trained:
+def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path) -> Trained:
     """What Trainer's state says. Raises `failed` when not even the start could be judged."""
     before = _held_out(state, 0)
     if before is None:
@@ -83,7 +83,7 @@ def _trained(state: Any, steps: int, failed: TrainingError | None) -> Trained:
     assert after is not None
     return Trained(
         state.global_step, int(state.best_global_step), before, after, _why(state, steps), failed,
-        Path(state.best_model_checkpoint) / STATE_FILE,
+        folder / f"checkpoint-{int(state.best_global_step)}" / STATE_FILE,
     )  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def _arguments(objective: Objective, schedule: Schedule, folder: Path, *, from_s
 
 def _last_complete(folder: Path) -> Path | None:
     """The newest whole state; halves that a kill left are removed."""
-    states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
+    states = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [state for state in states if (state / COMPLETE).exists()]
     for state in states:
         if state not in whole:

@@ -63,8 +63,7 @@ def finish(
         folder.remove()
     if not improved or not processes().is_main:
         return TrainedMixture(request.checkpoint, improved, record, None, trained.failed)
-    known = folder.recall("before") if folder is not None else None
-    before = results_from_data(known) if known else None
+    before = folder.recall("before", results_from_data) if folder is not None else None
     if folder is not None and folder.is_written:
         written = open_checkpoint(request.target)
     else:

@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder
+from modekit.files.read import LARGE, UNREADABLE, read_json
+from modekit.files.typed import as_kind, shortened
 from modekit.files.write import empty_folder, remove, remove_if_empty, sweep, write_json
 from modekit.processes import processes
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import Text
 
+_Kept = TypeVar("_Kept")
 _SETTINGS = "settings"
 _WRITING = "writing"
 _LOCK = "training.lock"
 _OF_MEMORY = {"accumulate", "checkpointing", "cache_bytes"}  # what a training may go on with otherwise
+
+
+class _Claim(BaseModel):
+    request: str
+    state: str
 
 
 class TrainingFolder:
@@ -47,7 +57,7 @@ class TrainingFolder:
     @property
     def is_written(self) -> bool:
         """Whether the trained mixture is in its place: its record, which is written last, says so."""
-        announced = self.recall(_WRITING)
+        announced = self.recall(_WRITING, lambda data: as_kind(data, str))
         if announced is None or not (self.out / RECORD_FILE).exists():
             return False
         return bool(announced == _digest_of(open_checkpoint(self.out).record.training))
@@ -56,10 +66,21 @@ class TrainingFolder:
         """Say, before it is written, which trainings the record of the trained mixture will tell of."""
         self.keep(_WRITING, _digest_of(trainings))
 
-    def recall(self, name: str) -> Any:
-        """What was kept under a name; None when nothing."""
+    def recall(self, name: str, make: Callable[[Any], _Kept]) -> _Kept | None:
+        """What `make` takes from what was kept under a name; None when nothing was.
+
+        Raises TrainingError where that is damaged, which `make` says by ValueError.
+        """
         path = self.path / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return make(read_json(path, LARGE))
+        except FileNotFoundError:
+            return None
+        except UNREADABLE as error:
+            raise TrainingError(
+                "what an unfinished training left is damaged", where=str(path), found=shortened(error),
+                remedy=f"remove the folder {self.path.name} to begin anew",
+            ) from None  # fmt: skip
 
     def keep(self, name: str, value: Any) -> None:
         """Keep plain data."""
@@ -97,11 +118,11 @@ class TrainingFolder:
         if not self._lock.take():
             return "a command that is at it"
         sweep(self.path)
-        kept = self.recall(_SETTINGS)
-        if kept is not None and kept["request"] == request and (kept["state"] == state or self.is_written):
+        kept = self.recall(_SETTINGS, lambda data: as_kind(data, _Claim))
+        if kept is not None and kept.request == request and (kept.state == state or self.is_written):
             return None
         if kept is not None and self.has_states and not self.is_written:
-            return "other settings or text" if kept["request"] != request else "OUT is no longer what it started from"
+            return "other settings or text" if kept.request != request else "OUT is no longer what it started from"
         empty_folder(self.path, but=(MARKER, _LOCK))
         self.keep(_SETTINGS, {"request": request, "state": state})
         return None

@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modekit.errors import TrainingError
+from modekit.files.read import UNREADABLE, read_text
+from modekit.files.typed import shortened
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
 """What may move; training/moving.py finds the parameters."""
@@ -162,10 +164,11 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises TrainingError when there is none."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(path))
+    except (*UNREADABLE, yaml.YAMLError, RecursionError) as error:
+        found = "nested too deeply" if isinstance(error, RecursionError) else shortened(error)
         raise TrainingError(
-            "the settings file cannot be read", where=str(path), found=str(error).splitlines()[0], remedy="correct the file"
+            "the settings file cannot be read", where=str(path), found=found, remedy="correct the file"
         ) from None
     if not isinstance(values, dict):
         raise TrainingError(

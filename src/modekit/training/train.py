@@ -69,9 +69,9 @@ def _go_on(
     run: Run,
 ) -> Ended:
     """How the training ended: as it is kept, when a kill came after that; else it is trained, from the last state that is."""
-    kept = folder.recall("trained")
+    kept = folder.recall("trained", lambda data: Ended.from_data(data, folder.path))
     if kept is not None:
-        return Ended.from_data(kept)
+        return kept
     try:
         with memory_errors():
             ended = train_end_to_end(request, folder.path, run)
@@ -80,5 +80,5 @@ def _go_on(
             folder.remove()
         raise
     if processes().is_main:
-        folder.keep("trained", ended.as_data())
+        folder.keep("trained", ended.as_data(folder.path))
     return ended

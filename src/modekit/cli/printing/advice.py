@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.console import out, shows_bold
 from modekit.cli.printing.figures import bytes_of, count_of, three_digits
@@ -115,10 +115,10 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
         found = f": {finding.found}" if finding.found else ""
         colour = _COLOURS[finding.level]
-        text = f"[{colour}]{finding.level}[/]  [bold]{escape(finding.about)}[/]  {escape(finding.what + found)}"
-        out.print(text, highlight=False, soft_wrap=True)
+        text = Text.assemble((finding.level, colour), "  ", (finding.about, "bold"), f"  {finding.what}{found}")
+        out.print(text, soft_wrap=True)
         if finding.to_do:
-            out.print(f"  [dim]to do: {escape(finding.to_do)}[/]", highlight=False, soft_wrap=True)
+            out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)
 
 
 def _print_choices(advice: Advice) -> None:
@@ -128,21 +128,20 @@ def _print_choices(advice: Advice) -> None:
         return
     for choice in advice.choices:
         keys = ", ".join(f"{key}: {_inline(value)}" for key, value in choice.mixture.items())
-        out.print(f"[bold green]{escape(keys)}[/]", highlight=False, soft_wrap=True)
-        out.print(f"  {escape(choice.why)}", highlight=False, soft_wrap=True)
-        out.print(f"  [dim]{escape(choice.source)}[/]", highlight=False, soft_wrap=True)
+        out.print(Text(keys, style="bold green"), soft_wrap=True)
+        out.print(Text(f"  {choice.why}"), soft_wrap=True)
+        out.print(Text(f"  {choice.source}", style="dim"), soft_wrap=True)
     plan = advice.plan
     assert plan is not None
     sizes = plan["parameters"]
-    out.print(
-        f"[bold]gives[/] {escape(plan['architecture'])}, {count_of(sizes['total'])} parameters, {count_of(sizes['active'])} "
-        f"active per token, {bytes_of(plan['bytes']['written'])}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    out.print(f"[bold]fit[/] {escape(fit_said(plan['fit']))}", highlight=False, soft_wrap=True)
+    numbers = f"{count_of(sizes['total'])} parameters, {count_of(sizes['active'])} active per token"
+    gives = f" {plan['architecture']}, {numbers}, {bytes_of(plan['bytes']['written'])}"
+    out.print(Text.assemble(("gives", "bold"), gives), soft_wrap=True)
+    out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan['fit'])}"), soft_wrap=True)
     for note in plan["notes"]:
-        out.print(f"  [yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        out.print(Text.assemble(("  note:", "yellow"), f" {note}"), soft_wrap=True)
     for limit in advice.limits:
-        out.print(f"[dim]{escape(limit)}[/]", highlight=False, soft_wrap=True)
+        out.print(Text(limit, style="dim"), soft_wrap=True)
 
 
 def _inline(value: object) -> str:

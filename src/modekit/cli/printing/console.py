@@ -1,16 +1,42 @@
 """Where the command line writes: results on the standard output, progress and errors beside it.
 
 On a terminal lines are wrapped to its width. In a file or a pipe nothing is wrapped or coloured, so that a line is a line.
+
+What is written comes from others as often as from here: names, labels, paths, messages. None of it is obeyed: a console knows
+no markup (what has a style is `Text.assemble(("name", "bold"), ": rest")`), and writes control characters out.
 """
 
 from __future__ import annotations
 
-from rich.console import Console
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 
-def console_for(*, stderr: bool = False) -> Console:
+def visible(text: str) -> str:
+    """Text without what a terminal would obey: control and format characters are written out, ends of lines stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class VerbatimConsole(Console):
+    """A console on which text is text."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of what is drawn, all that is written among them; only rich's own may move the cursor."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+def console_for(*, stderr: bool = False, **settings: Any) -> Console:
     """A console that wraps and colours on a terminal alone."""
-    console = Console(stderr=stderr)
+    console = VerbatimConsole(stderr=stderr, **settings)
     console.soft_wrap = not console.is_terminal
     return console
 

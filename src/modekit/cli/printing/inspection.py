@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
-from rich.markup import escape
 from rich.style import Style
 from rich.text import Text
 
-from modekit.cli.printing.console import out, shows_bold
+from modekit.cli.printing.console import out, shows_bold, visible
 from modekit.cli.printing.table import OWN, Cell, Table
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
     _print_routers(data)
     if any(entry["without"] for entry in domains.values()):
         _print_without(names, titles, domains)
-    out.print(f"\nSimilarity (cosine) of {escape(data['similarity']['of'])}.")
+    out.print(Text(f"\nSimilarity (cosine) of {data['similarity']['of']}."))
     cosines = zip(names, data["similarity"]["experts"], strict=True)
     _print_table("", names, [(name, [f"{value:.2f}" for value in row], "") for name, row in cosines])
     _print_dead(data)
@@ -61,7 +60,7 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
         tokens = "  ".join(printable(each["token"]) for each in found[:_TOP_TOKENS])
         out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
     _print_notes(data["notes"])
-    out.print(f"[dim]{escape(str(folder))}: inspect.json[/]")
+    out.print(Text(f"{folder}: inspect.json", style="dim"))
 
 
 def _print_routers(data: Mapping[str, Any]) -> None:
@@ -114,7 +113,7 @@ def _print_dead(data: Mapping[str, Any]) -> None:
     out.print("\nDead experts: " + ("none." if not routers else ""))
     for name, places in routers.items():
         where = "in every router" if len(places) == len(data["routers"]) else f"in layer {', '.join(places)}"
-        out.print(f"  [yellow]{escape(name)}[/] {escape(where)}")
+        out.print(Text.assemble("  ", (name, "yellow"), f" {where}"))
 
 
 def print_trace(trace: Mapping[str, Any]) -> None:
@@ -143,7 +142,8 @@ def print_trace(trace: Mapping[str, Any]) -> None:
         _print_glossed(words, gloss, lambda _: Style())
     out.print(legend)
     if more:
-        out.print(f"[dim]The first {len(words)} words are shown; the text has {len(trace['tokens']):,} tokens.[/]")
+        shown = f"The first {len(words)} words are shown; the text has {len(trace['tokens']):,} tokens."
+        out.print(Text(shown, style="dim"))
     _print_worth(trace)
     _print_notes(trace["notes"])
 
@@ -160,9 +160,9 @@ def _print_worth(trace: Mapping[str, Any]) -> None:
     base = "" if trace["base_loss"] is None else f", of the base model {trace['base_loss']:.3f}"
     out.print(f"loss {trace['loss']:.3f} nats per token{base}; entropy {trace['entropy']:.2f} of at most {largest:.2f} nats")
     if largest and trace["entropy"] > _UNSURE * largest:
-        out.print("[yellow]The routers are unsure: this text is like that of no domain, or of several.[/]")
+        out.print(Text("The routers are unsure: this text is like that of no domain, or of several.", style="yellow"))
     if trace["base_loss"] is not None and trace["loss"] >= trace["base_loss"]:
-        out.print("[yellow]The base model is as good without any expert: this text is like that of no domain.[/]")
+        out.print(Text("The base model is as good without any expert: this text is like that of no domain.", style="yellow"))
 
 
 def _print_glossed(words: Sequence[Word], gloss: Callable[[Word], str], style: Callable[[Word], Style]) -> None:
@@ -201,7 +201,7 @@ def _tint(expert: int, strength: float) -> Style:
 
 def printable(text: str) -> str:
     """Text without what a terminal would obey: control and format characters are written out, a space at an end is shown."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = visible(text).replace("\n", "\\n")
     stripped = shown.strip(" ")
     return "␣" * (len(shown) - len(shown.lstrip(" "))) + stripped if stripped else "␣" * len(shown)
 
@@ -219,7 +219,7 @@ def _print_table(first: str, titles: Sequence[str], rows: Sequence[_Row]) -> Non
 
 def _print_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+        out.print(Text.assemble(("note:", "yellow"), f" {note}"))
 
 
 def _mean(values: Iterable[float]) -> float:

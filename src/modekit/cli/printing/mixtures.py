@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.console import err, out
 from modekit.cli.printing.figures import bytes_of, count_of, three_digits, time_of
@@ -35,7 +35,7 @@ def print_results(results: Results) -> None:
 def print_notes(notes: Iterable[str]) -> None:
     """Draw what has to be said of a table."""
     for note in notes:
-        out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        out.print(Text.assemble(("note:", "yellow"), f" {note}"))
 
 
 _SHOWN_CANDIDATES = 12
@@ -58,7 +58,7 @@ def print_tune(results: TuneResults) -> None:
     out.print("front: no other variant is better with as few active parameters.")
     out.print(table)
     more = f"; {left_out} more in tune.md" if left_out else ""
-    out.print(f"[dim]{len(body)} variants in {results.seconds:.0f} s{more}[/]")
+    out.print(Text(f"{len(body)} variants in {results.seconds:.0f} s{more}", style="dim"))
 
 
 def print_training(folder: Path, training: TrainedMixture) -> None:
@@ -74,7 +74,7 @@ def print_training(folder: Path, training: TrainedMixture) -> None:
     print_notes(record.notes)
     moved = f"{count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} tokens"
     verdict = "trained" if training.improved else "left as it was"
-    out.print(f"[bold]{escape(str(folder))}[/]: {verdict}; {moved}")
+    out.print(Text.assemble((str(folder), "bold"), f": {verdict}; {moved}"))
 
 
 def print_summary(summary: dict[str, dict[str, float | None]]) -> None:
@@ -153,7 +153,7 @@ def print_plan(summary: dict[str, Any]) -> None:
         table.add(name, value)
     out.print(table)
     if disk["needed"] > disk["free"]:
-        err.print("[yellow]the disk has too little free space for this build[/]")
+        err.print(Text("the disk has too little free space for this build", style="yellow"))
 
 
 def fit_said(work: Mapping[str, Any] | None) -> str:

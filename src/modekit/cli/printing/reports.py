@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
@@ -25,6 +25,6 @@ def print_parcel(parcel: Parcel, repo: str) -> None:
     print_notes(parcel.notes)
     if parcel.left:
         left = ", ".join(f"{name} ({bytes_of(size)})" for name, size in parcel.left.items())
-        out.print(f"stays here: {escape(left)}", highlight=False)
+        out.print(Text(f"stays here: {left}"))
     going, staying = bytes_of(sum(sizes.values())), bytes_of(sum(parcel.left.values()))
-    out.print(f"[bold]{going}[/] in {len(sizes)} files go, {staying} stay", highlight=False)
+    out.print(Text.assemble((going, "bold"), f" in {len(sizes)} files go, {staying} stay"))

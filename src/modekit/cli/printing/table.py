@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 
-from modekit.cli.printing.console import shows_bold
+from modekit.cli.printing.console import shows_bold, visible
 
 _GAP = 2  # spaces between columns
 _NARROW = 12  # a title is not folded to less than this
@@ -200,8 +200,7 @@ def _cut(piece: str, width: int) -> Iterator[str]:
 
 def _lines_of(text: str) -> list[str]:
     """Lines without what a terminal would obey."""
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return shown.split("\n")
+    return visible(text).split("\n")
 
 
 def _marked(cell: list[str], end: str, lines: bool) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich.text import Text
 
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
@@ -40,9 +40,8 @@ def _print_table(results: TaskResults, title: str, lines: Mapping[str, TaskScore
     first = mean or next(iter(lines.values()))
     chances = {scores.chance for scores in lines.values()} or {first.chance}
     chance = f", chance {first.chance:.2f}" if first.chance is not None and len(chances) == 1 else ""
-    out.print(
-        f"[bold]{escape(title)}[/] ({escape(first.metric)}{chance}{'' if first.higher_is_better else ', less is better'})"
-    )
+    less = "" if first.higher_is_better else ", less is better"
+    out.print(Text.assemble((title, "bold"), f" ({first.metric}{chance}{less})"))
     models = [model for model in results.models if any(model in scores.rows for scores in [first, *lines.values()])]
     table = Table("", ["n", *models])
     for label, scores in lines.items():

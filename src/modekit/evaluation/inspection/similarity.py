@@ -12,7 +12,6 @@ Shape legend: E experts, O and I rows and columns of a tensor, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -116,7 +115,7 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
 
 def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
     """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
-    folder: Path = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
+    folder = checkpoint.source_folder(checkpoint.record.sources[0])
     try:
         tensors = open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
     except SourceError:

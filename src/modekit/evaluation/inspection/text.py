@@ -21,6 +21,7 @@ from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
 from modekit.evaluation.inspection.passes import Array32, changes_without, sums_of, token_losses, traced_losses
 from modekit.evaluation.inspection.tokens import split_text, token_texts
+from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
 from modekit.run import QUIET, Run
@@ -35,10 +36,11 @@ def read_text(path: Path | None) -> str:
     """A text file, or standard input. Raises TextError when it is not there or no UTF-8."""
     name = "standard input" if path is None else str(path)
     try:
-        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        return decode(data, where=name)
-    except OSError as error:
-        raise TextError("the text cannot be read", where=name, found=error.strerror, remedy="correct the path") from None
+        data = sys.stdin.buffer.read() if path is None else read_bytes(path, LARGE)
+    except UNREADABLE as error:
+        found = error.strerror if isinstance(error, OSError) else error
+        raise TextError("the text cannot be read", where=name, found=found, remedy="correct the path") from None
+    return decode(data, where=name)
 
 
 def inspect_text(
@@ -134,7 +136,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
 
 def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32] | None:
     """Of the base model on the same tokens; None when it is no longer there."""
-    folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
+    folder = checkpoint.source_folder(checkpoint.record.sources[0])
     if not folder.is_dir():
         return None
     return token_losses(load_model(folder, run=run), windows, lambda _: None)

@@ -122,7 +122,7 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Mo
             return load_model(checkpoint.folder, run=run)
         if name != BASE:
             return load_expert_source(checkpoint, checkpoint.names.index(name), run=run)
-        folder = (checkpoint.folder / checkpoint.record.sources[0].folder).resolve()
+        folder = checkpoint.source_folder(checkpoint.record.sources[0])
         return load_model(folder, run=run) if folder.is_dir() else None
 
     return [_Model(name, partial(load, name)) for name in known if not models or name in models]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modekit.files.typed import Number
+
 DRAWS = 1_000
 _LEVEL = (2.5, 97.5)  # percentiles: 95 %
 
@@ -23,9 +25,9 @@ Floats = npt.NDArray[np.float64]
 class Estimate:
     """A value and the bounds of its 95 % interval; None where nothing can be drawn again."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Number
+    low: Number | None = None
+    high: Number | None = None
 
     def as_data(self) -> dict[str, float | None]:
         """Plain data for JSON, 6 significant digits."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
+
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
-from modekit.evaluation.results_folder import RESULTS_FOLDER, UNREADABLE, read_results, write_results
+from modekit.evaluation.results_folder import RESULTS_FOLDER, read_results, write_results
 from modekit.evaluation.tasks.intervals import Estimate
+from modekit.files.read import UNREADABLE
+from modekit.files.typed import Count, Label, Number, as_kind, read_as
 from modekit.files.write import json_bytes
 
 TASKS_FILE = "tasks.json"
@@ -27,15 +30,15 @@ class TaskScores:
     name; `unseen` when no expert was made for it. `chance` is what guessing scores, None where that has no meaning.
     """
 
-    metric: str
+    metric: Label
     higher_is_better: bool
-    chance: float | None
-    items: int
-    rows: Mapping[str, Estimate]
-    differences: Mapping[str, Estimate]
-    domain: str | None = None
+    chance: Number | None
+    items: Count
+    rows: Mapping[Label, Estimate]
+    differences: Mapping[Label, Estimate]
+    domain: Label | None = None
     unseen: bool = False
-    tasks: Sequence[str] = ()
+    tasks: Sequence[Label] = ()
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -75,34 +78,33 @@ class TaskResults:
 
 def kept_results(checkpoint: Checkpoint, found: TaskResults) -> TaskResults:
     """New results with those of earlier runs on the same checkpoint beside them."""
-    path = checkpoint.folder / RESULTS_FOLDER / TASKS_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["checkpoint"] != checkpoint.identity:
-            dropped = f"earlier results in {TASKS_FILE} were of another state of the checkpoint and are gone"
-            return replace(found, notes=[*found.notes, dropped])
-        earlier = results_of(data)
+        data = read_as(checkpoint.folder / RESULTS_FOLDER / TASKS_FILE, _Saved)
     except FileNotFoundError:
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         return replace(found, notes=[*found.notes, f"{TASKS_FILE} was damaged and is written anew"])
+    if data.checkpoint != checkpoint.identity:
+        dropped = f"earlier results in {TASKS_FILE} were of another state of the checkpoint and are gone"
+        return replace(found, notes=[*found.notes, dropped])
+    earlier = TaskResults(data.tasks, data.macro, data.notes)
     return TaskResults({**earlier.tasks, **found.tasks}, {**earlier.macro, **found.macro}, found.notes)
 
 
-def results_of(data: Mapping[str, Any]) -> TaskResults:
-    """Results back from `TaskResults.as_data`."""
+class _Tables(BaseModel):
+    tasks: dict[Label, TaskScores]
+    macro: dict[Label, TaskScores]
+    notes: list[str]
 
-    def scores(each: Mapping[str, Any]) -> TaskScores:
-        estimates = {
-            key: {name: Estimate(**estimate) for name, estimate in each[key].items()} for key in ("rows", "differences")
-        }
-        return TaskScores(**{**each, **estimates})
 
-    return TaskResults(
-        {name: scores(each) for name, each in data["tasks"].items()},
-        {name: scores(each) for name, each in data["macro"].items()},
-        list(data["notes"]),
-    )
+class _Saved(_Tables):
+    checkpoint: dict[str, str]
+
+
+def results_of(data: Any) -> TaskResults:
+    """Results back from `TaskResults.as_data`. Raises ValueError for anything else."""
+    saved = as_kind(data, _Tables)
+    return TaskResults(saved.tasks, saved.macro, saved.notes)
 
 
 def save_results(checkpoint: Checkpoint, results: TaskResults) -> None:

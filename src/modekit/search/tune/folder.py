@@ -7,16 +7,19 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from modekit.errors import OutputError, TuneError
 from modekit.files.lock import Lock
 from modekit.files.marker import claim_work_folder, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
+from modekit.files.typed import read_as, shortened
 from modekit.files.write import remove, sweep, write_json
 from modekit.planning.plan import Plan
 from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.study import Job
 
+_Kind = TypeVar("_Kind")
 _SETTINGS_FILE = "settings.json"
 _BUILT_FILE = "built.json"
 _SUFFIX = ".tuning"
@@ -74,13 +77,24 @@ def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str
         )
     if not path.exists():
         write_json(path, asked)
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_kept(path, dict[str, Any])
     if known != asked:
         changed = ", ".join(sorted(key for key in asked if known.get(key) != asked[key]))
         raise TuneError(
             "the folder holds another search", where=str(folder), found=f"other {changed}",
             remedy="remove the folder to start over, or choose another OUT",
         )  # fmt: skip
+
+
+def read_kept(path: Path, kind: type[_Kind]) -> _Kind:
+    """What a search has kept in a file of its folder. Raises TuneError where that is damaged."""
+    try:
+        return read_as(path, kind, LARGE)
+    except UNREADABLE as error:
+        raise TuneError(
+            "what a search left is damaged", where=str(path), found=shortened(error),
+            remedy=f"remove the folder {path.parent.name} to start over",
+        ) from None  # fmt: skip
 
 
 @contextmanager

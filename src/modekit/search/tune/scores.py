@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from modekit.evaluation.loss import score_domain
+from modekit.files.typed import Number
 from modekit.files.write import write_json
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.search.tune.candidate import Candidate
+from modekit.search.tune.folder import read_kept
 from modekit.search.tune.selection import Selection, Tally
 from modekit.search.tune.study import Job, candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
 
-Losses = dict[str, float]
+Losses = dict[str, Number]
 """Domain -> nats per token."""
 
 
 def score_all(job: Job, shown: Sequence[Candidate], text: Selection, file: str, stage: str, run: Run) -> dict[int, Losses]:
     """Loss per domain on all of a text, by number of the candidate; refused ones are left out, what WORK/`file` has is kept."""
     path = job.work / file
-    known: dict[str, Losses] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_kept(path, dict[str, Losses]) if path.exists() else {}
     weights = job.weights()
     switched = SwitchedModel(run=job.run)
     numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
     for place, (number, candidate) in enumerate(numbers.items()):
         run.progress(stage, place, len(numbers))
-        if str(number) not in known:
+        if known.get(str(number), {}).keys() != {domain.name for domain in text.domains}:
             recipe = candidate_recipe(job.recipe, candidate.mixture)
             shared = weights.checkpoint(weights.plan(recipe))
             model = switched.put(shared, weights.gates(shared, recipe))
@@ -68,8 +69,9 @@ def reference_losses(job: Job, plan: Plan, splits: Mapping[str, Selection], run:
     """Per split and domain, the loss of the base and of the domain's own expert."""
     path = job.work / "reference.json"
     if path.exists():
-        known: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
-        return known
+        known = read_kept(path, dict[str, dict[str, Losses]])
+        if _is_whole(known, splits):
+            return known
     found: dict[str, dict[str, dict[str, float]]] = {split: {"base": {}, "own": {}} for split in splits}
     base = plan.sources[0].folder
 
@@ -90,3 +92,12 @@ def reference_losses(job: Job, plan: Plan, splits: Mapping[str, Selection], run:
             found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
     write_json(path, found)
     return found
+
+
+def _is_whole(known: Mapping[str, Mapping[str, Losses]], splits: Mapping[str, Selection]) -> bool:
+    """Whether losses are those of every split and domain, of the base and the own expert."""
+    return all(
+        known.get(split, {}).get(of, {}).keys() == {domain.name for domain in selection.domains}
+        for split, selection in splits.items()
+        for of in ("base", "own")
+    )

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,12 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
+from modekit.files.read import open_regular, parse_json
+from modekit.files.typed import Count, Number, as_kind, shortened
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.read import parse_recipe
@@ -78,17 +81,32 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
+@contextmanager
+def _told_of_damage(job: Job) -> Iterator[None]:
+    """Raise TuneError for what reading a journal raises that is not one (optuna: whatever comes)."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise TuneError(
+            "what a search left is damaged", where=str(job.work / _STUDY_FILE), found=shortened(error) or type(error).__name__,
+            remedy=f"remove the folder {job.work.name} to start over",
+        ) from None  # fmt: skip
+
+
 def open_study(job: Job, process: int = 0) -> optuna.Study:
     """The study in the work folder, made if need be. Processes draw from different seeds, and so does a search that goes on."""
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = str(job.work / _STUDY_FILE)
         # The other kind of lock is a symbolic link, which Windows gives to administrators alone.
-        storage = JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=RUNGS[0], reduction_factor=RUNGS[1] // RUNGS[0])
-        study = optuna.create_study(
-            study_name="modekit", storage=storage, pruner=pruner, load_if_exists=True, direction="minimize"
-        )
+        with _told_of_damage(job):
+            storage = JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+            study = optuna.create_study(
+                study_name="modekit", storage=storage, pruner=pruner, load_if_exists=True, direction="minimize"
+            )
         seed = int(np.random.SeedSequence([job.seed, process, len(study.get_trials(deepcopy=False))]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=12, constant_liar=True)
     return study
@@ -118,7 +136,15 @@ def prepare(job: Job) -> None:
 
 def _mend(path: Path) -> None:
     """Cut off the line that a full disk or a power loss left unfinished: the journal could not be read with it."""
-    data = path.read_bytes() if path.exists() else b""
+    try:
+        with open_regular(path) as stream:
+            data = stream.readall()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TuneError(
+            "what a search left cannot be read", where=str(path), found=error.strerror, remedy="remove the folder to start over"
+        ) from None
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
@@ -221,21 +247,33 @@ def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
 @_quiet()
 def candidates(job: Job) -> list[Candidate]:
     """What was tried, each once, in the order of the search."""
-    found = []
-    trials = open_study(job).get_trials(deepcopy=False)
-    again = [trial.user_attrs for trial in trials if _is_again(trial)]
-    names = {said["again"]: said["name"] for said in again if said.get("name")}
-    for trial in trials:
-        if trial.state in _STATES and _counts(trial):
-            said = trial.user_attrs
-            found.append(
-                Candidate(
-                    trial.number, said.get("name") or names.get(trial.number) or "", json.loads(said["key"]),
-                    _STATES[trial.state], said.get("why", ""), said.get("losses", {}), said.get("tokens", 0),
-                    said.get("active", 0), said.get("total", 0), said.get("native", False), said.get("seconds", 0.0),
-                )
-            )  # fmt: skip
-    return found
+    with _told_of_damage(job):
+        trials = open_study(job).get_trials(deepcopy=False)
+        again = [trial.user_attrs for trial in trials if _is_again(trial)]
+        names = {said["again"]: said["name"] for said in again if said.get("name")}
+        return [_candidate(trial, names) for trial in trials if trial.state in _STATES and _counts(trial)]
+
+
+class _Told(BaseModel):
+    """What a trial's attributes say."""
+
+    key: str
+    name: str = ""
+    why: str = ""
+    losses: dict[str, Number] = {}
+    tokens: Count = 0
+    active: Count = 0
+    total: Count = 0
+    native: bool = False
+    seconds: Number = 0.0
+
+
+def _candidate(trial: optuna.trial.FrozenTrial, names: Mapping[int, str]) -> Candidate:
+    told = as_kind(trial.user_attrs, _Told)
+    return Candidate(
+        trial.number, told.name or names.get(trial.number) or "", as_kind(parse_json(told.key), dict[str, Any]),
+        _STATES[trial.state], told.why, told.losses, told.tokens, told.active, told.total, told.native, told.seconds,
+    )  # fmt: skip
 
 
 def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:

@@ -1,0 +1,81 @@
+"""Small files that strangers made, as models: what a file must hold is said once, as a type, and checked as it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+
+from modekit.files.read import SMALL, read_json
+
+_Kind = TypeVar("_Kind")
+_LONGEST = 300  # characters of a problem that are said: a message does not grow with what is wrong
+_MOST = 1_000  # problems among which the first is looked for
+
+Count = Annotated[int, Field(ge=0, le=2**63, strict=True)]
+"""How many there are: whole, and no more than can be."""
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e300, le=1e300, strict=True)]
+"""A measured figure: finite, and so is a sum of many."""
+Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+"""64 hexadecimal digits, or nothing."""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of a file in a folder: no path, no way up, nothing that a system does not take."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0") and not PureWindowsPath(name).drive
+
+
+def _plain_name(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("must be a name without a path")
+    return name
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be a line of characters that can be printed")
+    return text
+
+
+def _relative(path: str) -> str:
+    if "\0" in path or len(path) > 4_096 or Path(path).is_absolute() or PureWindowsPath(path).drive:
+        raise ValueError("must be a path relative to the folder that the file lies in")
+    return path
+
+
+Label = Annotated[str, StringConstraints(max_length=300), AfterValidator(_one_line)]
+"""What a table calls something."""
+PlainName = Annotated[str, AfterValidator(_plain_name)]
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+def read_as(path: Path, kind: type[_Kind], limit: int = SMALL) -> _Kind:
+    """A regular file's JSON as a type that pydantic checks. Raises OSError, and ValueError with the first thing wrong."""
+    return as_kind(read_json(path, limit), kind)
+
+
+def as_kind(data: Any, kind: type[_Kind]) -> _Kind:
+    """Plain data as a type that pydantic checks. Raises ValueError with the first thing wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        raise ValueError(problem_in(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def problem_in(error: ValidationError) -> str:
+    """The first thing that is wrong, and where, in a line."""
+    if error.error_count() > _MOST:
+        return f"{error.error_count():,} problems"
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    said = str(first["msg"]).removeprefix("Value error, ")
+    return shortened(f"{where}: {said}" if where else said)
+
+
+def shortened(text: object) -> str:
+    """The first line of what somebody else says, no longer than a line."""
+    line = next(iter(str(text).splitlines()), "")
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

@@ -1,0 +1,154 @@
+"""Damage as strangers and accidents do it: to JSON by its structure, to other files by their bytes, to folders by files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+HOSTILE_TEXT = (
+    "", "\x00", "../../x", "/dev/zero", "[/x]", "[bold]x", "<script>hacked()</script>", "'\"`|---\n# x\n---", "\u202e\u2028",
+    "\x1b]0;x\x07\x1b[31m", "x" * 5_000, "{{ 7 * 7 }}", "evil/kernel", "-1", "NaN", "model.layers.0", "base", "C:x", "..",
+    "~root",
+)  # fmt: skip
+HOSTILE: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 3, 10**9, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308, [], {}, [[]], [None],
+    [0] * 40, {"": 0}, {"a": {"b": {}}}, *HOSTILE_TEXT,
+)  # fmt: skip
+RAW = (
+    b"", b"\xff\xfe\x00", b"null", b"[]", b"{", b"[" * 3_000, b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}',
+    b"\xef\xbb\xbf{}", b'{"a": ' + b"9" * 5_000 + b"}",
+)  # fmt: skip
+NUMBERS = st.integers(0, 2**30)
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of everything below the root."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@st.composite
+def damaged_data(draw: st.DrawFn, data: Any) -> Any:
+    """JSON with one to three things wrong with it."""
+    data = copy.deepcopy(data)
+    for _ in range(draw(st.integers(1, 3))):
+        every = list(places(data))
+        if not every:
+            return draw(st.sampled_from(HOSTILE))
+        *before, last = every[draw(NUMBERS) % len(every)]
+        holder = data
+        for key in before:
+            holder = holder[key]
+        change_one(draw, holder, last, [at(data, path) for path in every])
+    return data
+
+
+def at(data: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        data = data[key]
+    return data
+
+
+def change_one(draw: st.DrawFn, holder: Any, key: Any, others: list[Any]) -> None:
+    kind = draw(st.sampled_from(("other", "other", "gone", "swapped", "renamed", "twice", "near")))
+    if kind == "gone":
+        del holder[key]
+    elif kind == "swapped":
+        holder[key] = copy.deepcopy(others[draw(NUMBERS) % len(others)])
+    elif kind == "renamed" and isinstance(holder, dict):
+        holder[draw(st.sampled_from(HOSTILE_TEXT))] = holder.pop(key)
+    elif kind == "twice" and isinstance(holder, list):
+        holder.extend(copy.deepcopy([holder[key]] * draw(st.integers(1, 30))))
+    elif kind == "near" and type(holder[key]) in (int, float):
+        holder[key] = holder[key] * draw(st.sampled_from((-1, 2, 10**6))) + draw(st.sampled_from((-1, 0, 1)))
+    elif kind == "near" and isinstance(holder[key], str):
+        holder[key] += draw(st.sampled_from(HOSTILE_TEXT))
+    else:
+        holder[key] = draw(st.sampled_from(HOSTILE))
+
+
+@st.composite
+def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """Other bytes here and there, a piece cut out, an end cut off, or more of it."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(("flip", "set", "cut", "end", "more")))
+        place = draw(NUMBERS) % max(1, len(changed))
+        if kind == "flip" and changed:
+            changed[place] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "set" and changed:
+            changed[place] = draw(st.integers(0, 255))
+        elif kind == "cut":
+            del changed[place : place + draw(st.integers(1, 50))]
+        elif kind == "end":
+            del changed[place:]
+        else:
+            changed[place:place] = draw(st.binary(min_size=1, max_size=40))
+    return bytes(changed)
+
+
+@st.composite
+def damaged_safetensors(draw: st.DrawFn, content: bytes) -> bytes:
+    """Another header over the same data, said to be as long as it is."""
+    size = int.from_bytes(content[:8], "little")
+    header = draw(damaged_data(json.loads(content[8 : 8 + size])))
+    text = dumped(header)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def dumped(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def damaged_file(draw: st.DrawFn, name: str, content: bytes) -> bytes:
+    """A file with something wrong with it, by its kind."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.sampled_from(RAW))
+    if name.endswith(".json") and draw(st.integers(0, 9)):
+        return dumped(draw(damaged_data(json.loads(content))))
+    if name.endswith(".safetensors") and draw(st.booleans()):
+        return draw(damaged_safetensors(content))
+    return draw(damaged_bytes(content))
+
+
+def no_file(path: Path, kind: str) -> None:
+    """Something else in a file's place."""
+    path.unlink()
+    make: dict[str, Callable[[], object]] = {
+        "gone": lambda: None, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path),
+        "round": lambda: path.symlink_to(path.name), "device": lambda: path.symlink_to("/dev/zero"),
+        "away": lambda: path.symlink_to("/etc/passwd"), "nowhere": lambda: path.symlink_to("nowhere"),
+    }  # fmt: skip
+    make[kind]()
+
+
+@contextmanager
+def in_time(seconds: int = 30, memory: int = 3 * 2**30) -> Iterator[None]:
+    """What takes too long inside, or too many bytes of memory (of this process in all), has failed."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < memory
+
+
+NO_FILES = ("gone", "folder", "pipe", "round", "device", "away", "nowhere")

@@ -1,0 +1,309 @@
+"""Whatever is wrong with a stranger's checkpoint, or with what lies beside it, is said by an error that we know.
+
+Small real checkpoints of both shapes, with results of every kind; one file at a time is damaged (damage.py), and everything
+that reads is asked. The same inputs every time: with the slow tests 8,000 and more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import Workshop, make_workshop
+from damage import NO_FILES, damaged_file, in_time, no_file
+from modekit.building.verify import verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
+from modekit.errors import ModekitError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.results_folder import read_results
+from modekit.evaluation.tasks.intervals import Estimate
+from modekit.evaluation.tasks.results import TaskResults, TaskScores, kept_results, markdown, save_results
+from modekit.files.read import UNREADABLE
+from modekit.report.card import make_card, write_card
+from modekit.report.content import make_content
+from modekit.report.page import make_page
+from modekit.report.push import pack
+from modekit.routing.counts import load_ngram_statistics
+from modekit.routing.refit import refit
+from modekit.routing.statistics import load_statistics
+from modekit.training.ended import Ended, Trained
+from modekit.training.folder import TrainingFolder
+from modekit.training.settings import train_settings
+from modekit.training.train import train
+
+SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+ROUTER = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
+OLD_COUNTS = Path(__file__).parents[1] / "golden" / "old" / "checkpoints" / "ngram" / "router"
+TASK = TaskScores(
+    "accuracy", True, 0.25, 40, {"base": Estimate(0.3, 0.2, 0.4), "mixture": Estimate(0.5)}, {"base": Estimate(0.2)}, "law",
+    tasks=("a",),
+)  # fmt: skip
+
+
+@dataclass
+class Stranger:
+    """A checkpoint that is damaged and mended again, and how often."""
+
+    folder: Path
+    inputs: int = 0
+
+    @property
+    def files(self) -> list[str]:
+        """Everything that modekit reads of it."""
+        names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        return [name for name in names if not name.endswith((".py", ".md.partial")) and "tensorboard" not in name]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("fuzz"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def native(workshop: Workshop) -> Stranger:
+    """Fitted, trained, and with everything that a report can show."""
+    checkpoint = open_checkpoint(workshop.build("NATIVE", mixture={"method": "routing", "top_k": 2, "router": ROUTER}))
+    asked = train_settings(
+        {"steps": 2, "batch_tokens": 200, "sequence_length": 32, "select_tokens": 200, "evaluate_every": 1,
+         "learning_rate": 0.02},
+        where="test",
+    )  # fmt: skip
+    return with_results(train(checkpoint, asked, evaluate_tokens=200).checkpoint)
+
+
+@pytest.fixture(scope="module")
+def own(workshop: Workshop) -> Stranger:
+    """In the modekit architecture: an adapter, whole modules and the base, routers over an average."""
+    law = {**workshop.recipe["experts"][1], "as": "lora", "rank": 2}
+    experts = [workshop.recipe["experts"][0], law, {**workshop.recipe["experts"][2], "model": "base"}]
+    mixture = {"modules": ["q", "down"], "router": {**ROUTER, "granularity": "context"}}
+    return with_results(open_checkpoint(workshop.build("OWN", experts=experts, mixture=mixture)))
+
+
+def with_results(checkpoint: Checkpoint) -> Stranger:
+    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
+    save_results(checkpoint, TaskResults({"modekit_law_questions": TASK, "qa": TASK}, {"questions": TASK}, ["a note"]))
+    variant = {
+        "name": "ridge", "description": "ridge, top-2", "status": "scored", "mean_loss": 3.1, "active": 10_000, "native": True,
+        "report": {"mean_loss": 3.2, "gap_closed": 0.5}, "best": True, "pareto": True,
+    }  # fmt: skip
+    search = {
+        "format": 1, "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}, "seconds": 1.5,
+        "candidates": [variant, {**variant, "mean_loss": 3.4, "best": False}],
+    }  # fmt: skip
+    (checkpoint.folder / "results" / "tune.json").write_text(json.dumps(search))
+    write_card(checkpoint, ask_hub=False)
+    return Stranger(checkpoint.folder)
+
+
+@contextmanager
+def damaged(stranger: Stranger, name: str, data: st.DataObject) -> Iterator[None]:
+    """While open, a file of the checkpoint has something wrong with it."""
+    path = stranger.folder / name
+    before = path.read_bytes()
+    try:
+        if data.draw(st.integers(0, 19)) == 0:
+            no_file(path, data.draw(st.sampled_from(NO_FILES)))
+        else:
+            path.write_bytes(data.draw(damaged_file(name, before)))
+        yield
+    finally:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        path.write_bytes(before)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong inside is an error that says it in a few lines."""
+    try:
+        yield
+    except ModekitError as error:
+        message = str(error)
+        assert error.what and len(message) < 10_000 and message.count("\n") < 50, message[:2_000]
+
+
+class Scripts(HTMLParser):
+    """The scripts of a page, and whatever else would run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in {"script", "iframe", "object", "embed", "img", "base", "form"}:
+            self.found.append(tag)
+        self.found += [name for name, value in attrs if name.startswith("on") or "javascript:" in (value or "")]
+
+
+def check_page(page: str) -> None:
+    scripts = Scripts()
+    scripts.feed(page)
+    assert scripts.found == ["script", "script"]
+
+
+def check_card(card: str) -> None:
+    _, matter, body = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
+    assert yaml.safe_load(matter)["library_name"] == "transformers"
+    without_code = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"<(?!!-- modekit card [0-9a-f]{64} -->)", without_code) and "\x1b" not in without_code
+
+
+def read_everything(folder: Path) -> None:
+    """All that reads a checkpoint, but for what takes long."""
+    with told():
+        verify(open_with_any_router(folder), reload=False)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except ModekitError:
+        with told():
+            raise
+        return
+    try:
+        read_results(checkpoint)
+    except UNREADABLE as error:
+        assert len(str(error)) < 1_000
+    with told():
+        check_page(make_page(make_content(checkpoint)))
+    with told():
+        check_card(make_card(checkpoint, ask_hub=False).contents["README.md"].decode())
+    with told():
+        pack(checkpoint, ask_hub=False).sizes()
+    with told():
+        kept = kept_results(checkpoint, TaskResults({}, {}, []))
+        markdown(kept, {})
+    for file in (folder / "router").iterdir():
+        with told():
+            load_statistics(file)
+
+
+def damage_and_read(stranger: Stranger, data: st.DataObject, files: list[str], read: Callable[[Path], None]) -> None:
+    stranger.inputs += 1
+    with damaged(stranger, data.draw(st.sampled_from(files)), data), in_time():
+        read(stranger.folder)
+
+
+def many(examples: int) -> Callable[[Any], Any]:
+    """So many inputs, the same every time."""
+    checks = [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.large_base_example,
+    ]
+    return lambda test: settings(max_examples=examples, suppress_health_check=checks)(given(data=st.data())(test))
+
+
+def refit_from_statistics(folder: Path) -> None:
+    with told():
+        opened = open_with_any_router(folder)
+        refit(opened, {"router": {"temperature": 2.0}})
+        refit(opened, {"router": {"temperature": 1.0}})
+
+
+@many(60)
+def test_a_damaged_native_checkpoint(native: Stranger, data: st.DataObject) -> None:
+    damage_and_read(native, data, native.files, read_everything)
+
+
+@many(60)
+def test_a_damaged_modekit_checkpoint(own: Stranger, data: st.DataObject) -> None:
+    damage_and_read(own, data, own.files, read_everything)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["native", "own"])
+def test_all_of_it(shape: str, request: pytest.FixtureRequest) -> None:
+    stranger: Stranger = request.getfixturevalue(shape)
+    first, before = stranger.inputs, {name: (stranger.folder / name).read_bytes() for name in stranger.files}
+    heads = [name for name in stranger.files if name in {"config.json", "modekit.json", "model.safetensors.index.json"}]
+
+    @many(2_000)
+    def anything(data: st.DataObject) -> None:
+        damage_and_read(stranger, data, stranger.files, read_everything)
+
+    @many(1_500)
+    def what_it_says_it_is(data: st.DataObject) -> None:
+        damage_and_read(stranger, data, heads, read_everything)
+
+    @many(900)
+    def what_was_found(data: st.DataObject) -> None:
+        damage_and_read(stranger, data, [name for name in stranger.files if name.startswith("results/")], read_everything)
+
+    anything()
+    what_it_says_it_is()
+    what_was_found()
+    assert stranger.inputs - first >= 4_000
+    assert {name: (stranger.folder / name).read_bytes() for name in stranger.files} == before
+
+
+@pytest.mark.slow
+def test_a_fit_from_damaged_statistics(own: Stranger, tmp_path: Path) -> None:
+    copy = Stranger(shutil.copytree(own.folder, own.folder.with_name("REFITTED")))
+    files = [name for name in copy.files if name.startswith("router/")]
+
+    @many(200)
+    def anything(data: st.DataObject) -> None:
+        damage_and_read(copy, data, files, refit_from_statistics)
+
+    anything()
+
+
+@many(40)
+def test_damaged_counts(counts: Path, data: st.DataObject) -> None:
+    with damaged(Stranger(counts), "law.safetensors", data), in_time(), told():
+        load_ngram_statistics(counts / "law.safetensors")
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(OLD_COUNTS, tmp_path_factory.mktemp("counts") / "router")
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory, native: Stranger) -> Stranger:
+    """What a kill leaves of a training that has ended."""
+    folder = TrainingFolder(tmp_path_factory.mktemp("left") / "OUT")
+    (folder.path / "checkpoint-2").mkdir(parents=True)
+    best = folder.path / "checkpoint-2" / "model.safetensors"
+    best.write_bytes((native.folder / "model-router.safetensors").read_bytes())
+    trained = Trained(4, 2, {"law": 3.0}, {"law": 2.5}, "the held-out loss no longer fell", None, best)
+    folder.keep("trained", Ended(trained, ["a note"], 100, 1_000).as_data(folder.path))
+    folder.keep("before", read_results(open_checkpoint(native.folder)).as_data())
+    folder.keep("settings", {"request": "0" * 64, "state": "1" * 64})
+    folder.keep("writing", "2" * 64)
+    return Stranger(folder.path)
+
+
+@many(120)
+def test_what_is_left_of_a_training(left: Stranger, data: st.DataObject) -> None:
+    damage_and_read(left, data, ["trained.json", "before.json", "settings.json", "writing.json"], read_training)
+
+
+def read_training(path: Path) -> None:
+    from modekit.evaluation.results import results_from_data
+
+    folder = TrainingFolder(path.with_name("OUT"))
+    with told():
+        ended = folder.recall("trained", lambda data: Ended.from_data(data, path))
+        assert ended is None or ended.trained.best in (None, path / "checkpoint-2" / "model.safetensors")
+    with told():
+        before = folder.recall("before", results_from_data)
+        assert before is None or before.markdown()
+    with told():
+        folder._claim("0" * 64, "1" * 64)
+    with told():
+        assert folder.is_written is False

@@ -1,0 +1,227 @@
+"""Results, cards and parcels of a stranger's checkpoint: nothing in them runs, crashes, or takes files from elsewhere along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from conftest import DOMAINS, Workshop
+from damage import in_time, no_file
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import CheckpointError, OutputError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.results import Results, Row, Score, results_from_data
+from modekit.evaluation.results_folder import read_results
+from modekit.evaluation.tasks.results import TASKS_FILE, TaskResults, kept_results, markdown
+from modekit.report.card import make_card
+from modekit.report.content import make_content
+from modekit.report.licences import front_matter
+from modekit.report.page import make_page
+from modekit.report.plots import make_plots
+from modekit.report.push import pack
+from modekit.routing.counts import load_ngram_statistics
+from modekit.routing.statistics import load_statistics
+from refusal import borrow, refuse
+
+HOSTILE = "a\n---\n# <script>x()</script> | `b` ``` [c](javascript:d) ![](http://e) <!-- \x1b[2J\u202e"
+FITTED = {"router": {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32}}
+
+
+@pytest.fixture
+def checkpoint(shared_workshop: Workshop, tmp_path: Path) -> Checkpoint:
+    return open_checkpoint(borrow(shared_workshop, tmp_path).build(mixture=FITTED))
+
+
+def say(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], None]) -> Checkpoint:
+    """The checkpoint with a record that somebody changed."""
+    record = json.loads((checkpoint.folder / "modekit.json").read_text())
+    change(record)
+    (checkpoint.folder / "modekit.json").write_text(json.dumps(record))
+    return open_checkpoint(checkpoint.folder)
+
+
+def hostile_record(record: dict[str, Any]) -> None:
+    record["modekit_version"] = HOSTILE
+    for source in record["sources"]:
+        source.update(label=HOSTILE, spec=HOSTILE, revision=HOSTILE)
+    record["router"]["text"] = {HOSTILE: {"documents": HOSTILE, "tokens": [], "sha256": HOSTILE}}
+    record["router"]["report"] = {HOSTILE: HOSTILE}
+    record["training"] = [
+        {
+            "settings": {"what": [HOSTILE], "losses": {HOSTILE: 1.0}, "speed": HOSTILE}, "text": {HOSTILE: {}},
+            "parameters": 1, "steps": 1, "tokens": 1, "select_loss": {HOSTILE: {"before": 1.0}}, "notes": [HOSTILE],
+        }
+    ]  # fmt: skip
+
+
+def test_a_card_and_a_page_of_hostile_names(checkpoint: Checkpoint) -> None:
+    said = say(checkpoint, hostile_record)
+    card = make_card(said, ask_hub=False)
+    (said.folder / "README.md").write_bytes(card.contents["README.md"])
+    read = ModelCard.load(said.folder / "README.md")
+    assert read.data.library_name == "transformers" and read.text.startswith("\n# OUT\n")
+    for text in (part.decode() for part in card.contents.values()):
+        outside = "".join(text.split("```")[::2])
+        assert "<script" not in outside and "\x1b" not in text and "\u202e" not in text and "](javascript" not in outside
+    page = make_page(make_content(said))
+    assert page.count("<script") == 2 and "&lt;script&gt;" in page
+
+
+def test_a_licence_front_matter_of_hostile_values(checkpoint: Checkpoint, shared_workshop: Workshop) -> None:
+    import yaml
+
+    matter = dict.fromkeys(("license", "license_name", "license_link", "language", "base_model"), HOSTILE)
+    folder = checkpoint.folder.parent / "evil"
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(matter)}---\n")
+    said = say(checkpoint, lambda record: [source.update(folder="../evil") for source in record["sources"]])
+    card = make_card(said, ask_hub=False)
+    (said.folder / "README.md").write_bytes(card.contents["README.md"])
+    read = ModelCard.load(said.folder / "README.md")
+    assert read.data.license == "other" and read.data.language == [HOSTILE] and read.text.startswith("\n# OUT\n")
+    assert make_page(make_content(said)).count("<script") == 2
+
+
+@pytest.mark.parametrize("content", ["---" + "\n" * 900_000, "---\n" + "\n--- x" * 150_000, "---\n" + "[" * 60_000 + "\n---\n"])
+def test_a_front_matter_that_never_ends(tmp_path: Path, content: str) -> None:
+    (tmp_path / "README.md").write_text(content)
+    with in_time():
+        assert front_matter(tmp_path / "README.md") == {}
+
+
+TABLE = Results(
+    [Row(name, "mixture" if name == "mixture" else "expert", 10, 5, {"law": Score(3.0, 20.0, 1.0, blocks=(1.0, 2.0))}, "x")
+     for name in ("law", "mixture")],
+    ["law"], [], {"law": {"tokens": 3}}, ["a note"],
+)  # fmt: skip
+
+
+def test_a_table_comes_back() -> None:
+    assert results_from_data(json.loads(json.dumps(TABLE.as_data()))) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("rows",), None), (("rows", 0), []), (("rows", 0, "name"), 7), (("rows", 0, "name"), "a\nb"),
+        (("rows", 0, "kind"), "<b>"),
+        (("rows", 0, "total_parameters"), 10**400), (("rows", 0, "total_parameters"), "many"), (("rows", 0, "domains"), [1]),
+        (("rows", 0, "domains", "law", "loss"), "3"), (("rows", 0, "domains", "law", "loss"), 10**400),
+        (("rows", 0, "domains", "law", "blocks"), ["a"]), (("rows", 1, "name"), "law"), (("domains",), ["law"] * 100_000),
+        (("text",), {"law": 3}), (("notes",), [1]), (("domains",), [f"{n}" for n in range(200_000)]),
+    ],
+)  # fmt: skip
+def test_results_of_other_types_are_no_results(checkpoint: Checkpoint, path: tuple[Any, ...], value: Any) -> None:
+    data = json.loads(json.dumps(TABLE.as_data()))
+    holder: Any = data
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    with in_time(), pytest.raises(ValueError, match=r"^.{1,400}$"):
+        results_from_data(data)
+
+
+def test_damaged_results_are_run_anew(checkpoint: Checkpoint) -> None:
+    before = evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
+    file = checkpoint.folder / "results" / "eval.json"
+    data = json.loads(file.read_text())
+    data["rows"][0]["domains"]["law"]["loss"] = "low"
+    file.write_text(json.dumps(data))
+    assert "eval.json is damaged or of another version (rows.0.domains.law.loss" in make_content(checkpoint)["missing"][0]
+    assert evaluate(checkpoint, tokens_per_domain=200, sequence_length=32) == before == read_results(checkpoint)
+
+
+def test_a_table_without_domains_is_shown(checkpoint: Checkpoint) -> None:
+    empty = Results(TABLE.rows, [], [], {}, [])
+    assert empty.markdown() and empty.table()[1][0][-3:-1] == ["-", "-"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "round", "folder"])
+@pytest.mark.parametrize("name", ["eval.json", "inspect.json", "tasks.json", "tune.json"])
+def test_results_that_are_no_files_are_left_out(checkpoint: Checkpoint, name: str, kind: str) -> None:
+    (checkpoint.folder / "results").mkdir()
+    (checkpoint.folder / "results" / name).touch()
+    no_file(checkpoint.folder / "results" / name, kind)
+    with in_time():
+        content = make_content(checkpoint)
+        kept_results(checkpoint, TaskResults({}, {}, []))
+    assert any(name in line for line in content["missing"])
+
+
+def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint) -> None:
+    scores = {"metric": "accuracy", "higher_is_better": True, "chance": 0.5, "items": 3, "rows": {"base": {"value": 0.5}},
+              "differences": {}}  # fmt: skip
+    for name in ("a\n# b", "<b>|c"):
+        data = {"checkpoint": checkpoint.identity, "tasks": {name: scores}, "macro": {}, "notes": []}
+        (checkpoint.folder / "results").mkdir(exist_ok=True)
+        (checkpoint.folder / "results" / TASKS_FILE).write_text(json.dumps(data))
+        kept = kept_results(checkpoint, TaskResults({}, {}, []))
+        assert ("damaged" in str(kept.notes)) == ("\n" in name) and "\n# b" not in markdown(kept, {})
+
+
+def test_plots_of_too_many_rows_are_not_drawn(checkpoint: Checkpoint) -> None:
+    content = make_content(checkpoint)
+    names = [str(number) for number in range(1_000)]
+    content["results"] = {
+        "rows": [{"name": name, "kind": "expert", "domains": {}} for name in names], "domains": names, "unseen": [],
+        "against_base": {name: {} for name in names},
+    }  # fmt: skip
+    with in_time():
+        assert make_plots(content) == {}
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    (checkpoint.folder / "inside.txt").symlink_to("config.json")
+    assert "inside.txt" in pack(checkpoint, ask_hub=False).files
+    for target in (secret, tmp_path):
+        link = checkpoint.folder / "notes.txt"
+        link.symlink_to(target)
+        with pytest.raises(OutputError, match="a link leads out of the folder"):
+            pack(checkpoint, ask_hub=False)
+        assert str(link) in refuse("push", checkpoint.folder, "me/mine", "--dry-run")
+        link.unlink()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_pushed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in checkpoint.folder.iterdir():
+        if file.is_file():
+            shutil.copy(file, blobs / file.name)
+            (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert "config.json" in pack(open_checkpoint(snapshot), ask_hub=False).files
+
+
+# Statistics
+
+
+def test_statistics_that_would_fill_the_memory(tmp_path: Path) -> None:
+    import torch
+
+    from modekit.routing.kept import save_kept
+
+    width = 200_000
+    tensors = {"0.sum": torch.zeros(width), "0.outer_upper": torch.zeros(1), "0.negative": torch.zeros(width),
+               "0.sample": torch.zeros(1, width)}  # fmt: skip
+    about = {"tokens": 1, "slots": 1, "source": {"text": {}, "how": {"routers": [["x", width]], "averages": [{}]}}}
+    save_kept(tmp_path / "law.safetensors", tensors, about)
+    with in_time(), pytest.raises(CheckpointError, match="damaged"):
+        load_statistics(tmp_path / "law.safetensors")
+
+
+def test_statistics_of_another_kind_are_damaged_or_none(checkpoint: Checkpoint) -> None:
+    for name in DOMAINS:
+        file = checkpoint.folder / "router" / f"{name}.safetensors"
+        assert load_statistics(file) is not None and load_ngram_statistics(file) is None
+        no_file(file, "pipe")
+        with in_time(), pytest.raises(CheckpointError, match="not a regular file"):
+            load_statistics(file)

@@ -1,0 +1,88 @@
+"""What a killed training left, when somebody else made it: read as what it must be, and nothing outside of its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from damage import in_time, no_file
+from modekit.errors import TrainingError
+from modekit.evaluation.results import results_from_data
+from modekit.training.ended import Ended, Trained
+from modekit.training.folder import TrainingFolder
+from modekit.training.settings import read_settings
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> TrainingFolder:
+    made = TrainingFolder(tmp_path / "OUT")
+    (made.path / "checkpoint-2").mkdir(parents=True)
+    (made.path / "checkpoint-2" / "model.safetensors").write_bytes(b"x")
+    return made
+
+
+def ended(folder: TrainingFolder, **changes: Any) -> Ended:
+    best = folder.path / "checkpoint-2" / "model.safetensors"
+    trained = Trained(3, 2, {"law": 3.0}, {"law": float("nan")}, None, TrainingError("no", where="x", found=3.0), best)
+    return Ended(trained, ["a"], 5, 6)
+
+
+def recalled(folder: TrainingFolder) -> Ended | None:
+    return folder.recall("trained", lambda data: Ended.from_data(data, folder.path))
+
+
+def test_how_it_ended_comes_back(folder: TrainingFolder) -> None:
+    assert recalled(folder) is None
+    folder.keep("trained", ended(folder).as_data(folder.path))
+    assert json.loads((folder.path / "trained.json").read_text())["best"] == "checkpoint-2/model.safetensors"
+    again = recalled(folder)
+    assert again is not None and again.trained.best == folder.path / "checkpoint-2" / "model.safetensors"
+    assert again.as_data(folder.path) == ended(folder).as_data(folder.path)
+
+
+@pytest.mark.parametrize(
+    "best",
+    ["/etc/passwd", "../OUT/x.safetensors", "checkpoint-2/../../x.safetensors", "checkpoint-2",
+     "checkpoint-3/model.safetensors", "moved/model.safetensors", "", 7],
+)  # fmt: skip
+def test_the_best_state_lies_in_the_folder(folder: TrainingFolder, tmp_path: Path, best: object) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    folder.keep("trained", {**ended(folder).as_data(folder.path), "best": best})
+    with pytest.raises(TrainingError, match="what an unfinished training left is damaged"):
+        recalled(folder)
+
+
+def test_the_best_state_is_reached_by_no_link(folder: TrainingFolder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"x")
+    (folder.path / "checkpoint-3").symlink_to(tmp_path / "elsewhere")
+    folder.keep("trained", {**ended(folder).as_data(folder.path), "best": "checkpoint-3/model.safetensors"})
+    with pytest.raises(TrainingError, match="there is no file"):
+        recalled(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "null", "[]", "7", '{"request": 7, "state": "x"}', '{"request": "x"}', "[" * 5_000]
+)
+def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
+    for name in ("settings", "trained", "before"):
+        (folder.path / f"{name}.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"remove the folder OUT\.training to begin anew"):
+        folder._claim("x", "y")
+    with pytest.raises(TrainingError):
+        recalled(folder)
+    with pytest.raises(TrainingError):
+        folder.recall("before", results_from_data)
+
+
+def test_a_pipe_is_not_waited_for(folder: TrainingFolder, tmp_path: Path) -> None:
+    for path in (folder.path / "settings.json", tmp_path / "train.yaml"):
+        path.touch()
+        no_file(path, "pipe")
+    with in_time(), pytest.raises(TrainingError, match="not a regular file"):
+        folder._claim("x", "y")
+    with in_time(), pytest.raises(TrainingError, match="not a regular file"):
+        read_settings(tmp_path / "train.yaml")
