@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.files.staging import safetensors_header
+from modekit.files.tensors import safetensors_header
 
 HERE = Path(__file__).parents[1]
 

@@ -1,0 +1,78 @@
+"""A disk that is full: the command says so, and where; nothing has changed, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from command_line import ended
+from conftest import Workshop, make_workshop
+from refusal import borrow, tree
+
+FEW = ("--tokens", "200")
+SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
+COMMANDS: dict[str, tuple[Sequence[str], int]] = {
+    "fit": (("fit", "OUT", "--fit", "centroid"), 3_000),
+    "eval": (("eval", "OUT", *FEW), 1_000),
+    "inspect": (("inspect", "OUT", *FEW), 1_000),
+    "report": (("report", "OUT"), 4_000),
+    "report elsewhere": (("report", "OUT", "--out", "page.html"), 4_000),
+    "card": (("card", "OUT"), 500),
+    "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
+    "tune": (("tune", "recipe.yaml", "NEW", "--trials", "2", *FEW), 20_000),
+    "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "1"), 20_000),
+    "extract": (("extract", "MODEL", "NEW", "--base", "BASE", "--rank", "2"), 1_000),
+}
+"""What a user types, and how many bytes a file may have."""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    small = make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
+    made = borrow(small, tmp_path_factory.mktemp("full"))
+    made.recipe["experts"] = made.recipe["experts"][:2]
+    made.build()
+    return made
+
+
+def run_on_a_full_disk(root: Path, words: Sequence[str], limit: int) -> tuple[int, str]:
+    """The command in a process whose files may not grow beyond a limit; exit code and what it said of an error."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.chdir(root)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            code, _, stderr = ended(*words)
+            os.write(writing, stderr.encode()[-4000:])
+            os._exit(int(str(code)))
+        except BaseException:
+            os._exit(99)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        said = stream.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk(shop: Workshop, tmp_path: Path, name: str) -> None:
+    words, limit = COMMANDS[name]
+    paths = {
+        "BASE": shop.recipe["base_model"], "MODEL": shop.recipe["experts"][0]["model"], "TEXT": shop.recipe["experts"][0]["text"],
+    }  # fmt: skip
+    root = shutil.copytree(shop.root, tmp_path / "root")
+    before = tree(root)
+    code, said = run_on_a_full_disk(root, [paths.get(word, word) for word in words], limit)
+    assert code == 2, said
+    assert "File too large" in said
+    assert re.search(r"\n  where:    \S", said), said
+    after = tree(root)
+    kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.tuning"}}  # to go on from
+    assert {path: content for path, content in after.items() if path not in kept} == before
+    assert not [path for path in kept if ".tmp" in path and "tuning" not in path]
