@@ -63,14 +63,13 @@ def run_on_a_full_disk(root: Path, words: Sequence[str], limit: int) -> tuple[in
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk(shop: Workshop, tmp_path: Path, name: str) -> None:
     words, limit = COMMANDS[name]
-    paths = {
-        "BASE": shop.recipe["base_model"], "MODEL": shop.recipe["experts"][0]["model"], "TEXT": shop.recipe["experts"][0]["text"],
-    }  # fmt: skip
+    expert = shop.recipe["experts"][0]
+    paths = {"BASE": shop.recipe["base_model"], "MODEL": expert["model"], "TEXT": expert["text"]}
     root = shutil.copytree(shop.root, tmp_path / "root")
     before = tree(root)
     code, said = run_on_a_full_disk(root, [paths.get(word, word) for word in words], limit)
     assert code == 2, said
-    assert "File too large" in said
+    assert "File too large" in said or "is the disk full?" in said
     assert re.search(r"\n  where:    \S", said), said
     after = tree(root)
     kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.tuning"}}  # to go on from

@@ -22,7 +22,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import remove, write_file, write_json
+from modekit.files.write import disk_errors, remove, write_file, write_json
 from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.run import QUIET, Run
@@ -100,7 +100,8 @@ def specialize(
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "held_out_loss": {"before": before, "after": after},
         }
-        save(stage.folder)
+        with disk_errors(stage.folder):
+            save(stage.folder)
         if train != "lora":
             tokenizer.save_pretrained(stage.folder)
         write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in fit).encode())

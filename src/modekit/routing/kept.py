@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from modekit.errors import CheckpointError
 from modekit.files.read import open_regular, parse_json
 from modekit.files.typed import shortened
-from modekit.files.write import appearing, make_folder
+from modekit.files.write import appearing, disk_errors, make_folder, remove_if_empty
 
 _Statistics = TypeVar("_Statistics")
 Get = Callable[[str], torch.Tensor]
@@ -27,10 +27,11 @@ def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[st
     # One metadata key: safetensors writes several in an order that differs from run to run.
     metadata = {"about": json.dumps(about, sort_keys=True)}
     try:
-        with appearing(path) as temporary:
+        with appearing(path) as temporary, disk_errors(path):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-    except SafetensorError as error:  # what safetensors makes of an OSError
-        raise OSError(str(error)) from None
+    except OSError:
+        remove_if_empty(path.parent)
+        raise
 
 
 def checked(tensor: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.results_folder import write_results
 from modekit.files.read import LARGE, read_bytes
-from modekit.files.write import files_below, json_bytes, remove
+from modekit.files.write import disk_errors, files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.run import Run
@@ -114,7 +114,7 @@ def _moved(request: Request, ended: Ended, kept: TrainingFolder | None, run: Run
     mixture.load_state_dict(best, strict=False)
     folder = kept.path / "moved"
     remove(folder)
-    with without_bars():
+    with without_bars(), disk_errors(folder):
         mixture.save_pretrained(folder, state_dict=trainable.moved())
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):

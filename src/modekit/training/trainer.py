@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.files.write import appearing, make_folder, sync_tree, write_file
+from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, write_file
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.objective import Objective
@@ -145,7 +145,8 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
             save_file(moved, temporary)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with disk_errors(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
