@@ -110,7 +110,7 @@ def test_more_experts_than_a_mixture_can_have(path: Path) -> None:
 @pytest.mark.parametrize("layers", ["0-99999999999", "0-" + "9" * 4_000, 10**12, "99999999999"])
 def test_layers_without_end(tmp_path: Path, shared_workshop: Workshop, layers: object) -> None:
     bench = borrow(shared_workshop, tmp_path)
-    bench.recipe["mixture"]["layers"] = [layers]
+    bench.recipe["mixture"] = {**bench.recipe["mixture"], "layers": [layers]}
     with limited(), pytest.raises(RecipeError, match="there is no such layer"):
         make_plan(parse_recipe(bench.recipe), tmp_path)
     message = refuse("plan", bench.write())
