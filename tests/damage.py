@@ -45,7 +45,7 @@ def damaged_data(draw: st.DrawFn, data: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         every = list(places(data))
         if not every:
-            return draw(st.sampled_from(HOSTILE))
+            return copy.deepcopy(draw(st.sampled_from(HOSTILE)))
         *before, last = every[draw(NUMBERS) % len(every)]
         holder = data
         for key in before:
@@ -75,7 +75,7 @@ def change_one(draw: st.DrawFn, holder: Any, key: Any, others: list[Any]) -> Non
     elif kind == "near" and isinstance(holder[key], str):
         holder[key] += draw(st.sampled_from(HOSTILE_TEXT))
     else:
-        holder[key] = draw(st.sampled_from(HOSTILE))
+        holder[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # which are changed next, perhaps
 
 
 @st.composite

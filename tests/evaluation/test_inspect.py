@@ -23,7 +23,7 @@ import modekit.cli.printing.inspection as printing_module
 import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
 from conftest import DOMAINS, Workshop, logits_of
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.cli.shell import main
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
@@ -624,7 +624,7 @@ def test_a_text_in_no_domains_language_is_said_to_be_so(shared_workshop: Worksho
     text = "Сегодня идёт дождь, 今日は雨です. Il était une fois"
     checkpoint = built(shared_workshop, tmp_path, "native")
     plant(checkpoint, [])
-    trace = inspect_text(open_checkpoint(checkpoint.folder), text)
+    trace = inspect_text(open_with_any_router(checkpoint.folder), text)
     assert "The routers are unsure" in drawn(trace)
     assert {round(weight, 4) for router in trace["weights"] for row in router for weight in row} == {0.0, 0.5}
     trace["entropy"] = 0.1  # as gates that are sure would have it

@@ -57,7 +57,7 @@ class Ended:
 
     @classmethod
     def from_data(cls, data: Any, folder: Path) -> Ended:
-        """From what `as_data` gave. Raises ValueError for anything else, and where `best` is no file in `folder`."""
+        """From what `as_data` gave. Raises ValueError for anything else, and where `best` leads out of `folder`."""
         kept = as_kind(data, _Kept)
         failed = None
         if kept.failed:
@@ -65,7 +65,7 @@ class Ended:
             failed = TrainingError(what, where=where, found=found)
         best = None if kept.best is None else folder / kept.best
         if best is not None and not _lies_in(folder, best):
-            raise ValueError(f"best: there is no file {kept.best}")
+            raise ValueError(f"best: {kept.best} leads out of the folder")
         before, after = ({name: math.nan if loss is None else loss for name, loss in each.items()} for each in kept.losses)
         trained = Trained(kept.steps, kept.best_step, before, after, kept.stopped, failed, best)
         return cls(trained, kept.notes, kept.parameters, kept.tokens)
@@ -101,6 +101,5 @@ def _without_nan(losses: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _lies_in(folder: Path, file: Path) -> bool:
-    """Whether a file is there, and not by a link to somewhere else."""
-    real = Path(os.path.realpath(file))
-    return real.is_relative_to(os.path.realpath(folder)) and real.is_file()
+    """Whether a file is in a folder, and not by a link to somewhere else; it may be gone when all is written."""
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
