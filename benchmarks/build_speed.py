@@ -146,7 +146,7 @@ def main() -> None:
             "build": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT")],
         }
         checkouts = {"other": arguments.other} if arguments.other else {}
-        commands |= {name: commands["build"] for name in checkouts}
+        commands |= dict.fromkeys(checkouts, commands["build"])
         results: dict[str, list[Figures]] = {name: [] for name in commands}
         for round_ in range(arguments.rounds + 1):
             for name in sorted(commands, reverse=bool(round_ % 2)):
