@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modekit.errors import TrainingError
-from modekit.files.read import UNREADABLE, read_text
+from modekit.files.read import UNREADABLE
 from modekit.files.typed import shortened
+from modekit.recipes.strict_yaml import read_yaml
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
 """What may move; training/moving.py finds the parameters."""
@@ -164,11 +164,10 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises TrainingError when there is none."""
     try:
-        values = yaml.safe_load(read_text(path))
-    except (*UNREADABLE, yaml.YAMLError, RecursionError) as error:
-        found = "nested too deeply" if isinstance(error, RecursionError) else shortened(error)
+        values = read_yaml(path)
+    except UNREADABLE as error:
         raise TrainingError(
-            "the settings file cannot be read", where=str(path), found=found, remedy="correct the file"
+            "the settings file cannot be read", where=str(path), found=shortened(error), remedy="correct the file"
         ) from None
     if not isinstance(values, dict):
         raise TrainingError(

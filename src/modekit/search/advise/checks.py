@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import ModekitError
+from modekit.files.read import UNREADABLE, read_json, read_text
 from modekit.planning.pieces import piece_of
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
@@ -150,12 +151,12 @@ def chat_template(folder: Path) -> str | None:
     """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
     try:
         if (folder / "chat_template.jinja").exists():
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8").strip()
+            return read_text(folder / "chat_template.jinja").strip()
         for file in ("chat_template.json", "tokenizer_config.json"):
             if (folder / file).exists():
-                template: Any = json.loads((folder / file).read_text(encoding="utf-8")).get("chat_template")
+                template: Any = read_json(folder / file).get("chat_template")
                 if template is not None:
                     return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    except (OSError, ValueError, AttributeError):
+    except (*UNREADABLE, AttributeError):
         return None
     return None
