@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from modekit.checkpoint.record import RECORD_FILE
+from modekit.files.marker import MARKER, read_marker
 from modekit.planning.plan import ROUTER_FILE
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -31,7 +32,10 @@ def assert_same_checkpoint(found: Path, wanted: Path, of_largest: float = 1e-3) 
     """The same files bit by bit, but for gates, which are solved from sums of float32 products: those are close."""
     names = [{path.name for path in folder.iterdir() if path.is_file()} for folder in (found, wanted)]
     assert names[0] == names[1]
-    for name in names[0] - {ROUTER_FILE, RECORD_FILE}:
+    markers = [read_marker(folder) for folder in (found, wanted)]
+    assert markers[0] is not None and markers[1] is not None
+    assert markers[0].files.keys() == markers[1].files.keys()  # their digests are those of the gates, too
+    for name in names[0] - {ROUTER_FILE, RECORD_FILE, MARKER}:
         assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
     gates, wanted_gates = (load_file(folder / ROUTER_FILE) for folder in (found, wanted))
     assert gates.keys() == wanted_gates.keys()

@@ -155,7 +155,7 @@ def test_a_second_fit_reads_kept_counts_and_needs_no_text(workshop: Workshop) ->
         path.unlink()
     same = refit(checkpoint, {"router": {"temperature": 1.0}})
     np.testing.assert_allclose(same.gates()[0], before, rtol=0, atol=1e-5 * abs(before).max())
-    softer = refit(checkpoint, {"router": {"temperature": 2.0}})
+    softer = refit(same, {"router": {"temperature": 2.0}})
     np.testing.assert_allclose(softer.gates()[0], before / 2, rtol=0, atol=1e-5 * abs(before).max())
     assert is_proven(verify(open_checkpoint(softer.folder)))
 

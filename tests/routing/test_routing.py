@@ -227,7 +227,7 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
     refit(checkpoint, changes)
     after = digests(checkpoint.folder)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {ROUTER_FILE, "config.json", "modekit.json"}
+    assert changed <= {ROUTER_FILE, "config.json", "modekit.json", ".modekit"}
     reopened = open_checkpoint(checkpoint.folder)
     expected_k = {"top_k": 1, "method": 3}.get(next(iter(changes)), 2)
     assert reopened.config["num_experts_per_tok"] == reopened.record.recipe.top_k == expected_k

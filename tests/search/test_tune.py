@@ -296,7 +296,7 @@ def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str)
 
 def test_a_kill_before_the_search_has_said_whose_it_is_stops_nobody(shop: Workshop) -> None:
     (shop.root / "EARLY.tuning").mkdir()
-    (shop.root / "EARLY.tuning" / "settings.json.partial").write_text("{")
+    (shop.root / "EARLY.tuning" / ".modekit.0123456789abcdef.tmp").write_text("{")
     space = SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
     tune(recipe_of(shop, mixture={"method": "linear"}), shop.root, shop.root / "EARLY", space=space, settings=SETTINGS)
 

@@ -853,7 +853,7 @@ def test_a_kill_after_the_last_step_is_gone_on_from_too(
 def test_what_a_kill_leaves_of_the_first_settings_is_no_others_folder(workshop: Workshop) -> None:
     checkpoint = built(workshop)
     (workshop.root / "OUT.training").mkdir()
-    (workshop.root / "OUT.training" / "settings.json.partial").write_text("{")
+    (workshop.root / "OUT.training" / ".modekit.0123456789abcdef.tmp").write_text("{")
     assert run(checkpoint, what=["head"]).improved
     assert not (workshop.root / "OUT.training").exists()
 

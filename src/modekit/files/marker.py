@@ -77,9 +77,10 @@ def read_marker(folder: Path) -> Marker | None:
 
 def marker_of(folder: Path, kind: Kind, *, areas: tuple[str, ...] = ()) -> Marker:
     """The marker of an output all of whose files modekit wrote. Raises OSError."""
-    paths = {name: folder / name for name in files_below(folder) if not _is_internal(name)}
+    marker = Marker(kind=kind, areas=areas)
+    paths = {name: folder / name for name in files_below(folder) if not (_is_internal(name) or marker.owns(name))}
     files = {name: _digest_of(path) for name, path in paths.items() if not path.is_symlink()}
-    return Marker(kind=kind, files=files, areas=areas)
+    return marker.model_copy(update={"files": files})
 
 
 def foreign_files(folder: Path) -> list[str] | None:
