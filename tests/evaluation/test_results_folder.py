@@ -13,7 +13,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import read_results, write_results
+from modekit.evaluation.results_folder import read_results, write_table
 from modekit.evaluation.tasks.results import perplexities
 from modekit.files.read import UNREADABLE
 from modekit.report.card import write_card
@@ -34,7 +34,7 @@ def checkpoint(shared_workshop: Workshop) -> Checkpoint:
 def test_what_is_written_is_read(tmp_path: Path, checkpoint: Checkpoint) -> None:
     checkpoint = Checkpoint(tmp_path, checkpoint.record)
     results = Results([Row("mixture", "mixture", 10, 5, SCORES, "x")], ["law"], [], {"law": {"documents": 1}}, ["a note"])
-    write_results(checkpoint, results)
+    write_table(checkpoint, results)
     assert read_results(checkpoint) == results
 
 

@@ -118,6 +118,7 @@ def test_adapters_that_are_kept_as_whole_modules_go_out_as_they_came(whole_bench
         *FILES,
         "export.json",
         "trained-on.txt",
+        ".modekit",
         "README.md",
     }
 

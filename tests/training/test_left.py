@@ -11,6 +11,7 @@ import pytest
 from damage import in_time, no_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results import results_from_data
+from modekit.files.marker import claim_work_folder
 from modekit.training.ended import Ended, Trained
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import read_settings
@@ -19,7 +20,8 @@ from modekit.training.settings import read_settings
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     made = TrainingFolder(tmp_path / "OUT")
-    (made.path / "checkpoint-2").mkdir(parents=True)
+    assert claim_work_folder(made.path, "training", "OUT")
+    (made.path / "checkpoint-2").mkdir()
     (made.path / "checkpoint-2" / "model.safetensors").write_bytes(b"x")
     return made
 

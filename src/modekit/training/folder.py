@@ -103,8 +103,6 @@ class TrainingFolder:
         """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
         request, state = _request(settings, texts), _state(checkpoint)
         problem = self._claim(request, state) if processes().is_main else None
-        if problem:
-            self.release()
         problem = processes().agree(problem)
         if problem:
             raise TrainingError(

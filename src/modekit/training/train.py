@@ -56,8 +56,8 @@ def train(
         with memory_errors():
             ended = train_gates(request, run)
         return finish(request, ended, None, run)
-    folder.claim(checkpoint, settings, read)
     try:
+        folder.claim(checkpoint, settings, read)
         return finish(request, _go_on(request, folder, run), folder, run)
     finally:
         folder.release()
