@@ -1,4 +1,4 @@
-"""Reads every source file once, beside the copying: its blake3 hash, and NaN or Inf in the tensors that are used.
+"""Reads every source file once, beside the copying and after it: its blake3 hash, and NaN or Inf in the tensors that are used.
 
 Reading, hash and check all run outside the interpreter lock, several times faster than the copy they accompany.
 """
@@ -6,6 +6,7 @@ Reading, hash and check all run outside the interpreter lock, several times fast
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +21,15 @@ from modekit.sources.model import TensorRef
 
 
 class Inspector:
-    """A second thread that starts at once; `finish` gives what it found, `stop` ends it early."""
+    """A second thread that starts at once; `finish` helps it and gives what was found, `stop` ends it early."""
 
     def __init__(self, plan: Plan, stage: Staging) -> None:
         self._plan, self._stage = plan, stage
         self._halt = threading.Event()
+        self._files = deque(self._used_refs().items())
+        self._hashes: dict[str, str] = {}
         self._thread = ThreadPoolExecutor(1, "inspector")
-        self._found = self._thread.submit(self._run)
+        self._inspection = self._thread.submit(self._run)
 
     def stop(self) -> None:
         """End the inspection early."""
@@ -34,20 +37,25 @@ class Inspector:
         self._thread.shutdown()
 
     def finish(self) -> dict[str, str]:
-        """Wait for the hashes by file.
+        """Take a share of the files that are left, wait for the others, and give the hashes by file.
 
         Raises SourceError when something is wrong with a source, and whatever else ended the inspection.
         """
         try:
-            return self._found.result()
+            self._run()
+            self._inspection.result()
+            return {str(file): self._hashes[str(file)] for file in self._plan.source_states}
         finally:
             self.stop()
 
-    def _run(self) -> dict[str, str]:
-        """Inspect files until done, halted or something is wrong."""
-        hashes: dict[str, str] = {}
+    def _run(self) -> None:
+        """Inspect files, as many threads as like at once, until none is left, or halted, or something is wrong."""
         states = self._plan.source_states
-        for file, refs in self._used_refs().items():
+        while not self._halt.is_set():
+            try:
+                file, refs = self._files.popleft()
+            except IndexError:
+                return
             known = self._stage.recall(f"blake3 {file}")
             if known is None:
                 opened = WeightFile(file, states[file])
@@ -57,10 +65,9 @@ class Inspector:
                 finally:
                     opened.close()
                 if known is None:
-                    break
+                    return
                 self._stage.record(f"blake3 {file}", known)
-            hashes[str(file)] = known
-        return hashes
+            self._hashes[str(file)] = known
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:
         files: dict[Path, list[TensorRef]] = {file: [] for file in self._plan.source_states}
