@@ -20,6 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record
 from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.files.marker import INTERNAL
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.recipes.paths import name_of, with_names
 from modekit.recipes.recipe import Recipe
@@ -69,6 +70,8 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
     left: dict[str, int] = {}
     for path in sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()):
         name = path.relative_to(checkpoint.folder).as_posix()
+        if name.partition("/")[0] in INTERNAL:
+            continue
         folder = next((each for each in _AT_HOME if name.startswith(each)), None)
         if folder is not None or any(part.startswith(".") for part in Path(name).parts):
             left[folder or name] = left.get(folder or name, 0) + path.stat().st_size
