@@ -14,6 +14,8 @@ KILLED = 9
 Sizes = dict[int, int]
 """Inode -> bytes of the file that are surely on the disk."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_OF_OTHERS = ("study.log", "tfevents")
+"""Logs that other libraries append to, line by line: each line would be a moment of its own, and all alike."""
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
 
 
@@ -56,7 +58,8 @@ def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None)
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen, dying
         changes = event in _CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES)
-        if changes and any(str(below) in os.fsdecode(arg) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))):
+        paths = [os.fsdecode(arg) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))] if changes else []
+        if any(str(below) in path and not any(name in path for name in _OF_OTHERS) for path in paths):
             seen += 1
             if seen == count and not dying:
                 dying = True
