@@ -108,6 +108,16 @@ def test_one_flipped_bit_in_a_computed_tensor_is_found(workshop: Workshop, chang
     assert checks_of(out)["computed tensors"].verdict == "failed"
 
 
+def test_a_recipe_of_other_low_rank_parts_is_found(workshop: Workshop) -> None:
+    law = {"name": "law", "model": "./law", "as": "lora", "rank": 4}
+    mixture = {"modules": ["down"], "router": {"fit": "random"}}
+    out = workshop.build(experts=[law, {"name": "general", "model": "base"}], mixture=mixture)
+    record = json.loads((out / "modekit.json").read_text())
+    record["recipe"]["mixture"]["modules"] = ["gate"]
+    (out / "modekit.json").write_text(json.dumps(record))
+    assert checks_of(out)["computed tensors"].verdict == "failed"
+
+
 def test_low_rank_parts_may_be_turned_as_another_processor_turns_them(workshop: Workshop) -> None:
     law = {"name": "law", "model": "./law", "as": "lora", "rank": 4}
     out = workshop.build(experts=[law, {"name": "general", "model": "base"}], mixture={"router": {"fit": "random"}})

@@ -69,6 +69,9 @@ def _same_bits(checkpoint: Checkpoint, plan: Plan, tensor: PlannedTensor, read: 
 def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceReader) -> bool:
     """Whether B A of every expert is what its source gives."""
     a, b = (next(t for t in plan.tensors if t.name == f"{module}.lora_{side}") for side in "AB")
+    here = [checkpoint.tensors.get(tensor.name) for tensor in (a, b)]
+    if [(ref.dtype, ref.shape) for ref in here if ref is not None] != [(tensor.dtype, tensor.shape) for tensor in (a, b)]:
+        return False
     a_RI, b_OR = (_found(checkpoint, tensor, read) for tensor in (a, b))
     start = 0
     for piece_a, piece_b in zip(a.pieces, b.pieces, strict=True):
