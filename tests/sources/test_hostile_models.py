@@ -335,7 +335,7 @@ def test_the_tokenizer_that_is_loaded_is_the_one_that_was_checked(bench: Worksho
             load_tokenizer(folder)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     os.mkfifo(folder / "special_tokens_map.json")
-    with limited(), pytest.raises(SourceError, match="no file that could be read|no regular file"):
+    with limited(), pytest.raises(SourceError, match="no file that could be read"):
         load_tokenizer(folder)
 
 
