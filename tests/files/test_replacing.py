@@ -215,10 +215,10 @@ def test_a_report_replaces_nothing_but_a_report(bench: Workshop, name: str) -> N
     mine.parent.mkdir(parents=True)
     mine.write_text("{}")
     if "plots" in name:  # whatever the plots are called
+        modekit("eval", out, "--tokens", "100")
         modekit("report", out, "--out", bench.root / "try" / "page.html")
         plots = [path.name for path in (bench.root / "try" / "page-plots").glob("*")]
-        if not plots:
-            pytest.skip("this mixture has no plots")
+        assert plots
         mine.rename(mine.with_name(plots[0]))
         mine = mine.with_name(plots[0])
     before = tree(bench.root)

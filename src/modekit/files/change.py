@@ -25,7 +25,7 @@ from modekit.files.write import (
     make_folder,
     remove,
     sync_folder,
-)  # fmt: skip
+)
 
 _PATIENCE = 60.0
 """Seconds: a change takes a fraction of one."""
@@ -110,7 +110,7 @@ def _refuse_in_the_way(folder: Path, name: str) -> None:
 
 def _write(staged: Path, name: str, content: bytes) -> None:
     path = staged / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with create(path) as stream:
         write_all(stream, memoryview(content))
 
