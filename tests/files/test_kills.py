@@ -48,12 +48,12 @@ class Command:
 
 
 COMMANDS = {
-    "build": Command(("build", "native.yaml", "NEW"), 60, 17),
-    "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 60, 17),
+    "build": Command(("build", "native.yaml", "NEW"), 40, 17),
+    "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
     "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
     "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
-    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 60, 37, 3),
-    "train": Command(("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60, 41, 3),
+    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3),
+    "train": Command(("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3),
     "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 31),
     "eval": Command(("eval", "OUT", *FEW), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
