@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -46,12 +47,13 @@ def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None)
     seen = 0
     dying = False
     synced = {file.stat().st_ino: file.stat().st_size for file in below.rglob("*") if file.is_file()}
-    fsync = os.fsync
+    fsync, on_the_disk = os.fsync, threading.Lock()
 
     def recorded(descriptor: int) -> None:
-        fsync(descriptor)
-        status = os.fstat(descriptor)
-        synced[status.st_ino] = status.st_size
+        with on_the_disk:  # a thread that waits for the disk when the power goes waits for ever
+            fsync(descriptor)
+            status = os.fstat(descriptor)
+            synced[status.st_ino] = status.st_size
 
     os.fsync = recorded
 
@@ -64,6 +66,7 @@ def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None)
             if seen == count and not dying:
                 dying = True
                 if lose is not None:
+                    on_the_disk.acquire()
                     lose(below, synced)
                 os._exit(KILLED)
 
