@@ -287,7 +287,7 @@ def test_experts_of_the_ffn_alone(trained: Workshop, tmp_path: Path) -> None:
     native = run(of_trained(trained, tmp_path), native=True)
     assert native.recipe is not None and native.plan is not None
     assert native.recipe["output"] == {"format": "native"} and native.plan["architecture"] == "MixtralForCausalLM"
-    assert native.recipe["mixture"]["router"]["fit"] == "logistic" and native.recipe["mixture"]["backbone"] == "base"
+    assert native.recipe["mixture"]["router"]["fit"] == "lexical" and native.recipe["mixture"]["backbone"] == "base"
 
 
 def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_written_recipe_builds(trained: Workshop, tmp_path: Path, suffix: st
     assert all(choice.source.split()[0] in text for choice in advice.choices)
     build(make_plan(recipe, tmp_path), tmp_path / "OUT")
     checkpoint = open_checkpoint(tmp_path / "OUT")
-    assert checkpoint.shape.plain == native and checkpoint.record.router.status == "fitted"
+    assert checkpoint.shape.plain == (native or not suffix) and checkpoint.record.router.status == "fitted"
 
 
 def test_nothing_in_a_finding_leaves_its_comment() -> None:
@@ -640,11 +640,15 @@ APART = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + atten
 WITH_ATTENTION = {**APART, "ffn + attention": 0.97}
 CONTEXT = {"fit": "logistic", "granularity": "context", "tokens_per_domain": 65_536}
 TOKEN = {"fit": "logistic", "tokens_per_domain": 65_536}
+LEXICAL = {"fit": "lexical"}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"modules": "auto", "router": {"fit": "ngram"}}),
+    ({}, {"modules": "auto", "router": LEXICAL}),
+    ({"carried": False}, {"modules": "auto", "router": {"fit": "ngram"}}),
     ({"told_apart": 0.5}, {"modules": "auto", "router": CONTEXT}),
     ({"told_apart": None}, {"modules": "auto", "router": CONTEXT}),
-    ({"native": True}, {"backbone": "base", "router": TOKEN}),
+    ({"native": True}, {"backbone": "base", "router": LEXICAL}),
+    ({"native": True, "carried": False}, {"backbone": "base", "router": TOKEN}),
+    ({"native": True, "told_apart": 0.5}, {"backbone": "base", "router": TOKEN}),
     ({"shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     (
         {"shares": APART, "told_apart": 0.5},
@@ -652,9 +656,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"shares": WITH_ATTENTION}, {"modules": ["q", "k", "v", "o", "mlp"], "router": {"fit": "ngram"}}),
     ({"shares": WITH_ATTENTION, "named_parts": False}, {"modules": "all", "router": {"fit": "ngram"}}),
-    ({"shares": APART, "native": True}, {"backbone": "average", "router": TOKEN}),
-    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": TOKEN}),
-    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": TOKEN}),
+    ({"shares": APART, "native": True}, {"backbone": "average", "router": LEXICAL}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": LEXICAL}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": LEXICAL}),
     ({"shares": None}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"low_rank": True, "shares": WITH_ATTENTION}, {"modules": "auto", "router": {"fit": "ngram"}}),
     ({"low_rank": True, "shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),

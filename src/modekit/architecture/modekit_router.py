@@ -105,7 +105,8 @@ class Router(nn.Module):
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
         score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
             (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
-            `order` and `buckets` stand under "ngram"; x is not read).
+            `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
+            or, with `orders`, part by part over n-grams of that order).
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says}.
         jitter, noise: in training only.
     """
@@ -160,16 +161,15 @@ class Router(nn.Module):
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
-        if self.routing.get("score") == "ngram":
-            return self._averaged(self._ngram_scores(x_BSD), self.routing["averages"][0], 0)
+        rows = self._rows_of_tokens(x_BSD.device)
         x_BSD = x_BSD.float()
         jitter = self.routing.get("jitter", 0.0)
-        if self.training and jitter:
+        if not rows and self.training and jitter:
             x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - jitter, 1 + jitter)
         gates = self.gate.float().chunk(len(self.routing["averages"]), dim=1)
         total: torch.Tensor | None = None
         for number, (gate_GD, average) in enumerate(zip(gates, self.routing["averages"], strict=True)):
-            scores = self._scores(x_BSD, gate_GD)
+            scores = nn.functional.embedding(rows[number], gate_GD.t()) if rows else self._scores(x_BSD, gate_GD)
             if average["decay"] is not None:
                 scores = self._averaged(scores, average, number)
             total = scores if total is None else total + scores
@@ -191,16 +191,29 @@ class Router(nn.Module):
             [part.square().sum(-1).clamp_min(_TINY).sqrt() for part in torch.split(products, self.rows, dim=-1)], dim=-1
         )
 
-    def _ngram_scores(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """The table's row of the n-gram that ends in each token, (B, S, E)."""
-        flow, key = self._flow[0], f"{self.place}.ids"
+    def _rows_of_tokens(self, device: torch.device) -> list[torch.Tensor]:
+        """Per part of the gate its columns that the text's tokens choose, (B, S): of the n-gram that ends in each, or of the
+        token itself; none for a router that reads x.
+        """
+        score, parts = self.routing.get("score"), len(self.routing["averages"])
+        if score not in ("ngram", "lexical"):
+            return []
+        flow = self._flow[0]
         if flow.ids_BS is None:
             raise ValueError("this mixture's router reads token ids: give input_ids, not inputs_embeds")
-        ids_BS = flow.ids_BS.to(x_BSD.device)
+        ids_BS = flow.ids_BS.to(device)
+        ngram = self.routing.get("ngram")
+        if ngram is None:
+            return [ids_BS] * parts
+        orders = self.routing.get("orders") or [ngram["order"]] * parts
+        found = {order: self._ngram_rows(ids_BS, order, ngram["buckets"], len(set(orders))) for order in dict.fromkeys(orders)}
+        return [found[order] for order in orders]
+
+    def _ngram_rows(self, ids_BS: torch.Tensor, order: int, buckets: int, kinds: int) -> torch.Tensor:
+        flow, key = self._flow[0], f"{self.place}.ids" + (f".{order}" if kinds > 1 else "")
         mask_BS = torch.ones_like(ids_BS) if flow.mask_BS is None else flow.mask_BS.to(ids_BS)
-        ngram = self.routing["ngram"]
-        rows_BS, flow.fresh[key] = ngram_rows(ids_BS, mask_BS, flow.states.get(key), ngram["order"], ngram["buckets"])
-        return torch.nn.functional.embedding(rows_BS, self.gate.float().t())
+        rows_BS, flow.fresh[key] = ngram_rows(ids_BS, mask_BS, flow.states.get(key), order, buckets)
+        return rows_BS
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"

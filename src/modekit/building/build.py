@@ -95,7 +95,7 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], r
     fitted = fit_router(
         checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run=Run(plan.trust_remote_code, run.progress),
     )  # fmt: skip
-    return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe)
+    return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
 
 
 def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:

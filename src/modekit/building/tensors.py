@@ -11,6 +11,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from modekit.building.padding import padded_blocks
 from modekit.errors import SourceError
 from modekit.planning.plan import Factor, Piece, Plan, PlannedTensor
 from modekit.sources.contents import OpenFiles
@@ -70,6 +71,9 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
         for part in blocks(tensor.nbytes):
             yield memoryview(bytes(part.stop - part.start))
         return
+    if tensor.inner is not None and tensor.pad is not None:
+        yield from padded_blocks(tensor.pad, tensor.dtype, tensor.inner.shape, _bytes_of(plan, tensor.inner, read))
+        return
     for ref in dict.fromkeys(ref for piece in tensor.pieces for ref in piece.refs):
         # Before computing, which can hide them: ties drops a NaN from its sum.
         for chunk in read.opened.chunks(ref):
@@ -81,6 +85,15 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
     else:
         for piece in tensor.pieces:
             yield from _converted(plan, piece, tensor, read)
+
+
+def _bytes_of(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    """The same, of plain copies, too."""
+    if tensor.operation != "copy":
+        yield from computed_blocks(plan, tensor, read)
+        return
+    for piece in tensor.pieces:
+        yield from read.opened.chunks(piece.ref)
 
 
 def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
@@ -148,7 +161,7 @@ def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[me
     assert settings is not None
     base, *experts = (read.values(piece) for piece in tensor.pieces)
     for block in merge_blocks(settings, base, experts):
-        merged = to_bytes(block.astype(np.float32), tensor.dtype)
+        merged = to_bytes(block.astype(np.float32) * np.float32(tensor.factor), tensor.dtype)
         if not is_finite(merged, tensor.dtype):
             raise SourceError(
                 f"the merged backbone overflows {DTYPES[tensor.dtype]}", where=f"mixture.backbone: {tensor.name}",

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from modekit.building.computed import compute_again
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import evidence_digest, read_evidence
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
@@ -172,7 +173,7 @@ def _check_computed(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: 
     again = compute_again(checkpoint, plan, opened, run)
     if again.wrong is not None:
         return Check("computed tensors", "failed", f"{again.wrong} is not what the recipe makes of its sources")
-    detail = f"{again.count} cast, scaled, folded, merged or zero tensors computed again"
+    detail = f"{again.count} cast, scaled, folded, merged, widened or zero tensors computed again"
     if again.alike:
         detail += f"; low-rank parts of {again.alike} modules give the same change in other bits (another processor)"
     return Check("computed tensors", "proven", detail)
@@ -216,9 +217,15 @@ def _check_router(checkpoint: Checkpoint) -> Check:
     recipe = checkpoint.record.recipe
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
         return Check("router", "failed", "config.json routes in another way than the recipe in modekit.json")
+    evidence = ""
+    if checkpoint.shape.channels is not None:
+        said = checkpoint.record.router.report.get("evidence_sha256")
+        if said != evidence_digest(read_evidence(*checkpoint.carrier)):
+            return Check("router", "failed", "the evidence in the embedding is not that of the fit that modekit.json records")
+        evidence = ", evidence in the embedding as recorded"
     shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
     status = checkpoint.record.router.status
-    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}")
+    return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}{evidence}")
 
 
 def _check_reload(folder: Path, run: Run) -> Check:

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field
 
+from modekit.checkpoint.evidence import embedding_writer
 from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import (
     Gates,
@@ -36,17 +37,19 @@ from modekit.checkpoint.router_file import (
     sha256_of_file,
 )
 from modekit.errors import CheckpointError
-from modekit.files.change import change_together, finish_change
+from modekit.files.change import Content, change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import json_bytes
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.channels import Channels
+from modekit.planning.plan import EMBEDDING_FILE, INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
 from modekit.planning.shapes import open_shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
+from modekit.sources.names import EMBEDDING, weight_of
 
 
 class _Config(BaseModel):
@@ -77,8 +80,7 @@ class Checkpoint:
             as_kind(config, _Config)
         except UNREADABLE as error:
             raise self._damaged("config.json", error) from None
-        dense_type = str(record.dense_config.get("model_type"))
-        return open_shape(config, record.recipe, str(self.folder), record.native_type, dense_type)
+        return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -183,24 +185,39 @@ class Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
         return replace(self, routed=self.shape.rerouted(recipe, self.tensors))
 
-    def with_router(self, gates: Gates, router: RouterRecord, recipe: Recipe) -> Checkpoint:
-        """Write new gates, the routing in config.json and modekit.json, all together; nothing else is touched."""
+    def with_router(
+        self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
+    ) -> Checkpoint:
+        """Write new gates, the routing in config.json and modekit.json, all together; nothing else is touched.
+
+        `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
+        """
         changed = self.with_recipe(recipe)
         dtype = self._gate_dtype
-        files = {ROUTER_FILE: router_bytes(changed.slots, gates, dtype)}
+        gate_file = router_bytes(changed.slots, gates, dtype)
+        files: dict[str, Content] = {ROUTER_FILE: gate_file}
+        if evidence is not None:
+            channels, embedding = self.carrier
+            files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)
         if changed.slots != self.slots:
             old = {slot.name for slot in self.slots}
             kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
             gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
             files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
         files["config.json"] = json_bytes(changed.config)
-        fitted = router.model_copy(update={"sha256": sha256_of(files[ROUTER_FILE])})
+        fitted = router.model_copy(update={"sha256": sha256_of(gate_file)})
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest()}
         record = self.record.model_copy(update=update)
         self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
         return Checkpoint(self.folder, record)
 
-    def change(self, files: Mapping[str, bytes]) -> None:
+    @property
+    def carrier(self) -> tuple[Channels, TensorRef]:
+        """What carries a router's evidence: the channels, and the embedding that they begin in."""
+        assert self.shape.channels is not None
+        return self.shape.channels, self.tensors[weight_of(EMBEDDING)]
+
+    def change(self, files: Mapping[str, Content]) -> None:
         """Replace or add files, by their path in the folder, all together.
 
         Raises CheckpointError when another command has changed the checkpoint since this one opened it, and OSError.

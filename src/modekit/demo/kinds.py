@@ -20,6 +20,8 @@ MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
         "routing": {"mixture": _ROUTING},
         "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
         "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
+        "lexical": {"mixture": {**_ROUTING, "router": {"fit": "lexical"}}},
+        "lexical-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical"}}},
     },
     "full": {
         "linear": {"mixture": {"method": "linear"}},

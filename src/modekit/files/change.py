@@ -10,6 +10,7 @@ when the folder is opened next. Among the files is the folder's marker, which th
 from __future__ import annotations
 
 import errno
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -29,18 +30,20 @@ from modekit.files.write import (
 
 _PATIENCE = 60.0
 """Seconds: a change takes a fraction of one."""
+Content = bytes | Callable[[io.FileIO], None]
+"""Of a file: its bytes, or what writes them."""
 _LAST = ("modekit.json", MARKER)
 """Records go last: what they tell of is then there."""
 
 
 def change_together(
-    folder: Path, files: Mapping[str, bytes], *, remove_in: str | None = None, check: Callable[[], None] | None = None
+    folder: Path, files: Mapping[str, Content], *, remove_in: str | None = None, check: Callable[[], None] | None = None
 ) -> None:
     """Replace files in a folder, or add them; each is seen whole. Keys are paths in it, with slashes.
 
     Args:
         folder: a finished output.
-        files: content by path.
+        files: content by path. What writes one may read those that are there.
         remove_in: a folder in it of which nothing else of modekit's is to stay.
         check: called when nobody else can change the folder, before anything does; what it raises ends the change.
 
@@ -65,7 +68,7 @@ def change_together(
             for name, content in files.items():
                 _write(staged, name, content)
             if marker is not None:
-                _write(staged, MARKER, marker.without(gone).with_files(files).as_bytes())
+                _write(staged, MARKER, marker.without(gone).with_files(staged, files).as_bytes())
         _put(folder)
         for name in gone:
             remove(folder / name)
@@ -108,11 +111,14 @@ def _refuse_in_the_way(folder: Path, name: str) -> None:
         raise OSError(errno.EISDIR, "a folder is in the way of a file", str(path))
 
 
-def _write(staged: Path, name: str, content: bytes) -> None:
+def _write(staged: Path, name: str, content: Content) -> None:
     path = staged / name
     make_folder(path.parent)
     with create(path) as stream:
-        write_all(stream, memoryview(content))
+        if isinstance(content, bytes):
+            write_all(stream, memoryview(content))
+        else:
+            content(stream)
 
 
 def _put(folder: Path) -> None:

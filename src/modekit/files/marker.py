@@ -8,7 +8,7 @@ copy that somebody made under another name is no longer ours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -51,9 +51,10 @@ class Marker(BaseModel):
         """The file."""
         return json_bytes(self.model_dump(mode="json"))
 
-    def with_files(self, files: Mapping[str, bytes]) -> Marker:
-        """With files written since."""
-        return self.model_copy(update={"files": dict(sorted({**self.files, **_digests(files)}.items()))})
+    def with_files(self, folder: Path, names: Iterable[str]) -> Marker:
+        """With files written since, as they lie in a folder. Raises OSError."""
+        digests = {name: _digest_of(folder / name) for name in names}
+        return self.model_copy(update={"files": dict(sorted({**self.files, **digests}.items()))})
 
     def without(self, names: Collection[str]) -> Marker:
         """Without files that are about to go."""
@@ -151,7 +152,3 @@ def _digest_of(path: Path) -> str:
         return hashlib.sha256(read_bytes(path, _SMALL)).hexdigest()
     except ValueError:  # larger
         return ""
-
-
-def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(content).hexdigest() if len(content) <= _SMALL else "" for name, content in files.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -242,9 +243,19 @@ def _dense_config(checkpoint: Checkpoint, run: Run) -> PreTrainedConfig:
     said = checkpoint.record.dense_config
     check_no_code(said, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
     try:
-        return AutoConfig.for_model(**said)
+        config: PreTrainedConfig = AutoConfig.for_model(**said)
+        for key, value in _wide(checkpoint).items():
+            if said.get(key) != value:  # a config checks sizes as they are in models that people make, when it is made
+                setattr(config, key, value)
+        return config
     except Exception as error:  # configs check themselves, each in its own way
         raise _not_dense(checkpoint, said_by(error)) from None
+
+
+def _wide(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The base's config, with the channels that the checkpoint has besides the base's."""
+    channels = checkpoint.shape.channels
+    return dict(checkpoint.record.dense_config) if channels is None else channels.widened(checkpoint.record.dense_config)
 
 
 def _not_dense(checkpoint: Checkpoint, found: str) -> CheckpointError:
@@ -256,12 +267,12 @@ def _not_dense(checkpoint: Checkpoint, found: str) -> CheckpointError:
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
     """An edited record must not make a model of another size than the weights."""
+    wide = _wide(checkpoint)
     for key in _SIZES:
-        if checkpoint.record.dense_config.get(key) != checkpoint.config.get(key):
+        if wide.get(key) != checkpoint.config.get(key):
             raise CheckpointError(
                 "modekit.json and config.json disagree", where=f"{checkpoint.folder}: dense_config.{key}",
-                found=checkpoint.record.dense_config.get(key), expected=checkpoint.config.get(key),
-                remedy="build the mixture again",
+                found=wide.get(key), expected=checkpoint.config.get(key), remedy="build the mixture again",
             )  # fmt: skip
 
 

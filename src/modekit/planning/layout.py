@@ -26,6 +26,9 @@ class Layout(Protocol):
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which experts have their own."""
 
+    def widened(self, tensor: PlannedTensor) -> PlannedTensor:
+        """A tensor of the backbone as the result holds it: with channels besides the base's, where a router needs any."""
+
     def tensors(self) -> Iterable[PlannedTensor]:
         """Everything that is neither backbone nor gate."""
 

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.planning.channels import channels_of
 from modekit.planning.copied_files import copied_files
 from modekit.planning.layout import CodeOf, Layout
 from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
-from modekit.planning.plan import Piece, Plan, PlannedTensor, Shard, joined
+from modekit.planning.plan import EMBEDDING_FILE, Piece, Plan, PlannedTensor, Shard, joined
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
@@ -89,7 +90,7 @@ def _backbone(
         renamed = layout.backbone_name(name)
         if renamed is not None:
             make = giver.of_base if name in mixed else giver.tensor
-            yield make(renamed, code_of(ref), ref)
+            yield layout.widened(make(renamed, code_of(ref), ref))
 
 
 def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> tuple[Native | None, str]:
@@ -112,6 +113,12 @@ def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> t
         )  # fmt: skip
     if native is None:
         return None, " | ".join(tried)
+    try:
+        channels_of(recipe, native, family.dense_config(base.config))
+    except UnsupportedError as error:
+        if wanted == "native" or recipe.output.channels is not None:
+            raise
+        return None, error.what
     return native, (
         f"a mixture of whole FFN experts of '{family.model_type}' with a linear router is said exactly by {native.native_type}"
     )
@@ -163,16 +170,16 @@ class _Giver:
 def _cut_into_shards(tensors: list[PlannedTensor], shard_size: int) -> tuple[Shard, ...]:
     groups: list[list[PlannedTensor]] = [[]]
     size = 0
-    for tensor in tensors:
+    apart = [tensor for tensor in tensors if tensor.pad is not None and tensor.pad.free is not None]
+    for tensor in (tensor for tensor in tensors if tensor not in apart):
         if groups[-1] and size + tensor.nbytes > shard_size:
             groups.append([])
             size = 0
         groups[-1].append(tensor)
         size += tensor.nbytes
     count = len(groups)
-    return tuple(
-        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group)) for number, group in enumerate(groups, 1)
-    )
+    shards = [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group)) for number, group in enumerate(groups, 1)]
+    return (*shards, *([Shard(EMBEDDING_FILE, tuple(apart))] if apart else []))
 
 
 def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) -> Iterable[str]:

@@ -67,11 +67,12 @@ class Routing(_Said):
     top_p: float | None
     weights: Annotated[list[float], _PerExpert] | None
     always_on: AlwaysOn | None
-    score: Literal["linear", "norm", "standardised", "ngram"] = "linear"
+    score: Literal["linear", "norm", "standardised", "ngram", "lexical"] = "linear"
     jitter: float = 0.0
     noise: float = 0.0
     prefix: _Size | None = None
     ngram: Ngram | None = None
+    orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
 
     @property
     def reads_averages(self) -> bool:
@@ -115,6 +116,8 @@ class MixtureConfig(_Said):
         routing = self.routing
         if routing.top_k is not None and routing.top_k > count:
             raise ValueError(f"routing.top_k: there are only {count} experts")
+        if routing.orders is not None and (routing.ngram is None or len(routing.orders) != len(routing.averages)):
+            raise ValueError("routing.orders must have an entry for every average, and routing.ngram say the buckets")
         if routing.weights is not None and len(routing.weights) != count:
             raise ValueError(f"routing.weights must have {count} entries")
         if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:

@@ -67,6 +67,10 @@ class ModekitLayout:
         }
         return ModekitShape(config, self._recipe, where, self._said)
 
+    def widened(self, tensor: PlannedTensor) -> PlannedTensor:
+        """As it is."""
+        return tensor
+
     def notes(self) -> Iterable[str]:
         """What a user should know of this shape."""
         for expert, name in enumerate(self._recipe.names):

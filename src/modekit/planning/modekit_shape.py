@@ -35,6 +35,7 @@ class ModekitShape(Shape):
     weights_in_experts = False
     code_files = CODE_FILES
     native_type = None
+    channels = None
     also_runs_in = "transformers alone"
 
     @classmethod
@@ -44,7 +45,7 @@ class ModekitShape(Shape):
 
     @classmethod
     def opened(
-        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str
+        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
     ) -> ModekitShape:
         """By config.json. Raises CheckpointError when it does not say what is mixed, or of other experts."""
         try:
@@ -87,7 +88,7 @@ class ModekitShape(Shape):
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> ModekitShape:
         """With the recipe's routing, and its routers where that puts them."""
-        said = rerouted(self.said, recipe, int(self.config["hidden_size"]), tensors)
+        said = rerouted(self.said, recipe, self.config, tensors)
         return replace(self, config={**self.config, "modekit": said.as_written()}, said=said)
 
     def other_bases(self, recipe: Recipe) -> list[str]:
@@ -97,6 +98,10 @@ class ModekitShape(Shape):
     def refusals(self, recipe: Recipe) -> list[str]:
         """Nothing: this shape says all mixtures."""
         return []
+
+    def carries(self, recipe: Recipe) -> bool:
+        """Always: its routers read the tokens themselves."""
+        return True
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """With its format written out, as under another routing a native architecture might be chosen."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from modekit.errors import UnsupportedError
+from modekit.planning.channels import channels_of
 from modekit.planning.layout import CodeOf
 from modekit.planning.native_shape import NativeShape
+from modekit.planning.pad import Pad
 from modekit.planning.pieces import piece_of
-from modekit.planning.plan import Operation, Piece, PlannedTensor, joined
+from modekit.planning.plan import Operation, Piece, PlannedTensor, joined, widened
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.families import Family
@@ -31,6 +33,7 @@ class NativeLayout:
         self._gate = self._base.tensor(in_layer(0, family.mlp["gate"]))
         self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
         self.router_dtype = code_of(self._gate)
+        self._channels = channels_of(recipe, native, family.dense_config(self._base.config))
 
     def backbone_name(self, name: str) -> str | None:
         """What a tensor of the base is called in the backbone; None for the experts'. Raises UnsupportedError."""
@@ -55,7 +58,15 @@ class NativeLayout:
             self._base.config, experts=len(self._recipe.experts), top_k=self._recipe.top_k,
             expert_hidden=self._gate.shape[0], dtype=DTYPE_NAMES[self.router_dtype],
         )  # fmt: skip
-        return NativeShape(config, self._recipe, where, self._native)
+        if self._channels is not None:
+            config = self._channels.widened(config)
+        return NativeShape(config, self._recipe, where, self._native, self._channels)
+
+    def widened(self, tensor: PlannedTensor) -> PlannedTensor:
+        """A tensor of the backbone with the channels of its router."""
+        if self._channels is None:
+            return tensor
+        return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._family))
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
@@ -63,13 +74,16 @@ class NativeLayout:
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
         if self._family.model_type == "qwen2":
             yield "llama.cpp's qwen2moe does not renormalise router weights: not for GGUF"
-        if any(tensor.operation == "cast" for tensor in self._experts(1)):
+        if self._channels is not None:
+            yield from self._channels.notes(self._recipe)
+        if any((tensor.inner or tensor).operation == "cast" for tensor in self._experts(1)):
             yield "some experts have another dtype than the result: their tensors are cast"
 
     def tensors(self) -> Iterable[PlannedTensor]:
         """Experts and constants."""
         yield from self._experts(self._layers)
-        hidden, expert_hidden = int(self._base.config["hidden_size"]), self._gate.shape[0]
+        spare = 0 if self._channels is None else self._channels.spare
+        hidden, expert_hidden = int(self._base.config["hidden_size"]) + spare, self._gate.shape[0]
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
         for layer in range(self._layers):
             for constant in self._native.constants:
@@ -97,7 +111,8 @@ class NativeLayout:
                 factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
                 tensor = joined(in_layer(layer, path.format(expert=expert)), code, ref.shape, "expert", (piece,))
                 operation: Operation = "scale" if factor != 1.0 else tensor.operation
-                yield PlannedTensor(tensor.name, code, tensor.shape, "expert", operation, (piece,), factor)
+                plain = PlannedTensor(tensor.name, code, tensor.shape, "expert", operation, (piece,), factor)
+                yield widened(plain, self._pad(part))
 
     def _fused(self, layer: int, pieces: dict[str, list[Piece]]) -> Iterable[PlannedTensor]:
         """All experts in two tensors, gate and up side by side in the first."""
@@ -106,8 +121,11 @@ class NativeLayout:
         (rows, columns), code, count = ref.shape, self._code_of(ref), len(self._recipe.experts)
         gate_up = tuple(piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair)
         both, down = (in_layer(layer, path) for path in self._native.fused)
-        yield joined(both, code, (count, 2 * rows, columns), "expert", gate_up)
-        yield joined(down, code, (count, columns, rows), "expert", tuple(pieces["down"]))
+        yield widened(joined(both, code, (count, 2 * rows, columns), "expert", gate_up), self._pad("gate"))
+        yield widened(joined(down, code, (count, columns, rows), "expert", tuple(pieces["down"])), self._pad("down"))
+
+    def _pad(self, part: str) -> Pad | None:
+        return None if self._channels is None else self._channels.expert_pad(part)
 
     def _piece(self, number: int, ref: TensorRef) -> Piece:
         source = self._sources[number]

@@ -8,6 +8,7 @@ from typing import Any
 
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.typed import shortened
+from modekit.planning.channels import Channels, channels_of
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
@@ -22,6 +23,7 @@ class NativeShape(Shape):
     """A mixture in the architecture of one row of sources/native.py."""
 
     native: Native
+    channels: Channels | None = None
 
     plain = True
     loads_one_expert = True
@@ -36,14 +38,15 @@ class NativeShape(Shape):
 
     @classmethod
     def opened(
-        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str
+        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
     ) -> NativeShape:
         """By the row that the checkpoint was written by.
 
-        Raises CheckpointError when this version has none, or config.json has other numbers of experts than there can be.
+        Raises CheckpointError when this version has none, or config.json has other numbers of experts or channels than there
+        can be.
         """
         try:
-            native = native_of(str(native_type), dense_type)
+            native = native_of(str(native_type), str(dense.get("model_type")))
         except StopIteration:
             raise CheckpointError(
                 "modekit.json names a family that this version of modekit does not know", where=where, found=native_type,
@@ -56,7 +59,7 @@ class NativeShape(Shape):
                     "config.json and modekit.json disagree", where=f"{where}: {key}", found=shortened(repr(count)),
                     expected=f"1 to {most}, the number of experts", remedy=BUILD_AGAIN,
                 )  # fmt: skip
-        return cls(config, recipe, where, native)
+        return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense))
 
     @property
     def native_type(self) -> str:
@@ -111,6 +114,10 @@ class NativeShape(Shape):
         """What only the modekit architecture says."""
         return recipe.mixture.beyond_native()
 
+    def carries(self, recipe: Recipe) -> bool:
+        """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
+        return _carried(recipe) == _carried(self.recipe)
+
     def pinned(self, recipe: Recipe) -> Recipe:
         """As it is: nothing that a native router may change leads to another shape."""
         return recipe
@@ -150,7 +157,7 @@ class NativeShape(Shape):
                 yield MixedTensor(in_layer(layer, path), shape, own=own)
 
     def parameters(self, tensors: Tensors, dense: int) -> Parameters:
-        """Counted from the tensors alone: a dense model is what remains with one expert, no router and no constants."""
+        """Counted from the tensors alone where they have no channels besides the base's."""
         native, layers = self.native, range(self._layers)
         total = sum(ref.numel for ref in tensors.values())
         router = sum(tensors[slot.name].numel for slot in self.slots)
@@ -158,9 +165,9 @@ class NativeShape(Shape):
         names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
         ffn = sum(tensors[in_layer(layer, name)].numel for layer in layers for name in names)
         per_expert = ffn // self.experts if native.fused else ffn
-        return Parameters(
-            total, per_expert, self.active(total, per_expert), total - router - constants - per_expert * (self.experts - 1)
-        )
+        if self.channels is None:  # what remains with one expert, no router and no constants
+            dense = total - router - constants - per_expert * (self.experts - 1)
+        return Parameters(total, per_expert, self.active(total, per_expert), dense)
 
     @property
     def _layers(self) -> int:
@@ -186,3 +193,31 @@ class NativeShape(Shape):
         start = size // 2 if part == "up" else 0
         shape = (ref.shape[1] // (1 if part == "down" else 2), ref.shape[2])
         return shape, {expert: TensorPart(ref, expert * size + start) for expert in range(self.experts)}
+
+
+def _carried(recipe: Recipe) -> object:
+    """What of a recipe decides which channels there are, and what its first attention makes of them."""
+    fit = recipe.mixture.fit
+    if fit is None or not fit.carried:
+        return None
+    return recipe.mixture.router.decay or fit.fading, recipe.output.channels
+
+
+def _channels_said_by(
+    config: Mapping[str, Any], recipe: Recipe, where: str, native: Native, dense: Mapping[str, Any]
+) -> Channels | None:
+    try:
+        channels = channels_of(recipe, native, dense)
+        wide = {} if channels is None else channels.widened(config)
+    except (UnsupportedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "modekit.json does not say a base that could carry this router", where=f"{where}: dense_config",
+            found=shortened(str(error)), remedy=BUILD_AGAIN,
+        ) from None  # fmt: skip
+    for key, value in wide.items():
+        if config.get(key) != value:
+            raise CheckpointError(
+                "config.json and modekit.json disagree", where=f"{where}: {key}", found=shortened(repr(config.get(key))),
+                expected=value, remedy=BUILD_AGAIN,
+            )  # fmt: skip
+    return channels

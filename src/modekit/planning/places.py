@@ -110,8 +110,9 @@ class Places:
 
     def width(self, place: PlannedPlace) -> int:
         """Width of the gate of a router at this place: of what it reads, unless its fit says another."""
-        if self._recipe.mixture.router.gate_width is not None:
-            return self._recipe.mixture.router.gate_width
+        said = self._recipe.mixture.router.gate_width(int(self._base.config["vocab_size"]))
+        if said is not None:
+            return said
         if not any(ref.name == weight_of(place.module) for ref in place.refs):
             return int(self._base.config["hidden_size"])  # a whole FFN
         shape = place.weight.shape

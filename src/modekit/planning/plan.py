@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from modekit.files.read import FileState
+from modekit.planning.pad import Pad
 from modekit.planning.shape import Shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
@@ -25,10 +26,12 @@ from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 from modekit.weights.factor_size import working_bytes
 
 ROUTER_FILE = "model-router.safetensors"
+EMBEDDING_FILE = "model-embedding.safetensors"
+"""The embedding where it carries a router's evidence, which a new fit replaces."""
 INDEX_FILE = "model.safetensors.index.json"
 
 Role = Literal["backbone", "expert", "adapter", "router", "constant"]
-Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros"]
+Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros", "pad"]
 
 _BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed, as measured (benchmarks/speed.md)
 
@@ -87,7 +90,7 @@ class PlannedTensor:
     copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
     fold: the same, where adapters are folded in. factor: the same, of low-rank parts. columns: the pieces concatenated
     along the second axis. scale: the piece times `factor`. merge: the backbone merge of the pieces, base first. zeros: no
-    piece.
+    piece. pad: another tensor, `inner`, widened.
     """
 
     name: str
@@ -97,6 +100,8 @@ class PlannedTensor:
     operation: Operation
     pieces: tuple[Piece, ...] = ()
     factor: float = 1.0
+    inner: PlannedTensor | None = None
+    pad: Pad | None = None
 
     @property
     def numel(self) -> int:
@@ -117,6 +122,16 @@ def joined(name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tu
     elif any(piece.factor is not None for piece in pieces):
         operation = "factor"
     return PlannedTensor(name, dtype, shape, role, operation, pieces)
+
+
+def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
+    """The tensor in a larger one; itself without a pad."""
+    if pad is None:
+        return tensor
+    inner = tensor if pad.scale == 1.0 else replace(tensor, factor=tensor.factor * pad.scale)
+    if inner.operation in ("copy", "cast") and inner.factor != 1.0:
+        inner = replace(inner, operation="scale")
+    return replace(tensor, shape=pad.widened(tensor.shape), operation="pad", factor=1.0, inner=inner, pad=pad)
 
 
 @dataclass(frozen=True)
@@ -224,7 +239,8 @@ class Plan:
         if mixture.fit is None or mixture.fit.keeps is None:
             return 0
         of_domain = mixture.fit.keeps.nbytes
-        return sum(self.experts * of_domain(slot.shape[1], mixture.router.keep_tokens, in_memory) for slot in self.slots)
+        routers = self.slots if mixture.fit.keeps.per_router else self.slots[:1]
+        return sum(self.experts * of_domain(slot.shape[1], mixture.router.keep_tokens, in_memory) for slot in routers)
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory to build (resident in all), to fit the router (0 when nothing is fitted), and to load the result.
@@ -252,7 +268,7 @@ class Plan:
             "recipe": self.recipe.digest(),
             "config": dict(self.config),
             "tensors": [
-                [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces]]
+                [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces], *_padding(t)]
                 for t in self.tensors
             ],
             "files": [
@@ -261,3 +277,9 @@ class Plan:
             ],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _padding(tensor: PlannedTensor) -> list[Any]:
+    if tensor.inner is None or tensor.pad is None:
+        return []
+    return [tensor.inner.operation, tensor.inner.factor, tensor.pad.identity()]

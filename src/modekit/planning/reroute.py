@@ -22,8 +22,9 @@ _GATE_KEYS = {"router", "width", "rows", "features"}
 Tensors = Mapping[str, TensorRef]
 
 
-def rerouted(mixture: MixtureConfig, recipe: Recipe, hidden: int, tensors: Tensors) -> MixtureConfig:
-    """The same experts under the routing of another recipe; `hidden` is what a whole FFN reads."""
+def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Mapping[str, Any], tensors: Tensors) -> MixtureConfig:
+    """The same experts under the routing of another recipe; `config` is the checkpoint's."""
+    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
     router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
     leaders = _leaders(mixture.places, scope, family, whole=recipe.mixture.modules == "all")
     changed = {}
@@ -35,7 +36,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, hidden: int, tensors: Tenso
             said["features"] = weight[0]
         if leaders[module] == module:
             read = [mixture.places[name].ranks for name in readers(module, family, leaders)]
-            said["width"] = router.gate_width or (hidden if weight is None else weight[-1])
+            said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else weight[-1])
             said["rows"] = gate_rows(router, [sum(ranks) for ranks in zip(*read, strict=True)])
         changed[module] = Place(**said)
     return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})

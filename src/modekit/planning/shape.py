@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from modekit.errors import CheckpointError
+from modekit.planning.channels import Channels
 from modekit.planning.mixed_tensor import MixedTensor
 from modekit.planning.mixture_config import MixtureConfig, Routing
 from modekit.planning.slot import RouterPosition, RouterSlot
@@ -81,7 +82,9 @@ class Shape(ABC):
 
     @classmethod
     @abstractmethod
-    def opened(cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str) -> Shape:
+    def opened(
+        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
+    ) -> Shape:
         """The shape of a finished checkpoint. Raises CheckpointError when config.json or the record does not say it."""
 
     @property
@@ -93,6 +96,11 @@ class Shape(ABC):
     @abstractmethod
     def also_runs_in(self) -> str:
         """Where the result runs besides transformers."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> Channels | None:
+        """What carries a router's evidence to the gates besides the base's channels, where anything has to."""
 
     @property
     @abstractmethod
@@ -130,6 +138,10 @@ class Shape(ABC):
     @abstractmethod
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that this shape cannot say."""
+
+    @abstractmethod
+    def carries(self, recipe: Recipe) -> bool:
+        """Whether the backbone carries to the gates all that the routers of a recipe read, and nothing else."""
 
     @abstractmethod
     def pinned(self, recipe: Recipe) -> Recipe:

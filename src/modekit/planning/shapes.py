@@ -13,10 +13,12 @@ from modekit.recipes.recipe import Recipe
 SHAPES: tuple[type[Shape], ...] = (NativeShape, ModekitShape)
 
 
-def open_shape(config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense_type: str) -> Shape:
+def open_shape(
+    config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
+) -> Shape:
     """The shape of a checkpoint by its config.json and by what its record says.
 
-    `native_type` is the record's, `dense_type` the base's `model_type`. Raises CheckpointError.
+    `native_type` is the record's, `dense` the base's config as it keeps it. Raises CheckpointError.
     """
     shape = next(shape for shape in SHAPES if shape.is_said_by(native_type))
-    return shape.opened(config, recipe, where, native_type, dense_type)
+    return shape.opened(config, recipe, where, native_type, dense)

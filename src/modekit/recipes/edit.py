@@ -57,7 +57,7 @@ def settings_with_effect(router: Mapping[str, Any], asked: Collection[str] = ())
 
 def _changed_router(router: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     changed = {**router, **asked}
-    if (_row(router).fading is None) != (_row(changed).fading is None):  # a decay of averages is none of evidence
+    if _row(router).fading != _row(changed).fading:  # a decay of averages is none of evidence
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 
@@ -80,7 +80,7 @@ def _dead_of_router(router: Mapping[str, Any], row: Fit) -> set[str]:
         dead.add("granularity")
         granularity = "token"
     dead |= {key for key, reads_it in READ_AT.items() if granularity != reads_it}
-    if row.fading is not None and len(router.get("decay") or []) == 1:
+    if row.fading is not None and (len(router.get("decay") or []) == 1 or not row.adds_up):
         dead.discard("decay")
     if row.decides_once and router.get("per") != "model":
         dead.add("per")

@@ -17,7 +17,7 @@ Reads = Literal["nothing", "changes", "tokens", "router inputs", "training"]
 """nothing: the gate follows from the recipe; changes: the experts' low-rank changes; tokens: ids of text, no model is run;
 router inputs: what routers read while a text runs through its own expert; training: the gate is trained on text.
 """
-Score = Literal["linear", "norm", "standardised", "ngram"]
+Score = Literal["linear", "norm", "standardised", "ngram", "lexical"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
@@ -31,11 +31,13 @@ class Kept:
         shared: whether processes can share the text, because what each of them found adds up.
         nbytes: gate width, kept tokens and whether it is in memory -> bytes of one domain for one router.
         memory: bytes of all statistics in memory, and of the model and its activations -> peak bytes of a fit.
+        per_router: whether every router has its own; else they are of the text alone.
     """
 
     shared: bool
     nbytes: Callable[[int, int, bool], int]
     memory: Callable[[int, int], int]
+    per_router: bool = True
 
 
 def _sums_bytes(width: int, tokens: int, in_memory: bool) -> int:
@@ -48,10 +50,17 @@ def _counts_bytes(width: int, tokens: int, _in_memory: bool) -> int:
     return 4 * (width + 2 * tokens)
 
 
+MOST_TOKENS = 2**20
+"""Tokens of a domain that a table of evidence is made from: more hardly change it."""
 SUMS = Kept(shared=True, nbytes=_sums_bytes, memory=lambda statistics, model: model + statistics)
 """Of what routers read: sums of x and of x x^T, and a sample (routing/statistics.py)."""
 COUNTS = Kept(shared=False, nbytes=_counts_bytes, memory=lambda statistics, _model: 4 * statistics)
 """Of n-grams (routing/counts.py)."""
+TOKENS = Kept(
+    shared=False, nbytes=lambda _width, _tokens, _in_memory: 4 * MOST_TOKENS, memory=lambda kept, model: model + 4 * kept,
+    per_router=False,
+)  # fmt: skip
+"""Token ids of the text, at most MOST_TOKENS of a domain (routing/token_text.py)."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,15 @@ class Fit:
         keeps: its statistics, or None.
         score: how its routers score.
         rows: rank of an expert's changes to what a router reads -> rows of the gate for that expert.
-        width_setting: the setting that says how wide the gate is; None: as wide as what the router reads.
-        fading: the decay, unless a recipe says another, of evidence that adds up over a text; None: the gate reads what
-            `granularity` says.
+        fading: the decay, unless a recipe says another, of evidence over a text; None: the gate reads what `granularity` says.
+        adds_up: that evidence is a sum, else an average, of which several may stand side by side.
         decides_once: one router decides for the whole model, before its first layer runs.
         low_rank: experts must be low-rank changes of the base: their changes are scored, or gates trained on them.
         needs_sample: it is solved on the kept tokens alone.
         takes_negatives: `negative_prompts` have an effect.
         native: whether a plain linear gate says it, which is all that native architectures have.
+        carried: what a plain gate reads is carried to it in channels that native checkpoints have besides the base's
+            (planning/channels.py).
         title: what tables call it, when that is another word.
     """
 
@@ -88,13 +98,14 @@ class Fit:
     keeps: Kept | None = None
     score: Score = "linear"
     rows: Callable[[int], int] = lambda _rank: 1
-    width_setting: str | None = None
     fading: float | None = None
+    adds_up: bool = False
     decides_once: bool = False
     low_rank: bool = False
     needs_sample: bool = False
     takes_negatives: bool = False
     native: bool = False
+    carried: bool = False
     title: str = ""
 
     @property
@@ -132,7 +143,11 @@ _ROWS = (
         rule="modekit.routing.closed_form:ridge", settings=_REGULAR, keeps=SUMS, native=True),
     Fit("ngram", "naive Bayes on the tokens so far", "modekit.routing.ngram:count_gate", "tokens",
         settings=("temperature", "sequence_length", "keep_tokens", "order", "buckets", "smoothing"), keeps=COUNTS,
-        score="ngram", width_setting="buckets", decides_once=True, fading=0.98),
+        score="ngram", decides_once=True, fading=0.98, adds_up=True),
+    Fit("lexical", "a table of what every token says of its domain, averaged over the text so far",
+        "modekit.routing.lexical:lexical_gates", "tokens",
+        settings=("temperature", "sequence_length", "seed", "orders", "buckets"), keeps=TOKENS, score="lexical",
+        decides_once=True, fading=0.98, native=True, carried=True),
     Fit("arrow", "the direction that an adapter amplifies most, without text", "modekit.routing.low_rank:arrow", "changes",
         settings=_SCORED, score="norm", low_rank=True),
     Fit("spectr", "the length of what an adapter makes of x, without text", "modekit.routing.low_rank:spectr", "changes",

@@ -160,8 +160,9 @@ class Mixture(Strict):
             reasons.append("always_on")
         if self.fit is not None:
             reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
-            reasons += [f"a router per {router.scope}"] if router.scope != "layer" else []
+            reasons += [f"a router per {router.scope}"] if router.scope != "layer" and not self.fit.carried else []
             reasons += [f"fit: {router.fit}"] if not self.fit.native else []
+            reasons += ["n-grams of a lexical router"] if router.hashes else []
             reasons += ["jitter or noise of the router"] if router.jitter or router.noise else []
         return reasons
 

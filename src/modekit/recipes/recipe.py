@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -85,6 +85,8 @@ class Expert(Strict):
 class Output(Strict):
     """Shape of the result."""
 
+    later: ClassVar[tuple[str, ...]] = ("channels",)
+
     format: Literal["auto", "native", "modekit"] = Field(
         "auto",
         description="native: an architecture other tools know. modekit: everything else. auto: native where it is exact.",
@@ -92,6 +94,13 @@ class Output(Strict):
     dtype: DType = Field("source", description="source keeps the base model's dtype.")
     shard_size: Annotated[int, BeforeValidator(lambda value: _parse_size(value), json_schema_input_type=int | str)] = Field(
         5 * 10**9, gt=0, description="Largest shard, in bytes or like '5GB'."
+    )
+    channels: int | None = Field(
+        None,
+        ge=32,
+        le=2**16,
+        multiple_of=32,
+        description="Native, fit: lexical: channels besides the base's; default the fewest, by 64. 256 suits K-quants.",
     )
 
 
@@ -126,6 +135,7 @@ class Recipe(Strict):
         problems = [
             *self._problems_of_names(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
+            *self._problems_of_channels(),
             *self._problems_of_low_rank(),
             *self._problems_of_the_backbone(),
             *self._problems_of_text(),
@@ -154,6 +164,11 @@ class Recipe(Strict):
                 )
         if self.mixture.beyond_native():
             yield f"output.format native cannot say {', '.join(self.mixture.beyond_native())}; use modekit or auto"
+
+    def _problems_of_channels(self) -> Iterator[str]:
+        fit = self.mixture.fit
+        if self.output.channels is not None and (fit is None or not fit.carried or self.output.format == "modekit"):
+            yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole = [expert.name for expert in self.experts if expert.is_whole]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ READ_AT = {"decay": "context", "prefix": "sequence"}
 
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
+
+    later: ClassVar[tuple[str, ...]] = ("orders",)
 
     fit: FitName = Field(DEFAULT_FIT, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -34,7 +36,7 @@ class Router(Strict):
         None,
         min_length=1,
         max_length=256,
-        description="Context: decays of the averages; 1 is the mean of all tokens so far, 0 the token.",
+        description="Context, n-gram, lexical: decays of the averages; 1 is the mean of all tokens so far, 0 the token.",
     )
     prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
     per: Scope = Field(
@@ -44,7 +46,13 @@ class Router(Strict):
     noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
     steps: int | None = Field(None, ge=1, description="PHATGOOSE: training steps per expert (default 100).")
     order: int = Field(2, ge=1, le=4, description="N-gram: how many tokens in a row are counted together.")
-    buckets: int = Field(2**18, ge=2, le=2**24, description="N-gram: rows of the table that n-grams are hashed into.")
+    buckets: int = Field(2**18, ge=2, le=2**24, description="N-gram, lexical: rows of a table that n-grams are hashed into.")
+    orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=4,
+        description="Lexical: n-grams that have a table each; [1], the tokens alone, is what native architectures carry.",
+    )
     smoothing: float = Field(0.5, gt=0, description="N-gram: added to every count.")
 
     @model_validator(mode="after")
@@ -65,7 +73,7 @@ class Router(Strict):
 
     def _problems_of_averages(self) -> Iterator[str]:
         fades = self.row.fading is not None
-        if fades and self.decay is not None and len(self.decay) != 1:
+        if self.row.adds_up and self.decay is not None and len(self.decay) != 1:
             yield f"fit '{self.fit}' has one decay"
         for key, granularity in READ_AT.items():
             if key == "decay" and fades:
@@ -76,6 +84,8 @@ class Router(Strict):
             yield "'decay' must lie between 0 and 1"
 
     def _problems_of_the_fit(self) -> Iterator[str]:
+        if self.orders is not None and len(set(self.orders)) < len(self.orders):
+            yield "'orders' names an order twice"
         for key, field in type(self).model_fields.items():
             fits = fits_with(key)
             if fits and key not in self.row.settings and getattr(self, key) != field.default:
@@ -86,10 +96,16 @@ class Router(Strict):
         """All that is known of the fit."""
         return FITS[self.fit]
 
+    def gate_width(self, vocabulary: int) -> int | None:
+        """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
+        if self.row.reads != "tokens":
+            return None
+        return self.buckets if self.row.adds_up or self.hashes else vocabulary
+
     @property
-    def gate_width(self) -> int | None:
-        """Width of the gate, when a setting says it; None: as wide as what the router reads."""
-        return None if self.row.width_setting is None else int(getattr(self, self.row.width_setting))
+    def hashes(self) -> bool:
+        """Whether a lexical router has tables of more than the tokens alone, whose rows are hashed."""
+        return self.orders not in (None, [1])
 
     @property
     def prefix_tokens(self) -> int | None:
@@ -105,7 +121,8 @@ class Router(Strict):
     def averages(self) -> list[dict[str, Any]]:
         """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
         if self.row.fading is not None:
-            return [{"decay": self.decay[0] if self.decay else self.row.fading, "sum": True}]
+            adds_up = {"sum": True} if self.row.adds_up else {}
+            return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decay or [self.row.fading]]
         if self.granularity == "token":
             return [{"decay": None}]
         if self.granularity == "sequence":

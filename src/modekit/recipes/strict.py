@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
@@ -20,6 +27,13 @@ class Strict(BaseModel):
     """Part of a recipe: an unknown key, another type, or a number that is none, or past all use, is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    later: ClassVar[tuple[str, ...]] = ()
+    """Keys that older versions did not know: unset, they are not written, so that digests of what said nothing stay."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = write(self)
+        return {key: value for key, value in said.items() if value is not None or key not in self.later}
 
     @model_validator(mode="before")
     @classmethod

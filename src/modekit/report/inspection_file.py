@@ -83,6 +83,13 @@ class TopToken(Data):
     lift: Number
 
 
+class Evidence(Data):
+    """A token that speaks for an expert in a lexical router's table."""
+
+    token: str
+    weight: Number
+
+
 class Inspection(Data):
     """inspect.json."""
 
@@ -98,6 +105,7 @@ class Inspection(Data):
     dead: list[Dead]
     similarity: Similarity | None
     top_tokens: dict[str, list[TopToken]]
+    evidence: dict[str, list[Evidence]] | None = None
     texts: list[Sample]
     notes: list[str]
 

@@ -38,6 +38,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "similarity": lambda value: _signed(f"{value:.2f}"),
     "factor": lambda value: f"{value:.2f}\u00d7",
     "lift": lambda value: f"{value:.1f}\u00d7",
+    "weight": lambda value: f"{value:+.2f}",
     "count": lambda value: f"{value:,}",
     "parameters": lambda value: f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.2f}M",
     "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB",

@@ -42,6 +42,9 @@ def routing_of(inspection: Inspection) -> dict[str, Any]:
         "top_tokens": {
             name: [token.model_dump() for token in inspection.top_tokens.get(name, [])][:12] for name in inspection.experts
         },
+        "evidence": None if inspection.evidence is None else {
+            name: [token.model_dump() for token in inspection.evidence.get(name, [])][:12] for name in inspection.experts
+        },
         "notes": inspection.notes,
     }  # fmt: skip
 

@@ -39,7 +39,10 @@ class Fitting:
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """The gate of every router slot and the record for modekit.json."""
+    """The gate of every router slot, the record for modekit.json, and, where the checkpoint's embedding carries it, the
+    evidence that the gates read (checkpoint/evidence.py).
+    """
 
     gates: Gates
     record: RouterRecord
+    evidence: memoryview | None = None

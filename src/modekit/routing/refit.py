@@ -37,7 +37,9 @@ def refit(
         checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
         run=run,
     )  # fmt: skip
-    return checkpoint.with_router(fitted.gates, fitted.record, recipe) if processes().is_main else checkpoint
+    if not processes().is_main:
+        return checkpoint
+    return checkpoint.with_router(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recipe:
@@ -75,6 +77,8 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
         yield "weights"
     if checkpoint.shape.other_bases(recipe):
         yield _why_another_base(before, after)
+    if not checkpoint.shape.carries(recipe):
+        yield "router"
     if _splits_ffn(checkpoint.record.recipe) != _splits_ffn(recipe):
         yield "router.per"
 

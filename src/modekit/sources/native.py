@@ -33,6 +33,29 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Widening:
+    """How a decoder of the architecture takes channels besides the base's (planning/channels.py).
+
+    Attributes:
+        norms: RMS norms over the hidden size under a layer, by module.
+        before_attention: the one of them whose output attention reads; None: it reads the stream itself.
+        after_attention: the one of them through which what attention adds reaches the router, on either side of the stream.
+        over_heads: RMS norms of queries and of keys over all heads together.
+        recency: whether constant queries and keys score the distance of two tokens and nothing else.
+        interleaved: whether the two numbers that are rotated together stand side by side in a head, not half a head apart.
+        whole_heads: head_dim is always hidden size / heads, so that the channels are as many as the new heads are wide.
+    """
+
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    before_attention: str | None = "input_layernorm"
+    after_attention: str = "post_attention_layernorm"
+    over_heads: tuple[str, ...] = ()
+    recency: bool = True
+    interleaved: bool = False
+    whole_heads: bool = False
+
+
+@dataclass(frozen=True)
 class Native:
     """The native partner of one dense family.
 
@@ -53,6 +76,7 @@ class Native:
         constants: see `Constant`.
         rules: what must hold.
         serves: where the result runs besides transformers.
+        widening: how it takes channels of a router's own, or the reason why it cannot.
     """
 
     family: Family
@@ -80,6 +104,7 @@ class Native:
     constants: tuple[Constant, ...] = ()
     rules: tuple[Rule, ...] = ()
     serves: str = "vLLM"
+    widening: Widening | str = Widening()
 
     @property
     def label(self) -> str:
@@ -173,7 +198,10 @@ _GRANITE_MOE: dict[str, Any] = {
     "writes_head_dim": False,
     "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
     "serves": "vLLM, llama.cpp",
+    "widening": Widening(whole_heads=True),
 }
+_HEADS_ARE_NORMED = Widening(recency=False)
+"""Norms of queries and keys with weights that only the model's files know: a constant is no constant behind them."""
 _FAMILY = {family.model_type: family for family in FAMILIES}
 
 NATIVES: tuple[Native, ...] = (
@@ -220,6 +248,7 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
+        widening=Widening(whole_heads=True),
         rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Qwen2-MoE assumes")),
     ),
     Native(
@@ -237,6 +266,7 @@ NATIVES: tuple[Native, ...] = (
             (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
         ),
         serves="vLLM, llama.cpp",
+        widening=_HEADS_ARE_NORMED,
     ),
     Native(
         family=_FAMILY["qwen3"],
@@ -246,6 +276,7 @@ NATIVES: tuple[Native, ...] = (
         rope_per_layer_type=True,
         fixed={"norm_topk_prob": True, "output_router_logits": False},
         dropped=frozenset({"max_window_layers", "use_sliding_window"}),
+        widening=_HEADS_ARE_NORMED,
         rules=(_SILU, (lambda c: bool(c["sliding_window"]), "it is needed only for layers with a window, and there is none")),
     ),
     Native(
@@ -263,6 +294,10 @@ NATIVES: tuple[Native, ...] = (
         native_class="FlexOlmoForCausalLM",
         writes_head_dim=False,
         fixed={"norm_topk_prob": True, "output_router_logits": False},
+        widening=Widening(
+            norms=("post_attention_layernorm", "post_feedforward_layernorm"), before_attention=None,
+            over_heads=("self_attn.q_norm", "self_attn.k_norm"), recency=False, whole_heads=True,
+        ),
         rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which FlexOlmo assumes")),
     ),
     Native(
@@ -271,6 +306,7 @@ NATIVES: tuple[Native, ...] = (
         native_class="Cohere2MoeForCausalLM",
         dropped=frozenset({"sliding_window_pattern"}),
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
+        widening="its norms subtract the mean of all channels, which channels besides the base's would change",
         rules=(
             _SILU,
             (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
@@ -288,6 +324,7 @@ NATIVES: tuple[Native, ...] = (
             "output_router_logits": False,
         },
         constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
+        widening=Widening(interleaved=True),
         rules=(_SILU, (lambda c: not c.get("use_bias"), "layers have biases (use_bias), the experts' are not copied")),
     ),
     Native(
@@ -296,6 +333,7 @@ NATIVES: tuple[Native, ...] = (
         native_class="HunYuanMoEV1ForCausalLM",
         router="mlp.gate.wg.weight",
         top_k_key="moe_topk",
+        widening=_HEADS_ARE_NORMED,
         fixed={"output_router_logits": False},
         constants=(
             Constant("mlp.shared_mlp.gate_proj.weight", ("F", "D")),
@@ -317,6 +355,7 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
         dropped=frozenset({"full_attention_interval"}),
+        widening="its first layers have no attention that could average over the text",
         rules=(_SILU,),
     ),
 )  # fmt: skip

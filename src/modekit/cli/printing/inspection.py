@@ -56,9 +56,10 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
     _print_table("", names, [(name, [f"{value:.2f}" for value in row], "") for name, row in cosines])
     _print_dead(data)
     out.print("\nTokens with the largest mean weight of each expert.")
-    for name, found in data["top_tokens"].items():
-        tokens = "  ".join(printable(each["token"]) for each in found[:_TOP_TOKENS])
-        out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
+    _print_tokens(data["top_tokens"])
+    if data.get("evidence") is not None:
+        out.print("\nTokens that speak most for each expert, by the router's own table.")
+        _print_tokens(data["evidence"])
     _print_notes(data["notes"])
     out.print(Text(f"{folder}: inspect.json", style="dim"))
 
@@ -101,6 +102,12 @@ def _bold_own(cells: Sequence[str], domains: Mapping[str, Any], name: str) -> li
     """The cells of an expert with that of its own domain in bold."""
     own = [entry["expert"] == name for entry in domains.values()]
     return [Cell(cell, own=mine) for cell, mine in zip(cells, own, strict=True)]
+
+
+def _print_tokens(of_experts: Mapping[str, Any]) -> None:
+    for name, found in of_experts.items():
+        tokens = "  ".join(printable(each["token"]) for each in found[:_TOP_TOKENS])
+        out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
 
 
 def _print_dead(data: Mapping[str, Any]) -> None:

@@ -161,7 +161,7 @@ def fit_said(work: Mapping[str, Any] | None) -> str:
     if work is None:
         return "nothing to read: the router is set without text"
     if not work["reads"]:
-        return "counts n-grams: no model is run, seconds"
+        return "reads tokens alone: no model is run, seconds"
     much = f"at most {work['tokens']:,} tokens, {work['flops']:.1e} floating-point operations"
     if work["seconds"] is None:
         return f"{much}; time unknown (modekit plan --time measures it)"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.inspection.evidence import evidence_of, strongest
 from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
@@ -54,6 +55,7 @@ def inspect(
     per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
     shown = _of_samples(model, checkpoint, tokenizer, [sequence for _, sequence in samples], advance)
     alike = similarity(checkpoint, run)
+    table_VE = evidence_of(checkpoint)
     own = [domain.name for domain in domains if domain.expert is not None]
     data = {
         "format": FORMAT,
@@ -68,6 +70,7 @@ def inspect(
         "dead": _dead(checkpoint.names, per_domain),
         "similarity": {"experts": alike.experts.tolist(), "of": alike.of},
         "top_tokens": top.by_expert(tokenizer, checkpoint.names),
+        "evidence": None if table_VE is None else strongest(table_VE, top.often, tokenizer, checkpoint.names),
         "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
         "notes": [*_notes(checkpoint), *alike.notes],
     }

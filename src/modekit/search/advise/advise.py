@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modekit.planning.channels import is_carried
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
 from modekit.recipes.edit import with_mixture
@@ -100,6 +101,7 @@ def _facts(examined: Examined, measured: Measured, kept: Mapping[int, bool], nat
         backbones=backbones,
         fit_text=kept.keys() <= measured.fittable,
         told_apart=confusion.told_apart if confusion is not None and len(confusion.domains) == len(kept) else None,
+        carried=is_carried(family, examined.models.base.config, len(kept)),
     )
 
 

@@ -32,6 +32,7 @@ class Facts:
         backbones: base and average -> mean share of the gain that FFN experts carry on it; None when not measured.
         fit_text: every expert has text or prompts for a fit.
         told_apart: share of held-out tokens whose domain an n-gram table names; None when it is not known.
+        carried: whether a native architecture carries a lexical router for this base and so many experts.
     """
 
     native: bool
@@ -43,6 +44,7 @@ class Facts:
     backbones: Mapping[str, float] | None
     fit_text: bool
     told_apart: float | None
+    carried: bool = True
 
     def carries(self, part: str) -> bool:
         """Whether a part alone is known to hold nearly all of every expert's gain."""
@@ -166,17 +168,28 @@ ROUTERS: tuple[Rule, ...] = (
         "benchmarks/demo.md: uniform 0.37, random router 0.30, fitted from text 0.88 to 0.98",
     ),
     Rule(
+        lambda facts: facts.native and facts.carried and facts.told_apart is not None and facts.told_apart >= TOLD_APART,
+        {"method": "routing", "router": {"fit": "lexical"}},
+        lambda facts: f"{_differ(facts)}, and a plain checkpoint carries a table of what every token says",
+        "benchmarks/lexical.md: lexical router in Mixtral 0.98, linear gate on hidden states 0.87",
+    ),
+    Rule(
         lambda facts: facts.native,
         {"method": "routing", "router": {"fit": "logistic", "tokens_per_domain": FIT_TOKENS}},
         lambda facts: "a linear gate per layer on the token, which is what native architectures have",
         "benchmarks/demo.md: logistic 0.88, ridge 0.87, random 0.30",
     ),
     Rule(
+        lambda facts: not facts.low_rank and facts.carried and facts.told_apart is not None and facts.told_apart >= TOLD_APART,
+        {"method": "routing", "router": {"fit": "lexical"}},
+        lambda facts: f"{_differ(facts)}, and of whole FFNs a checkpoint is made that every engine opens",
+        "benchmarks/lexical.md: lexical router in Mixtral 0.98, n-gram router in the modekit architecture 0.97",
+        modules="auto",
+    ),
+    Rule(
         lambda facts: facts.told_apart is not None and facts.told_apart >= TOLD_APART,
         {"method": "routing", "router": {"fit": "ngram"}},
-        lambda facts: (
-            f"the domains differ in their words: n-grams name the domain of {facts.told_apart:.2f} of the held-out tokens"
-        ),
+        lambda facts: _differ(facts),
         "benchmarks/training.md: n-gram 0.979, context 0.90, token 0.88 (FFN specialists), 0.99 (whole models); "
         "benchmarks/advise.md: 0.95, context 0.84 (adapters)",
     ),
@@ -197,6 +210,10 @@ ROUTERS: tuple[Rule, ...] = (
         "benchmarks/routers.md: context 0.90, token 0.88 (FFN specialists); 0.84 and 0.74 (adapters)",
     ),
 )
+
+
+def _differ(facts: Facts) -> str:
+    return f"the domains differ in their words: n-grams name the domain of {facts.told_apart:.2f} of the held-out tokens"
 
 
 def _unsure(facts: Facts) -> str:

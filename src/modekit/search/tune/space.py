@@ -27,7 +27,9 @@ Ask = Callable[[str, Sequence[str]], str]
 """Axis and its labels -> the label that is tried."""
 
 LINEAR = "linear"
-_WHOLE: dict[str, dict[str, str]] = {LINEAR: {}, "ngram": {}, "logistic": {"granularity": "sequence", "per": "model"}}
+_WHOLE: dict[str, dict[str, str]] = {
+    LINEAR: {}, "ngram": {}, "lexical": {}, "logistic": {"granularity": "sequence", "per": "model"},
+}  # fmt: skip
 """Routers that are tried where whole models are mixed -> settings with which they decide before the first layer."""
 
 
@@ -55,7 +57,7 @@ class Space(BaseModel):
     top_k: list[int] = Field(min_length=1, description="Experts per token.")
     temperature: list[float] = Field([0.5, 1.0, 2.0], min_length=1)
     decay: list[float] = Field([0.8, 0.9, 0.97], min_length=1, description="Of context routers.")
-    ngram_decay: list[float] = Field([0.95, 0.98, 0.99, 1.0], min_length=1)
+    ngram_decay: list[float] = Field([0.95, 0.98, 0.99, 1.0], min_length=1, description="Of n-gram and lexical routers.")
     order: list[int] = Field([1, 2, 3], min_length=1, description="Of n-gram routers.")
     modules: list[Literal["auto", "all"] | list[Part]] = Field(["auto"], min_length=1)
     layers: list[list[int | str] | None] = Field([None], min_length=1)
@@ -142,8 +144,9 @@ class Space(BaseModel):
                 if choice is not None:
                     found[name + behind] = choice
         if "all" in self.modules:
-            for name, router in (("whole models, n-gram", "ngram"), ("whole models, sequence", "logistic")):
-                ngram = {"order": "2", "ngram_decay": "0.98"}
+            of_whole = (("n-gram", "ngram", "0.98"), ("lexical", "lexical", "0.98"), ("sequence", "logistic", "0.98"))
+            for name, router, decay in ((f"whole models, {kind}", router, decay) for kind, router, decay in of_whole):
+                ngram = {"order": "2", "ngram_decay": decay}
                 choice = self._wanted({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
                 if choice is not None:
                     found[name] = choice
@@ -166,6 +169,7 @@ class Space(BaseModel):
 
 _NAMED: dict[str, Choice] = {
     "n-gram": {"router": "ngram", "order": "2", "ngram_decay": "0.98"},
+    "lexical": {"router": "lexical", "ngram_decay": "0.98"},
     "routing, context": {"router": "logistic", "granularity": "context", "decay": "0.9"},
     "routing (default)": {"router": "logistic", "granularity": "token"},
     "ridge": {"router": "ridge", "granularity": "token"},
@@ -212,7 +216,7 @@ def default_space(recipe: Recipe, *, layers: int, backbones_differ: bool, only_a
     """
     count = len(recipe.experts)
     merged = len([expert for expert in recipe.experts if not expert.is_base])
-    kinds: list[Kind] = ["linear", "random", "centroid", "ridge", "logistic"]
+    kinds: list[Kind] = ["linear", "random", "centroid", "ridge", "logistic", "lexical"]
     fitted = all(expert.text or expert.prompts for expert in recipe.experts)
     kinds = kinds if fitted else ["linear", "random"]
     backbone: list[Any] = ["base"]

@@ -1,0 +1,106 @@
+"""A router's evidence inside an embedding: what planning/channels.py says, in bytes.
+
+Shape legend: V vocabulary, D the base's hidden size, P channels besides it, N columns of evidence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.errors import RecipeError
+from modekit.files.tensors import safetensors_header, write_all
+from modekit.planning.channels import Channels
+from modekit.planning.pad import Measured
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ITEMSIZE, TensorRef
+from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes, to_float32
+
+Writer = Callable[[io.FileIO], None]
+
+
+def row_sizes(measured: Measured, rows_VD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """By what a row's new numbers are multiplied, so that they are themselves behind the first norm: (V,)."""
+    if measured.norm_eps is None:
+        return np.ones(len(rows_VD))
+    squares = np.square(rows_VD.astype(np.float64) * measured.scale).mean(axis=1)
+    return np.asarray(np.sqrt(squares + measured.norm_eps) / measured.scale)
+
+
+def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
+    """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
+    parts = []
+    with OpenFiles() as opened:
+        for start, rows in _rows(opened, embedding):
+            sizes_V = row_sizes(channels.row_scale, to_float32(as_array(rows, embedding.dtype)).reshape(
+                -1, embedding.shape[1])[:, : channels.hidden])  # fmt: skip
+            values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
+            parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
+    columns = memoryview(b"".join(parts))
+    if not is_finite(columns, embedding.dtype):
+        raise RecipeError(
+            f"the router's evidence is not finite in {DTYPES[embedding.dtype]}", where="mixture.router",
+            remedy="raise temperature, or fit on other text",
+        )  # fmt: skip
+    return columns
+
+
+def evidence_values(columns: memoryview, embedding: TensorRef) -> npt.NDArray[np.float32]:
+    """The same as numbers, (V, N)."""
+    return to_float32(as_array(columns, embedding.dtype)).reshape(embedding.shape[0], -1)
+
+
+def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
+    """The columns that an embedding has."""
+    cut = slice(*(at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop)))
+    with OpenFiles() as opened:
+        return memoryview(b"".join(_as_bytes(rows, embedding)[:, cut].tobytes() for _, rows in _rows(opened, embedding)))
+
+
+def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
+    """The table (V, N) that an embedding says, but for rounding."""
+    parts = []
+    with OpenFiles() as opened:
+        for _, rows in _rows(opened, embedding):
+            values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
+            sizes_V = row_sizes(channels.row_scale, values[:, : channels.hidden])
+            parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
+    return np.concatenate(parts)
+
+
+def evidence_digest(columns: memoryview) -> str:
+    """sha256, as the record keeps it."""
+    return hashlib.sha256(columns).hexdigest()
+
+
+def embedding_writer(channels: Channels, embedding: TensorRef, columns: memoryview) -> Writer:
+    """Writes the file of an embedding that is there with other evidence."""
+    start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
+    said = np.frombuffer(columns, np.uint8).reshape(embedding.shape[0], stop - start)
+
+    def write(stream: io.FileIO) -> None:
+        header = safetensors_header([(embedding.name, embedding.dtype, embedding.shape, embedding.nbytes)])
+        write_all(stream, memoryview(header))
+        with OpenFiles() as opened:
+            for first, rows in _rows(opened, embedding):
+                changed = _as_bytes(rows, embedding)
+                changed[:, start:stop] = said[first : first + len(changed)]
+                write_all(stream, changed.data.cast("B"))
+
+    return write
+
+
+def _rows(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memoryview]]:
+    """Blocks of whole rows, and the number of the first in each."""
+    height, width = embedding.shape
+    row, step = width * ITEMSIZE[embedding.dtype], max(1, BLOCK // width)
+    for start in range(0, height, step):
+        yield start, opened.read(embedding, start * row, min(start + step, height) * row)
+
+
+def _as_bytes(rows: memoryview, embedding: TensorRef) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(rows, np.uint8).reshape(-1, embedding.shape[1] * ITEMSIZE[embedding.dtype])

@@ -1,0 +1,208 @@
+"""A table of evidence by maximum entropy: what does every token say of the domain that a text is of?
+
+The logits of a text's experts at token t are the causal averages of its tokens' rows of the table W,
+
+    l_t = sum_j average_j(W_j[x_1], ..., W_j[x_t]),
+
+one part W_j for every average. W starts as naive Bayes, log p(token | domain), and then minimises the cross-entropy of the
+domains at every position of the texts, domains counting equally (maximum entropy: what tokens of one text have in common
+counts once, where naive Bayes counts it with every token). Adam on batches of whole sequences; the state is the best one of
+texts that are kept aside by their own hash, a tenth of them. No model is run.
+
+Shape legend: B batch, S sequence, E experts, J averages, H rows of a part of the table (the vocabulary, or hashed n-grams).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import cross_entropy, embedding
+
+Rows = Sequence[torch.Tensor]
+"""Of one domain: per sequence the rows of the table that its tokens choose, int (S,), or (S, K) where each chooses several,
+which are added.
+"""
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How evidence of a text comes together: causal averages with these decays, or with `adds_up` sums."""
+
+    decays: tuple[float, ...]
+    adds_up: bool = False
+
+    def matrices(self, length: int) -> torch.Tensor:
+        """(J, S, S): row t has the weights of tokens 1 to t."""
+        return self._matrices(1 << (length - 1).bit_length())[:, :length, :length]
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def _matrices(self, length: int) -> torch.Tensor:
+        age = (torch.arange(length)[:, None] - torch.arange(length)[None, :]).clamp_min(0)
+        decays = torch.tensor(self.decays, dtype=torch.float64)[:, None, None]
+        weights = torch.pow(decays, age).tril()
+        return (weights if self.adds_up else weights / weights.sum(-1, keepdim=True)).float()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a table is trained; measured in benchmarks/lexical.md."""
+
+    tokens: int = 16_384
+    steps: int = 300
+    learning_rate: float = 0.2
+    look_every: int = 10
+    patience: int = 6
+    smoothing: float = 0.5
+    aside: int = 10  # one of so many sequences is kept aside
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken."""
+
+    table: torch.Tensor
+    before: float
+    after: float
+    steps: int
+
+
+def train_table(
+    domains: Sequence[Rows], height: int, averaging: Averaging, *, seed: int = 0, silent: Sequence[int] = (),
+    schedule: Schedule = Schedule(), advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Trained:  # fmt: skip
+    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence.
+
+    `advance` is told the steps done and the most there can be.
+    """
+    split = [_split(rows, schedule.aside) for rows in domains]
+    table = _naive_bayes([own for own, _ in split], height, schedule.smoothing)
+    table[:, list(silent)] = 0.0
+    held = [batch for place, (_, aside) in enumerate(split) for batch in _batches(aside, place, schedule.tokens)]
+    start = torch.cat([table / len(averaging.decays)] * len(averaging.decays))  # (J E, H)
+    scale = min(_SCALES, key=lambda factor: _loss_of(held, start.t() * factor, averaging, len(domains)))
+    weights = (start.t() * scale).contiguous().requires_grad_()  # (H, J E)
+    optimizer = torch.optim.Adam([weights], lr=schedule.learning_rate, betas=(0.9, 0.99), foreach=True)
+    best = before = _loss_of(held, weights.detach(), averaging, len(domains))
+    state, taken, waited = weights.detach().clone(), 0, 0
+    draw = _Draw([own for own, _ in split], schedule.tokens // len(domains), seed)
+    for step in range(1, schedule.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * (1 - (step - 1) / schedule.steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros(())
+        for place, batch in enumerate(draw.next()):
+            loss = loss + _mean_loss(batch, weights, averaging, len(domains), place) / len(domains)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert weights.grad is not None
+        weights.grad[list(silent)] = 0.0
+        optimizer.step()
+        advance(step, schedule.steps)
+        if step % schedule.look_every == 0:
+            found = _loss_of(held, weights.detach(), averaging, len(domains))
+            waited += 1
+            if found < best:
+                best, state, taken, waited = found, weights.detach().clone(), step, 0
+            if waited >= schedule.patience:
+                break
+    return Trained(
+        state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous(), before, best, taken
+    )
+
+
+_SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
+
+
+def _split(rows: Rows, aside: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Sequences to learn from, and those kept aside by their hash; one of each at least, the same one if there is no other."""
+    own: list[torch.Tensor] = []
+    other: list[torch.Tensor] = []
+    for each in rows:
+        place = int.from_bytes(hashlib.sha256(each.to(torch.int64).numpy().tobytes()).digest()[:4], "big")
+        (other if place % aside == 0 else own).append(each)
+    return own or list(rows), other or list(rows[:1])
+
+
+def _naive_bayes(domains: Sequence[Rows], height: int, smoothing: float) -> torch.Tensor:
+    """Log p(row | domain) less its mean over domains, (E, H), in equal parts of the rows that a token chooses."""
+    counts = torch.stack(
+        [torch.bincount(torch.cat(list(rows)).flatten().long(), minlength=height).double() for rows in domains]
+    )
+    logs = ((counts + smoothing) / (counts.sum(1, keepdim=True) + smoothing * height)).log()
+    chosen = domains[0][0].numel() // len(domains[0][0])  # by one token
+    return (logs - logs.mean(0)).float() / chosen
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows (B, S, K) with pads of 0, and the mask of real ones; `place` is the domain."""
+
+    rows_BSK: torch.Tensor
+    mask_BS: torch.Tensor
+    place: int
+
+
+def _padded(sequences: Rows, place: int) -> _Batch:
+    longest = max(len(each) for each in sequences)
+    rows_BSK = torch.zeros((len(sequences), longest, sequences[0].numel() // len(sequences[0])), dtype=torch.int64)
+    mask_BS = torch.zeros((len(sequences), longest), dtype=torch.bool)
+    for number, each in enumerate(sequences):
+        rows_BSK[number, : len(each)] = each.reshape(len(each), -1)
+        mask_BS[number, : len(each)] = True
+    return _Batch(rows_BSK, mask_BS, place)
+
+
+def _batches(sequences: Rows, place: int, tokens: int) -> Iterator[_Batch]:
+    """All sequences of a domain, those of similar length together."""
+    left = sorted(sequences, key=len, reverse=True)
+    while left:
+        count = max(1, tokens // len(left[0]))
+        yield _padded(left[:count], place)
+        left = left[count:]
+
+
+class _Draw:
+    """Batches of every domain, each of about so many tokens, over and over in an order that the seed gives."""
+
+    def __init__(self, domains: Sequence[Rows], tokens: int, seed: int) -> None:
+        self._domains, self._tokens = domains, tokens
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left: list[list[int]] = [[] for _ in domains]
+
+    def next(self) -> Iterator[_Batch]:
+        """One batch of each domain."""
+        for place, sequences in enumerate(self._domains):
+            taken: list[torch.Tensor] = []
+            length = 0
+            while length < self._tokens and len(taken) < len(sequences):
+                if not self._left[place]:
+                    self._left[place] = torch.randperm(len(sequences), generator=self._generator).tolist()
+                taken.append(sequences[self._left[place].pop()])
+                length += len(taken[-1])
+            yield _padded(taken, place)
+
+
+def _logits(batch: _Batch, weights: torch.Tensor, averaging: Averaging, experts: int) -> torch.Tensor:
+    """(B, S, E) of a table (H, J E)."""
+    values = embedding(batch.rows_BSK, weights).sum(-2)
+    parts = values.reshape(*values.shape[:2], len(averaging.decays), experts)
+    return torch.einsum("jts,bsje->bte", averaging.matrices(values.shape[1]), parts)
+
+
+def _mean_loss(batch: _Batch, weights: torch.Tensor, averaging: Averaging, experts: int, place: int) -> torch.Tensor:
+    logits = _logits(batch, weights, averaging, experts)[batch.mask_BS]
+    return cross_entropy(logits, torch.full((len(logits),), place))
+
+
+@torch.no_grad()
+def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int) -> float:
+    """Mean cross-entropy of texts; domains count equally."""
+    losses, counts = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+    for batch in held:
+        count = int(batch.mask_BS.sum())
+        losses[batch.place] += float(_mean_loss(batch, weights, averaging, experts, batch.place)) * count
+        counts[batch.place] += count
+    return float((losses / counts.clamp_min(1)).mean())

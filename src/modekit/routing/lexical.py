@@ -1,0 +1,97 @@
+"""Lexical routers: what does every token say of the domain, averaged over the text so far?
+
+The table is trained without a model (evidence.py). In the modekit architecture it is the gate of one router before the first
+layer; a native checkpoint carries it in channels besides the base's (on_channels.py).
+
+Shape legend: E experts, J averages, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from modekit.architecture.modekit_router import ngram_rows
+from modekit.checkpoint.record import RouterRecord
+from modekit.loaded.load import load_tokenizer
+from modekit.recipes.recipe import Expert
+from modekit.recipes.router import Router
+from modekit.routing.evidence import Averaging, train_table
+from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.on_channels import gates_on_channels
+from modekit.routing.token_text import TokenText, read_token_texts
+
+_LEAN = 0.01
+"""Logits between the first expert and the last where nothing speaks for any: every engine then takes the same."""
+
+
+def lexical_gates(fitting: Fitting) -> FittedRouter:
+    """The table, and the gates that read it. Raises TextError."""
+    settings, recipe = fitting.settings, fitting.recipe
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
+    texts = read_token_texts(fitting, tokenizer)
+    averaging = averaging_of(fitting)
+    table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
+    trained = train_table(
+        [[table.rows(ids) for ids in text.sequences()] for text in texts], table.height, averaging, seed=settings.seed,
+        silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in sorted(set(tokenizer.all_special_ids))],
+        advance=lambda done, total: fitting.run.progress("train evidence", done, total),
+    )  # fmt: skip
+    leaning = lean(recipe.experts)[:, None, None] / len(averaging.decays)
+    table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
+    record = _record(fitting, texts, {"kept_aside": [trained.before, trained.after], "steps": trained.steps})
+    if fitting.checkpoint.shape.channels is not None:
+        return gates_on_channels(fitting, texts, table_EJV, averaging, record)
+    return FittedRouter([table_EJV.flatten(1).numpy()], record)
+
+
+class Table:
+    """The rows of a lexical router's tables, one table for every order of n-grams, below one another."""
+
+    def __init__(self, settings: Router, vocabulary: int) -> None:
+        self.orders = settings.orders or [1]
+        self._hashed = settings.hashes
+        self._buckets = settings.buckets if self._hashed else vocabulary
+
+    @property
+    def height(self) -> int:
+        """Of all of them together."""
+        return self._buckets * len(self.orders)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the tokens (S,) of a sequence choose, (S, K) int32."""
+        if not self._hashed:
+            return ids.int()[:, None]
+        one = ids.long()[None]
+        found = [ngram_rows(one, torch.ones_like(one), None, order, self._buckets)[0][0] for order in self.orders]
+        return torch.stack([rows + number * self._buckets for number, rows in enumerate(found)], dim=1).int()
+
+    def parts(self, table_EJH: torch.Tensor) -> torch.Tensor:
+        """As a gate has them: order by order, and in each average by average, (E, K J, buckets)."""
+        experts, averages, _ = table_EJH.shape
+        by_order = table_EJH.reshape(experts, averages, len(self.orders), self._buckets).transpose(1, 2)
+        return by_order.reshape(experts, averages * len(self.orders), self._buckets)
+
+
+def averaging_of(fitting: Fitting) -> Averaging:
+    """As the architecture averages: a native one may not let evidence fade."""
+    channels, settings = fitting.checkpoint.shape.channels, fitting.settings
+    decays = [average["decay"] for average in settings.averages]
+    return Averaging(channels.decays if channels is not None else tuple(decays[: len(decays) // len(settings.orders or [1])]))
+
+
+def lean(experts: Sequence[Expert]) -> torch.Tensor:
+    """Logits (E,) of a text without evidence: falling from expert to expert, the base first if it is one."""
+    order = sorted(range(len(experts)), key=lambda place: (not experts[place].is_base, place))
+    logits = torch.zeros(len(experts))
+    for rank, place in enumerate(order):
+        logits[place] = _LEAN * (len(experts) - 1 - rank) / max(1, len(experts) - 1)
+    return logits
+
+
+def _record(fitting: Fitting, texts: Sequence[TokenText], training: dict[str, object]) -> RouterRecord:
+    names = fitting.recipe.names
+    text = {name: dict(each.source["text"]) for name, each in zip(names, texts, strict=True)}
+    report = {"tokens": [len(each.ids_N) for each in texts], **training}
+    return RouterRecord(status="fitted", settings=fitting.settings, sha256="", text=text, report=report)

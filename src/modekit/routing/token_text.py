@@ -1,0 +1,113 @@
+"""The tokens of a domain's text, kept: what a table of evidence is trained on.
+
+They are the text itself in another spelling: whoever may not keep the text may not keep these. With them a domain is added
+later without the others' text, and the fit is the one that all of it together gives.
+
+Shape legend: N tokens of all sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from modekit.errors import TextError
+from modekit.files.typed import Count, as_kind
+from modekit.recipes.fits import MOST_TOKENS
+from modekit.recipes.recipe import Expert
+from modekit.recipes.router import Router
+from modekit.routing.fitting import Fitting
+from modekit.routing.kept import Get, checked, load_kept, save_kept
+from modekit.text.held_out import fit_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import text_record
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """Of one domain.
+
+    Attributes:
+        ids_N: token ids of its sequences, one after the other, int32.
+        lengths: tokens of each, int32.
+        source: what they were made from: settings and a digest of the text.
+    """
+
+    ids_N: torch.Tensor
+    lengths: torch.Tensor
+    source: dict[str, Any]
+
+    def sequences(self) -> list[torch.Tensor]:
+        """Ids of every sequence, int32."""
+        return list(torch.split(self.ids_N, self.lengths.tolist()))
+
+    def save(self, path: Path) -> None:
+        """Write atomically."""
+        save_kept(path, {"ids": self.ids_N, "lengths": self.lengths}, {"token_text": True, "source": self.source})
+
+
+def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
+    """Read a domain's tokens; None when there are none, or only what another fit keeps. Raises CheckpointError when damaged."""
+
+    def make(get: Get, about: dict[str, Any]) -> TokenText | None:
+        if not about.get("token_text"):
+            return None
+        ids_N, lengths = checked(get("ids"), (None,)), checked(get("lengths"), (None,))
+        if not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != len(ids_N):
+            raise ValueError("the lengths are not those of the tokens")
+        if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocabulary:
+            raise ValueError("tokens that the vocabulary does not have")
+        return TokenText(ids_N.int(), lengths.int(), as_kind(about, _About).source)
+
+    return load_kept(path, make)
+
+
+class _About(BaseModel):
+    source: dict[str, Any]
+    token_text: Annotated[bool, Field(strict=True)]
+    documents: Count = 0
+
+
+def read_token_texts(fitting: Fitting, tokenizer: Any) -> list[TokenText]:
+    """The tokens of every expert's text in the order of the experts, kept where text and settings are still the same.
+
+    Raises TextError.
+    """
+    experts, vocabulary = fitting.recipe.experts, int(fitting.checkpoint.config["vocab_size"])
+    texts = []
+    for place, expert in enumerate(experts):
+        texts.append(_read(fitting, tokenizer, place, expert, vocabulary))
+        fitting.run.progress("read tokens", place + 1, len(experts))
+    return texts
+
+
+def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, vocabulary: int) -> TokenText:
+    path, settings = fitting.folder / f"{expert.name}.safetensors", fitting.settings
+    kept = load_token_text(path, vocabulary)
+    try:
+        documents = fit_documents(expert, fitting.root, place)
+    except TextError:
+        if kept is None or kept.source.get("how") != _how(settings) or not isinstance(kept.source.get("text"), dict):
+            raise
+        return kept  # the text is gone, and its tokens are what they would be
+    said = {"sha256": text_record(documents, 0)["sha256"], "how": _how(settings)}
+    if kept is not None and {key: kept.source.get(key) for key in said} == said:
+        return kept
+    sequences = encode(tokenizer, documents, max_tokens=MOST_TOKENS, sequence_length=settings.sequence_length)
+    if not sequences:
+        raise TextError(
+            "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
+        )
+    lengths = torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32)
+    ids_N = torch.tensor([each for sequence in sequences for each in sequence.ids], dtype=torch.int32)
+    made = TokenText(ids_N, lengths, {"text": text_record(documents, len(ids_N)), **said})
+    made.save(path)
+    return made
+
+
+def _how(settings: Router) -> dict[str, Any]:
+    return settings.model_dump(mode="json", include={"sequence_length"})

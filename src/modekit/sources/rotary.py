@@ -1,0 +1,43 @@
+"""Rotary embedding as a config says it: by how much every pair of numbers turns from one token to the next.
+
+Shape legend: H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from modekit.sources.families import Config
+
+
+def turns_per_token(config: Config) -> list[float] | None:
+    """Angle theta_i of each of the H / 2 pairs, in radians per token; None where it is not the same for all texts or is scaled
+    together with the scores (yarn, longrope, dynamic).
+
+    `config` is a family's dense config with every default written out. default and linear: theta^(-2 i / H), by the factor;
+    llama3: long waves by the factor, short ones not, those between in between (arXiv:2407.21783).
+    """
+    rope: Any = config["rope_parameters"]
+    kind, size = rope.get("rope_type", "default"), int(config["head_dim"])
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+        return None
+    plain = [float(rope["rope_theta"]) ** (-2 * pair / size) for pair in range(size // 2)]
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return [angle / float(rope["factor"]) for angle in plain]
+    if kind == "llama3":
+        return [_llama3(angle, rope) for angle in plain]
+    return None
+
+
+def _llama3(angle: float, rope: Any) -> float:
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    waves = float(rope["original_max_position_embeddings"]) * angle / (2 * math.pi)
+    if waves < low:
+        return angle / factor
+    if waves > high:
+        return angle
+    share = (waves - low) / (high - low)
+    return (1 - share) * angle / factor + share * angle

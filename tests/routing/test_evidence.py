@@ -1,0 +1,89 @@
+"""The table of evidence: where it starts, that it descends to the optimum, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from modekit.architecture.modekit_router import causal_average
+from modekit.routing.evidence import Averaging, Schedule, train_table
+
+HEIGHT = 12
+
+
+def texts(seed: int, favourites: list[int], count: int = 60, length: int = 10) -> list[torch.Tensor]:
+    """Sequences in which some tokens are frequent."""
+    weights = torch.ones(HEIGHT)
+    weights[favourites] = 6.0
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.multinomial(weights, length, replacement=True, generator=draw).int() for _ in range(count)]
+
+
+DOMAINS = [texts(1, [2, 3]), texts(2, [4, 5]), texts(3, [3, 6])]
+
+
+@pytest.mark.parametrize(("decays", "adds_up"), [((1.0,), False), ((0.9,), False), ((0.9, 1.0), False), ((0.8,), True)])
+def test_weights_are_those_of_the_architecture(decays: tuple[float, ...], adds_up: bool) -> None:
+    values = torch.randn((2, 7, 3), generator=torch.Generator().manual_seed(0))
+    for matrix, decay in zip(Averaging(decays, adds_up).matrices(7), decays, strict=True):
+        expected, _ = causal_average(values, torch.ones((2, 7)), decay, None, add_up=adds_up)
+        torch.testing.assert_close(torch.einsum("ts,bse->bte", matrix, values), expected)
+
+
+def test_without_steps_it_is_naive_bayes_at_the_best_scale() -> None:
+    trained = train_table(DOMAINS, HEIGHT, Averaging((1.0,)), schedule=Schedule(steps=0, aside=1))
+    counts = torch.stack([torch.bincount(torch.cat(domain).long(), minlength=HEIGHT).double() for domain in DOMAINS])
+    logs = ((counts + 0.5) / (counts.sum(1, keepdim=True) + 0.5 * HEIGHT)).log()
+    expected = (logs - logs.mean(0)).float()
+    scale = trained.table[:, 0].norm() / expected.norm()
+    torch.testing.assert_close(trained.table[:, 0], expected * scale)
+    assert trained.steps == 0 and trained.after == trained.before
+
+
+def test_training_descends_below_naive_bayes_towards_the_optimum() -> None:
+    """The problem is convex: another optimiser on all of the text can tell how low it goes."""
+    averaging = Averaging((0.9,))
+    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=Schedule(aside=1, steps=400, patience=50, learning_rate=0.05))
+    matrix = averaging.matrices(10)[0]
+    rows = torch.stack([torch.stack(domain) for domain in DOMAINS]).long()
+    labels = torch.arange(3)[:, None, None].expand(3, 60, 10)
+
+    def loss_of(table: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("ts,dbse->dbte", matrix, table.t()[rows])
+        return cross_entropy(logits.flatten(0, 2), labels.flatten())
+
+    best = torch.zeros((3, HEIGHT), requires_grad=True)
+    optimizer = torch.optim.LBFGS([best], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(best)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimum, ours = float(loss_of(best)), float(loss_of(trained.table[:, 0]))
+    start = float(loss_of(train_table(DOMAINS, HEIGHT, averaging, schedule=Schedule(steps=0, aside=1)).table[:, 0]))
+    assert optimum - 1e-5 <= ours < optimum + 0.25 * (start - optimum)
+
+
+def test_domains_count_equally_and_the_seed_decides() -> None:
+    few = Schedule(aside=1, steps=20, learning_rate=0.02, tokens=300)
+    one, other = (train_table(DOMAINS, HEIGHT, Averaging((0.9,)), seed=seed, schedule=few) for seed in (3, 4))
+    assert one.steps and not torch.equal(one.table, other.table)
+    assert torch.equal(one.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), seed=3, schedule=few).table)
+    twice = train_table([DOMAINS[0] * 2, *DOMAINS[1:]], HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0))
+    torch.testing.assert_close(twice.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0)).table,
+                               atol=0.05, rtol=0.05)  # fmt: skip
+
+
+def test_silent_rows_stay_silent() -> None:
+    trained = train_table(DOMAINS, HEIGHT, Averaging((0.9, 1.0)), silent=[2, 7])
+    assert not trained.table[..., [2, 7]].any() and trained.table[..., [3, 4]].all()
+    assert trained.table.shape == (3, 2, HEIGHT)
+
+
+def test_a_single_sequence_per_domain_is_enough() -> None:
+    trained = train_table([domain[:1] for domain in DOMAINS], HEIGHT, Averaging((0.9,)))
+    assert torch.isfinite(trained.table).all()

@@ -1,0 +1,249 @@
+"""Lexical routers in both shapes: the same decisions, kept tokens in place of text, refits, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conftest import DOMAINS, Workshop, logits_of, make_workshop
+from modekit.building.build import build as build_plan
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.evidence import read_table
+from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.errors import CheckpointError, RecipeError
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
+from modekit.planning.make import make_plan
+from modekit.planning.plan import EMBEDDING_FILE, ROUTER_FILE
+from modekit.recipes.read import load_recipe
+from modekit.routing.lexical import lean
+from modekit.routing.refit import refit
+from modekit.routing.token_text import load_token_text
+
+HELD_OUT = ["99 fever artery lesion nerve", "99 licence clause party court", "99 def return self"]
+
+
+def build(workshop: Workshop, name: str, form: str, **router: Any) -> Checkpoint:
+    mixture = {"method": "routing", "top_k": 2, "router": {"fit": "lexical", **router}}
+    return open_checkpoint(workshop.build(name, mixture=mixture, output={"format": form}))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """With heads of 64, so that recency is what the formula says."""
+    return make_workshop(tmp_path_factory.mktemp("lexical"), hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def native(shop: Workshop) -> Checkpoint:
+    return build(shop, "NATIVE", "native")
+
+
+@pytest.fixture(scope="module")
+def modekit(shop: Workshop) -> Checkpoint:
+    return build(shop, "MODEKIT", "modekit")
+
+
+def logits(checkpoint: Checkpoint, text: str) -> list[torch.Tensor]:
+    """What every router says of a text, each (S, E)."""
+    model = load_model(checkpoint.folder)
+    ids = AutoTokenizer.from_pretrained(checkpoint.folder)(text, return_tensors="pt").input_ids
+    with torch.inference_mode(), mixture_of(model, checkpoint).traced() as trace:
+        model(input_ids=ids)
+        return [each.reshape(ids.shape[1], -1) for each in trace]
+
+
+def test_both_shapes_are_proven(native: Checkpoint, modekit: Checkpoint) -> None:
+    for checkpoint in (native, modekit):
+        checks = verify(checkpoint)
+        assert is_proven(checks), checks
+    assert native.shape.plain and native.config["model_type"] == "mixtral"
+
+
+def test_the_table_is_the_same_in_both(native: Checkpoint, modekit: Checkpoint) -> None:
+    (gate,) = modekit.gates()
+    torch.testing.assert_close(torch.from_numpy(read_table(*native.carrier)), torch.from_numpy(gate).t(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_right_expert_is_named_for_held_out_text(native: Checkpoint, modekit: Checkpoint, place: int) -> None:
+    for checkpoint in (native, modekit):
+        for said in logits(checkpoint, HELD_OUT[place]):
+            assert int(said[-1].argmax()) == place, DOMAINS[place]
+
+
+def test_gates_of_every_layer_say_about_what_the_table_says(native: Checkpoint, modekit: Checkpoint) -> None:
+    """In size, too: the stream is measured where the gate reads it."""
+    for text in HELD_OUT:
+        (wanted,) = logits(modekit, text)
+        for said in logits(native, text):
+            share = float((said * wanted).sum() / (wanted * wanted).sum())
+            assert 0.5 < share < 2
+            torch.testing.assert_close(said, wanted * share, atol=0.5, rtol=0.5)
+
+
+def test_a_build_again_is_the_same_bytes(shop: Workshop, native: Checkpoint) -> None:
+    again = build(shop, "AGAIN", "native")
+    for name in (ROUTER_FILE, EMBEDDING_FILE, "model-00001-of-00001.safetensors", "modekit.json"):
+        assert (again.folder / name).read_bytes() == (native.folder / name).read_bytes(), name
+
+
+def test_a_fit_rewrites_gates_and_embedding_alone(shop: Workshop) -> None:
+    checkpoint = build(shop, "REFIT", "native")
+    shard = checkpoint.folder / "model-00001-of-00001.safetensors"
+    before = shard.stat().st_ino, shard.stat().st_mtime_ns
+    table = read_table(*checkpoint.carrier)
+    changed = refit(checkpoint, {"router": {"temperature": 2.0}})
+    assert (shard.stat().st_ino, shard.stat().st_mtime_ns) == before
+    spread = torch.from_numpy(table) - torch.from_numpy(table).mean(1, keepdim=True)
+    now = torch.from_numpy(read_table(*open_checkpoint(changed.folder).carrier))
+    torch.testing.assert_close(now - now.mean(1, keepdim=True), spread / 2, atol=0.02, rtol=0.02)
+    assert is_proven(verify(open_checkpoint(changed.folder)))
+    back = refit(open_checkpoint(changed.folder), {"router": {"temperature": 1.0}})
+    assert (read_table(*open_checkpoint(back.folder).carrier) == table).all()
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_kept_tokens_stand_in_for_text_that_is_gone(tmp_path: Path, form: str) -> None:
+    workshop = make_workshop(tmp_path)
+    checkpoint = build(workshop, "OUT", form)
+    kept = load_token_text(checkpoint.folder / STATISTICS_FOLDER / "law.safetensors", int(checkpoint.config["vocab_size"]))
+    assert kept is not None and kept.lengths.sum() == len(kept.ids_N)
+    before = {name: (checkpoint.folder / name).read_bytes() for name in (ROUTER_FILE, "modekit.json")}
+    for name in DOMAINS:
+        (tmp_path / "text" / f"{name}.jsonl").unlink()
+    again = refit(checkpoint, {"router": {"fit": "lexical"}})
+    assert {name: (again.folder / name).read_bytes() for name in before} == before
+
+
+def test_an_edited_embedding_is_found(shop: Workshop) -> None:
+    checkpoint = build(shop, "EDITED", "native")
+    channels, embedding = checkpoint.carrier
+    with (checkpoint.folder / EMBEDDING_FILE).open("r+b") as file:
+        file.seek(embedding.start + 4 * (5 * embedding.shape[1] + channels.evidence.start))
+        file.write(b"\x00\x00\x00\x41")
+    failed = [check for check in verify(open_checkpoint(checkpoint.folder), reload=False) if check.verdict == "failed"]
+    assert [check.name for check in failed] == ["router"] and "evidence" in failed[0].detail
+
+
+@pytest.mark.parametrize("changes", [{"fit": "logistic"}, {"fit": "lexical", "decay": [1.0]}])
+def test_another_carrier_is_another_build(shop: Workshop, native: Checkpoint, changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="build again"):
+        refit(native, {"router": changes})
+
+
+def test_a_plain_checkpoint_cannot_become_lexical(shared_workshop: Workshop) -> None:
+    plain = open_checkpoint(shared_workshop.build("PLAIN"))
+    with pytest.raises(RecipeError):
+        refit(plain, {"router": {"fit": "lexical"}})
+
+
+def test_without_evidence_the_first_expert_leads_and_the_base_before_it() -> None:
+    from modekit.recipes.recipe import Expert
+
+    two = [Expert(name="a", model="./a"), Expert(name="general", model="base")]
+    assert lean(two).tolist() == pytest.approx([0.0, 0.01])
+    assert lean([Expert(name="a", model="./a")]).tolist() == [0.0]
+
+
+def test_special_tokens_say_nothing(native: Checkpoint) -> None:
+    table = torch.from_numpy(read_table(*native.carrier))
+    assert (table[:3].abs() <= 0.011).all() and (table[10:60].abs().amax() > 0.1)
+
+
+def test_auto_takes_the_modekit_architecture_where_no_native_one_carries_it(tmp_path: Path) -> None:
+    workshop = make_workshop(tmp_path, "cohere2")
+    mixture = {"method": "routing", "router": {"fit": "lexical"}}
+    plan = make_plan(load_recipe(workshop.write(mixture=mixture)), tmp_path)
+    assert not plan.shape.plain and "subtract the mean" in plan.why
+    assert is_proven(verify(build_plan(plan, tmp_path / "OUT")))
+
+
+@pytest.mark.parametrize(("output", "message"), [
+    ({"channels": 48}, "multiple of 32"),
+    ({"channels": 32}, None),
+    ({"format": "modekit", "channels": 64}, "no effect"),
+])  # fmt: skip
+def test_channels_of_the_output(shop: Workshop, output: dict[str, Any], message: str | None) -> None:
+    mixture = {"method": "routing", "router": {"fit": "lexical"}}
+    path = shop.write(mixture=mixture, output=output)
+    if message is None:
+        assert make_plan(load_recipe(path), shop.root).hidden == 128 + 32
+    else:
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+
+
+def test_channels_without_a_router_that_needs_them_have_no_effect(shop: Workshop) -> None:
+    path = shop.write(mixture={"method": "linear"}, output={"channels": 64})
+    with pytest.raises(RecipeError, match="no effect"):
+        load_recipe(path)
+
+
+def test_a_record_of_another_base_is_refused(shop: Workshop) -> None:
+    import json
+
+    checkpoint = build(shop, "OTHER", "native")
+    record = json.loads((checkpoint.folder / "modekit.json").read_text())
+    for value in (64, "wide", None, 0):
+        record["dense_config"]["hidden_size"] = value
+        (checkpoint.folder / "modekit.json").write_text(json.dumps(record))
+        with pytest.raises(CheckpointError):
+            open_checkpoint(checkpoint.folder)
+
+
+def test_logits_of_a_forced_expert_do_not_see_the_channels(shop: Workshop, native: Checkpoint, ids: torch.Tensor) -> None:
+    model = load_model(native.folder)
+    plain = open_checkpoint(shop.build("RANDOM"))
+    dense = load_model(plain.folder)
+    with mixture_of(model, native).forced(2), mixture_of(dense, plain).forced(2):
+        torch.testing.assert_close(logits_of(model, ids), logits_of(dense, ids), atol=1e-4, rtol=1e-5)
+
+
+@pytest.fixture(scope="module", params=[None, [1, 2], [2]], ids=["tokens", "tokens and pairs", "pairs"])
+def of_orders(request: pytest.FixtureRequest, shared_workshop: Workshop) -> Checkpoint:
+    said = {} if request.param is None else {"orders": request.param, "buckets": 4096}
+    name = f"ORDERS{'-'.join(map(str, request.param or []))}"
+    return build(shared_workshop, name, "modekit", decay=[0.9, 1.0], **said)
+
+
+def test_n_grams_have_tables_of_their_own(of_orders: Checkpoint) -> None:
+    orders = of_orders.record.recipe.mixture.router.orders or [1]
+    (slot,) = of_orders.slots
+    assert slot.shape == (3, 2 * len(orders) * (4096 if orders != [1] else int(of_orders.config["vocab_size"])))
+    assert is_proven(verify(of_orders))
+    for place, text in enumerate(HELD_OUT):
+        assert int(logits(of_orders, text)[0][-1].argmax()) == place
+
+
+def test_generation_padding_and_beams_equal_the_full_pass(of_orders: Checkpoint) -> None:
+    model = load_model(of_orders.folder)
+    tokenizer = AutoTokenizer.from_pretrained(of_orders.folder, padding_side="left")
+    texts = ["fever artery lesion", "licence"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    for beams in (1, 3):
+        made = model.generate(**batch, max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0)
+        for row, text in enumerate(texts):
+            alone = model.generate(
+                **tokenizer([text], return_tensors="pt"), max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0
+            )
+            assert made[row, -12:].tolist() == alone[0, -12:].tolist()
+            if beams == 1:
+                whole = model(input_ids=alone).logits[0, -13:-1].argmax(-1)
+                assert whole.tolist() == alone[0, -12:].tolist()
+
+
+def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> None:
+    mixture = {"method": "routing", "router": {"fit": "lexical", "orders": [1, 2]}}
+    plan = make_plan(load_recipe(shared_workshop.write(mixture=mixture)), shared_workshop.root)
+    assert not plan.shape.plain and "n-grams of a lexical router" in plan.why
+    with pytest.raises(RecipeError, match="n-grams of a lexical router"):
+        load_recipe(shared_workshop.write(mixture=mixture, output={"format": "native"}))
+    twice = {"method": "routing", "router": {"fit": "lexical", "orders": [2, 2]}}
+    with pytest.raises(RecipeError, match="names an order twice"):
+        load_recipe(shared_workshop.write(mixture=twice))
