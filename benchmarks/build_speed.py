@@ -7,7 +7,8 @@ turn, in alternating order, runs the copy and `modekit build` as processes of th
 (user + system, children included) as medians with the range, their ratio round by round, and the most memory that each
 held: resident (all of it, pages of files included) and anonymous (its own alone). `build` is with --no-fsync, as the copy
 does not wait for the disk; `synced` waits. With --verify, `modekit verify
---no-reload` of the result runs in every round, too; with --other CHECKOUT the build of another checkout.
+--no-reload` of the result runs in every round, too; with --other CHECKOUT the build of another checkout. `widened` writes the
+shards of the same experts under a lexical router (its fit aside), `wide copy` copies as many bytes.
 """
 
 from __future__ import annotations
@@ -46,6 +47,27 @@ for shard, ranges in pieces.items():
 """
 
 
+WIDENED = """
+import io, sys
+from pathlib import Path
+from modekit.building.build import write_tensor
+from modekit.building.tensors import PieceReader
+from modekit.files.tensors import safetensors_header, write_all
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
+from modekit.sources.contents import OpenFiles
+recipe, out = Path(sys.argv[1]), Path(sys.argv[2])
+plan = make_plan(load_recipe(recipe), recipe.parent)
+with OpenFiles() as opened:
+    read = PieceReader(opened)
+    for shard in plan.shards:
+        with io.FileIO(out / shard.file, "w") as stream:
+            write_all(stream, memoryview(safetensors_header((t.name, t.dtype, t.shape, t.nbytes) for t in shard.tensors)))
+            for tensor in shard.tensors:
+                write_tensor(plan, tensor, read, stream)
+"""
+
+
 def make_models(folder: Path, layers: int) -> None:
     """Llama-shaped bf16 models with hidden 1024, F 2816, vocabulary 32,000, tied embeddings."""
     config = {
@@ -72,6 +94,8 @@ def make_models(folder: Path, layers: int) -> None:
     for name in ("base", "a", "b", "c", "d"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
+        vocabulary = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}
+        (folder / name / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": vocabulary}))
         with (folder / name / "model.safetensors").open("wb") as stream:
             stream.write(safetensors_header(entries))
             rest = sum(entry[3] for entry in entries)
@@ -116,6 +140,12 @@ def shown(values: list[float], unit: str = "") -> str:
     return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
 
 
+def _ranges(size: int, file: Path) -> list[tuple[str, int, int]]:
+    """So many bytes out of a file, over and over."""
+    most = file.stat().st_size
+    return [(str(file), 0, min(most, size - start)) for start in range(0, size, most)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=int, default=1, help="1: 24 layers, 340M parameters; 2: twice the layers")
@@ -141,10 +171,19 @@ def main() -> None:
             for shard in plan.shards
         }
         (folder / "pieces.json").write_text(json.dumps(pieces))
+        wide_recipe = folder / "wide.yaml"
+        (folder / "text.txt").write_text("a a a")
+        with_text = experts.replace("}", ", text: ./text.txt}")
+        wide_recipe.write_text(f"base_model: ./base\nexperts:\n{with_text}mixture: {{router: {{fit: lexical}}}}\n")
+        wide = make_plan(load_recipe(wide_recipe), folder)
+        as_many = {shard.file: _ranges(shard.nbytes, folder / "base" / "model.safetensors") for shard in wide.shards}
+        (folder / "wide.json").write_text(json.dumps(as_many))
         (folder / "copy.py").write_text(COPY)
         commands = {
             "copy": [sys.executable, str(folder / "copy.py"), str(folder / "pieces.json"), str(folder / "COPY")],
             "build": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT"), "--no-fsync"],
+            "wide copy": [sys.executable, str(folder / "copy.py"), str(folder / "wide.json"), str(folder / "COPY")],
+            "widened": [sys.executable, "-c", WIDENED, str(wide_recipe), str(folder / "COPY")],
             "synced": [sys.executable, "-m", "modekit", "build", str(recipe), str(folder / "OUT")],
         }
         checkouts = {"other": arguments.other} if arguments.other else {}
@@ -167,10 +206,15 @@ def main() -> None:
         for name, rows in results.items():
             resident, anonymous = max(row.resident for row in rows), max(row.anonymous for row in rows)
             print(
-                f"{name:7} wall {shown([row.wall for row in rows], ' s')}  cpu {shown([row.cpu for row in rows], ' s')}"
+                f"{name:9} wall {shown([row.wall for row in rows], ' s')}  cpu {shown([row.cpu for row in rows], ' s')}"
                 f"  resident {resident / 1e6:.0f} MB  anonymous {anonymous / 1e6:.0f} MB"
             )
-        for made, floor in (("build", "copy"), ("synced", "build"), *(("build", other) for other in checkouts)):
+        for made, floor in (
+            ("build", "copy"),
+            ("synced", "build"),
+            ("widened", "wide copy"),
+            *(("build", other) for other in checkouts),
+        ):
             pairs = list(zip(results[made], results[floor], strict=True))
             print(f"{made} / {floor}: wall {shown([ours.wall / its.wall for ours, its in pairs])}", end="")
             print(f"  cpu {shown([ours.cpu / its.cpu for ours, its in pairs])}")
