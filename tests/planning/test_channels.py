@@ -235,6 +235,18 @@ def test_turns_are_those_of_transformers(rope: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.tensor(said), model.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}, {"rope_type": "default", "rope_theta": 0},
+    {"rope_type": "default", "rope_theta": -5.0}, {"rope_type": "default", "rope_theta": float("inf")},
+    {"rope_type": "default", "rope_theta": "much"}, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 0},
+    {"rope_type": "llama3", "rope_theta": 10_000.0}, {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+])  # fmt: skip
+def test_turns_that_are_not_known_are_none(rope: dict[str, Any]) -> None:
+    assert turns_per_token({"head_dim": 16, "rope_parameters": rope}) is None
+    for size in (0, 2, -4, 10**12):
+        assert turns_per_token({"head_dim": size, "rope_parameters": {"rope_theta": 10_000.0}}) is None
+
+
 @pytest.mark.parametrize("native", ["cohere2_moe", "qwen3_5_moe_text"])
 def test_architectures_that_cannot_are_refused_with_the_reason(tmp_path: Path, native: str) -> None:
     dense, _, overrides = next(case for case in CASES if case[1] == native)

@@ -21,6 +21,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import EMBEDDING_FILE, ROUTER_FILE
 from modekit.recipes.read import load_recipe
+from modekit.routing.kept import save_kept
 from modekit.routing.lexical import lean
 from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
@@ -247,3 +248,20 @@ def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> N
     twice = {"method": "routing", "router": {"fit": "lexical", "orders": [2, 2]}}
     with pytest.raises(RecipeError, match="names an order twice"):
         load_recipe(shared_workshop.write(mixture=twice))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"ids": torch.tensor([96], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)},
+    {"ids": torch.tensor([-1], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)},
+    {"ids": torch.tensor([5, 6], dtype=torch.int32), "lengths": torch.tensor([3], dtype=torch.int32)},
+    {"ids": torch.tensor([5, 6], dtype=torch.int32), "lengths": torch.tensor([3, -1], dtype=torch.int32)},
+    {"ids": torch.tensor([], dtype=torch.int32), "lengths": torch.tensor([], dtype=torch.int32)},
+    {"ids": torch.tensor([5.0, float("nan")]), "lengths": torch.tensor([2], dtype=torch.int32)},
+    {"ids": torch.zeros((2, 2), dtype=torch.int32), "lengths": torch.tensor([4], dtype=torch.int32)},
+    {"ids": torch.tensor([5], dtype=torch.int32)},
+])  # fmt: skip
+def test_damaged_tokens_are_refused(tmp_path: Path, wrong: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "law.safetensors"
+    save_kept(path, wrong, {"token_text": True, "source": {}})
+    with pytest.raises(CheckpointError, match="the kept statistics are damaged"):
+        load_token_text(path, 96)

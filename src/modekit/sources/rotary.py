@@ -10,19 +10,32 @@ from typing import Any
 
 from modekit.sources.families import Config
 
+_LARGEST_HEAD = 2**16
+
 
 def turns_per_token(config: Config) -> list[float] | None:
-    """Angle theta_i of each of the H / 2 pairs, in radians per token; None where it is not the same for all texts or is scaled
-    together with the scores (yarn, longrope, dynamic).
+    """Angle theta_i of each of the H / 2 pairs, in radians per token; None where it is not the same for all texts, is scaled
+    together with the scores (yarn, longrope, dynamic), or is not said in numbers that could be meant.
 
     `config` is a family's dense config with every default written out. default and linear: theta^(-2 i / H), by the factor;
     llama3: long waves by the factor, short ones not, those between in between (arXiv:2407.21783).
     """
     rope: Any = config["rope_parameters"]
-    kind, size = rope.get("rope_type", "default"), int(config["head_dim"])
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         return None
-    plain = [float(rope["rope_theta"]) ** (-2 * pair / size) for pair in range(size // 2)]
+    try:
+        turns = _turns(rope, int(config["head_dim"]))
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+    usable = turns is not None and len(turns) > 1 and all(math.isfinite(turn) and turn > 0 for turn in turns)
+    return turns if usable else None
+
+
+def _turns(rope: Any, size: int) -> list[float] | None:
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    if not (0 < size <= _LARGEST_HEAD and 0 < theta < math.inf):
+        return None
+    plain = [theta ** (-2 * pair / size) for pair in range(size // 2)]
     if kind == "default":
         return plain
     if kind == "linear":
