@@ -63,7 +63,8 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     first = run_demo(tmp_path / "demo", quick=True, run=Run(progress=silent))
     table = first.merged(0)
     names = [row.name for row in table.rows]
-    assert names == ["base", *DOMAINS, "weight average", "oracle", "linear", "noisy", "ridge", "routing", "context", "ngram"]
+    mixtures = ["linear", "noisy", "ridge", "routing", "context", "ngram", "lexical", "lexical-top-1"]
+    assert names == ["base", *DOMAINS, "weight average", "oracle", *mixtures]
     for name in DOMAINS:
         assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
     assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text()) == json.loads(json.dumps(first.as_data()))
