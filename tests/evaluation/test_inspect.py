@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import modekit.cli.printing.inspection as printing_module
 import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
+from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.cli.shell import main
@@ -153,8 +154,9 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     """What docs/inspect.md promises of inspect.json."""
     assert set(data) == {
         "format", "checkpoint", "experts", "domains", "unseen", "routers", "top_k", "per_domain", "utilisation", "dead",
-        "similarity", "top_tokens", "texts", "notes",
+        "similarity", "top_tokens", "evidence", "texts", "notes",
     }  # fmt: skip
+    assert (data["evidence"] is None) == (checkpoint.record.recipe.mixture.router.fit != "lexical")
     count, routers = len(data["experts"]), len(data["routers"])
     assert data["experts"] == checkpoint.names and routers == len(checkpoint.shape.positions)
     assert set(data["checkpoint"]) == {"recipe_digest", "router_sha256", "trained"}
@@ -181,6 +183,21 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
         assert text["tokens"][0]["loss"] is None and all(token["loss"] is not None for token in text["tokens"][1:])
         mean = sum(token["loss"] for token in text["tokens"][1:]) / (len(text["tokens"]) - 1)
         assert text["loss"] == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("output", [{}, MODEKIT], ids=["native", "modekit"])
+def test_a_lexical_router_shows_its_table(shared_workshop: Workshop, tmp_path: Path, output: dict[str, Any]) -> None:
+    mixture = {"method": "routing", "router": {"fit": "lexical"}}
+    checkpoint = open_checkpoint(borrow(shared_workshop, tmp_path).build(mixture=mixture, **output))
+    data = inspect(checkpoint, **SMALL)
+    check_schema(data, checkpoint)
+    assert list(data["evidence"]) == list(DOMAINS)
+    for name, tokens in data["evidence"].items():
+        weights = [token["weight"] for token in tokens]
+        assert weights == sorted(weights, reverse=True) and weights[-1] > 0
+        assert tokens[0]["token"] in (shared_workshop.root / "text" / f"{name}.jsonl").read_text()
+    shown = ended("inspect", checkpoint.folder, "--tokens", "100")[1]
+    assert "by the router's own table" in shown
 
 
 @pytest.mark.parametrize("name", MIXTURES)
