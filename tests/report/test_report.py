@@ -87,6 +87,7 @@ def inspection_of(
             "top_tokens": {
                 expert: [{"token": piece, "share": 0.5, "count": 3, "lift": 1.5} for piece in pieces] for expert in experts
             },
+            "evidence": {expert: [{"token": piece, "weight": 1.25} for piece in pieces] for expert in experts},
             "texts": samples, "notes": ["a note with <i>markup</i>"], "a key of a later version": 1,
         }
     )  # type: ignore[no-any-return] # fmt: skip
