@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import DOMAINS, Workshop, logits_of, make_workshop
+from generated import check_generation
 from modekit.building.build import build as build_plan
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -223,20 +224,7 @@ def test_n_grams_have_tables_of_their_own(of_orders: Checkpoint) -> None:
 
 
 def test_generation_padding_and_beams_equal_the_full_pass(of_orders: Checkpoint) -> None:
-    model = load_model(of_orders.folder)
-    tokenizer = AutoTokenizer.from_pretrained(of_orders.folder, padding_side="left")
-    texts = ["fever artery lesion", "licence"]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    for beams in (1, 3):
-        made = model.generate(**batch, max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0)
-        for row, text in enumerate(texts):
-            alone = model.generate(
-                **tokenizer([text], return_tensors="pt"), max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0
-            )
-            assert made[row, -12:].tolist() == alone[0, -12:].tolist()
-            if beams == 1:
-                whole = model(input_ids=alone).logits[0, -13:-1].argmax(-1)
-                assert whole.tolist() == alone[0, -12:].tolist()
+    check_generation(of_orders.folder)
 
 
 def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> None:

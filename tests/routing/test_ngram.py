@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import DOMAINS, Workshop, logits_of
+from generated import check_generation
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -98,20 +99,7 @@ def test_the_right_expert_is_named_for_held_out_text(checkpoint: Checkpoint) -> 
 
 
 def test_generation_padding_and_beams_equal_the_full_pass(checkpoint: Checkpoint) -> None:
-    model = load_model(checkpoint.folder)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left")
-    texts = ["fever artery lesion", "licence"]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    for beams in (1, 3):
-        made = model.generate(**batch, max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0)
-        for row, text in enumerate(texts):
-            alone = model.generate(
-                **tokenizer([text], return_tensors="pt"), max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0
-            )
-            assert made[row, -12:].tolist() == alone[0, -12:].tolist()
-            if beams == 1:
-                whole = model(input_ids=alone).logits[0, -13:-1].argmax(-1)
-                assert whole.tolist() == alone[0, -12:].tolist()
+    check_generation(checkpoint.folder)
 
 
 def test_it_opens_without_modekit_and_is_proven(checkpoint: Checkpoint, ids: torch.Tensor) -> None:

@@ -162,10 +162,11 @@ class Router(nn.Module):
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
         rows = self._rows_of_tokens(x_BSD.device)
-        x_BSD = x_BSD.float()
-        jitter = self.routing.get("jitter", 0.0)
-        if not rows and self.training and jitter:
-            x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - jitter, 1 + jitter)
+        if not rows:
+            x_BSD = x_BSD.float()
+            jitter = self.routing.get("jitter", 0.0)
+            if self.training and jitter:
+                x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - jitter, 1 + jitter)
         gates = self.gate.float().chunk(len(self.routing["averages"]), dim=1)
         total: torch.Tensor | None = None
         for number, (gate_GD, average) in enumerate(zip(gates, self.routing["averages"], strict=True)):

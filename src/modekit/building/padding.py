@@ -31,7 +31,6 @@ def padded_blocks(pad: Pad, dtype: str, shape: tuple[int, ...], given: Iterable[
     whole_rows = _whole_rows(given, columns * itemsize)
     row, count = 0, rows * math.prod(shape[:-2])
     buffer = np.zeros((max(1, _ROWS // (wide * itemsize)), wide * itemsize), np.uint8)
-    below = pad.rows * wide * itemsize if len(shape) > 1 else 0
     while row < count:
         block = next(whole_rows)
         for start in range(0, len(block), len(buffer)):
@@ -44,7 +43,7 @@ def padded_blocks(pad: Pad, dtype: str, shape: tuple[int, ...], given: Iterable[
                 yield out.data.cast("B")
                 _clear_entries(entries, out, row, itemsize)
                 row += len(part)
-                if row % rows == 0 and below:
+                if row % rows == 0 and pad.rows:
                     yield from _below(entries, row == rows, rows, pad.rows, wide, dtype)
 
 

@@ -45,11 +45,14 @@ class Channels:
     """Where everything lies, for one base and one recipe.
 
     Attributes:
-        base: D, and the base's heads.
+        hidden, heads, kv_heads, head_dim: of the base: D, its heads, H.
         spare: P.
         experts: E.
         decays: of the averages, J.
         widening: of the architecture.
+        norm_eps: of the base's norms.
+        score_scale, embedding_scale, residual_scale: by which the family multiplies scores, embeddings, what layers add.
+        turns: of the rotary embedding, where evidence fades.
     """
 
     hidden: int
@@ -262,7 +265,7 @@ def _decays(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> tuple[t
     assert isinstance(native.widening, Widening)
     turns = turns_per_token(dense) if native.widening.recency else None
     asked = recipe.mixture.router.decay
-    decays = tuple(average["decay"] for average in recipe.mixture.router.averages)
+    decays = tuple(recipe.mixture.router.decays)
     if asked is None and turns is None:
         return (1.0,), ()
     for decay in decays:

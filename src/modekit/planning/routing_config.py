@@ -33,7 +33,7 @@ def routing_config(recipe: Recipe) -> Routing:
             read["ngram"] = Ngram(order=router.order, buckets=router.buckets)
         if router.hashes and router.orders is not None:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
-            read["orders"] = [order for order in router.orders for _ in range(len(router.averages) // len(router.orders))]
+            read["orders"] = [order for order in router.orders for _ in router.decays]
     return Routing(
         method=mixture.method, top_k=recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
         top_p=mixture.top_p, weights=weights, always_on=always_on, **read,

@@ -118,11 +118,16 @@ class Router(Strict):
         return "model" if self.row.decides_once else self.per
 
     @property
+    def decays(self) -> list[float]:
+        """Of evidence that fades; none for a fit without any."""
+        return [] if self.row.fading is None else self.decay or [self.row.fading]
+
+    @property
     def averages(self) -> list[dict[str, Any]]:
         """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
         if self.row.fading is not None:
             adds_up = {"sum": True} if self.row.adds_up else {}
-            return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decay or [self.row.fading]]
+            return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decays]
         if self.granularity == "token":
             return [{"decay": None}]
         if self.granularity == "sequence":

@@ -76,9 +76,8 @@ class Table:
 
 def averaging_of(fitting: Fitting) -> Averaging:
     """As the architecture averages: a native one may not let evidence fade."""
-    channels, settings = fitting.checkpoint.shape.channels, fitting.settings
-    decays = [average["decay"] for average in settings.averages]
-    return Averaging(channels.decays if channels is not None else tuple(decays[: len(decays) // len(settings.orders or [1])]))
+    channels = fitting.checkpoint.shape.channels
+    return Averaging(channels.decays if channels is not None else tuple(fitting.settings.decays))
 
 
 def lean(experts: Sequence[Expert]) -> torch.Tensor:

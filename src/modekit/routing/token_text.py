@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from modekit.errors import TextError
-from modekit.files.typed import Count, as_kind
+from modekit.files.typed import as_kind
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
@@ -68,8 +68,6 @@ def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
 
 class _About(BaseModel):
     source: dict[str, Any]
-    token_text: Annotated[bool, Field(strict=True)]
-    documents: Count = 0
 
 
 def read_token_texts(fitting: Fitting, tokenizer: Any) -> list[TokenText]:
@@ -94,7 +92,8 @@ def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, vocabula
         if kept is None or kept.source.get("how") != _how(settings) or not isinstance(kept.source.get("text"), dict):
             raise
         return kept  # the text is gone, and its tokens are what they would be
-    said = {"sha256": text_record(documents, 0)["sha256"], "how": _how(settings)}
+    record = text_record(documents, 0)
+    said = {"sha256": record["sha256"], "how": _how(settings)}
     if kept is not None and {key: kept.source.get(key) for key in said} == said:
         return kept
     sequences = encode(tokenizer, documents, max_tokens=MOST_TOKENS, sequence_length=settings.sequence_length)
@@ -104,7 +103,7 @@ def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, vocabula
         )
     lengths = torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32)
     ids_N = torch.tensor([each for sequence in sequences for each in sequence.ids], dtype=torch.int32)
-    made = TokenText(ids_N, lengths, {"text": text_record(documents, len(ids_N)), **said})
+    made = TokenText(ids_N, lengths, {"text": {**record, "tokens": len(ids_N)}, **said})
     made.save(path)
     return made
 

@@ -31,16 +31,15 @@ def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
 
 
 def strongest(
-    table_VE: npt.NDArray[np.float32], often_V: Sequence[int], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
+    table_VE: npt.NDArray[np.float32], often_V: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Per expert the tokens, of those that text has often, that speak most for it: above the mean of the other experts."""
-    rows = np.asarray(often_V, np.int64)
     found = {}
     for place, name in enumerate(names):
-        others = np.delete(table_VE[rows], place, axis=1)
-        lead_V = table_VE[rows, place] - (others.mean(1) if others.shape[1] else 0)
-        best = np.lexsort((rows, -lead_V.round(6)))[:_SHOWN]
+        others = np.delete(table_VE[often_V], place, axis=1)
+        lead_V = table_VE[often_V, place] - (others.mean(1) if others.shape[1] else 0)
+        best = np.lexsort((often_V, -lead_V.round(6)))[:_SHOWN]
         found[name] = [
-            {"token": str(tokenizer.decode([int(rows[at])])), "weight": float(lead_V[at])} for at in best if lead_V[at] > 0
+            {"token": str(tokenizer.decode([int(often_V[at])])), "weight": float(lead_V[at])} for at in best if lead_V[at] > 0
         ]
     return found

@@ -70,7 +70,7 @@ def inspect(
         "dead": _dead(checkpoint.names, per_domain),
         "similarity": {"experts": alike.experts.tolist(), "of": alike.of},
         "top_tokens": top.by_expert(tokenizer, checkpoint.names),
-        "evidence": None if table_VE is None else strongest(table_VE, top.often, tokenizer, checkpoint.names),
+        "evidence": None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
         "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
         "notes": [*_notes(checkpoint), *alike.notes],
     }

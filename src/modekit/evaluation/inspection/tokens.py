@@ -57,13 +57,13 @@ class TopTokens:
         np.add.at(self._counts_V, np.asarray(ids), 1)
 
     @property
-    def often(self) -> list[int]:
+    def often_V(self) -> npt.NDArray[np.int64]:
         """Tokens seen at least five times."""
-        return [int(token) for token in np.flatnonzero(self._counts_V >= _FEWEST)]
+        return np.flatnonzero(self._counts_V >= _FEWEST)
 
     def by_expert(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """Per expert the tokens with the largest mean weight, of those seen at least five times."""
-        often_V = np.asarray(self.often, np.int64)
+        often_V = self.often_V
         mean_E = self._sums_VE.sum(0) / max(1, self._counts_V.sum())
         shares_VE = self._sums_VE[often_V] / self._counts_V[often_V, None]
         found = {}

@@ -144,9 +144,9 @@ class Space(BaseModel):
                 if choice is not None:
                     found[name + behind] = choice
         if "all" in self.modules:
-            of_whole = (("n-gram", "ngram", "0.98"), ("lexical", "lexical", "0.98"), ("sequence", "logistic", "0.98"))
-            for name, router, decay in ((f"whole models, {kind}", router, decay) for kind, router, decay in of_whole):
-                ngram = {"order": "2", "ngram_decay": decay}
+            of_whole = {"n-gram": "ngram", "lexical": "lexical", "sequence": "logistic"}
+            for name, router in ((f"whole models, {kind}", router) for kind, router in of_whole.items()):
+                ngram = {"order": "2", "ngram_decay": "0.98"}
                 choice = self._wanted({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
                 if choice is not None:
                     found[name] = choice
