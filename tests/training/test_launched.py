@@ -88,7 +88,8 @@ def test_training_with_two_processes_is_training_with_one(workshop: Workshop, mi
     launch(2, "-m", "modekit", "train", str(two), "--settings", str(settings), "--tokens", "0")
     before, after = tensors(one), tensors(two)
     for name in before:
-        assert torch.allclose(before[name], after[name], atol=2e-6), name
+        # A hundredth of the first step: where a gradient is all but zero, Adam makes a step of its rounding.
+        assert torch.allclose(before[name], after[name], atol=2e-5), name
     assert is_proven(verify(open_checkpoint(two)))
 
 
