@@ -7,17 +7,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.routing.evidence import Averaging, Schedule, train_table
+from modekit.routing.evidence import Averaging, Example, Schedule, train_table
 
 HEIGHT = 12
 
 
-def texts(seed: int, favourites: list[int], count: int = 60, length: int = 10) -> list[torch.Tensor]:
+def texts(seed: int, favourites: list[int], count: int = 60, length: int = 10) -> list[Example]:
     """Sequences in which some tokens are frequent."""
     weights = torch.ones(HEIGHT)
     weights[favourites] = 6.0
     draw = torch.Generator().manual_seed(seed)
-    return [torch.multinomial(weights, length, replacement=True, generator=draw).int() for _ in range(count)]
+    return [Example(torch.multinomial(weights, length, replacement=True, generator=draw).int()) for _ in range(count)]
 
 
 DOMAINS = [texts(1, [2, 3]), texts(2, [4, 5]), texts(3, [3, 6])]
@@ -33,7 +33,9 @@ def test_weights_are_those_of_the_architecture(decays: tuple[float, ...], adds_u
 
 def test_without_steps_it_is_naive_bayes_at_the_best_scale() -> None:
     trained = train_table(DOMAINS, HEIGHT, Averaging((1.0,)), schedule=Schedule(steps=0, aside=1))
-    counts = torch.stack([torch.bincount(torch.cat(domain).long(), minlength=HEIGHT).double() for domain in DOMAINS])
+    counts = torch.stack(
+        [torch.bincount(torch.cat([each.rows for each in domain]).long(), minlength=HEIGHT).double() for domain in DOMAINS]
+    )
     logs = ((counts + 0.5) / (counts.sum(1, keepdim=True) + 0.5 * HEIGHT)).log()
     expected = (logs - logs.mean(0)).float()
     scale = trained.table[:, 0].norm() / expected.norm()
@@ -46,7 +48,7 @@ def test_training_descends_below_naive_bayes_towards_the_optimum() -> None:
     averaging = Averaging((0.9,))
     trained = train_table(DOMAINS, HEIGHT, averaging, schedule=Schedule(aside=1, steps=400, patience=50, learning_rate=0.05))
     matrix = averaging.matrices(10)[0]
-    rows = torch.stack([torch.stack(domain) for domain in DOMAINS]).long()
+    rows = torch.stack([torch.stack([each.rows for each in domain]) for domain in DOMAINS]).long()
     labels = torch.arange(3)[:, None, None].expand(3, 60, 10)
 
     def loss_of(table: torch.Tensor) -> torch.Tensor:
@@ -87,3 +89,34 @@ def test_silent_rows_stay_silent() -> None:
 def test_a_single_sequence_per_domain_is_enough() -> None:
     trained = train_table([domain[:1] for domain in DOMAINS], HEIGHT, Averaging((0.9,)))
     assert torch.isfinite(trained.table).all()
+
+
+def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
+    """The same tokens before the texts of all domains: they weigh in the averages, and no row of theirs is learned."""
+    opening = torch.full((6,), 11, dtype=torch.int32)
+    plain = [[Example(each.rows.clamp(max=10)) for each in domain] for domain in DOMAINS]
+    behind = [[Example(torch.cat([opening, each.rows]), len(opening)) for each in domain] for domain in plain]
+    few = Schedule(steps=0, aside=1)
+    start = train_table(behind, HEIGHT, Averaging((1.0,)), schedule=few).table
+    assert float(start[:, 0, 11].abs().max()) < 1e-6  # naive Bayes has counted none of them
+    scored = train_table(
+        [[Example(each.rows) for each in domain] for domain in behind], HEIGHT, Averaging((1.0,)), schedule=few
+    )
+    assert (
+        scored.before > train_table(behind, HEIGHT, Averaging((1.0,)), schedule=few).before
+    )  # at the opening nothing is known
+
+
+def test_the_base_may_be_raised_until_a_domain_loses_one_token_in_fifty() -> None:
+    averaging, schedule = Averaging((0.9,)), Schedule(aside=1)
+    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=schedule, base=0)
+    assert trained.room > 0 and train_table(DOMAINS, HEIGHT, averaging, schedule=schedule).room == 0
+    matrix = averaging.matrices(10)[0]
+    lost = []
+    for place in (1, 2):
+        rows = torch.stack([each.rows for each in DOMAINS[place]]).long()
+        logits = torch.einsum("ts,bse->bte", matrix, trained.table[:, 0].t()[rows]).flatten(0, 1)
+        led = logits.argmax(-1) == place
+        raised = logits + trained.room * (torch.arange(3) == 0)
+        lost.append(float((raised[led].argmax(-1) != place).float().mean()))
+    assert max(lost) == pytest.approx(0.02, abs=0.005) and min(lost) <= 0.02

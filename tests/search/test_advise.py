@@ -30,7 +30,6 @@ from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.search.advise.advice import Advice
 from modekit.search.advise.advise import advise
-from modekit.search.advise.checks import chat_template
 from modekit.search.advise.drift import Drift, compare
 from modekit.search.advise.findings import Finding
 from modekit.search.advise.gain import PARTS, Gains, Losses, figure_of
@@ -44,6 +43,7 @@ from modekit.sources.adapter import open_adapter
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES, family_of
 from modekit.sources.model import ModelSource, open_source
+from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import documents_of_split, split_of

@@ -24,6 +24,8 @@ class TextOptions:
 
     text: Annotated[str | None, typer.Option(help="Show this text instead, word by word; - is standard input.")] = None
     text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same with the text in a file.")] = None
+    chat: Annotated[bool, typer.Option("--chat", help="With a text: as a message of the user, in the chat template.")] = False
+    system: Annotated[str | None, typer.Option(help="With --chat: this system prompt in place of the template's own.")] = None
     layer: Annotated[int | None, typer.Option(min=0, help="With a text: only this layer's routers.")] = None
 
 
@@ -41,7 +43,7 @@ def inspect(
     text, layer = shown.text, shown.layer
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.evaluation.inspection.inspect import inspect
-    from modekit.evaluation.inspection.text import STDIN, inspect_text, read_text
+    from modekit.evaluation.inspection.text import STDIN, Said, inspect_text, read_text
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     if text is not None and shown.text_file is not None:
@@ -51,6 +53,10 @@ def inspect(
         text = read_text(shown.text_file)
     if layer is not None and text is None:
         raise ModekitError("it has an effect with a text only", where="--layer", remedy="add --text, or leave it out")
+    if shown.chat and text is None:
+        raise ModekitError("there is nothing that the user says", where="--chat", remedy="add --text, or leave it out")
+    if shown.system is not None and not shown.chat:
+        raise ModekitError("it has an effect in a chat only", where="--system", remedy="add --chat, or leave it out")
     with drawn_progress() as progress:
         if text is None:
             data = inspect(
@@ -58,7 +64,8 @@ def inspect(
             )  # fmt: skip
         else:
             data = inspect_text(
-                opened, text, layer=layer, sequence_length=sequence_length, run=Run(trust_remote_code, progress),
+                opened, Said(shown.system, text) if shown.chat else text, layer=layer, sequence_length=sequence_length,
+                run=Run(trust_remote_code, progress),
             )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")

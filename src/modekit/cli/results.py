@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
+from modekit.cli.chat import ChatOptions, score_chat
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_results, print_summary
@@ -25,6 +26,7 @@ from modekit.run import Run
 def evaluate(
     checkpoint: OutFolder,
     of_tasks: TaskOptions,
+    of_chat: ChatOptions,
     tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
@@ -32,9 +34,15 @@ def evaluate(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score base, experts, weight average, oracle and mixture on held-out text, or with --tasks on tasks."""
+    """Score base, experts, weight average, oracle and mixture on held-out text, or on --tasks; or say who leads in a --chat."""
+    of_text = {"--tokens": tokens, "--sequence-length": sequence_length}
+    if of_chat.chat:
+        refuse_without_effect("--chat asks questions", {**of_text, "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()})
+        score_chat(checkpoint, of_chat, as_json=as_json, trust_remote_code=trust_remote_code)
+        return
+    refuse_without_effect("it belongs to --chat", of_chat.beside_chat())
     if of_tasks.tasks is not None:
-        refuse_without_effect("--tasks scores no text", {"--tokens": tokens, "--sequence-length": sequence_length})
+        refuse_without_effect("--tasks scores no text", of_text)
         score_tasks(checkpoint, of_tasks, as_json=as_json, trust_remote_code=trust_remote_code)
         return
     refuse_without_effect("it belongs to --tasks", of_tasks.beside_tasks())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.planning.channels import channels_of
 from modekit.planning.copied_files import copied_files
 from modekit.planning.layout import CodeOf, Layout
@@ -35,7 +35,7 @@ from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, HEAD, natural_key, weight_of
 from modekit.sources.native import Native, choose_native
 from modekit.sources.open import open_recipe_sources
-from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 
@@ -68,7 +68,9 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
     backbone = _backbone(recipe, sources, family, layout, mixed, code_of)
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     copied = copied_files(base.folder, (*TOKENIZER_FILES, "generation_config.json"), where=f"base_model ({base.spec})")
-    notes = [*_notes(recipe, sources, mixed), *lost_changes(recipe, sources, mixed), *layout.notes()]
+    notes = [
+        *_notes(recipe, sources, mixed), *_notes_of_chats(recipe, base), *lost_changes(recipe, sources, mixed), *layout.notes(),
+    ]  # fmt: skip
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),
         layout.router_dtype, copied, tuple(notes), run.trust_remote_code,
@@ -191,6 +193,21 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) ->
         if isinstance(source, AdapterSource):
             yield from (f"{expert.name}: {note}" for note in source.notes)
             yield from _lost(recipe, expert.name, source, mixed)
+
+
+def _notes_of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
+    """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
+    asked = recipe.mixture.router.chat
+    if not recipe.mixture.needs_text or asked is False:
+        return
+    if chat_template(base.folder) is not None:
+        small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
+        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
+    elif asked:
+        raise RecipeError(
+            "the router is to know chats, and the base model has no chat template", where="mixture.router.chat",
+            found=str(base.folder), remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
+        )  # fmt: skip
 
 
 def _lost(recipe: Recipe, name: str, source: AdapterSource, mixed: set[str]) -> Iterable[str]:

@@ -120,7 +120,7 @@ class Fit:
 
 
 _SOLVE = "modekit.routing.solve:solve_gates"
-_SUMS_SETTINGS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter")
+_SUMS_SETTINGS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
 _REGULAR = (*_SUMS_SETTINGS, "l2")
 _SCORED = ("temperature", "jitter")
 
@@ -142,11 +142,11 @@ _ROWS = (
     Fit("ridge", "least squares on the domains", _SOLVE, "router inputs",
         rule="modekit.routing.closed_form:ridge", settings=_REGULAR, keeps=SUMS, native=True),
     Fit("ngram", "naive Bayes on the tokens so far", "modekit.routing.ngram:count_gate", "tokens",
-        settings=("temperature", "sequence_length", "keep_tokens", "order", "buckets", "smoothing"), keeps=COUNTS,
+        settings=("temperature", "sequence_length", "keep_tokens", "order", "buckets", "smoothing", "chat"), keeps=COUNTS,
         score="ngram", decides_once=True, fading=0.98, adds_up=True),
     Fit("lexical", "a table of what every token says of its domain, averaged over the text so far",
         "modekit.routing.lexical:lexical_gates", "tokens",
-        settings=("temperature", "sequence_length", "seed", "orders", "buckets"), keeps=TOKENS, score="lexical",
+        settings=("temperature", "sequence_length", "seed", "orders", "buckets", "chat"), keeps=TOKENS, score="lexical",
         decides_once=True, fading=0.98, native=True, carried=True),
     Fit("arrow", "the direction that an adapter amplifies most, without text", "modekit.routing.low_rank:arrow", "changes",
         settings=_SCORED, score="norm", low_rank=True),
@@ -155,7 +155,7 @@ _ROWS = (
     Fit("seqr", "that length for adapters of equal size, without text", "modekit.routing.low_rank:seqr", "changes",
         settings=_SCORED, score="norm", rows=_one_per_rank, low_rank=True),
     Fit("phatgoose", "a gate trained for each adapter alone, on its own text", "modekit.routing.phatgoose:learned_gates",
-        "training", settings=("tokens_per_domain", "sequence_length", "seed", "steps", "jitter"), score="standardised",
+        "training", settings=("tokens_per_domain", "sequence_length", "seed", "steps", "jitter", "chat"), score="standardised",
         low_rank=True),  # no temperature: its gates are standardised
 )  # fmt: skip
 FITS: dict[str, Fit] = {row.name: row for row in _ROWS}

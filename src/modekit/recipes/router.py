@@ -19,7 +19,7 @@ READ_AT = {"decay": "context", "prefix": "sequence"}
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders",)
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat")
 
     fit: FitName = Field(DEFAULT_FIT, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -54,6 +54,10 @@ class Router(Strict):
         description="Lexical: n-grams that have a table each; [1], the tokens alone, is what native architectures carry.",
     )
     smoothing: float = Field(0.5, gt=0, description="N-gram: added to every count.")
+    chat: bool | None = Field(
+        None,
+        description="Fit inside the chat template, too, on short questions cut from the text; default: if the base has one.",
+    )
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Router:

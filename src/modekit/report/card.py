@@ -26,10 +26,11 @@ from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
 from modekit.files.change import change_together
-from modekit.files.read import UNREADABLE, read_json, read_text
+from modekit.files.read import UNREADABLE, read_text
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.licences import Source, facts, sources_of
+from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 
 CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
@@ -192,7 +193,7 @@ def _use(checkpoint: Checkpoint) -> str:
     lines += [
         "", f"folder = {name}  # or this model's name on the hub",
         "tokenizer = AutoTokenizer.from_pretrained(folder)", "model = AutoModelForCausalLM.from_pretrained(folder)",
-        *(_ASKED if _has_chat_template(checkpoint.folder) else _CONTINUED), "print(tokenizer.decode(output[0]))",
+        *(_ASKED if chat_template(checkpoint.folder) else _CONTINUED), "print(tokenizer.decode(output[0]))",
     ]  # fmt: skip
     return _fenced("\n".join(lines), "python")
 
@@ -203,17 +204,6 @@ _ASKED = (
     'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
     "output = model.generate(**inputs, max_new_tokens=100)",
 )
-
-
-def _has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer knows how a conversation is written."""
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    try:
-        config = read_json(folder / "tokenizer_config.json")
-    except UNREADABLE:
-        return False
-    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def _made(checkpoint: Checkpoint) -> str:

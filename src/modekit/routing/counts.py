@@ -7,7 +7,7 @@ Shape legend: H buckets, N kept n-grams.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from modekit.errors import TextError
 from modekit.files.typed import Count, as_kind
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
+from modekit.routing.examples import chats_of, read_chats
 from modekit.routing.kept import Get, checked, load_kept, save_kept
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, text_record
@@ -73,16 +74,13 @@ class _About(BaseModel):
 
 
 def count_domain(
-    tokenizer: Any, documents: Sequence[str], settings: Router, source: dict[str, Any], *, where: str
+    tokenizer: Any, documents: Sequence[str], expert: Expert, settings: Router, source: dict[str, Any], *, where: str
 ) -> NgramStatistics:
     """Count a domain's n-grams. Raises TextError when the text has none."""
     counts_H = torch.zeros(settings.buckets)
     sample: list[torch.Tensor] = []
     kept = tokens = 0
-    for document in documents:
-        sequences = encode(tokenizer, [document], max_tokens=_MOST_TOKENS - tokens, sequence_length=settings.sequence_length)
-        if not sequences:
-            continue
+    for sequences in _texts(tokenizer, documents, expert, settings):
         rows = torch.cat([_rows(sequence, settings) for sequence in sequences])
         counts_H += torch.bincount(rows, minlength=settings.buckets)
         tokens += len(rows)
@@ -97,10 +95,22 @@ def count_domain(
     return NgramStatistics(counts_H, rows_N, tuple(len(rows) for rows in sample), tokens, source)
 
 
-def source_of(documents: Sequence[str], expert: Expert, settings: Router) -> dict[str, Any]:
+def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: Router) -> Iterator[Sequence[TokenSequence]]:
+    """The sequences of every document, and every chat."""
+    found = tokens = 0
+    for document in documents:
+        sequences = encode(tokenizer, [document], max_tokens=_MOST_TOKENS - tokens, sequence_length=settings.sequence_length)
+        if sequences:
+            yield sequences
+        found, tokens = found + len(sequences), tokens + sum(len(sequence.ids) for sequence in sequences)
+    for chat in read_chats(tokenizer, documents, expert, settings, found):
+        yield [chat]
+
+
+def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: Any) -> dict[str, Any]:
     """What counts are made from: text and settings."""
     include = {"sequence_length", "keep_tokens", "order", "buckets"}
-    how = settings.model_dump(mode="json", include=include)
+    how = {**settings.model_dump(mode="json", include=include), **chats_of(tokenizer, expert, settings)}
     return {"text": text_record(documents, 0), "how": how, "prompts": [digest_of(prompt) for prompt in expert.prompts or []]}
 
 

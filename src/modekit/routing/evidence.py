@@ -22,10 +22,19 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import cross_entropy, embedding
 
-Rows = Sequence[torch.Tensor]
-"""Of one domain: per sequence the rows of the table that its tokens choose, int (S,), or (S, K) where each chooses several,
-which are added.
-"""
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence of a domain: the rows of the table that its tokens choose, int (S,), or (S, K) where each chooses several,
+    which are added; and how many of its first tokens are of no domain, and not learned from.
+    """
+
+    rows: torch.Tensor
+    start: int = 0
+
+
+Examples = Sequence[Example]
+"""Of one domain."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +71,27 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken."""
+    """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken.
+
+    `room`: by how much the logit of the base, where it is an expert, may be raised for all texts.
+    """
 
     table: torch.Tensor
     before: float
     after: float
     steps: int
+    room: float = 0.0
 
 
 def train_table(
-    domains: Sequence[Rows], height: int, averaging: Averaging, *, seed: int = 0, silent: Sequence[int] = (),
-    schedule: Schedule = Schedule(), advance: Callable[[int, int], None] = lambda done, total: None,
+    domains: Sequence[Examples], height: int, averaging: Averaging, *, seed: int = 0, silent: Sequence[int] = (),
+    base: int | None = None, schedule: Schedule = Schedule(), advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trained:  # fmt: skip
-    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence.
+    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `base`: place of the base.
 
     `advance` is told the steps done and the most there can be.
     """
-    split = [_split(rows, schedule.aside) for rows in domains]
+    split = [_split(examples, schedule.aside) for examples in domains]
     table = _naive_bayes([own for own, _ in split], height, schedule.smoothing)
     table[:, list(silent)] = 0.0
     held = [batch for place, (_, aside) in enumerate(split) for batch in _batches(aside, place, schedule.tokens)]
@@ -108,58 +121,59 @@ def train_table(
                 best, state, taken, waited = found, weights.detach().clone(), step, 0
             if waited >= schedule.patience:
                 break
-    return Trained(
-        state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous(), before, best, taken
-    )
+    table = state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous()
+    room = 0.0 if base is None else _room(held, state, averaging, len(domains), base)
+    return Trained(table, before, best, taken, room)
 
 
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
+_LOST = 0.02  # of a domain's tokens, to the base
 
 
-def _split(rows: Rows, aside: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _split(examples: Examples, aside: int) -> tuple[list[Example], list[Example]]:
     """Sequences to learn from, and those kept aside by their hash; one of each at least, the same one if there is no other."""
-    own: list[torch.Tensor] = []
-    other: list[torch.Tensor] = []
-    for each in rows:
-        place = int.from_bytes(hashlib.sha256(each.to(torch.int64).numpy().tobytes()).digest()[:4], "big")
+    own: list[Example] = []
+    other: list[Example] = []
+    for each in examples:
+        place = int.from_bytes(hashlib.sha256(each.rows.to(torch.int64).numpy().tobytes()).digest()[:4], "big")
         (other if place % aside == 0 else own).append(each)
-    return own or list(rows), other or list(rows[:1])
+    return own or list(examples), other or list(examples[:1])
 
 
-def _naive_bayes(domains: Sequence[Rows], height: int, smoothing: float) -> torch.Tensor:
+def _naive_bayes(domains: Sequence[Examples], height: int, smoothing: float) -> torch.Tensor:
     """Log p(row | domain) less its mean over domains, (E, H), in equal parts of the rows that a token chooses."""
-    counts = torch.stack(
-        [torch.bincount(torch.cat(list(rows)).flatten().long(), minlength=height).double() for rows in domains]
-    )
+    said = [torch.cat([each.rows[each.start :] for each in examples]).flatten().long() for examples in domains]
+    counts = torch.stack([torch.bincount(rows, minlength=height).double() for rows in said])
     logs = ((counts + smoothing) / (counts.sum(1, keepdim=True) + smoothing * height)).log()
-    chosen = domains[0][0].numel() // len(domains[0][0])  # by one token
+    chosen = domains[0][0].rows.numel() // len(domains[0][0].rows)  # by one token
     return (logs - logs.mean(0)).float() / chosen
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows (B, S, K) with pads of 0, and the mask of real ones; `place` is the domain."""
+    """Rows (B, S, K) with pads of 0, and the mask of those that are of the domain; `place` is the domain."""
 
     rows_BSK: torch.Tensor
     mask_BS: torch.Tensor
     place: int
 
 
-def _padded(sequences: Rows, place: int) -> _Batch:
-    longest = max(len(each) for each in sequences)
-    rows_BSK = torch.zeros((len(sequences), longest, sequences[0].numel() // len(sequences[0])), dtype=torch.int64)
-    mask_BS = torch.zeros((len(sequences), longest), dtype=torch.bool)
-    for number, each in enumerate(sequences):
-        rows_BSK[number, : len(each)] = each.reshape(len(each), -1)
-        mask_BS[number, : len(each)] = True
+def _padded(examples: Examples, place: int) -> _Batch:
+    longest = max(len(each.rows) for each in examples)
+    rows_BSK = torch.zeros((len(examples), longest, examples[0].rows.numel() // len(examples[0].rows)), dtype=torch.int64)
+    mask_BS = torch.zeros((len(examples), longest), dtype=torch.bool)
+    for number, each in enumerate(examples):
+        length = len(each.rows)
+        rows_BSK[number, :length] = each.rows.reshape(length, -1)
+        mask_BS[number, each.start : length] = True
     return _Batch(rows_BSK, mask_BS, place)
 
 
-def _batches(sequences: Rows, place: int, tokens: int) -> Iterator[_Batch]:
+def _batches(examples: Examples, place: int, tokens: int) -> Iterator[_Batch]:
     """All sequences of a domain, those of similar length together."""
-    left = sorted(sequences, key=len, reverse=True)
+    left = sorted(examples, key=lambda each: len(each.rows), reverse=True)
     while left:
-        count = max(1, tokens // len(left[0]))
+        count = max(1, tokens // len(left[0].rows))
         yield _padded(left[:count], place)
         left = left[count:]
 
@@ -167,21 +181,21 @@ def _batches(sequences: Rows, place: int, tokens: int) -> Iterator[_Batch]:
 class _Draw:
     """Batches of every domain, each of about so many tokens, over and over in an order that the seed gives."""
 
-    def __init__(self, domains: Sequence[Rows], tokens: int, seed: int) -> None:
+    def __init__(self, domains: Sequence[Examples], tokens: int, seed: int) -> None:
         self._domains, self._tokens = domains, tokens
         self._generator = torch.Generator().manual_seed(seed)
         self._left: list[list[int]] = [[] for _ in domains]
 
     def next(self) -> Iterator[_Batch]:
         """One batch of each domain."""
-        for place, sequences in enumerate(self._domains):
-            taken: list[torch.Tensor] = []
+        for place, examples in enumerate(self._domains):
+            taken: list[Example] = []
             length = 0
-            while length < self._tokens and len(taken) < len(sequences):
+            while length < self._tokens and len(taken) < len(examples):
                 if not self._left[place]:
-                    self._left[place] = torch.randperm(len(sequences), generator=self._generator).tolist()
-                taken.append(sequences[self._left[place].pop()])
-                length += len(taken[-1])
+                    self._left[place] = torch.randperm(len(examples), generator=self._generator).tolist()
+                taken.append(examples[self._left[place].pop()])
+                length += len(taken[-1].rows)
             yield _padded(taken, place)
 
 
@@ -206,3 +220,16 @@ def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging
         losses[batch.place] += float(_mean_loss(batch, weights, averaging, experts, batch.place)) * count
         counts[batch.place] += count
     return float((losses / counts.clamp_min(1)).mean())
+
+
+@torch.no_grad()
+def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int, base: int) -> float:
+    """By how much the base's logit may be raised until some domain loses 2 % of the tokens that its own expert leads on."""
+    leads: list[list[torch.Tensor]] = [[] for _ in range(experts)]
+    for batch in held:
+        logits_TE = _logits(batch, weights, averaging, experts)[batch.mask_BS]
+        leads[batch.place].append((logits_TE[:, batch.place] - logits_TE[:, base])[logits_TE.argmax(-1) == batch.place])
+    rooms = [
+        torch.cat(each).quantile(_LOST) for place, each in enumerate(leads) if place != base and any(len(one) for one in each)
+    ]
+    return float(min(rooms, default=0.0))

@@ -9,6 +9,7 @@ Shape legend: E experts, J averages, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 
 import torch
 
@@ -17,10 +18,12 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, train_table
+from modekit.routing.evidence import Averaging, Example, train_table
+from modekit.routing.examples import changes_of_topic, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.on_channels import gates_on_channels
 from modekit.routing.token_text import TokenText, read_token_texts
+from modekit.text.chat import ChatTemplate
 
 _LEAN = 0.01
 """Logits between the first expert and the last where nothing speaks for any: every engine then takes the same."""
@@ -33,14 +36,19 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     texts = read_token_texts(fitting, tokenizer)
     averaging = averaging_of(fitting)
     table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
+    template = template_for(tokenizer, settings)
     trained = train_table(
-        [[table.rows(ids) for ids in text.sequences()] for text in texts], table.height, averaging, seed=settings.seed,
+        _examples(texts, table, template), table.height, averaging, seed=settings.seed,
+        base=None if template is None else place_of_base(recipe.experts),
         silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in sorted(set(tokenizer.all_special_ids))],
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )  # fmt: skip
-    leaning = lean(recipe.experts)[:, None, None] / len(averaging.decays)
+    leaning = lean(recipe.experts, trained.room)[:, None, None] / len(averaging.decays)
     table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
-    record = _record(fitting, texts, {"kept_aside": [trained.before, trained.after], "steps": trained.steps})
+    report: dict[str, object] = {"kept_aside": [trained.before, trained.after], "steps": trained.steps}
+    if template is not None:
+        report |= {"chats": [int((text.starts > 0).sum()) for text in texts], "toward_base": trained.room}
+    record = _record(fitting, texts, report)
     if fitting.checkpoint.shape.channels is not None:
         return gates_on_channels(fitting, texts, table_EJV, averaging, record)
     return FittedRouter([table_EJV.flatten(1).numpy()], record)
@@ -74,18 +82,39 @@ class Table:
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
 
 
+def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None) -> list[list[Example]]:
+    """What the tokens of every domain's sequences choose, and of changes of topic in chats."""
+    sequences = [text.sequences() for text in texts]
+    changes = [] if template is None else changes_of_topic(template, sequences)
+    return [
+        [Example(table.rows(ids), start) for ids, start in chain(*own)]
+        for own in zip_longest(sequences, changes, fillvalue=())
+    ]  # fmt: skip
+
+
 def averaging_of(fitting: Fitting) -> Averaging:
     """As the architecture averages: a native one may not let evidence fade."""
     channels = fitting.checkpoint.shape.channels
     return Averaging(channels.decays if channels is not None else tuple(fitting.settings.decays))
 
 
-def lean(experts: Sequence[Expert]) -> torch.Tensor:
-    """Logits (E,) of a text without evidence: falling from expert to expert, the base first if it is one."""
+def place_of_base(experts: Sequence[Expert]) -> int | None:
+    """Of the first expert that is the base itself; None without one."""
+    return next((place for place, expert in enumerate(experts) if expert.is_base), None)
+
+
+def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:
+    """Logits (E,) of a text without evidence: falling from expert to expert, the base first if it is one, by `room` more.
+
+    Every token has them, so that every average does, too.
+    """
     order = sorted(range(len(experts)), key=lambda place: (not experts[place].is_base, place))
     logits = torch.zeros(len(experts))
     for rank, place in enumerate(order):
         logits[place] = _LEAN * (len(experts) - 1 - rank) / max(1, len(experts) - 1)
+    base = place_of_base(experts)
+    if base is not None:
+        logits[base] += room
     return logits
 
 

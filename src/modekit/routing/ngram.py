@@ -56,13 +56,14 @@ def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> Ng
     try:
         documents = fit_documents(expert, fitting.root, place)
     except TextError:
-        asked = source_of([], expert, fitting.settings)["how"]
+        asked = source_of([], expert, fitting.settings, tokenizer)["how"]
         if kept is None or kept.source.get("how") != asked or not isinstance(kept.source.get("text"), dict):
             raise
         return kept  # the text is gone, and its counts are what they would be
-    source = source_of(documents, expert, fitting.settings)
+    source = source_of(documents, expert, fitting.settings, tokenizer)
     if kept is None or kept.source != source:
-        kept = count_domain(tokenizer, documents, fitting.settings, source, where=f"experts[{place}] '{expert.name}'")
+        where = f"experts[{place}] '{expert.name}'"
+        kept = count_domain(tokenizer, documents, expert, fitting.settings, source, where=where)
         kept.save(path)
     return kept
 

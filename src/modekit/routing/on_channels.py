@@ -99,7 +99,7 @@ def _averages(values_BSN: torch.Tensor, mask_BS: torch.Tensor, averaging: Averag
 def _beginning(text: TokenText, most: int) -> list[TokenSequence]:
     taken: list[TokenSequence] = []
     tokens = 0
-    for ids in text.sequences():
+    for ids, _ in text.sequences():
         if tokens >= most:
             break
         taken.append(TokenSequence(tuple(ids[: most - tokens].tolist()), 0))

@@ -17,10 +17,11 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.modekit import flow_of, place_routers
 from modekit.loaded.next_token import Training, train_language_model
+from modekit.routing.examples import read_examples
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.read import check_length
 from modekit.text.held_out import fit_documents
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence
 from modekit.text.splits import text_record
 
 STEPS = 100
@@ -32,8 +33,10 @@ def learned_gates(fitting: Fitting) -> FittedRouter:
     recipe, settings = fitting.recipe, fitting.settings
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = [fit_documents(expert, fitting.root, place) for place, expert in enumerate(recipe.experts)]
-    longest = {"max_tokens": settings.tokens_per_domain, "sequence_length": settings.sequence_length}
-    sequences = [encode(tokenizer, documents, **longest) for documents in texts]
+    sequences = [
+        read_examples(tokenizer, documents, expert, settings, most=settings.tokens_per_domain)
+        for expert, documents in zip(recipe.experts, texts, strict=True)
+    ]
     for place, expert in enumerate(recipe.experts):
         check_length(place, expert, sequences[place])
     counts = [sum(len(sequence.ids) for sequence in own) for own in sequences]

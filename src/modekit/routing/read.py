@@ -21,6 +21,7 @@ from modekit.processes import processes
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
+from modekit.routing.examples import chats_of, read_examples
 from modekit.routing.fitting import Fitting
 from modekit.routing.statistics import DomainStatistics, load_statistics
 from modekit.run import QUIET, Run
@@ -103,7 +104,7 @@ class Reader:
             if kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict):
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))
             raise
-        sequences = self._encode(documents, self._settings.tokens_per_domain)
+        sequences = read_examples(self._tokenizer, documents, expert, self._settings, most=self._settings.tokens_per_domain)
         check_length(place, expert, sequences)
         source = {"text": text_record(documents, sum(len(sequence.ids) for sequence in sequences)), "how": how}
         domain = DomainToRead(place, expert.name, path, kept, known=True)
@@ -112,7 +113,12 @@ class Reader:
         negatives = [
             sequence
             for prompt in expert.negative_prompts or []
-            for sequence in self._encode([prompt], self._settings.sequence_length)
+            for sequence in encode(
+                self._tokenizer,
+                [prompt],
+                max_tokens=self._settings.sequence_length,
+                sequence_length=self._settings.sequence_length,
+            )
         ]
         return replace(domain, kept=None, known=False, sequences=sequences, negatives=negatives, source=source)
 
@@ -157,6 +163,7 @@ class Reader:
             "averages": settings.averages,
             "prefix": settings.prefix_tokens,
             "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
+            **chats_of(self._tokenizer, expert, settings),
         }
         if checkpoint.record.trained:  # what routers read is no longer what the build made
             how["trained"] = sorted(checkpoint.record.trained.values())
@@ -164,9 +171,6 @@ class Reader:
 
     def _gate_input(self, domain: DomainToRead) -> GateInput:
         return GateInput(self._settings.averages, self._settings.prefix_tokens, domain.source)
-
-    def _encode(self, documents: list[str], max_tokens: int) -> list[TokenSequence]:
-        return encode(self._tokenizer, documents, max_tokens=max_tokens, sequence_length=self._settings.sequence_length)
 
     def _view_of(self, place: int) -> ExpertView:
         if self._view is None:

@@ -20,10 +20,10 @@ from modekit.files.typed import as_kind
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
+from modekit.routing.examples import Tokens, chats_of, read_examples
 from modekit.routing.fitting import Fitting
 from modekit.routing.kept import Get, checked, load_kept, save_kept
 from modekit.text.held_out import fit_documents
-from modekit.text.sequences import encode
 from modekit.text.splits import text_record
 
 
@@ -34,20 +34,23 @@ class TokenText:
     Attributes:
         ids_N: token ids of its sequences, one after the other, int32.
         lengths: tokens of each, int32.
+        starts: tokens of each before the first that says something, int32.
         source: what they were made from: settings and a digest of the text.
     """
 
     ids_N: torch.Tensor
     lengths: torch.Tensor
+    starts: torch.Tensor
     source: dict[str, Any]
 
-    def sequences(self) -> list[torch.Tensor]:
-        """Ids of every sequence, int32."""
-        return list(torch.split(self.ids_N, self.lengths.tolist()))
+    def sequences(self) -> list[Tokens]:
+        """Every sequence, and where it starts to say something."""
+        return list(zip(torch.split(self.ids_N, self.lengths.tolist()), self.starts.tolist(), strict=True))
 
     def save(self, path: Path) -> None:
         """Write atomically."""
-        save_kept(path, {"ids": self.ids_N, "lengths": self.lengths}, {"token_text": True, "source": self.source})
+        starts = {"starts": self.starts} if "chat" in self.source["how"] else {}
+        save_kept(path, {"ids": self.ids_N, "lengths": self.lengths, **starts}, {"token_text": True, "source": self.source})
 
 
 def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
@@ -61,7 +64,11 @@ def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
             raise ValueError("the lengths are not those of the tokens")
         if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocabulary:
             raise ValueError("tokens that the vocabulary does not have")
-        return TokenText(ids_N.int(), lengths.int(), as_kind(about, _About).source)
+        said = as_kind(about, _About)
+        starts = checked(get("starts"), (len(lengths),)) if "chat" in said.source.get("how", {}) else torch.zeros_like(lengths)
+        if int(starts.min()) < 0 or not bool((starts < lengths).all()):
+            raise ValueError("texts that start behind their end")
+        return TokenText(ids_N.int(), lengths.int(), starts.int(), said.source)
 
     return load_kept(path, make)
 
@@ -85,28 +92,29 @@ def read_token_texts(fitting: Fitting, tokenizer: Any) -> list[TokenText]:
 
 def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, vocabulary: int) -> TokenText:
     path, settings = fitting.folder / f"{expert.name}.safetensors", fitting.settings
-    kept = load_token_text(path, vocabulary)
+    kept, how = load_token_text(path, vocabulary), _how(tokenizer, expert, settings)
     try:
         documents = fit_documents(expert, fitting.root, place)
     except TextError:
-        if kept is None or kept.source.get("how") != _how(settings) or not isinstance(kept.source.get("text"), dict):
+        if kept is None or kept.source.get("how") != how or not isinstance(kept.source.get("text"), dict):
             raise
         return kept  # the text is gone, and its tokens are what they would be
     record = text_record(documents, 0)
-    said = {"sha256": record["sha256"], "how": _how(settings)}
+    said = {"sha256": record["sha256"], "how": how}
     if kept is not None and {key: kept.source.get(key) for key in said} == said:
         return kept
-    sequences = encode(tokenizer, documents, max_tokens=MOST_TOKENS, sequence_length=settings.sequence_length)
+    sequences = read_examples(tokenizer, documents, expert, settings, most=MOST_TOKENS)
     if not sequences:
         raise TextError(
             "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
         )
     lengths = torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32)
     ids_N = torch.tensor([each for sequence in sequences for each in sequence.ids], dtype=torch.int32)
-    made = TokenText(ids_N, lengths, {"text": {**record, "tokens": len(ids_N)}, **said})
+    starts = torch.tensor([sequence.start for sequence in sequences], dtype=torch.int32)
+    made = TokenText(ids_N, lengths, starts, {"text": {**record, "tokens": len(ids_N)}, **said})
     made.save(path)
     return made
 
 
-def _how(settings: Router) -> dict[str, Any]:
-    return settings.model_dump(mode="json", include={"sequence_length"})
+def _how(tokenizer: Any, expert: Expert, settings: Router) -> dict[str, Any]:
+    return {**settings.model_dump(mode="json", include={"sequence_length"}), **chats_of(tokenizer, expert, settings)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, read_json
+from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -136,3 +137,18 @@ def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
             found=", ".join(repr(token[:60]) for token in beyond[:5]), expected=f"ids below vocab_size {vocab_size}",
             remedy="give the tokenizer that belongs to the model, or resize the model's embeddings",
         )  # fmt: skip
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
+    try:
+        if (folder / "chat_template.jinja").exists():
+            return read_text(folder / "chat_template.jinja").strip()
+        for file in ("chat_template.json", "tokenizer_config.json"):
+            if (folder / file).exists():
+                template: Any = read_json(folder / file).get("chat_template")
+                if template is not None:
+                    return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    except (*UNREADABLE, AttributeError):
+        return None
+    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
+from modekit.text.chat import Conversation
 from modekit.text.records import TEXT_SUFFIXES, read_file, read_hub
 from modekit.text.splits import digest_of
 
@@ -16,8 +17,8 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]
     """All documents of a domain, in an order that depends only on their text; exact duplicates once.
 
     Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
-    line ends; .jsonl and .parquet hold one document per record in `text`. Anything that is no path is taken for a hub data
-    set (split `train`).
+    line ends; .jsonl and .parquet hold one document per record, text in `text` or a conversation in `messages`. Anything that
+    is no path is taken for a hub data set (split `train`).
 
     Raises TextError when nothing is there, or it is empty or binary.
     """
@@ -25,7 +26,7 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]
     for spec in specs:
         for document in _read_spec(spec, root=root, where=where):
             if document.strip():
-                documents[digest_of(document)] = document.strip()
+                documents[digest_of(document)] = document if isinstance(document, Conversation) else document.strip()
     if not documents:
         raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
     return [documents[key] for key in sorted(documents)]

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
+from modekit.text.chat import conversation_of
 from modekit.text.passages import passages
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 _BATCH = 1_000  # rows in memory at once
+_COLUMNS = ("text", "messages")  # of a table, the first that it has
 _ROWS = 2**20  # of a table, more only as far as its file is larger: a row of nothing takes no room there, but time
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 
@@ -56,15 +58,26 @@ def read_file(file: Path, *, where: str) -> Iterator[str]:
 
 def _record_text(line: str, *, where: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
+        document = _document_of(json.loads(line))
+    except (ValueError, RecursionError):
+        document = None
+    if document is None:
         raise TextError(
-            "not a JSON record with a string in 'text'", where=where, found=line[:60], expected='{"text": "..."}',
+            "not a JSON record with a string in 'text' or a conversation in 'messages'", where=where, found=line[:60],
+            expected='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
             remedy="correct or remove the line",
         )  # fmt: skip
-    return text.encode("utf-8", "replace").decode()  # an escaped half of a surrogate pair is no character
+    return document
+
+
+def _document_of(record: object) -> str | None:
+    """The text of a record, or else its conversation; None when it has neither."""
+    if not isinstance(record, dict):
+        return None
+    text = record.get("text")
+    if isinstance(text, str):
+        return text.encode("utf-8", "replace").decode()  # an escaped half of a surrogate pair is no character
+    return conversation_of(record.get("messages"))
 
 
 def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
@@ -76,12 +89,15 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
         with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
             if table.metadata.num_rows > _ROWS + 8 * file.stat().st_size:
                 raise ValueError(f"{table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
-            for batch in table.iter_batches(_BATCH, columns=["text"]):
-                yield from (value for value in batch.column("text").to_pylist() if isinstance(value, str))
+            column = next((name for name in _COLUMNS if name in table.schema_arrow.names), _COLUMNS[0])
+            for batch in table.iter_batches(_BATCH, columns=[column]):
+                found = (_document_of({column: value}) for value in batch.column(column).to_pylist())
+                yield from (document for document in found if document is not None)
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
-            "the parquet file has no readable column 'text'", where=where, found=(str(error) or type(error).__name__)[:300],
-            remedy="save the documents as strings in a column named 'text'",
+            "the parquet file has no readable column 'text' or 'messages'", where=where,
+            found=(str(error) or type(error).__name__)[:300],
+            remedy="save the documents as strings in a column named 'text', or conversations in 'messages'",
         ) from None  # fmt: skip
 
 
@@ -96,8 +112,9 @@ def read_hub(spec: str, *, where: str) -> Iterator[str]:
         ) from None  # fmt: skip
     try:
         for record in islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS):
-            if isinstance(record.get("text"), str):
-                yield record["text"]
+            document = _document_of(record)
+            if document is not None:
+                yield document
     except Exception as error:  # network, missing data set, missing split: the library raises many kinds
         raise TextError(
             "no such file or folder, and no hub data set that can be reached", where=where,

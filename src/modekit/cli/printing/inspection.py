@@ -152,6 +152,10 @@ def print_trace(trace: Mapping[str, Any]) -> None:
         shown = f"The first {len(words)} words are shown; the text has {len(trace['tokens']):,} tokens."
         out.print(Text(shown, style="dim"))
     _print_worth(trace)
+    if "prompt_end" in trace:
+        shares = sorted(zip(trace["prompt_end"], names, strict=True), reverse=True)
+        said = ", ".join(f"{name} {weight:.2f}" for weight, name in shares if weight >= 0.005)
+        out.print(Text.assemble("the answer begins with ", (said, "bold")))
     _print_notes(trace["notes"])
 
 

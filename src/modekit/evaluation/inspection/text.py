@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
 from modekit.run import QUIET, Run
+from modekit.text.chat import needed_template
 from modekit.text.records import decode
 from modekit.text.sequences import TokenSequence
 
@@ -43,9 +45,17 @@ def read_text(path: Path | None) -> str:
     return decode(data, where=name)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a user says in a chat, under a system prompt, or that of the template."""
+
+    system: str | None
+    text: str
+
+
 def inspect_text(
     checkpoint: Checkpoint,
-    text: str,
+    text: str | Said,
     *,
     layer: int | None = None,
     sequence_length: int = 512,
@@ -53,8 +63,10 @@ def inspect_text(
 ) -> dict[str, Any]:
     """A trace as those under `texts` in inspect.json, with `experts`, `routers`, `entropy`, `base_loss`, `windows`, `notes`.
 
+    What is said in a chat is shown in the chat template, up to where the answer begins; `prompt_end` has the weights there.
     `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
-    Raises TextError for a text of fewer than two tokens, ModekitError when there is no router in that layer.
+    Raises TextError for a text of fewer than two tokens, or without a chat template, ModekitError when that layer has no
+    router.
     """
     routers = checkpoint.shape.positions
     kept = _kept_routers(routers, layer)
@@ -82,6 +94,7 @@ def inspect_text(
         "windows": len(windows),
         "tokens": [{"text": token, "loss": loss} for token, loss in zip(texts, per_token, strict=True)],
         "weights": read.weights_RTE.tolist(),
+        **({"prompt_end": read.weights_RTE[:, -1].mean(0).tolist()} if isinstance(text, Said) else {}),
         "without": named_changes(checkpoint, changes_EN.sum(1) / sum(len(each) for each in losses)),
         "notes": _notes(len(windows), length, detailed, base_losses is not None),
     }
@@ -121,10 +134,15 @@ def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[
     return kept
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[str]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list[int], list[str]]:
     """Token ids, and the text that belongs to each."""
-    clean = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
-    encoded: Any = tokenizer(clean, return_offsets_mapping=tokenizer.is_fast, verbose=False) if clean.strip() else {}
+    written = _in_template(tokenizer, text) if isinstance(text, Said) else text
+    clean = written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+    encoded: Any = {}
+    if clean.strip():
+        encoded = tokenizer(
+            clean, return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=isinstance(text, str)
+        )
     ids: list[int] = encoded.get("input_ids", [])
     if len(ids) < 2:
         short = "the text is too short: its first token is not predicted, so that two are needed"
@@ -132,6 +150,11 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
             short if ids else "the text is empty", where="--text", found=f"{len(ids)} tokens", remedy="give more text"
         )
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:
+    above = [] if said.system is None else [{"role": "system", "content": said.system}]
+    return needed_template(tokenizer, "--chat").text([*above, {"role": "user", "content": said.text}], answer=True)
 
 
 def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32] | None:

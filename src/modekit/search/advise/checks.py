@@ -6,14 +6,11 @@ refuse is left out of the rest.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from modekit.errors import ModekitError
-from modekit.files.read import UNREADABLE, read_json, read_text
 from modekit.planning.pieces import piece_of
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
@@ -23,7 +20,7 @@ from modekit.sources.compatibility import check_complete, check_dtypes, check_sa
 from modekit.sources.families import Family, family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
 from modekit.sources.open import model_folder
-from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 
 
 @dataclass(frozen=True)
@@ -145,18 +142,3 @@ def _dtypes(source: ModelSource) -> str:
         if ref.dtype in DTYPE_NAMES:
             sizes[DTYPE_NAMES[ref.dtype]] = sizes.get(DTYPE_NAMES[ref.dtype], 0) + ref.nbytes
     return ", ".join(sorted(sizes, key=lambda dtype: -sizes[dtype]))
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template of a model folder, by file; None without one, or when its file cannot be read."""
-    try:
-        if (folder / "chat_template.jinja").exists():
-            return read_text(folder / "chat_template.jinja").strip()
-        for file in ("chat_template.json", "tokenizer_config.json"):
-            if (folder / file).exists():
-                template: Any = read_json(folder / file).get("chat_template")
-                if template is not None:
-                    return template.strip() if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    except (*UNREADABLE, AttributeError):
-        return None
-    return None

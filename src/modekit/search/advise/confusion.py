@@ -7,7 +7,7 @@ Shape legend: E domains, S tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 
 from modekit.architecture.modekit_router import causal_average, ngram_rows
 from modekit.errors import TextError
+from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.counts import count_domain
 from modekit.routing.ngram import ngram_gate
 from modekit.search.advise.texts import Text
 
-ROUTER = Router(fit="ngram")
+ROUTER = Router(fit="ngram", chat=False)
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ class Confusion:
         return float((pair[0, 1] + pair[1, 0]) / pair.sum()) if pair.sum() else 0.0
 
 
-def measure_confusion(tokenizer: Any, texts: Mapping[int, Text]) -> Confusion | None:
+def measure_confusion(tokenizer: Any, experts: Sequence[Expert], texts: Mapping[int, Text]) -> Confusion | None:
     """Of the domains with text of both splits; None when fewer than two have some."""
     statistics = {}
     for index, text in texts.items():
         try:
             if text.sequences:
-                statistics[index] = count_domain(tokenizer, text.fit, ROUTER, {}, where=f"experts[{index}]")
+                statistics[index] = count_domain(
+                    tokenizer, text.fit, experts[index], ROUTER, {}, where=f"experts[{index}]"
+                )  # fmt: skip
         except TextError:  # nothing in the fit split
             continue
     if len(statistics) < 2:

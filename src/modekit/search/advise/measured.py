@@ -69,7 +69,7 @@ def measure_text(
     unread = frozenset(index for index, expert in enumerate(recipe.experts) if expert.text and index not in texts)
     fittable = frozenset(index for index, text in texts.items() if text.fit)
     texts = {index: text for index, text in texts.items() if index in examined.usable}
-    confusion = measure_confusion(tokenizer, texts)
+    confusion = measure_confusion(tokenizer, recipe.experts, texts)
     findings += of_confusion(recipe, confusion) if confusion is not None else []
     scored = {index: text.sequences for index, text in texts.items() if text.sequences}
     gains = speed = None

@@ -1,0 +1,51 @@
+"""`modekit eval --chat`: its options, and the call of what asks questions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from modekit.cli.printing.console import out
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import resolved
+from modekit.run import Run
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of `--chat`."""
+
+    chat: Annotated[
+        bool, typer.Option("--chat", help="In place of text: short questions in the chat template, and who leads on them.")
+    ] = False
+    system: Annotated[str | None, typer.Option(help="With --chat: this system prompt in place of the template's own.")] = None
+    questions: Annotated[int | None, typer.Option(min=1, help="With --chat: questions per domain (default 32).")] = None
+
+    def beside_chat(self) -> dict[str, object]:
+        """Those that mean nothing without --chat."""
+        return {"--system": self.system, "--questions": self.questions}
+
+
+def score_chat(checkpoint: Path, options: ChatOptions, *, as_json: bool, trust_remote_code: bool) -> None:
+    """Ask the questions and draw who leads."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.cli.printing.chat import print_chat
+    from modekit.evaluation.chat import evaluate_chat
+    from modekit.evaluation.results_folder import RESULTS_FOLDER
+
+    with drawn_progress() as progress:
+        results = evaluate_chat(
+            open_checkpoint(resolved(checkpoint)), questions=options.questions or 32, system=options.system,
+            run=Run(trust_remote_code, progress),
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+    else:
+        print_chat(results)
+        out.print(Text(f"{checkpoint / RESULTS_FOLDER}: chat.json, chat.md", style="dim"))

@@ -1,0 +1,232 @@
+"""Where do conversations go? `modekit eval OUT --chat`: short questions inside the chat template, and who leads on them.
+
+A question is a few words from the beginning of some sentence of held-out text. It is asked under the template's own system
+prompt or a given one, and answered greedily by the mixture itself. An expert leads where the mean of its weights over the
+routers is largest: at the last token of the prompt, which decides the answer's first token, and at the last token of the
+answer. Asked are single questions; a question of the next domain after one that was answered; and the base's small talk.
+
+Shape legend: B batch, S sequence, E experts, R routers.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import TextError
+from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.inspection.passes import Array32, traced_losses
+from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.results_folder import write_results
+from modekit.files.write import json_bytes
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.run import QUIET, Run
+from modekit.text.chat import ChatTemplate, Conversation, Message, needed_template
+from modekit.text.held_out import HeldOutText
+from modekit.text.sequences import TokenSequence
+
+GREETINGS = (
+    "Good afternoon", "Hey there!", "How have you been?", "Thanks so much!", "Can you tell me a funny story?",
+    "What are you able to do?", "Are you human?", "See you later", "Good night", "Cheers", "Alright", "Yes please, go ahead",
+    "No thanks", "What's up?", "It was nice talking to you", "That is all for now", "Let's chat", "I am so happy today",
+    "Guten Tag", "Wie geht es dir?", "Vielen Dank", "Merci beaucoup", "Bonsoir", "Hasta luego",
+)  # fmt: skip
+"""Small talk that no fit has seen (text/small_talk.py has other)."""
+SMALL_TALK, CHANGE = "small talk", "change of topic"
+_FEWEST, _MOST = 8, 24  # words of a question
+_ANSWERED = 32  # words of an answer that stands before a change of topic
+_BATCH = 8
+_SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
+_WORD = re.compile(r"\S{1,24}\s*")
+
+
+@dataclass(frozen=True)
+class ChatScore:
+    """Questions of one kind: the share whose expert leads at the last prompt token, and at the end of the answer.
+
+    `expert` is whose they are; None where there is none that they could go to, and so no shares. `leaders` counts who leads at
+    the last prompt token.
+    """
+
+    name: str
+    expert: str | None
+    questions: int
+    at_prompt: float | None
+    after_answer: float | None
+    leaders: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ChatResults:
+    """A table of `modekit eval --chat`."""
+
+    experts: Sequence[str]
+    system: str | None
+    answer_tokens: int
+    rows: Sequence[ChatScore]
+    notes: Sequence[str] = field(default_factory=list)
+
+    def as_data(self) -> dict[str, Any]:
+        """For chat.json."""
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+    def markdown(self) -> str:
+        """For chat.md."""
+        titles = ["", "questions", "last prompt token", f"after {self.answer_tokens} tokens", *self.experts]
+        lines = [[row.name, str(row.questions), *map(share, (row.at_prompt, row.after_answer)),
+                  *(str(row.leaders.get(name, 0)) for name in self.experts)] for row in self.rows]  # fmt: skip
+        return "\n".join([markdown_table(titles, lines), "", *(f"* {note}" for note in self.notes), ""])
+
+
+def share(value: float | None) -> str:
+    """As tables show it."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    kind: str
+    messages: Sequence[Message]
+    expert: int | None
+
+
+def evaluate_chat(
+    checkpoint: Checkpoint,
+    *,
+    questions: int = 32,
+    answer_tokens: int = 16,
+    system: str | None = None,
+    run: Run = QUIET,
+    write: bool = True,
+) -> ChatResults:
+    """Ask so many questions per domain and write OUT/results/chat.json and chat.md.
+
+    `system`: in place of the template's own system prompt, where it has one. Raises TextError when the tokenizer has no chat
+    template, the template takes no system prompt, or a domain has no held-out text.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
+    template = needed_template(tokenizer, "--chat")
+    if system is not None and template.around(system) is None:
+        raise TextError("the chat template takes no system prompt", where="--system", remedy="leave it out")
+    above = [] if system is None else [{"role": "system", "content": system}]
+    asked = list(_questions(checkpoint, held_out_texts(checkpoint), questions))
+    prompts = [template.ids(template.text([*above, *each.messages], answer=True)) for each in asked]
+    model = load_model(checkpoint.folder, run=run)
+    leaders = _leaders(model, checkpoint, prompts, tokenizer, answer_tokens, run)
+    rows = [_score(kind, asked, leaders, checkpoint.names) for kind in dict.fromkeys(each.kind for each in asked)]
+    results = ChatResults(checkpoint.names, system, answer_tokens, rows, _notes(template, system, rows))
+    if write:
+        write_results(checkpoint, {"chat.json": json_bytes(results.as_data()), "chat.md": results.markdown().encode()})
+    return results
+
+
+def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int) -> Iterator[_Asked]:
+    base = next((place for place, expert in enumerate(checkpoint.record.recipe.experts) if expert.is_base), None)
+    said = {text.name: list(_said(text.documents, count)) for text in texts}
+    for text in texts:
+        own = text.expert if text.expert is not None else base
+        for question, _ in said[text.name]:
+            yield _Asked(text.name, [_user(question)], own)
+    owned = [text for text in texts if text.expert is not None]
+    for first, second in zip(owned, [*owned[1:], *owned[:1]], strict=True) if len(owned) > 1 else ():
+        for (question, answer), (other, _) in list(zip(said[first.name], said[second.name], strict=False))[: count // 4]:
+            if answer:
+                yield _Asked(CHANGE, [_user(question), {"role": "assistant", "content": answer}, _user(other)], second.expert)
+    for greeting in GREETINGS:
+        yield _Asked(SMALL_TALK, [_user(greeting)], base)
+
+
+def _user(said: str) -> Message:
+    return {"role": "user", "content": said}
+
+
+def _said(documents: Sequence[str], count: int) -> Iterator[tuple[str, str]]:
+    """Questions, and the words behind each: from every document once before any is asked again."""
+    draw = random.Random(count)
+    for number in range(count):
+        document = documents[number % len(documents)]
+        if isinstance(document, Conversation):
+            spoken = [each["content"] for each in document.messages if each["role"] != "system"]
+            yield spoken[0], "".join(spoken[1:2])
+            continue
+        starts = [0, *(found.end() for found in _SENTENCE.finditer(document))]
+        pieces = [_WORD.findall(document[start : start + 1_000]) for start in starts]
+        pieces = [words for words in pieces if len(words) >= _FEWEST]
+        words = draw.choice(pieces) if pieces else _WORD.findall(document)
+        length = draw.randint(_FEWEST, _MOST)
+        yield "".join(words[:length]).strip(), "".join(words[length : length + _ANSWERED]).strip()
+
+
+def _leaders(
+    model: PreTrainedModel, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase,
+    answer_tokens: int, run: Run,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Who leads at the end of every prompt, and of its answer."""
+    answered: list[TokenSequence] = []
+    for start in range(0, len(prompts), _BATCH):
+        answered += _answers(model, prompts[start : start + _BATCH], tokenizer, answer_tokens)
+        run.progress("answer", len(answered), len(prompts))
+    found = [(0, 0)] * len(prompts)
+
+    def consume(row: int, weights_RSE: Array32, _chosen: Array32, _entropy: Array32) -> None:
+        mean_SE = weights_RSE.mean(0)
+        found[row] = int(mean_SE[len(prompts[row]) - 1].argmax()), int(mean_SE[-1].argmax())
+
+    traced_losses(model, checkpoint, answered, consume, _counted(run, sum(len(each.ids) for each in answered)))
+    return found
+
+
+def _counted(run: Run, total: int) -> Callable[[int], object]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        run.progress("read routers", done, total)
+
+    return advance
+
+
+def _answers(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, answer_tokens: int
+) -> Iterator[TokenSequence]:
+    """Every prompt with its greedy answer, at most so many tokens."""
+    longest = max(map(len, prompts))
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ended = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    ids_BS = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask_BS = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    with torch.inference_mode():
+        out_BS: Any = model.generate(
+            input_ids=ids_BS, attention_mask=mask_BS, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=0
+        )
+    for prompt, row in zip(prompts, out_BS[:, longest:].tolist(), strict=True):
+        length = next((place for place, token in enumerate(row) if token in ended), len(row))
+        yield TokenSequence((*prompt, *row[:length]), 0)
+
+
+def _score(kind: str, asked: Sequence[_Asked], leaders: Sequence[tuple[int, int]], names: Sequence[str]) -> ChatScore:
+    found = [(each.expert, *lead) for each, lead in zip(asked, leaders, strict=True) if each.kind == kind]
+    counts = Counter(names[at_prompt] for _, at_prompt, _ in found)
+    own = found[0][0]
+    if own is None:
+        return ChatScore(kind, None, len(found), None, None, dict(counts))
+    at_prompt = sum(expert == lead for expert, lead, _ in found) / len(found)
+    after = sum(expert == lead for expert, _, lead in found) / len(found)
+    return ChatScore(kind, "the last one's" if kind == CHANGE else names[own], len(found), at_prompt, after, dict(counts))
+
+
+def _notes(template: ChatTemplate, system: str | None, rows: Sequence[ChatScore]) -> list[str]:
+    before, _ = template.around(system) or ("", "")
+    notes = [f"before a question stand {len(template.ids(before))} tokens of the template and its system prompt"]
+    if any(row.name == SMALL_TALK and row.expert is None for row in rows):
+        notes.append("no expert is the base, to which small talk could go: add one with model: base and some general text")
+    return notes

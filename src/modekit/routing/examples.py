@@ -1,0 +1,158 @@
+"""What a router is fitted on: a domain's documents and, inside the tokenizer's chat template, short questions cut from them.
+
+A router that has seen documents alone takes a template and its system prompt for text of some domain, and a short question has
+little against them. Half of the examples are therefore chats: a few words of a document as what the user says, those that
+follow as the answer, under the template's own system prompt or another. What all domains share so weighs nothing. A base model
+that is an expert also takes small talk, of which domains have none. Where it costs no model, chats are read behind those of
+other domains, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modekit.errors import TextError
+from modekit.recipes.recipe import Expert
+from modekit.recipes.router import Router
+from modekit.text.chat import ChatTemplate, Conversation, chat_template_of
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
+
+Tokens = tuple[torch.Tensor, int]
+"""Ids of a sequence, int32 (S,), and how many of them stand before the first that says something."""
+_MOST_CHATS = 4_096  # of a domain
+_SHARE = 4  # at most one token of so many is in cut chats
+_OWN_SYSTEM = 0.2  # of chats stand under the template's own system prompt
+_QUESTION = (1, 24)  # words
+_ANSWER = 32  # words
+_WINDOW = 2_048  # characters from which words are cut
+_WORD = re.compile(r"\S{1,24}\s*")  # scripts without spaces are cut
+
+
+def read_examples(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, *, most: int
+) -> list[TokenSequence]:
+    """Sequences of at most `most` tokens together (small talk aside): documents and, where the router knows chats, chats.
+
+    Raises TextError when chats are asked for and the tokenizer has no template.
+    """
+    plain = encode(tokenizer, documents, max_tokens=most, sequence_length=settings.sequence_length)
+    chats = read_chats(tokenizer, documents, expert, settings, len(plain), most=most // _SHARE)
+    room = most - sum(len(chat.ids) for chat in chats)
+    return [*(list(_first(plain, room)) or plain[:1]), *chats]
+
+
+def read_chats(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, count: int,
+    *, most: int = 2**62,
+) -> list[TokenSequence]:  # fmt: skip
+    """So many short questions cut from documents, of at most `most` tokens together, and for the base as much small talk.
+
+    None where the router does not know chats. Raises TextError as `read_examples`.
+    """
+    template = template_for(tokenizer, settings)
+    if template is None:
+        return []
+    chats = list(_first(cut_chats(template, documents, min(count, _MOST_CHATS)), most))
+    return [*chats, *(small_talk(template, len(chats)) if expert.is_base else [])]
+
+
+def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTemplate | None:
+    """The template that a router is fitted inside, too; None when it is not. Raises TextError."""
+    if settings.chat is False:
+        return None
+    template = chat_template_of(tokenizer)
+    if template is None and settings.chat:
+        raise TextError(
+            "the router is to know chats, and the tokenizer has no chat template", where="mixture.router.chat",
+            remedy="remove 'chat', or put a chat_template.jinja beside the base model's tokenizer",
+        )  # fmt: skip
+    return template
+
+
+def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> dict[str, Any]:
+    """What but text and other settings decides the chats of a domain; nothing where there are none. Raises TextError."""
+    template = template_for(tokenizer, settings)
+    if template is None:
+        return {}
+    parts = [template.source, *SYSTEM_PROMPTS, *(SMALL_TALK if expert.is_base else ())]
+    return {"chat": hashlib.sha256("\0".join(parts).encode()).hexdigest()}
+
+
+def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int, *, seed: str = "") -> Iterator[TokenSequence]:
+    """So many chats of a few words of the documents, which their number and the seed decide."""
+    cut = [document for document in documents if not isinstance(document, Conversation)]
+    draw = random.Random(f"{seed}{count}")
+    for number in range(count if cut else 0):
+        # Every document once before any of them twice, and then at random.
+        document = cut[number] if number < len(cut) <= count else draw.choice(cut)
+        question, answer = _words(document, draw)
+        chat = _chat(template, question, answer, draw)
+        if chat is not None:
+            yield chat
+
+
+def small_talk(template: ChatTemplate, count: int) -> Iterator[TokenSequence]:
+    """So many short chats of no domain, without an answer."""
+    draw = random.Random(count)
+    for number in range(count):
+        chat = _chat(template, SMALL_TALK[number % len(SMALL_TALK)], "", draw)
+        if chat is not None:
+            yield chat
+
+
+def changes_of_topic(template: ChatTemplate, domains: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
+    """Every chat of a domain once more, behind one of another domain: what was said before must not outweigh what is asked.
+
+    Chats are told from documents by where they start.
+    """
+    turn = template.turn()
+    chats = [[chat for chat in domain if chat[1]] for domain in domains]
+    draw = random.Random(len(chats))
+    found: list[list[Tokens]] = [[] for _ in domains]
+    for place, own in enumerate(chats if turn is not None else []):
+        others = [chat for other, domain in enumerate(chats) if other != place for chat in domain]
+        between = torch.tensor(template.ids(turn or ""), dtype=torch.int32)
+        for ids, start in own if others else ():
+            before, _ = draw.choice(others)
+            found[place].append((torch.cat([before, between, ids[start:]]), len(before) + len(between)))
+    return found
+
+
+def _words(document: str, draw: random.Random) -> tuple[str, str]:
+    """A few words from anywhere in a document, more rarely many, and those behind them."""
+    place = draw.randrange(max(1, len(document) - _WINDOW // 4))
+    if place:
+        place = next((at + 1 for at in range(place, min(place + 64, len(document))) if document[at].isspace()), place)
+    words = _WORD.findall(document[place : place + _WINDOW])
+    fewest, most = _QUESTION
+    count = min(len(words), round(fewest * (most / fewest) ** draw.random()))
+    return "".join(words[:count]).strip(), "".join(words[count : count + _ANSWER]).strip()
+
+
+def _chat(template: ChatTemplate, question: str, answer: str, draw: random.Random) -> TokenSequence | None:
+    system = None if draw.random() < _OWN_SYSTEM else draw.choice(SYSTEM_PROMPTS)
+    around = template.around(system) or template.around(None)
+    if around is None or not question:
+        return None
+    before, between = around
+    ids = template.ids(before + question + between + answer)
+    start = min(len(template.ids(before)), len(ids) - 1)
+    return TokenSequence(tuple(ids), len((question + answer).encode()), start) if len(ids) > 1 else None
+
+
+def _first(sequences: Iterable[TokenSequence], most: int) -> Iterator[TokenSequence]:
+    """As many as have no more than `most` tokens together."""
+    total = 0
+    for sequence in sequences:
+        total += len(sequence.ids)
+        if total > most:
+            return
+        yield sequence

@@ -1,0 +1,141 @@
+"""`modekit eval --chat` and `inspect --chat`: what is asked, who leads, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from chatting import make_chat_workshop, word_tokenizer
+from command_line import modekit
+from conftest import DOMAINS, Workshop
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import TextError
+from modekit.evaluation import chat
+from modekit.evaluation.chat import CHANGE, GREETINGS, SMALL_TALK, ChatResults, evaluate_chat
+from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.inspection.text import Said, inspect_text
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.text.chat import ChatTemplate, Conversation
+from modekit.text.small_talk import SMALL_TALK as FITTED
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_chat_workshop(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shop: Workshop) -> Checkpoint:
+    return open_checkpoint(shop.build("OUT", output={"format": "native"}))
+
+
+@pytest.fixture(scope="module")
+def results(checkpoint: Checkpoint) -> ChatResults:
+    return evaluate_chat(checkpoint, questions=8)
+
+
+def test_every_kind_is_asked_and_each_has_an_owner(results: ChatResults) -> None:
+    rows = {row.name: row for row in results.rows}
+    assert list(rows) == [*DOMAINS, "general", CHANGE, SMALL_TALK]
+    assert [rows[name].expert for name in (*DOMAINS, "general", SMALL_TALK)] == [*DOMAINS, "general", "general"]
+    assert [rows[name].questions for name in rows] == [8, 8, 8, 8, 8, len(GREETINGS)]
+    for row in results.rows:
+        assert sum(row.leaders.values()) == row.questions
+        assert row.at_prompt is not None and row.after_answer is not None
+        assert row.at_prompt >= 0.7 or row.name == CHANGE, row  # half of a topic fades in 34 tokens: benchmarks/chat.md
+        if row.name in DOMAINS:
+            assert row.at_prompt == row.leaders.get(row.name, 0) / row.questions
+
+
+def test_a_router_that_knows_no_chats_is_seen_to_be_wrong(shop: Workshop, results: ChatResults) -> None:
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical", "chat": False}}
+    deaf = evaluate_chat(open_checkpoint(shop.build("DEAF", mixture=mixture)), questions=8, write=False)
+    found, knows = ({row.name: row.at_prompt for row in each.rows}[SMALL_TALK] or 0.0 for each in (deaf, results))
+    assert found < knows
+
+
+def test_what_is_written_is_what_was_found(checkpoint: Checkpoint, results: ChatResults) -> None:
+    said = json.loads((checkpoint.folder / "results" / "chat.json").read_text())
+    assert said == json.loads(json.dumps(results.as_data())) and said["rows"][0]["name"] == "medicine"
+    table = (checkpoint.folder / "results" / "chat.md").read_text().splitlines()
+    assert table[0].startswith("|  | questions | last prompt token | after 16 tokens | medicine |")
+    assert len(table) == 2 + len(results.rows) + 1 + len(results.notes)
+
+
+def test_questions_are_of_held_out_text_and_greetings_of_no_fit(checkpoint: Checkpoint) -> None:
+    for text in held_out_texts(checkpoint):
+        for question, answer in chat._said(text.documents, 12):
+            assert any(question in document and answer in document for document in text.documents)
+            assert 8 <= len(question.split()) <= 24
+    assert not {each.lower().strip("!?. ") for each in GREETINGS} & {each.lower().strip("!?. ") for each in FITTED}
+
+
+def test_answers_are_the_greedy_ones_whatever_they_are_batched_with(checkpoint: Checkpoint) -> None:
+    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+    template = ChatTemplate(tokenizer)
+    prompts = [
+        template.ids(template.text([{"role": "user", "content": text}], answer=True)) for text in ("fever", "what is a deed")
+    ]
+    together = list(chat._answers(model, prompts, tokenizer, 6))
+    for prompt, answered in zip(prompts, together, strict=True):
+        (alone,) = chat._answers(model, [prompt], tokenizer, 6)
+        assert alone == answered and answered.ids[: len(prompt)] == tuple(prompt)
+        ids = torch.tensor([prompt])
+        for token in answered.ids[len(prompt) :]:
+            with torch.inference_mode():
+                assert int(model(input_ids=ids).logits[0, -1].argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_a_conversation_is_asked_as_it_was() -> None:
+    talk = Conversation(
+        [
+            {"role": "system", "content": "x"},
+            {"role": "user", "content": "what is fever"},
+            {"role": "assistant", "content": "a thing"},
+        ]
+    )
+    assert list(chat._said([talk], 1)) == [("what is fever", "a thing")]
+
+
+def test_without_a_base_small_talk_has_no_owner(shop: Workshop) -> None:
+    experts = shop.recipe["experts"][:3]
+    without = evaluate_chat(open_checkpoint(shop.build("THREE", experts=experts)), questions=4, write=False)
+    row = next(row for row in without.rows if row.name == SMALL_TALK)
+    assert row.expert is None and row.at_prompt is None and any("model: base" in note for note in without.notes)
+    assert "| - | - |" in without.markdown()
+
+
+def test_without_a_template_there_is_no_chat(shared_workshop: Workshop) -> None:
+    plain = open_checkpoint(shared_workshop.build("NO-CHAT"))
+    with pytest.raises(TextError, match="messages need a chat template"):
+        evaluate_chat(plain)
+    with pytest.raises(TextError, match="messages need a chat template"):
+        inspect_text(plain, Said(None, "what is fever"))
+
+
+def test_a_template_without_a_system_prompt_says_so(shop: Workshop) -> None:
+    checkpoint = open_checkpoint(shop.build("NO-SYSTEM"))
+    template = "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    word_tokenizer(template + "[{{ message['content'] }}]{% endfor %}").save_pretrained(checkpoint.folder)
+    with pytest.raises(TextError, match="the chat template takes no system prompt"):
+        evaluate_chat(checkpoint, system="Be brief")
+
+
+def test_inspect_shows_the_prompt_word_by_word(checkpoint: Checkpoint) -> None:
+    said = inspect_text(checkpoint, Said("Be brief", "what is a fever"))
+    assert said["text"].startswith("<|im_start|>system\nBe brief<|im_end|>") and said["text"].endswith(
+        "<|im_start|>assistant\n"
+    )
+    assert max(zip(said["prompt_end"], checkpoint.names, strict=True))[1] == "medicine"
+    assert "prompt_end" not in inspect_text(checkpoint, "what is a fever")
+
+
+def test_the_command_line(shop: Workshop, checkpoint: Checkpoint) -> None:
+    out = modekit("eval", str(checkpoint.folder), "--chat", "--questions", "4", "--system", "Be brief")
+    assert "small talk" in out and "change of topic" in out and "chat.json, chat.md" in out
+    assert json.loads(modekit("eval", str(checkpoint.folder), "--chat", "--questions", "4", "--json"))["system"] is None
+    shown = modekit("inspect", str(checkpoint.folder), "--chat", "--text", "what does def mean")
+    assert "the answer begins with code" in shown

@@ -1,0 +1,113 @@
+"""Routers that know chats: what the template and its system prompt say weighs nothing, and small talk is the base's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from chatting import make_chat_workshop, word_tokenizer
+from conftest import DOMAINS, Workshop
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.errors import RecipeError, TextError
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.shapes import mixture_of
+from modekit.routing.refit import refit
+from modekit.routing.token_text import load_token_text
+from modekit.text.chat import ChatTemplate
+
+QUESTIONS = ["what is a fever of the artery", "what does the clause of a licence mean", "what does def return self mean"]
+TALK = ["Good afternoon", "How have you been?", "Thanks so much!", "No thanks"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_chat_workshop(tmp_path_factory.mktemp("chat"))
+
+
+def build(shop: Workshop, name: str, form: str = "modekit", **router: Any) -> Checkpoint:
+    mixture = {"method": "routing", "top_k": 1, "router": router}
+    return open_checkpoint(shop.build(name, mixture=mixture, output={"format": form}))
+
+
+def leaders(checkpoint: Checkpoint, said: list[str], system: str | None = None) -> list[str]:
+    """The expert with the largest mean weight at the last token of each prompt."""
+    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+    above = [] if system is None else [{"role": "system", "content": system}]
+    found = []
+    for text in said:
+        prompt = ChatTemplate(tokenizer).text([*above, {"role": "user", "content": text}], answer=True)
+        ids = torch.tensor([ChatTemplate(tokenizer).ids(prompt)])
+        with torch.inference_mode(), mixture_of(model, checkpoint).traced() as trace:
+            model(input_ids=ids)
+            mean_E = torch.stack([each.reshape(ids.shape[1], -1)[-1].softmax(-1) for each in trace]).mean(0)
+        found.append(checkpoint.names[int(mean_E.argmax())])
+    return found
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_a_lexical_router_knows_chats(shop: Workshop, form: str) -> None:
+    checkpoint = build(shop, f"LEXICAL-{form}", form, fit="lexical")
+    assert leaders(checkpoint, QUESTIONS, "Answer with the law of the court") == list(DOMAINS)
+    for system in (None, "You are a helpful assistant."):
+        assert leaders(checkpoint, QUESTIONS, system) == list(DOMAINS), system
+        assert leaders(checkpoint, TALK, system) == ["general"] * len(TALK), system
+    report = checkpoint.record.router.report
+    *own, base = report["chats"]
+    assert report["toward_base"] > 0 and base > 1.5 * max(own), report  # small talk besides its own text
+    assert is_proven(verify(checkpoint))
+
+
+def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
+    """The fault that is mended: were it not one, the tests above would show nothing."""
+    checkpoint = build(shop, "DEAF", fit="lexical", chat=False)
+    assert "chats" not in checkpoint.record.router.report
+    assert leaders(checkpoint, TALK) != ["general"] * len(TALK)
+
+
+@pytest.mark.parametrize(
+    "router", [{"fit": "ngram", "order": 1}, {"fit": "logistic"}, {"fit": "logistic", "granularity": "context"}],
+    ids=["ngram", "logistic", "context"],
+)  # fmt: skip
+def test_other_fits_read_chats_too(shop: Workshop, router: dict[str, Any]) -> None:
+    """Experts of random weights do not tell what a real model's routers read: that they are fitted on other text does."""
+    checkpoint = build(shop, f"OTHER-{router['fit']}", **router)
+    alone = build(shop, f"ALONE-{router['fit']}", **router, chat=False)
+    assert not all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(checkpoint.gates(), alone.gates(), strict=True)
+    )
+    tokens = [[text["tokens"] for text in each.record.router.text.values()] for each in (checkpoint, alone)]
+    assert tokens[0] != tokens[1]
+    if router["fit"] == "ngram":
+        assert leaders(checkpoint, QUESTIONS) == list(DOMAINS)
+
+
+def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop) -> None:
+    checkpoint = build(shop, "KEPT", fit="lexical")
+    path = checkpoint.folder / STATISTICS_FOLDER / "law.safetensors"
+    kept, before = load_token_text(path, 10_000), path.read_bytes()
+    assert kept is not None and 0 < int((kept.starts > 0).sum()) < len(kept.starts)
+    again = refit(checkpoint, {"router": {"fit": "lexical"}})
+    assert path.read_bytes() == before and again.record.router.sha256 == checkpoint.record.router.sha256
+    without = refit(checkpoint, {"router": {"fit": "lexical", "chat": False}})
+    alone = load_token_text(path, 10_000)
+    assert alone is not None and not alone.starts.any() and len(alone.starts) < len(kept.starts)
+    assert without.record.router.sha256 != checkpoint.record.router.sha256
+
+
+def test_a_router_that_is_to_know_chats_needs_a_template(shop: Workshop) -> None:
+    for name in ("base", *DOMAINS):
+        (shop.root / name / "chat_template.jinja").unlink()
+    try:
+        with pytest.raises(RecipeError, match="the base model has no chat template"):
+            build(shop, "NONE", fit="lexical", chat=True)
+        assert not (shop.root / "NONE").exists()
+        plain = build(shop, "NONE", fit="lexical")
+        with pytest.raises(TextError, match="the tokenizer has no chat template"):
+            refit(plain, {"router": {"fit": "lexical", "chat": True}})
+    finally:
+        for name in ("base", *DOMAINS):
+            word_tokenizer().save_pretrained(shop.root / name)

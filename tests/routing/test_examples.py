@@ -1,0 +1,106 @@
+"""What a router is fitted on inside the chat template: which tokens, how many, and always the same."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from chatting import documents_of, word_tokenizer
+from conftest import _WORDS
+from modekit.errors import TextError
+from modekit.recipes.recipe import Expert
+from modekit.recipes.router import Router
+from modekit.routing.examples import changes_of_topic, chats_of, cut_chats, read_chats, read_examples
+from modekit.text.chat import ChatTemplate, Conversation
+from modekit.text.sequences import encode
+from modekit.text.small_talk import SMALL_TALK
+
+LEXICAL = Router(fit="lexical")
+LAW, BASE = Expert(name="law", model="./law"), Expert(name="general", model="base")
+DOCUMENTS = documents_of(_WORDS["law"])
+TOKENIZER = word_tokenizer()
+TEMPLATE = ChatTemplate(TOKENIZER)
+
+
+def said(ids: tuple[int, ...], start: int) -> str:
+    """The question of a chat."""
+    return str(TOKENIZER.decode(ids[start:])).partition("<|im_end|>")[0].strip()
+
+
+def test_half_of_the_examples_are_chats() -> None:
+    found = read_examples(TOKENIZER, DOCUMENTS, LAW, LEXICAL, most=100_000)
+    plain = encode(TOKENIZER, DOCUMENTS, max_tokens=100_000, sequence_length=512)
+    assert found[: len(plain)] == plain
+    chats = found[len(plain) :]
+    assert len(chats) == len(plain) and all(0 < chat.start < len(chat.ids) for chat in chats)
+    lengths = [len(said(chat.ids, chat.start).split()) for chat in chats]
+    assert min(lengths) <= 3 and 12 <= max(lengths) <= 25
+
+
+def test_questions_are_words_of_the_documents_in_their_order() -> None:
+    known = {pair for document in DOCUMENTS for pair in pairwise(document.split())}
+    for chat in cut_chats(TEMPLATE, DOCUMENTS, 30):
+        words = said(chat.ids, chat.start).replace("<unk>", "").split()
+        assert words == [] or all(pair in known for pair in pairwise(words) if "<unk>" not in pair), words
+
+
+def test_they_are_the_same_every_time_and_do_not_exceed_what_is_asked() -> None:
+    one, other = (read_examples(TOKENIZER, DOCUMENTS, LAW, LEXICAL, most=1_000) for _ in range(2))
+    assert one == other
+    assert 500 < sum(len(each.ids) for each in one) <= 1_000
+    assert 0 < sum(len(each.ids) for each in one if each.start) <= 250
+    assert read_examples(TOKENIZER, DOCUMENTS, LAW, LEXICAL, most=16) == encode(
+        TOKENIZER, DOCUMENTS, max_tokens=16, sequence_length=512
+    )
+
+
+def test_the_base_takes_small_talk() -> None:
+    own, base = (read_chats(TOKENIZER, DOCUMENTS, expert, LEXICAL, 40) for expert in (LAW, BASE))
+    assert base[:40] == own and len(base) == 80
+    encoded = {TOKENIZER.decode(TEMPLATE.ids(each)) for each in SMALL_TALK}
+    assert all(said(chat.ids, chat.start) in encoded for chat in base[40:])
+
+
+def test_without_chats_it_is_the_documents_alone() -> None:
+    plain = encode(TOKENIZER, DOCUMENTS, max_tokens=1_000, sequence_length=512)
+    off = Router(fit="lexical", chat=False)
+    assert read_examples(TOKENIZER, DOCUMENTS, BASE, off, most=1_000) == plain
+    assert read_examples(word_tokenizer(None), DOCUMENTS, BASE, LEXICAL, most=1_000) == plain
+    assert chats_of(TOKENIZER, BASE, off) == {} and chats_of(word_tokenizer(None), BASE, LEXICAL) == {}
+    with pytest.raises(TextError, match="the router is to know chats"):
+        read_examples(word_tokenizer(None), DOCUMENTS, LAW, Router(fit="lexical", chat=True), most=1_000)
+
+
+def test_what_decides_the_chats_is_told_apart() -> None:
+    other = word_tokenizer("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
+    said = [chats_of(TOKENIZER, LAW, LEXICAL), chats_of(TOKENIZER, BASE, LEXICAL), chats_of(other, LAW, LEXICAL)]
+    assert len({each["chat"] for each in said}) == 3
+
+
+def test_conversations_are_not_cut() -> None:
+    talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
+    assert list(cut_chats(TEMPLATE, [talk], 5)) == []
+    assert [each.start for each in read_examples(TOKENIZER, [talk] * 2, LAW, LEXICAL, most=1_000)] == [11, 11]
+
+
+def test_a_change_of_topic_is_a_chat_behind_one_of_another_domain() -> None:
+    domains = [
+        [(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, documents_of(words), 12)]
+        for words in _WORDS.values()
+    ]
+    plain = (torch.arange(30, dtype=torch.int32), 0)
+    found = changes_of_topic(TEMPLATE, [[plain, *domain] for domain in domains])
+    assert [len(own) for own in found] == [12, 12, 12]
+    turn = TEMPLATE.ids(TEMPLATE.turn() or "")
+    for place, (own, chats) in enumerate(zip(found, domains, strict=True)):
+        others = [chat[0].tolist() for other, domain in enumerate(domains) if other != place for chat in domain]
+        for (ids, start), (asked, from_) in zip(own, chats, strict=True):
+            assert ids[start:].tolist() == asked[from_:].tolist()
+            assert ids[start - len(turn) : start].tolist() == turn and ids[: start - len(turn)].tolist() in others
+
+
+def test_one_domain_changes_no_topic() -> None:
+    (own,) = ([(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, DOCUMENTS, 3)],)
+    assert changes_of_topic(TEMPLATE, [own]) == [[]]

@@ -1,0 +1,130 @@
+"""Conversations as documents, and a chat template that is not to be trusted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatting import word_tokenizer
+from modekit.errors import TextError
+from modekit.text import chat
+from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, conversation_of
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import digest_of, split_of
+
+SAID: list[dict[str, str]] = [
+    {"role": "user", "content": "what is fever"}, {"role": "assistant", "content": "fever is a thing"},
+]  # fmt: skip
+
+
+def read(tmp_path: Path, name: str, lines: list[Any]) -> list[str]:
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return read_documents([str(path)], root=tmp_path, where="text")
+
+
+def test_a_record_of_messages_is_one_document_by_what_was_said(tmp_path: Path) -> None:
+    (found,) = read(tmp_path, "a.jsonl", [{"messages": SAID}, {"messages": [{**SAID[0], "role": "user"}, SAID[1]]}])
+    assert isinstance(found, Conversation) and list(found.messages) == SAID
+    assert found == "what is fever\n\nfever is a thing" and split_of(found) == split_of(str(found))
+    for other in (copy.copy(found), pickle.loads(pickle.dumps(found))):
+        assert isinstance(other, Conversation) and other.messages == found.messages and digest_of(other) == digest_of(found)
+
+
+def test_text_and_conversations_lie_side_by_side(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, "a.jsonl", [{"text": "the court"}, {"messages": SAID, "source": "x"}, {"text": "a deed", "messages": SAID}]
+    )
+    assert sorted(found) == ["a deed", "the court", "what is fever\n\nfever is a thing"]
+    assert [type(each) for each in sorted(found)] == [str, str, Conversation]
+
+
+def test_parts_of_text_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "fever"}]
+    (found,) = read(tmp_path, "a.jsonl", [{"messages": [{"role": "user", "content": parts}]}])
+    assert found == "what is fever"
+
+
+def test_a_column_of_messages(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table({"messages": [SAID, []], "id": [1, 2]}), tmp_path / "a.parquet")
+    (found,) = read_documents([str(tmp_path / "a.parquet")], root=tmp_path, where="text")
+    assert isinstance(found, Conversation) and list(found.messages) == SAID
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "hello", [1], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "", "content": "x"}],
+     [{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "image", "url": "x"}]}], {"role": "user"}],
+)  # fmt: skip
+def test_what_is_no_conversation_is_refused_by_its_line(tmp_path: Path, messages: Any) -> None:
+    assert conversation_of(messages) is None
+    with pytest.raises(TextError) as error:
+        read(tmp_path, "a.jsonl", [{"text": "the court"}, {"messages": messages}])
+    assert "a.jsonl:2" in str(error.value) and '"messages"' in str(error.value)
+
+
+def test_tokens_are_those_of_the_template_and_none_is_added() -> None:
+    tokenizer = word_tokenizer()
+    (sequence,) = encode(tokenizer, [Conversation(SAID)], max_tokens=1_000, sequence_length=512)
+    assert list(sequence.ids) == tokenizer.apply_chat_template(SAID)["input_ids"]
+    parts = sequence.ids[: sequence.start], sequence.ids[sequence.start :]
+    before, said = ("".join(str(tokenizer.decode(part)).split()) for part in parts)
+    assert before == "<|im_start|>systemYouhelpwithcourtandfever<|im_end|><|im_start|>user"
+    assert said.startswith("whatisfever<|im_end|><|im_start|>assistantfeverisathing")
+
+
+def test_pieces_of_a_conversation_start_where_something_is_said() -> None:
+    long = Conversation([SAID[0], {"role": "assistant", "content": "fever and " * 40}])
+    first, *rest = encode(word_tokenizer(), [long], max_tokens=1_000, sequence_length=32)
+    assert first.start == 11 and rest and not any(piece.start for piece in rest)
+
+
+def test_without_a_template_messages_are_refused() -> None:
+    tokenizer = word_tokenizer(None)
+    assert chat_template_of(tokenizer) is None
+    with pytest.raises(TextError, match="messages need a chat template, and the tokenizer has none"):
+        encode(tokenizer, [Conversation(SAID)], max_tokens=100, sequence_length=64)
+
+
+def test_what_lies_around() -> None:
+    template = ChatTemplate(word_tokenizer())
+    before, between = template.around(None) or ("", "")
+    assert before.endswith("fever<|im_end|>\n<|im_start|>user\n") and between == "<|im_end|>\n<|im_start|>assistant\n"
+    assert template.around("Be brief") == ("<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\n", between)
+    assert template.turn() == "<|im_end|>\n<|im_start|>user\n"
+    assert (
+        template.text([*SAID, SAID[0]], answer=True)
+        == before + "what is fever" + between + "fever is a thing" + (template.turn() or "") + "what is fever" + between
+    )
+
+
+def test_a_template_that_takes_no_system_prompt() -> None:
+    text = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + "".join(
+        "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    )
+    template = ChatTemplate(word_tokenizer(text))
+    assert template.around("Be brief") is None and template.around(None) == ("[", "][")
+    with pytest.raises(TextError, match="no system prompt"):
+        template.text([{"role": "system", "content": "x"}, *SAID])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 99999999999 }}",
+     "{{ nothing.there }}", "{% broken", "{{ messages.__class__.__mro__ }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"],
+)  # fmt: skip
+def test_a_hostile_template_is_an_error_soon(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "_SECONDS", 0.5)
+    template, started = ChatTemplate(word_tokenizer(text)), time.monotonic()
+    with pytest.raises(TextError, match="chat template does not take these messages"):
+        template.text(SAID)
+    assert time.monotonic() - started < 30  # it would be hours
+    assert template.around(None) is None and template.turn() is None
