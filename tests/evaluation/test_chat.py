@@ -66,7 +66,7 @@ def test_what_is_written_is_what_was_found(checkpoint: Checkpoint, results: Chat
 
 def test_questions_are_of_held_out_text_and_greetings_of_no_fit(checkpoint: Checkpoint) -> None:
     for text in held_out_texts(checkpoint):
-        for question, answer in chat._said(text.documents, 12):
+        for question, answer in chat._said(text.documents, 12, 0):
             assert any(question in document and answer in document for document in text.documents)
             assert 8 <= len(question.split()) <= 24
     assert not {each.lower().strip("!?. ") for each in GREETINGS} & {each.lower().strip("!?. ") for each in FITTED}
@@ -97,7 +97,7 @@ def test_a_conversation_is_asked_as_it_was() -> None:
             {"role": "assistant", "content": "a thing"},
         ]
     )
-    assert list(chat._said([talk], 1)) == [("what is fever", "a thing")]
+    assert list(chat._said([talk], 1, 0)) == [("what is fever", "a thing")]
 
 
 def test_without_a_base_small_talk_has_no_owner(shop: Workshop) -> None:

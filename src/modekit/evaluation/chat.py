@@ -104,12 +104,13 @@ def evaluate_chat(
     questions: int = 32,
     answer_tokens: int = 16,
     system: str | None = None,
+    seed: int = 0,
     run: Run = QUIET,
     write: bool = True,
 ) -> ChatResults:
     """Ask so many questions per domain and write OUT/results/chat.json and chat.md.
 
-    `system`: in place of the template's own system prompt, where it has one. Raises TextError when the tokenizer has no chat
+    `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked. Raises TextError when the tokenizer has no chat
     template, the template takes no system prompt, or a domain has no held-out text.
     """
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -117,7 +118,7 @@ def evaluate_chat(
     if system is not None and template.around(system) is None:
         raise TextError("the chat template takes no system prompt", where="--system", remedy="leave it out")
     above = [] if system is None else [{"role": "system", "content": system}]
-    asked = list(_questions(checkpoint, held_out_texts(checkpoint), questions))
+    asked = list(_questions(checkpoint, held_out_texts(checkpoint), questions, seed))
     prompts = [template.ids(template.text([*above, *each.messages], answer=True)) for each in asked]
     model = load_model(checkpoint.folder, run=run)
     leaders = _leaders(model, checkpoint, prompts, tokenizer, answer_tokens, run)
@@ -128,9 +129,9 @@ def evaluate_chat(
     return results
 
 
-def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int) -> Iterator[_Asked]:
+def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int, seed: int) -> Iterator[_Asked]:
     base = next((place for place, expert in enumerate(checkpoint.record.recipe.experts) if expert.is_base), None)
-    said = {text.name: list(_said(text.documents, count)) for text in texts}
+    said = {text.name: list(_said(text.documents, count, seed)) for text in texts}
     for text in texts:
         own = text.expert if text.expert is not None else base
         for question, _ in said[text.name]:
@@ -148,9 +149,9 @@ def _user(said: str) -> Message:
     return {"role": "user", "content": said}
 
 
-def _said(documents: Sequence[str], count: int) -> Iterator[tuple[str, str]]:
+def _said(documents: Sequence[str], count: int, seed: int) -> Iterator[tuple[str, str]]:
     """Questions, and the words behind each: from every document once before any is asked again."""
-    draw = random.Random(count)
+    draw = random.Random(seed)
     for number in range(count):
         document = documents[number % len(documents)]
         if isinstance(document, Conversation):
