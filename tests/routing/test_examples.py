@@ -12,7 +12,7 @@ from conftest import _WORDS
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.examples import changes_of_topic, chats_of, cut_chats, read_chats, read_examples
+from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate, Conversation
 from modekit.text.sequences import encode
 from modekit.text.small_talk import SMALL_TALK
@@ -85,13 +85,13 @@ def test_conversations_are_not_cut() -> None:
     assert [each.start for each in read_examples(TOKENIZER, [talk] * 2, LAW, LEXICAL, most=1_000)] == [11, 11]
 
 
-def test_a_change_of_topic_is_a_chat_behind_one_of_another_domain() -> None:
+def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
     domains = [
         [(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, documents_of(words), 12)]
         for words in _WORDS.values()
     ]
     plain = (torch.arange(30, dtype=torch.int32), 0)
-    found = changes_of_topic(TEMPLATE, [[plain, *domain] for domain in domains])
+    found = changes_of_domain(TEMPLATE, [[plain, *domain] for domain in domains])
     assert [len(own) for own in found] == [12, 12, 12]
     turn = TEMPLATE.ids(TEMPLATE.turn() or "")
     for place, (own, chats) in enumerate(zip(found, domains, strict=True)):
@@ -103,4 +103,4 @@ def test_a_change_of_topic_is_a_chat_behind_one_of_another_domain() -> None:
 
 def test_one_domain_changes_no_topic() -> None:
     (own,) = ([(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, DOCUMENTS, 3)],)
-    assert changes_of_topic(TEMPLATE, [own]) == [[]]
+    assert changes_of_domain(TEMPLATE, [own]) == [[]]

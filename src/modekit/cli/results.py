@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,28 +22,40 @@ from modekit.errors import ModekitError
 from modekit.run import Run
 
 
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """How much held-out text is scored."""
+
+    tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
+    ] = None
+
+    def of_text(self) -> dict[str, object]:
+        """Those that mean nothing without text."""
+        return {"--tokens": self.tokens, "--sequence-length": self.sequence_length}
+
+
 @app.command(name="eval")
 @grouped
 def evaluate(
     checkpoint: OutFolder,
+    held_out: HeldOutOptions,
     of_tasks: TaskOptions,
     of_chat: ChatOptions,
-    tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
-    ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Score base, experts, weight average, oracle and mixture on held-out text, or on --tasks; or say who leads in a --chat."""
-    of_text = {"--tokens": tokens, "--sequence-length": sequence_length}
     if of_chat.chat:
-        refuse_without_effect("--chat asks questions", {**of_text, "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()})
+        refuse_without_effect(
+            "--chat asks questions", {**held_out.of_text(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()}
+        )
         score_chat(checkpoint, of_chat, as_json=as_json, trust_remote_code=trust_remote_code)
         return
     refuse_without_effect("it belongs to --chat", of_chat.beside_chat())
     if of_tasks.tasks is not None:
-        refuse_without_effect("--tasks scores no text", of_text)
+        refuse_without_effect("--tasks scores no text", held_out.of_text())
         score_tasks(checkpoint, of_tasks, as_json=as_json, trust_remote_code=trust_remote_code)
         return
     refuse_without_effect("it belongs to --tasks", of_tasks.beside_tasks())
@@ -52,7 +65,8 @@ def evaluate(
 
     with drawn_progress() as progress:
         results = evaluate(
-            open_checkpoint(resolved(checkpoint)), tokens_per_domain=tokens or 20_000, sequence_length=sequence_length or 512,
+            open_checkpoint(resolved(checkpoint)), tokens_per_domain=held_out.tokens or 20_000,
+            sequence_length=held_out.sequence_length or 512,
             run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:

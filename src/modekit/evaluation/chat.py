@@ -40,9 +40,9 @@ GREETINGS = (
     "Guten Tag", "Wie geht es dir?", "Vielen Dank", "Merci beaucoup", "Bonsoir", "Hasta luego",
 )  # fmt: skip
 """Small talk that no fit has seen (text/small_talk.py has other)."""
-SMALL_TALK, CHANGE = "small talk", "change of topic"
+SMALL_TALK, CHANGE = "small talk", "change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question
-_ANSWERED = 32  # words of an answer that stands before a change of topic
+_ANSWERED = 32  # words of an answer that stands before a change of domain
 _BATCH = 8
 _SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
 _WORD = re.compile(r"\S{1,24}\s*")

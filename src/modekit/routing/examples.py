@@ -108,7 +108,7 @@ def small_talk(template: ChatTemplate, count: int) -> Iterator[TokenSequence]:
             yield chat
 
 
-def changes_of_topic(template: ChatTemplate, domains: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
+def changes_of_domain(template: ChatTemplate, domains: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
     """Every chat of a domain once more, behind one of another domain: what was said before must not outweigh what is asked.
 
     Chats are told from documents by where they start.

@@ -19,7 +19,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.evidence import Averaging, Example, train_table
-from modekit.routing.examples import changes_of_topic, template_for
+from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.on_channels import gates_on_channels
 from modekit.routing.token_text import TokenText, read_token_texts
@@ -83,9 +83,9 @@ class Table:
 
 
 def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None) -> list[list[Example]]:
-    """What the tokens of every domain's sequences choose, and of changes of topic in chats."""
+    """What the tokens of every domain's sequences choose, and of changes of domain in chats."""
     sequences = [text.sequences() for text in texts]
-    changes = [] if template is None else changes_of_topic(template, sequences)
+    changes = [] if template is None else changes_of_domain(template, sequences)
     return [
         [Example(table.rows(ids), start) for ids, start in chain(*own)]
         for own in zip_longest(sequences, changes, fillvalue=())
