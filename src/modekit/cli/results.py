@@ -46,7 +46,7 @@ def evaluate(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score base, experts, weight average, oracle and mixture on held-out text, or on --tasks; or say who leads in a --chat."""
+    """Score base, experts, weight average, oracle and mixture on held-out text, or on --tasks; or, with --chat, who leads."""
     if of_chat.chat:
         refuse_without_effect(
             "--chat asks questions", {**held_out.of_text(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()}

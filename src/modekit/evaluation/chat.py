@@ -110,8 +110,10 @@ def evaluate_chat(
 ) -> ChatResults:
     """Ask so many questions per domain and write OUT/results/chat.json and chat.md.
 
-    `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked. Raises TextError when the tokenizer has no chat
-    template, the template takes no system prompt, or a domain has no held-out text.
+    `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked.
+
+    Raises TextError when the tokenizer has no chat template, the template takes no system prompt, or a domain has no held-out
+    text.
     """
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     template = needed_template(tokenizer, "--chat")
