@@ -206,6 +206,23 @@ def test_reload_saves_the_same_tensors(family_case: tuple[Path, str], ids: torch
     assert_close(logits_of(tmp_path / "saved", ids), logits_of(model, ids))
 
 
+def test_no_tensor_is_without_a_number(family_case: tuple[Path, str]) -> None:
+    """An engine may refuse to load one: vLLM does."""
+    root, _ = family_case
+    folder = built(root, "full", ["base", "./other"], {"method": "gating", "router": {"fit": "random"}})
+    assert all(ref.numel for ref in open_checkpoint(folder).tensors.values())
+
+
+def test_engines_are_named_for_attention_with_biases(tmp_path: Path) -> None:
+    """The class of GraniteMoE in vLLM computes something else without a word."""
+    for model_type in ("llama", "granite"):
+        for name, seed in (("base", 0), ("expert0", 1)):
+            save(tiny_model(model_type, seed=seed, attention_bias=True), tmp_path / model_type / name)
+        folder = built(tmp_path / model_type, "OUT", ["./expert0", "base"], {"method": "gating", "router": {"fit": "random"}})
+        said = open_checkpoint(folder).shape
+        assert said.native_type == "granitemoe" and "--model-impl transformers" in said.also_runs_in
+
+
 def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
     root, _ = family_case
     out = built(root, "greedy", ["base", "base"], {"method": "routing", "top_k": 2, "router": {"fit": "random"}})

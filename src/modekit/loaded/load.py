@@ -19,6 +19,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model_config import check_no_code, read_config
+from modekit.sources.native import leaves_out
 from modekit.sources.tokenizer import check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
@@ -34,6 +35,18 @@ def without_bars() -> Iterator[None]:
     finally:
         if drawn:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report(folder: Path) -> Iterator[None]:
+    """While open, transformers does not report tensors as missing that have no number and are left out."""
+    verbosity = transformers_logging.get_verbosity()
+    if leaves_out(read_config(folder, where=str(folder))):
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def default_device() -> torch.device:
@@ -88,7 +101,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     """A causal language model from a folder, on the default device, for evaluation. Raises SourceError."""
     check_loadable(folder, run=run)
     try:
-        with without_bars():
+        with without_bars(), without_report(folder):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
             )

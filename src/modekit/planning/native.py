@@ -86,7 +86,7 @@ class NativeLayout:
         hidden, expert_hidden = int(self._base.config["hidden_size"]) + spare, self._gate.shape[0]
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
         for layer in range(self._layers):
-            for constant in self._native.constants:
+            for constant in self._native.written_constants:
                 shape = tuple(letters[letter] if letter in letters else int(letter) for letter in constant.shape)
                 yield PlannedTensor(in_layer(layer, constant.name), self.router_dtype, shape, "constant", "zeros")
 

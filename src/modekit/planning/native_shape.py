@@ -69,7 +69,13 @@ class NativeShape(Shape):
     @property
     def also_runs_in(self) -> str:
         """Engines that know the architecture."""
-        return self.native.serves
+        biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
+        return self.native.serves_with_biases if biased else self.native.serves
+
+    @property
+    def left_out(self) -> set[str]:
+        """Tensors without a number."""
+        return self.native.empty_names(self._layers)
 
     @property
     def mixed(self) -> list[str]:
@@ -129,7 +135,7 @@ class NativeShape(Shape):
         for layer in layers:
             for name in self._names(layer):
                 self._check_rank(tensors, name, 2 if native.experts is not None else 3)
-            for constant in native.constants:
+            for constant in native.written_constants:
                 self._check_rank(tensors, in_layer(layer, constant.name), len(constant.shape))
             if native.fused is not None:
                 both, down = (tensors[in_layer(layer, name)].shape for name in native.fused)
@@ -161,7 +167,7 @@ class NativeShape(Shape):
         native, layers = self.native, range(self._layers)
         total = sum(ref.numel for ref in tensors.values())
         router = sum(tensors[slot.name].numel for slot in self.slots)
-        constants = sum(tensors[in_layer(layer, each.name)].numel for layer in layers for each in native.constants)
+        constants = sum(tensors[in_layer(layer, each.name)].numel for layer in layers for each in native.written_constants)
         names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
         ffn = sum(tensors[in_layer(layer, name)].numel for layer in layers for name in names)
         per_expert = ffn // self.experts if native.fused else ffn

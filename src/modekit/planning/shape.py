@@ -98,6 +98,11 @@ class Shape(ABC):
         """Where the result runs besides transformers."""
 
     @property
+    def left_out(self) -> set[str]:
+        """Tensors that transformers' class has and the result need not: without them it computes the same."""
+        return set()
+
+    @property
     @abstractmethod
     def channels(self) -> Channels | None:
         """What carries a router's evidence to the gates besides the base's channels, where anything has to."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modekit.sources.families import FAMILIES, Config, Family
+from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]
 """(holds for this dense config, reason shown when it does not)."""
@@ -30,6 +31,11 @@ class Constant:
 
     name: str
     shape: tuple[str, ...]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the result has it: vLLM does not load a tensor without a number, which says nothing anyway."""
+        return "0" not in self.shape
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Native:
         dropped: dense keys that mean nothing to the native architecture.
         constants: see `Constant`.
         rules: what must hold.
-        serves: where the result runs besides transformers.
+        serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
         widening: how it takes channels of a router's own, or the reason why it cannot.
     """
 
@@ -104,12 +110,23 @@ class Native:
     constants: tuple[Constant, ...] = ()
     rules: tuple[Rule, ...] = ()
     serves: str = "vLLM"
+    serves_with_biases: str = ""
     widening: Widening | str = Widening()
 
     @property
     def label(self) -> str:
         """Row name for messages and tests."""
         return f"{self.family.model_type}->{self.native_type}"
+
+    @property
+    def written_constants(self) -> tuple[Constant, ...]:
+        """Those that the result has."""
+        return tuple(constant for constant in self.constants if constant.is_written)
+
+    def empty_names(self, layers: int) -> set[str]:
+        """Tensors without a number that the architecture has and the result leaves out; older results have them."""
+        left_out = [constant.name for constant in self.constants if not constant.is_written]
+        return {in_layer(layer, name) for layer in range(layers) for name in left_out}
 
     def refusals(self, config: Config) -> list[str]:
         """Why this row does not fit a dense config; empty when it does."""
@@ -198,6 +215,7 @@ _GRANITE_MOE: dict[str, Any] = {
     "writes_head_dim": False,
     "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
     "serves": "vLLM, llama.cpp",
+    "serves_with_biases": "llama.cpp; vLLM with --model-impl transformers, since its own class leaves attention's biases out",
     "widening": Widening(whole_heads=True),
 }
 _HEADS_ARE_NORMED = Widening(recency=False)
@@ -372,6 +390,15 @@ def choose_native(family: Family, config: Config) -> tuple[Native | None, list[s
             tried.append(f"{row.native_type}: {'; '.join(refusals)}")
     reason = _WITHOUT_PARTNER.get(family.model_type, "nobody has written one")
     return None, tried or [f"no native architecture says a mixture of '{family.model_type}': {reason}"]
+
+
+def leaves_out(config: Config) -> bool:
+    """Whether a native config is one whose tensors without a number are left out, so that transformers misses them."""
+    return any(
+        row.native_type == config.get("model_type") and row.empty_names(1)
+        and all(config.get(key) == value for key, value in row.fixed.items() if value == 0 and value is not False)
+        for row in NATIVES
+    )  # fmt: skip
 
 
 def native_of(native_type: str, model_type: str) -> Native:
