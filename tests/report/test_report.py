@@ -110,6 +110,15 @@ TASKS = {
 }  # fmt: skip
 
 
+def chat_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    row = {"expert": "law", "questions": 8, "at_prompt": 0.875, "after_answer": 0.75, "leaders": {"law": 7, "code": 1}}
+    silent = {"name": "small talk", "expert": None, "questions": 24, "at_prompt": None, "after_answer": None, "leaders": {}}
+    return {
+        "format": 1, "checkpoint": checkpoint.identity, "experts": checkpoint.names, "system": "Be <b>brief</b>",
+        "answer_tokens": 16, "rows": [{"name": "law <i>", **row}, silent], "notes": ["24 <tokens>"],
+    }  # fmt: skip
+
+
 def search_of(checkpoint: Checkpoint) -> dict[str, Any]:
     def variant(name: str, status: str, loss: float, active: int, **marks: bool) -> dict[str, Any]:
         report = {"mean_loss": loss + 0.01, "gap_closed": 0.5} if status == "scored" else None
@@ -151,6 +160,7 @@ def told(workshop: Workshop) -> Checkpoint:
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
     put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
     put(done.checkpoint, "tasks.json", TASKS)
+    put(done.checkpoint, "chat.json", chat_of(done.checkpoint))
     put(done.checkpoint, "tune.json", search_of(done.checkpoint))
     return done.checkpoint
 
@@ -273,6 +283,19 @@ def test_tasks_of_another_checkpoint_are_left_out(told: Checkpoint) -> None:
     assert content["tasks"] is None and any("tasks.json is of another state" in line for line in content["missing"])
 
 
+def test_chats_are_shown_and_those_of_another_checkpoint_are_left_out(told: Checkpoint, page: Path) -> None:
+    said = data_of(page)["chat"]
+    assert said["rows"][0]["leaders"] == {"law": 7, "code": 1} and said["rows"][1]["at_prompt"] is None
+    assert "Be &lt;b&gt;brief&lt;/b&gt;" in page.read_text() and 'id="chat"' in page.read_text()
+    kept = (told.folder / "results" / "chat.json").read_text()
+    try:
+        put(told, "chat.json", {**chat_of(told), "checkpoint": {"recipe_digest": "0"}})
+        content = make_content(told)
+    finally:
+        put(told, "chat.json", kept)
+    assert content["chat"] is None and any("chat.json is of another state" in line for line in content["missing"])
+
+
 def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
     data = {**search_of(told), "checkpoint": {"recipe_digest": "0"}}
     kept = (told.folder / "results" / "tune.json").read_text()
@@ -291,7 +314,7 @@ def test_every_figure_is_the_json_beside_it(page: Path) -> None:
         assert json.loads(value) == at(data, pointer), pointer
         assert text == FORMATS[kind](at(data, pointer)), pointer
     places = {pointer.split("/")[1] for pointer, *_ in shown.figures}
-    assert {"results", "routing", "training", "tasks", "sizes", "provenance"} <= places
+    assert {"results", "routing", "training", "tasks", "chat", "sizes", "provenance"} <= places
     loose = [text for text in shown.text if re.search(r"\d[.,]\d", text)]
     assert loose == []  # no figure stands there on its own
 
@@ -645,10 +668,10 @@ def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop:
 def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
     folder = workshop.root / "DAMAGED"
     checkpoint = open_checkpoint(folder if folder.exists() else workshop.build("DAMAGED"))
-    for name in ("eval.json", "inspect.json", "tasks.json"):
+    for name in ("eval.json", "inspect.json", "tasks.json", "chat.json"):
         put(checkpoint, name, damage)
     content = make_content(checkpoint)
-    assert len(content["missing"]) == 3 and all("damaged or of another version" in line for line in content["missing"])
+    assert len(content["missing"]) == 4 and all("damaged or of another version" in line for line in content["missing"])
     make_page(content)
 
 

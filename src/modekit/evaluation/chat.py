@@ -40,6 +40,7 @@ GREETINGS = (
     "Guten Tag", "Wie geht es dir?", "Vielen Dank", "Merci beaucoup", "Bonsoir", "Hasta luego",
 )  # fmt: skip
 """Small talk that no fit has seen (text/small_talk.py has other)."""
+CHAT_FILE = "chat.json"
 SMALL_TALK, CHANGE = "small talk", "change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question
 _ANSWERED = 32  # words of an answer that stands before a change of domain
@@ -66,17 +67,18 @@ class ChatScore:
 
 @dataclass(frozen=True)
 class ChatResults:
-    """A table of `modekit eval --chat`."""
+    """A table of `modekit eval --chat`; `checkpoint` is what it is of."""
 
     experts: Sequence[str]
     system: str | None
     answer_tokens: int
     rows: Sequence[ChatScore]
+    checkpoint: Mapping[str, str]
     notes: Sequence[str] = field(default_factory=list)
 
     def as_data(self) -> dict[str, Any]:
         """For chat.json."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        return {"format": 1, **asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def markdown(self) -> str:
         """For chat.md."""
@@ -125,9 +127,10 @@ def evaluate_chat(
     model = load_model(checkpoint.folder, run=run)
     leaders = _leaders(model, checkpoint, prompts, tokenizer, answer_tokens, run)
     rows = [_score(kind, asked, leaders, checkpoint.names) for kind in dict.fromkeys(each.kind for each in asked)]
-    results = ChatResults(checkpoint.names, system, answer_tokens, rows, _notes(template, system, rows))
+    notes = _notes(template, system, rows)
+    results = ChatResults(checkpoint.names, system, answer_tokens, rows, checkpoint.identity, notes)
     if write:
-        write_results(checkpoint, {"chat.json": json_bytes(results.as_data()), "chat.md": results.markdown().encode()})
+        write_results(checkpoint, {CHAT_FILE: json_bytes(results.as_data()), "chat.md": results.markdown().encode()})
     return results
 
 

@@ -20,6 +20,7 @@ from modekit.report.result_files import (
     Curve,
     Search,
     Trained,
+    find_chat,
     find_inspection,
     find_results,
     find_search,
@@ -39,7 +40,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
     results = find_results(checkpoint, missing)
     inspection = find_inspection(checkpoint, missing)
     trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
-    search = find_search(checkpoint, missing)
+    chat, search = find_chat(checkpoint, missing), find_search(checkpoint, missing)
     sources = sources_of(checkpoint)
     content: dict[str, Any] = rounded(
         {
@@ -53,6 +54,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "samples": samples_of(inspection) if inspection is not None else None,
             "training": _training(checkpoint, trained),
             "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
+            "chat": chat.model_dump() if chat is not None and chat.rows else None,
             "search": _search(search) if search is not None else None,
             "provenance": _provenance(checkpoint, results),
             "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},

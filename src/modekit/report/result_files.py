@@ -21,7 +21,7 @@ from modekit.files.typed import Count, Number, problem_in, shortened
 from modekit.report.inspection_file import Data, Inspection
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
-TASKS_FILE, SEARCH_FILE = "tasks.json", "tune.json"
+TASKS_FILE, CHAT_FILE, SEARCH_FILE = "tasks.json", "chat.json", "tune.json"
 
 _Read = TypeVar("_Read")
 
@@ -54,6 +54,27 @@ class Tasks(Data):
         if len({row for task in self.tasks.values() for row in task.rows}) * len(self.tasks) > MOST_CELLS:
             raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
         return self
+
+
+class ChatRow(Data):
+    """Questions of one kind: how many, on which share the right expert leads, and how often each does."""
+
+    name: str
+    questions: Count
+    at_prompt: Number | None
+    after_answer: Number | None
+    leaders: dict[str, Count]
+
+
+class Chat(Data):
+    """chat.json."""
+
+    format: Literal[1]
+    checkpoint: dict[str, str]
+    system: str | None
+    answer_tokens: Count
+    rows: list[ChatRow] = Field(max_length=2**10)
+    notes: list[str] = Field(default_factory=list)
 
 
 class Reported(Data):
@@ -133,6 +154,17 @@ def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
         problems.append(_of_another(TASKS_FILE, "modekit eval --tasks"))
         return None
     return tasks
+
+
+def find_chat(checkpoint: Checkpoint, problems: list[str]) -> Chat | None:
+    """Who leads in chats, when that was asked."""
+    if not os.path.lexists(_path(checkpoint, CHAT_FILE)):
+        return None
+    chat = _parse(checkpoint, CHAT_FILE, "modekit eval --chat", Chat.model_validate, problems)
+    if chat is not None and chat.checkpoint != checkpoint.identity:
+        problems.append(_of_another(CHAT_FILE, "modekit eval --chat"))
+        return None
+    return chat
 
 
 def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
