@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from adapter_folders import UP, write_adapter
+from chatting import TEMPLATE
 from command_line import ended
 from conftest import Workshop, make_workshop
 from kills import dies
@@ -61,6 +62,7 @@ COMMANDS = {
     ),
     "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 31),
     "eval": Command(("eval", "OUT", *FEW), 10),
+    "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
     "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
     "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
@@ -75,6 +77,7 @@ COMMANDS = {
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """Models, text, recipes, a native mixture and one of adapters."""
     made = make_workshop(tmp_path_factory.mktemp("kills"), num_hidden_layers=1)
+    (made.root / "base" / "chat_template.jinja").write_text(TEMPLATE)
     layer = {name: tensor for name, tensor in UP.items() if ".layers.0." in name}
     for name in ("fever", "court"):
         write_adapter(made.root / name, layer, target_modules=["up_proj"], r=4, lora_alpha=8)

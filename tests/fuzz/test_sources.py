@@ -22,12 +22,14 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapter_folders import UP, write_adapter
+from chatting import word_tokenizer
 from conftest import SMALL, Workshop, character_tokenizer
 from modekit.errors import ModekitError, SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import open_source, read_header
+from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
@@ -36,7 +38,7 @@ RANDOM = {"router": {"fit": "random"}}
 MOST_TEXT = 20_000
 """Characters of any message."""
 QUICK, SLOW = 150, 1_700
-TARGETS = ["headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts"]
+TARGETS = ["headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts", "templates"]
 
 
 def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
@@ -309,10 +311,10 @@ def fuzz_tokenizers(root: Path, recipe: dict[str, Any]) -> Target:
 
 def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
     """Records and plain text, read and cut into sequences."""
-    tokenizer = character_tokenizer()
-    lines = st.lists(
-        st.one_of(hostile_json({"text": "some words", "meta": {"id": 1}}), st.text(max_size=60)), min_size=1, max_size=4
-    )
+    tokenizer = word_tokenizer()
+    said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    records = [hostile_json({"text": "some words", "meta": {"id": 1}}), hostile_json({"messages": said, "id": 1})]
+    lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
     text = lines.map("\n".join)
 
     def door(drawn: tuple[bytes, str]) -> object:
@@ -322,6 +324,24 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
         return encode(tokenizer, documents, max_tokens=64, sequence_length=16)
 
     return st.tuples(hostile_bytes(text), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
+
+
+def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:
+    """What a model says of how a conversation is written."""
+    pieces = [
+        "{% for message in messages %}", "{% endfor %}", "{{ message['content'] }}", "{{ message.role }}", "{% if ", "{% endif %}",
+        "loop.first", "%}", "{{ ", " }}", "messages[0]", "['role']", "| trim", "| tojson", "* 99999999", "range(9999)", "none",
+        "raise_exception('no')", "{% set x = ", "namespace(a=1)", "{% macro m() %}", "{% endmacro %}", "m()", "'", "[", "]",
+        "[::-1]", "{% generation %}", "{% include 'a' %}", "add_generation_prompt", "strftime_now('%Y')", "{#", "#}", "{%- ",
+        "-%}", "\x00", ".__class__", "~ bos_token", "⁂user⁂", "{{ cycler.__init__.__globals__ }}", "{% break %}", "// 0",
+    ]  # fmt: skip
+    said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": "a thing"}]
+
+    def door(text: str) -> object:
+        template = ChatTemplate(word_tokenizer(text or " "))
+        return template.around(None), template.around("x"), template.turn(), template.text(said, answer=True)
+
+    return st.lists(st.one_of(st.sampled_from(pieces), st.text(max_size=8)), max_size=14).map("".join), door
 
 
 @pytest.fixture(scope="module", autouse=True)
