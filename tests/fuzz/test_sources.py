@@ -329,8 +329,9 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
 def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:
     """What a model says of how a conversation is written."""
     pieces = [
-        "{% for message in messages %}", "{% endfor %}", "{{ message['content'] }}", "{{ message.role }}", "{% if ", "{% endif %}",
-        "loop.first", "%}", "{{ ", " }}", "messages[0]", "['role']", "| trim", "| tojson", "* 99999999", "range(9999)", "none",
+        "{% for message in messages %}", "{% endfor %}", "{{ message['content'] }}", "{{ message.role }}", "{% if ",
+        "{% endif %}", "loop.first", "%}",
+        "{{ ", " }}", "messages[0]", "['role']", "| trim", "| tojson", "* 99999999", "range(9999)", "none",
         "raise_exception('no')", "{% set x = ", "namespace(a=1)", "{% macro m() %}", "{% endmacro %}", "m()", "'", "[", "]",
         "[::-1]", "{% generation %}", "{% include 'a' %}", "add_generation_prompt", "strftime_now('%Y')", "{#", "#}", "{%- ",
         "-%}", "\x00", ".__class__", "~ bos_token", "⁂user⁂", "{{ cycler.__init__.__globals__ }}", "{% break %}", "// 0",
