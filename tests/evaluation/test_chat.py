@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -100,6 +101,24 @@ def test_a_conversation_is_asked_as_it_was() -> None:
     assert list(chat._said([talk], 1, 0)) == [("what is fever", "a thing")]
 
 
+def test_who_says_nothing_asks_nothing() -> None:
+    silent = [Conversation([{"role": "system", "content": "x"}]), Conversation([{"role": "assistant", "content": "hello"}])]
+    late = Conversation(
+        [{"role": "assistant", "content": "hello"}, {"role": "user", "content": ""}, {"role": "user", "content": "why"}]
+    )
+    endless = Conversation([{"role": "user", "content": "why " * 2_000}])
+    assert list(chat._said([*silent, endless], 3, 0)) == []
+    assert list(chat._said([*silent, late], 2, 0)) == [("why", ""), ("why", "")]
+
+
+def test_a_long_document_is_read_where_it_is_cut() -> None:
+    long = "The court heard a claim on a deed that nobody had signed. " * 40_000
+    started = time.monotonic()
+    found = list(chat._said([long], 32, 0))
+    assert len({question for question, _ in found}) > 8 and all(8 <= len(question.split()) <= 24 for question, _ in found)
+    assert time.monotonic() - started < 20  # it was minutes and gigabytes
+
+
 def test_without_a_base_small_talk_has_no_owner(shop: Workshop) -> None:
     experts = shop.recipe["experts"][:3]
     without = evaluate_chat(open_checkpoint(shop.build("THREE", experts=experts)), questions=4, write=False)
@@ -120,6 +139,10 @@ def test_a_template_without_a_system_prompt_says_so(shop: Workshop) -> None:
     checkpoint = open_checkpoint(shop.build("NO-SYSTEM"))
     template = "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     word_tokenizer(template + "[{{ message['content'] }}]{% endfor %}").save_pretrained(checkpoint.folder)
+    with pytest.raises(TextError, match="the chat template takes no system prompt"):
+        evaluate_chat(checkpoint, system="Be brief")
+    silent = "{% for message in messages if message['role'] != 'system' %}[{{ message['content'] }}]{% endfor %}"
+    word_tokenizer(silent).save_pretrained(checkpoint.folder)
     with pytest.raises(TextError, match="the chat template takes no system prompt"):
         evaluate_chat(checkpoint, system="Be brief")
 

@@ -111,3 +111,20 @@ def test_a_router_that_is_to_know_chats_needs_a_template(shop: Workshop) -> None
     finally:
         for name in ("base", *DOMAINS):
             word_tokenizer().save_pretrained(shop.root / name)
+
+
+@pytest.mark.parametrize("router", [{"fit": "lexical"}, {"fit": "ngram"}, {"fit": "ridge"}], ids=["lexical", "ngram", "ridge"])
+def test_what_was_kept_before_there_were_chats_does_without_them(shop: Workshop, router: dict[str, Any]) -> None:
+    """The text is gone: what is kept of it has none in the template, and half of it would be worse than none."""
+    checkpoint = build(shop, f"OLD-{router['fit']}", **router, chat=False)
+    text = shop.root / "text" / "law.jsonl"
+    kept = text.read_bytes()
+    text.unlink()
+    try:
+        with pytest.raises(TextError) as error:
+            refit(checkpoint, {"router": {**router, "chat": True}})
+        assert "knows no chats" in str(error.value) and "--no-chat" in str(error.value)
+        again = refit(checkpoint, {"router": {**router, "chat": False}})
+    finally:
+        text.write_bytes(kept)
+    assert again.record.router.sha256 == checkpoint.record.router.sha256

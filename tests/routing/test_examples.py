@@ -9,9 +9,11 @@ import torch
 
 from chatting import documents_of, word_tokenizer
 from conftest import _WORDS
+from modekit.architecture.modekit_router import ngram_rows
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
+from modekit.routing.counts import count_domain
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate, Conversation
 from modekit.text.sequences import encode
@@ -50,7 +52,10 @@ def test_they_are_the_same_every_time_and_do_not_exceed_what_is_asked() -> None:
     one, other = (read_examples(TOKENIZER, DOCUMENTS, LAW, LEXICAL, most=1_000) for _ in range(2))
     assert one == other
     assert 500 < sum(len(each.ids) for each in one) <= 1_000
-    assert 0 < sum(len(each.ids) for each in one if each.start) <= 250
+    for expert in (LAW, BASE):
+        found = read_examples(TOKENIZER, DOCUMENTS, expert, LEXICAL, most=1_000)
+        assert sum(len(each.ids) for each in found) <= 1_000
+        assert 0 < sum(len(each.ids) for each in found if each.start) <= 250
     assert read_examples(TOKENIZER, DOCUMENTS, LAW, LEXICAL, most=16) == encode(
         TOKENIZER, DOCUMENTS, max_tokens=16, sequence_length=512
     )
@@ -91,7 +96,7 @@ def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
         for words in _WORDS.values()
     ]
     plain = (torch.arange(30, dtype=torch.int32), 0)
-    found = changes_of_domain(TEMPLATE, [[plain, *domain] for domain in domains])
+    found = changes_of_domain(TEMPLATE, [[plain, *domain] for domain in domains], 512)
     assert [len(own) for own in found] == [12, 12, 12]
     turn = TEMPLATE.ids(TEMPLATE.turn() or "")
     for place, (own, chats) in enumerate(zip(found, domains, strict=True)):
@@ -103,4 +108,37 @@ def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
 
 def test_one_domain_changes_no_topic() -> None:
     (own,) = ([(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, DOCUMENTS, 3)],)
-    assert changes_of_domain(TEMPLATE, [own]) == [[]]
+    assert changes_of_domain(TEMPLATE, [own], 512) == [[]]
+
+
+def test_two_chats_together_are_no_longer_than_a_sequence() -> None:
+    domains = [
+        [(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, documents_of(words), 40)]
+        for words in _WORDS.values()
+    ]
+    found = changes_of_domain(TEMPLATE, domains, 96)
+    lengths = [len(ids) for own in found for ids, _ in own]
+    assert 0 < len(lengths) < 120 and max(lengths) <= 96
+
+
+def test_a_base_with_conversations_alone_has_small_talk_too() -> None:
+    talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
+    own, base = (read_examples(TOKENIZER, [talk] * 9, expert, LEXICAL, most=100_000) for expert in (LAW, BASE))
+    assert len(own) == 9 and len(base) == 18
+
+
+def test_a_template_that_hides_what_is_said_is_none() -> None:
+    shouting = word_tokenizer("{% for message in messages %}{{ message['content'] | upper }}{% endfor %}")
+    assert read_chats(shouting, DOCUMENTS, LAW, LEXICAL, 5) == [] and chats_of(shouting, LAW, LEXICAL) == {}
+    with pytest.raises(TextError, match="no chat template that shows what is said"):
+        read_chats(shouting, DOCUMENTS, LAW, Router(fit="lexical", chat=True), 5)
+
+
+def test_ngrams_of_template_and_system_prompt_are_not_counted() -> None:
+    settings = Router(fit="ngram", order=1, buckets=4_096)
+    counted = count_domain(TOKENIZER, DOCUMENTS, LAW, settings, {}, where="law")
+    before = torch.tensor(TEMPLATE.ids((TEMPLATE.around(None) or ("", ""))[0]))[None]
+    rows, _ = ngram_rows(before, torch.ones_like(before), None, 1, 4_096)
+    system = rows[0][1]  # a word that no document has
+    alone = count_domain(TOKENIZER, DOCUMENTS, LAW, Router(**{**settings.model_dump(), "chat": False}), {}, where="law")
+    assert counted.tokens > alone.tokens and int(counted.counts_H[system]) == int(alone.counts_H[system]) == 0

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from chatting import word_tokenizer
+from chatting import TEMPLATE, word_tokenizer
 from modekit.errors import TextError
 from modekit.text import chat
 from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, conversation_of
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
-from modekit.text.splits import digest_of, split_of
+from modekit.text.splits import digest_of, split_of, text_record
 
 SAID: list[dict[str, str]] = [
     {"role": "user", "content": "what is fever"}, {"role": "assistant", "content": "fever is a thing"},
@@ -31,11 +31,20 @@ def read(tmp_path: Path, name: str, lines: list[Any]) -> list[str]:
 
 
 def test_a_record_of_messages_is_one_document_by_what_was_said(tmp_path: Path) -> None:
-    (found,) = read(tmp_path, "a.jsonl", [{"messages": SAID}, {"messages": [{**SAID[0], "role": "user"}, SAID[1]]}])
+    (found,) = read(tmp_path, "a.jsonl", [{"messages": SAID}, {"messages": [dict(each) for each in SAID], "id": 2}])
     assert isinstance(found, Conversation) and list(found.messages) == SAID
     assert found == "what is fever\n\nfever is a thing" and split_of(found) == split_of(str(found))
     for other in (copy.copy(found), pickle.loads(pickle.dumps(found))):
         assert isinstance(other, Conversation) and other.messages == found.messages and digest_of(other) == digest_of(found)
+
+
+def test_who_said_it_decides_what_a_fit_remembers_but_not_the_split() -> None:
+    """The same words by others are other tokens: what was kept of them must not be used."""
+    other = Conversation([{**SAID[0], "role": "system"}, SAID[1]])
+    same = [Conversation(SAID), other, str(other)]
+    assert len({split_of(each) for each in same}) == 1
+    assert len({text_record([each], 0)["sha256"] for each in same}) == 3
+    assert text_record(["the court"], 0) == text_record([" the court\n"], 0)
 
 
 def test_text_and_conversations_lie_side_by_side(tmp_path: Path) -> None:
@@ -57,6 +66,9 @@ def test_a_column_of_messages(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"messages": [SAID, []], "id": [1, 2]}), tmp_path / "a.parquet")
     (found,) = read_documents([str(tmp_path / "a.parquet")], root=tmp_path, where="text")
     assert isinstance(found, Conversation) and list(found.messages) == SAID
+    both = {"messages": [SAID, None], "text": [None, "a deed"]}
+    parquet.write_table(arrow.table(both), tmp_path / "a.parquet")
+    assert sorted(read_documents([str(tmp_path / "a.parquet")], root=tmp_path, where="text")) == ["a deed", found]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +131,7 @@ def test_a_template_that_takes_no_system_prompt() -> None:
 @pytest.mark.parametrize(
     "text",
     ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 99999999999 }}",
+     "{% set x = 9**(9**9) %}x",
      "{{ nothing.there }}", "{% broken", "{{ messages.__class__.__mro__ }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"],
 )  # fmt: skip
 def test_a_hostile_template_is_an_error_soon(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +141,24 @@ def test_a_hostile_template_is_an_error_soon(text: str, monkeypatch: pytest.Monk
         template.text(SAID)
     assert time.monotonic() - started < 30  # it would be hours
     assert template.around(None) is None and template.turn() is None
+
+
+def test_of_named_templates_the_default_counts() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = {"tool_use": "x", "default": TEMPLATE}
+    found = chat_template_of(tokenizer)
+    assert found is not None and found.source == TEMPLATE
+    tokenizer.chat_template = {"tool_use": "x", "rag": "y"}
+    assert chat_template_of(tokenizer) is None
+
+
+def test_half_a_character_is_none() -> None:
+    template = ChatTemplate(word_tokenizer())
+    assert template.ids(template.text([{"role": "user", "content": "a\udcff"}]))
+
+
+def test_an_error_says_which_conversation_it_is() -> None:
+    template = ChatTemplate(word_tokenizer("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(TextError) as error:
+        template.text(SAID)
+    assert "roles must alternate (messages of user, assistant: 'what is fever')" in str(error.value)

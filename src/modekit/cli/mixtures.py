@@ -77,6 +77,9 @@ class FitOptions:
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too, or not (reads the text again).")
+    ] = None
 
     def changes(self) -> dict[str, Any]:
         """As a recipe's `mixture` would say them."""

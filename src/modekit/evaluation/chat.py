@@ -45,6 +45,7 @@ SMALL_TALK, CHANGE = "small talk", "change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question
 _ANSWERED = 32  # words of an answer that stands before a change of domain
 _BATCH = 8
+_PAGE = 4_000  # characters
 _SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
 _WORD = re.compile(r"\S{1,24}\s*")
 
@@ -119,9 +120,9 @@ def evaluate_chat(
     """
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     template = needed_template(tokenizer, "--chat")
-    if system is not None and template.around(system) is None:
+    above = [] if system is None else [_message("system", system)]
+    if system is not None and not _is_shown(template, system):
         raise TextError("the chat template takes no system prompt", where="--system", remedy="leave it out")
-    above = [] if system is None else [{"role": "system", "content": system}]
     asked = list(_questions(checkpoint, held_out_texts(checkpoint), questions, seed))
     prompts = [template.ids(template.text([*above, *each.messages], answer=True)) for each in asked]
     model = load_model(checkpoint.folder, run=run)
@@ -140,35 +141,61 @@ def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int,
     for text in texts:
         own = text.expert if text.expert is not None else base
         for question, _ in said[text.name]:
-            yield _Asked(text.name, [_user(question)], own)
+            yield _Asked(text.name, [_message("user", question)], own)
     owned = [text for text in texts if text.expert is not None]
     for first, second in zip(owned, [*owned[1:], *owned[:1]], strict=True) if len(owned) > 1 else ():
         for (question, answer), (other, _) in list(zip(said[first.name], said[second.name], strict=False))[: count // 4]:
             if answer:
-                yield _Asked(CHANGE, [_user(question), {"role": "assistant", "content": answer}, _user(other)], second.expert)
+                said_before = [_message("user", question), _message("assistant", answer)]
+                yield _Asked(CHANGE, [*said_before, _message("user", other)], second.expert)
     for greeting in GREETINGS:
-        yield _Asked(SMALL_TALK, [_user(greeting)], base)
+        yield _Asked(SMALL_TALK, [_message("user", greeting)], base)
 
 
-def _user(said: str) -> Message:
-    return {"role": "user", "content": said}
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _is_shown(template: ChatTemplate, system: str) -> bool:
+    """Whether the template writes a system prompt."""
+    try:
+        return system.strip() in template.text([_message("system", system), _message("user", ".")], answer=True)
+    except TextError:
+        return False
 
 
 def _said(documents: Sequence[str], count: int, seed: int) -> Iterator[tuple[str, str]]:
     """Questions, and the words behind each: from every document once before any is asked again."""
     draw = random.Random(seed)
-    for number in range(count):
-        document = documents[number % len(documents)]
-        if isinstance(document, Conversation):
-            spoken = [each["content"] for each in document.messages if each["role"] != "system"]
-            yield spoken[0], "".join(spoken[1:2])
-            continue
-        starts = [0, *(found.end() for found in _SENTENCE.finditer(document))]
-        pieces = [_WORD.findall(document[start : start + 1_000]) for start in starts]
-        pieces = [words for words in pieces if len(words) >= _FEWEST]
-        words = draw.choice(pieces) if pieces else _WORD.findall(document)
-        length = draw.randint(_FEWEST, _MOST)
-        yield "".join(words[:length]).strip(), "".join(words[length : length + _ANSWERED]).strip()
+    asked = [document for document in documents if not isinstance(document, Conversation) or _spoken(document)]
+    for number in range(count if asked else 0):
+        document = asked[number % len(asked)]
+        spoken = _spoken(document) if isinstance(document, Conversation) else _cut(document, draw)
+        if spoken is not None:
+            yield spoken
+
+
+def _spoken(conversation: Conversation) -> tuple[str, str] | None:
+    """What the user says first, and what is answered; None where that is nothing, or more than a page."""
+    spoken = [each for each in conversation.messages if each["content"].strip()]
+    place = next((place for place, each in enumerate(spoken) if each["role"] == "user"), len(spoken))
+    behind = "".join(each["content"] for each in spoken[place + 1 : place + 2] if each["role"] == "assistant")
+    question = spoken[place]["content"] if place < len(spoken) else ""
+    return (question, behind) if 0 < len(question) <= _PAGE else None
+
+
+def _cut(document: str, draw: random.Random) -> tuple[str, str]:
+    """A few words from the beginning of a sentence, of a long document somewhere, and those behind them."""
+    page = document
+    if len(document) > _PAGE:
+        at = draw.randrange(len(document) - _PAGE)
+        page = document[at : at + _PAGE]
+    starts = [0, *(found.end() for found in _SENTENCE.finditer(page))]
+    pieces = [_WORD.findall(page[start : start + 1_000]) for start in starts]
+    pieces = [words for words in pieces if len(words) >= _FEWEST]
+    words = draw.choice(pieces) if pieces else _WORD.findall(page)
+    length = draw.randint(_FEWEST, _MOST)
+    return "".join(words[:length]).strip(), "".join(words[length : length + _ANSWERED]).strip()
 
 
 def _leaders(

@@ -200,7 +200,7 @@ def _notes_of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
     asked = recipe.mixture.router.chat
     if not recipe.mixture.needs_text or asked is False:
         return
-    if chat_template(base.folder) is not None:
+    if chat_template(base.folder):
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
         yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
     elif asked:

@@ -20,7 +20,7 @@ from modekit.errors import TextError
 from modekit.files.typed import Count, as_kind
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.examples import chats_of, read_chats
+from modekit.routing.examples import SHARE, chats_of, read_chats
 from modekit.routing.kept import Get, checked, load_kept, save_kept
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, text_record
@@ -103,7 +103,7 @@ def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: R
         if sequences:
             yield sequences
         found, tokens = found + len(sequences), tokens + sum(len(sequence.ids) for sequence in sequences)
-    for chat in read_chats(tokenizer, documents, expert, settings, found):
+    for chat in read_chats(tokenizer, documents, expert, settings, found, most=tokens // (SHARE - 1)):
         yield [chat]
 
 
@@ -115,5 +115,6 @@ def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokeni
 
 
 def _rows(sequence: TokenSequence, settings: Router) -> torch.Tensor:
+    """Of the n-grams that end where something is said."""
     ids = torch.tensor([sequence.ids])
-    return ngram_rows(ids, torch.ones_like(ids), None, settings.order, settings.buckets)[0][0]
+    return ngram_rows(ids, torch.ones_like(ids), None, settings.order, settings.buckets)[0][0][sequence.start :]

@@ -28,7 +28,8 @@ from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
 Tokens = tuple[torch.Tensor, int]
 """Ids of a sequence, int32 (S,), and how many of them stand before the first that says something."""
 _MOST_CHATS = 4_096  # of a domain
-_SHARE = 4  # at most one token of so many is in cut chats
+SHARE = 4
+"""At most one token of so many is in chats that were cut or made."""
 _OWN_SYSTEM = 0.2  # of chats stand under the template's own system prompt
 _QUESTION = (1, 24)  # words
 _ANSWER = 32  # words
@@ -39,12 +40,12 @@ _WORD = re.compile(r"\S{1,24}\s*")  # scripts without spaces are cut
 def read_examples(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, *, most: int
 ) -> list[TokenSequence]:
-    """Sequences of at most `most` tokens together (small talk aside): documents and, where the router knows chats, chats.
+    """Sequences of at most `most` tokens together: documents and, where the router knows chats, chats.
 
     Raises TextError when chats are asked for and the tokenizer has no template.
     """
     plain = encode(tokenizer, documents, max_tokens=most, sequence_length=settings.sequence_length)
-    chats = read_chats(tokenizer, documents, expert, settings, len(plain), most=most // _SHARE)
+    chats = read_chats(tokenizer, documents, expert, settings, len(plain), most=most // SHARE)
     room = most - sum(len(chat.ids) for chat in chats)
     return [*(list(_first(plain, room)) or plain[:1]), *chats]
 
@@ -53,15 +54,16 @@ def read_chats(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, count: int,
     *, most: int = 2**62,
 ) -> list[TokenSequence]:  # fmt: skip
-    """So many short questions cut from documents, of at most `most` tokens together, and for the base as much small talk.
+    """So many short questions cut from documents and, for the base, as much small talk, of at most `most` tokens together.
 
     None where the router does not know chats. Raises TextError as `read_examples`.
     """
-    template = template_for(tokenizer, settings)
+    template, count = template_for(tokenizer, settings), min(count, _MOST_CHATS)
     if template is None:
         return []
-    chats = list(_first(cut_chats(template, documents, min(count, _MOST_CHATS)), most))
-    return [*chats, *(small_talk(template, len(chats)) if expert.is_base else [])]
+    chats = list(_first(cut_chats(template, documents, count), most // 2 if expert.is_base else most))
+    room = most - sum(len(chat.ids) for chat in chats)
+    return [*chats, *(_first(small_talk(template, count), room) if expert.is_base else [])]
 
 
 def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTemplate | None:
@@ -69,10 +71,12 @@ def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTe
     if settings.chat is False:
         return None
     template = chat_template_of(tokenizer)
+    if template is not None and template.around(None) is None:  # what is said cannot be found in what it writes
+        template = None
     if template is None and settings.chat:
         raise TextError(
-            "the router is to know chats, and the tokenizer has no chat template", where="mixture.router.chat",
-            remedy="remove 'chat', or put a chat_template.jinja beside the base model's tokenizer",
+            "the router is to know chats, and the tokenizer has no chat template that shows what is said",
+            where="mixture.router.chat", remedy="remove 'chat', or put a chat_template.jinja beside the base model's tokenizer",
         )  # fmt: skip
     return template
 
@@ -84,6 +88,16 @@ def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Route
         return {}
     parts = [template.source, *SYSTEM_PROMPTS, *(SMALL_TALK if expert.is_base else ())]
     return {"chat": hashlib.sha256("\0".join(parts).encode()).hexdigest()}
+
+
+def without_text(error: TextError, kept: object, how: dict[str, Any]) -> TextError:
+    """The error of text that is gone: where what is kept of it would do but for chats, it says how to do without them."""
+    if kept == how or not isinstance(kept, dict) or kept != {key: value for key, value in how.items() if key != "chat"}:
+        return error
+    return TextError(
+        f"{error.what}, and what is kept of it knows no chats", where=error.where, found=error.found,
+        remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT --no-chat`",
+    )  # fmt: skip
 
 
 def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int, *, seed: str = "") -> Iterator[TokenSequence]:
@@ -108,13 +122,13 @@ def small_talk(template: ChatTemplate, count: int) -> Iterator[TokenSequence]:
             yield chat
 
 
-def changes_of_domain(template: ChatTemplate, domains: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
+def changes_of_domain(template: ChatTemplate, domains: Sequence[Sequence[Tokens]], longest: int) -> list[list[Tokens]]:
     """Every chat of a domain once more, behind one of another domain: what was said before must not outweigh what is asked.
 
-    Chats are told from documents by where they start.
+    Chats are told from documents by where they start; two together have no more than `longest` tokens.
     """
     turn = template.turn()
-    chats = [[chat for chat in domain if chat[1]] for domain in domains]
+    chats = [[chat for chat in domain if chat[1] and len(chat[0]) <= longest // 2] for domain in domains]
     draw = random.Random(len(chats))
     found: list[list[Tokens]] = [[] for _ in domains]
     for place, own in enumerate(chats if turn is not None else []):
@@ -122,7 +136,9 @@ def changes_of_domain(template: ChatTemplate, domains: Sequence[Sequence[Tokens]
         between = torch.tensor(template.ids(turn or ""), dtype=torch.int32)
         for ids, start in own if others else ():
             before, _ = draw.choice(others)
-            found[place].append((torch.cat([before, between, ids[start:]]), len(before) + len(between)))
+            joined = torch.cat([before, between, ids[start:]])
+            if len(joined) <= longest:
+                found[place].append((joined, len(before) + len(between)))
     return found
 
 

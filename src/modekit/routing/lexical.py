@@ -38,7 +38,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
     template = template_for(tokenizer, settings)
     trained = train_table(
-        _examples(texts, table, template), table.height, averaging, seed=settings.seed,
+        _examples(texts, table, template, settings.sequence_length), table.height, averaging, seed=settings.seed,
         base=None if template is None else place_of_base(recipe.experts),
         silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in sorted(set(tokenizer.all_special_ids))],
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
@@ -82,10 +82,10 @@ class Table:
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
 
 
-def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None) -> list[list[Example]]:
+def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None, longest: int) -> list[list[Example]]:
     """What the tokens of every domain's sequences choose, and of changes of domain in chats."""
     sequences = [text.sequences() for text in texts]
-    changes = [] if template is None else changes_of_domain(template, sequences)
+    changes = [] if template is None else changes_of_domain(template, sequences, longest)
     return [
         [Example(table.rows(ids), start) for ids, start in chain(*own)]
         for own in zip_longest(sequences, changes, fillvalue=())

@@ -23,6 +23,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.counts import NgramStatistics, count_domain, load_ngram_statistics, source_of
+from modekit.routing.examples import without_text
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.text.held_out import fit_documents
 
@@ -55,10 +56,10 @@ def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> Ng
         kept = None
     try:
         documents = fit_documents(expert, fitting.root, place)
-    except TextError:
+    except TextError as error:
         asked = source_of([], expert, fitting.settings, tokenizer)["how"]
         if kept is None or kept.source.get("how") != asked or not isinstance(kept.source.get("text"), dict):
-            raise
+            raise without_text(error, kept and kept.source.get("how"), asked) from None
         return kept  # the text is gone, and its counts are what they would be
     source = source_of(documents, expert, fitting.settings, tokenizer)
     if kept is None or kept.source != source:

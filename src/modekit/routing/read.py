@@ -21,7 +21,7 @@ from modekit.processes import processes
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
-from modekit.routing.examples import chats_of, read_examples
+from modekit.routing.examples import chats_of, read_examples, without_text
 from modekit.routing.fitting import Fitting
 from modekit.routing.statistics import DomainStatistics, load_statistics
 from modekit.run import QUIET, Run
@@ -100,10 +100,10 @@ class Reader:
             kept = None
         try:
             documents = fit_documents(expert, self._fitting.root, place)
-        except TextError:
+        except TextError as error:
             if kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict):
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))
-            raise
+            raise without_text(error, kept and kept.source.get("how"), how) from None
         sequences = read_examples(self._tokenizer, documents, expert, self._settings, most=self._settings.tokens_per_domain)
         check_length(place, expert, sequences)
         source = {"text": text_record(documents, sum(len(sequence.ids) for sequence in sequences)), "how": how}

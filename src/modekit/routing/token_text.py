@@ -20,7 +20,7 @@ from modekit.files.typed import as_kind
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.examples import Tokens, chats_of, read_examples
+from modekit.routing.examples import Tokens, chats_of, read_examples, without_text
 from modekit.routing.fitting import Fitting
 from modekit.routing.kept import Get, checked, load_kept, save_kept
 from modekit.text.held_out import fit_documents
@@ -95,9 +95,9 @@ def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, vocabula
     kept, how = load_token_text(path, vocabulary), _how(tokenizer, expert, settings)
     try:
         documents = fit_documents(expert, fitting.root, place)
-    except TextError:
+    except TextError as error:
         if kept is None or kept.source.get("how") != how or not isinstance(kept.source.get("text"), dict):
-            raise
+            raise without_text(error, kept and kept.source.get("how"), how) from None
         return kept  # the text is gone, and its tokens are what they would be
     record = text_record(documents, 0)
     said = {"sha256": record["sha256"], "how": how}

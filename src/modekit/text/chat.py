@@ -6,6 +6,7 @@ memory, so that a stranger's cannot hang a fit.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment
 
 from modekit.errors import TextError
 
@@ -41,6 +44,11 @@ class Conversation(str):
         made = super().__new__(cls, "\n\n".join(message["content"].strip() for message in messages).strip())
         made.messages = tuple(dict(message) for message in messages)
         return made
+
+    @property
+    def said(self) -> str:
+        """Who said what, as one text."""
+        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return (self.messages,)
@@ -82,6 +90,7 @@ class ChatTemplate:
     def text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
         """The messages as the model reads them, and with `answer` the beginning of the answer. Raises TextError."""
         try:
+            _check_operators(self.source)
             with _bounded():
                 said = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer
@@ -89,11 +98,10 @@ class ChatTemplate:
         except Exception as error:  # a template raises what it likes
             raise TextError(
                 "the tokenizer's chat template does not take these messages", where=self._where,
-                found=str(error)[:300] or type(error).__name__,
-                expected=f"roles {', '.join(dict.fromkeys(message['role'] for message in messages))} in this order",
+                found=f"{str(error)[:300] or type(error).__name__} (messages of {_shown(messages)})",
                 remedy="correct the messages, or the template",
             ) from None  # fmt: skip
-        return str(said)
+        return str(said).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that the template wrote."""
@@ -142,9 +150,18 @@ def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
+def _shown(messages: Sequence[Message]) -> str:
+    """Roles, and how the first message begins, by which it can be found."""
+    roles = ", ".join(message["role"] for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
+    return f"{roles}: {messages[0]['content'][:60]!r}" if messages else "nobody"
+
+
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The tokenizer's template; None when it has none."""
-    return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    """The tokenizer's template; None when it has none, or several of which none is the default."""
+    try:
+        return ChatTemplate(tokenizer) if tokenizer.get_chat_template() else None
+    except ValueError:
+        return None
 
 
 def needed_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTemplate:
@@ -160,6 +177,13 @@ def needed_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTempl
 
 class _TooLongError(Exception):
     pass
+
+
+@lru_cache(maxsize=8)
+def _check_operators(source: str) -> None:
+    """Raise for powers, one of which may take hours while no line of the template runs that could be stopped."""
+    if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(source)):
+        raise ValueError("it computes powers (**)")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from modekit.text.passages import passages
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 _BATCH = 1_000  # rows in memory at once
-_COLUMNS = ("text", "messages")  # of a table, the first that it has
+_COLUMNS = ("text", "messages")  # of a table
 _ROWS = 2**20  # of a table, more only as far as its file is larger: a row of nothing takes no room there, but time
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 
@@ -89,9 +89,9 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
         with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
             if table.metadata.num_rows > _ROWS + 8 * file.stat().st_size:
                 raise ValueError(f"{table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
-            column = next((name for name in _COLUMNS if name in table.schema_arrow.names), _COLUMNS[0])
-            for batch in table.iter_batches(_BATCH, columns=[column]):
-                found = (_document_of({column: value}) for value in batch.column(column).to_pylist())
+            columns = [name for name in _COLUMNS if name in table.schema_arrow.names] or [_COLUMNS[0]]
+            for batch in table.iter_batches(_BATCH, columns=columns):
+                found = map(_document_of, batch.select(columns).to_pylist())
                 yield from (document for document in found if document is not None)
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
