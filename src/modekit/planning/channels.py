@@ -26,7 +26,8 @@ from modekit.planning.pad import Entry, Measured, Pad
 from modekit.recipes.recipe import Recipe
 from modekit.sources.families import Family
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
-from modekit.sources.native import Native, Widening, choose_native
+from modekit.sources.native import choose_native
+from modekit.sources.native_row import Native, Widening
 from modekit.sources.rotary import turns_per_token
 
 _EPS = 2.0**-12

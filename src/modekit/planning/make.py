@@ -33,7 +33,8 @@ from modekit.sources.compatibility import (
 from modekit.sources.families import Family, family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, HEAD, natural_key, weight_of
-from modekit.sources.native import Native, choose_native
+from modekit.sources.native import choose_native
+from modekit.sources.native_row import Native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 

@@ -16,7 +16,7 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.families import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import in_layer, split_layer
-from modekit.sources.native import Native
+from modekit.sources.native_row import Native
 
 
 class NativeLayout:

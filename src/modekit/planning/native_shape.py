@@ -15,7 +15,8 @@ from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, chec
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.names import in_layer
-from modekit.sources.native import Native, native_of
+from modekit.sources.native import native_of
+from modekit.sources.native_row import Native
 
 
 @dataclass(frozen=True)
