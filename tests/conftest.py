@@ -170,5 +170,5 @@ def logits_of(model: Path | PreTrainedModel, ids: torch.Tensor, dtype: torch.dty
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test begins first, so that the other workers are busy as long as it takes."""
-    items.sort(key=lambda item: "tutorial" not in item.name)
+    """The longest tests begin first, so that the other workers are busy as long as they take."""
+    items.sort(key=lambda item: not any(name in item.name for name in ("tutorial", "test_all_of_it")))
