@@ -62,7 +62,7 @@ def test_they_are_the_same_every_time_and_do_not_exceed_what_is_asked() -> None:
 
 
 def test_the_base_takes_small_talk() -> None:
-    own, base = (read_chats(TOKENIZER, DOCUMENTS, expert, LEXICAL, 40) for expert in (LAW, BASE))
+    own, base = (read_chats(TOKENIZER, DOCUMENTS, expert, LEXICAL, 40, most=100_000) for expert in (LAW, BASE))
     assert base[:40] == own and len(base) == 80
     encoded = {TOKENIZER.decode(TEMPLATE.ids(each)) for each in SMALL_TALK}
     assert all(said(chat.ids, chat.start) in encoded for chat in base[40:])
@@ -129,9 +129,9 @@ def test_a_base_with_conversations_alone_has_small_talk_too() -> None:
 
 def test_a_template_that_hides_what_is_said_is_none() -> None:
     shouting = word_tokenizer("{% for message in messages %}{{ message['content'] | upper }}{% endfor %}")
-    assert read_chats(shouting, DOCUMENTS, LAW, LEXICAL, 5) == [] and chats_of(shouting, LAW, LEXICAL) == {}
+    assert read_chats(shouting, DOCUMENTS, LAW, LEXICAL, 5, most=100_000) == [] and chats_of(shouting, LAW, LEXICAL) == {}
     with pytest.raises(TextError, match="no chat template that shows what is said"):
-        read_chats(shouting, DOCUMENTS, LAW, Router(fit="lexical", chat=True), 5)
+        read_chats(shouting, DOCUMENTS, LAW, Router(fit="lexical", chat=True), 5, most=100_000)
 
 
 def test_ngrams_of_template_and_system_prompt_are_not_counted() -> None:

@@ -28,9 +28,11 @@ from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import write_results
 from modekit.files.write import json_bytes
 from modekit.loaded.load import load_model, load_tokenizer
+from modekit.recipes.recipe import place_of_base
 from modekit.run import QUIET, Run
-from modekit.text.chat import ChatTemplate, Conversation, Message, needed_template
+from modekit.text.chat import ChatTemplate, Conversation, Message, message_of, needed_template
 from modekit.text.held_out import HeldOutText
+from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence
 
 GREETINGS = (
@@ -47,7 +49,6 @@ _ANSWERED = 32  # words of an answer that stands before a change of domain
 _BATCH = 8
 _PAGE = 4_000  # characters
 _SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
-_WORD = re.compile(r"\S{1,24}\s*")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def evaluate_chat(
     """
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     template = needed_template(tokenizer, "--chat")
-    above = [] if system is None else [_message("system", system)]
+    above = [] if system is None else [message_of("system", system)]
     if system is not None and not _is_shown(template, system):
         raise TextError("the chat template takes no system prompt", where="--system", remedy="leave it out")
     asked = list(_questions(checkpoint, held_out_texts(checkpoint), questions, seed))
@@ -136,30 +137,26 @@ def evaluate_chat(
 
 
 def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int, seed: int) -> Iterator[_Asked]:
-    base = next((place for place, expert in enumerate(checkpoint.record.recipe.experts) if expert.is_base), None)
+    base = place_of_base(checkpoint.record.recipe.experts)
     said = {text.name: list(_said(text.documents, count, seed)) for text in texts}
     for text in texts:
         own = text.expert if text.expert is not None else base
         for question, _ in said[text.name]:
-            yield _Asked(text.name, [_message("user", question)], own)
+            yield _Asked(text.name, [message_of("user", question)], own)
     owned = [text for text in texts if text.expert is not None]
     for first, second in zip(owned, [*owned[1:], *owned[:1]], strict=True) if len(owned) > 1 else ():
         for (question, answer), (other, _) in list(zip(said[first.name], said[second.name], strict=False))[: count // 4]:
             if answer:
-                said_before = [_message("user", question), _message("assistant", answer)]
-                yield _Asked(CHANGE, [*said_before, _message("user", other)], second.expert)
+                said_before = [message_of("user", question), message_of("assistant", answer)]
+                yield _Asked(CHANGE, [*said_before, message_of("user", other)], second.expert)
     for greeting in GREETINGS:
-        yield _Asked(SMALL_TALK, [_message("user", greeting)], base)
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+        yield _Asked(SMALL_TALK, [message_of("user", greeting)], base)
 
 
 def _is_shown(template: ChatTemplate, system: str) -> bool:
     """Whether the template writes a system prompt."""
     try:
-        return system.strip() in template.text([_message("system", system), _message("user", ".")], answer=True)
+        return system.strip() in template.text([message_of("system", system), message_of("user", ".")], answer=True)
     except TextError:
         return False
 
@@ -191,9 +188,9 @@ def _cut(document: str, draw: random.Random) -> tuple[str, str]:
         at = draw.randrange(len(document) - _PAGE)
         page = document[at : at + _PAGE]
     starts = [0, *(found.end() for found in _SENTENCE.finditer(page))]
-    pieces = [_WORD.findall(page[start : start + 1_000]) for start in starts]
+    pieces = [WORD.findall(page[start : start + 1_000]) for start in starts]
     pieces = [words for words in pieces if len(words) >= _FEWEST]
-    words = draw.choice(pieces) if pieces else _WORD.findall(page)
+    words = draw.choice(pieces) if pieces else WORD.findall(page)
     length = draw.randint(_FEWEST, _MOST)
     return "".join(words[:length]).strip(), "".join(words[length : length + _ANSWERED]).strip()
 

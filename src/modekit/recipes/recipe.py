@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -80,6 +80,11 @@ class Expert(Strict):
     def is_whole(self) -> bool:
         """Whether it is a full model that is taken as it is."""
         return self.model is not None and not self.is_base and self.as_ == "full"
+
+
+def place_of_base(experts: Sequence[Expert]) -> int | None:
+    """Of the first expert that is the base itself; None without one."""
+    return next((place for place, expert in enumerate(experts) if expert.is_base), None)
 
 
 class Output(Strict):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, Conversation, chat_template_of
+from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
 
@@ -34,7 +34,6 @@ _OWN_SYSTEM = 0.2  # of chats stand under the template's own system prompt
 _QUESTION = (1, 24)  # words
 _ANSWER = 32  # words
 _WINDOW = 2_048  # characters from which words are cut
-_WORD = re.compile(r"\S{1,24}\s*")  # scripts without spaces are cut
 
 
 def read_examples(
@@ -52,7 +51,7 @@ def read_examples(
 
 def read_chats(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, count: int,
-    *, most: int = 2**62,
+    *, most: int,
 ) -> list[TokenSequence]:  # fmt: skip
     """So many short questions cut from documents and, for the base, as much small talk, of at most `most` tokens together.
 
@@ -100,10 +99,10 @@ def without_text(error: TextError, kept: object, how: dict[str, Any]) -> TextErr
     )  # fmt: skip
 
 
-def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int, *, seed: str = "") -> Iterator[TokenSequence]:
-    """So many chats of a few words of the documents, which their number and the seed decide."""
+def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int) -> Iterator[TokenSequence]:
+    """So many chats of a few words of the documents, which their number decides."""
     cut = [document for document in documents if not isinstance(document, Conversation)]
-    draw = random.Random(f"{seed}{count}")
+    draw = random.Random(str(count))
     for number in range(count if cut else 0):
         # Every document once before any of them twice, and then at random.
         document = cut[number] if number < len(cut) <= count else draw.choice(cut)
@@ -147,7 +146,7 @@ def _words(document: str, draw: random.Random) -> tuple[str, str]:
     place = draw.randrange(max(1, len(document) - _WINDOW // 4))
     if place:
         place = next((at + 1 for at in range(place, min(place + 64, len(document))) if document[at].isspace()), place)
-    words = _WORD.findall(document[place : place + _WINDOW])
+    words = WORD.findall(document[place : place + _WINDOW])
     fewest, most = _QUESTION
     count = min(len(words), round(fewest * (most / fewest) ** draw.random()))
     return "".join(words[:count]).strip(), "".join(words[count : count + _ANSWER]).strip()

@@ -16,7 +16,7 @@ import torch
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.recipe import Expert
+from modekit.recipes.recipe import Expert, place_of_base
 from modekit.recipes.router import Router
 from modekit.routing.evidence import Averaging, Example, train_table
 from modekit.routing.examples import changes_of_domain, template_for
@@ -96,11 +96,6 @@ def averaging_of(fitting: Fitting) -> Averaging:
     """As the architecture averages: a native one may not let evidence fade."""
     channels = fitting.checkpoint.shape.channels
     return Averaging(channels.decays if channels is not None else tuple(fitting.settings.decays))
-
-
-def place_of_base(experts: Sequence[Expert]) -> int | None:
-    """Of the first expert that is the base itself; None without one."""
-    return next((place for place, expert in enumerate(experts) if expert.is_base), None)
 
 
 def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:

@@ -70,8 +70,9 @@ def conversation_of(value: object) -> Conversation | None:
 def _text_of(content: object) -> str | None:
     """Text, or the text of parts that are all text."""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-        return "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
+        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        known = [text for text in texts if isinstance(text, str)]
+        return "".join(known) if known and len(known) == len(content) else None
     return content if isinstance(content, str) else None
 
 
@@ -117,7 +118,7 @@ class ChatTemplate:
 
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""
-        said = [_said("user", "."), _said("assistant", _ANSWER), _said("user", _USER)]
+        said = [message_of("user", "."), message_of("assistant", _ANSWER), message_of("user", _USER)]
         try:
             _, answer, rest = self.text(said).partition(_ANSWER)
         except TextError:
@@ -132,8 +133,8 @@ class ChatTemplate:
         return 0 if found is None else len(self.ids(found[0]))
 
     def _find_around(self, system: str | None) -> tuple[str, str] | None:
-        above = [] if system is None else [_said("system", system)]
-        said = [*above, _said("user", _USER), _said("assistant", _ANSWER)]
+        above = [] if system is None else [message_of("system", system)]
+        said = [*above, message_of("user", _USER), message_of("assistant", _ANSWER)]
         try:
             before, user, rest = self.text(said).partition(_USER)
         except TextError:
@@ -146,7 +147,8 @@ class ChatTemplate:
         return str(Path(str(self._tokenizer.name_or_path)))
 
 
-def _said(role: str, content: str) -> Message:
+def message_of(role: str, content: str) -> Message:
+    """What somebody says."""
     return {"role": role, "content": content}
 
 

@@ -13,6 +13,9 @@ _PASSAGE = 2_000  # characters after which a passage ends at the next place wher
 # A line, or as much of a long one as goes to white space; without white space, as many characters as a passage has.
 _PIECE = re.compile(rf"[^\n]{{0,{_PASSAGE - 1}}}\n|[^\n]{{1,{_PASSAGE}}}(?!\S)|[^\n]{{1,{_PASSAGE}}}")
 
+WORD = re.compile(r"\S{1,24}\s*")
+"""A word and the space behind it; scripts without spaces are cut."""
+
 
 def passages(text: str) -> Iterator[str]:
     """Paragraphs joined in order until a passage has about 2,000 characters; without blank lines, lines likewise.

@@ -26,7 +26,7 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
 from modekit.run import QUIET, Run
-from modekit.text.chat import needed_template
+from modekit.text.chat import message_of, needed_template
 from modekit.text.records import decode
 from modekit.text.sequences import TokenSequence
 
@@ -153,8 +153,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:
-    above = [] if said.system is None else [{"role": "system", "content": said.system}]
-    return needed_template(tokenizer, "--chat").text([*above, {"role": "user", "content": said.text}], answer=True)
+    above = [] if said.system is None else [message_of("system", said.system)]
+    return needed_template(tokenizer, "--chat").text([*above, message_of("user", said.text)], answer=True)
 
 
 def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32] | None:
