@@ -8,6 +8,7 @@ ModekitError            exit code 2 at the command line
 ├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
 ├── TrainingError       a training that cannot start or go on: settings, memory, a loss that is not finite
 ├── TuneError           a search that cannot start or go on: another search in its folder, no candidate with a loss
+├── EngineError         another engine that cannot be started, or that says something else than transformers
 ├── OutputError         the result folder: exists, disk full, not writable
 ├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
 └── InterruptError      the user pressed Ctrl-C
@@ -93,6 +94,10 @@ class TrainingError(ModekitError):
 
 class TuneError(ModekitError):
     """A search cannot start, or had to stop."""
+
+
+class EngineError(ModekitError):
+    """Another engine cannot be started, or says something else than transformers."""
 
 
 class OutputError(ModekitError):

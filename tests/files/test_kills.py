@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from adapter_folders import UP, write_adapter
+from byte_level import save_byte_model
 from chatting import TEMPLATE
 from command_line import ended
 from conftest import Workshop, make_workshop
@@ -65,6 +66,7 @@ COMMANDS = {
     "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
     "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
+    "export gguf": Command(("export", "BYTES", "NEW", "--gguf", "--outtype", "f32"), 15, 23, 3),
     "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
     "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "--steps", "2"), 20),
     "report": Command(("report", "OUT"), 15),
@@ -89,9 +91,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         "adapters": {**made.recipe, "experts": adapters, "mixture": {"router": {**FIT, "fit": "arrow"}}},
     }
     recipes["adapters"]["mixture"] = {"router": {"fit": "arrow"}}
+    for seed, name in enumerate(("bytes0", "bytes1")):
+        save_byte_model(made.root / name, "llama", seed, num_hidden_layers=1)
+    whole = [{"name": name, "model": f"./{name}"} for name in ("bytes0", "bytes1")]
+    recipes["bytes"] = {"base_model": "./bytes0", "experts": whole, "mixture": {"router": {"fit": "random"}}}
     for name, recipe in recipes.items():
         (made.root / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    for recipe_name, out in (("native", "OUT"), ("adapters", "ADAPTERS")):
+    for recipe_name, out in (("native", "OUT"), ("adapters", "ADAPTERS"), ("bytes", "BYTES")):
         assert ended("build", made.root / f"{recipe_name}.yaml", made.root / out)[0] == 0
     return made
 

@@ -11,6 +11,8 @@ from modekit.cli import results as results
 from modekit.cli import tuning as tuning
 from modekit.cli import inspection as inspection
 from modekit.cli import experts as experts
+from modekit.cli import export as export
+from modekit.cli import serving as serving
 from modekit.cli import reports as reports
 from modekit.cli.shell import app as app
 from modekit.cli.shell import main as main

@@ -17,7 +17,6 @@ from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_checks, print_plan
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
-from modekit.errors import ModekitError
 from modekit.run import Run
 
 
@@ -132,38 +131,6 @@ def verify(
         print_checks(checks)
     if not is_proven(checks):
         raise typer.Exit(1)
-
-
-@app.command()
-def export(
-    checkpoint: OutFolder,
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets one PEFT folder per expert.")],
-    expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None,
-    overwrite: Overwrite = False,
-    fsync: Fsync = True,
-) -> None:
-    """Write the adapters of a mixture as ordinary PEFT folders, bit for bit."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.experts.export import chosen_ways, ways_out, write_way
-
-    opened = open_checkpoint(resolved(checkpoint))
-    ways = chosen_ways(opened, expert) if expert else ways_out(opened)
-    if all(way.reason is not None for way in ways):
-        raise ModekitError(
-            "no expert of this mixture is an adapter that could be written", where=str(checkpoint),
-            found="; ".join(f"{way.name}: {way.reason}" for way in ways), remedy="see `modekit extract` for full models",
-        )  # fmt: skip
-    for way in ways:
-        if way.reason is not None:
-            out.print(Text(f"{way.name}: not exported: {way.reason}", style="dim"))
-            continue
-        record = write_way(opened, way, resolved(output) / way.name, overwrite=overwrite, run=Run(sync=fsync))
-        rank = f", rank {record['rank']}" if record["rank"] is not None else ""
-        origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
-        said = f"{record['kind']}{rank}, {record['modules']} modules, {origin}"
-        out.print(Text.assemble((str(output / way.name), "bold"), f": {said}"))
-        for note in record["notes"]:
-            out.print(Text(f"  {note}", style="dim"))
 
 
 @app.command()

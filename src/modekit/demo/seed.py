@@ -46,7 +46,8 @@ def run_seed(
     with Workers(count, torch_threads, run.progress) as workers:
         for _ in workers.run(_trainings(folder, texts, seed, what, size)):
             pass
-        return _tables(folder, {name: _recipe(what, says, texts, size) for name, says in MIXTURES[what].items()}, size, workers)
+        wanted = {name: says for name, says in MIXTURES[what].items() if name not in size.without}
+        return _tables(folder, {name: _recipe(what, says, texts, size) for name, says in wanted.items()}, size, workers)
 
 
 def _side_by_side(real: bool) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +40,14 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def without_report(folder: Path) -> Iterator[None]:
-    """While open, transformers does not report tensors as missing that have no number and are left out."""
+    """While open, nothing is said of tensors that have no number and are left out: that they are missing, or made anew."""
     verbosity = transformers_logging.get_verbosity()
     if leaves_out(read_config(folder, where=str(folder))):
         transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -115,6 +115,7 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_expert.down_proj.weight", ("D", "0")),
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
+        serves="vLLM; llama.cpp as a Mixtral with biases (modekit export --gguf)",
         widening=Widening(whole_heads=True),
         rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Qwen2-MoE assumes")),
     ),
@@ -133,6 +134,7 @@ NATIVES: tuple[Native, ...] = (
             (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
         ),
         serves="vLLM, llama.cpp",
+        serves_with_biases="vLLM",
         widening=_HEADS_ARE_NORMED,
     ),
     Native(
@@ -143,6 +145,7 @@ NATIVES: tuple[Native, ...] = (
         rope_per_layer_type=True,
         fixed={"norm_topk_prob": True, "output_router_logits": False},
         dropped=frozenset({"max_window_layers", "use_sliding_window"}),
+        serves="vLLM, llama.cpp",
         widening=_HEADS_ARE_NORMED,
         rules=(_SILU, (lambda c: bool(c["sliding_window"]), "it is needed only for layers with a window, and there is none")),
     ),
@@ -159,6 +162,7 @@ NATIVES: tuple[Native, ...] = (
         family=_FAMILY["olmo2"],
         native_type="flex_olmo",
         native_class="FlexOlmoForCausalLM",
+        without_gguf="its converter does not know FlexOlmo",
         writes_head_dim=False,
         fixed={"norm_topk_prob": True, "output_router_logits": False},
         widening=Widening(
@@ -173,6 +177,7 @@ NATIVES: tuple[Native, ...] = (
         native_class="Cohere2MoeForCausalLM",
         dropped=frozenset({"sliding_window_pattern"}),
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
+        serves="vLLM, llama.cpp",
         widening="its norms subtract the mean of all channels, which channels besides the base's would change",
         rules=(
             _SILU,
@@ -191,6 +196,7 @@ NATIVES: tuple[Native, ...] = (
             "output_router_logits": False,
         },
         constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
+        serves="vLLM, llama.cpp",
         widening=Widening(interleaved=True),
         rules=(_SILU, (lambda c: not c.get("use_bias"), "layers have biases (use_bias), the experts' are not copied")),
     ),
@@ -198,6 +204,7 @@ NATIVES: tuple[Native, ...] = (
         family=_FAMILY["hunyuan_v1_dense"],
         native_type="hunyuan_v1_moe",
         native_class="HunYuanMoEV1ForCausalLM",
+        without_gguf="its converter knows only the tokenizer and the shared expert of the published model",
         router="mlp.gate.wg.weight",
         top_k_key="moe_topk",
         widening=_HEADS_ARE_NORMED,
@@ -213,6 +220,7 @@ NATIVES: tuple[Native, ...] = (
         family=_FAMILY["qwen3_5_text"],
         native_type="qwen3_5_moe_text",
         native_class="Qwen3_5MoeForCausalLM",
+        without_gguf="its converter wants the layers that predict further tokens, which a mixture has not",
         expert_hidden_key="moe_intermediate_size",
         fixed={"shared_expert_intermediate_size": 0, "output_router_logits": False},
         constants=(

@@ -76,6 +76,7 @@ class Native:
         constants: see `Constant`.
         rules: what must hold.
         serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
+        without_gguf: why llama.cpp does not run it; empty where it does.
         widening: how it takes channels of a router's own, or the reason why it cannot.
     """
 
@@ -105,6 +106,7 @@ class Native:
     rules: tuple[Rule, ...] = ()
     serves: str = "vLLM"
     serves_with_biases: str = ""
+    without_gguf: str = ""
     widening: Widening | str = Widening()
 
     @property

@@ -1,0 +1,90 @@
+"""Commands that take a mixture elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
+from modekit.errors import ModekitError
+from modekit.files.output import replaced_by
+from modekit.run import Run
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written, and how."""
+
+    expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None
+    gguf: Annotated[bool, typer.Option("--gguf", help="One GGUF file for llama.cpp, compared there with transformers.")] = False
+    outtype: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0 (--gguf; default: as the checkpoint).")] = None
+    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (--gguf).")] = None
+    overwrite: Overwrite = False
+    fsync: Fsync = True
+    trust_remote_code: Trust = False
+
+
+@app.command()
+@grouped
+def export(
+    checkpoint: OutFolder,
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
+    options: ExportOptions,
+) -> None:
+    """Write the adapters of a mixture as ordinary PEFT folders, bit for bit; or a native mixture for llama.cpp (--gguf)."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+
+    if options.gguf:
+        refuse_without_effect("with --gguf the whole mixture is written", {"--expert": options.expert})
+        _export_gguf(open_checkpoint(resolved(checkpoint)), output, options)
+        return
+    only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer}
+    refuse_without_effect("only --gguf reads it", only)
+    _export_adapters(open_checkpoint(resolved(checkpoint)), output, options)
+
+
+def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
+    from modekit.engines.gguf import GgufSettings, checked_outtype, export_gguf
+
+    settings = GgufSettings(checked_outtype(options.outtype), options.pre_tokenizer)
+    with drawn_progress() as progress:
+        file, proof, notes = export_gguf(
+            checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite),
+            run=Run(options.trust_remote_code, progress, options.fsync),
+        )  # fmt: skip
+    said = f"{bytes_of(file.stat().st_size)}; in llama.cpp {proof}"
+    out.print(Text.assemble((str(output / file.name), "bold"), f": {said}"))
+    for note in notes:
+        out.print(Text(f"  {note}", style="dim"))
+
+
+def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
+    from modekit.experts.export import chosen_ways, ways_out, write_way
+
+    ways = chosen_ways(checkpoint, options.expert) if options.expert else ways_out(checkpoint)
+    if all(way.reason is not None for way in ways):
+        raise ModekitError(
+            "no expert of this mixture is an adapter that could be written", where=str(checkpoint.folder),
+            found="; ".join(f"{way.name}: {way.reason}" for way in ways), remedy="see `modekit extract` for full models",
+        )  # fmt: skip
+    for way in ways:
+        if way.reason is not None:
+            out.print(Text(f"{way.name}: not exported: {way.reason}", style="dim"))
+            continue
+        run = Run(options.trust_remote_code, sync=options.fsync)
+        record = write_way(checkpoint, way, resolved(output) / way.name, overwrite=options.overwrite, run=run)
+        rank = f", rank {record['rank']}" if record["rank"] is not None else ""
+        origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
+        said = f"{record['kind']}{rank}, {record['modules']} modules, {origin}"
+        out.print(Text.assemble((str(output / way.name), "bold"), f": {said}"))
+        for note in record["notes"]:
+            out.print(Text(f"  {note}", style="dim"))

@@ -1,0 +1,58 @@
+"""Commands that let others use a mixture."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import Fsync, OutFolder, Trust, app, resolved
+from modekit.run import Run
+
+EngineChoice = Literal["auto", "llama", "transformers"]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """By which engine, and where."""
+
+    engine: Annotated[EngineChoice, typer.Option(help="auto takes the first that fits, and says why.")] = "auto"
+    host: Annotated[str, typer.Option(help="Address to listen on; by default nobody but this machine is heard.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8000
+    context: Annotated[int | None, typer.Option(min=64, help="Tokens of the longest conversation; default: the model's.")] = (
+        None
+    )
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama).")] = 4
+    outtype: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0 (llama; default: as the checkpoint).")] = None
+    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (llama).")] = None
+    fsync: Fsync = True
+    trust_remote_code: Trust = False
+
+
+@app.command()
+@grouped
+def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
+    """Serve a mixture by OpenAI's API in the engine that fits; MODEKIT_API_KEY in the environment is the key, if any."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.engines.gguf import GgufSettings, checked_outtype
+    from modekit.engines.serve import ServeSettings, serving
+
+    settings = ServeSettings(
+        options.engine, options.host, options.port, options.context, options.parallel,
+        GgufSettings(checked_outtype(options.outtype), options.pre_tokenizer),
+    )  # fmt: skip
+    opened = open_checkpoint(resolved(checkpoint))
+    with ExitStack() as stack:
+        with drawn_progress() as progress:
+            run = Run(options.trust_remote_code, progress, options.fsync)
+            served = stack.enter_context(serving(opened, settings, run=run))
+        said = f": {served.engine} ({served.why}), model {opened.folder.name}; Ctrl-C ends it"
+        out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
+        with suppress(KeyboardInterrupt):
+            served.wait()

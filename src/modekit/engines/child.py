@@ -1,0 +1,112 @@
+"""A process of its own for what is another program's work, and both ends of the line to it.
+
+The parent starts `python -m MODULE`, says what is wanted as one line of JSON on its standard input, and keeps that open. The
+child ends when its standard input does, so that it never outlives whoever started it, killed or not. What it answers are lines
+of JSON on its standard output; what it says besides goes to the standard error, whose end the parent keeps for a message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import IO, Any
+
+_LINES = 40  # of what the child says, for a message
+_SHOWN = 2
+_ERROR = re.compile(r"error|failed|assert|not supported", re.IGNORECASE)
+_LONGEST = 400
+_PATIENCE_S = 10.0
+
+
+class Child:
+    """The parent's end. Use it as a context manager: the child is gone afterwards."""
+
+    def __init__(self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})}, text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        self._said: deque[str] = deque(maxlen=_LINES)
+        self._listener = threading.Thread(target=self._listen, args=(_pipe(self._process.stderr),), daemon=True)
+        self._listener.start()
+        stream = _pipe(self._process.stdin)
+        with suppress(OSError):  # where it is already gone, whoever waits for its answer learns why
+            stream.write(json.dumps(settings) + "\n")
+            stream.flush()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def complaint(self) -> str:
+        """Of the last lines that it said, those that speak of an error, or the last ones."""
+        said = list(self._said)
+        telling = [line for line in said if _ERROR.search(line) and not line.startswith(" ")]
+        return "; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing"
+
+    def answer(self) -> Any:
+        """The next line of JSON that it writes; None when it ended without one."""
+        for line in _pipe(self._process.stdout):
+            try:
+                return json.loads(line)
+            except ValueError:  # a library's own word on the standard output
+                self._said.append(line.rstrip()[:_LONGEST])
+        self._process.wait()
+        self._listener.join(_PATIENCE_S)
+        return None
+
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End it: by the end of its standard input, and where it does not heed that, at once."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                _pipe(pipe).close()
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join(_PATIENCE_S)
+        _pipe(self._process.stderr).close()
+
+    def _listen(self, stream: IO[str]) -> None:
+        for line in stream:
+            if line.strip():
+                self._said.append(line.rstrip()[:_LONGEST])
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+def settings_of_caller() -> dict[str, Any]:
+    """The child's end: what the parent wants. From now on the process ends when the parent does."""
+    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    return settings
+
+
+def answer_caller(value: object) -> None:
+    """The child's end: one line of JSON."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _end_with_caller() -> None:
+    while os.read(0, 1024):  # not sys.stdin, whose lock an interpreter that ends by itself would miss
+        pass
+    os._exit(1)

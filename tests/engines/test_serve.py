@@ -1,0 +1,222 @@
+"""`modekit serve` starts the real engines: what they answer, to whom, to how many at once, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from adapter_folders import UP, write_adapter
+from byte_level import save_byte_model
+from command_line import ended
+from conftest import write_text
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.engines import serve as module
+from modekit.engines.gguf import GgufSettings
+from modekit.engines.serve import KEY, Served, ServeSettings, choose_engine, serving
+from modekit.engines.transformers_process import LARGEST_BODY
+from modekit.errors import EngineError, UnsupportedError
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+
+PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
+COUNT = 12
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
+CASES = [("native", "llama"), ("native", "transformers"), ("adapters", "transformers")]
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """A native mixture, and one of adapters under a router that reads the tokens."""
+    root = tmp_path_factory.mktemp("serve")
+    texts = write_text(root / "text", ("medicine", "law"))
+    recipes: dict[str, list[dict[str, Any]]] = {"native": [], "adapters": []}
+    for seed, (name, text) in enumerate(texts.items()):
+        save_byte_model(root / name, "llama", seed)
+        write_adapter(root / f"{name}-adapter", UP, target_modules=["up_proj"], r=4, lora_alpha=8)
+        recipes["native"].append({"name": name, "model": f"./{name}", "text": str(text)})
+        recipes["adapters"].append({"name": name, "adapter": f"./{name}-adapter", "text": str(text)})
+    (root / "medicine" / "chat_template.jinja").write_text(TEMPLATE)
+    found = {}
+    for shape, fit in (("native", "lexical"), ("adapters", "ngram")):
+        recipe = {"base_model": "./medicine", "experts": recipes[shape], "mixture": {"router": {"fit": fit}}}
+        build(make_plan(parse_recipe(recipe), root), root / shape)
+        found[shape] = open_checkpoint(root / shape)
+    return found
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
+def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> Iterator[tuple[Served, Checkpoint]]:
+    shape, engine = request.param
+    settings = ServeSettings(engine, port=0, parallel=4, context=64, gguf=GgufSettings("f32"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY, "secret")
+        with serving(mixtures[shape], settings) as served:
+            yield served, mixtures[shape]
+
+
+def asked(served: Served, path: str, body: object = None, *, key: str = "secret") -> tuple[int, Any]:
+    """Status and answer."""
+    data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(served.address + path, data, headers), timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def streamed(served: Served, name: str, prompt: str) -> str:
+    """What the model writes, as it comes."""
+    body = {"model": name, "prompt": prompt, "max_tokens": COUNT, "temperature": 0, "stream": True}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
+    request = urllib.request.Request(f"{served.address}/v1/completions", json.dumps(body).encode(), headers)
+    said = []
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            content = line.decode().strip().removeprefix("data: ")
+            if content and content != "[DONE]":
+                said.append(json.loads(content)["choices"][0]["text"])
+    return "".join(said)
+
+
+@torch.no_grad()
+def written(checkpoint: Checkpoint, prompt: str) -> str:
+    """What transformers writes here."""
+    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=COUNT, do_sample=False, pad_token_id=0)
+    text: str = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def plain(text: str) -> str:
+    """Without half characters, which engines show in ways of their own."""
+    return "".join(character for character in text if character.isascii())
+
+
+def test_it_writes_what_transformers_writes(running: tuple[Served, Checkpoint]) -> None:
+    served, checkpoint = running
+    assert served.address.startswith("http://127.0.0.1:")
+    body = {"model": checkpoint.folder.name, "prompt": PROMPTS[0], "max_tokens": COUNT, "temperature": 0}
+    status, answer = asked(served, "/v1/completions", body)
+    assert status == 200
+    expected = written(checkpoint, PROMPTS[0])
+    assert plain(answer["choices"][0]["text"]) == plain(expected) and len(plain(expected)) > 3
+
+
+def test_eight_at_once_get_what_each_gets_alone(running: tuple[Served, Checkpoint]) -> None:
+    served, checkpoint = running
+    alone = [streamed(served, checkpoint.folder.name, prompt) for prompt in PROMPTS]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda prompt: streamed(served, checkpoint.folder.name, prompt), PROMPTS))
+    assert together == alone and len(set(alone)) > 1
+
+
+def test_it_chats(running: tuple[Served, Checkpoint]) -> None:
+    served, checkpoint = running
+    body = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
+    status, answer = asked(served, "/v1/chat/completions", body)
+    assert status == 200 and answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[Served, Checkpoint]) -> None:
+    served, checkpoint = running
+    good = {"model": checkpoint.folder.name, "prompt": "the", "max_tokens": 2, "temperature": 0}
+    chat = {"model": checkpoint.folder.name, "max_tokens": 2}
+    for path, body, key in (
+        ("/v1/completions", b'{"model":', "secret"),
+        ("/v1/completions", {**good, "prompt": "the " * 4000}, "secret"),
+        ("/v1/chat/completions", {**chat, "messages": [{"role": "user", "content": "the " * 4000}]}, "secret"),
+        ("/v1/chat/completions", {**chat, "messages": 7}, "secret"),
+        ("/v1/completions", good, "other"),
+        ("/v1/completions", bytes(10 * LARGEST_BODY), "secret"),
+        ("/load_model", {"model": "someone/else"}, "secret"),
+    ):
+        try:
+            status, said = asked(served, path, body, key=key)
+        except (ConnectionError, urllib.error.URLError):  # closed while the client was still sending
+            continue
+        assert 400 <= status < 500, (path, status)
+        assert str(checkpoint.folder.parent) not in str(said) and "Traceback" not in str(said)
+    assert asked(served, "/v1/completions", good)[0] == 200
+    assert asked(served, "/health")[0] == 200
+
+
+def test_an_engine_that_dies_is_reported(mixtures: dict[str, Checkpoint]) -> None:
+    with serving(mixtures["native"], ServeSettings("llama", port=0, context=64, gguf=GgufSettings("f32"))) as served:
+        served._child._process.kill()
+        with pytest.raises(EngineError, match="the engine has ended"):
+            served.wait()
+
+
+def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_engine(mixtures["native"], "auto") == ("llama", "it fits")
+    name, why = choose_engine(mixtures["adapters"], "auto")
+    assert name == "transformers" and why.startswith("not llama: ModekitForCausalLM keeps adapters")
+    with pytest.raises(UnsupportedError, match="cannot serve the mixture"):
+        choose_engine(mixtures["adapters"], "llama")
+    monkeypatch.setattr(module, "is_installed", lambda: False)
+    assert choose_engine(mixtures["native"], "auto") == ("transformers", "not llama: modekit[gguf] is not installed")
+
+
+def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, Checkpoint]) -> None:
+    settings = ServeSettings("llama", port=0, context=64, gguf=GgufSettings("f32"))
+    file = mixtures["native"].folder.with_name("native.gguf") / "native-f32.gguf"
+    with serving(mixtures["native"], settings):
+        before = file.stat().st_mtime_ns
+    with serving(mixtures["native"], settings):
+        assert file.stat().st_mtime_ns == before
+    ended("fit", mixtures["native"].folder, "--temperature", "3")
+    with serving(open_checkpoint(mixtures["native"].folder), settings):
+        assert file.stat().st_mtime_ns != before
+
+
+def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for shape, words, said in (
+            ("native", ("--port", str(taken.getsockname()[1])), "cannot be listened on"),
+            ("native", ("--host", "no.such.host.invalid"), "cannot be listened on"),
+            ("native", ("--context", "100000"), "longer than the model's"),
+            ("native", ("--outtype", "q1"), "no such outtype"),
+            ("adapters", ("--engine", "llama"), "cannot serve the mixture"),
+        ):
+            code, _, stderr = ended("serve", mixtures[shape].folder, *words)
+            assert code == 2 and said in " ".join(stderr.split()), stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "modekit", "serve", str(mixtures["native"].folder), "--port", "0", "--outtype", "f32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ})
+    assert process.stdout is not None
+    address = process.stdout.readline().split("/v1")[0]
+    with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
+        assert answer.status == 200
+    process.send_signal(how)
+    code = process.wait(30)
+    assert code == (0 if how == signal.SIGINT else -how)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=1)
+        except OSError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the engine is still there")
