@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modekit.evaluation.results import Results
     from modekit.planning.plan import Plan
     from modekit.recipes.recipe import Recipe
+    from modekit.routing.text_router import TextRouter
     from modekit.training.finish import TrainedMixture
 
     Folder = str | Path | Checkpoint
@@ -128,6 +129,16 @@ def load(checkpoint: Folder, *, dtype: str = "auto", run: Run = QUIET) -> tuple[
 
     folder = _opened(checkpoint).folder
     return load_model(folder, dtype=dtype, run=run), load_tokenizer(folder, run=run)
+
+
+def router(checkpoint: Folder, *, run: Run = QUIET) -> TextRouter:
+    """The mixture's router alone, which says whose a text or a conversation is without running a model: `.decide(said)`.
+
+    Raises UnsupportedError when it reads anything but tokens; CheckpointError or SourceError.
+    """
+    from modekit.routing.text_router import TextRouter
+
+    return TextRouter(_opened(checkpoint), run=run)
 
 
 def _opened(checkpoint: Folder) -> Checkpoint:

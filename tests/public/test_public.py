@@ -14,7 +14,7 @@ import modekit
 from conftest import Workshop
 from refusal import borrow, run_python
 
-VERBS = ("build", "evaluate", "fit", "load", "plan", "recipe", "train", "verify")
+VERBS = ("build", "evaluate", "fit", "load", "plan", "recipe", "router", "train", "verify")
 
 
 def test_the_names_are_these() -> None:

