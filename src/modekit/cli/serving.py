@@ -85,7 +85,7 @@ def front(checkpoint: OutFolder, options: FrontOptions) -> None:
     opened = open_checkpoint(resolved(checkpoint))
 
     def listening(address: str) -> None:
-        out.print(Text.assemble((f"{address}/v1", "bold"), f": model auto, or {', '.join(opened.names)}; Ctrl-C ends it"))
+        out.print(Text.assemble((f"{address}/v1", "bold"), ": model auto, or what the workers serve; Ctrl-C ends it"))
 
     run_front(opened, settings, listening, run=Run(options.trust_remote_code))
 

@@ -1,8 +1,9 @@
 """A process of its own for what is another program's work, and both ends of the line to it.
 
-The parent starts `python -m MODULE`, says what is wanted as one line of JSON on its standard input, and keeps that open. The
-child ends when its standard input does, so that it never outlives whoever started it, killed or not. What it answers are lines
-of JSON on its standard output; what it says besides goes to the standard error, whose end the parent keeps for a message.
+The parent starts MODULE in a new interpreter, says what is wanted as one line of JSON on its standard input, and keeps that
+open. The child ends when its standard input does, so that it never outlives whoever started it, killed or not. What it answers
+are lines of JSON on its standard output; what it says besides goes to the standard error, whose end the parent keeps for a
+message.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ _SHOWN = 2
 _ERROR = re.compile(r"error|failed|assert|not supported", re.IGNORECASE)
 _LONGEST = 400
 _PATIENCE_S = 10.0
+_START = (
+    "import sys; sys.path[:] = [path for path in sys.path if path]; import runpy; "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+"""Like `python -m MODULE`, but that nothing is imported from the folder in which the command was typed."""
 
 
 class Child:
@@ -31,7 +37,7 @@ class Child:
 
     def __init__(self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", _START, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})}, text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
         self._said: deque[str] = deque(maxlen=_LINES)

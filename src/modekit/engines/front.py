@@ -14,11 +14,13 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
+import httpx2
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -34,7 +36,10 @@ from modekit.text.chat import conversation_of
 
 AUTO = "auto"
 LARGEST_BODY = 2**23
-_MOST_WAITING = 256
+MOST_AT_ONCE = 256
+_BODY_S = 30.0  # in which a request must have come
+_LOOK_S = 0.5  # between two looks whether a client is still there
+_T = TypeVar("_T")
 _LOG = logging.getLogger("modekit.front")
 
 
@@ -82,33 +87,54 @@ class Front:
             await self.workers.close()
 
     async def _complete(self, request: Request) -> Response:
-        started = time.perf_counter()
-        if self._waiting >= _MOST_WAITING:
-            return _error(429, "too many requests wait", {"retry-after": "1"})
+        refused = self._refusal(request)
+        if refused is not None:
+            return refused
+        if self._waiting >= MOST_AT_ONCE:
+            return _error(429, "too many requests are being answered", {"retry-after": "1"})
         self._waiting += 1
-        passed_on = False
+        held = AsyncExitStack()
+        held.callback(self._one_less)
         try:
-            refused = self._refusal(request)
-            if refused is not None:
-                return refused
-            body = await _body_of(request)
-            if isinstance(body, Response):
-                return body
-            expert, decision = await self._expert_of(body)
-            self.metrics.decided(time.perf_counter() - started)
-            response = await self._pass_on(request.url.path, body, expert, decision)
-            passed_on = isinstance(response, _PassedOn)
-            return response
+            return await self._answer(request, held)
         except _RefusedError as error:
             return _error(error.status, error.why)
-        except ClientDisconnect:
+        except httpx2.TimeoutException:
+            return _error(504, "the answer took too long")
+        except (ClientDisconnect, _GoneError):
             return Response(status_code=499)
         finally:
-            if not passed_on:
-                self._waiting -= 1
+            await held.aclose()  # of what was not handed on with the answer
+
+    def _one_less(self) -> None:
+        self._waiting -= 1
+
+    async def _answer(self, request: Request, held: AsyncExitStack) -> Response:
+        """What the expert's worker says; `held` is let go after its last byte."""
+        started = time.perf_counter()
+        try:
+            body = await asyncio.wait_for(_body_of(request), _BODY_S)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise _RefusedError(408, "the request did not come") from None
+        expert, decision = await self._expert_of(body)
+        self.metrics.decided(time.perf_counter() - started)
+        for taken in [expert] if decision is None or expert == BASE else [expert, BASE]:
+            model = taken if decision is None else self.names.get(taken, taken)
+            asked = self.workers.asked(model, request.url.path, json.dumps({**body, "model": model}).encode())
+            answer = await _unless_gone(request, held.enter_async_context(asked))
+            if answer is not None:
+                break
+        else:
+            self._log(expert, 503, decision)
+            return _error(503, "nobody serves it now", {"retry-after": "2"})
+        self._log(taken, answer.response.status_code, decision)
+        headers = {"x-modekit-expert": quote(taken)}
+        if decision is not None:
+            headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
+        return _PassedOn(answer, headers, held.pop_all(), self.workers.timeout_s)
 
     def _refusal(self, request: Request) -> Response | None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         if self.key and not hmac.compare_digest(given, self.key.encode()):
             return _error(401, "the key is missing or wrong")
         length = request.headers.get("content-length", "0")
@@ -132,30 +158,6 @@ class Front:
             raise _RefusedError(400, error.what) from None
         return decision.expert, decision
 
-    async def _pass_on(self, path: str, body: dict[str, Any], expert: str, decision: Decision | None) -> Response:
-        """The answer of whoever serves the expert, of the base where nobody does."""
-        experts = [expert] if decision is None or expert == BASE else [expert, BASE]
-        for taken in experts:
-            model = self.names.get(taken, taken)
-            answered = self.workers.asked(model, path, json.dumps({**body, "model": model}).encode())
-            answer = await answered.__aenter__()
-            if answer is not None:
-                break
-            await answered.__aexit__(None, None, None)
-        else:
-            self._log(expert, 503, decision)
-            return _error(503, f"nobody serves {' or '.join(experts)} now", {"retry-after": "2"})
-        self._log(taken, answer.response.status_code, decision)
-        headers = {"x-modekit-expert": taken}
-        if decision is not None:
-            headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
-
-        async def ended() -> None:
-            self._waiting -= 1
-            await answered.__aexit__(None, None, None)
-
-        return _PassedOn(answer, headers, ended, self.workers.timeout_s)
-
     async def _models(self, request: Request) -> Response:
         refused = self._refusal(request)
         names = sorted({AUTO, *self.workers.models})
@@ -176,20 +178,36 @@ class Front:
 
 
 class _PassedOn(StreamingResponse):
-    """A worker's answer; whatever becomes of the client, the worker is free again afterwards, at the latest after `limit_s`."""
+    """A worker's answer; whatever becomes of the client, what is held for it is let go, at the latest after a while."""
 
-    def __init__(
-        self, answer: Answer, headers: Mapping[str, str], ended: Callable[[], Awaitable[None]], limit_s: float
-    ) -> None:
+    def __init__(self, answer: Answer, headers: Mapping[str, str], held: AsyncExitStack, limit_s: float) -> None:
         kind = answer.response.headers.get("content-type", "application/json")
         super().__init__(answer.chunks(), answer.response.status_code, headers, media_type=kind)
-        self._ended, self._limit_s = ended, limit_s
+        self._held, self._limit_s = held, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
-        finally:
-            await self._ended()
+        async with self._held:
+            try:
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
+            except (httpx2.HTTPError, TimeoutError, asyncio.TimeoutError) as error:  # what was sent cannot be taken back
+                _LOG.warning("%s", json.dumps({"broken off": type(error).__name__}))
+                raise ClientDisconnect from None
+
+
+class _GoneError(Exception):
+    """The client has gone."""
+
+
+async def _unless_gone(request: Request, wanted: Awaitable[_T]) -> _T:
+    """What is wanted, unless the client goes meanwhile. Raises _GoneError."""
+    task = asyncio.ensure_future(wanted)
+    try:
+        while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
+            if await request.is_disconnected():
+                raise _GoneError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class _RefusedError(Exception):
@@ -197,18 +215,20 @@ class _RefusedError(Exception):
         self.status, self.why = status, why
 
 
-async def _body_of(request: Request) -> dict[str, Any] | Response:
-    """A request's JSON, or what is wrong with it."""
+async def _body_of(request: Request) -> dict[str, Any]:
+    """A request's JSON. Raises _RefusedError."""
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > LARGEST_BODY:
-            return _error(413, f"a request may have {LARGEST_BODY} bytes")
+            raise _RefusedError(413, f"a request may have {LARGEST_BODY} bytes")
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
-        return _error(400, "the request is not JSON")
-    return body if isinstance(body, dict) else _error(400, "the request is no object")
+        raise _RefusedError(400, "the request is not JSON") from None
+    if not isinstance(body, dict):
+        raise _RefusedError(400, "the request is no object")
+    return body
 
 
 def _said(body: Mapping[str, Any]) -> str | list[dict[str, str]]:
@@ -218,7 +238,10 @@ def _said(body: Mapping[str, Any]) -> str | list[dict[str, str]]:
         if isinstance(prompt, str):
             return prompt
         raise _RefusedError(400, "to choose an expert, the prompt must be one text")
-    conversation = conversation_of(body["messages"])
+    messages = body["messages"]
+    if isinstance(messages, list):  # of a turn that only calls tools there is no text
+        messages = [each for each in messages if not isinstance(each, dict) or each.get("content") is not None]
+    conversation = conversation_of(messages)
     if conversation is None:
         raise _RefusedError(400, "messages are a list of objects with role and text")
     return [dict(message) for message in conversation.messages]
@@ -228,5 +251,6 @@ def _error(status: int, why: str, headers: Mapping[str, str] | None = None) -> R
     return JSONResponse({"error": {"message": why, "type": "invalid_request_error", "code": status}}, status, headers)
 
 
-async def _unforeseen(_request: Request, _error_: Exception) -> Response:
+async def _unforeseen(_request: Request, fault: Exception) -> Response:
+    _LOG.error("%s", json.dumps({"fault": type(fault).__name__}))
     return _error(500, "something went wrong here")

@@ -26,7 +26,7 @@ from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.write import remove, write_json
-from modekit.planning.native_shape import NativeShape
+from modekit.planning.shape import Shape
 from modekit.run import QUIET, Run
 
 EXPORT_FILE = "export.json"
@@ -72,10 +72,15 @@ def export_gguf(
     Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
     there; OutputError.
     """
-    shape = _native(checkpoint)
+    shape = checkpoint.shape
+    if shape.without_gguf is not None:
+        raise UnsupportedError(
+            "llama.cpp does not run the mixture", where=str(checkpoint.folder), found=shape.without_gguf,
+            remedy="serve it with vLLM or transformers; a native mixture (output.format: native) of another family runs there",
+        )  # fmt: skip
     check_installed()
     made_of = _made_of(checkpoint, settings)
-    name = f"{checkpoint.folder.name}-{made_of['outtype']}.gguf"
+    name = _name(checkpoint, made_of)
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
         file = stage.folder / name
@@ -88,8 +93,7 @@ def export_gguf(
             stage.record("converted", True)
         proof = prove(checkpoint.folder, file, made_of["outtype"], run=run)
         notes = [*_notes(shape), *proof.notes]
-        engines = {"converter": CONVERTER} | {name: version(name) for name in ("xllamacpp", "transformers")}
-        record = {"file": name, **made_of, "engines": engines, "notes": notes, "proof": proof.as_data()}
+        record = {"file": name, **made_of, "transformers": version("transformers"), "notes": notes, "proof": proof.as_data()}
         write_json(stage.folder / EXPORT_FILE, record)
     return out / name, proof, notes
 
@@ -101,11 +105,11 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
     """
     try:
         mend(out)
-        known = read_json(out / EXPORT_FILE)
-        file = out / str(known["file"])
-        if foreign_files(out) == [] and known.items() >= _made_of(checkpoint, settings).items() and file.is_file():
+        made_of = _made_of(checkpoint, settings)
+        file, known = out / _name(checkpoint, made_of), read_json(out / EXPORT_FILE)
+        if foreign_files(out) == [] and all(known.get(key) == value for key, value in made_of.items()) and file.is_file():
             return file
-    except (*UNREADABLE, KeyError, AttributeError, TypeError):
+    except (*UNREADABLE, AttributeError):
         pass
     return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0]
 
@@ -113,31 +117,15 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
 def _made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
     """What decides what the file holds."""
     outtype = settings.outtype or _BY_DTYPE[checkpoint.config["dtype"]]
-    return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer}
+    engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
+    return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
 
 
-def refusal(checkpoint: Checkpoint) -> str | None:
-    """Why a mixture has no form in llama.cpp; None when it has."""
-    shape = checkpoint.shape
-    if not isinstance(shape, NativeShape):
-        return f"{checkpoint.config['architectures'][0]} keeps adapters or mixes more than whole FFNs"
-    if "llama.cpp" in shape.also_runs_in:
-        return None
-    return shape.native.without_gguf or f"as it is, {shape.native_type} runs in {shape.also_runs_in}"
+def _name(checkpoint: Checkpoint, made_of: Mapping[str, Any]) -> str:
+    return f"{checkpoint.folder.name}-{made_of['outtype']}.gguf"
 
 
-def _native(checkpoint: Checkpoint) -> NativeShape:
-    """The shape of a mixture that llama.cpp has. Raises UnsupportedError with the reason why it has not."""
-    reason, shape = refusal(checkpoint), checkpoint.shape
-    if reason is None and isinstance(shape, NativeShape):
-        return shape
-    raise UnsupportedError(
-        "llama.cpp does not run the mixture", where=str(checkpoint.folder), found=reason,
-        remedy="serve it with vLLM or transformers; a native mixture (output.format: native) of another family runs there",
-    )  # fmt: skip
-
-
-def _notes(shape: NativeShape) -> Iterator[str]:
+def _notes(shape: Shape) -> Iterator[str]:
     """What to know of the file."""
     window = shape.config.get("sliding_window")
     windowed = shape.config.get("use_sliding_window", True)

@@ -5,7 +5,9 @@ llama.cpp ends the whole process where it meets a file that it cannot use, and i
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 from modekit.engines.child import answer_caller, settings_of_caller
 
@@ -15,8 +17,11 @@ def main() -> None:
     settings = settings_of_caller()
     from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
 
+    file = Path(settings["model"])
+    os.chdir(file.parent)  # so that no answer tells where the model lies
     params = CommonParams()
-    params.model.path = settings["model"]
+    params.model.path = file.name
+    params.ui = params.endpoint_slots = False
     params.model_alias = {settings["name"]}
     params.hostnames = [settings["host"]]
     params.port = settings["port"]

@@ -33,5 +33,5 @@ class Metrics:
     def text(self, workers: Iterable[Worker]) -> bytes:
         """All of it."""
         for worker in workers:
-            self._busy.labels(worker.url).set(worker.busy)
+            self._busy.labels(worker.name).set(worker.busy)
         return generate_latest(self._registry)

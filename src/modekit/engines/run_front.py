@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.serve import INSTALL, KEY, free_address
+from modekit.engines.serve import INSTALL, KEY, free_address, url_of
 from modekit.errors import EngineError
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
@@ -19,7 +19,8 @@ from modekit.run import QUIET, Run
 WORKERS_KEY = "MODEKIT_WORKERS_KEY"
 """The environment variable with the key that the workers want to see; unset: none."""
 _BACKLOG = 1_024
-_URL = re.compile(r"https?://[^\s/]+(/v1)?/?")
+_GRACE_S = 5  # in which answers may end
+_HEAD = 2**16  # bytes of a request's head
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,16 @@ def run_front(
         listener.listen(_BACKLOG)  # who connects from now on waits until the server is up
         logging.getLogger("modekit.front").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s")
-        config = uvicorn.Config(front.app(), log_level="warning", access_log=False)
-        host, port = listener.getsockname()[:2]
-        listening(f"http://{host}:{port}")
-        uvicorn.Server(config).run(sockets=[listener])
+        config = uvicorn.Config(
+            front.app(),
+            log_level="critical",
+            access_log=False,
+            timeout_graceful_shutdown=_GRACE_S,
+            h11_max_incomplete_event_size=_HEAD,
+        )
+        listening(url_of(*listener.getsockname()[:2]))
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str]:
@@ -90,10 +97,17 @@ def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str
 
 
 def _check_urls(urls: Sequence[str]) -> None:
-    """Raise EngineError for what is no address of a server."""
+    """Raise EngineError for what is no address of a server. A key belongs into the environment, not into an address."""
+    import httpx2
+
     for url in urls:
-        if not _URL.fullmatch(url):
+        try:
+            parsed = httpx2.URL(url)
+            good = parsed.scheme in {"http", "https"} and parsed.host and not parsed.userinfo and not parsed.query
+        except (httpx2.InvalidURL, ValueError, TypeError):
+            good = False
+        if not good or parsed.path.rstrip("/") not in {"", "/v1"}:
             raise EngineError(
                 "that is no address of a server", where="--worker", found=url, expected="such as http://127.0.0.1:8001",
-                remedy="correct it",
+                remedy=f"correct it; a key that the workers want is {WORKERS_KEY} in the environment",
             )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.child import Child
 from modekit.engines.converter import check_installed, is_installed
-from modekit.engines.gguf import GgufSettings, gguf_of, refusal
+from modekit.engines.gguf import GgufSettings, gguf_of
 from modekit.errors import EngineError, UnsupportedError
 from modekit.run import QUIET, Run
 
@@ -136,22 +136,27 @@ def free_address(host: str, port: int) -> tuple[int, Any]:
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise EngineError(
-            "the address cannot be listened on", where=f"{host}:{port}", found=error.strerror or str(error),
+            "the address cannot be listened on", where=f"{host}:{port}", found=getattr(error, "strerror", None) or str(error),
             remedy="choose another --port (0: any that is free) or --host",
         ) from None  # fmt: skip
     return family, address
 
 
 def _llama_refusal(checkpoint: Checkpoint) -> str | None:
-    return refusal(checkpoint) or (None if is_installed() else "modekit[gguf] is not installed")
+    return checkpoint.shape.without_gguf or (None if is_installed() else "modekit[gguf] is not installed")
 
 
 def _llama_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
     check_installed()
     file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
-    return {"model": str(file), "parallel": settings.parallel, "threads": len(os.sched_getaffinity(0)), "exact": False}
+    return {"model": str(file), "parallel": settings.parallel, "threads": _cores(), "exact": False}
+
+
+def _cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
@@ -165,6 +170,11 @@ def _transformers_prepared(checkpoint: Checkpoint, settings: ServeSettings, run:
 
     check_loadable(checkpoint.folder, run=run)
     return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
+
+
+def url_of(host: str, port: int) -> str:
+    """Of an address that is listened on."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 ENGINES: Mapping[str, Engine] = {

@@ -6,6 +6,7 @@ a request may bring; and that nothing but the model's own answers can be asked f
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.engines.serve import url_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,13 +25,16 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 LARGEST_BODY = 2**23
 _PATHS = {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_TOO_LARGE = f"a request may have {LARGEST_BODY} bytes"
+_BODY_S = 30.0  # in which a request must have come
 _LOOK_S = 0.05
 
 
 class Guard:
     """Around the server: who may ask what, and how much at once.
 
-    `length_of` gives the tokens that a request comes to, its answer included; `context` is the most there may be.
+    `length_of` gives the tokens of what a request says; `context` is the most there may be, its answer included.
     """
 
     def __init__(self, app: App, key: str | None, context: int, length_of: Callable[[Any], int]) -> None:
@@ -40,59 +45,85 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refused = self._refusal(scope)
-        if refused is None and scope["method"] == "POST":
-            body = await _read(receive)
-            refused, receive = self._too_long(body), _again(body, receive)
-        if refused is not None:
-            await _refuse(send, *refused)
+        try:
+            headers = self._checked(scope)
+            if scope["method"] == "POST":
+                body = self._fitted(await asyncio.wait_for(_read(receive), _BODY_S))
+                receive = _again(body, receive)
+                headers[b"content-length"] = str(len(body)).encode()
+        except _RefusedError as error:
+            await _refuse(send, error.status, error.why)
             return
-        await self._app(scope, receive, send)
+        except (TimeoutError, asyncio.TimeoutError):
+            await _refuse(send, 408, "the request did not come")
+            return
+        await self._app({**scope, "headers": list(headers.items())}, receive, send)
 
-    def _refusal(self, scope: Message) -> tuple[int, str] | None:
-        """By what the head of a request says."""
+    def _checked(self, scope: Message) -> dict[bytes, bytes]:
+        """The head of a request, by its fields. Raises _RefusedError."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
         length = headers.get(b"content-length", b"")
         if scope["path"] not in _PATHS:
-            return 404, "there is nothing here"
+            raise _RefusedError(404, "there is nothing here")
         if self._key and scope["path"] != "/health" and not hmac.compare_digest(given, self._key.encode()):
-            return 401, "the key is missing or wrong"
-        if scope["method"] == "POST" and not length.isdigit():
-            return 411, "the length of the request must be said"
+            raise _RefusedError(401, "the key is missing or wrong")
+        if scope["method"] == "POST" and (not length.isdigit() or b"transfer-encoding" in headers):
+            raise _RefusedError(411, "the length of the request must be said")
         if length and int(length) > LARGEST_BODY:
-            return 413, f"a request may have {LARGEST_BODY} bytes"
-        return None
+            raise _RefusedError(413, _TOO_LARGE)
+        return headers
 
-    def _too_long(self, body: bytes) -> tuple[int, str] | None:
+    def _fitted(self, body: bytes) -> bytes:
+        """A request whose answer ends where the context does. Raises _RefusedError."""
         try:
             request = json.loads(body)
-            if not _is_understood(request):
-                return 400, "messages are a list of objects, a prompt is a text"
+            _check_form(request)
             length = self._length_of(request)
-        except Exception:  # whatever else is wrong with it, the server says so
-            return None
-        return (400, f"{length} tokens, and the context has {self._context}") if length > self._context else None
+        except _RefusedError:
+            raise
+        except Exception as error:  # a template, a tokenizer: each raises what it likes
+            raise _RefusedError(400, f"the request cannot be read: {type(error).__name__}") from None
+        asked = max((request[name] for name in _LIMITS if request.get(name) is not None), default=self._context - length)
+        if asked < 1 or length + asked > self._context:
+            raise _RefusedError(400, f"{length} tokens and {max(asked, 1)} of answer, and the context has {self._context}")
+        for name in _LIMITS:
+            request.pop(name, None)
+        return json.dumps({**request, "max_tokens": asked}).encode()
 
 
-def _is_understood(request: Any) -> bool:
-    """Whether a request has the form that the server takes for granted."""
+class _RefusedError(Exception):
+    def __init__(self, status: int, why: str) -> None:
+        self.status, self.why = status, why
+
+
+def _check_form(request: Any) -> None:
+    """Raise _RefusedError where a request has not the form that the server takes for granted, or would set what is set here."""
+    if not isinstance(request, dict):
+        raise _RefusedError(400, "the request is no object")
     messages, prompt = request.get("messages", []), request.get("prompt", "")
-    return isinstance(messages, list) and all(isinstance(each, dict) for each in messages) and isinstance(prompt, str | list)
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages) or not isinstance(prompt, str):
+        raise _RefusedError(400, "messages are a list of objects, a prompt is one text")
+    if "generation_config" in request:
+        raise _RefusedError(400, "generation_config is not taken here")
+    if any(type(request.get(name, 1)) is not int and request.get(name) is not None for name in _LIMITS):
+        raise _RefusedError(400, f"{' and '.join(_LIMITS)} are whole numbers")
 
 
 async def _read(receive: Receive) -> bytes:
-    """A request's body: as long as its head says, which has been looked at."""
-    chunks = []
+    """A request's body. Raises _RefusedError."""
+    content = bytearray()
     while True:
         message = await receive()
-        chunks.append(message.get("body", b""))
+        content += message.get("body", b"")
+        if len(content) > LARGEST_BODY:
+            raise _RefusedError(413, _TOO_LARGE)
         if not message.get("more_body"):
-            return b"".join(chunks)
+            return bytes(content)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """The same once more, for the server."""
+    """Another body in its place, for the server."""
     told = False
 
     async def again() -> Message:
@@ -106,15 +137,14 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _length_by(tokenizer: Any) -> Callable[[Any], int]:
-    """Counts the tokens of a request, and those that it asks for."""
+    """Counts the tokens of a request."""
 
     def length_of(request: Any) -> int:
         if "messages" in request:
-            ids = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
+            said = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_dict=True)
         else:
-            prompt = request["prompt"]
-            ids = prompt if isinstance(prompt, list) else tokenizer(prompt)["input_ids"]
-        return len(ids) + int(request.get("max_tokens") or request.get("max_completion_tokens") or 1)
+            said = tokenizer(request.get("prompt", ""))
+        return len(said["input_ids"])
 
     return length_of
 
@@ -156,7 +186,7 @@ def main() -> None:
             raise SystemExit("the server ended before it listened")
         time.sleep(_LOOK_S)
     host, port = served.server.servers[0].sockets[0].getsockname()[:2]
-    answer_caller({"address": f"http://{host}:{port}"})
+    answer_caller({"address": url_of(host, port)})
     threading.Event().wait()
 
 

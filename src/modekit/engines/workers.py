@@ -6,8 +6,8 @@ A worker is asked what it serves, so that an adapter which is loaded or unloaded
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,8 @@ import httpx2
 _LOOK_S = 2.0  # between two looks at a worker's models
 _ANSWER_S = 5.0  # a worker that takes longer to say what it serves is not there
 _CONNECT_S = 3.0
+_KEPT_S = 2.0  # an idle connection; servers close theirs after five
+_ATTEMPTS = 2
 
 
 @dataclass
@@ -31,6 +33,11 @@ class Worker:
     url: str
     models: frozenset[str] = frozenset()
     busy: int = 0
+
+    @property
+    def name(self) -> str:
+        """Host and port."""
+        return self.url.partition("://")[2]
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Workers:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limit = httpx2.Timeout(self.timeout_s, connect=_CONNECT_S)
         self._client = httpx2.AsyncClient(
-            headers=headers, timeout=limit, trust_env=False, limits=httpx2.Limits(max_connections=None)
+            headers=headers, timeout=limit, trust_env=False, limits=httpx2.Limits(keepalive_expiry=_KEPT_S)
         )
 
     @property
@@ -73,35 +80,35 @@ class Workers:
         await asyncio.gather(*map(self._look_at, self.all))
 
     async def keep_looking(self) -> None:
-        """Do so for ever."""
+        """Do so for ever, at each by itself, so that one which hangs does not hold up the others."""
+        await asyncio.gather(*map(self._keep_looking_at, self.all))
+
+    async def _keep_looking_at(self, worker: Worker) -> None:
         while True:
-            started = time.monotonic()
-            await self.look()
-            await asyncio.sleep(max(0.0, _LOOK_S - (time.monotonic() - started)))
+            await asyncio.sleep(_LOOK_S)
+            await self._look_at(worker)
 
     async def _look_at(self, worker: Worker) -> None:
         try:
             answer = await self._client.get(f"{worker.url}/v1/models", timeout=_ANSWER_S)
             worker.models = frozenset(str(each["id"]) for each in answer.raise_for_status().json()["data"])
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+        except Exception:  # whatever is wrong with what it says, it serves nothing
             worker.models = frozenset()
 
     @asynccontextmanager
     async def asked(self, model: str, path: str, body: bytes) -> AsyncIterator[Answer | None]:
         """The answer of the least busy worker that serves a model; of the next one where it gives none; None where nobody does.
 
-        Once an answer has begun, nobody else is asked.
+        Once an answer has begun, nobody else is asked. Raises httpx2.TimeoutException where a worker takes too long, as another
+        one would.
         """
-        tried: set[str] = set()
+        tried: Counter[str] = Counter()
         while (worker := self._free(model, tried)) is not None:
-            tried.add(worker.url)
-            request = self._client.build_request("POST", worker.url + path, content=body, headers=_JSON)
+            tried[worker.url] += 1
             worker.busy += 1
             try:
-                try:
-                    response = await self._client.send(request, stream=True)
-                except httpx2.TransportError:
-                    worker.models = frozenset()  # until it says again what it serves
+                response = await self._send(worker, path, body, tried)
+                if response is None:
                     continue
                 try:
                     if response.status_code >= 500 and self._free(model, tried) is not None:
@@ -114,9 +121,24 @@ class Workers:
                 worker.busy -= 1
         yield None
 
-    def _free(self, model: str, tried: Iterable[str]) -> Worker | None:
-        able = [worker for worker in self.all if model in worker.models and worker.url not in tried]
-        return min(able, key=lambda worker: worker.busy, default=None)
+    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> httpx2.Response | None:
+        """A worker's answer, whose body is yet to come; None where there is none."""
+        request = self._client.build_request("POST", worker.url + path, content=body, headers=_JSON)
+        try:
+            return await self._client.send(request, stream=True)
+        except httpx2.ConnectTimeout:
+            tried[worker.url] = _ATTEMPTS
+        except httpx2.TimeoutException:
+            raise
+        except httpx2.TransportError as error:  # once more where it may just have closed a connection that was kept
+            if isinstance(error, httpx2.ConnectError):
+                worker.models = frozenset()  # until it says again what it serves
+                tried[worker.url] = _ATTEMPTS
+        return None
+
+    def _free(self, model: str, tried: Counter[str]) -> Worker | None:
+        able = [worker for worker in self.all if model in worker.models and tried[worker.url] < _ATTEMPTS]
+        return min(able, key=lambda worker: (tried[worker.url], worker.busy), default=None)
 
     async def close(self) -> None:
         """Let go of all connections."""

@@ -37,6 +37,7 @@ class ModekitShape(Shape):
     native_type = None
     channels = None
     also_runs_in = "transformers alone"
+    without_gguf = "it keeps adapters, or mixes more than whole FFNs"
 
     @classmethod
     def is_said_by(cls, native_type: str | None) -> bool:

@@ -74,6 +74,13 @@ class NativeShape(Shape):
         return self.native.serves_with_biases if biased else self.native.serves
 
     @property
+    def without_gguf(self) -> str | None:
+        """Why llama.cpp does not run it; None where it does."""
+        if "llama.cpp" in self.also_runs_in:
+            return None
+        return self.native.without_gguf or f"as it is, {self.native_type} runs in {self.also_runs_in}"
+
+    @property
     def left_out(self) -> set[str]:
         """Tensors without a number."""
         return self.native.empty_names(self._layers)

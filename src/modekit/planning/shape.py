@@ -98,6 +98,11 @@ class Shape(ABC):
         """Where the result runs besides transformers."""
 
     @property
+    @abstractmethod
+    def without_gguf(self) -> str | None:
+        """Why llama.cpp does not run the result; None where it does."""
+
+    @property
     def left_out(self) -> set[str]:
         """Tensors that transformers' class has and the result need not: without them it computes the same."""
         return set()

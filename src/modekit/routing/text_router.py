@@ -26,6 +26,7 @@ from modekit.text.chat import Message, chat_template_of
 
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""
+_CHARACTERS, _TURNS, _MESSAGES = 16_384, 8, 64
 _KEPT = 0.5
 """An expert that had a conversation keeps it while its probability is this share of the likeliest one's."""
 
@@ -68,15 +69,16 @@ class TextRouter:
     def decide(self, said: str | Sequence[Message]) -> Decision:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
 
-        It goes to another only where that one is clearly likelier. Raises TextError when the chat template does not take it.
+        It goes to another only where that one is clearly likelier. The newest 16,384 characters decide, of a conversation its
+        last turns, so that no text takes long. Raises TextError when the chat template does not take it.
         """
         if isinstance(said, str):
-            return self._decide(self._tokenizer(said, verbose=False)["input_ids"], None)
-        turns = [message for message in said if message["role"] != "system"]
+            return self._decide(self._tokenizer(_clean(said[-_CHARACTERS:]), verbose=False)["input_ids"], None)
+        turns = _newest([message for message in said if message["role"] != "system"])
+        asked = [end for end, message in enumerate(turns, 1) if message["role"] == "user"]
         found = self._decide([], None)
-        for end, message in enumerate(turns, 1):
-            if message["role"] == "user":
-                found = self._decide(self._ids(turns[:end]), found.expert if found.tokens else None)
+        for end in asked[-_TURNS:]:
+            found = self._decide(self._ids(turns[:end]), found.expert if found.tokens else None)
         return found
 
     def _ids(self, turns: Sequence[Message]) -> list[int]:
@@ -98,6 +100,23 @@ class TextRouter:
         elif probabilities[best] <= _UNSURE:
             best = self._unknown
         return Decision(best, probabilities, len(ids))
+
+
+def _clean(text: str) -> str:
+    """Half of a surrogate pair is no character."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _newest(turns: Sequence[Message]) -> list[Message]:
+    """The last turns that decide; of a long one its end."""
+    kept: list[Message] = []
+    left = _CHARACTERS
+    for message in reversed(turns[-_MESSAGES:]):
+        if left <= 0:
+            break
+        kept.append({**message, "content": _clean(message["content"][-left:])})
+        left -= len(message["content"])
+    return kept[::-1]
 
 
 def _router_of(checkpoint: Checkpoint, flow: Flow) -> Router:
