@@ -109,5 +109,11 @@ def make_real_base(out: Path, run: Run) -> None:
         fresh.load_state_dict(read.state_dict())
         with without_bars():
             fresh.to(torch.bfloat16).save_pretrained(stage.folder)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(stage.folder)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # Read from GGUF it lacks what SmolLM does before all else: every digit is a word of its own.
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.save_pretrained(stage.folder)
         run.progress("unpack SmolLM2-135M", 2, 2)
