@@ -223,7 +223,10 @@ def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: signal.Signals) -> None:
     command = [sys.executable, "-m", "modekit", "serve", str(mixtures["native"].folder), "--port", "0", "--outtype", "f32"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )  # fmt: skip
     assert process.stdout is not None
     address = process.stdout.readline().split("/v1")[0]
     with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:

@@ -59,6 +59,7 @@ class _Config(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     hidden_size: Annotated[Count, Field(ge=1)]
     num_hidden_layers: Annotated[Count, Field(ge=1)]
+    vocab_size: Annotated[Count, Field(ge=1)]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
@@ -18,6 +17,9 @@ from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_wi
 from modekit.errors import ModekitError
 from modekit.files.output import replaced_by
 from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
     if not stamp.exists():
         make_folder(out)
         write_json(stamp, settings)
-    elif json.loads(stamp.read_text(encoding="utf-8")) != settings:
+    elif json.loads(stamp.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
         raise OutputError(
             "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
         )

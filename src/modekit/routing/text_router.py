@@ -123,7 +123,7 @@ def _router_of(checkpoint: Checkpoint, flow: Flow) -> Router:
     """The router as a module of its own, with its gate."""
     experts = len(checkpoint.names)
     if checkpoint.shape.channels is None:
-        routing: Mapping[str, Any] = checkpoint.config["modekit"]["routing"]
+        routing: Mapping[str, Any] = checkpoint.shape.routing.model_dump(mode="json")
         gate_GD = torch.from_numpy(checkpoint.gates()[0])
     else:
         channels, embedding = checkpoint.carrier
