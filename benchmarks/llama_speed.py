@@ -18,8 +18,9 @@ import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.engines.converter import Conversion, convert
-from modekit.engines.gguf import GgufSettings, checked_outtype, export_gguf
+from modekit.engines.gguf import export_gguf
 from modekit.engines.llama import Llama
+from modekit.engines.settings import GgufSettings
 
 WRITTEN, READ = 128, 512
 TEXT = "The heart moves blood through the body, and the court hears the parties. "
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = GgufSettings(checked_outtype(arguments.outtype), arguments.pre_tokenizer)
+        settings = GgufSettings(arguments.outtype, arguments.pre_tokenizer)
         mixture, proof, _ = export_gguf(open_checkpoint(arguments.mixture.resolve()), Path(folder) / "mixture", settings)
         print(f"mixture {mixture.stat().st_size / 1e6:.0f} MB, {proof}")
         base = Path(folder) / "base.gguf"

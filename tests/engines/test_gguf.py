@@ -17,10 +17,11 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import converter
 from modekit.engines.converter import Conversion, convert, converter_folder
-from modekit.engines.gguf import EXPORT_FILE, GgufSettings, export_gguf
+from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import prove
+from modekit.engines.settings import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.planning.make import make_plan
@@ -265,7 +266,7 @@ def test_from_the_command_line(mixtral: Checkpoint, tmp_path: Path) -> None:
     code, stdout, _ = ended("export", mixtral.folder, tmp_path / "GGUF", "--gguf", "--outtype", "f32")
     assert code == 0 and "96 of 96 greedy tokens as in transformers" in " ".join(stdout.split())
     for words, said in (
-        (("--gguf", "--outtype", "q4"), "there is no such outtype"),
+        (("--gguf", "--outtype", "q4"), "Invalid value for '--outtype'"),
         (("--outtype", "f32"), "the setting has no effect"),
         (("--gguf", "--expert", "law"), "the setting has no effect"),
     ):

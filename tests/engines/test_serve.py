@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,9 +25,9 @@ from conftest import write_text
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import serve as module
-from modekit.engines.gguf import GgufSettings
-from modekit.engines.serve import KEY, Served, ServeSettings, choose_engine, serving
-from modekit.engines.transformers_process import LARGEST_BODY
+from modekit.engines.guard import LARGEST_BODY
+from modekit.engines.serve import KEY, Served, choose_engine, serving
+from modekit.engines.settings import GgufSettings, ServeSettings
 from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.make import make_plan
@@ -36,17 +36,24 @@ from modekit.recipes.read import parse_recipe
 PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
 COUNT = 12
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
-CASES = [("native", "llama"), ("native", "transformers"), ("adapters", "transformers")]
+CASES = [
+    ("native", "llama"),
+    ("native", "transformers"),
+    ("adapters", "transformers"),
+    ("native", "vllm"),
+    ("adapters", "vllm"),
+]
+IN_VLLM = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
-def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """A native mixture, and one of adapters under a router that reads the tokens."""
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
+    """A native mixture, and one of adapters under a router that reads the tokens. What lies beside them is never imported."""
     root = tmp_path_factory.mktemp("serve")
     texts = write_text(root / "text", ("medicine", "law"))
     recipes: dict[str, list[dict[str, Any]]] = {"native": [], "adapters": []}
     for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, "llama", seed)
+        save_byte_model(root / name, "llama", seed, head_dim=32)  # as vLLM wants it
         write_adapter(root / f"{name}-adapter", UP, target_modules=["up_proj"], r=4, lora_alpha=8)
         recipes["native"].append({"name": name, "model": f"./{name}", "text": str(text)})
         recipes["adapters"].append({"name": name, "adapter": f"./{name}-adapter", "text": str(text)})
@@ -56,10 +63,15 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
         recipe = {"base_model": "./medicine", "experts": recipes[shape], "mixture": {"router": {"fit": fit}}}
         build(make_plan(parse_recipe(recipe), root), root / shape)
         found[shape] = open_checkpoint(root / shape)
-    return found
+    for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):
+        (root / f"{library}.py").write_text(f"open({str(root / 'imported')!r}, 'a').write({library!r})")
+    yield found
+    assert not (root / "imported").exists()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
+@pytest.fixture(scope="module", params=[
+    pytest.param(case, id="-".join(case), marks=[IN_VLLM] if case[1] == "vllm" else []) for case in CASES
+])  # fmt: skip
 def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> Iterator[tuple[Served, Checkpoint]]:
     shape, engine = request.param
     settings = ServeSettings(engine, port=0, parallel=4, context=64, gguf=GgufSettings("f32"))
@@ -184,13 +196,16 @@ def test_an_engine_that_dies_is_reported(mixtures: dict[str, Checkpoint]) -> Non
 
 
 def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
     assert choose_engine(mixtures["native"], "auto") == ("llama", "it fits")
     name, why = choose_engine(mixtures["adapters"], "auto")
     assert name == "transformers" and why.startswith("not llama: it keeps adapters")
-    with pytest.raises(UnsupportedError, match="cannot serve the mixture"):
-        choose_engine(mixtures["adapters"], "llama")
+    for engine in ("llama", "vllm"):
+        with pytest.raises(UnsupportedError, match="cannot serve the mixture"):
+            choose_engine(mixtures["adapters"], engine)
     monkeypatch.setattr(module, "is_installed", lambda: False)
-    assert choose_engine(mixtures["native"], "auto") == ("transformers", "not llama: modekit[gguf] is not installed")
+    name, why = choose_engine(mixtures["native"], "auto")
+    assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
 
 
 def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, Checkpoint]) -> None:
@@ -213,16 +228,18 @@ def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]
             ("native", ("--port", str(taken.getsockname()[1])), "cannot be listened on"),
             ("native", ("--host", "no.such.host.invalid"), "cannot be listened on"),
             ("native", ("--context", "100000"), "longer than the model's"),
-            ("native", ("--outtype", "q1"), "no such outtype"),
+            ("native", ("--outtype", "q1"), "Invalid value for '--outtype'"),
             ("adapters", ("--engine", "llama"), "cannot serve the mixture"),
         ):
             code, _, stderr = ended("serve", mixtures[shape].folder, *words)
             assert code == 2 and said in " ".join(stderr.split()), stderr
 
 
+@pytest.mark.parametrize("engine", ["llama", pytest.param("vllm", marks=IN_VLLM)])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: signal.Signals) -> None:
-    command = [sys.executable, "-m", "modekit", "serve", str(mixtures["native"].folder), "--port", "0", "--outtype", "f32"]
+def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: signal.Signals, engine: str) -> None:
+    folder = str(mixtures["native"].folder)
+    command = [sys.executable, "-m", "modekit", "serve", folder, "--port", "0", "--outtype", "f32", "--engine", engine]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
@@ -231,14 +248,9 @@ def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: 
     address = process.stdout.readline().split("/v1")[0]
     with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
         assert answer.status == 200
+    engines = psutil.Process(process.pid).children(recursive=True)
+    assert engines
     process.send_signal(how)
     code = process.wait(30)
     assert code == (0 if how == signal.SIGINT else -how)
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=1)
-        except OSError:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the engine is still there")
+    assert psutil.wait_procs(engines, timeout=20)[1] == [], "the engine is still there"

@@ -12,13 +12,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 _TINY = 1e-30  # under a root, whose slope at zero is no number
 _CHUNK = 128  # tokens whose average is taken in one matrix product
+_OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
+
+
+class Keeper(Protocol):
+    """An engine that has tokens of many sequences in one row, and keeps what routers remember of each beside its keys and
+    values. `key` names what is remembered.
+    """
+
+    def sums(self, key: str, values_BSG: torch.Tensor, decay: float, prefix: int | None) -> torch.Tensor:
+        """What `causal_sums` gives for each sequence."""
+
+    def ngram_rows(self, key: str, ids_BS: torch.Tensor, order: int, buckets: int) -> torch.Tensor:
+        """What `ngram_rows` gives for each sequence."""
 
 
 class Flow:
@@ -35,6 +48,7 @@ class Flow:
         left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
         log: router place -> its logits in this pass, when the pass was asked for them (output_router_logits).
+        keeper: who remembers in place of `states`, where an engine runs the model.
         solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
         mixed: place -> its module.
     """
@@ -49,13 +63,14 @@ class Flow:
         self.fresh: dict[str, torch.Tensor] = {}
         self.forced: int | torch.Tensor | None = None
         self.left_out: int | None = None
+        self.keeper: Keeper | None = None
         self.solo = False
         self.listener: Callable[[str, torch.Tensor], None] | None = None
         self.log: dict[str, torch.Tensor] | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"listener": None, "log": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | dict.fromkeys(_OF_A_PASS)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -212,18 +227,23 @@ class Router(nn.Module):
 
     def _ngram_rows(self, ids_BS: torch.Tensor, order: int, buckets: int, kinds: int) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.ids" + (f".{order}" if kinds > 1 else "")
+        if flow.keeper is not None:
+            return flow.keeper.ngram_rows(key, ids_BS, order, buckets)
         mask_BS = torch.ones_like(ids_BS) if flow.mask_BS is None else flow.mask_BS.to(ids_BS)
         rows_BS, flow.fresh[key] = ngram_rows(ids_BS, mask_BS, flow.states.get(key), order, buckets)
         return rows_BS
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
+        prefix, add_up = self.routing.get("prefix"), average.get("sum", False)
+        if flow.keeper is not None:
+            states_BSW = flow.keeper.sums(key, scores_BSG, average["decay"], prefix)
+            return states_BSW[..., :-2] if add_up else means_of(states_BSW)
         mask_BS = flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
         averaged, state = causal_average(
-            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix"),
-            add_up=average.get("sum", False),
-        )  # fmt: skip
+            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=prefix, add_up=add_up
+        )
         flow.fresh[key] = state
         return averaged
 
@@ -238,11 +258,25 @@ def causal_average(
     add_up: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average of the values of all real tokens up to each one, the newest with weight 1, those before with decay, decay^2...
-    With `add_up` their weighted sum.
+    With `add_up` their weighted sum. The rest is as in `causal_sums`. Returns the averages (B, S, G) and the state after the
+    last token (B, G + 2).
+    """
+    states_BSW = causal_sums(values_BSG, mask_BS, decay, state, prefix=prefix)
+    return states_BSW[..., :-2] if add_up else means_of(states_BSW), states_BSW[:, -1]
 
-    `mask_BS` is 1 for real tokens and 0 for pads, which neither count nor let others fade. `state` (B, G + 2) holds the
-    weighted sum, the sum of the weights and the number of tokens so far. Returns the averages (B, S, G) and the state after
-    the last token.
+
+def means_of(states_BSW: torch.Tensor) -> torch.Tensor:
+    """The averages (B, S, G) that the states after each token hold."""
+    return states_BSW[..., :-2] / states_BSW[..., -2:-1].clamp_min(1e-12)
+
+
+def causal_sums(
+    values_BSG: torch.Tensor, mask_BS: torch.Tensor, decay: float, state: torch.Tensor | None, *, prefix: int | None = None
+) -> torch.Tensor:
+    """State after each token (B, S, G + 2): the weighted sum of values, the sum of the weights and the number of tokens so far.
+
+    `mask_BS` is 1 for real tokens and 0 for pads, which neither count nor let others fade. `state` (B, G + 2) is that before
+    the first token.
     """
     batch, length, size = values_BSG.shape
     state = values_BSG.new_zeros((batch, size + 2)) if state is None else state.to(values_BSG)
@@ -257,10 +291,10 @@ def causal_average(
         weights_BTS = torch.pow(decay, powers_BTS).tril() * taken[:, None, :]
         extended = torch.cat([values_BSG[:, start : start + _CHUNK], torch.ones_like(mask)[..., None]], dim=-1)
         carried = torch.pow(decay, age)[..., None] * state[:, None, :-1]
-        sums = weights_BTS @ extended + carried
-        results.append(sums[..., :-1] if add_up else sums[..., :-1] / sums[..., -1:].clamp_min(1e-12))
-        state = torch.cat([sums[:, -1], seen[:, -1:]], dim=-1)
-    return torch.cat(results, dim=1), state
+        states = torch.cat([weights_BTS @ extended + carried, seen[..., None]], dim=-1)
+        results.append(states)
+        state = states[:, -1]
+    return torch.cat(results, dim=1)
 
 
 _PRIME = 2**31 - 1

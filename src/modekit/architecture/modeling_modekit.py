@@ -305,7 +305,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
-    if not flow.averages or (flow.forced is not None and not flow.solo):
+    if not flow.averages or flow.keeper is not None or (flow.forced is not None and not flow.solo):
         return
     if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
+from modekit.engines.settings import GgufSettings, Outtype
 from modekit.errors import ModekitError
 from modekit.files.output import replaced_by
 from modekit.run import Run
@@ -28,7 +30,7 @@ class ExportOptions:
 
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None
     gguf: Annotated[bool, typer.Option("--gguf", help="One GGUF file for llama.cpp, compared there with transformers.")] = False
-    outtype: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0 (--gguf; default: as the checkpoint).")] = None
+    outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (--gguf; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (--gguf).")] = None
     overwrite: Overwrite = False
     fsync: Fsync = True
@@ -55,18 +57,16 @@ def export(
 
 
 def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
-    from modekit.engines.gguf import GgufSettings, checked_outtype, export_gguf
+    from modekit.engines.gguf import export_gguf
 
-    settings = GgufSettings(checked_outtype(options.outtype), options.pre_tokenizer)
+    settings = GgufSettings(options.outtype, options.pre_tokenizer)
     with drawn_progress() as progress:
         file, proof, notes = export_gguf(
             checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite),
             run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
     said = f"{bytes_of(file.stat().st_size)}; in llama.cpp {proof}"
-    out.print(Text.assemble((str(output / file.name), "bold"), f": {said}"))
-    for note in notes:
-        out.print(Text(f"  {note}", style="dim"))
+    _print_written(output / file.name, said, notes)
 
 
 def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
@@ -87,6 +87,11 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
         rank = f", rank {record['rank']}" if record["rank"] is not None else ""
         origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
         said = f"{record['kind']}{rank}, {record['modules']} modules, {origin}"
-        out.print(Text.assemble((str(output / way.name), "bold"), f": {said}"))
-        for note in record["notes"]:
-            out.print(Text(f"  {note}", style="dim"))
+        _print_written(output / way.name, said, record["notes"])
+
+
+def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
+    """What was written, and what to know of it."""
+    out.print(Text.assemble((str(path), "bold"), f": {said}"))
+    for note in notes:
+        out.print(Text(f"  {note}", style="dim"))

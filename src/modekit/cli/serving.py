@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -15,23 +15,22 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
+from modekit.engines.settings import EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
-
-EngineChoice = Literal["auto", "llama", "transformers"]
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """By which engine, and where."""
 
-    engine: Annotated[EngineChoice, typer.Option(help="auto takes the first that fits, and says why.")] = "auto"
+    engine: Annotated[EngineName, typer.Option(help="auto takes the first that fits, and says why.")] = "auto"
     host: Annotated[str, typer.Option(help="Address to listen on; by default nobody but this machine is heard.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8000
     context: Annotated[int | None, typer.Option(min=64, help="Tokens of the longest conversation; default: the model's.")] = (
         None
     )
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama).")] = 4
-    outtype: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0 (llama; default: as the checkpoint).")] = None
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama, vllm).")] = 4
+    outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (llama; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (llama).")] = None
     fsync: Fsync = True
     trust_remote_code: Trust = False
@@ -42,12 +41,11 @@ class ServeOptions:
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture by OpenAI's API in the engine that fits; MODEKIT_API_KEY in the environment is the key, if any."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.gguf import GgufSettings, checked_outtype
-    from modekit.engines.serve import ServeSettings, serving
+    from modekit.engines.serve import serving
 
     settings = ServeSettings(
         options.engine, options.host, options.port, options.context, options.parallel,
-        GgufSettings(checked_outtype(options.outtype), options.pre_tokenizer),
+        GgufSettings(options.outtype, options.pre_tokenizer),
     )  # fmt: skip
     opened = open_checkpoint(resolved(checkpoint))
     with ExitStack() as stack:

@@ -10,7 +10,6 @@ only while nothing of an answer has come.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
@@ -27,6 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from modekit.engines.guard import App, Guard, RefusedError, error_of
 from modekit.engines.metrics import Metrics
 from modekit.engines.workers import Answer, Workers
 from modekit.errors import ModekitError
@@ -35,9 +35,6 @@ from modekit.routing.text_router import Decision, TextRouter
 from modekit.text.chat import conversation_of
 
 AUTO = "auto"
-LARGEST_BODY = 2**23
-MOST_AT_ONCE = 256
-_BODY_S = 30.0  # in which a request must have come
 _LOOK_S = 0.5  # between two looks whether a client is still there
 _T = TypeVar("_T")
 _LOG = logging.getLogger("modekit.front")
@@ -60,10 +57,9 @@ class Front:
     names: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
-    _waiting: int = 0
     _deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def app(self) -> Starlette:
+    def app(self) -> App:
         """As an ASGI application."""
         routes = [
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
@@ -72,7 +68,8 @@ class Front:
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={Exception: _unforeseen})
+        served = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={Exception: _unforeseen})
+        return Guard(served, self.key, {route.path for route in routes}, open_paths=("/health", "/metrics"))
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -87,17 +84,10 @@ class Front:
             await self.workers.close()
 
     async def _complete(self, request: Request) -> Response:
-        refused = self._refusal(request)
-        if refused is not None:
-            return refused
-        if self._waiting >= MOST_AT_ONCE:
-            return _error(429, "too many requests are being answered", {"retry-after": "1"})
-        self._waiting += 1
         held = AsyncExitStack()
-        held.callback(self._one_less)
         try:
             return await self._answer(request, held)
-        except _RefusedError as error:
+        except RefusedError as error:
             return _error(error.status, error.why)
         except httpx2.TimeoutException:
             return _error(504, "the answer took too long")
@@ -106,16 +96,10 @@ class Front:
         finally:
             await held.aclose()  # of what was not handed on with the answer
 
-    def _one_less(self) -> None:
-        self._waiting -= 1
-
     async def _answer(self, request: Request, held: AsyncExitStack) -> Response:
         """What the expert's worker says; `held` is let go after its last byte."""
         started = time.perf_counter()
-        try:
-            body = await asyncio.wait_for(_body_of(request), _BODY_S)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise _RefusedError(408, "the request did not come") from None
+        body = await _body_of(request)
         expert, decision = await self._expert_of(body)
         self.metrics.decided(time.perf_counter() - started)
         for taken in [expert] if decision is None or expert == BASE else [expert, BASE]:
@@ -133,35 +117,25 @@ class Front:
             headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
         return _PassedOn(answer, headers, held.pop_all(), self.workers.timeout_s)
 
-    def _refusal(self, request: Request) -> Response | None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        if self.key and not hmac.compare_digest(given, self.key.encode()):
-            return _error(401, "the key is missing or wrong")
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > LARGEST_BODY:
-            return _error(413, f"a request may have {LARGEST_BODY} bytes")
-        return None
-
     async def _expert_of(self, body: Mapping[str, Any]) -> tuple[str, Decision | None]:
-        """Who takes a request, and why. Raises _RefusedError."""
+        """Who takes a request, and why. Raises RefusedError."""
         model = body.get("model", AUTO)
         if model != AUTO:
             if not isinstance(model, str) or model not in self.workers.models:
                 known = ", ".join(sorted([AUTO, *self.workers.models])[:20])
-                raise _RefusedError(404, f"there is no such model; there are {known}")
+                raise RefusedError(404, f"there is no such model; there are {known}")
             return model, None
         said = _said(body)
         try:
             async with self._deciding:  # a router is at one text at a time; a long one must not hold up the others' answers
                 decision = await asyncio.to_thread(self.router.decide, said)
         except ModekitError as error:
-            raise _RefusedError(400, error.what) from None
+            raise RefusedError(400, error.what) from None
         return decision.expert, decision
 
-    async def _models(self, request: Request) -> Response:
-        refused = self._refusal(request)
+    async def _models(self, _request: Request) -> Response:
         names = sorted({AUTO, *self.workers.models})
-        return refused or JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
     async def _health(self, _request: Request) -> Response:
         there = sum(bool(worker.models) for worker in self.workers.all)
@@ -210,45 +184,35 @@ async def _unless_gone(request: Request, wanted: Awaitable[_T]) -> _T:
         task.cancel()
 
 
-class _RefusedError(Exception):
-    def __init__(self, status: int, why: str) -> None:
-        self.status, self.why = status, why
-
-
 async def _body_of(request: Request) -> dict[str, Any]:
-    """A request's JSON. Raises _RefusedError."""
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > LARGEST_BODY:
-            raise _RefusedError(413, f"a request may have {LARGEST_BODY} bytes")
+    """A request's JSON. Raises RefusedError."""
     try:
-        body = json.loads(content)
+        body = json.loads(await request.body())
     except (ValueError, RecursionError):
-        raise _RefusedError(400, "the request is not JSON") from None
+        raise RefusedError(400, "the request is not JSON") from None
     if not isinstance(body, dict):
-        raise _RefusedError(400, "the request is no object")
+        raise RefusedError(400, "the request is no object")
     return body
 
 
 def _said(body: Mapping[str, Any]) -> str | list[dict[str, str]]:
-    """The text of a request, or its messages with their text. Raises _RefusedError."""
+    """The text of a request, or its messages with their text. Raises RefusedError."""
     if "messages" not in body:
         prompt = body.get("prompt")
         if isinstance(prompt, str):
             return prompt
-        raise _RefusedError(400, "to choose an expert, the prompt must be one text")
+        raise RefusedError(400, "to choose an expert, the prompt must be one text")
     messages = body["messages"]
     if isinstance(messages, list):  # of a turn that only calls tools there is no text
         messages = [each for each in messages if not isinstance(each, dict) or each.get("content") is not None]
     conversation = conversation_of(messages)
     if conversation is None:
-        raise _RefusedError(400, "messages are a list of objects with role and text")
+        raise RefusedError(400, "messages are a list of objects with role and text")
     return [dict(message) for message in conversation.messages]
 
 
 def _error(status: int, why: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": {"message": why, "type": "invalid_request_error", "code": status}}, status, headers)
+    return JSONResponse(error_of(status, why), status, headers)
 
 
 async def _unforeseen(_request: Request, fault: Exception) -> Response:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import Proof, prove
-from modekit.errors import EngineError, UnsupportedError
+from modekit.engines.settings import GgufSettings, Outtype
+from modekit.errors import UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
@@ -30,7 +30,6 @@ from modekit.planning.shape import Shape
 from modekit.run import QUIET, Run
 
 EXPORT_FILE = "export.json"
-Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 _BY_DTYPE: Mapping[str, Outtype] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _COARSE = {"bf16", "q8_0"}
 _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
@@ -38,30 +37,6 @@ _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 8-bit ones. Log-probabilities came out 0.14 nats apart where other mixtures have 0.01 (docs/serve.md).
 """
 _KEEPS_WINDOW = {"cohere2_moe", "mellum"}
-
-
-@dataclass(frozen=True)
-class GgufSettings:
-    """How the file is made.
-
-    Attributes:
-        outtype: how weights are stored; None: as the checkpoint has them.
-        pre_tokenizer: llama.cpp's name for how the tokenizer cuts words; None: as the converter knows it.
-    """
-
-    outtype: Outtype | None = None
-    pre_tokenizer: str | None = None
-
-
-def checked_outtype(name: str | None) -> Outtype | None:
-    """An outtype by its name. Raises EngineError for another one."""
-    found = next((outtype for outtype in get_args(Outtype) if outtype == name), None)
-    if name is not None and found is None:
-        raise EngineError(
-            "there is no such outtype", where="--outtype", found=name, expected=", ".join(get_args(Outtype)),
-            remedy="choose one of these",
-        )  # fmt: skip
-    return found
 
 
 def export_gguf(

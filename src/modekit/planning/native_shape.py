@@ -71,7 +71,9 @@ class NativeShape(Shape):
     def also_runs_in(self) -> str:
         """Engines that know the architecture."""
         biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
-        return self.native.serves_with_biases if biased else self.native.serves
+        engines = self.native.serves_with_biases if biased else self.native.serves
+        wrong = self._vllm_differs
+        return f"{engines}; in vLLM with --model-impl transformers, since its own class {wrong}" if wrong else engines
 
     @property
     def without_gguf(self) -> str | None:
@@ -79,6 +81,20 @@ class NativeShape(Shape):
         if "llama.cpp" in self.also_runs_in:
             return None
         return self.native.without_gguf or f"as it is, {self.native_type} runs in {self.also_runs_in}"
+
+    @property
+    def without_vllm(self) -> str | None:
+        """It knows every row."""
+        return None
+
+    @property
+    def through_transformers(self) -> bool:
+        """Whether vLLM must run transformers' class, since its own computes something else."""
+        return self._vllm_differs is not None
+
+    @property
+    def _vllm_differs(self) -> str | None:
+        return next((what for holds, what in self.native.vllm_differs if holds(self.config)), None)
 
     @property
     def left_out(self) -> set[str]:

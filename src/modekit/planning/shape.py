@@ -103,6 +103,16 @@ class Shape(ABC):
         """Why llama.cpp does not run the result; None where it does."""
 
     @property
+    @abstractmethod
+    def without_vllm(self) -> str | None:
+        """Why vLLM does not serve the result; None where it does."""
+
+    @property
+    def through_transformers(self) -> bool:
+        """Whether vLLM must run transformers' class, since its own computes something else."""
+        return False
+
+    @property
     def left_out(self) -> set[str]:
         """Tensors that transformers' class has and the result need not: without them it computes the same."""
         return set()

@@ -39,6 +39,7 @@ class Family:
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
         norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
+        without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
     """
 
     model_type: str
@@ -50,6 +51,7 @@ class Family:
     layer_types: Callable[[Config], list[str]] | None = None
     norms_have_weights: bool = True
     defaults: Config = field(default_factory=dict)
+    without_vllm: str = ""
 
     @property
     def mlp(self) -> dict[str, str]:

@@ -64,7 +64,7 @@ _GRANITE_MOE: dict[str, Any] = {
     "writes_head_dim": False,
     "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
     "serves": "vLLM, llama.cpp",
-    "serves_with_biases": "llama.cpp; vLLM with --model-impl transformers, since its own class leaves attention's biases out",
+    "vllm_differs": ((lambda c: bool(c.get("attention_bias")), "leaves attention's biases out"),),
     "widening": Widening(whole_heads=True),
 }
 _HEADS_ARE_NORMED = Widening(recency=False)
@@ -178,6 +178,10 @@ NATIVES: tuple[Native, ...] = (
         dropped=frozenset({"sliding_window_pattern"}),
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
         serves="vLLM, llama.cpp",
+        vllm_differs=(
+            (lambda c: not c.get("tie_word_embeddings"), "has no head of its own"),
+            (lambda c: "sliding_attention" in (c.get("layer_types") or []), "attends to one token more than the window has"),
+        ),
         widening="its norms subtract the mean of all channels, which channels besides the base's would change",
         rules=(
             _SILU,

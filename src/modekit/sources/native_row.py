@@ -77,6 +77,7 @@ class Native:
         rules: what must hold.
         serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
         without_gguf: why llama.cpp does not run it; empty where it does.
+        vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
         widening: how it takes channels of a router's own, or the reason why it cannot.
     """
 
@@ -107,6 +108,7 @@ class Native:
     serves: str = "vLLM"
     serves_with_biases: str = ""
     without_gguf: str = ""
+    vllm_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
 
     @property

@@ -1,0 +1,176 @@
+"""A mixture of the modekit architecture as vLLM's own class; imported by vLLM alone (see vllm_plugin.py).
+
+vLLM puts the new tokens of many requests into one row, and the keys and values of each token into a slot of a paged cache. What
+a router remembers of a text after a token is kept under the number of the token's slot. So it goes wherever the keys go: into
+prefixes that requests share, over pre-emptions, from one chunk of a long prompt to the next.
+
+Shape legend: B sequences, S tokens of each in this pass, T tokens of the row, G values, W numbers of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+from modekit.architecture.modekit_router import causal_sums, ngram_rows
+from modekit.files.typed import as_kind
+from modekit.planning.mixture_config import MixtureConfig
+
+_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends that say where each request's tokens lie."""
+_SLOTS: dict[str, Slots] = {}
+"""By name, for the operations below, which a compiled pass calls with names: no compiler looks into them."""
+Step = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""From values (B, S, ...) and the state before them (B, W): results (B, S, ...), and the state after each token (B, S, W)."""
+
+
+class ModekitForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
+    """The mixture's transformers modules under vLLM's attention, linear layers and head."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.logits_processor.scale /= getattr(self.config, "logits_scaling", 1.0)  # Granite's, which vLLM leaves out
+        flow = self.model.flow
+        if as_kind(self.config.modekit, MixtureConfig).routing.remembers:
+            layer, attention = next(_attention_layers(self.model))
+            backend = attention.attn_backend.get_name()
+            if backend not in _BACKENDS:
+                raise ValueError(
+                    f"vLLM cannot serve this mixture's router with {backend}: start it with --attention-backend, "
+                    f"one of {', '.join(_BACKENDS)}"
+                )
+            flow.keeper = _SLOTS[layer] = Slots(layer, vllm_config)
+
+
+def _attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from vllm.model_executor.layers.attention import Attention
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            yield module.layer_name, module
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where the tokens of a pass belong.
+
+    Attributes:
+        groups: of sequences that have as many tokens in this pass: places in the row (B, S), and the slot of the token before
+            each (B,), -1 at the beginning of a text.
+        slots: of each token (T,).
+    """
+
+    groups: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    slots: torch.Tensor
+
+
+def row_of(metadata: Any, block_size: int) -> Row:
+    """Where tokens belong, from what an attention backend knows of a pass.
+
+    Raises RuntimeError where its blocks are not numbered as here.
+    """
+    starts = metadata.query_start_loc.long()
+    counts = starts.diff()
+    first = metadata.seq_lens.long()[: len(counts)] - counts  # position of each sequence's first token in this pass
+    slots = metadata.slot_mapping.long()
+    table = metadata.block_table.long()
+    here, before = (_slots_at(table, position.clamp_min(0), block_size) for position in (first, first - 1))
+    there = slots[starts[:-1].clamp_max(len(slots) - 1)]
+    if bool(((here != there) & (counts > 0) & (there >= 0)).any()):
+        raise RuntimeError("vLLM's cache has blocks of another size than modekit knows; please report it")
+    before = torch.where(first > 0, before, -1)
+    groups = []
+    for count in counts.unique().tolist():
+        members = (counts == count).nonzero().squeeze(-1)
+        if count:
+            places = starts[members][:, None] + torch.arange(count, device=starts.device)
+            groups.append((places, before[members]))
+    return Row(groups, slots)
+
+
+def _slots_at(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    blocks = table.gather(1, (positions // block_size)[:, None]).squeeze(1)
+    return blocks * block_size + positions % block_size
+
+
+class Slots:
+    """Remembers for routers what each sequence's tokens told them, slot by slot (a `Keeper`)."""
+
+    def __init__(self, layer: str, vllm_config: VllmConfig) -> None:
+        self._layer, self._cache = layer, vllm_config.cache_config
+        self._states: dict[str, torch.Tensor] = {}
+        self._seen: tuple[Any, Row] | None = None
+
+    def sums(self, key: str, values_BSG: torch.Tensor, decay: float, prefix: int | None) -> torch.Tensor:
+        """State of each sequence after each of its tokens, (1, T, G + 2)."""
+        states: torch.Tensor = torch.ops.modekit.sums(values_BSG, self._layer, key, decay, prefix)
+        return states
+
+    def ngram_rows(self, key: str, ids_BS: torch.Tensor, order: int, buckets: int) -> torch.Tensor:
+        """Rows of the n-grams of each sequence's own tokens, (1, T)."""
+        rows: torch.Tensor = torch.ops.modekit.ngram_rows(ids_BS, self._layer, key, order, buckets)
+        return rows
+
+    def scan(self, key: str, values: torch.Tensor, step: Step) -> torch.Tensor:
+        """Go on with every sequence of a row of values (1, T, ...); returns the row of results (1, T, ...)."""
+        row = self._row()
+        if row is None:  # vLLM tries the model before there is a cache
+            return step(values, None)[0]
+        results = None
+        for places_BS, before_B in row.groups:
+            kept = self._states.get(key)
+            state = None if kept is None else torch.where(before_B[:, None] >= 0, kept[before_B], torch.zeros_like(kept[:1]))
+            result, states_BSW = step(values[0, places_BS], state)
+            if kept is None:
+                kept = self._states[key] = self._empty(states_BSW)
+            kept[row.slots[places_BS]] = states_BSW
+            if results is None:  # what belongs to no sequence stays zero
+                results = result.new_zeros((*values.shape[:2], *result.shape[2:]))
+            results[0, places_BS] = result
+        return step(values, None)[0] if results is None else results
+
+    def _row(self) -> Row | None:
+        """Of the running pass; looked at once for all routers."""
+        metadata = get_forward_context().attn_metadata
+        if not metadata:
+            return None
+        metadata = metadata[self._layer]
+        if self._seen is None or self._seen[0] is not metadata:
+            self._seen = metadata, row_of(metadata, self._cache.block_size)
+        return self._seen[1]
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        """One state per slot of vLLM's cache, and one more, -1, for tokens that are none."""
+        return like.new_zeros((self._cache.num_gpu_blocks * self._cache.block_size + 1, like.shape[-1]))
+
+
+@torch.library.custom_op("modekit::sums", mutates_args=())
+def _sums(values: torch.Tensor, layer: str, key: str, decay: float, prefix: int | None) -> torch.Tensor:
+    def step(values_BSG: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        mask_BS = torch.ones(values_BSG.shape[:2], device=values_BSG.device)
+        states_BSW = causal_sums(values_BSG, mask_BS, decay, state, prefix=prefix)
+        return states_BSW, states_BSW
+
+    return _SLOTS[layer].scan(key, values, step)
+
+
+@torch.library.custom_op("modekit::ngram_rows", mutates_args=())
+def _ngram_rows(ids: torch.Tensor, layer: str, key: str, order: int, buckets: int) -> torch.Tensor:
+    def step(ids_BS: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_BS, _ = ngram_rows(ids_BS, torch.ones_like(ids_BS), state, order, buckets)
+        before = ids_BS.new_zeros((len(ids_BS), order - 1)) if state is None else state
+        tokens = torch.cat([before, ids_BS + 1], dim=1)
+        last = [tokens[:, back : back + ids_BS.shape[1]] for back in range(1, order)]  # the newest order - 1 at each token
+        return rows_BS, torch.stack(last, dim=-1) if last else tokens.new_zeros((*ids_BS.shape, 0))
+
+    return _SLOTS[layer].scan(key, ids.long(), step)
+
+
+_sums.register_fake(lambda values, *_: values.new_empty((*values.shape[:2], values.shape[2] + 2)))
+_ngram_rows.register_fake(lambda ids, *_: torch.empty_like(ids, dtype=torch.int64))

@@ -1,0 +1,68 @@
+"""Run as a process of its own: vLLM's API server with one mixture. See serve.py.
+
+vLLM is started by its own command line, in this process, with modekit's guard before it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.engines.guard import ANSWERS, App, Guard
+from modekit.engines.serve import KEY, url_of
+
+_LOOK_S = 0.5
+_ANSWER_S = 5.0
+
+
+class Before(Guard):
+    """The guard, as vLLM makes it from its name."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app, os.environ.get(KEY), ANSWERS | {"/metrics"}, open_paths=("/health", "/metrics"))
+
+
+def arguments_of(settings: Mapping[str, object]) -> list[str]:
+    """The words of vLLM's command line."""
+    folder = Path(str(settings["model"]))
+    words = [
+        "serve", f"./{folder.name}", "--served-model-name", str(settings["name"]), "--host", str(settings["host"]),
+        "--port", str(settings["port"]), "--dtype", str(settings["dtype"]), "--max-model-len", str(settings["context"]),
+        "--max-num-seqs", str(settings["parallel"]), "--middleware", f"modekit.engines.vllm_process.{Before.__name__}",
+        "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    words += ["--trust-remote-code"] if settings["trust_remote_code"] else []
+    return words + (["--model-impl", "transformers"] if settings["through_transformers"] else [])
+
+
+def main() -> None:
+    """Say where it listens, and serve until the parent is gone."""
+    settings = settings_of_caller()
+    os.chdir(Path(settings["model"]).parent)  # so that no answer tells where the model lies
+    address = url_of(settings["host"], settings["port"])
+    threading.Thread(target=_answer_when_heard, args=(address,), daemon=True).start()
+    from vllm.entrypoints.cli.main import main as serve
+
+    sys.argv = ["vllm", *arguments_of(settings)]
+    serve()
+
+
+def _answer_when_heard(address: str) -> None:
+    """Tell the parent once the server answers; an engine that does not start ends the process, which tells it, too."""
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=_ANSWER_S):
+                break
+        except OSError:
+            time.sleep(_LOOK_S)
+    answer_caller({"address": address})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Mixtures in the real vLLM, compared with transformers: `make test-vllm`, which installs vLLM beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapter_folders import lora, write_adapter
+from architecture.test_mixtures import OVERRIDES
+from byte_level import save_byte_model
+from command_line import ended
+from conftest import write_text
+from engines.test_gguf import REFUSED as NOT_IN_LLAMA
+from engines.test_gguf import RUNS as IN_LLAMA
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.engines.serve import ENGINES
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.sources.families import FAMILIES, Family
+from modekit.sources.native import NATIVES
+
+pytestmark = pytest.mark.vllm
+
+Answer = list[tuple[list[int], list[float]]]
+PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
+COUNT = 24
+CLOSE = 2e-5  # nats
+HEAD: dict[str, Any] = {"head_dim": 32, "max_position_embeddings": 512}  # vLLM's attention on processors knows no narrower one
+WHOLE_HEADS: dict[str, Any] = {
+    "hidden_size": 128,
+    "max_position_embeddings": 512,
+}  # of families whose heads are hidden size / heads
+FLEXIBLE = {
+    "llama", "mistral", "qwen3", "ernie4_5", "hunyuan_v1_dense", "qwen3_5_text", "gemma", "gemma2", "gemma3_text",
+    "glm4", "seed_oss",
+}  # fmt: skip
+ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA] + NOT_IN_LLAMA + [("cohere2", {"tie_word_embeddings": False})]
+DIFFERS = [row for row in ROWS if row[0] == "cohere2" or (row[0] == "llama" and row[1].get("attention_bias"))]
+ONLY_BF16 = {"qwen3_5_text"}  # vLLM's linear attention on processors
+LINEAR = {"fit": "ridge"}
+MEMORY = {
+    "context": {**LINEAR, "granularity": "context"}, "sequence": {**LINEAR, "granularity": "sequence"},
+    "ngram": {"fit": "ngram"}, "lexical": {"fit": "lexical"}, "orders": {"fit": "lexical", "orders": [1, 2]},
+    "fading": {"fit": "lexical", "decay": [0.9, 0.5]},
+}  # fmt: skip
+
+
+def wide(dense: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    if dense in FLEXIBLE and not overrides.get("attention_bias"):
+        return {**overrides, **HEAD}
+    return {**{key: value for key, value in overrides.items() if key != "head_dim"}, **WHOLE_HEADS}
+
+
+def mixture(
+    root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any], kind: str = "model", **output: Any
+) -> Checkpoint:
+    """Two random models, or adapters over the first."""
+    texts = write_text(root / "text", ("medicine", "law"))
+    experts = []
+    for seed, (name, text) in enumerate(texts.items()):
+        save_byte_model(root / name, dense, seed, **overrides)
+        up = {key: value * (seed + 1) for key, value in lora("mlp.up_proj", 48, overrides.get("hidden_size", 32)).items()}
+        write_adapter(root / f"{name}-adapter", up)
+        model = f"./{name}" if kind == "model" else f"./{name}-adapter"
+        experts.append({"name": name, kind: model, "text": str(text)})
+    recipe = {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": output}
+    build(make_plan(parse_recipe(recipe), root), root / "OUT")
+    return open_checkpoint(root / "OUT")
+
+
+def prompts_of(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def in_vllm(
+    checkpoint: Checkpoint, prompts: list[list[int]], count: int = COUNT, *, turns: int = 1, **settings: Any
+) -> list[Answer]:
+    """What vLLM writes, turn by turn."""
+    given = {"model": str(checkpoint.folder), "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, **settings}
+    given.setdefault("num_gpu_blocks_override", 64)
+    environment = {**os.environ, **ENGINES["vllm"].environment()}
+    wanted = {"settings": given, "prompts": prompts, "count": count, "turns": turns}
+    script = Path(__file__).with_name("vllm_run.py")
+    command, said = [sys.executable, script], json.dumps(wanted)
+    done = subprocess.run(command, input=said, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, said_of(done)
+    turns = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    return [[(each["ids"], each["chances"]) for each in turn] for turn in turns]
+
+
+def said_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Its errors, without what libraries say when they end."""
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line or "cannot" in line]
+    return "\n".join(lines[-20:])
+
+
+@torch.no_grad()
+def in_transformers(checkpoint: Checkpoint, prompts: list[list[int]], count: int = COUNT, expert: int | None = None) -> Answer:
+    """What transformers writes."""
+    model = load_model(checkpoint.folder)
+    if expert is not None:
+        model.use_expert(expert)
+    answers = []
+    for ids in prompts:
+        made = model.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, output_scores=True, return_dict_in_generate=True,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        answers.append((made.sequences[0, len(ids) :].tolist(), [float(step.log_softmax(-1).max()) for step in made.scores]))
+    return answers
+
+
+def apart(one: Answer, other: Answer) -> tuple[int, float]:
+    """Tokens that are not the same, and the most that log-probabilities of the others are apart."""
+    pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(*a, *b, strict=True)]
+    return (
+        sum(here != there for here, _, there, _ in pairs),
+        max(abs(p - q) for here, p, there, q in pairs if here == there),
+    )
+
+
+def test_every_native_row_is_run_here() -> None:
+    assert {row.family.model_type for row in NATIVES} == {dense for dense, _ in ROWS}
+
+
+@pytest.mark.parametrize(("dense", "overrides"), ROWS, ids=[f"{dense}-{n}" for n, (dense, _) in enumerate(ROWS)])
+def test_native(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
+    checkpoint = mixture(tmp_path, dense, wide(dense, overrides), {"top_k": 2, "router": {"fit": "random"}})
+    prompts = prompts_of(checkpoint, PROMPTS)
+    more = {"model_impl": "transformers"} if checkpoint.shape.through_transformers else {}
+    if dense in ONLY_BF16:
+        made, expected = in_vllm(checkpoint, prompts, dtype="bfloat16")[0], in_transformers(checkpoint, prompts)
+        assert sum(one[0][0] == other[0][0] for one, other in zip(made, expected, strict=True)) >= 7
+        return
+    wrong, most = apart(in_vllm(checkpoint, prompts, **more)[0], in_transformers(checkpoint, prompts))
+    assert wrong == 0 and most < CLOSE
+
+
+@pytest.mark.parametrize(("dense", "overrides"), DIFFERS, ids=[dense for dense, _ in DIFFERS])
+def test_where_its_own_class_computes_something_else(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
+    """What `plan` says of --model-impl transformers is still so."""
+    checkpoint = mixture(tmp_path, dense, wide(dense, overrides), {"top_k": 2, "router": {"fit": "random"}})
+    assert "--model-impl transformers" in checkpoint.shape.also_runs_in
+    prompts = prompts_of(checkpoint, PROMPTS)
+    wrong, most = apart(in_vllm(checkpoint, prompts)[0], in_transformers(checkpoint, prompts))
+    assert wrong > 0 or most > 100 * CLOSE
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_lexical_router_in_a_plain_checkpoint(tmp_path: Path, compiled: bool) -> None:
+    checkpoint = mixture(tmp_path, "llama", HEAD, {"top_k": 1, "router": {"fit": "lexical", "decay": [0.9]}})
+    prompts = prompts_of(checkpoint, PROMPTS)
+    answers = in_vllm(checkpoint, prompts, enforce_eager=not compiled)
+    wrong, most = apart(answers[0], in_transformers(checkpoint, prompts))
+    assert wrong == 0 and most < CLOSE
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+@pytest.mark.parametrize("router", [LINEAR, MEMORY["context"], MEMORY["ngram"]], ids=["token", "context", "ngram"])
+def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, Any], compiled: bool) -> None:
+    checkpoint = mixture(tmp_path, "llama", HEAD, {"router": router}, kind, format="modekit")
+    prompts = prompts_of(checkpoint, PROMPTS)
+    expected = in_transformers(checkpoint, prompts)
+    wrong, most = apart(in_vllm(checkpoint, prompts, enforce_eager=not compiled)[0], expected)
+    assert wrong == 0 and most < CLOSE
+    for expert in range(2):  # else a router that decides wrongly would not show
+        assert apart(in_transformers(checkpoint, prompts, expert=expert), expected)[1] > 10 * CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family) -> None:
+    dense = family.model_type
+    overrides = wide(dense, OVERRIDES.get(dense, {}))
+    checkpoint = mixture(tmp_path, dense, overrides, {"router": {"fit": "ngram"}}, format="modekit")
+    prompts = prompts_of(checkpoint, PROMPTS)
+    wrong, most = apart(in_vllm(checkpoint, prompts)[0], in_transformers(checkpoint, prompts))
+    assert wrong == 0 and most < CLOSE
+
+
+@pytest.mark.parametrize("router", MEMORY.values(), ids=MEMORY)
+def test_what_routers_remember_goes_where_keys_and_values_go(tmp_path: Path, router: dict[str, Any]) -> None:
+    """Long prompts in chunks, prefixes that requests share, and so few blocks that requests are put off and begun again."""
+    checkpoint = mixture(tmp_path, "llama", HEAD, {"router": router}, "adapter")
+    beginnings = ["the heart moves the blood through the body, " * 6, "the court hears the parties and return the width " * 6]
+    texts = [beginnings[number % 2] + prompt for number, prompt in enumerate(PROMPTS)]
+    prompts = prompts_of(checkpoint, texts)
+    assert min(map(len, prompts)) > 130  # a block and more
+    expected = in_transformers(checkpoint, prompts, 100)
+    answers = in_vllm(
+        checkpoint, prompts, 100, turns=2, max_num_batched_tokens=48, num_gpu_blocks_override=9, enable_prefix_caching=True
+    )
+    for turn in answers:
+        wrong, most = apart(turn, expected)
+        assert wrong == 0 and most < CLOSE
+
+
+@pytest.mark.parametrize(("mixed", "words"), [
+    ({"modules": "all", "router": {"fit": "ngram"}}, "heads of their own"),
+], ids=["head"])  # fmt: skip
+def test_what_it_cannot_serve_is_refused_at_the_start(tmp_path: Path, mixed: dict[str, Any], words: str) -> None:
+    checkpoint = mixture(tmp_path, "llama", HEAD, mixed, format="modekit")
+    with pytest.raises(AssertionError, match=words):
+        in_vllm(checkpoint, prompts_of(checkpoint, PROMPTS[:1]))
+    code, _, stderr = ended("serve", checkpoint.folder, "--engine", "vllm")
+    assert code == 2 and words in " ".join(stderr.split())
