@@ -120,6 +120,17 @@ def in_transformers(checkpoint: Checkpoint, prompts: list[list[int]], count: int
     return answers
 
 
+def check_same(made: Answer, expected: Answer) -> None:
+    """The same tokens and log-probabilities; a row of benchmarks/vllm.md where VLLM_TABLE names a file."""
+    wrong, most = apart(made, expected)
+    table, tokens = os.environ.get("VLLM_TABLE"), sum(len(ids) for ids, _ in made)
+    if table:
+        test = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition(" ")[0].removeprefix("test_")
+        with Path(table).open("a") as file:
+            file.write(f"| {test} | {tokens - wrong} of {tokens} | {most:.1e} |\n")
+    assert wrong == 0 and most < CLOSE
+
+
 def apart(one: Answer, other: Answer) -> tuple[int, float]:
     """Tokens that are not the same, and the most that log-probabilities of the others are apart."""
     pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(*a, *b, strict=True)]
@@ -142,8 +153,7 @@ def test_native(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
         made, expected = in_vllm(checkpoint, prompts, dtype="bfloat16")[0], in_transformers(checkpoint, prompts)
         assert sum(one[0][0] == other[0][0] for one, other in zip(made, expected, strict=True)) >= 7
         return
-    wrong, most = apart(in_vllm(checkpoint, prompts, **more)[0], in_transformers(checkpoint, prompts))
-    assert wrong == 0 and most < CLOSE
+    check_same(in_vllm(checkpoint, prompts, **more)[0], in_transformers(checkpoint, prompts))
 
 
 @pytest.mark.parametrize(("dense", "overrides"), DIFFERS, ids=[dense for dense, _ in DIFFERS])
@@ -161,8 +171,7 @@ def test_the_lexical_router_in_a_plain_checkpoint(tmp_path: Path, compiled: bool
     checkpoint = mixture(tmp_path, "llama", HEAD, {"top_k": 1, "router": {"fit": "lexical", "decay": [0.9]}})
     prompts = prompts_of(checkpoint, PROMPTS)
     answers = in_vllm(checkpoint, prompts, enforce_eager=not compiled)
-    wrong, most = apart(answers[0], in_transformers(checkpoint, prompts))
-    assert wrong == 0 and most < CLOSE
+    check_same(answers[0], in_transformers(checkpoint, prompts))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -172,8 +181,7 @@ def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, A
     checkpoint = mixture(tmp_path, "llama", HEAD, {"router": router}, kind, format="modekit")
     prompts = prompts_of(checkpoint, PROMPTS)
     expected = in_transformers(checkpoint, prompts)
-    wrong, most = apart(in_vllm(checkpoint, prompts, enforce_eager=not compiled)[0], expected)
-    assert wrong == 0 and most < CLOSE
+    check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled)[0], expected)
     for expert in range(2):  # else a router that decides wrongly would not show
         assert apart(in_transformers(checkpoint, prompts, expert=expert), expected)[1] > 10 * CLOSE
 
@@ -184,8 +192,7 @@ def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family
     overrides = wide(dense, OVERRIDES.get(dense, {}))
     checkpoint = mixture(tmp_path, dense, overrides, {"router": {"fit": "ngram"}}, format="modekit")
     prompts = prompts_of(checkpoint, PROMPTS)
-    wrong, most = apart(in_vllm(checkpoint, prompts)[0], in_transformers(checkpoint, prompts))
-    assert wrong == 0 and most < CLOSE
+    check_same(in_vllm(checkpoint, prompts)[0], in_transformers(checkpoint, prompts))
 
 
 @pytest.mark.parametrize("router", MEMORY.values(), ids=MEMORY)
@@ -201,8 +208,7 @@ def test_what_routers_remember_goes_where_keys_and_values_go(tmp_path: Path, rou
         checkpoint, prompts, 100, turns=2, max_num_batched_tokens=48, num_gpu_blocks_override=9, enable_prefix_caching=True
     )
     for turn in answers:
-        wrong, most = apart(turn, expected)
-        assert wrong == 0 and most < CLOSE
+        check_same(turn, expected)
 
 
 @pytest.mark.parametrize(("mixed", "words"), [

@@ -25,6 +25,7 @@ from conftest import Workshop, make_workshop
 from damage import NO_FILES, damaged_file, in_time, no_file
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
+from modekit.engines.serve import choose_engine, longest_conversation
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
@@ -182,6 +183,9 @@ def read_everything(folder: Path) -> None:
         check_card(make_card(checkpoint, ask_hub=False).contents["README.md"].decode())
     with told():
         pack(checkpoint, ask_hub=False).sizes()
+    with told():
+        choose_engine(checkpoint, "auto")
+        longest_conversation(checkpoint)
     with told():
         kept = kept_results(checkpoint, TaskResults({}, {}, []))
         markdown(kept, {})

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,7 +30,7 @@ class ServeOptions:
     context: Annotated[int | None, typer.Option(min=64, help="Tokens of the longest conversation; default: the model's.")] = (
         None
     )
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama, vllm).")] = 4
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once.")] = 4
     outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (llama; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (llama).")] = None
     fsync: Fsync = True
@@ -69,6 +70,9 @@ class FrontOptions:
     host: Annotated[str, typer.Option(help="Address to listen on; by default nobody but this machine is heard.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8000
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 600.0
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder as export writes it; workers load its adapters, and let go those taken out.")
+    ] = None
     trust_remote_code: Trust = False
 
 
@@ -79,7 +83,8 @@ def front(checkpoint: OutFolder, options: FrontOptions) -> None:
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.engines.run_front import FrontSettings, run_front
 
-    settings = FrontSettings(options.worker, options.name or [], options.host, options.port, options.timeout)
+    adapters = None if options.adapters is None else resolved(options.adapters)
+    settings = FrontSettings(options.worker, options.name or [], options.host, options.port, options.timeout, adapters)
     opened = open_checkpoint(resolved(checkpoint))
 
     def listening(address: str) -> None:

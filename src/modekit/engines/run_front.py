@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.serve import INSTALL, KEY, free_address, url_of
+from modekit.engines.serve import INSTALL, KEY, bound_socket, url_of
 from modekit.errors import EngineError
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
@@ -32,6 +32,7 @@ class FrontSettings:
         names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
         host, port: port 0: any that is free.
         timeout_s: how long an answer may take.
+        adapters: a folder of adapters that workers are told to load; None: they have what they have.
     """
 
     workers: Sequence[str]
@@ -39,6 +40,7 @@ class FrontSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     timeout_s: float = 600.0
+    adapters: Path | None = None
 
 
 def run_front(
@@ -53,19 +55,22 @@ def run_front(
         raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
     import uvicorn
 
+    from modekit.engines.adapter_folder import AdapterFolder
     from modekit.engines.front import Front
     from modekit.engines.workers import Workers
     from modekit.routing.text_router import TextRouter
 
     names = checked_names(checkpoint, settings.names)
+    if settings.adapters is not None and not settings.adapters.is_dir():
+        raise EngineError(
+            "there is no such folder", where=f"--adapters {settings.adapters}", remedy="make it: modekit export OUT FOLDER"
+        )
     _check_urls(settings.workers)
     router = TextRouter(checkpoint, run=run)
-    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout_s)
+    adapters = None if settings.adapters is None else AdapterFolder(settings.adapters, checkpoint.names, names)
+    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout_s, adapters)
     front = Front(router, workers, names, os.environ.get(KEY))
-    family, address = free_address(settings.host, settings.port)
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+    with bound_socket(settings.host, settings.port) as listener:
         listener.listen(_BACKLOG)  # who connects from now on waits until the server is up
         logging.getLogger("modekit.front").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s")

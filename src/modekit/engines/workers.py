@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import httpx2
 
+from modekit.engines.adapter_folder import AdapterFolder
+
 _LOOK_S = 2.0  # between two looks at a worker's models
 _ANSWER_S = 5.0  # a worker that takes longer to say what it serves is not there
 _CONNECT_S = 3.0
@@ -54,11 +56,19 @@ class Answer:
 
 @dataclass
 class Workers:
-    """All of them. `key` is what they want to see, if anything."""
+    """All of them.
+
+    Attributes:
+        urls: where they are.
+        key: what they want to see, if anything.
+        timeout_s: how long an answer may take.
+        adapters: what they are to serve besides.
+    """
 
     urls: Sequence[str]
     key: str | None = None
     timeout_s: float = 600.0
+    adapters: AdapterFolder | None = None
     all: list[Worker] = field(init=False)
     _client: httpx2.AsyncClient = field(init=False)
 
@@ -89,6 +99,15 @@ class Workers:
             await self._look_at(worker)
 
     async def _look_at(self, worker: Worker) -> None:
+        await self._ask_for_models(worker)
+        if self.adapters is None:
+            return
+        if not worker.models:
+            self.adapters.forget(worker.url)
+        elif await self.adapters.bring_to(worker.url, worker.models, self._client):
+            await self._ask_for_models(worker)
+
+    async def _ask_for_models(self, worker: Worker) -> None:
         try:
             answer = await self._client.get(f"{worker.url}/v1/models", timeout=_ANSWER_S)
             worker.models = frozenset(str(each["id"]) for each in answer.raise_for_status().json()["data"])

@@ -73,7 +73,7 @@ class NativeLayout:
         if self._base.config.get("sliding_window") and self._native.native_type == "mixtral":
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
         if self._family.model_type == "qwen2":
-            yield "llama.cpp's qwen2moe does not renormalise router weights: not for GGUF"
+            yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
         if self._channels is not None:
             yield from self._channels.notes(self._recipe)
         if any((tensor.inner or tensor).operation == "cast" for tensor in self._experts(1)):
