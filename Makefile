@@ -34,7 +34,7 @@ test-all: $(READY)  ## the tests and the slow ones
 	$(PYTEST) -m "not vllm"
 
 test-vllm: $(VLLM)/.ready  ## mixtures in vLLM for processors, 4 GB in an environment of its own; half an hour
-	$(VLLM)/bin/python -m pytest -m vllm tests/engines
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm tests/engines tests/docs
 
 $(VLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)

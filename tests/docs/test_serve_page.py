@@ -140,6 +140,17 @@ def test_the_commands_run(mixtures: Path, shell: Shell, heading: str) -> None:
 def test_the_commands_of_vllm_run(mixtures: Path, shell: Shell, heading: str) -> None:
     for line in sections()[heading]:
         shell.run(line, mixtures / ("adapter" if "Adapters" in heading else "model"))
+    if "Adapters" in heading:
+        end = time.monotonic() + 60
+        while not {"medicine", "law"} <= served(port_of("8000")):
+            assert time.monotonic() < end, "the adapters were not loaded"
+            time.sleep(0.2)
+
+
+def served(port: str) -> set[str]:
+    """The models that can be asked for."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as answer:
+        return {each["id"] for each in json.load(answer)["data"]}
 
 
 def workers(root: Path, stack: ExitStack) -> None:

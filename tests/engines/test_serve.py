@@ -48,7 +48,7 @@ IN_VLLM = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
-    """A native mixture, and two of adapters: under a router per token, and under one that keeps what it has read.
+    """A native mixture, and one of adapters under a router that keeps what it has read.
 
     What lies beside them is never imported.
     """
@@ -62,9 +62,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
         recipes["adapters"].append({"name": name, "adapter": f"./{name}-adapter", "text": str(text)})
     (root / "medicine" / "chat_template.jinja").write_text(TEMPLATE)
     found = {}
-    for shape, fit in (("native", "lexical"), ("token", "random"), ("adapters", "ngram")):
-        kind = "native" if shape == "native" else "adapters"
-        recipe = {"base_model": "./medicine", "experts": recipes[kind], "mixture": {"router": {"fit": fit}}}
+    for shape, fit in (("native", "lexical"), ("adapters", "ngram")):
+        recipe = {"base_model": "./medicine", "experts": recipes[shape], "mixture": {"router": {"fit": fit}}}
         build(make_plan(parse_recipe(recipe), root), root / shape)
         found[shape] = open_checkpoint(root / shape)
     for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):

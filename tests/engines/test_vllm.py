@@ -44,7 +44,7 @@ FLEXIBLE = {
     "glm4", "seed_oss",
 }  # fmt: skip
 ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA] + NOT_IN_LLAMA + [("cohere2", {"tie_word_embeddings": False})]
-DIFFERS = [row for row in ROWS if row[0] == "cohere2" or (row[0] == "llama" and row[1].get("attention_bias"))]
+DIFFERS = [row for row in ROWS if row[0] == "cohere2" or row[1].get("attention_bias")]
 ONLY_BF16 = {"qwen3_5_text"}  # vLLM's linear attention on processors
 LINEAR = {"fit": "ridge"}
 MEMORY = {
@@ -82,20 +82,24 @@ def prompts_of(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
-def in_vllm(
-    checkpoint: Checkpoint, prompts: list[list[int]], count: int = COUNT, *, turns: int = 1, **settings: Any
-) -> list[Answer]:
-    """What vLLM writes, turn by turn."""
+def in_vllm(checkpoint: Checkpoint, prompts: list[list[int]], **settings: Any) -> Answer:
+    """What vLLM writes."""
+    return turns_in_vllm(checkpoint, prompts, COUNT, 1, **settings)[0][1]
+
+
+def turns_in_vllm(
+    checkpoint: Checkpoint, prompts: list[list[int]], count: int, turns: int, **settings: Any
+) -> list[tuple[list[int], Answer]]:
+    """Turn by turn how many tokens of each prompt were there already, and what vLLM writes."""
     given = {"model": str(checkpoint.folder), "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, **settings}
     given.setdefault("num_gpu_blocks_override", 64)
-    environment = {**os.environ, **ENGINES["vllm"].environment()}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **ENGINES["vllm"].environment()}
     wanted = {"settings": given, "prompts": prompts, "count": count, "turns": turns}
-    script = Path(__file__).with_name("vllm_run.py")
-    command, said = [sys.executable, script], json.dumps(wanted)
-    done = subprocess.run(command, input=said, capture_output=True, text=True, env=environment, timeout=600)
+    command, said = [sys.executable, Path(__file__).with_name("vllm_run.py")], json.dumps(wanted)
+    done = subprocess.run(command, input=said, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, said_of(done)
-    turns = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
-    return [[(each["ids"], each["chances"]) for each in turn] for turn in turns]
+    answered = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    return [(turn["shared"], [tuple(each) for each in turn["answers"]]) for turn in answered]
 
 
 def said_of(done: subprocess.CompletedProcess[str]) -> str:
@@ -150,10 +154,10 @@ def test_native(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
     prompts = prompts_of(checkpoint, PROMPTS)
     more = {"model_impl": "transformers"} if checkpoint.shape.through_transformers else {}
     if dense in ONLY_BF16:
-        made, expected = in_vllm(checkpoint, prompts, dtype="bfloat16")[0], in_transformers(checkpoint, prompts)
+        made, expected = in_vllm(checkpoint, prompts, dtype="bfloat16"), in_transformers(checkpoint, prompts)
         assert sum(one[0][0] == other[0][0] for one, other in zip(made, expected, strict=True)) >= 7
         return
-    check_same(in_vllm(checkpoint, prompts, **more)[0], in_transformers(checkpoint, prompts))
+    check_same(in_vllm(checkpoint, prompts, **more), in_transformers(checkpoint, prompts))
 
 
 @pytest.mark.parametrize(("dense", "overrides"), DIFFERS, ids=[dense for dense, _ in DIFFERS])
@@ -162,7 +166,7 @@ def test_where_its_own_class_computes_something_else(tmp_path: Path, dense: str,
     checkpoint = mixture(tmp_path, dense, wide(dense, overrides), {"top_k": 2, "router": {"fit": "random"}})
     assert "--model-impl transformers" in checkpoint.shape.also_runs_in
     prompts = prompts_of(checkpoint, PROMPTS)
-    wrong, most = apart(in_vllm(checkpoint, prompts)[0], in_transformers(checkpoint, prompts))
+    wrong, most = apart(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
     assert wrong > 0 or most > 100 * CLOSE
 
 
@@ -170,8 +174,7 @@ def test_where_its_own_class_computes_something_else(tmp_path: Path, dense: str,
 def test_the_lexical_router_in_a_plain_checkpoint(tmp_path: Path, compiled: bool) -> None:
     checkpoint = mixture(tmp_path, "llama", HEAD, {"top_k": 1, "router": {"fit": "lexical", "decay": [0.9]}})
     prompts = prompts_of(checkpoint, PROMPTS)
-    answers = in_vllm(checkpoint, prompts, enforce_eager=not compiled)
-    check_same(answers[0], in_transformers(checkpoint, prompts))
+    check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled), in_transformers(checkpoint, prompts))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -181,41 +184,52 @@ def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, A
     checkpoint = mixture(tmp_path, "llama", HEAD, {"router": router}, kind, format="modekit")
     prompts = prompts_of(checkpoint, PROMPTS)
     expected = in_transformers(checkpoint, prompts)
-    check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled)[0], expected)
+    check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled), expected)
     for expert in range(2):  # else a router that decides wrongly would not show
         assert apart(in_transformers(checkpoint, prompts, expert=expert), expected)[1] > 10 * CLOSE
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if not family.without_vllm], ids=lambda family: family.model_type
+)
 def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family) -> None:
     dense = family.model_type
     overrides = wide(dense, OVERRIDES.get(dense, {}))
     checkpoint = mixture(tmp_path, dense, overrides, {"router": {"fit": "ngram"}}, format="modekit")
     prompts = prompts_of(checkpoint, PROMPTS)
-    check_same(in_vllm(checkpoint, prompts)[0], in_transformers(checkpoint, prompts))
+    check_same(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
 
 
+CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 9}
+"""Long prompts come in chunks, and there are so few blocks that requests are put off and begun again."""
+
+
+@pytest.mark.parametrize("settings", [CROWDED, {}], ids=["crowded", "at once"])
 @pytest.mark.parametrize("router", MEMORY.values(), ids=MEMORY)
-def test_what_routers_remember_goes_where_keys_and_values_go(tmp_path: Path, router: dict[str, Any]) -> None:
-    """Long prompts in chunks, prefixes that requests share, and so few blocks that requests are put off and begun again."""
+def test_what_routers_remember_goes_where_keys_and_values_go(
+    tmp_path: Path, router: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Four requests share a beginning with one that is read in the very same pass, then all with the turn before."""
     checkpoint = mixture(tmp_path, "llama", HEAD, {"router": router}, "adapter")
-    beginnings = ["the heart moves the blood through the body, " * 6, "the court hears the parties and return the width " * 6]
-    texts = [beginnings[number % 2] + prompt for number, prompt in enumerate(PROMPTS)]
-    prompts = prompts_of(checkpoint, texts)
-    assert min(map(len, prompts)) > 130  # a block and more
+    beginnings = ["the heart moves the blood through the body, " * 20, "the court hears the parties and return the width " * 20]
+    prompts = prompts_of(checkpoint, [beginnings[number % 2] + prompt for number, prompt in enumerate(PROMPTS)])
+    assert 130 < min(map(len, prompts)) < 400  # a block and more
     expected = in_transformers(checkpoint, prompts, 100)
-    answers = in_vllm(
-        checkpoint, prompts, 100, turns=2, max_num_batched_tokens=48, num_gpu_blocks_override=9, enable_prefix_caching=True
-    )
-    for turn in answers:
-        check_same(turn, expected)
+    turns = turns_in_vllm(checkpoint, prompts, 100, 2, enable_prefix_caching=True, **settings)
+    for shared, answers in turns:
+        check_same(answers, expected)
+        assert sum(tokens >= 128 for tokens in shared) >= 4
+    for expert in range(2):  # else a router that decides wrongly would not show
+        assert apart(in_transformers(checkpoint, prompts, 100, expert), expected)[1] > 10 * CLOSE
 
 
-@pytest.mark.parametrize(("mixed", "words"), [
-    ({"modules": "all", "router": {"fit": "ngram"}}, "heads of their own"),
-], ids=["head"])  # fmt: skip
-def test_what_it_cannot_serve_is_refused_at_the_start(tmp_path: Path, mixed: dict[str, Any], words: str) -> None:
-    checkpoint = mixture(tmp_path, "llama", HEAD, mixed, format="modekit")
+@pytest.mark.parametrize(("dense", "mixed", "words"), [
+    ("llama", {"modules": "all", "router": {"fit": "ngram"}}, "heads of their own"),
+    ("llama", {"router": {**MEMORY["context"], "per": "feature"}, "modules": ["up"]}, "decide per feature"),
+    ("qwen3_5_text", {"router": {"fit": "ngram"}}, "linear attention"),
+], ids=["head", "feature", "linear"])  # fmt: skip
+def test_what_it_cannot_serve_is_refused_at_the_start(tmp_path: Path, dense: str, mixed: dict[str, Any], words: str) -> None:
+    checkpoint = mixture(tmp_path, dense, wide(dense, OVERRIDES.get(dense, {})), mixed, format="modekit")
     with pytest.raises(AssertionError, match=words):
         in_vllm(checkpoint, prompts_of(checkpoint, PROMPTS[:1]))
     code, _, stderr = ended("serve", checkpoint.folder, "--engine", "vllm")

@@ -17,13 +17,17 @@ def main() -> None:
     turns = []
     for _ in range(wanted["turns"]):
         prompts = [{"prompt_token_ids": ids} for ids in wanted["prompts"]]
-        made = [each.outputs[0] for each in model.generate(prompts, sampling, use_tqdm=False)]
-        turns.append([
-            {"ids": list(each.token_ids), "chances": [
-                step[token].logprob for token, step in zip(each.token_ids, each.logprobs, strict=True)
-            ]}
-            for each in made
-        ])  # fmt: skip
+        answers = model.generate(prompts, sampling, use_tqdm=False)
+        turns.append({
+            "shared": [each.num_cached_tokens for each in answers],
+            "answers": [
+                (
+                    list(made.token_ids),
+                    [step[token].logprob for token, step in zip(made.token_ids, made.logprobs, strict=True)],
+                )
+                for made in (each.outputs[0] for each in answers)
+            ],
+        })  # fmt: skip
     sys.stdout.write("\n" + json.dumps(turns) + "\n")
 
 

@@ -30,7 +30,7 @@ class ServeOptions:
     context: Annotated[int | None, typer.Option(min=64, help="Tokens of the longest conversation; default: the model's.")] = (
         None
     )
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once.")] = 4
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama, vllm).")] = 4
     outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (llama; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (llama).")] = None
     fsync: Fsync = True

@@ -8,6 +8,7 @@ VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. One that does not is left as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,22 @@ from modekit.sources.adapter import WEIGHTS_FILE
 
 _LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 _LOAD_S = 120.0  # in which a worker must have read an adapter
+_SPELLING_BITS = 32
 _LOG = logging.getLogger("modekit.front")
+
+
+@dataclass(frozen=True)
+class Version:
+    """An adapter as it lies there: its folder, and when its file was written, in nanoseconds."""
+
+    folder: Path
+    written: int
+
+    @property
+    def spelling(self) -> str:
+        """The folder's path, spelled otherwise for every version: vLLM keeps what it computed by an adapter under this path."""
+        digest = int.from_bytes(hashlib.blake2b(str(self.written).encode(), digest_size=_SPELLING_BITS // 8).digest(), "big")
+        return str(self.folder) + "".join("/." if digest >> bit & 1 else "/" for bit in range(_SPELLING_BITS)) + "/."
 
 
 @dataclass
@@ -36,54 +52,63 @@ class AdapterFolder:
     folder: Path
     experts: Sequence[str]
     names: Mapping[str, str] = field(default_factory=dict)
-    _told: dict[str, dict[str, int]] = field(default_factory=dict)  # worker's URL -> model -> when its file was written
+    _told: dict[tuple[str, str], Version] = field(default_factory=dict)  # by the worker's URL and the model's name
+    _failed: dict[tuple[str, str], Version] = field(default_factory=dict)
     _unable: set[str] = field(default_factory=set)
 
     async def bring_to(self, url: str, models: frozenset[str], client: httpx2.AsyncClient) -> bool:
         """Have a worker, which serves `models`, load what is new or written again, and let go what is gone.
 
+        One that it serves under such a name without having been told so here is loaded again: nobody knows which version it is.
         Returns whether anything was changed.
         """
-        if url in self._unable:
-            return False
-        told, there = self._told.setdefault(url, {}), self._there()
-        gone = [model for model in told if model in models and there.get(model, (None, 0))[1] != told[model]]
-        new = [model for model in there if model not in models or model in gone]
-        for model in gone:
-            await self._tell(url, _UNLOAD, {"lora_name": model}, client)
-            del told[model]
-        for model in new:
-            path, written = there[model]
-            if await self._tell(url, _LOAD, {"lora_name": model, "lora_path": str(path)}, client):
-                told[model] = written
-        return bool(gone or new)
+        there, changed = self._there(), False
+        for model in {*there, *(model for known, model in self._told if known == url)}:
+            version, at = there.get(model), (url, model)
+            if url in self._unable or (version is not None and self._failed.get(at) == version):
+                continue
+            served = model in models
+            if served and version == self._told.get(at):
+                continue
+            if served and not await self._tell(url, _UNLOAD, {"lora_name": model}, client):
+                continue
+            self._told.pop(at, None)
+            changed = True
+            if version is not None:
+                request = {"lora_name": model, "lora_path": version.spelling}
+                known = self._told if await self._tell(url, _LOAD, request, client) else self._failed
+                known[at] = version
+        return changed
 
     def forget(self, url: str) -> None:
-        """A worker does not answer: it may be another one when it comes back."""
-        self._told.pop(url, None)
+        """A worker does not answer: it may be another one when it comes back, and able to do what it was not."""
         self._unable.discard(url)
+        for at in [at for at in self._failed if at[0] == url]:
+            del self._failed[at]
 
-    def _there(self) -> dict[str, tuple[Path, int]]:
-        """Model -> its folder, and when its file was written."""
+    def _there(self) -> dict[str, Version]:
+        """By the model's name."""
         found = {}
         for expert in self.experts:
-            file = self.folder / expert / WEIGHTS_FILE
-            if file.is_file():
-                found[self.names.get(expert, expert)] = file.parent, file.stat().st_mtime_ns
+            try:
+                written = (self.folder / expert / WEIGHTS_FILE).stat().st_mtime_ns
+            except OSError:
+                continue
+            found[self.names.get(expert, expert)] = Version(self.folder / expert, written)
         return found
 
     async def _tell(self, url: str, path: str, request: Mapping[str, str], client: httpx2.AsyncClient) -> bool:
         try:
             answer = await client.post(url + path, json=dict(request), timeout=_LOAD_S)
         except httpx2.HTTPError as error:
-            self._log(url, request["lora_name"], type(error).__name__)
+            self._log(url, request["lora_name"], path, type(error).__name__)
             return False
-        if answer.status_code in (404, 405):
+        if answer.status_code == 405 or (answer.status_code == 404 and b'"error"' not in answer.content):  # no such command
             self._unable.add(url)
         if answer.is_error:
-            self._log(url, request["lora_name"], f"status {answer.status_code}")
+            self._log(url, request["lora_name"], path, f"status {answer.status_code}")
         return not answer.is_error
 
     @staticmethod
-    def _log(url: str, adapter: str, found: str) -> None:
-        _LOG.warning("%s", json.dumps({"worker": url, "adapter": adapter, "not loaded": found}))
+    def _log(url: str, adapter: str, path: str, found: str) -> None:
+        _LOG.warning("%s", json.dumps({"worker": url, "adapter": adapter, "asked": path, "found": found}))

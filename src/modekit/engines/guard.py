@@ -61,13 +61,14 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            self._at_once += 1
+            counted = scope["path"] not in self._open
+            self._at_once += counted
             try:
                 await self._let_through(scope, receive, send)
             except RefusedError as error:
                 await _refuse(send, error)
             finally:
-                self._at_once -= 1
+                self._at_once -= counted
 
     async def _let_through(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = self._checked(scope)
@@ -88,11 +89,14 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if scope["path"] not in self._paths:
             raise RefusedError(404, "there is nothing here")
-        if self._key and scope["path"] not in self._open and not hmac.compare_digest(given, self._key.encode()):
+        if scope["path"] in self._open:
+            if scope["method"] not in {"GET", "HEAD"}:
+                raise RefusedError(405, "it is only read")
+        elif self._key and not hmac.compare_digest(given, self._key.encode()):
             raise RefusedError(401, "the key is missing or wrong")
         if not length.isdigit() or int(length) > LARGEST_BODY:
             raise RefusedError(413, _TOO_LARGE)
-        if self._at_once > MOST_AT_ONCE and scope["path"] not in self._open:
+        if self._at_once > MOST_AT_ONCE:
             raise RefusedError(429, "too many requests are being answered")
         return headers
 

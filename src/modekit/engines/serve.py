@@ -4,7 +4,7 @@
 |---|---|---|
 | llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
 | vllm | all but a few | vLLM's own server, with modekit's plug-in |
-| transformers | every mixture | `transformers serve`; with continuous batching where several sequences may share a row |
+| transformers | every mixture | `transformers serve`, one request at a time |
 
 The engine is a process of its own that ends with this one. It listens on the loopback address unless another is asked for.
 """
@@ -184,10 +184,7 @@ def _transformers_prepared(checkpoint: Checkpoint, settings: ServeSettings, run:
     from modekit.loaded.load import check_loadable
 
     check_loadable(checkpoint.folder, run=run)
-    return {
-        "model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code,
-        "batches": checkpoint.shape.reads_rows_of_several,
-    }  # fmt: skip
+    return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
 
 
 def _vllm_refusal(checkpoint: Checkpoint) -> str | None:
@@ -214,7 +211,7 @@ def _vllm_environment() -> Mapping[str, str]:
     settings = {"PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_HOST_IP": "127.0.0.1"}
     if _is_for_processors():
         library = Path(sys.prefix) / "lib" / "libiomp5.so"
-        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1"} | ({"LD_PRELOAD": str(library)} if library.exists() else {})
+        settings |= {"LD_PRELOAD": str(library)} if library.exists() else {}
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 

@@ -30,7 +30,7 @@ class ServeSettings:
         engine: which engine; auto: the first that fits.
         host, port: where it listens; port 0: any that is free.
         context: tokens of the longest conversation; None: the model's own.
-        parallel: conversations at once.
+        parallel: conversations at once (llama, vllm).
         gguf: how llama's file is made.
     """
 

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,6 @@ from modekit.engines.serve import url_of
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _LOOK_S = 0.05
-_BLOCK = 32  # tokens of a block of keys and values
-_AT_ONCE = 256  # tokens of a pass
-_MOST_KEPT = 2**16  # tokens of all conversations, unless one alone has more
 
 
 def fitted_to(context: int, length_of: Callable[[Any], int]) -> Callable[[bytes], bytes]:
@@ -76,18 +73,6 @@ def _length_by(tokenizer: Any) -> Callable[[Any], int]:
     return length_of
 
 
-def _batching(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Continuous batching with room for the conversations that are to be served at once; where these are long, some wait."""
-    if not settings["batches"]:
-        return {}
-    context = settings["context"]
-    tokens = max(context, min(settings["parallel"] * context, _MOST_KEPT))
-    return {
-        "continuous_batching": True, "cb_block_size": _BLOCK, "cb_num_blocks": -(-tokens // _BLOCK),
-        "cb_max_batch_tokens": _AT_ONCE, "cb_use_cuda_graph": False,
-    }  # fmt: skip
-
-
 def main() -> None:
     """Load the mixture, say where it listens, and serve until the parent is gone."""
     settings = settings_of_caller()
@@ -111,7 +96,7 @@ def main() -> None:
 
     served = Guarded(
         force_model=folder.name, host=settings["host"], port=settings["port"], device="auto", dtype="auto",
-        trust_remote_code=settings["trust_remote_code"], log_level="warning", non_blocking=True, **_batching(settings),
+        trust_remote_code=settings["trust_remote_code"], log_level="warning", non_blocking=True,
     )  # fmt: skip
     while not served.server.started:
         if not served._thread.is_alive():

@@ -4,6 +4,9 @@ vLLM puts the new tokens of many requests into one row, and the keys and values 
 a router remembers of a text after a token is kept under the number of the token's slot. So it goes wherever the keys go: into
 prefixes that requests share, over pre-emptions, from one chunk of a long prompt to the next.
 
+A request may share what another one computes in the very same pass: attention writes all keys before it reads any, and states
+are taken in the order in which they follow from each other.
+
 Shape legend: B sequences, S tokens of each in this pass, T tokens of the row, G values, W numbers of a state.
 """
 
@@ -24,8 +27,6 @@ from modekit.planning.mixture_config import MixtureConfig
 
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """Attention backends that say where each request's tokens lie."""
-_SLOTS: dict[str, Slots] = {}
-"""By name, for the operations below, which a compiled pass calls with names: no compiler looks into them."""
 Step = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 """From values (B, S, ...) and the state before them (B, W): results (B, S, ...), and the state after each token (B, S, W)."""
 
@@ -38,22 +39,22 @@ class ModekitForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
         self.logits_processor.scale /= getattr(self.config, "logits_scaling", 1.0)  # Granite's, which vLLM leaves out
         flow = self.model.flow
         if as_kind(self.config.modekit, MixtureConfig).routing.remembers:
-            layer, attention = next(_attention_layers(self.model))
+            attention = next(_attention_layers(self.model))
             backend = attention.attn_backend.get_name()
             if backend not in _BACKENDS:
                 raise ValueError(
                     f"vLLM cannot serve this mixture's router with {backend}: start it with --attention-backend, "
                     f"one of {', '.join(_BACKENDS)}"
                 )
-            flow.keeper = _SLOTS[layer] = Slots(layer, vllm_config)
+            flow.keeper = attention.modekit_slots = Slots(attention.layer_name, vllm_config)
 
 
-def _attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def _attention_layers(model: torch.nn.Module) -> Iterator[Any]:
     from vllm.model_executor.layers.attention import Attention
 
     for module in model.modules():
         if isinstance(module, Attention):
-            yield module.layer_name, module
+            yield module
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Row:
 
     Attributes:
         groups: of sequences that have as many tokens in this pass: places in the row (B, S), and the slot of the token before
-            each (B,), -1 at the beginning of a text.
+            each (B,), -1 at the beginning of a text. Whoever goes on from a token of this pass stands after it.
         slots: of each token (T,).
     """
 
@@ -85,13 +86,28 @@ def row_of(metadata: Any, block_size: int) -> Row:
     if bool(((here != there) & (counts > 0) & (there >= 0)).any()):
         raise RuntimeError("vLLM's cache has blocks of another size than modekit knows; please report it")
     before = torch.where(first > 0, before, -1)
-    groups = []
-    for count in counts.unique().tolist():
-        members = (counts == count).nonzero().squeeze(-1)
+    levels, groups = _levels(first, before, starts, slots), []
+    for level, count in sorted(set(zip(levels.tolist(), counts.tolist(), strict=True))):
+        members = ((counts == count) & (levels == level)).nonzero().squeeze(-1)
         if count:
             places = starts[members][:, None] + torch.arange(count, device=starts.device)
             groups.append((places, before[members]))
     return Row(groups, slots)
+
+
+def _levels(first: torch.Tensor, before: torch.Tensor, starts: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """How many sequences of this pass stand before each (B,), since it goes on from a token that another one has in it."""
+    levels = torch.zeros_like(first)
+    slots = slots[: int(starts[-1])]
+    if not bool(torch.isin(before, slots[slots >= 0]).any()):
+        return levels
+    places = {slot: place for place, slot in enumerate(slots.tolist()) if slot >= 0}
+    for sequence in first.argsort().tolist():  # whose beginning another one shares begins before it
+        place = places.get(int(before[sequence]))
+        if place is not None:
+            owner = int(torch.searchsorted(starts, place, right=True)) - 1
+            levels[sequence] = levels[owner] + 1
+    return levels
 
 
 def _slots_at(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -150,6 +166,12 @@ class Slots:
         return like.new_zeros((self._cache.num_gpu_blocks * self._cache.block_size + 1, like.shape[-1]))
 
 
+def _slots_of(layer: str) -> Slots:
+    """Those of the running model, by the name of its attention layer: a compiled pass calls the operations below with names."""
+    slots: Slots = get_forward_context().no_compile_layers[layer].modekit_slots
+    return slots
+
+
 @torch.library.custom_op("modekit::sums", mutates_args=())
 def _sums(values: torch.Tensor, layer: str, key: str, decay: float, prefix: int | None) -> torch.Tensor:
     def step(values_BSG: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +179,7 @@ def _sums(values: torch.Tensor, layer: str, key: str, decay: float, prefix: int 
         states_BSW = causal_sums(values_BSG, mask_BS, decay, state, prefix=prefix)
         return states_BSW, states_BSW
 
-    return _SLOTS[layer].scan(key, values, step)
+    return _slots_of(layer).scan(key, values, step)
 
 
 @torch.library.custom_op("modekit::ngram_rows", mutates_args=())
@@ -169,7 +191,7 @@ def _ngram_rows(ids: torch.Tensor, layer: str, key: str, order: int, buckets: in
         last = [tokens[:, back : back + ids_BS.shape[1]] for back in range(1, order)]  # the newest order - 1 at each token
         return rows_BS, torch.stack(last, dim=-1) if last else tokens.new_zeros((*ids_BS.shape, 0))
 
-    return _SLOTS[layer].scan(key, ids.long(), step)
+    return _slots_of(layer).scan(key, ids.long(), step)
 
 
 _sums.register_fake(lambda values, *_: values.new_empty((*values.shape[:2], values.shape[2] + 2)))

@@ -49,14 +49,14 @@ def check_config(vllm_config: VllmConfig) -> None:
 
 def _refusal_of_settings(vllm_config: VllmConfig, said: MixtureConfig) -> str | None:
     parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        return "it cannot be split over devices; leave out --tensor-parallel-size and --pipeline-parallel-size"
+    if max(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.prefill_context_parallel_size) > 1:
+        return "it cannot be split over devices; leave out --tensor-parallel-size, --pipeline-parallel-size and the like"
     if not said.routing.remembers:
         return None
-    if vllm_config.kv_transfer_config is not None:
-        return f"{_KEPT}; leave out --kv-transfer-config"
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
+        return f"{_KEPT}; leave out --kv-transfer-config and --kv-offloading-size"
     if vllm_config.speculative_config is not None:
         return "speculative decoding was never run with its routers; leave out --speculative-config"
-    if parallel.enable_dbo or parallel.decode_context_parallel_size > 1:
+    if parallel.enable_dbo or parallel.use_ubatching or parallel.decode_context_parallel_size > 1:
         return f"{_KEPT}; leave out --enable-dbo and --decode-context-parallel-size"
     return None

@@ -55,9 +55,10 @@ def main() -> None:
 
 def _answer_when_heard(address: str) -> None:
     """Tell the parent once the server answers; an engine that does not start ends the process, which tells it, too."""
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     while True:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=_ANSWER_S):
+            with ask(f"{address}/health", timeout=_ANSWER_S):
                 break
         except OSError:
             time.sleep(_LOOK_S)

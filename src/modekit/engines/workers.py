@@ -90,24 +90,24 @@ class Workers:
         await asyncio.gather(*map(self._look_at, self.all))
 
     async def keep_looking(self) -> None:
-        """Do so for ever, at each by itself, so that one which hangs does not hold up the others."""
+        """Do so for ever, at each by itself, so that one which hangs does not hold up the others; and bring them adapters."""
         await asyncio.gather(*map(self._keep_looking_at, self.all))
 
     async def _keep_looking_at(self, worker: Worker) -> None:
         while True:
+            await self._bring_adapters(worker)
             await asyncio.sleep(_LOOK_S)
             await self._look_at(worker)
 
-    async def _look_at(self, worker: Worker) -> None:
-        await self._ask_for_models(worker)
+    async def _bring_adapters(self, worker: Worker) -> None:
         if self.adapters is None:
             return
         if not worker.models:
             self.adapters.forget(worker.url)
         elif await self.adapters.bring_to(worker.url, worker.models, self._client):
-            await self._ask_for_models(worker)
+            await self._look_at(worker)
 
-    async def _ask_for_models(self, worker: Worker) -> None:
+    async def _look_at(self, worker: Worker) -> None:
         try:
             answer = await self._client.get(f"{worker.url}/v1/models", timeout=_ANSWER_S)
             worker.models = frozenset(str(each["id"]) for each in answer.raise_for_status().json()["data"])

@@ -148,6 +148,8 @@ class MixtureConfig(_Said):
         """Why vLLM does not serve the mixture; None where it does."""
         if "lm_head" in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
+        if self.routing.remembers and any(place.features for place in self.places.values()):
+            return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
         return self.family.without_vllm or None
 
     @cached_property

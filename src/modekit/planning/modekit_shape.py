@@ -14,7 +14,7 @@ from modekit.files.typed import as_kind
 from modekit.planning.mixed_tensor import LowRankPart, MixedTensor, TensorPart
 from modekit.planning.mixture_config import MixtureConfig, Place, Routing
 from modekit.planning.reroute import bases_that_differ, rerouted
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement, has_linear_attention
+from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.names import split_layer
@@ -70,11 +70,6 @@ class ModekitShape(Shape):
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve it; None where it does."""
         return self.mixture.without_vllm
-
-    @property
-    def reads_rows_of_several(self) -> bool:
-        """Not where a router keeps something of a text, nor a layer that is no attention."""
-        return not self.routing.remembers and not has_linear_attention(self.config)
 
     @property
     def mixture(self) -> MixtureConfig:

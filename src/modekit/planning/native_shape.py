@@ -11,7 +11,7 @@ from modekit.files.typed import shortened
 from modekit.planning.channels import Channels, channels_of
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement, has_linear_attention
+from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.names import in_layer
@@ -86,11 +86,6 @@ class NativeShape(Shape):
     def without_vllm(self) -> str | None:
         """It knows every row."""
         return None
-
-    @property
-    def reads_rows_of_several(self) -> bool:
-        """Where all layers are attention."""
-        return not has_linear_attention(self.config)
 
     @property
     def through_transformers(self) -> bool:

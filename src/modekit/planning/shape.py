@@ -33,11 +33,6 @@ def disagreement(where: str, found: object = None) -> CheckpointError:
     return CheckpointError("config.json and the weights disagree", where=where, found=found, remedy=BUILD_AGAIN)
 
 
-def has_linear_attention(config: Mapping[str, Any]) -> bool:
-    """Whether a layer carries a state of its own from token to token in place of keys and values."""
-    return "linear_attention" in (config.get("layer_types") or [])
-
-
 def check_sizes(config: Mapping[str, Any], tensors: Tensors, where: str) -> None:
     """Raise CheckpointError unless the weights have the layers and the width of which config.json speaks.
 
@@ -111,11 +106,6 @@ class Shape(ABC):
     @abstractmethod
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve the result; None where it does."""
-
-    @property
-    @abstractmethod
-    def reads_rows_of_several(self) -> bool:
-        """Whether sequences that share a row of tokens are each computed as they are alone, in transformers."""
 
     @property
     def through_transformers(self) -> bool:

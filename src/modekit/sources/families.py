@@ -200,6 +200,7 @@ FAMILIES: tuple[Family, ...] = (
             "attention_bias": False, "num_key_value_heads": 4,
         },
         layer_types=_every("full_attention_interval", 4, "linear_attention"),
+        without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
     ),
     Family(model_type="gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
     Family(

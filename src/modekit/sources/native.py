@@ -135,6 +135,7 @@ NATIVES: tuple[Native, ...] = (
         ),
         serves="vLLM, llama.cpp",
         serves_with_biases="vLLM",
+        vllm_differs=((lambda c: bool(c.get("attention_bias")), "leaves the bias of attention's output out"),),
         widening=_HEADS_ARE_NORMED,
     ),
     Native(
