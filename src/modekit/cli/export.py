@@ -29,7 +29,7 @@ class ExportOptions:
     """What is written, and how."""
 
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None
-    gguf: Annotated[bool, typer.Option("--gguf", help="One GGUF file for llama.cpp, compared there with transformers.")] = False
+    gguf: Annotated[bool, typer.Option("--gguf", help="GGUF files for llama.cpp, compared there with transformers.")] = False
     outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (--gguf; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (--gguf).")] = None
     overwrite: Overwrite = False
@@ -44,12 +44,16 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
     options: ExportOptions,
 ) -> None:
-    """Write the adapters of a mixture as ordinary PEFT folders, bit for bit; or a native mixture for llama.cpp (--gguf)."""
+    """Write the adapters of a mixture as ordinary PEFT folders, bit for bit; or a mixture for llama.cpp (--gguf)."""
     from modekit.checkpoint.checkpoint import open_checkpoint
 
     if options.gguf:
-        refuse_without_effect("with --gguf the whole mixture is written", {"--expert": options.expert})
-        _export_gguf(open_checkpoint(resolved(checkpoint)), output, options)
+        opened = open_checkpoint(resolved(checkpoint))
+        if opened.shape.gguf_apart:
+            _export_gguf_apart(opened, output, options)
+            return
+        refuse_without_effect("with --gguf the whole of a native mixture is written", {"--expert": options.expert})
+        _export_gguf(opened, output, options)
         return
     only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer}
     refuse_without_effect("only --gguf reads it", only)
@@ -67,6 +71,20 @@ def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -
         )  # fmt: skip
     said = f"{bytes_of(file.stat().st_size)}; in llama.cpp {proof}"
     _print_written(output / file.name, said, notes)
+
+
+def _export_gguf_apart(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
+    from modekit.engines.lora_gguf import export_adapters_gguf
+
+    settings = GgufSettings(options.outtype, options.pre_tokenizer)
+    with drawn_progress() as progress:
+        written = export_adapters_gguf(
+            checkpoint, resolved(output), settings, experts=options.expert, replace=replaced_by(options.overwrite),
+            run=Run(options.trust_remote_code, progress, options.fsync),
+        )  # fmt: skip
+    for each in written:
+        said = f"{bytes_of(each.file.stat().st_size)}; in llama.cpp {each.proof}"
+        _print_written(output / each.file.name, said, each.notes)
 
 
 def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:

@@ -7,6 +7,7 @@ What is added to it:
 * A pre-tokenizer that the converter does not know by its hash gets the name that the parent gives.
 * ERNIE's tokenizer may be a tokenizer.json, too.
 * No code of a model's is run.
+* Of a mixture in the modekit architecture the backbone is written, and adapters as files of theirs (lora_writer.py).
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
 """
 
@@ -15,10 +16,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.engines.adapters import backbone_names
 from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.engines.lora_writer import write_adapters
 
 _QWEN2 = "Qwen2MoeForCausalLM"
 _NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -36,7 +42,15 @@ def main() -> None:
     known_class = converter.get_model_class
     converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
     sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
-    converter.main()
+    if settings["name"] is not None:
+        sys.argv += ["--model-name", settings["name"]]
+    if settings["adapters"] is None:
+        converter.main()
+    else:
+        checkpoint = open_checkpoint(Path(settings["model"]))
+        _read_backbone(checkpoint)
+        converter.main()
+        write_adapters(checkpoint, settings["adapters"])
     answer_caller({"written": settings["file"]})
 
 
@@ -96,6 +110,21 @@ def _read_other_vocabularies() -> None:
             model._set_vocab_gpt2()
 
     Ernie4_5Model.set_vocab = read
+
+
+def _read_backbone(checkpoint: Checkpoint) -> None:
+    """Let the converter see a model of the dense family in the checkpoint's folder: config and tensors without experts."""
+    from conversion.base import ModelBase
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**checkpoint.record.dense_config).to_dict()
+    names, known = backbone_names(checkpoint), ModelBase.index_tensors
+
+    def read(model: Any, *where: Any, **settings: Any) -> dict[str, Any]:
+        return {names[name]: tensor for name, tensor in known(model, *where, **settings).items() if name in names}
+
+    ModelBase.load_hparams = staticmethod(lambda *_, **__: deepcopy(config))
+    ModelBase.index_tensors = read
 
 
 def _mixture_of_qwen2() -> Any:

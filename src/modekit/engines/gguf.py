@@ -54,21 +54,21 @@ def export_gguf(
             remedy="serve it with vLLM or transformers; a native mixture (output.format: native) of another family runs there",
         )  # fmt: skip
     check_installed()
-    made_of = _made_of(checkpoint, settings)
-    name = _name(checkpoint, made_of)
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    made = made_of(checkpoint, settings)
+    name = _name(checkpoint, made)
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
         file = stage.folder / name
         if not stage.recall("converted"):
             run.progress("convert", 0, 1)
             remove(file)
-            finer = _CARRIER if shape.channels is not None and made_of["outtype"] in _COARSE else None
+            finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
             guess = guessed_pre_tokenizer(checkpoint.folder)
-            convert(checkpoint.folder, file, Conversion(made_of["outtype"], settings.pre_tokenizer, guess, finer))
+            convert(checkpoint.folder, file, Conversion(made["outtype"], settings.pre_tokenizer, guess, finer))
             stage.record("converted", True)
-        proof = prove(checkpoint.folder, file, made_of["outtype"], run=run)
+        proof = prove(checkpoint.folder, file, made["outtype"], run=run)
         notes = [*_notes(shape), *proof.notes]
-        record = {"file": name, **made_of, "transformers": version("transformers"), "notes": notes, "proof": proof.as_data()}
+        record = {"file": name, **made, "transformers": version("transformers"), "notes": notes, "proof": proof.as_data()}
         write_json(stage.folder / EXPORT_FILE, record)
     return out / name, proof, notes
 
@@ -80,24 +80,24 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
     """
     try:
         mend(out)
-        made_of = _made_of(checkpoint, settings)
-        file, known = out / _name(checkpoint, made_of), read_json(out / EXPORT_FILE)
-        if foreign_files(out) == [] and all(known.get(key) == value for key, value in made_of.items()) and file.is_file():
+        made = made_of(checkpoint, settings)
+        file, known = out / _name(checkpoint, made), read_json(out / EXPORT_FILE)
+        if foreign_files(out) == [] and all(known.get(key) == value for key, value in made.items()) and file.is_file():
             return file
     except (*UNREADABLE, AttributeError):
         pass
     return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0]
 
 
-def _made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
+def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
     """What decides what the file holds."""
     outtype = settings.outtype or _BY_DTYPE[checkpoint.config["dtype"]]
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
     return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
 
 
-def _name(checkpoint: Checkpoint, made_of: Mapping[str, Any]) -> str:
-    return f"{checkpoint.folder.name}-{made_of['outtype']}.gguf"
+def _name(checkpoint: Checkpoint, made: Mapping[str, Any]) -> str:
+    return f"{checkpoint.folder.name}-{made['outtype']}.gguf"
 
 
 def _notes(shape: Shape) -> Iterator[str]:

@@ -22,20 +22,25 @@ _TIMEOUT_S = 600.0
 
 
 class Llama:
-    """A GGUF file in llama.cpp. Use it as a context manager. Raises EngineError when llama.cpp cannot load it."""
+    """A GGUF file in llama.cpp, with adapters or without. Use it as a context manager.
 
-    def __init__(self, file: Path, *, context: int, threads: int) -> None:
+    It is the file alone until `use_adapter` says otherwise. Raises EngineError when llama.cpp cannot load a file.
+    """
+
+    def __init__(self, file: Path, *, context: int, threads: int, adapters: Sequence[Path] = ()) -> None:
         self._file = file
+        self._adapters = len(adapters)
+        self._chosen: int | None = None
         settings = {
             "model": str(file), "name": file.name, "host": "127.0.0.1", "port": 0, "key": None, "context": context,
-            "parallel": 1, "threads": threads, "exact": True,
+            "parallel": 1, "threads": threads, "exact": True, "adapters": [str(path.absolute()) for path in adapters],
         }  # fmt: skip
         self._child = Child("modekit.engines.llama_process", settings)
         ready = self._child.answer()
         if ready is None:
             self._child.stop()
             raise EngineError(
-                "llama.cpp cannot load the file", where=str(file), found=self._child.complaint(),
+                "llama.cpp cannot load the file", where=", ".join(map(str, (file, *adapters))), found=self._child.complaint(),
                 remedy="see what it says; its docs list the architectures that it knows",
             )  # fmt: skip
         self._address = ready["address"]
@@ -46,6 +51,10 @@ class Llama:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._child.stop()
+
+    def use_adapter(self, adapter: int | None) -> None:
+        """Be the model with an adapter, by its place among those that were given; None: the model alone."""
+        self._chosen = adapter
 
     def tokenize(self, text: str, *, begun: bool = False) -> list[int]:
         """The ids of a text, special tokens in it read as such; `begun`: with those that begin and end every text."""
@@ -83,7 +92,10 @@ class Llama:
         )  # fmt: skip
 
     def _complete(self, ids: Sequence[int], **settings: Any) -> Any:
-        return self._ask("completion", {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, **settings})
+        # every one is named: a request that names none goes on from what another left in the cache
+        scales = [{"id": place, "scale": float(place == self._chosen)} for place in range(self._adapters)]
+        request = {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **settings}
+        return self._ask("completion", request)
 
     def _ask(self, what: str, request: dict[str, Any]) -> Any:
         message = urllib.request.Request(

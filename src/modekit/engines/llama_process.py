@@ -15,12 +15,16 @@ from modekit.engines.child import answer_caller, settings_of_caller
 def main() -> None:
     """Say where it listens, and serve until the parent is gone."""
     settings = settings_of_caller()
-    from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server, ggml_type, llama_flash_attn_type
 
     file = Path(settings["model"])
     os.chdir(file.parent)  # so that no answer tells where the model lies
     params = CommonParams()
     params.model.path = file.name
+    # none is applied unless a request asks for it
+    params.lora_adapters = [CommonAdapterLoraInfo(os.path.relpath(path), 0.0) for path in settings["adapters"]]
+    if settings["adapters"]:  # texts kept in memory are found again by their tokens, whichever adapter read them
+        params.cache_ram_mib = 0
     params.ui = params.endpoint_slots = False
     params.model_alias = {settings["name"]}
     params.hostnames = [settings["host"]]

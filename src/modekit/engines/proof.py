@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,22 +87,51 @@ def prove(folder: Path, file: Path, outtype: str, *, run: Run = QUIET) -> Proof:
 
     Raises EngineError where they are not the same model, or it lost too much.
     """
+    with in_both(folder, file, run=run) as both:
+        return both.proof(file, outtype, run=run)
+
+
+@dataclass(frozen=True)
+class InBoth:
+    """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked.
+
+    Attributes:
+        texts: ids of the texts.
+        notes: where llama.cpp reads a text otherwise.
+    """
+
+    model: Any
+    llama: Llama
+    texts: Sequence[list[int]]
+    notes: tuple[str, ...]
+
+    def proof(self, file: Path, outtype: str, *, run: Run = QUIET) -> Proof:
+        """Compare the two as they are now; `file` is what messages name. Raises EngineError as `prove`."""
+        found = []
+        for done, ids in enumerate(self.texts):
+            run.progress(f"compare {file.name} in llama.cpp", done, len(self.texts))
+            found.append(_compare(self.model, self.llama, ids))
+        proof = _summed_up(found, self.notes)
+        if outtype == EXACT:
+            _refuse_difference(proof, file)
+        _refuse_loss(proof, file)
+        return proof
+
+
+@contextmanager
+def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run = QUIET) -> Iterator[InBoth]:
+    """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts.
+
+    Raises EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
+    """
     tokenizer = load_tokenizer(folder, run=run)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     model = load_model(folder, run=run)
     texts = [ids[: int(model.config.max_position_embeddings) - GREEDY_TOKENS - 1] for ids in texts]
-    found = []
-    with Llama(file, context=max(map(len, texts)) + GREEDY_TOKENS + 1, threads=torch.get_num_threads()) as llama:
+    context = max(map(len, texts)) + GREEDY_TOKENS + 1
+    with Llama(file, context=context, threads=torch.get_num_threads(), adapters=adapters) as llama:
         _check_tokens(llama, texts, folder)
-        for done, ids in enumerate(texts):
-            run.progress("compare with llama.cpp", done, len(texts))
-            found.append(_compare(model, llama, ids))
-        notes = tuple(_other_readings(llama, tokenizer))
-    proof = _summed_up(found, notes)
-    if outtype == EXACT:
-        _refuse_difference(proof, file)
-    _refuse_loss(proof, file)
-    return proof
+        yield InBoth(model, llama, texts, tuple(_other_readings(llama, tokenizer)))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class ModekitShape(Shape):
     code_files = CODE_FILES
     native_type = None
     channels = None
+    gguf_apart = True
     without_gguf = "it keeps adapters, or mixes more than whole FFNs"
 
     @classmethod

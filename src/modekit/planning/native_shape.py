@@ -30,6 +30,7 @@ class NativeShape(Shape):
     loads_one_expert = True
     skips_experts = False
     weights_in_experts = True
+    gguf_apart = False
     code_files = ()
 
     @classmethod

@@ -75,6 +75,9 @@ class Shape(ABC):
     code_files: ClassVar[tuple[Path, ...]]
     """What is copied into the checkpoint so that it opens."""
 
+    gguf_apart: ClassVar[bool]
+    """Whether llama.cpp runs it as a file of the backbone and one of each adapter, if its experts are adapters."""
+
     @classmethod
     @abstractmethod
     def is_said_by(cls, native_type: str | None) -> bool:

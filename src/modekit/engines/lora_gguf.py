@@ -1,0 +1,151 @@
+"""A mixture of adapters as GGUF files for llama.cpp: `modekit export OUT FOLDER --gguf`.
+
+FOLDER/<base>-<outtype>.gguf    the backbone, which is the base model
+FOLDER/<expert>.lora.gguf       what an expert changes of it
+FOLDER/export.json              what they were made of and with, what to know of them, and the proofs
+
+The folder appears when all are proven: the backbone alone, and the backbone with each adapter, against the mixture in
+transformers that always takes this expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.engines.adapters import Adapter, chosen_adapters
+from modekit.engines.converter import Conversion, check_installed, convert
+from modekit.engines.gguf import EXPORT_FILE, made_of
+from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
+from modekit.engines.proof import Proof, in_both
+from modekit.engines.settings import GgufSettings
+from modekit.files.output import Replace
+from modekit.files.staging import staging
+from modekit.files.write import remove, write_json
+from modekit.loaded.modekit import flow_of
+from modekit.recipes.paths import name_of
+from modekit.recipes.strict import BASE
+from modekit.run import QUIET, Run
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file: the expert that it is, None for the backbone; the proof that llama.cpp computes it, and what to know."""
+
+    file: Path
+    expert: str | None
+    proof: Proof
+    notes: tuple[str, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """For export.json."""
+        expert = {} if self.expert is None else {"expert": self.expert}
+        return {**expert, "file": self.file.name, "notes": self.notes, "proof": self.proof.as_data()}
+
+
+def export_adapters_gguf(
+    checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, experts: Sequence[str] | None = None,
+    replace: Replace = "nothing", run: Run = QUIET,
+) -> list[Written]:  # fmt: skip
+    """Write a folder with the backbone and adapters as GGUF, proven in llama.cpp; returns the backbone's file and theirs.
+
+    `experts`: those that are written; None: all. Raises UnsupportedError, before anything is written, when one of them has no
+    such form; EngineError when one cannot be converted, or is another model there; OutputError.
+    """
+    adapters = chosen_adapters(checkpoint, experts)
+    check_installed()
+    made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
+        files = [stage.folder / name for name in (_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters))]
+        if not stage.recall("converted"):
+            run.progress("convert", 0, 1)
+            for file in files:
+                remove(file)
+            theirs = {adapter.expert: file for adapter, file in zip(adapters, files[1:], strict=True)}
+            guess = guessed_pre_tokenizer(checkpoint.folder)
+            how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
+            convert(checkpoint.folder, files[0], how)
+            stage.record("converted", True)
+        base, *proofs = prove_adapters(checkpoint, files, adapters, made["outtype"], run=run)
+        written = [Written(out / files[0].name, None, base, (*_notes(checkpoint), *base.notes))]
+        for adapter, proof in zip(adapters, proofs, strict=True):
+            written.append(Written(out / _file_of(adapter), adapter.name, proof, tuple(_notes_of(adapter, checkpoint))))
+        said = [each.as_data() for each in written]
+        record = {**made, "transformers": version("transformers"), "base": said[0], "adapters": said[1:]}
+        write_json(stage.folder / EXPORT_FILE, record)
+    return written
+
+
+def prove_adapters(
+    checkpoint: Checkpoint, files: Sequence[Path], adapters: Sequence[Adapter], outtype: str, *, run: Run = QUIET
+) -> list[Proof]:
+    """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order.
+
+    Raises EngineError where one is another model, or lost too much.
+    """
+    with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:
+        both.model.use_expert(adapters[0].name)
+        with _without_changes(both.model):
+            proofs = [both.proof(files[0], outtype, run=run)]
+        for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
+            both.model.use_expert(adapter.name)
+            both.llama.use_adapter(place)
+            proofs.append(both.proof(file, outtype, run=run))
+    return proofs
+
+
+@contextmanager
+@torch.no_grad()
+def _without_changes(model: PreTrainedModel) -> Iterator[None]:
+    """While open, low-rank changes are zero: a mixture that takes an expert which is nothing else is its backbone alone."""
+    kept = [(mixed.lora_B, mixed.lora_B.clone()) for mixed in flow_of(model).mixed.values() if any(mixed.ranks)]
+    try:
+        for changes, _ in kept:
+            changes.zero_()
+        yield
+    finally:
+        for changes, values in kept:
+            changes.copy_(values)
+
+
+def _base_name(checkpoint: Checkpoint) -> str:
+    """Of the base model: its folder's, or the last part of its hub id; the mixture's where that folder is gone and has none."""
+    name = Path(name_of(checkpoint.record.recipe.base_model, checkpoint.recipe_root)).name
+    return name if name.strip(".") else checkpoint.folder.name
+
+
+def _base_file(checkpoint: Checkpoint, outtype: str) -> str:
+    return f"{_base_name(checkpoint)}-{outtype}.gguf"
+
+
+def _file_of(adapter: Adapter) -> str:
+    return f"{adapter.name}.lora.gguf"
+
+
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of the backbone's file."""
+    if checkpoint.record.recipe.mixture.backbone != BASE:
+        yield "it is the mixture's merged backbone (mixture.backbone) and not the base model; the adapters belong to it"
+    window = checkpoint.record.dense_config.get("sliding_window")
+    if window:
+        yield f"texts longer than the model's window of {window:,} tokens were not compared; start llama.cpp with --swa-full"
+
+
+def _notes_of(adapter: Adapter, checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of an adapter's file."""
+    if adapter.folded:
+        yield f"the scale of {len(adapter.folded)} of {len(adapter.changes)} modules is folded into B: a file has one alpha"
+    mixture = checkpoint.record.recipe.mixture
+    if mixture.modules not in ("auto", "all") or mixture.layers is not None:
+        yield "only what the mixture mixes is in it (mixture.modules, mixture.layers)"
