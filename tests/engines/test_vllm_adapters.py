@@ -26,6 +26,7 @@ from command_line import modekit
 from conftest import write_text
 from modekit.building.build import build
 from modekit.engines.serve import ENGINES, free_port
+from modekit.engines.vllm_process import SERVER
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 
@@ -61,14 +62,12 @@ def vllm(root: Path) -> Iterator[str]:
     """The base in vLLM, which takes adapters at run time."""
     port = free_port("127.0.0.1", 0)
     words = [
-        "serve", "./base", "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--model", "./base", "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8", "--enable-lora", "--max-loras", "4",
         "--max-lora-rank", "8",
     ]  # fmt: skip
     environment = {**os.environ, **ENGINES["vllm"].environment(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", *words], cwd=root, env=environment, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-m", SERVER, *words], cwd=root, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         until(lambda: answers(f"{address}/health"), 180)

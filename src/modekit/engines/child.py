@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any
@@ -99,10 +99,14 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-def settings_of_caller() -> dict[str, Any]:
-    """The child's end: what the parent wants. From now on the process ends when the parent does."""
+def _exit() -> None:
+    os._exit(1)
+
+
+def settings_of_caller(at_end: Callable[[], None] = _exit) -> dict[str, Any]:
+    """The child's end: what the parent wants. From now on the process ends when the parent does, by `at_end`."""
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    threading.Thread(target=_end_with_caller, args=(at_end,), daemon=True).start()
     return settings
 
 
@@ -112,7 +116,7 @@ def answer_caller(value: object) -> None:
     sys.stdout.flush()
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(at_end: Callable[[], None]) -> None:
     while os.read(0, 1024):  # not sys.stdin, whose lock an interpreter that ends by itself would miss
         pass
-    os._exit(1)
+    at_end()

