@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def mixture(root: Path, family: str, kinds: Iterable[str], **mixed: Any) -> Chec
             save_byte_model(root / name, family, 1)
             experts.append({"name": name, "model": f"./{name}"})
         else:
-            train_adapter(root / "base", KINDS[name], root / name)
+            train_adapter(root / "base", deepcopy(KINDS[name]), root / name)  # PEFT writes the targets that it found into it
             experts.append({"name": name, "adapter": f"./{name}"})
     settings = mixed if "method" in mixed else {"router": {"fit": "random"}, **mixed}
     recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": settings, "output": {"format": "modekit"}})

@@ -52,7 +52,7 @@ def export(
         if opened.shape.gguf_apart:
             _export_gguf_apart(opened, output, options)
             return
-        refuse_without_effect("with --gguf the whole of a native mixture is written", {"--expert": options.expert})
+        refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
         _export_gguf(opened, output, options)
         return
     only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer}
