@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import yaml
@@ -157,10 +159,8 @@ def rays(temporary: Path) -> list[str]:
 
 
 @pytest.fixture
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def temporary() -> Iterator[Path]:
     """A folder for Ray's files; with a short name, for its sockets."""
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
         assert_gone(Path(folder))
@@ -207,24 +207,40 @@ def test_ray_ends_with_the_command(
     assert_gone(temporary)
 
 
-@pytest.mark.ray
-def test_what_a_process_raises_ends_the_search(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own errors as they are, any other as a TuneError; a Ray of the caller's is used and left to it."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray that runs already."""
     ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        patch.delenv(ADDRESS, raising=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", _temp_dir=folder)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_there_is_joined_and_left(searched: tuple[Path, list[object]], cluster: Any) -> None:
+    root, words = searched
+    address = cluster.get_runtime_context().gcs_address
+    done = in_a_process(*words, root / "JOINED", "--ray", "--processes", 2, RAY_ADDRESS=address)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((root / "JOINED" / "results" / "tune.json").read_text())["candidates"]
+    assert len(found) >= WORDS[1] and len({json.dumps(each["mixture"], sort_keys=True) for each in found}) == len(found)
+    assert [node["Alive"] for node in cluster.nodes()] == [True]
+
+
+@pytest.mark.ray
+def test_what_a_process_raises_ends_the_search(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own errors as they are, any other as a TuneError; a Ray of the caller's is used and left to it."""
     monkeypatch.delenv(ADDRESS, raising=False)
     shop, words = shop_in(tmp_path)
-    recipe = load_recipe(Path(str(words[1])))
-    job = Job(recipe, shop.root, tmp_path / "OUT.tuning", Space(**SPACE), False, 8, 0, False)
+    job = Job(load_recipe(Path(str(words[1]))), shop.root, tmp_path / "OUT.tuning", Space(**SPACE), False, 8, 0, False)
     nothing = Selection([], [], "")
     job.work.mkdir()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", _temp_dir=str(temporary))
-    try:
-        with pytest.raises(TuneError, match="ended early") as said:
-            search_on_ray(job, nothing, 2, QUIET)
-        assert "ZeroDivisionError" in str(said.value.found)
-        with pytest.raises(SourceError) as own:
-            search_on_ray(replace(job, root=tmp_path / "nothing"), nothing, 1, QUIET)
-        assert own.value.where and own.value.remedy
-        assert ray.is_initialized()
-    finally:
-        ray.shutdown()
+    with pytest.raises(TuneError, match="ended early") as said:
+        search_on_ray(job, nothing, 2, QUIET)
+    assert "ZeroDivisionError" in str(said.value.found)
+    with pytest.raises(SourceError) as own:
+        search_on_ray(replace(job, root=tmp_path / "nothing"), nothing, 1, QUIET)
+    assert own.value.where and own.value.remedy
+    assert cluster.is_initialized()
