@@ -1,8 +1,8 @@
 """Two replicas of the front under a real Ray Serve, before real llama.cpp servers; one of them is killed under load.
 
-Found with Ray 2.60: requests that are at the killed replica get a 500 of Ray's own, in plain text and before any of an answer (1
-to 7 of 40 here, with eight at once). Ray does not try them at the other one, through its HAProxy no more than through its own
-proxy. All others are answered, and so are those when the client asks again.
+Found with Ray 2.60: requests that are at the killed replica get a 500 of Ray's own, in plain text and before any of an answer
+(1 to 7 of 40 here, with eight at once). Ray does not try them at the other one, through its HAProxy no more than without it.
+All others are answered, and so are those when the client asks again.
 """
 
 from __future__ import annotations
