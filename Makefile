@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --d
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
 
-.PHONY: demo demo-real test test-all test-vllm test-processors bench check lint docs clean
+.PHONY: demo demo-real test test-all test-vllm test-ray test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +28,10 @@ demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
 	$(BIN)/modekit demo --real
 
 test: $(READY)  ## the tests, minutes
-	$(PYTEST) -m "not slow and not vllm"
+	$(PYTEST) -m "not slow and not vllm and not ray"
 
 test-all: $(READY)  ## the tests and the slow ones
-	$(PYTEST) -m "not vllm"
+	$(PYTEST) -m "not vllm and not ray"
 
 test-vllm: $(VLLM)/.ready  ## mixtures in vLLM for processors, 4 GB in an environment of its own; half an hour
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm tests/engines tests/docs
@@ -43,11 +43,15 @@ $(VLLM)/.ready: pyproject.toml
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # for another torch than this one
 	touch $(VLLM)/.ready
 
+test-ray: $(READY)  ## a search and fronts on a real Ray, half a gigabyte more in the environment; minutes
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
+	$(BIN)/python -m pytest -m ray tests/search tests/engines
+
 test-processors: $(READY)  ## numbers as other processors give them: two threads, AVX2 alone, no vector instructions but SSE; half an hour
-	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow and not vllm" $(NUMERIC)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Zen $(PYTEST) -m "not slow" $(NUMERIC)
+	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow and not vllm and not ray" $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Zen $(PYTEST) -m "not slow and not vllm and not ray" $(NUMERIC)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
-		$(PYTEST) -m "not slow and not vllm" $(NUMERIC)
+		$(PYTEST) -m "not slow and not vllm and not ray" $(NUMERIC)
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts

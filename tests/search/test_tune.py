@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -510,7 +511,7 @@ def test_a_wrong_space(tmp_path: Path, content: str, message: str) -> None:
         read_space(path, SMALL)
 
 
-def test_refusals(shop: Workshop, tuned: tuple[Path, Any]) -> None:
+def test_refusals(shop: Workshop, tuned: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(shop)
     with pytest.raises(OutputError, match="exists"):
         tune(recipe, shop.root, shop.root / "TUNED", space=SMALL, settings=SETTINGS)
@@ -519,6 +520,7 @@ def test_refusals(shop: Workshop, tuned: tuple[Path, Any]) -> None:
     silent = recipe_of(shop, experts=[{"name": n, "model": f"./{n}"} for n in DOMAINS], mixture={"method": "linear"})
     with pytest.raises(TextError, match="no text to choose by"):
         tune(silent, shop.root, shop.root / "SILENT", space=SMALL, settings=SETTINGS)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(TuneError, match="Ray is not installed"):
         tune(recipe, shop.root, shop.root / "RAY", space=SMALL, settings=TuneSettings(ray=True))
 

@@ -30,7 +30,7 @@ class TuneOptions:
     space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None
     native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False
     processes: Annotated[int, typer.Option(min=1, help="Processes that search at once.")] = 1
-    ray: Annotated[bool, typer.Option("--ray", help="Let Ray place the processes, on a cluster.")] = False
+    ray: Annotated[bool, typer.Option("--ray", help="Let Ray place them: on the cluster of RAY_ADDRESS, else here.")] = False
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the search.")] = 0
     overwrite: Overwrite = False
     fsync: Fsync = True

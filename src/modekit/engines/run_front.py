@@ -9,12 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.serve import INSTALL, KEY, bound_socket, url_of
 from modekit.errors import EngineError
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
+
+if TYPE_CHECKING:
+    from modekit.engines.front import Front
 
 WORKERS_KEY = "MODEKIT_WORKERS_KEY"
 """The environment variable with the key that the workers want to see; unset: none."""
@@ -50,26 +54,9 @@ def run_front(
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError when it cannot listen.
     """
-    missing = [name for name in ("starlette", "uvicorn", "httpx2", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+    front = front_of(checkpoint, settings, run=run)
     import uvicorn
 
-    from modekit.engines.adapter_folder import AdapterFolder
-    from modekit.engines.front import Front
-    from modekit.engines.workers import Workers
-    from modekit.routing.text_router import TextRouter
-
-    names = checked_names(checkpoint, settings.names)
-    if settings.adapters is not None and not settings.adapters.is_dir():
-        raise EngineError(
-            "there is no such folder", where=f"--adapters {settings.adapters}", remedy="make it: modekit export OUT FOLDER"
-        )
-    _check_urls(settings.workers)
-    router = TextRouter(checkpoint, run=run)
-    adapters = None if settings.adapters is None else AdapterFolder(settings.adapters, checkpoint.names, names)
-    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout_s, adapters)
-    front = Front(router, workers, names, os.environ.get(KEY))
     with bound_socket(settings.host, settings.port) as listener:
         listener.listen(_BACKLOG)  # who connects from now on waits until the server is up
         logging.getLogger("modekit.front").setLevel(logging.INFO)
@@ -84,6 +71,31 @@ def run_front(
         listening(url_of(*listener.getsockname()[:2]))
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def front_of(checkpoint: Checkpoint, settings: FrontSettings, *, run: Run = QUIET) -> Front:
+    """A front that is not yet heard; the keys are those of the environment.
+
+    Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
+    """
+    missing = [name for name in ("starlette", "uvicorn", "httpx2", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+    from modekit.engines.adapter_folder import AdapterFolder
+    from modekit.engines.front import Front
+    from modekit.engines.workers import Workers
+    from modekit.routing.text_router import TextRouter
+
+    names = checked_names(checkpoint, settings.names)
+    if settings.adapters is not None and not settings.adapters.is_dir():
+        raise EngineError(
+            "there is no such folder", where=f"--adapters {settings.adapters}", remedy="make it: modekit export OUT FOLDER"
+        )
+    _check_urls(settings.workers)
+    router = TextRouter(checkpoint, run=run)
+    adapters = None if settings.adapters is None else AdapterFolder(settings.adapters, checkpoint.names, names)
+    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout_s, adapters)
+    return Front(router, workers, names, os.environ.get(KEY))
 
 
 def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str]:

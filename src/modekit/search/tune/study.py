@@ -157,13 +157,18 @@ def work(job: Job, selection: Selection, run: Run = QUIET, *, process: int = 0) 
     worker = _Worker(job, study, selection, job.weights(), SwitchedModel(run=job.run))
     again = 0
     while again < _SAME_AGAIN:
-        trials = study.get_trials(deepcopy=False)
-        distinct = [trial for trial in trials if _counts(trial)]
-        waiting = len([trial for trial in trials if trial.state == TrialState.WAITING])
-        run.progress("search", len(distinct), max(job.trials, len(distinct) + waiting))
-        if len(distinct) >= job.trials and not waiting:
+        if is_done(job, study, run):
             return
         again = 0 if worker.try_one(study.ask()) else again + 1
+
+
+def is_done(job: Job, study: optuna.Study, run: Run) -> bool:
+    """Whether there are as many candidates as were asked for; says how many there are."""
+    trials = study.get_trials(deepcopy=False)
+    distinct = len([trial for trial in trials if _counts(trial)])
+    waiting = len([trial for trial in trials if trial.state == TrialState.WAITING])
+    run.progress("search", distinct, max(job.trials, distinct + waiting))
+    return distinct >= job.trials and not waiting
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from modekit.run import QUIET, Run
 from modekit.search.tune.candidate import pareto
 from modekit.search.tune.folder import alone, announce, claim, close, folder_of, is_built, stamp
 from modekit.search.tune.launch import launch
+from modekit.search.tune.on_ray import check_ray
 from modekit.search.tune.results import TuneResults
 from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
 from modekit.search.tune.selection import Selection, read_selection
@@ -55,6 +56,8 @@ def tune(
     raise, TextError and TuneError.
     """
     settings = settings or TuneSettings()
+    if settings.ray:  # before anything is read
+        check_ray()
     built = is_built(out)
     if not built:
         refuse_existing(out, replaced_by(overwrite))
