@@ -89,7 +89,7 @@ def main() -> None:
         where = str(error.filename) if error.filename else f"modekit {_command()}"
         _fail(ModekitError(f"{error.strerror or error}", where=where, remedy="mend what is named and run the command again"))
     except TyperException as error:
-        _fail(ModekitError(str(error), remedy="modekit --help, or --help after a command"))
+        _fail(ModekitError(error.format_message(), remedy="modekit --help, or --help after a command"))
     except BaseException as error:
         # A library in Rust panics by a class of its own, which is no Exception; the other such ones end the process.
         foreseen = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
