@@ -90,7 +90,8 @@ def asked(served: Served, path: str, body: object = None, *, key: str = "secret"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     try:
         with urllib.request.urlopen(urllib.request.Request(served.address + path, data, headers), timeout=120) as answer:
-            return answer.status, json.load(answer)
+            content = answer.read()
+            return answer.status, json.loads(content) if content else None
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
