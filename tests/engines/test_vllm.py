@@ -204,7 +204,7 @@ CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 9}
 """Long prompts come in chunks, and there are so few blocks that requests are put off and begun again."""
 
 
-@pytest.mark.parametrize("settings", [CROWDED, {}], ids=["crowded", "at once"])
+@pytest.mark.parametrize("settings", [CROWDED, {}], ids=["crowded", "at-once"])
 @pytest.mark.parametrize("router", MEMORY.values(), ids=MEMORY)
 def test_what_routers_remember_goes_where_keys_and_values_go(
     tmp_path: Path, router: dict[str, Any], settings: dict[str, Any]

@@ -21,9 +21,9 @@ def main() -> None:
     os.chdir(file.parent)  # so that no answer tells where the model lies
     params = CommonParams()
     params.model.path = file.name
-    # none is applied unless a request asks for it
-    params.lora_adapters = [CommonAdapterLoraInfo(os.path.relpath(path), 0.0) for path in settings["adapters"]]
-    if settings["adapters"]:  # texts kept in memory are found again by their tokens, whichever adapter read them
+    adapters = settings.get("adapters", [])
+    params.lora_adapters = [CommonAdapterLoraInfo(os.path.relpath(path), 0.0) for path in adapters]  # applied where asked for
+    if adapters:  # texts kept in memory are found again by their tokens, whichever adapter read them
         params.cache_ram_mib = 0
     params.ui = params.endpoint_slots = False
     params.model_alias = {settings["name"]}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.sources.families import FAMILIES, PARTS, Family
-from modekit.sources.names import in_layer, natural_key, split_layer
+from modekit.sources.names import HEAD, in_layer, natural_key, split_layer
 
 FORMAT = 1
 MOST_AVERAGES = 256
@@ -146,7 +146,7 @@ class MixtureConfig(_Said):
     @property
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve the mixture; None where it does."""
-        if "lm_head" in self.places:
+        if HEAD in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if self.routing.remembers and any(place.features for place in self.places.values()):
             return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
