@@ -43,9 +43,10 @@ FLEXIBLE = {
     "llama", "mistral", "qwen3", "ernie4_5", "hunyuan_v1_dense", "qwen3_5_text", "gemma", "gemma2", "gemma3_text",
     "glm4", "seed_oss",
 }  # fmt: skip
-ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA] + NOT_IN_LLAMA + [("cohere2", {"tie_word_embeddings": False})]
-DIFFERS = [row for row in ROWS if row[0] == "cohere2" or row[1].get("attention_bias")]
-ONLY_BF16 = {"qwen3_5_text"}  # vLLM's linear attention on processors
+NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these
+ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA]
+ROWS += [row for row in NOT_IN_LLAMA if row[0] not in NOT_RUN] + [("cohere2", {"tie_word_embeddings": False})]
+DIFFERS = [row for row in ROWS if row[1].get("attention_bias") or (row[0] == "cohere2" and "sliding_window" in row[1])]
 LINEAR = {"fit": "ridge"}
 MEMORY = {
     "context": {**LINEAR, "granularity": "context"}, "sequence": {**LINEAR, "granularity": "sequence"},
@@ -145,7 +146,7 @@ def apart(one: Answer, other: Answer) -> tuple[int, float]:
 
 
 def test_every_native_row_is_run_here() -> None:
-    assert {row.family.model_type for row in NATIVES} == {dense for dense, _ in ROWS}
+    assert {row.family.model_type for row in NATIVES} == {dense for dense, _ in ROWS} | NOT_RUN
 
 
 @pytest.mark.parametrize(("dense", "overrides"), ROWS, ids=[f"{dense}-{n}" for n, (dense, _) in enumerate(ROWS)])
@@ -153,10 +154,6 @@ def test_native(tmp_path: Path, dense: str, overrides: dict[str, Any]) -> None:
     checkpoint = mixture(tmp_path, dense, wide(dense, overrides), {"top_k": 2, "router": {"fit": "random"}})
     prompts = prompts_of(checkpoint, PROMPTS)
     more = {"model_impl": "transformers"} if checkpoint.shape.through_transformers else {}
-    if dense in ONLY_BF16:
-        made, expected = in_vllm(checkpoint, prompts, dtype="bfloat16"), in_transformers(checkpoint, prompts)
-        assert sum(one[0][0] == other[0][0] for one, other in zip(made, expected, strict=True)) >= 7
-        return
     check_same(in_vllm(checkpoint, prompts, **more), in_transformers(checkpoint, prompts))
 
 

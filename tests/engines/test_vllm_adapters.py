@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -48,7 +49,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_byte_model(root / "base", "llama", 9, head_dim=32)
     experts = []
     for seed, (name, text) in enumerate(write_text(root / "text").items()):
-        tensors = {key: value * (seed + 1) for key, value in lora("mlp.up_proj", 48, 32).items()}
+        drawn = np.random.default_rng(seed)
+        shapes = {key: value.shape for key, value in lora("mlp.up_proj", 48, 32).items()}
+        tensors = {key: drawn.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
         write_adapter(root / name, tensors, lora_alpha=8)
         experts.append({"name": name, "adapter": f"./{name}", "text": str(text)})
     recipe = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}
@@ -136,7 +139,7 @@ def in_peft(root: Path, expert: str, prompt: str) -> list[int]:
 
 def prompts() -> list[str]:
     """The last is longer than a block of vLLM's cache, whose keys and values it keeps by adapter."""
-    return [*TEXTS.values(), "the heart moves the blood through the body, " * 15]
+    return [*TEXTS.values(), " ".join([*TEXTS.values(), TEXTS["law"]])]
 
 
 def test_each_adapter_writes_what_peft_writes(root: Path, front: str) -> None:
@@ -164,6 +167,7 @@ def test_adapters_come_and_go_while_it_runs(root: Path, front: str) -> None:
     shutil.copy(root / "law" / "adapter_model.safetensors", root / "ADAPTERS" / LATER / "adapter_model.safetensors")
     law = [in_peft(root, "law", prompt) for prompt in prompts()]
     assert law[-1] != in_peft(root, LATER, prompts()[-1])  # the one whose beginning vLLM keeps
+    assert len(byte_tokenizer()(prompts()[-1])["input_ids"]) > 128
     until(lambda: [asked(front, LATER, prompt)[0] for prompt in prompts()] == law, 60)
     shutil.rmtree(root / "ADAPTERS" / LATER)
     until(lambda: LATER not in served(front), 30)

@@ -180,7 +180,6 @@ NATIVES: tuple[Native, ...] = (
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
         serves="vLLM, llama.cpp",
         vllm_differs=(
-            (lambda c: not c.get("tie_word_embeddings"), "has no head of its own"),
             (lambda c: "sliding_attention" in (c.get("layer_types") or []), "attends to one token more than the window has"),
         ),
         widening="its norms subtract the mean of all channels, which channels besides the base's would change",
