@@ -14,19 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
+from modekit.building.before import Before
 from modekit.building.inspector import Inspector
 from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import SourceError
-from modekit.files.output import replaced_by
+from modekit.files.output import Replace, replaced_by
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
-from modekit.files.write import make_folder, remove, write_file, write_json
+from modekit.files.write import link_file, make_folder, remove, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.routing.fit import fit_router
+from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.text.documents import is_local
@@ -37,19 +39,27 @@ _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP,
 
 
 def build(
-    plan: Plan, out: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None, run: Run = QUIET
-) -> Checkpoint:
-    """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`.
+    plan: Plan, out: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None, before: Before | None = None,
+    run: Run = QUIET,
+) -> Checkpoint:  # fmt: skip
+    """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `before`: the
+    mixture that it changes, whose place it may take.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError; nothing is left
-    behind then. After a kill, the same call goes on where the journal ends, and ends in the same bytes.
+    behind then, and of a mixture that was to be changed nothing has. After a kill, the same call goes on where the journal
+    ends, and ends in the same bytes.
     """
     if plan.recipe.mixture.needs_text:
-        _check_text(plan)
-    sources = [source.folder for source in plan.sources]
-    with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replaced_by(overwrite), sync=run.sync) as stage:
+        _check_text(plan, before)
+    in_place = before is not None and before.is_of(out)
+    sources = [model.folder for model in plan.models if not in_place or model.folder != out]
+    replace: Replace = "in place" if in_place else replaced_by(overwrite)
+    with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
         stage.areas = (STATISTICS_FOLDER,)
-        inspector = Inspector(plan, stage)
+        if before is not None:
+            before.checkpoint.check_unchanged()
+            before.carry_over(stage.folder, in_place=in_place)
+        inspector = Inspector(plan, stage, before.hashes if before is not None else {})
         try:
             _write_shards(plan, stage, run)
         except BaseException:
@@ -63,15 +73,19 @@ def build(
         for name, content in (beside or {}).items():
             make_folder((stage.folder / name).parent)
             write_file(stage.folder / name, content)
-        checkpoint = _set_router(plan, out, stage, hashes, run)
+        checkpoint = _set_router(plan, out, stage, hashes, before, run)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
     return Checkpoint(out, checkpoint.record)
 
 
-def _check_text(plan: Plan) -> None:
-    """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied."""
+def _check_text(plan: Plan, before: Before | None) -> None:
+    """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied.
+
+    That of experts with kept statistics may be gone.
+    """
     for number, expert in enumerate(plan.recipe.experts):
-        if all(is_local(spec, plan.root) for spec in expert.text or []):
+        known = before is not None and expert.name in before.statistics
+        if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
             fit_documents(expert, plan.root, number)
 
 
@@ -86,15 +100,24 @@ def _content(file: Path) -> bytes:
         ) from None
 
 
-def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], run: Run) -> Checkpoint:
+def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], before: Before | None, run: Run) -> Checkpoint:
     remove(stage.folder / RECORD_FILE)  # of a build that was killed here: it is not what this one knows
     # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
-    checkpoint = Checkpoint(stage.folder, make_record(plan, out, hashes, RouterRecord.unfitted(plan.recipe, sha256)))
-    fitted = fit_router(
-        checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run=Run(plan.trust_remote_code, run.progress),
-    )  # fmt: skip
+    unfitted = RouterRecord.unfitted(plan.recipe, sha256)
+    checkpoint = Checkpoint(
+        stage.folder, make_record(plan, out, hashes, unfitted, before.sources if before is not None else {})
+    )
+    if before is not None:
+        checkpoint = Checkpoint(stage.folder, before.continued(checkpoint.record, checkpoint.tensors))
+    statistics, run = stage.folder / STATISTICS_FOLDER, Run(plan.trust_remote_code, run.progress)
+    if before is not None and before.keeps_training:
+        from modekit.routing.kept_rows import trained_gates  # torch, which a build without text does not need
+
+        fitted = trained_gates(Fitting(checkpoint, plan.recipe, plan.root, statistics, run), before.checkpoint, before.origins)
+    else:
+        fitted = fit_router(checkpoint, plan.recipe, plan.root, statistics, run=run)
     return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
 
 
@@ -104,6 +127,11 @@ def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
     with OpenFiles() as opened:
         read = PieceReader(opened)
         for shard in plan.shards:
+            if plan.kept is not None and shard.file in plan.kept.files:
+                if not (stage.folder / shard.file).exists():
+                    link_file(plan.kept.model.folder / shard.file, stage.folder / shard.file)
+                written += shard.nbytes
+                continue
 
             def write_next(number: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written

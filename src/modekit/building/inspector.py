@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
 
 from modekit.building.tensors import check_finite
+from modekit.errors import SourceError
 from modekit.files.staging import Staging
 from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
@@ -21,13 +22,17 @@ from modekit.sources.model import TensorRef
 
 
 class Inspector:
-    """A second thread that starts at once; `finish` helps it and gives what was found, `stop` ends it early."""
+    """A second thread that starts at once; `finish` helps it and gives what was found, `stop` ends it early.
 
-    def __init__(self, plan: Plan, stage: Staging) -> None:
-        self._plan, self._stage = plan, stage
+    `known`: hashes of files as they were when they were read for a mixture that is changed now. Of them only those are read
+    from which something is taken again, and they must be what they were.
+    """
+
+    def __init__(self, plan: Plan, stage: Staging, known: Mapping[Path, str] = {}) -> None:
+        self._plan, self._stage, self._known = plan, stage, known
         self._halt = threading.Event()
-        self._files = deque(self._used_refs().items())
-        self._hashes: dict[str, str] = {}
+        self._files = deque((file, refs) for file, refs in self._used_refs().items() if refs or file not in known)
+        self._hashes = {str(file): digest for file, digest in known.items()}
         self._thread = ThreadPoolExecutor(1, "inspector")
         self._inspection = self._thread.submit(self._run)
 
@@ -67,12 +72,18 @@ class Inspector:
                 if known is None:
                     return
                 self._stage.record(f"blake3 {file}", known)
+            if self._known.get(file, known) != known:
+                raise SourceError(
+                    "a model has changed since the mixture was built, and something of it is needed again", where=str(file),
+                    remedy="put back what it was, or build the mixture anew",
+                )  # fmt: skip
             self._hashes[str(file)] = known
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:
         files: dict[Path, list[TensorRef]] = {file: [] for file in self._plan.source_states}
         for ref in dict.fromkeys(ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs):
-            files[ref.file].append(ref)
+            if ref.file in files:  # and not of a mixture that is changed, which was looked at when it was built
+                files[ref.file].append(ref)
         return files
 
     def _inspect(self, file: WeightFile, refs: list[TensorRef]) -> str | None:

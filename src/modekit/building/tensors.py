@@ -42,6 +42,8 @@ class PieceReader:
         if piece.of_bias and piece.change is not None:
             return folded_bias(piece.change, self._read(piece.ref), self._read)
         plain = Stored(self.opened, piece.ref)
+        if piece.columns is not None:
+            return plain[:].reshape(piece.ref.shape)[:, slice(*piece.columns)].ravel()
         if piece.change is None:
             return plain
         rows, columns = piece.ref.shape
@@ -99,7 +101,7 @@ def _bytes_of(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[
 def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
     """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
     if not is_finite(view, ref.dtype):
-        source = next(source for source in plan.sources if ref.file in source.files)
+        source = next(source for source in plan.models if ref.file in source.files)
         raise SourceError(
             "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {ref.name}",
             remedy="the model is damaged: save or download it again",
@@ -110,7 +112,7 @@ def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
     try:
         return read.values(piece)
     except ValueError:  # what factorise makes of an infinite difference between finite weights
-        source = plan.sources[piece.source]
+        source = plan.models[piece.source]
         raise SourceError(
             "the expert's difference to the base model overflows float32",
             where=f"{source.label} ({source.spec}): {piece.ref.name}", remedy="the model is damaged: save or download it again",
@@ -149,7 +151,7 @@ def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Itera
 
 
 def _refuse_overflow(plan: Plan, piece: Piece, tensor: PlannedTensor) -> NoReturn:
-    source = plan.sources[piece.source]
+    source = plan.models[piece.source]
     raise SourceError(
         f"the weights do not fit {DTYPES[tensor.dtype]}", where=f"{source.label} ({source.spec}): {piece.ref.name}",
         remedy="choose output: {dtype: bfloat16} or float32",

@@ -223,9 +223,10 @@ class Checkpoint:
 
         Raises CheckpointError when another command has changed the checkpoint since this one opened it, and OSError.
         """
-        change_together(self.folder, files, check=self._check_unchanged)
+        change_together(self.folder, files, check=self.check_unchanged)
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError when another command has changed the checkpoint since this one opened it."""
         try:
             now = as_kind(read_json(self.folder / RECORD_FILE), Record)
         except FileNotFoundError:  # in the making, for the first time

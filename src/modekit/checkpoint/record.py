@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, as_kind
 from modekit.planning.plan import Plan
@@ -92,10 +102,31 @@ class TrainingRecord(_Record):
         return settings
 
 
+class Change(_Record):
+    """An expert that came, went, was replaced or renamed after the build.
+
+    Attributes:
+        what: which of these.
+        expert: its name, afterwards where it has one.
+        on: the day, as YYYY-MM-DD.
+        was: the name before (rename), or the model or adapter before (replace, remove).
+        source: the model or adapter that came.
+        door: what was measured before it was let in, if it was.
+    """
+
+    what: Literal["add", "remove", "replace", "rename"]
+    expert: str
+    on: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    was: str | None = None
+    source: str | None = None
+    door: dict[str, Number | None] = {}
+
+
 class Record(_Record):
     """modekit.json.
 
-    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes.
+    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes. `history` has who came
+    and went since the build.
     """
 
     format: Literal[1]
@@ -111,6 +142,7 @@ class Record(_Record):
     router: RouterRecord
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
+    history: list[Change] = []
 
     @model_validator(mode="after")
     def _experts_have_sources(self) -> Record:
@@ -121,14 +153,25 @@ class Record(_Record):
             raise ValueError("sources must be the base model's and the experts', each once")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_an_empty_history(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What no mixture has that was only built."""
+        said: dict[str, Any] = handler(self)
+        return said if self.history else {key: value for key, value in said.items() if key != "history"}
+
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:
         """Only what the user set: a default that has no effect is fine unsaid, but an error when said."""
         return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
 
-def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRecord) -> Record:
-    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes."""
+def make_record(
+    plan: Plan, out: Path, hashes: Mapping[str, str], router: RouterRecord, known: Mapping[ModelSource, SourceRecord] = {}
+) -> Record:
+    """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes.
+
+    `known`: records of sources that were read before, and may be gone.
+    """
     unique = list(dict.fromkeys(plan.sources))
     return Record(
         format=1,
@@ -140,12 +183,15 @@ def make_record(plan: Plan, out: Path, hashes: dict[str, str], router: RouterRec
         native_type=plan.shape.native_type,
         dense_parameters=sum(ref.numel for ref in plan.sources[0].tensors.values()),
         expert_sources=[unique.index(source) for source in plan.sources[1:]],
-        sources=[_source_record(source, out, hashes) for source in unique],
+        sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
         router=router,
     )
 
 
-def _source_record(source: ModelSource, out: Path, hashes: dict[str, str]) -> SourceRecord:
-    files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
+def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
+    if known is not None:
+        files = known.files
+    else:
+        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
     folder = os.path.relpath(source.folder, out)
     return SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files)

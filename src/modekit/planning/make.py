@@ -18,7 +18,8 @@ from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
-from modekit.planning.plan import EMBEDDING_FILE, Piece, Plan, PlannedTensor, Shard, joined
+from modekit.planning.plan import Piece, Plan, PlannedTensor, joined
+from modekit.planning.shards import cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
@@ -48,7 +49,11 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    sources = open_recipe_sources(recipe, root, run=run, headers_only=headers_only)
+    return plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=headers_only), run=run)
+
+
+def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
+    """The same over models that are open: the base's, then each expert's in recipe order."""
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
     for source in dict.fromkeys(sources):
@@ -73,7 +78,7 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
         *_notes(recipe, sources, mixed), *_notes_of_chats(recipe, base), *lost_changes(recipe, sources, mixed), *layout.notes(),
     ]  # fmt: skip
     return Plan(
-        recipe, root, family, layout.shape(str(root)), why, sources, _cut_into_shards(body, recipe.output.shard_size),
+        recipe, root, family, layout.shape(str(root)), why, sources, cut_into_shards(body, recipe.output.shard_size),
         layout.router_dtype, copied, tuple(notes), run.trust_remote_code,
     )  # fmt: skip
 
@@ -168,21 +173,6 @@ class _Giver:
     def of_base(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The base model's tensor itself."""
         return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
-
-
-def _cut_into_shards(tensors: list[PlannedTensor], shard_size: int) -> tuple[Shard, ...]:
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    apart = [tensor for tensor in tensors if tensor.pad is not None and tensor.pad.free is not None]
-    for tensor in (tensor for tensor in tensors if tensor not in apart):
-        if groups[-1] and size + tensor.nbytes > shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    count = len(groups)
-    shards = [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group)) for number, group in enumerate(groups, 1)]
-    return (*shards, *([Shard(EMBEDDING_FILE, tuple(apart))] if apart else []))
 
 
 def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) -> Iterable[str]:

@@ -95,7 +95,8 @@ class ModekitLayout:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{within(place.module, ref.name)}"
-                    yield joined(name, self._code_of(ref), ref.shape, "expert", (piece_of(self._sources, 1 + expert, ref),))
+                    piece = piece_of(self._sources, 1 + expert, ref)
+                    yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
             biases = [(expert, self._places.added_bias(place, expert)) for expert in range(self._count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from modekit.errors import UnsupportedError
 from modekit.planning.channels import channels_of
@@ -109,9 +110,9 @@ class NativeLayout:
             code = self._code_of(ref)
             for expert, piece in enumerate(pieces[part]):
                 factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
-                tensor = joined(in_layer(layer, path.format(expert=expert)), code, ref.shape, "expert", (piece,))
+                tensor = joined(in_layer(layer, path.format(expert=expert)), code, ref.shape, "expert", (piece,), expert)
                 operation: Operation = "scale" if factor != 1.0 else tensor.operation
-                plain = PlannedTensor(tensor.name, code, tensor.shape, "expert", operation, (piece,), factor)
+                plain = replace(tensor, operation=operation, factor=factor)
                 yield widened(plain, self._pad(part))
 
     def _fused(self, layer: int, pieces: dict[str, list[Piece]]) -> Iterable[PlannedTensor]:

@@ -55,6 +55,7 @@ class Piece:
         change: what an adapter does to `ref`.
         of_bias: `ref` is a bias and `change` that of its module.
         factor: a low-rank part of another tensor's difference to `ref`.
+        columns: from and to which of `ref`'s columns it goes; None for all.
     """
 
     source: int
@@ -62,6 +63,15 @@ class Piece:
     change: Change | None = None
     of_bias: bool = False
     factor: Factor | None = None
+    columns: tuple[int, int] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements that it gives."""
+        if self.factor is not None:
+            return self.factor.rank * self.ref.shape[1 if self.factor.side == "A" else 0]
+        rows = self.ref.shape[0]
+        return self.ref.numel if self.columns is None else rows * (self.columns[1] - self.columns[0])
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -80,12 +90,15 @@ class Piece:
             factor,
             getattr(self.change, "scale", None),
             getattr(self.change, "rows", None),
+            *([list(self.columns)] if self.columns is not None else []),
         ]
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the result.
+
+    `expert`: whose it is alone; None for what others share.
 
     copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
     fold: the same, where adapters are folded in. factor: the same, of low-rank parts. columns: the pieces concatenated
@@ -102,6 +115,7 @@ class PlannedTensor:
     factor: float = 1.0
     inner: PlannedTensor | None = None
     pad: Pad | None = None
+    expert: int | None = None
 
     @property
     def numel(self) -> int:
@@ -114,14 +128,16 @@ class PlannedTensor:
         return self.numel * ITEMSIZE[self.dtype]
 
 
-def joined(name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...]) -> PlannedTensor:
+def joined(
+    name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...], expert: int | None = None
+) -> PlannedTensor:
     """A tensor made of pieces one after the other, by the cheapest operation that gives it."""
     operation: Operation = "copy" if all(piece.ref.dtype == dtype for piece in pieces) else "cast"
     if any(piece.change is not None for piece in pieces):
         operation = "fold"
     elif any(piece.factor is not None for piece in pieces):
         operation = "factor"
-    return PlannedTensor(name, dtype, shape, role, operation, pieces)
+    return PlannedTensor(name, dtype, shape, role, operation, pieces, expert=expert)
 
 
 def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
@@ -148,10 +164,18 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A mixture whose tensors a plan takes as they are (kept.py); `files` are shards of the plan that are files of it."""
+
+    model: ModelSource
+    files: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
 
-    `shape` is that of the result; `why` says why it was chosen.
+    `shape` is that of the result; `why` says why it was chosen. `kept` is set where the plan changes a mixture that is there.
     """
 
     recipe: Recipe
@@ -165,6 +189,12 @@ class Plan:
     copied_files: tuple[Path, ...]
     notes: tuple[str, ...]
     trust_remote_code: bool = False
+    kept: Kept | None = None
+
+    @property
+    def models(self) -> tuple[ModelSource, ...]:
+        """All that pieces are taken from, by `Piece.source`."""
+        return self.sources if self.kept is None else (*self.sources, self.kept.model)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ Shape legend: D width of what a gate takes, E experts, N kept tokens of all doma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 
 import torch
@@ -117,24 +117,55 @@ def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
 def logistic(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """Multinomial logistic regression on the kept x, without intercept, by L-BFGS from zero."""
     if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
-        raise RecipeError(
-            "the logistic fit needs kept tokens and there are none", where="mixture.router.keep_tokens", expected="at least 1",
-            remedy="fit again with keep_tokens > 0, or choose ridge",
-        )  # fmt: skip
-    tokens = _kept_tokens(slot, domains)
+        raise _no_kept_tokens()
+    tokens, scale = _scaled(_kept_tokens(slot, domains))
+    weights_ED = torch.zeros((len(domains), tokens.x_ND.shape[1]), requires_grad=True)
+    _minimise(lambda: tokens.loss(tokens.x_ND @ weights_ED.T) + settings.l2 * weights_ED.square().sum(), weights_ED)
+    return (weights_ED.detach() / scale).double()
+
+
+def logistic_beside(
+    slot: int, domains: Sequence[DomainStatistics], settings: Router, gate_ED: torch.Tensor, new: Sequence[int]
+) -> torch.Tensor:
+    """Rows (N, D) float32 of the experts `new` of a gate whose other rows are as `gate_ED` has them: logistic regression."""
+    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
+        raise _no_kept_tokens()
+    tokens, scale = _scaled(_kept_tokens(slot, domains))
+    others_ED = gate_ED.float() * scale
+    rows_ND = torch.zeros((len(new), tokens.x_ND.shape[1]), requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        weights_ED = others_ED.index_copy(0, torch.tensor(new), rows_ND)
+        return tokens.loss(tokens.x_ND @ weights_ED.T) + settings.l2 * rows_ND.square().sum()
+
+    _minimise(loss, rows_ND)
+    return (rows_ND.detach() / scale).float()
+
+
+def _no_kept_tokens() -> RecipeError:
+    return RecipeError(
+        "the logistic fit needs kept tokens and there are none", where="mixture.router.keep_tokens", expected="at least 1",
+        remedy="fit again with keep_tokens > 0, or choose ridge",
+    )  # fmt: skip
+
+
+def _scaled(tokens: _KeptTokens) -> tuple[_KeptTokens, torch.Tensor]:
+    """The tokens at mean square 1, and what they were divided by."""
     scale = tokens.x_ND.square().mean().sqrt().clamp_min(1e-30)
-    x_ND = tokens.x_ND / scale
-    weights_ED = torch.zeros((len(domains), x_ND.shape[1]), requires_grad=True)
+    return replace(tokens, x_ND=tokens.x_ND / scale), scale
+
+
+def _minimise(loss: Callable[[], torch.Tensor], weights: torch.Tensor) -> None:
+    """By L-BFGS, from where the weights are."""
     optimizer = torch.optim.LBFGS(
-        [weights_ED], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe"
+        [weights], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = tokens.loss(x_ND @ weights_ED.T) + settings.l2 * weights_ED.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return (weights_ED.detach() / scale).double()

@@ -52,31 +52,42 @@ def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers
     that do not exist are named all at once, before anything is opened.
     """
     _check_folders(recipe, root)
-
-    def opened(label: str, spec: str, revision: str | None) -> ModelSource:
-        if headers_only and local_folder(spec, root=root, label=label) is None:
-            from modekit.sources.hub import open_hub_headers
-
-            return open_hub_headers(label, spec, revision, run=run)
-        folder = model_folder(spec, revision, root=root, label=label)
-        return open_source(label, spec, folder, revision=revision, run=run)
-
-    base = opened("base_model", recipe.base_model, recipe.revision)
-
-    def expert_source(label: str, expert: Expert) -> ModelSource:
-        if expert.is_base:
-            return base
-        if expert.adapter is None:
-            return opened(label, expert.source, expert.revision)
-        if headers_only and local_folder(expert.adapter, root=root, label=label) is None:
-            from modekit.sources.hub import open_hub_adapter
-
-            return open_hub_adapter(label, expert.adapter, base, expert.revision)
-        folder = model_folder(expert.adapter, expert.revision, root=root, label=label)
-        return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
-
-    experts = (expert_source(f"experts[{place}] '{expert.name}'", expert) for place, expert in enumerate(recipe.experts))
+    base = open_base(recipe, root, run=run, headers_only=headers_only)
+    experts = (
+        expert_source(f"experts[{place}] '{expert.name}'", expert, base, root, run=run, headers_only=headers_only)
+        for place, expert in enumerate(recipe.experts)
+    )
     return (base, *experts)
+
+
+def open_base(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> ModelSource:
+    """The base model. Raises SourceError."""
+    return _opened("base_model", recipe.base_model, recipe.revision, root, run=run, headers_only=headers_only)
+
+
+def expert_source(
+    label: str, expert: Expert, base: ModelSource, root: Path, *, run: Run = QUIET, headers_only: bool = False
+) -> ModelSource:
+    """An expert's model, or what its adapter does to the base. Raises SourceError."""
+    if expert.is_base:
+        return base
+    if expert.adapter is None:
+        return _opened(label, expert.source, expert.revision, root, run=run, headers_only=headers_only)
+    if headers_only and local_folder(expert.adapter, root=root, label=label) is None:
+        from modekit.sources.hub import open_hub_adapter
+
+        return open_hub_adapter(label, expert.adapter, base, expert.revision)
+    folder = model_folder(expert.adapter, expert.revision, root=root, label=label)
+    return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
+
+
+def _opened(label: str, spec: str, revision: str | None, root: Path, *, run: Run, headers_only: bool) -> ModelSource:
+    if headers_only and local_folder(spec, root=root, label=label) is None:
+        from modekit.sources.hub import open_hub_headers
+
+        return open_hub_headers(label, spec, revision, run=run)
+    folder = model_folder(spec, revision, root=root, label=label)
+    return open_source(label, spec, folder, revision=revision, run=run)
 
 
 def _check_folders(recipe: Recipe, root: Path) -> None:

@@ -1,0 +1,105 @@
+"""The mixture that a build changes: who in the new one was in it, and what goes over beside the weights (planning/kept.py).
+
+Statistics of a fit go with the experts that stay, whose text is not needed again; so do the record of a training, the tensors
+that it moved, and its rows of the gates. In place, everything else that lies there stays, too; elsewhere, the lists of text
+that no table may show any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, Record, SourceRecord
+from modekit.files.marker import INTERNAL
+from modekit.files.write import carry_over, link_file, make_folder
+from modekit.planning.kept import Origins
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is changed, and how.
+
+    Attributes:
+        checkpoint: the mixture as it is.
+        plan: of the mixture as it is to be, which takes what it can from the checkpoint.
+        origins: per expert of that its number in the checkpoint; None for a new one.
+        names: tensor of the new mixture that holds something of the checkpoint's -> the checkpoint's.
+        statistics: expert of the new mixture -> whose kept statistics are its own.
+        change: what the history will say.
+        refits: the router is set anew even where it was trained.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    origins: Origins
+    names: Mapping[str, str]
+    statistics: Mapping[str, str]
+    change: Change
+    refits: bool = False
+
+    @property
+    def keeps_training(self) -> bool:
+        """Whether the router is what a training made, and stays that."""
+        return self.checkpoint.record.router.status == "trained" and not self.refits
+
+    def is_of(self, out: Path) -> bool:
+        """Whether the new mixture takes the old one's place."""
+        return out == self.checkpoint.folder
+
+    @property
+    def sources(self) -> dict[ModelSource, SourceRecord]:
+        """Of the base and of every expert that stays, what was recorded when they were read."""
+        record = self.checkpoint.record
+        known = {self.plan.sources[0]: record.sources[0]}
+        for source, origin in zip(self.plan.sources[1:], self.origins, strict=True):
+            if origin is not None:
+                known[source] = record.sources[record.expert_sources[origin]]
+        return known
+
+    @property
+    def hashes(self) -> dict[Path, str]:
+        """Of the files of those."""
+        return {
+            source.folder / name: file.blake3 for source, record in self.sources.items() for name, file in record.files.items()
+        }
+
+    def carry_over(self, folder: Path, *, in_place: bool) -> None:
+        """What lies beside the weights, into the new mixture's folder. Raises OSError."""
+        old = self.checkpoint.folder
+        if in_place:
+            made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
+            weights = {ref.file.name for ref in self.checkpoint.tensors.values()}
+            carry_over(old, folder, but=made_anew | weights, links=True)
+        for name in () if in_place else (TRAINED_FILE, SELECTED_FILE):
+            if (old / name).is_file():
+                link_file(old / name, folder / name)
+        for name, was in self.statistics.items():
+            file = old / STATISTICS_FOLDER / f"{was}.safetensors"
+            if file.is_file() and not file.is_symlink():
+                make_folder(folder / STATISTICS_FOLDER)
+                link_file(file, folder / STATISTICS_FOLDER / f"{name}.safetensors")
+
+    def continued(self, record: Record, tensors: Mapping[str, TensorRef]) -> Record:
+        """The record of the new mixture, whose tensors these are, with what was trained and who came and went."""
+        old = self.checkpoint.record
+        trained = [name for name, was in self.names.items() if was in old.trained]
+        with OpenFiles() as opened:
+            digests = {name: _digest_of(opened, tensors[name]) for name in sorted(trained)}
+        update = {"trained": digests, "training": old.training, "history": [*old.history, self.change]}
+        return record.model_copy(update=update)
+
+
+def _digest_of(opened: OpenFiles, ref: TensorRef) -> str:
+    digest = blake3()
+    for chunk in opened.chunks(ref):
+        digest.update(chunk)
+    return digest.hexdigest()

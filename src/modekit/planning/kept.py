@@ -1,0 +1,139 @@
+"""What a mixture that is there already has of a plan: those tensors are taken from it, not made again.
+
+Two plans are compared, of the mixture as it is and as it is to be, over the same sources: a tensor of the second that the
+first makes in the same way of the same experts is in the checkpoint. Where many experts lie in one tensor, that holds of each
+one's part of it. So what comes out is what a build of the second plan gives, and nobody has to say which tensors depend on
+what. What a training has moved stays moved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modekit.planning.plan import Kept, Piece, Plan, PlannedTensor, Shard, joined
+from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+
+Origins = Sequence[int | None]
+"""Per expert of the new mixture its number in the old one; None for one that is new."""
+_NUMBER = re.compile(r"\.experts\.\d+\.")
+_JOINED = {"copy", "cast", "fold", "factor", "columns"}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A plan that takes what it can from a checkpoint.
+
+    Attributes:
+        plan: of the new mixture.
+        names: tensor of it that holds something of the checkpoint's -> the checkpoint's tensor.
+    """
+
+    plan: Plan
+    names: Mapping[str, str]
+
+
+def taking_from(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Taken:
+    """The plan `after` that takes what `before` has made, which are the tensors of a checkpoint in `folder`."""
+    model = ModelSource("the mixture", str(folder), folder, None, {}, tensors)
+    finder = _Finder(model, before, origins, number=len(after.sources))
+    names: dict[str, str] = {}
+    shards = []
+    for shard in after.shards:
+        found = [finder.taken(tensor) for tensor in shard.tensors]
+        names |= {tensor.name: was for tensor, was in found if was is not None}
+        shards.append(replace(shard, tensors=tuple(tensor for tensor, _ in found)))
+    kept = Kept(model, frozenset(shard.file for shard in shards if _is_there(shard, model)))
+    return Taken(replace(after, shards=tuple(shards), kept=kept), names)
+
+
+def _is_there(shard: Shard, model: ModelSource) -> bool:
+    """Whether a file of the checkpoint holds just these tensors, under their names and in their order."""
+    there = sorted((ref for ref in model.tensors.values() if ref.file == model.folder / shard.file), key=lambda ref: ref.start)
+    taken = [tensor.pieces[0].ref if tensor.operation == "copy" else None for tensor in shard.tensors]
+    return taken == there and [tensor.name for tensor in shard.tensors] == [ref.name for ref in there]
+
+
+def _key(tensor: PlannedTensor, origins: Origins) -> tuple[int | None, str]:
+    """What a tensor is, whatever number its expert has."""
+    if tensor.expert is None:
+        return None, tensor.name
+    return origins[tensor.expert], _NUMBER.sub(".experts.*.", tensor.name)
+
+
+class _Finder:
+    """Finds in the checkpoint what a new plan asks for. `number` is the checkpoint's among the plan's models."""
+
+    def __init__(self, model: ModelSource, before: Plan, origins: Origins, *, number: int) -> None:
+        self._model, self._origins, self._number = model, origins, number
+        same = range(before.experts)
+        self._old = {_key(tensor, same): tensor for shard in before.shards for tensor in shard.tensors}
+        self._old_sources = list(range(1 + before.experts))
+        self._sources = [0, *(None if origin is None else 1 + origin for origin in origins)]
+
+    def taken(self, tensor: PlannedTensor) -> tuple[PlannedTensor, str | None]:
+        """The tensor with the checkpoint in place of its sources where that has it, and its name there."""
+        was = self._old.get(_key(tensor, self._origins))
+        ref = None if was is None else self._model.tensors.get(was.name)
+        if was is None or ref is None or (ref.dtype, ref.shape) != (was.dtype, was.shape):
+            return tensor, None
+        if _made(tensor, self._sources) == _made(was, self._old_sources):
+            plain = PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.role, "copy", expert=tensor.expert)
+            return replace(plain, pieces=(Piece(self._number, ref),)), was.name
+        if not (tensor.pieces and _is_plain(tensor) and _is_plain(was)):
+            return tensor, None
+        return self._in_parts(tensor, was, ref)
+
+    def _in_parts(self, tensor: PlannedTensor, was: PlannedTensor, ref: TensorRef) -> tuple[PlannedTensor, str | None]:
+        """Many experts in one tensor: the parts of those that were there."""
+        spans = {_made_piece(piece, piece.source): span for piece, span in _spans(was)}
+        found = [spans.get(_made_piece(piece, self._sources[piece.source])) for piece in tensor.pieces]
+        columns = tensor.operation == "columns"
+        pieces = tuple(
+            piece if span is None else _part(self._number, ref, span, columns=columns)
+            for piece, span in zip(tensor.pieces, found, strict=True)
+        )
+        name = was.name if any(span is not None for span in found) else None
+        if columns:
+            return replace(tensor, pieces=pieces), name
+        return joined(tensor.name, tensor.dtype, tensor.shape, tensor.role, pieces, tensor.expert), name
+
+
+def _is_plain(tensor: PlannedTensor) -> bool:
+    """Whether it is its pieces, in one order or another, and no more."""
+    return tensor.operation in _JOINED and tensor.factor == 1.0 and tensor.inner is None
+
+
+def _made(tensor: PlannedTensor, sources: Sequence[int | None]) -> list[Any]:
+    """How it is made, by the sources' numbers in the old mixture."""
+    inner = None if tensor.inner is None else _made(tensor.inner, sources)
+    pieces = [_made_piece(piece, sources[piece.source]) for piece in tensor.pieces]
+    pad = None if tensor.pad is None else [tensor.pad.identity(), tensor.pad.free]
+    return [tensor.dtype, tensor.shape, tensor.operation, tensor.factor, pieces, inner, pad]
+
+
+def _made_piece(piece: Piece, source: int | None) -> tuple[object, str]:
+    """A piece by its source's number in the old mixture; that of a new source equals nothing."""
+    _, *rest = piece.identity()
+    return (object() if source is None else source), repr(rest)
+
+
+def _spans(tensor: PlannedTensor) -> Iterator[tuple[Piece, tuple[int, int]]]:
+    """Every piece, and where it lies: from and to which element, or, of columns, from and to which column."""
+    per_row = tensor.shape[0] if tensor.operation == "columns" else 1
+    position = 0
+    for piece in tensor.pieces:
+        stop = position + piece.numel // per_row
+        yield piece, (position, stop)
+        position = stop
+
+
+def _part(source: int, ref: TensorRef, span: tuple[int, int], *, columns: bool) -> Piece:
+    if columns:
+        return Piece(source, ref, columns=span)
+    size = ITEMSIZE[ref.dtype]
+    start, stop = span
+    return Piece(source, replace(ref, shape=(stop - start,), start=ref.start + start * size, end=ref.start + stop * size))
