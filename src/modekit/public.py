@@ -83,6 +83,31 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
     return refit(_opened_with_any_router(checkpoint), {**mixture, **({"router": router} if router else {})}, run=run)
 
 
+def add(checkpoint: Folder, expert: Mapping[str, Any], *, out: str | Path | None = None, run: Run = QUIET) -> Checkpoint:
+    """Let one more expert into a mixture, in its own place or into `out`; the others' models and texts are not needed.
+
+    `expert` is what a recipe says of one (`{"name": "tax", "model": "./tax", "text": ["tax.jsonl"]}`), with paths relative to
+    the current folder. Nothing is measured before. Raises what `build` raises, and RecipeError or CheckpointError where the
+    mixture cannot take it; then nothing has changed.
+    """
+    from modekit.members.change import adding, new_expert, write_change
+
+    opened = _opened(checkpoint)
+    wanted = adding(opened, str(expert["name"]), new_expert(expert, Path.cwd()))
+    return write_change(opened, wanted, opened.folder if out is None else Path(out), run=run)
+
+
+def remove(checkpoint: Folder, name: str, *, out: str | Path | None = None, run: Run = QUIET) -> Checkpoint:
+    """Take an expert out of a mixture, in its own place or into `out`: what is left is what a build without it gives.
+
+    Raises RecipeError where the mixture cannot do without it; then nothing has changed.
+    """
+    from modekit.members.change import removing, write_change
+
+    opened = _opened(checkpoint)
+    return write_change(opened, removing(opened, name), opened.folder if out is None else Path(out), run=run)
+
+
 def train(
     checkpoint: Folder,
     *,

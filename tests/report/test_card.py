@@ -12,14 +12,14 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-import modekit.report.licences as licences_module
+import modekit.members.licences as licences_module
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
 from modekit.report.card import write_card
-from modekit.report.licences import facts, front_matter, sources_of
+from modekit.members.licences import facts, front_matter, sources_of
 from modekit.routing.refit import refit
 from refusal import borrow, copy_base, copy_expert, refuse, run_python
 

@@ -8,7 +8,7 @@ that no table may show any more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -51,6 +51,10 @@ class Before:
         """Whether the router is what a training made, and stays that."""
         return self.checkpoint.record.router.status == "trained" and not self.refits
 
+    def measured(self, numbers: Mapping[str, float | None]) -> Before:
+        """The same, and the history will say what was measured of who comes."""
+        return replace(self, change=self.change.model_copy(update={"door": dict(numbers)}))
+
     def is_of(self, out: Path) -> bool:
         """Whether the new mixture takes the old one's place."""
         return out == self.checkpoint.folder
@@ -72,9 +76,9 @@ class Before:
             source.folder / name: file.blake3 for source, record in self.sources.items() for name, file in record.files.items()
         }
 
-    def carry_over(self, folder: Path, *, in_place: bool) -> None:
-        """What lies beside the weights, into the new mixture's folder. Raises OSError."""
-        old = self.checkpoint.folder
+    def carry_over(self, folder: Path, out: Path) -> None:
+        """What lies beside the weights, into the folder in which the mixture `out` is made. Raises OSError."""
+        old, in_place = self.checkpoint.folder, self.is_of(out)
         if in_place:
             made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
             weights = {ref.file.name for ref in self.checkpoint.tensors.values()}

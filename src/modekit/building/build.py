@@ -58,7 +58,7 @@ def build(
         stage.areas = (STATISTICS_FOLDER,)
         if before is not None:
             before.checkpoint.check_unchanged()
-            before.carry_over(stage.folder, in_place=in_place)
+            before.carry_over(stage.folder, out)
         inspector = Inspector(plan, stage, before.hashes if before is not None else {})
         try:
             _write_shards(plan, stage, run)

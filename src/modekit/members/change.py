@@ -23,8 +23,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Change
 from modekit.errors import CheckpointError, RecipeError, SourceError
-from modekit.members.gone import stand_in
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.members.gone import stand_in
 from modekit.planning.kept import Origins, taking_from
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
@@ -35,7 +35,7 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.model import ModelSource
-from modekit.sources.open import expert_source, open_base
+from modekit.sources.open import Opener, label_of
 
 _FEWEST = 2
 
@@ -75,6 +75,15 @@ class NewExpert:
         return relative if relative.startswith("..") else f"./{relative}"
 
 
+def new_expert(said: Mapping[str, Any], root: Path) -> NewExpert:
+    """What a recipe in `root` says of an expert."""
+    texts = said.get("text") or ()
+    return NewExpert(
+        said.get("model"), said.get("adapter"), (texts,) if isinstance(texts, str) else tuple(texts), said.get("as"),
+        said.get("rank"), said.get("revision"), root=root,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A mixture as it is to be.
@@ -84,12 +93,14 @@ class Wanted:
         origins: per expert its number in the checkpoint; None for a new one.
         change: what the history will say.
         keeps_text: new experts whose text is that of an expert of the checkpoint, by the same name.
+        refits: the router is set anew even where it was trained.
     """
 
     recipe: Recipe
     origins: Origins
     change: Change
     keeps_text: Sequence[str] = ()
+    refits: bool = False
 
 
 def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
@@ -166,60 +177,57 @@ def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
     return Wanted(_parsed(data, checkpoint), list(range(len(checkpoint.names))), change)
 
 
-def write_change(
-    checkpoint: Checkpoint, wanted: Wanted, out: Path, *, overwrite: bool = False, refits: bool = False, run: Run = QUIET
-) -> Checkpoint:
+def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run = QUIET) -> Checkpoint:
     """Write the mixture that is wanted: in the checkpoint's place when `out` is its folder, else beside it.
 
     Raises SourceError (the base is gone, or what is needed of an expert that is; a model that changed), MismatchError or
     UnsupportedError for a new expert that does not fit, TextError where statistics and text are gone, OutputError,
     CheckpointError when another command changed the mixture meanwhile. Then nothing has changed.
     """
-    before = before_change(checkpoint, wanted, refits=refits, run=run)
-    return build(before.plan, out, overwrite=overwrite, before=before, run=run)
+    before = before_change(checkpoint, wanted, run=run)
+    return build(before.plan, out, before=before, run=run)
 
 
-def before_change(checkpoint: Checkpoint, wanted: Wanted, *, refits: bool = False, run: Run = QUIET) -> Before:
+def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -> Before:
     """The change, planned: nothing is written. Raises as `write_change`."""
     root, recipe = checkpoint.recipe_root, wanted.recipe
-    old_sources = _sources_of(checkpoint, root, run)
-    sources = (old_sources[0], *_new_sources(recipe, wanted.origins, old_sources, root, run))
+    opener = Opener(root, run)
+    old_sources = _sources_of(checkpoint, opener)
+    sources = (old_sources[0], *_new_sources(wanted, old_sources, opener))
     before, after = (
         plan_of(said, root, models, run=run) for said, models in ((checkpoint.record.recipe, old_sources), (recipe, sources))
     )
     _check_shape(checkpoint, after)
     _check_tokenizer(checkpoint, after)
     taken = taking_from(checkpoint.folder, checkpoint.tensors, before, after, wanted.origins)
-    _check_can_be_read(taken.plan, wanted.origins)
+    _check_can_be_read(taken.plan)
     _check_training_stays(checkpoint, taken.names, wanted.origins, before)
-    plan = replace(taken.plan, trust_remote_code=run.trust_remote_code)
-    return Before(checkpoint, plan, wanted.origins, taken.names, _statistics(checkpoint, wanted), wanted.change, refits)
+    statistics = _statistics(checkpoint, wanted)
+    return Before(checkpoint, taken.plan, wanted.origins, taken.names, statistics, wanted.change, wanted.refits)
 
 
-def _sources_of(checkpoint: Checkpoint, root: Path, run: Run) -> tuple[ModelSource, ...]:
+def _sources_of(checkpoint: Checkpoint, opener: Opener) -> tuple[ModelSource, ...]:
     """The base, and every expert's model, or what is known of one that is gone."""
     recipe = checkpoint.record.recipe
-    base = open_base(recipe, root, run=run)
+    base = opener.base(recipe)
 
     def opened(number: int, expert: Expert) -> ModelSource:
-        label = f"experts[{number}] '{expert.name}'"
         try:
-            return expert_source(label, expert, base, root, run=run)
+            return opener.expert(number, expert, base)
         except SourceError:
-            return stand_in(label, expert, base, checkpoint, number)
+            return stand_in(label_of(number, expert), expert, base, checkpoint, number)
 
     return (base, *(opened(number, expert) for number, expert in enumerate(recipe.experts)))
 
 
-def _new_sources(recipe: Recipe, origins: Origins, old: Sequence[ModelSource], root: Path, run: Run) -> Sequence[ModelSource]:
+def _new_sources(wanted: Wanted, old: Sequence[ModelSource], opener: Opener) -> Sequence[ModelSource]:
     """Of the experts as they are to be: a label says the place in the recipe."""
     base, found = old[0], []
-    for place, (expert, origin) in enumerate(zip(recipe.experts, origins, strict=True)):
-        label = f"experts[{place}] '{expert.name}'"
+    for place, (expert, origin) in enumerate(zip(wanted.recipe.experts, wanted.origins, strict=True)):
         if origin is None:
-            found.append(expert_source(label, expert, base, root, run=run))
+            found.append(opener.expert(place, expert, base))
         else:
-            found.append(base if expert.is_base else replace(old[1 + origin], label=label))
+            found.append(base if expert.is_base else replace(old[1 + origin], label=label_of(place, expert)))
     return found
 
 
@@ -247,7 +255,7 @@ def _check_tokenizer(checkpoint: Checkpoint, after: Plan) -> None:
             )  # fmt: skip
 
 
-def _check_can_be_read(plan: Plan, origins: Origins) -> None:
+def _check_can_be_read(plan: Plan) -> None:
     """Raise SourceError when something is needed of an expert whose model is gone."""
     for tensor in plan.tensors:
         for piece in tensor.pieces:

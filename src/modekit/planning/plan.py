@@ -242,6 +242,12 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def bytes_linked(self) -> int:
+        """Of those, in files that are taken as they are from a mixture that is there."""
+        kept = frozenset() if self.kept is None else self.kept.files
+        return sum(shard.nbytes for shard in self.shards if shard.file in kept)
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of source tensors that the result is made from; a source used twice counts once."""
         refs = (ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs)

@@ -27,9 +27,9 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
 from modekit.files.change import change_together
 from modekit.files.read import UNREADABLE, read_text
+from modekit.members.licences import Source, facts, sources_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
-from modekit.report.licences import Source, facts, sources_of
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 

@@ -14,8 +14,8 @@ import yaml
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.results import Results
+from modekit.members.licences import Source, facts, sources_of
 from modekit.planning.summary import backbone_label
-from modekit.report.licences import Source, facts, sources_of
 from modekit.report.result_files import (
     Curve,
     Search,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import SourceError
@@ -52,42 +53,49 @@ def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers
     that do not exist are named all at once, before anything is opened.
     """
     _check_folders(recipe, root)
-    base = open_base(recipe, root, run=run, headers_only=headers_only)
-    experts = (
-        expert_source(f"experts[{place}] '{expert.name}'", expert, base, root, run=run, headers_only=headers_only)
-        for place, expert in enumerate(recipe.experts)
-    )
-    return (base, *experts)
+    opener = Opener(root, run, headers_only)
+    base = opener.base(recipe)
+    return (base, *(opener.expert(place, expert, base) for place, expert in enumerate(recipe.experts)))
 
 
-def open_base(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> ModelSource:
-    """The base model. Raises SourceError."""
-    return _opened("base_model", recipe.base_model, recipe.revision, root, run=run, headers_only=headers_only)
+@dataclass(frozen=True)
+class Opener:
+    """Opens the models that a recipe names, one by one; see `open_recipe_sources`. Everything here raises SourceError."""
+
+    root: Path
+    run: Run = QUIET
+    headers_only: bool = False
+
+    def base(self, recipe: Recipe) -> ModelSource:
+        """The base model."""
+        return self._model("base_model", recipe.base_model, recipe.revision)
+
+    def expert(self, place: int, expert: Expert, base: ModelSource) -> ModelSource:
+        """An expert's model, or what its adapter does to the base."""
+        label = label_of(place, expert)
+        if expert.is_base:
+            return base
+        if expert.adapter is None:
+            return self._model(label, expert.source, expert.revision)
+        if self.headers_only and local_folder(expert.adapter, root=self.root, label=label) is None:
+            from modekit.sources.hub import open_hub_adapter
+
+            return open_hub_adapter(label, expert.adapter, base, expert.revision)
+        folder = model_folder(expert.adapter, expert.revision, root=self.root, label=label)
+        return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
+
+    def _model(self, label: str, spec: str, revision: str | None) -> ModelSource:
+        if self.headers_only and local_folder(spec, root=self.root, label=label) is None:
+            from modekit.sources.hub import open_hub_headers
+
+            return open_hub_headers(label, spec, revision, run=self.run)
+        folder = model_folder(spec, revision, root=self.root, label=label)
+        return open_source(label, spec, folder, revision=revision, run=self.run)
 
 
-def expert_source(
-    label: str, expert: Expert, base: ModelSource, root: Path, *, run: Run = QUIET, headers_only: bool = False
-) -> ModelSource:
-    """An expert's model, or what its adapter does to the base. Raises SourceError."""
-    if expert.is_base:
-        return base
-    if expert.adapter is None:
-        return _opened(label, expert.source, expert.revision, root, run=run, headers_only=headers_only)
-    if headers_only and local_folder(expert.adapter, root=root, label=label) is None:
-        from modekit.sources.hub import open_hub_adapter
-
-        return open_hub_adapter(label, expert.adapter, base, expert.revision)
-    folder = model_folder(expert.adapter, expert.revision, root=root, label=label)
-    return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
-
-
-def _opened(label: str, spec: str, revision: str | None, root: Path, *, run: Run, headers_only: bool) -> ModelSource:
-    if headers_only and local_folder(spec, root=root, label=label) is None:
-        from modekit.sources.hub import open_hub_headers
-
-        return open_hub_headers(label, spec, revision, run=run)
-    folder = model_folder(spec, revision, root=root, label=label)
-    return open_source(label, spec, folder, revision=revision, run=run)
+def label_of(place: int, expert: Expert) -> str:
+    """What messages call an expert's model."""
+    return f"experts[{place}] '{expert.name}'"
 
 
 def _check_folders(recipe: Recipe, root: Path) -> None:
@@ -111,4 +119,4 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "base_model", recipe.base_model
     for place, expert in enumerate(recipe.experts):
         if not expert.is_base:
-            yield f"experts[{place}] '{expert.name}'", expert.source
+            yield label_of(place, expert), expert.source

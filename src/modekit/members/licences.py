@@ -100,7 +100,7 @@ def sources_of(checkpoint: Checkpoint, *, ask_hub: bool = False) -> list[Source]
     for place, source in enumerate(record.sources):
         names = [name for name, own in zip(checkpoint.names, record.expert_sources, strict=True) if own == place]
         used_as = (*(["base model"] if place == 0 else []), *(f"expert {name}" for name in names))
-        sources.append(_source(source, used_as, checkpoint, ask_hub))
+        sources.append(licence_of(source, used_as, checkpoint, ask_hub))
     return sources
 
 
@@ -126,7 +126,8 @@ def _names(sources: Iterable[Source]) -> str:
     return ", ".join(name for source in sources for name in source.used_as)
 
 
-def _source(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoint, ask_hub: bool) -> Source:
+def licence_of(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoint, ask_hub: bool = False) -> Source:
+    """What a model's own files say, of a mixture's or of one that may come to it."""
     hub_id = record.spec if locate(record.spec, checkpoint.recipe_root) is None and _HUB_ID.match(record.spec) else None
     folder = checkpoint.source_folder(record)
     readme = folder / "README.md"

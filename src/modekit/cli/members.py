@@ -1,0 +1,167 @@
+"""Commands that change who is in a mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.members import print_door, print_members
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, resolved
+from modekit.errors import ModekitError
+from modekit.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.members.change import NewExpert, Wanted
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The expert's name.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model or adapter that comes, and its text."""
+
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a full model, or the word base.")] = None
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter.")] = None
+    text: Annotated[list[str] | None, typer.Option(help="Text of its domain; may be given several times.")] = None
+    as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
+
+    def new(self, weight: float | None = None) -> NewExpert:
+        """As the change takes it. Raises ModekitError."""
+        from modekit.members.change import NewExpert
+
+        if (self.model is None) == (self.adapter is None):
+            raise ModekitError("give either --model or --adapter", remedy="name the folder or hub id of the new expert")
+        return NewExpert(
+            self.model, self.adapter, tuple(self.text or ()), self.as_, self.rank, self.revision, weight, Path.cwd()
+        )
+
+
+@dataclass(frozen=True)
+class DoorOptions:
+    """What is measured before an expert is let in."""
+
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="First measure what it brings, and whom it resembles.")
+    ] = True
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text (select split) to measure on.")] = 8_192
+    force: Annotated[bool, typer.Option("--force", help="Let it in whatever was measured.")] = False
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Where the new mixture goes, and how."""
+
+    output: Annotated[
+        Path | None, typer.Option("--out", metavar="NEW", help="Write another folder, and leave this one as it is.")
+    ] = None
+    refit: Annotated[bool, typer.Option("--refit", help="Set a trained router anew.")] = False
+    overwrite: Overwrite = False
+    fsync: Fsync = True
+    trust_remote_code: Trust = False
+
+
+@app.command()
+@grouped
+def add(
+    checkpoint: OutFolder,
+    name: Annotated[str, typer.Option(help="Name of the new expert and of its domain.")],
+    model: ModelOptions,
+    door: DoorOptions,
+    write: WriteOptions,
+    weight: Annotated[float | None, typer.Option(help="Its weight, where a linear mixture has given weights.")] = None,
+) -> None:
+    """Let one more expert in; the others' models and texts are not needed."""
+    from modekit.members.change import adding
+
+    _change(checkpoint, lambda opened: adding(opened, name, model.new(weight)), write, door)
+
+
+@app.command()
+@grouped
+def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, door: DoorOptions, write: WriteOptions) -> None:
+    """Put another model in the place of an expert."""
+    from modekit.members.change import replacing
+
+    _change(checkpoint, lambda opened: replacing(opened, name, model.new()), write, door)
+
+
+@app.command()
+@grouped
+def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
+    """Take an expert out: what is left is what a build without it gives."""
+    from modekit.members.change import removing
+
+    _change(checkpoint, lambda opened: removing(opened, name), write)
+
+
+@app.command()
+@grouped
+def rename(
+    checkpoint: OutFolder, name: Name, new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="What it is to be.")],
+    write: WriteOptions,
+) -> None:  # fmt: skip
+    """Give an expert and its domain another name."""
+    from modekit.members.change import renaming
+
+    _change(checkpoint, lambda opened: renaming(opened, name, new_name), write)
+
+
+@app.command()
+def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
+    """Show who is in the mixture: since when, worth what, under which licence."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.members.listing import as_data, members_of
+
+    opened = open_checkpoint(resolved(checkpoint))
+    members = members_of(opened)
+    if as_json:
+        sys.stdout.write(json.dumps(as_data(opened, members), indent=2) + "\n")
+    else:
+        print_members(members, opened.record.history)
+
+
+def _change(folder: Path, wanted: Callable[[Checkpoint], Wanted], write: WriteOptions, door: DoorOptions | None = None) -> None:
+    """Plan the change, look at who comes, write it and say what it cost."""
+    from modekit.building.build import build
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.members.change import before_change
+    from modekit.members.door import look_at
+
+    opened = open_checkpoint(resolved(folder))
+    target = opened.folder if write.output is None else resolved(write.output)
+    with drawn_progress() as progress:
+        run = Run(write.trust_remote_code, progress, write.fsync)
+        before = before_change(opened, dataclasses.replace(wanted(opened), refits=write.refit), run=run)
+        found = None
+        if door is not None and door.measure:
+            found = look_at(before, tokens=door.tokens, run=run)
+    if found is not None and door is not None:
+        print_door(found)
+        before = before.measured(found.numbers())
+        if found.refused and not door.force:
+            raise ModekitError(
+                "the expert is not let in", where=str(folder), found="; ".join(each.what for each in found.refused),
+                remedy="do what is said above, or pass --force",
+            )  # fmt: skip
+    with drawn_progress() as progress:
+        run = Run(write.trust_remote_code, progress, write.fsync)
+        done = build(before.plan, target, overwrite=write.overwrite, before=before, run=run)
+    written = before.plan.bytes_written - before.plan.bytes_linked
+    said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
+    out.print(Text.assemble((str(write.output or folder), "bold"), f": {said}; {bytes_of(written)} of weights written"))

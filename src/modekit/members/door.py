@@ -1,0 +1,193 @@
+"""What is measured before an expert is let in: what it brings on its own text, whom it resembles, what its licence says.
+
+    loss of base, mixture and expert on the expert's held-out text (select split), in nats per token
+    drift     |D| / |base|        cosine, distance    of D to that of each expert that is there        (search/advise/drift.py)
+
+D is the difference from the base, here in the tensors of the first, the middle and the last layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from modekit.building.before import Before
+from modekit.checkpoint.record import SourceRecord
+from modekit.errors import SourceError
+from modekit.evaluation.domains import Domain
+from modekit.members.licences import facts, licence_of, sources_of
+from modekit.run import QUIET, Run
+from modekit.search.advise.drift import compare
+from modekit.search.advise.findings import Finding
+from modekit.search.advise.groups import groups_of
+from modekit.sources.model import ModelSource
+from modekit.sources.names import split_layer
+from modekit.text.held_out import RecipeTexts
+from modekit.text.sequences import encode
+from modekit.text.splits import text_record
+
+TOKENS = 8_192
+"""Read of the new expert's text by default."""
+_SEQUENCE = 512
+_SMALLEST_GAIN = 1e-3  # nats per token, as in search/advise
+_SERVED = 0.9  # of the expert's gain that the mixture has already
+_NEAR_COSINE = 0.95
+
+
+@dataclass(frozen=True)
+class Door:
+    """What was found.
+
+    Attributes:
+        expert: its name.
+        losses: base, mixture and expert -> nats per token; empty without text.
+        tokens: read for them.
+        drift: from the base.
+        likeness: expert that is there -> cosine and relative distance.
+        findings: what follows; an error keeps the expert out.
+    """
+
+    expert: str
+    losses: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    drift: float = 0.0
+    likeness: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
+
+    @property
+    def refused(self) -> list[Finding]:
+        """What keeps it out."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    @property
+    def nearest(self) -> tuple[str, float, float] | None:
+        """The expert that it resembles most: its name, cosine and distance."""
+        return max(((name, *numbers) for name, numbers in self.likeness.items()), key=lambda each: each[1], default=None)
+
+    def numbers(self) -> dict[str, float | None]:
+        """As the history keeps them."""
+        cosine = None if self.nearest is None else round(self.nearest[1], 6)
+        losses = {f"loss_{name}": round(loss, 6) for name, loss in self.losses.items()}
+        return {**losses, "tokens": self.tokens, "drift": round(self.drift, 6), "nearest_cosine": cosine}
+
+
+def look_at(before: Before, *, tokens: int = TOKENS, run: Run = QUIET) -> Door:
+    """Measure the new expert of a planned change. Raises TextError, and SourceError when a model cannot be loaded."""
+    (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
+    name = before.plan.recipe.names[place]
+    drift, likeness = _likeness(before, place, run)
+    losses, read = _losses(before, place, tokens, run) if tokens else ({}, 0)
+    findings = [*_of_losses(name, losses), *_of_likeness(name, drift, likeness), *_of_licences(before, place)]
+    return Door(name, losses, read, drift, likeness, findings)
+
+
+def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:
+    from modekit.evaluation.loss import score_domain
+    from modekit.loaded.experts import load_expert
+    from modekit.loaded.load import load_model, load_tokenizer
+
+    plan, mixture = before.plan, before.checkpoint.folder
+    base, source, expert = plan.sources[0], plan.sources[1 + place], plan.recipe.experts[place]
+    texts = RecipeTexts(plan.recipe, plan.root, models=[base.folder, source.folder], mixture=mixture)
+    own = texts.own(place)
+    chosen = texts.select_of(own) if own is not None else []
+    sequences = encode(load_tokenizer(mixture, run=run), chosen, max_tokens=tokens, sequence_length=_SEQUENCE)
+    if not sequences:
+        return {}, 0
+    count = sum(len(sequence.ids) for sequence in sequences)
+    domain = Domain(expert.name, place, sequences, text_record(chosen, count))
+    loads = {
+        "base": partial(load_model, base.folder, run=run),
+        "mixture": partial(load_model, mixture, run=run),
+        "expert": partial(load_expert, base.folder, source.folder, run=run),
+    }
+    total = domain.scored_tokens * len(loads)
+    found = {}
+    for number, (name, load) in enumerate(loads.items()):
+        said = partial(run.progress, f"score {name}", total=total)
+        found[name] = score_domain(load(), domain, said, number * domain.scored_tokens).loss
+    return found, count
+
+
+def _likeness(before: Before, place: int, run: Run) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Its drift, and cosine and distance to every expert whose model is there."""
+    plan = before.plan
+    base, new = plan.sources[0], plan.sources[1 + place]
+    others = {
+        name: source
+        for name, source, expert in zip(plan.recipe.names, plan.sources[1:], plan.recipe.experts, strict=True)
+        if source is not new and not expert.is_base and _is_there(source)
+    }
+    if plan.recipe.experts[place].is_base:
+        return 0.0, {}
+    groups = groups_of(base, plan.family)
+    looked_at = {0, plan.layers // 2, plan.layers - 1}
+    sample = {name: group for name, group in groups.items() if split_layer(name)[0] in looked_at}
+    found = compare(base, [new, *others.values()], sample, run=run)
+    if found.damaged[0]:
+        raise SourceError(
+            "the weights hold NaN or Inf", where=f"{new.label} ({new.spec}): {found.damaged[0][0]}",
+            remedy="the model is damaged: save or download it again",
+        )  # fmt: skip
+    if not found.moved[0]:  # in those layers: perhaps in others
+        return compare(base, [new], groups, run=run).total(0), {}
+    pairs = ((name, found.cosine(0, number), found.distance(0, number)) for number, name in enumerate(others, 1))
+    return found.total(0), {name: (cosine, distance) for name, cosine, distance in pairs if cosine is not None}
+
+
+def _is_there(source: ModelSource) -> bool:
+    return all(file.exists() for file in source.files)
+
+
+def _of_losses(name: str, losses: Mapping[str, float]) -> Iterator[Finding]:
+    if not losses:
+        yield Finding(
+            "note",
+            name,
+            "what it brings was not measured",
+            "no held-out text of its own",
+            "give --text, a few hundred documents",
+        )
+        return
+    base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
+    found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
+    if base - expert <= _SMALLEST_GAIN:
+        yield Finding(
+            "error", name, "it is not better than the base model on its own text", found,
+            "check that model and text belong together",
+        )  # fmt: skip
+    elif base - mixture >= _SERVED * (base - expert):
+        share = (base - mixture) / (base - expert)
+        yield Finding(
+            "warning", name, f"the mixture has {share:.0%} of its gain without it", found,
+            "an expert for another domain would bring more",
+        )  # fmt: skip
+
+
+def _of_likeness(name: str, drift: float, likeness: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    for other, (cosine, distance) in likeness.items():
+        if cosine >= _NEAR_COSINE:
+            yield Finding(
+                "error", name, f"it is nearly the same model as {other}",
+                f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base",
+                f"put it in that one's place: modekit replace OUT {other} --model ...",
+            )  # fmt: skip
+    if not drift:
+        yield Finding("note", name, "it equals the base model", to_do="give --model base, which needs no tensors of its own")
+
+
+def _of_licences(before: Before, place: int) -> Iterator[Finding]:
+    """What is true of the licences with it and was not without it."""
+    checkpoint, source = before.checkpoint, before.plan.sources[1 + place]
+    if source is before.plan.sources[0]:
+        return
+    folder = os.path.relpath(source.folder, checkpoint.folder)
+    record = SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files={})
+    name = before.plan.recipe.names[place]
+    there = [each for each in sources_of(checkpoint) if f"expert {name}" not in each.used_as]
+    known = set(facts(there))
+    for fact in facts([*there, licence_of(record, (f"expert {name}",), checkpoint)]):
+        if fact not in known:
+            yield Finding("warning", name, fact, to_do="see whether what you do with the mixture agrees with all of them")

@@ -1,0 +1,117 @@
+"""Who is in a mixture: since when, what each is worth, and under which licence. Nothing is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import Change
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.results import Results
+from modekit.evaluation.results_folder import read_results
+from modekit.files.read import UNREADABLE
+from modekit.members.licences import sources_of
+from modekit.recipes.recipe import Expert
+from modekit.sources.model import ITEMSIZE
+
+
+@dataclass(frozen=True)
+class Member:
+    """One expert.
+
+    Attributes:
+        name: of it and its domain.
+        kind: full model, adapter, low-rank part or base.
+        source: as the recipe names it.
+        since: the day on which it came; None for one that was there from the start.
+        nbytes: of tensors that are its own, or its part of those that it shares with others.
+        gain: loss of the base less that of the mixture on its domain, nats per token; None when it was not evaluated.
+        gap_closed: share of its own gain that the mixture has; None likewise.
+        licence: as its own files say.
+    """
+
+    name: str
+    kind: str
+    source: str
+    since: str | None
+    nbytes: int
+    gain: float | None
+    gap_closed: float | None
+    licence: str
+
+
+def members_of(checkpoint: Checkpoint) -> list[Member]:
+    """Every expert in recipe order. Raises CheckpointError when the files are damaged."""
+    record = checkpoint.record
+    since = _since(record.history)
+    sizes = _sizes(checkpoint)
+    results = _results(checkpoint)
+    licences = {name.removeprefix("expert "): source.said for source in sources_of(checkpoint) for name in source.used_as}
+    return [
+        Member(
+            expert.name, _kind(expert), expert.source, since.get(expert.name), size,
+            *_worth(results, expert.name), licences.get(expert.name, licences.get("base model", "")),
+        )
+        for expert, size in zip(record.recipe.experts, sizes, strict=True)
+    ]  # fmt: skip
+
+
+def _since(history: Sequence[Change]) -> dict[str, str]:
+    """Name -> the day on which the expert that bears it came, or was replaced last."""
+    since: dict[str, str] = {}
+    for change in history:
+        if change.what in {"add", "replace"}:
+            since[change.expert] = change.on
+        elif change.what == "rename" and change.was in since:
+            since[change.expert] = since.pop(change.was)
+        elif change.what == "remove":
+            since.pop(change.expert, None)
+    return since
+
+
+def _kind(expert: Expert) -> str:
+    if expert.is_base:
+        return "base"
+    if expert.adapter is not None:
+        return "adapter"
+    return "full model" if expert.lora_rank is None else f"rank {expert.lora_rank} of a model"
+
+
+def _sizes(checkpoint: Checkpoint) -> list[int]:
+    """Bytes per expert."""
+    sizes = [0] * len(checkpoint.names)
+    for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors):
+        for number, part in mixed.own.items():
+            sizes[number] += math.prod(mixed.shape) * ITEMSIZE[part.ref.dtype]
+        for number, low_rank in mixed.low_rank.items():
+            rank = low_rank.ranks.stop - low_rank.ranks.start
+            rows = low_rank.a.shape[1] + low_rank.b.shape[0]
+            sizes[number] += rank * rows * ITEMSIZE[low_rank.a.dtype]
+    return sizes
+
+
+def _results(checkpoint: Checkpoint) -> Results | None:
+    """What `modekit eval` found of the mixture as it is."""
+    try:
+        results = read_results(checkpoint)
+    except UNREADABLE:
+        return None
+    return results if belongs_to(results, checkpoint) else None
+
+
+def _worth(results: Results | None, domain: str) -> tuple[float | None, float | None]:
+    """Gain over the base and gap closed on a domain, of the mixture as it is."""
+    rows = {row.kind: row for row in results.rows} if results is not None else {}
+    base, mixture = rows.get("base"), rows.get("mixture")
+    if base is None or mixture is None or domain not in mixture.scores or domain not in base.scores:
+        return None, None
+    return base.scores[domain].loss - mixture.scores[domain].loss, mixture.scores[domain].gap_closed
+
+
+def as_data(checkpoint: Checkpoint, members: Sequence[Member]) -> Mapping[str, Any]:
+    """For --json."""
+    history = [change.model_dump(mode="json", exclude_none=True) for change in checkpoint.record.history]
+    return {"experts": [vars(member) for member in members], "history": history}
