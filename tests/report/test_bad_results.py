@@ -19,9 +19,9 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results, Row, Score, results_from_data
 from modekit.evaluation.results_folder import read_results
 from modekit.evaluation.tasks.results import TASKS_FILE, TaskResults, kept_results, markdown
+from modekit.members.licences import front_matter
 from modekit.report.card import make_card
 from modekit.report.content import make_content
-from modekit.members.licences import front_matter
 from modekit.report.page import make_page
 from modekit.report.plots import make_plots
 from modekit.report.push import pack

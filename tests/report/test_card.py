@@ -18,8 +18,8 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
-from modekit.report.card import write_card
 from modekit.members.licences import facts, front_matter, sources_of
+from modekit.report.card import write_card
 from modekit.routing.refit import refit
 from refusal import borrow, copy_base, copy_expert, refuse, run_python
 

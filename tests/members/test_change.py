@@ -1,0 +1,273 @@
+"""Experts come and go: what comes out is what a build of the new recipe gives, byte for byte, whatever is no longer there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from adapter_folders import lora, write_adapter
+from conftest import VOCAB, Workshop, make_workshop
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.members.change import NewExpert, adding, removing, renaming, replacing, write_change
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from refusal import tree
+
+SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
+WHOLE = ("medicine", "law", "code")
+LOW_RANK = ("fever", "court", "yield")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of mixture: its experts, and what its recipe says."""
+
+    mixture: dict[str, Any]
+    output: dict[str, Any]
+    names: Sequence[str] = WHOLE
+    of_all: tuple[str, ...] = ()
+    """Whose models must be there for a change: what they gave lies in one tensor with others, and is made anew."""
+
+
+def _routed(fit: str, **router: Any) -> dict[str, Any]:
+    return {"method": "routing", "top_k": 2, "router": {"fit": fit, **router}}
+
+
+NATIVE, MODEKIT = {"format": "native"}, {"format": "modekit"}
+KINDS = {
+    "native random": Kind(_routed("random", seed=3), NATIVE),
+    "native ridge": Kind(_routed("ridge", **SHORT), NATIVE),
+    "native logistic": Kind(_routed("logistic", **SHORT), NATIVE),
+    "native lexical": Kind(_routed("lexical"), NATIVE),
+    "native lexical with the base": Kind(_routed("lexical"), NATIVE, ("base_too", *WHOLE)),
+    "native in small files": Kind(_routed("random", seed=3), {**NATIVE, "shard_size": "20KB"}),
+    "native average": Kind({**_routed("random", seed=3), "backbone": "average"}, NATIVE, WHOLE, WHOLE),
+    "native uniform": Kind({"method": "linear"}, NATIVE),
+    "whole models by n-grams": Kind(_routed("ngram"), MODEKIT),
+    "whole models per projection": Kind(_routed("centroid", per="projection", **SHORT), MODEKIT),
+    "everything": Kind({**_routed("lexical"), "modules": "all"}, MODEKIT),
+    "context": Kind(_routed("ridge", granularity="context", **SHORT), MODEKIT),
+    "adapters": Kind(_routed("ridge", **SHORT), MODEKIT, LOW_RANK),
+    "adapters without text": Kind(_routed("arrow"), MODEKIT, LOW_RANK),
+    "adapters folded": Kind(_routed("random", seed=3), NATIVE, LOW_RANK),
+    "adapters and whole models": Kind(_routed("ngram"), MODEKIT, ("fever", "law", "yield")),
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = make_workshop(tmp_path_factory.mktemp("members"), num_hidden_layers=2)
+    for seed, (name, rank) in enumerate(zip(LOW_RANK, (4, 2, 3), strict=True)):
+        tensors = {key: value * (seed + 1) for key, value in lora("mlp.up_proj", 48, 32, rank, layers=2).items()}
+        write_adapter(made.root / name, tensors, target_modules=["up_proj"], r=rank, lora_alpha=8)
+        shutil.copyfile(made.root / "text" / f"{WHOLE[seed]}.jsonl", made.root / "text" / f"{name}.jsonl")
+    shutil.copyfile(made.root / "text" / "law.jsonl", made.root / "text" / "base_too.jsonl")
+    return made
+
+
+def expert(name: str) -> dict[str, Any]:
+    """As a recipe says it."""
+    said = {"adapter": f"./{name}"} if name in LOW_RANK else {"model": "base" if name == "base_too" else f"./{name}"}
+    return {"name": name, **said, "text": [f"./text/{name}.jsonl"]}
+
+
+def recipe(kind: Kind, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "base_model": "./base", "experts": [expert(name) for name in names], "mixture": kind.mixture, "output": kind.output,
+    }  # fmt: skip
+
+
+def built(shop: Workshop, kind: Kind, names: Sequence[str], out: Path) -> Checkpoint:
+    return build(make_plan(parse_recipe(recipe(kind, names)), shop.root), out)
+
+
+def new(shop: Workshop, name: str) -> NewExpert:
+    said = expert(name)
+    return NewExpert(said.get("model"), said.get("adapter"), said["text"], root=shop.root)
+
+
+@contextmanager
+def gone(shop: Workshop, *names: str) -> Iterator[None]:
+    """While open, the models and texts of these are not there."""
+    paths = [path for name in names for path in (shop.root / name, shop.root / "text" / f"{name}.jsonl") if path.exists()]
+    for path in paths:
+        path.rename(path.with_name(f"{path.name}.gone"))
+    try:
+        yield
+    finally:
+        for path in paths:
+            path.with_name(f"{path.name}.gone").rename(path)
+
+
+def content(out: Path) -> dict[str, Any]:
+    """Every file, without what tells of the changes."""
+    files: dict[str, Any] = dict(tree(out))
+    record = json.loads((out / "modekit.json").read_text())
+    record.pop("history", None)
+    marker = json.loads((out / ".modekit").read_text())
+    marker["files"].pop("modekit.json")
+    return {**files, "modekit.json": record, ".modekit": marker}
+
+
+def check_same(found: Path, wanted: Path) -> None:
+    ours, theirs = content(found), content(wanted)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_added_is_built_with_it_and_removed_is_built_without(shop: Workshop, tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    *first, last = kind.names
+    before, joint = built(shop, kind, first, tmp_path / "before"), built(shop, kind, kind.names, tmp_path / "joint")
+    others = [other for other in first if other not in kind.of_all]
+    with gone(shop, *others):
+        added = write_change(before, adding(before, last, new(shop, last)), tmp_path / "added")
+    check_same(added.folder, joint.folder)
+    with gone(shop, *others, last):
+        removed = write_change(added, removing(added, last), tmp_path / "removed")
+    check_same(removed.folder, before.folder)
+    assert is_proven(verify(open_checkpoint(added.folder))) and is_proven(verify(open_checkpoint(removed.folder)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_first_goes_in_place(shop: Workshop, tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    out, wanted = built(shop, kind, kind.names, tmp_path / "OUT"), built(shop, kind, kind.names[1:], tmp_path / "wanted")
+    with gone(shop, *(other for other in kind.names if other not in kind.of_all[1:])):
+        write_change(out, removing(out, kind.names[0]), out.folder)
+    check_same(out.folder, wanted.folder)
+    assert is_proven(verify(open_checkpoint(out.folder), reload=False))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "wanted"]
+
+
+@pytest.mark.parametrize("name", ["native ridge", "native lexical", "adapters", "everything"])
+def test_another_model_in_the_place_of_one(shop: Workshop, tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    first, second, third = kind.names
+    out = built(shop, kind, [first, second], tmp_path / "OUT")
+    replaced = write_change(out, replacing(out, first, new(shop, third)), tmp_path / "replaced")
+    said = recipe(kind, [first, second])
+    said["experts"][0] = {**expert(third), "name": first}
+    wanted = build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted")
+    check_same(replaced.folder, wanted.folder)
+    assert replaced.record.history[-1].model_dump(exclude={"on", "door"}) == {
+        "what": "replace", "expert": first, "was": f"./{first}", "source": f"./{third}",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["native ridge", "native lexical", "adapters", "whole models by n-grams"])
+def test_another_name(shop: Workshop, tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    out = built(shop, kind, kind.names, tmp_path / "OUT")
+    with gone(shop, *kind.names):
+        renamed = write_change(out, renaming(out, kind.names[1], "other"), tmp_path / "renamed")
+    said = recipe(kind, kind.names)
+    said["experts"][1]["name"] = "other"
+    check_same(renamed.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
+
+
+def test_the_files_of_others_are_the_same_files(shop: Workshop, tmp_path: Path) -> None:
+    before = built(shop, KINDS["native lexical"], WHOLE[:2], tmp_path / "OUT")
+    files = {path.name: path.stat().st_ino for path in before.folder.glob("model-*.safetensors")}
+    write_change(before, adding(before, "code", new(shop, "code")), before.folder)
+    after = {path.name: path.stat().st_ino for path in before.folder.glob("model-*.safetensors")}
+    same = {name for name in files if after[name] == files[name]}
+    kept = {"model-backbone-00001.safetensors", "model-expert-00001-00001.safetensors", "model-expert-00002-00001.safetensors"}
+    assert same == kept
+    assert all((before.folder / name).stat().st_nlink == 1 for name in after)
+
+
+def test_more_channels_are_made_when_they_are_needed(shop: Workshop, tmp_path: Path) -> None:
+    """64 carry 31 experts: with one more every tensor is wider, and comes from the models again."""
+    kind = Kind(_routed("lexical"), {**NATIVE, "channels": 32})
+    said = recipe(kind, WHOLE[:2])
+    said["mixture"]["router"]["decay"] = [0.99, 0.98]
+    said["output"] = NATIVE
+    before = build(make_plan(parse_recipe(said), shop.root), tmp_path / "before")
+    wide = {**said, "experts": [*said["experts"], expert("code")]}
+    joint = build(make_plan(parse_recipe(wide), shop.root), tmp_path / "joint")
+    added = write_change(before, adding(before, "code", new(shop, "code")), tmp_path / "added")
+    check_same(added.folder, joint.folder)
+
+
+def test_a_mixture_of_an_earlier_layout_takes_experts_too(shop: Workshop, tmp_path: Path) -> None:
+    """Where the files are cut otherwise, the tensors are copied."""
+    old = Path(__file__).parents[1] / "golden" / "old" / "checkpoints"
+    assert "model-00001-of-00001.safetensors" in (old / "native" / "model.safetensors.index.json").read_text()
+    kind = KINDS["native random"]
+    before = built(shop, kind, WHOLE[:2], tmp_path / "OUT")
+    _in_one_file(before)
+    added = write_change(open_checkpoint(before.folder), adding(before, "code", new(shop, "code")), tmp_path / "added")
+    check_same(added.folder, built(shop, kind, WHOLE, tmp_path / "joint").folder)
+
+
+def _in_one_file(checkpoint: Checkpoint) -> None:
+    """All weights but the gates in one file, as before the files were cut by whose they are."""
+    from safetensors.torch import load_file, save_file
+
+    files = [path for path in checkpoint.folder.glob("model-*.safetensors") if path.name != "model-router.safetensors"]
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    for path in files:
+        path.unlink()
+    save_file(tensors, checkpoint.folder / "model-00001-of-00001.safetensors")
+    index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (checkpoint.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_the_history_says_who_came_and_went(shop: Workshop, tmp_path: Path) -> None:
+    out = built(shop, KINDS["native random"], WHOLE[:2], tmp_path / "OUT").folder
+    assert "history" not in json.loads((out / "modekit.json").read_text())
+    write_change(open_checkpoint(out), adding(open_checkpoint(out), "code", new(shop, "code")), out)
+    write_change(open_checkpoint(out), renaming(open_checkpoint(out), "code", "python"), out)
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    record = open_checkpoint(out).record
+    assert [(each.what, each.expert, each.was) for each in record.history] == [
+        ("add", "code", None), ("rename", "python", "code"), ("remove", "law", "./law"),
+    ]  # fmt: skip
+    assert record.recipe.names == ["medicine", "python"]
+
+
+def test_what_others_put_into_the_folder_stays(shop: Workshop, tmp_path: Path) -> None:
+    out = built(shop, KINDS["native random"], WHOLE, tmp_path / "OUT").folder
+    (out / "notes.txt").write_text("mine")
+    (out / "results").mkdir()
+    (out / "results" / "eval.json").write_text("{}")
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    assert (out / "notes.txt").read_text() == "mine" and (out / "results" / "eval.json").exists()
+
+
+def test_given_weights_follow(shop: Workshop, tmp_path: Path) -> None:
+    kind = Kind({"method": "linear", "weights": {"medicine": 2, "law": 1}}, NATIVE)
+    before = built(shop, kind, WHOLE[:2], tmp_path / "before")
+    added = write_change(before, adding(before, "code", NewExpert("./code", weight=3.0, root=shop.root)), tmp_path / "added")
+    assert added.record.recipe.mixture.weights == {"medicine": 2, "law": 1, "code": 3}
+    said = recipe(kind, WHOLE)
+    said["mixture"] = {"method": "linear", "weights": {"medicine": 2, "law": 1, "code": 3.0}}
+    del said["experts"][2]["text"]
+    check_same(added.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "joint").folder)
+    assert is_proven(verify(open_checkpoint(added.folder), reload=False))
+
+
+def test_vocabulary_of_the_texts(shop: Workshop) -> None:
+    """The tokenizer of the tests reads them all: else the fits above would see nothing but unknown tokens."""
+    assert max(ord(sign) for path in (shop.root / "text").iterdir() for sign in path.read_text()) < 32 + VOCAB
+
+
+def test_recipes_are_kept_as_they_were_written(shop: Workshop, tmp_path: Path) -> None:
+    kind = KINDS["native ridge"]
+    before = built(shop, kind, WHOLE[:2], tmp_path / "somewhere" / "else" / "OUT")
+    added = write_change(before, adding(before, "code", new(shop, "code")), tmp_path / "added")
+    said = added.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    assert yaml.safe_dump(said) == yaml.safe_dump(recipe(kind, WHOLE))
