@@ -25,7 +25,7 @@ def states_of(workshop: Workshop) -> tuple[State, list[State]]:
 def result_of(folder: Path) -> State:
     """All tensors of a checkpoint but the gates, from all of its shards."""
     tensors: State = {}
-    for file in sorted(folder.glob("model-*-of-*.safetensors")):
+    for file in sorted(folder.glob("model-*-0*.safetensors")):
         tensors.update(load_file(file))
     return tensors
 

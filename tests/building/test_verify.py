@@ -38,7 +38,7 @@ def test_merged_and_borrowed_backbones_are_proven_too(workshop: Workshop, backbo
 
 def test_one_flipped_bit_in_an_expert_is_found(workshop: Workshop) -> None:
     out = workshop.build()
-    flip(out / "model-00001-of-00001.safetensors", -100)
+    flip(out / "model-expert-00001-00001.safetensors", -100)
     assert checks_of(out)["copied tensors"].verdict == "failed"
 
 

@@ -259,7 +259,7 @@ def test_sigkill_and_the_same_command_again(bench: Workshop, expected: Callable[
         "record = modekit.files.staging.Staging.record\n"
         "def last(stage, key, value):\n"
         "    record(stage, key, value)\n"
-        "    '-00002-of-' in key and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    'expert-00001' in key and os.kill(os.getpid(), signal.SIGKILL)\n"
         "modekit.files.staging.Staging.record = last\n"
     )
     assert run_python(kill + run, "build", recipe, out).returncode == -9
@@ -310,7 +310,7 @@ def test_a_damaged_journal(bench: Workshop, expected: Callable[..., Tree], conte
 
 def test_a_journal_with_a_line_of_nonsense(bench: Workshop, expected: Callable[..., Tree]) -> None:
     whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
-    for nonsense in ("3", "[]", "null", '["shard model-00001-of-00004.safetensors"]', '["shard'):
+    for nonsense in ("3", "[]", "null", '["shard model-backbone-00001.safetensors"]', '["shard'):
         assert build_and_die(plan, out, RECORD_MOMENTS["after the line"], 15)
         with (bench.root / "OUT.partial" / JOURNAL).open("a") as journal:
             journal.write(nonsense + "\n")

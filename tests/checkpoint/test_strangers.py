@@ -152,7 +152,7 @@ def test_folders_are_relative(copied: Callable[[str], Path], path: Any, value: s
 
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize(
-    "name", ["modekit.json", "config.json", INDEX_FILE, ROUTER_FILE, "model-00001-of-00001.safetensors", "tokenizer.json"]
+    "name", ["modekit.json", "config.json", INDEX_FILE, ROUTER_FILE, "model-backbone-00001.safetensors", "tokenizer.json"]
 )
 def test_what_is_no_file_is_not_waited_for(copied: Callable[[str], Path], name: str, kind: str) -> None:
     folder = copied("native")

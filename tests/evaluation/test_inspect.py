@@ -15,13 +15,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modekit.cli.printing.inspection as printing_module
 import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
+from checkpoint_states import result_of
 from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
@@ -355,8 +355,7 @@ def test_similarity_of_low_rank_whole_and_unchanged_experts(
         {**medicine, "name": "same", "as": "lora", "rank": 3},
     ]  # fmt: skip
     checkpoint = open_checkpoint(workshop.build(experts=experts, mixture={"router": RANDOM}))
-    with safe_open(checkpoint.folder / "model-00001-of-00001.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+    tensors = {name: tensor.double() for name, tensor in result_of(checkpoint.folder).items()}
     changes: list[list[torch.Tensor]] = [[] for _ in experts]
     for module, place in checkpoint.config["modekit"]["places"].items():
         base = tensors[f"{module}.base.weight"]

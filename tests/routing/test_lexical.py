@@ -91,13 +91,13 @@ def test_gates_of_every_layer_say_about_what_the_table_says(native: Checkpoint, 
 
 def test_a_build_again_is_the_same_bytes(shop: Workshop, native: Checkpoint) -> None:
     again = build(shop, "AGAIN", "native")
-    for name in (ROUTER_FILE, EMBEDDING_FILE, "model-00001-of-00001.safetensors", "modekit.json"):
+    for name in (ROUTER_FILE, EMBEDDING_FILE, "model-backbone-00001.safetensors", "modekit.json"):
         assert (again.folder / name).read_bytes() == (native.folder / name).read_bytes(), name
 
 
 def test_a_fit_rewrites_gates_and_embedding_alone(shop: Workshop) -> None:
     checkpoint = build(shop, "REFIT", "native")
-    shard = checkpoint.folder / "model-00001-of-00001.safetensors"
+    shard = checkpoint.folder / "model-backbone-00001.safetensors"
     before = shard.stat().st_ino, shard.stat().st_mtime_ns
     table = read_table(*checkpoint.carrier)
     changed = refit(checkpoint, {"router": {"temperature": 2.0}})
