@@ -57,6 +57,13 @@ COMMANDS = {
     "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
     "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
     "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
+    "add": Command(("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", *FEW, "--force"), 30),
+    "add elsewhere": Command(
+        ("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", "--no-measure", "--out", "NEW"), 30
+    ),
+    "remove": Command(("remove", "THREE", "law"), 30),
+    "replace": Command(("replace", "OUT", "law", "--model", "code", *FEW, "--force"), 30),
+    "rename": Command(("rename", "OUT", "law", "court"), 20),
     "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
     "train": Command(
         ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
@@ -87,6 +94,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     adapters = [{"name": name, "adapter": f"./{name}", "text": "./text/law.jsonl"} for name in ("fever", "court")]
     recipes = {
         "native": {**made.recipe, "experts": experts, "mixture": {"router": FIT}},
+        "three": {**made.recipe, "mixture": {"router": FIT}},
         "other": {**made.recipe, "experts": experts, "mixture": {"router": {"fit": "random", "seed": 5}}},
         "adapters": {**made.recipe, "experts": adapters, "mixture": {"router": {**FIT, "fit": "arrow"}}},
     }
@@ -97,7 +105,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     recipes["bytes"] = {"base_model": "./bytes0", "experts": whole, "mixture": {"router": {"fit": "random"}}}
     for name, recipe in recipes.items():
         (made.root / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    for recipe_name, out in (("native", "OUT"), ("adapters", "ADAPTERS"), ("bytes", "BYTES")):
+    for recipe_name, out in (
+        ("native", "OUT"), ("three", "THREE"), ("adapters", "ADAPTERS"), ("bytes", "BYTES"),
+    ):  # fmt: skip
         assert ended("build", made.root / f"{recipe_name}.yaml", made.root / out)[0] == 0
     return made
 
@@ -115,7 +125,7 @@ def run_in(root: Path, words: Sequence[str]) -> tuple[object, str]:
 
 def check_whole(root: Path) -> None:
     """Every output that is there is all there, and is what it says."""
-    for out in (root / name for name in ("OUT", "NEW", "ADAPTERS")):
+    for out in (root / name for name in ("OUT", "NEW", "THREE", "ADAPTERS")):
         try:
             opened = open_checkpoint(out)
         except CheckpointError as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 
@@ -26,9 +27,10 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import link_file, make_folder, remove, write_file, write_json
+from modekit.planning.kept import Origins
 from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.routing.fit import fit_router
-from modekit.routing.fitting import Fitting
+from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.text.documents import is_local
@@ -36,6 +38,10 @@ from modekit.text.held_out import fit_documents
 
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
+
+_TRAINED_GATES = "modekit.routing.kept_rows:trained_gates"
+"""By its path, as it needs torch and a build without text does not."""
+_TrainedGates = Callable[[Fitting, Checkpoint, Origins], FittedRouter]
 
 
 def build(
@@ -113,8 +119,7 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], b
         checkpoint = Checkpoint(stage.folder, before.continued(checkpoint.record, checkpoint.tensors))
     statistics, run = stage.folder / STATISTICS_FOLDER, Run(plan.trust_remote_code, run.progress)
     if before is not None and before.keeps_training:
-        from modekit.routing.kept_rows import trained_gates  # torch, which a build without text does not need
-
+        trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
         fitted = trained_gates(Fitting(checkpoint, plan.recipe, plan.root, statistics, run), before.checkpoint, before.origins)
     else:
         fitted = fit_router(checkpoint, plan.recipe, plan.root, statistics, run=run)

@@ -46,7 +46,9 @@ class ModelOptions:
         from modekit.members.change import NewExpert
 
         if (self.model is None) == (self.adapter is None):
-            raise ModekitError("give either --model or --adapter", remedy="name the folder or hub id of the new expert")
+            raise ModekitError(
+                "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
+            )
         return NewExpert(
             self.model, self.adapter, tuple(self.text or ()), self.as_, self.rank, self.revision, weight, Path.cwd()
         )
@@ -141,7 +143,6 @@ def _change(folder: Path, wanted: Callable[[Checkpoint], Wanted], write: WriteOp
     from modekit.building.build import build
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.members.change import before_change
-    from modekit.members.door import look_at
 
     opened = open_checkpoint(resolved(folder))
     target = opened.folder if write.output is None else resolved(write.output)
@@ -150,6 +151,8 @@ def _change(folder: Path, wanted: Callable[[Checkpoint], Wanted], write: WriteOp
         before = before_change(opened, dataclasses.replace(wanted(opened), refits=write.refit), run=run)
         found = None
         if door is not None and door.measure:
+            from modekit.members.door import look_at  # torch, which a change itself may not need
+
             found = look_at(before, tokens=door.tokens, run=run)
     if found is not None and door is not None:
         print_door(found)

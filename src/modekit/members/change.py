@@ -25,8 +25,9 @@ from modekit.checkpoint.record import Change
 from modekit.errors import CheckpointError, RecipeError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.members.gone import stand_in
+from modekit.planning.copied_files import copied_files
 from modekit.planning.kept import Origins, taking_from
-from modekit.planning.make import plan_of
+from modekit.planning.make import COPIED_FILES, plan_of
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import locate
@@ -193,12 +194,12 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     root, recipe = checkpoint.recipe_root, wanted.recipe
     opener = Opener(root, run)
     old_sources = _sources_of(checkpoint, opener)
+    _check_tokenizer(checkpoint, old_sources[0])
     sources = (old_sources[0], *_new_sources(wanted, old_sources, opener))
     before, after = (
         plan_of(said, root, models, run=run) for said, models in ((checkpoint.record.recipe, old_sources), (recipe, sources))
     )
     _check_shape(checkpoint, after)
-    _check_tokenizer(checkpoint, after)
     taken = taking_from(checkpoint.folder, checkpoint.tensors, before, after, wanted.origins)
     _check_can_be_read(taken.plan)
     _check_training_stays(checkpoint, taken.names, wanted.origins, before)
@@ -241,9 +242,9 @@ def _check_shape(checkpoint: Checkpoint, after: Plan) -> None:
         )  # fmt: skip
 
 
-def _check_tokenizer(checkpoint: Checkpoint, after: Plan) -> None:
+def _check_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> None:
     """Raise SourceError when the base's tokenizer is no longer the one that the mixture and its statistics were made with."""
-    for file in after.copied_files:
+    for file in copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})"):
         try:
             same = read_bytes(file, LARGE) == read_bytes(checkpoint.folder / file.name, LARGE)
         except UNREADABLE:

@@ -39,6 +39,8 @@ from modekit.sources.native_row import Native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+"""Of the base, beside the weights."""
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 
 
@@ -73,7 +75,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     mixed = layout.mixed_names()
     backbone = _backbone(recipe, sources, family, layout, mixed, code_of)
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
-    copied = copied_files(base.folder, (*TOKENIZER_FILES, "generation_config.json"), where=f"base_model ({base.spec})")
+    copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
     notes = [
         *_notes(recipe, sources, mixed), *_notes_of_chats(recipe, base), *lost_changes(recipe, sources, mixed), *layout.notes(),
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.results import Results
 from modekit.members.licences import Source, facts, sources_of
+from modekit.members.listing import members_of, said_of
 from modekit.planning.summary import backbone_label
 from modekit.report.result_files import (
     Curve,
@@ -56,6 +57,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
             "chat": chat.model_dump() if chat is not None and chat.rows else None,
             "search": _search(search) if search is not None else None,
+            "members": _members(checkpoint),
             "provenance": _provenance(checkpoint, results),
             "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},
             "missing": missing,
@@ -212,6 +214,17 @@ def _curve(curve: Curve, domains: Sequence[str]) -> dict[str, Any]:
         "training": points("loss"), "mean": points("eval_loss"), 
         "domains": {name: each for name, each in held_out.items() if each},
     }  # fmt: skip
+
+
+def _members(checkpoint: Checkpoint) -> dict[str, Any]:
+    experts = [
+        {
+            "name": member.name, "kind": member.kind, "since": member.since, "bytes": member.nbytes, "gain": member.gain,
+            "gap_closed": member.gap_closed, "licence": member.licence,
+        }
+        for member in members_of(checkpoint)
+    ]  # fmt: skip
+    return {"experts": experts, "history": [{"on": each.on, "said": said_of(each)} for each in checkpoint.record.history]}
 
 
 def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:

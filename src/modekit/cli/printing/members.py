@@ -11,6 +11,7 @@ from modekit.cli.printing.advice import print_findings
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of, three_digits
 from modekit.cli.printing.table import Table
+from modekit.members.listing import said_of
 
 if TYPE_CHECKING:
     from modekit.checkpoint.record import Change
@@ -45,15 +46,4 @@ def print_members(members: Sequence[Member], history: Sequence[Change]) -> None:
     out.print("Gain: loss of the base less that of the mixture on the expert's domain, in nats per token (`modekit eval`).")
     out.print(table)
     for change in history:
-        out.print(Text.assemble((change.on, "dim"), f" {_said(change)}"))
-
-
-def _said(change: Change) -> str:
-    """One change in words."""
-    if change.what == "rename":
-        return f"{change.was} was renamed {change.expert}"
-    if change.what == "remove":
-        return f"{change.expert} went ({change.was})"
-    came = f"{change.expert} came" if change.what == "add" else f"{change.expert} was replaced"
-    old = f", in the place of {change.was}" if change.what == "replace" else ""
-    return f"{came}: {change.source}{old}"
+        out.print(Text.assemble((change.on, "dim"), f" {said_of(change)}"))

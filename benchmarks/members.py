@@ -1,0 +1,163 @@
+"""What it costs that an expert comes or goes: bytes and seconds against a build, at many experts.
+
+    python benchmarks/members.py [--experts 16] [--rounds 3] [--layers 30] [--folder DIR]
+
+Makes a base and experts of SmolLM2-135M's shape (bf16, random values, the demo's tokenizer; 30 layers) and text for each, then
+in turn, round by round, as processes of their own: a build of all experts but one, a build of all, `modekit add` of the last
+one to the former, and `modekit remove` of it again; with a random router (weights alone) and with a lexical one. Prints seconds
+(median and range), the bytes that were written (files that are no links), and whether the mixture that an expert was added to
+is, file by file, the one that was built with it. All with --no-fsync and --no-measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from modekit.demo.models import make_tokenizer
+from modekit.demo.text import DOMAINS, unpack_text
+from modekit.files.tensors import safetensors_header
+from modekit.text.documents import read_documents
+
+HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 576, 1536, 9, 3, 3_072
+
+
+def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensor -> shape of a Llama of SmolLM2's widths, tied."""
+    size = HIDDEN // HEADS
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in ("q", "o")}
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (KV_HEADS * size, HIDDEN) for name in ("k", "v")}
+        shapes |= {f"{prefix}mlp.{name}_proj.weight": (FFN, HIDDEN) for name in ("gate", "up")}
+        shapes |= {f"{prefix}mlp.down_proj.weight": (HIDDEN, FFN)}
+        shapes |= {f"{prefix}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    return shapes
+
+
+def make_models(folder: Path, names: list[str], layers: int) -> None:
+    """Base and experts, random in every tensor."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
+        "intermediate_size": FFN, "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "tie_word_embeddings": True, "dtype": "bfloat16",
+    }  # fmt: skip
+    entries = [(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in shapes_of(layers).items()]
+    header = safetensors_header(entries)
+    for seed, name in enumerate(names):
+        random = np.random.default_rng(seed)
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        with (folder / name / "model.safetensors").open("wb") as stream:
+            stream.write(header)
+            for _, _, _, size in entries:
+                values = random.standard_normal(size // 2, np.float32) * np.float32(0.02)
+                stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())  # the upper half: bfloat16
+
+
+def make_texts(folder: Path, names: list[str]) -> None:
+    """The demo's documents, dealt out: every expert gets a share of one of its domains."""
+    paths = unpack_text(folder / "demo")
+    documents = {name: read_documents([str(paths[name])], root=folder, where=name) for name in DOMAINS}
+    make_tokenizer([each for found in documents.values() for each in found[:2000]]).save_pretrained(folder / "base")
+    shares = -(-len(names) // len(DOMAINS))
+    for number, name in enumerate(names):
+        share = documents[DOMAINS[number % len(DOMAINS)]][number // len(DOMAINS) :: shares]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in share))
+
+
+def write_recipe(folder: Path, names: list[str], fit: str) -> Path:
+    """A recipe of these experts."""
+    experts = [{"name": name, "model": f"./{name}", "text": f"./{name}.jsonl"} for name in names]
+    path = folder / f"{fit}-{len(names)}.yaml"
+    mixture = {"top_k": 2, "router": {"fit": fit}}
+    path.write_text(yaml.safe_dump({"base_model": "./base", "experts": experts, "mixture": mixture}, sort_keys=False))
+    return path
+
+
+def seconds_of(*words: object) -> float:
+    """Of a command, from start to end."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "modekit", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def written(out: Path) -> dict[str, int]:
+    """Bytes of weight files that are no links, by kind."""
+    found = {"experts": 0, "others": 0}
+    for path in out.glob("*.safetensors"):
+        if path.stat().st_nlink == 1:
+            found["experts" if path.name.startswith("model-expert") else "others"] += path.stat().st_size
+    return found
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two mixtures have the same weights, config and index, file by file."""
+    names = [{path.name for path in folder.iterdir() if path.name.startswith(("model", "config"))} for folder in (one, other)]
+    return names[0] == names[1] and all((one / name).read_bytes() == (other / name).read_bytes() for name in names[0])
+
+
+def run(folder: Path, names: list[str], fit: str, rounds: int) -> None:
+    """Rounds of the four commands, and a table."""
+    few, all_of_them = write_recipe(folder, names[:-1], fit), write_recipe(folder, names, fit)
+    last = names[-1]
+    seconds: dict[str, list[float]] = {"build without": [], "build with": [], "add": [], "remove": []}
+    bytes_of: dict[str, dict[str, int]] = {}
+    same = []
+    for _ in range(rounds):
+        for out in ("few", "all", "added", "removed"):
+            shutil.rmtree(folder / out, ignore_errors=True)
+        seconds["build without"].append(seconds_of("build", few, folder / "few", "--no-fsync"))
+        seconds["build with"].append(seconds_of("build", all_of_them, folder / "all", "--no-fsync"))
+        bytes_of |= {"build without": written(folder / "few"), "build with": written(folder / "all")}
+        new = ("--name", last, "--model", folder / last, "--text", folder / f"{last}.jsonl", "--no-measure")
+        seconds["add"].append(seconds_of("add", folder / "few", *new, "--out", folder / "added", "--no-fsync"))
+        bytes_of["add"] = written(folder / "added")
+        seconds["remove"].append(seconds_of("remove", folder / "added", last, "--out", folder / "removed", "--no-fsync"))
+        bytes_of["remove"] = written(folder / "removed")
+        same += [same_files(folder / "added", folder / "all"), same_files(folder / "removed", folder / "few")]
+    print(
+        f"\n{fit} router, {len(names) - 1} experts and one more; the same files as a build: {all(same)} ({len(same)} compared)"
+    )
+    whole = statistics.median(seconds["build with"])
+    for name, found in seconds.items():
+        each, others = (bytes_of[name][kind] / 1e6 for kind in ("experts", "others"))
+        middle = statistics.median(found)
+        spread = f"({min(found):.2f} to {max(found):.2f})"
+        told = f"{each:8.1f} MB of experts, {others:6.1f} MB else"
+        print(f"  {name:14} {middle:7.2f} s {spread:18} {middle / whole:5.2f} of the build   {told}", flush=True)
+
+
+def main() -> None:
+    """Make everything, run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="modekit-members-"))
+    names = [f"domain{number}" for number in range(args.experts + 1)]
+    make_models(folder, ["base", *names], args.layers)
+    make_texts(folder, names)
+    own = sum(2 * int(np.prod(shape)) for name, shape in shapes_of(args.layers).items() if ".mlp." in name)
+    print(f"one expert's own bytes: {own / 1e6:.1f} MB")
+    for fit in ("random", "lexical"):
+        run(folder, names, fit, args.rounds)
+    if args.folder is None:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

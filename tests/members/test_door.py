@@ -1,0 +1,159 @@
+"""What is measured before an expert is let in, and what the commands say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from command_line import ended, modekit
+from conftest import Workshop
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.evaluation.evaluate import evaluate
+from modekit.experts.specialize import specialize
+from modekit.loaded.next_token import Training
+from modekit.members.change import NewExpert, adding, before_change
+from modekit.members.door import Door, look_at
+from modekit.members.listing import members_of
+from refusal import borrow
+
+FEW = ("--tokens", "300")
+
+
+@pytest.fixture(scope="module")
+def shop(shared_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A mixture of two, a specialist for code that is one, its twin, and a model that knows nothing of code."""
+    root = tmp_path_factory.mktemp("door")
+    made = borrow(shared_workshop, root)
+    made.recipe["experts"][2:] = []
+    (root / "text").mkdir()
+    shutil.copyfile(shared_workshop.root / "text" / "code.jsonl", root / "text" / "code.jsonl")
+    training = Training(steps=30, learning_rate=1e-2, batch_tokens=512, sequence_length=64, seed=0)
+    for name in ("python", "medic"):
+        text = root / "text" / "code.jsonl" if name == "python" else shared_workshop.root / "text" / "medicine.jsonl"
+        specialize(
+            shared_workshop.root / "base", root / name, [str(text)], root=root, train="mlp", rank=None, training=training
+        )
+    _nudged(root / "python", root / "twin")
+    made.recipe["experts"][1] = {**made.recipe["experts"][1], "model": "./medic"}
+    made.build()
+    return made
+
+
+def _nudged(folder: Path, to: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-6)
+    model.save_pretrained(to)
+
+
+def door(shop: Workshop, model: str, *, text: bool = True) -> Door:
+    checkpoint = open_checkpoint(shop.root / "OUT")
+    new = NewExpert(f"./{model}", text=["./text/code.jsonl"] if text else (), root=shop.root)
+    return look_at(before_change(checkpoint, adding(checkpoint, "code", new)), tokens=300)
+
+
+def test_a_specialist_brings_what_was_measured(shop: Workshop) -> None:
+    found = door(shop, "python")
+    assert found.losses["expert"] < found.losses["base"] - 0.1
+    assert found.refused == [] and 0 < found.drift < 1 and 200 < found.tokens <= 300
+    assert set(found.likeness) == {"medicine", "law"} and all(cosine < 0.9 for cosine, _ in found.likeness.values())
+
+
+def test_one_that_knows_its_domain_less_than_the_base_is_kept_out(shop: Workshop, shared_workshop: Workshop) -> None:
+    shutil.copytree(shared_workshop.root / "code", shop.root / "stranger", dirs_exist_ok=True)
+    found = door(shop, "stranger")
+    assert found.losses["expert"] > found.losses["base"]
+    assert [finding.what for finding in found.refused] == ["it is not better than the base model on its own text"]
+
+
+def test_a_twin_is_kept_out(shop: Workshop) -> None:
+    root = shop.root
+    code, _, _ = ended(
+        "add", root / "OUT", "--name", "code", "--model", root / "python", "--no-measure", "--out", root / "THREE"
+    )
+    assert code == 0
+    checkpoint = open_checkpoint(root / "THREE")
+    new = NewExpert("./twin", text=["./text/code.jsonl"], root=root)
+    found = look_at(before_change(checkpoint, adding(checkpoint, "again", new)), tokens=300)
+    assert found.nearest is not None and found.nearest[0] == "code" and found.nearest[1] > 0.999
+    assert "nearly the same model as code" in found.refused[0].what
+
+
+def test_without_text_that_is_said(shop: Workshop) -> None:
+    found = door(shop, "python", text=False)
+    assert found.losses == {} and found.refused == []
+    assert "was not measured" in found.findings[0].what
+
+
+def test_a_licence_that_differs_is_said(shop: Workshop) -> None:
+    readme = shop.root / "python" / "README.md"
+    readme.write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    try:
+        found = door(shop, "python")
+    finally:
+        readme.unlink()
+    assert any("non-commercial" in finding.what for finding in found.findings)
+    assert found.refused == []
+
+
+@pytest.fixture
+def at(shop: Workshop, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the mixture, typed at from the folder of the models."""
+    shutil.copytree(shop.root / "OUT", shop.root / "COPY")
+    before = Path.cwd()
+    os.chdir(shop.root)
+    yield shop.root / "COPY"
+    os.chdir(before)
+    shutil.rmtree(shop.root / "COPY")
+
+
+def test_the_commands(at: Path) -> None:
+    said = modekit("add", "COPY", "--name", "code", "--model", "./python", "--text", "./text/code.jsonl", *FEW)
+    assert "3 experts (medicine, law, code)" in said and "select split" in said and "code moved" in said
+    record = open_checkpoint(at).record
+    assert record.recipe.experts[2].model == "./python" and record.recipe.experts[2].text == ["./text/code.jsonl"]
+    numbers = record.history[0].door
+    assert numbers["loss_expert"] is not None and numbers["loss_base"] is not None
+    assert numbers["loss_expert"] < numbers["loss_base"]
+    assert "renamed" not in modekit("experts", "COPY")
+    assert "2 experts" in modekit("remove", "COPY", "medicine")
+    modekit("rename", "COPY", "code", "python")
+    modekit("replace", "COPY", "law", "--model", "./twin", "--no-measure")
+    listing = modekit("experts", "COPY")
+    assert "code was renamed python" in listing and "medicine went" in listing and "law was replaced: ./twin" in listing
+    data = json.loads(modekit("experts", "COPY", "--json"))
+    assert [each["name"] for each in data["experts"]] == ["law", "python"]
+    assert [each["what"] for each in data["history"]] == ["add", "remove", "rename", "replace"]
+
+
+def test_the_door_refuses_and_can_be_forced(at: Path, shop: Workshop, shared_workshop: Workshop) -> None:
+    shutil.copytree(shared_workshop.root / "code", shop.root / "stranger", dirs_exist_ok=True)
+    args = ("add", "COPY", "--name", "code", "--model", "./stranger", "--text", "./text/code.jsonl", *FEW)
+    code, said, error = ended(*args)
+    assert code == 2 and "the expert is not let in" in error and "not better than the base" in said
+    assert open_checkpoint(at).names == ["medicine", "law"] and not at.with_name("COPY.partial").exists()
+    modekit(*args, "--force")
+    assert open_checkpoint(at).names == ["medicine", "law", "code"]
+
+
+def test_who_is_in_and_worth_what(at: Path, shop: Workshop) -> None:
+    before = members_of(open_checkpoint(at))
+    assert [(member.name, member.kind, member.since, member.gain) for member in before] == [
+        ("medicine", "full model", None, None), ("law", "full model", None, None),
+    ]  # fmt: skip
+    assert before[0].nbytes == sum(
+        ref.nbytes for name, ref in open_checkpoint(at).tensors.items() if ".experts.0." in name
+    )  # fmt: skip
+    evaluate(open_checkpoint(at), tokens_per_domain=300)
+    after = members_of(open_checkpoint(at))
+    assert all(member.gain is not None for member in after)
+    modekit("rename", "COPY", "law", "lex")
+    assert [member.gain for member in members_of(open_checkpoint(at))][1] is None

@@ -1,0 +1,262 @@
+"""What cannot come, go or be renamed: one clear error each, and nothing has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Workshop, character_tokenizer, save, tiny_model
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import CheckpointError, ModekitError, OutputError
+from modekit.files.staging import staging
+from modekit.members.change import NewExpert, adding, before_change, removing, write_change
+from refusal import borrow, refuse, tree
+
+SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
+
+
+@pytest.fixture
+def bench(shared_workshop: Workshop, tmp_path: Path) -> Workshop:
+    """Two experts in a mixture at OUT, and the third at hand."""
+    made = borrow(shared_workshop, tmp_path)
+    made.recipe["experts"][2:] = []
+    return made
+
+
+def refuse_change(bench: Workshop, *args: object) -> str:
+    before = tree(bench.root)
+    message = refuse(*args)
+    assert tree(bench.root) == before
+    return message
+
+
+def of_shop(shared: Workshop, name: str) -> tuple[str, str]:
+    return "--model", str(shared.root / name)
+
+
+def test_a_name_that_is_there(bench: Workshop, shared_workshop: Workshop) -> None:
+    out = bench.build()
+    message = refuse_change(bench, "add", out, "--name", "law", *of_shop(shared_workshop, "code"))
+    assert "an expert of this name exists already" in message and "modekit replace" in message
+    assert "exists already" in refuse_change(bench, "rename", out, "medicine", "law")
+
+
+@pytest.mark.parametrize("name", ["oracle", "mixture", "base"])
+def test_a_name_that_means_something_else(bench: Workshop, shared_workshop: Workshop, name: str) -> None:
+    assert "rename it" in refuse_change(bench, "add", bench.build(), "--name", name, *of_shop(shared_workshop, "code"))
+
+
+@pytest.mark.parametrize("command", [("remove",), ("rename", "other"), ("replace", "--model", "base")])
+def test_a_name_that_is_not_there(bench: Workshop, command: tuple[str, ...]) -> None:
+    verb, *rest = command
+    message = refuse_change(bench, verb, bench.build(), "tax", *rest)
+    assert "no expert of this name exists" in message and "medicine, law" in message
+
+
+OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "sizes": (lambda folder: save(tiny_model(seed=5, intermediate_size=64), folder), "intermediate_size"),
+    "vocabulary": (lambda folder: save(tiny_model(seed=5, vocab_size=128), folder), "vocab_size"),
+    "family": (lambda folder: save(tiny_model("qwen2", seed=5), folder), "another family"),
+    "nothing": (lambda folder: folder.mkdir(), "config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_does_not_fit(bench: Workshop, tmp_path: Path, kind: str) -> None:
+    make, said = OTHERS[kind]
+    out = bench.build()
+    make(tmp_path / "stranger")
+    assert said in refuse_change(bench, "add", out, "--name", "tax", "--model", tmp_path / "stranger")
+
+
+def test_a_tokenizer_of_its_own(bench: Workshop, tmp_path: Path) -> None:
+    out = bench.build()
+    save(tiny_model(seed=5), tmp_path / "tax")
+    tokenizer = json.loads((tmp_path / "tax" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tax" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "tokenizer differs" in refuse_change(bench, "add", out, "--name", "tax", "--model", tmp_path / "tax")
+
+
+def test_the_tokenizer_of_the_base_has_changed(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    shutil.copytree(shared_workshop.root / "base", tmp_path / "base")
+    out = bench.build(base_model="./base")
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert "not those that the mixture was built with" in refuse_change(bench, "remove", out, "law")
+
+
+def test_the_last_but_one(bench: Workshop) -> None:
+    message = refuse_change(bench, "remove", bench.build(), "law")
+    assert "a mixture of one expert is none" in message
+
+
+@pytest.mark.parametrize(
+    ("mixture", "key"),
+    [
+        ({"method": "gating", "always_on": {"expert": "law", "weight": 0.3}}, "mixture.always_on"),
+        ({"backbone": {"expert": "law"}}, "mixture.backbone"),
+    ],
+)
+def test_an_expert_that_the_mixture_stands_on(
+    shared_workshop: Workshop, tmp_path: Path, mixture: dict[str, Any], key: str
+) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build(mixture={**mixture, "router": {"fit": "random"}})
+    message = refuse_change(bench, "remove", out, "law")
+    assert "the mixture stands on this expert" in message and key in message
+
+
+def test_more_experts_per_token_than_are_left(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build(mixture={"top_k": 3, "router": {"fit": "random"}})
+    assert "mixture.top_k is 3" in refuse_change(bench, "remove", out, "law")
+
+
+def test_no_text_for_a_router_that_reads_it(bench: Workshop, shared_workshop: Workshop) -> None:
+    out = bench.build(mixture={"router": {"fit": "ridge", **SHORT}})
+    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"))
+    assert "needs text of every domain" in message and "tax" in message
+
+
+def test_statistics_and_text_are_gone(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    shutil.copytree(shared_workshop.root / "text", tmp_path / "text")
+    for expert in bench.recipe["experts"]:
+        expert["text"] = f"./text/{expert['name']}.jsonl"
+    out = bench.build(mixture={"router": {"fit": "ridge", **SHORT}})
+    (tmp_path / "text" / "medicine.jsonl").unlink()
+    shutil.rmtree(out / "router")
+    message = refuse_change(bench, "remove", out, "law")
+    assert "medicine" in message and "text" in message
+
+
+def test_an_adapter_beside_whole_models_of_a_native_mixture(bench: Workshop, tmp_path: Path) -> None:
+    from adapter_folders import write_adapter
+
+    out = bench.build(output={"format": "auto"})
+    write_adapter(tmp_path / "tax", target_modules=["up_proj"], r=4, lora_alpha=8)
+    message = refuse_change(bench, "add", out, "--name", "tax", "--adapter", tmp_path / "tax", "--no-measure")
+    assert "would need another architecture" in message
+
+
+def test_a_model_that_is_gone_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    shutil.copytree(shared_workshop.root / "medicine", tmp_path / "medicine")
+    bench.recipe["experts"][0]["model"] = "./medicine"
+    out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
+    shutil.rmtree(tmp_path / "medicine")
+    message = refuse_change(bench, "remove", out, "law")
+    assert "an expert's model is gone, and this change needs it" in message and "medicine" in message
+
+
+def test_a_model_that_changed_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    shutil.copytree(shared_workshop.root / "medicine", tmp_path / "medicine")
+    bench.recipe["experts"][0]["model"] = "./medicine"
+    out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
+    save(tiny_model(seed=8), tmp_path / "medicine")
+    assert "has changed since the mixture was built" in refuse_change(bench, "remove", out, "law")
+
+
+def test_neither_model_nor_adapter(bench: Workshop) -> None:
+    before = tree(bench.root)
+    message = refuse("add", bench.root / "nothing", "--name", "tax", "--model", "base")
+    assert "modekit.json is missing" in message and tree(bench.root) == before
+    out = bench.build()
+    assert "either --model or --adapter" in refuse_change(bench, "add", out, "--name", "tax")
+
+
+def test_what_would_undo_a_training(shared_workshop: Workshop, tmp_path: Path) -> None:
+    from modekit.training.settings import train_settings
+    from modekit.training.train import train
+
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
+    asked = {
+        "what": ["norms"],
+        "steps": 2,
+        "batch_tokens": 256,
+        "sequence_length": 64,
+        "select_tokens": 200,
+        "backbone_learning_rate": 0.1,
+    }
+    assert train(open_checkpoint(out), train_settings(asked, where="test"), evaluate_tokens=None).improved
+    assert "this change would undo that" in refuse_change(bench, "remove", out, "law")
+
+
+def test_two_at_once(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build()
+    before = tree(out)
+    with (
+        pytest.raises(OutputError, match="another process is writing"),
+        staging(out, "another", "checkpoint", replace="in place"),
+    ):
+        write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    assert tree(out) == before
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    assert open_checkpoint(out).names == ["medicine", "code"]
+
+
+def test_one_after_the_other_but_planned_together(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build()
+    late = before_change(open_checkpoint(out), removing(open_checkpoint(out), "law"))
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "code"), out)
+    after = tree(out)
+    with pytest.raises(CheckpointError, match="another command has changed"):
+        build(late.plan, out, before=late)
+    assert tree(out) == after
+
+
+def test_a_checkpoint_of_a_later_version(bench: Workshop, shared_workshop: Workshop) -> None:
+    out = bench.build()
+    record = json.loads((out / "modekit.json").read_text())
+    (out / "modekit.json").write_text(json.dumps({**record, "format": 2}))
+    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"))
+    assert "of another version" in message
+
+
+@pytest.mark.parametrize("history", [[{"what": "stole", "expert": "law", "on": "2026-01-01"}], [{"what": "add"}], "x", [1]])
+def test_a_damaged_history(bench: Workshop, history: object) -> None:
+    out = bench.build()
+    record = json.loads((out / "modekit.json").read_text())
+    (out / "modekit.json").write_text(json.dumps({**record, "history": history}))
+    assert "modekit.json is damaged" in refuse_change(bench, "experts", out)
+
+
+def test_the_folder_itself_as_out(bench: Workshop, shared_workshop: Workshop) -> None:
+    """Where NEW is OUT the change is in place; where NEW exists it is refused."""
+    out = bench.build()
+    (bench.root / "NEW").mkdir()
+    (bench.root / "NEW" / "mine.txt").write_text("mine")
+    args = ("add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "--no-measure", "--out", bench.root / "NEW")
+    assert "the output folder exists" in refuse_change(bench, *args)
+
+
+def test_an_error_in_the_middle_leaves_the_old_one(
+    shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build()
+    before = tree(bench.root)
+
+    def fails(*_args: object, **_options: object) -> None:
+        raise ModekitError("the fit failed")
+
+    monkeypatch.setattr("modekit.building.build.fit_router", fails)
+    checkpoint = open_checkpoint(out)
+    new = NewExpert(str(shared_workshop.root / "code"), root=tmp_path)
+    with pytest.raises(ModekitError, match="the fit failed"):
+        write_change(checkpoint, adding(checkpoint, "tax", new), out)
+    assert tree(bench.root) == before
