@@ -121,6 +121,17 @@ class Change(_Record):
     source: str | None = None
     door: dict[str, Number | None] = {}
 
+    @property
+    def said(self) -> str:
+        """In words."""
+        if self.what == "rename":
+            return f"{self.was} was renamed {self.expert}"
+        if self.what == "remove":
+            return f"{self.expert} went ({self.was})"
+        if self.what == "replace":
+            return f"{self.expert} was replaced: {self.source}, in the place of {self.was}"
+        return f"{self.expert} came: {self.source}"
+
 
 class Record(_Record):
     """modekit.json.

@@ -111,17 +111,6 @@ def _worth(results: Results | None, domain: str) -> tuple[float | None, float | 
     return base.scores[domain].loss - mixture.scores[domain].loss, mixture.scores[domain].gap_closed
 
 
-def said_of(change: Change) -> str:
-    """One change in words."""
-    if change.what == "rename":
-        return f"{change.was} was renamed {change.expert}"
-    if change.what == "remove":
-        return f"{change.expert} went ({change.was})"
-    came = f"{change.expert} came" if change.what == "add" else f"{change.expert} was replaced"
-    old = f", in the place of {change.was}" if change.what == "replace" else ""
-    return f"{came}: {change.source}{old}"
-
-
 def as_data(checkpoint: Checkpoint, members: Sequence[Member]) -> Mapping[str, Any]:
     """For --json."""
     history = [change.model_dump(mode="json", exclude_none=True) for change in checkpoint.record.history]

@@ -15,7 +15,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.results import Results
 from modekit.members.licences import Source, facts, sources_of
-from modekit.members.listing import members_of, said_of
+from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.report.result_files import (
     Curve,
@@ -224,7 +224,7 @@ def _members(checkpoint: Checkpoint) -> dict[str, Any]:
         }
         for member in members_of(checkpoint)
     ]  # fmt: skip
-    return {"experts": experts, "history": [{"on": each.on, "said": said_of(each)} for each in checkpoint.record.history]}
+    return {"experts": experts, "history": [{"on": each.on, "said": each.said} for each in checkpoint.record.history]}
 
 
 def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:

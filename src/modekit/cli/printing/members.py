@@ -11,7 +11,6 @@ from modekit.cli.printing.advice import print_findings
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of, three_digits
 from modekit.cli.printing.table import Table
-from modekit.members.listing import said_of
 
 if TYPE_CHECKING:
     from modekit.checkpoint.record import Change
@@ -46,4 +45,4 @@ def print_members(members: Sequence[Member], history: Sequence[Change]) -> None:
     out.print("Gain: loss of the base less that of the mixture on the expert's domain, in nats per token (`modekit eval`).")
     out.print(table)
     for change in history:
-        out.print(Text.assemble((change.on, "dim"), f" {said_of(change)}"))
+        out.print(Text.assemble((change.on, "dim"), f" {change.said}"))
