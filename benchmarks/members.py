@@ -1,12 +1,19 @@
 """What it costs that an expert comes or goes: bytes and seconds against a build, at many experts.
 
-    python benchmarks/members.py [--experts 16] [--rounds 3] [--layers 30] [--folder DIR]
+    python benchmarks/members.py [--experts 16] [--rounds 3] [--layers 30] [--fits random lexical] [--resident] [--folder DIR]
+    python benchmarks/members.py --demo demo [--tokens 20000]
 
 Makes a base and experts of SmolLM2-135M's shape (bf16, random values, the demo's tokenizer; 30 layers) and text for each, then
 in turn, round by round, as processes of their own: a build of all experts but one, a build of all, `modekit add` of the last
 one to the former, and `modekit remove` of it again; with a random router (weights alone) and with a lexical one. Prints seconds
 (median and range), the bytes that were written (files that are no links), and whether the mixture that an expert was added to
 is, file by file, the one that was built with it. All with --no-fsync and --no-measure.
+
+With --demo: the folder of `modekit demo`; each of its four experts in turn is the one that comes to the lexical mixture of the
+other three, and the loss on their domains is compared before and after (report split).
+
+With --resident: resident memory of a process that has loaded the mixture with transformers in the files' dtype and run two
+experts, for two experts and for all, in the modekit architecture and in the native one.
 """
 
 from __future__ import annotations
@@ -19,14 +26,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import make_tokenizer
 from modekit.demo.text import DOMAINS, unpack_text
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.results import Score
 from modekit.files.tensors import safetensors_header
+from modekit.members.change import removing, write_change
 from modekit.text.documents import read_documents
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 576, 1536, 9, 3, 3_072
@@ -139,22 +151,87 @@ def run(folder: Path, names: list[str], fit: str, rounds: int) -> None:
         print(f"  {name:14} {middle:7.2f} s {spread:18} {middle / whole:5.2f} of the build   {told}", flush=True)
 
 
+def worth(demo: Path, tokens: int) -> None:
+    """What an expert that comes does to the others' domains: each of the demo's four as the one that comes."""
+    with tempfile.TemporaryDirectory(prefix="modekit-members-") as name:
+        folder = Path(name)
+        for path in sorted(demo.glob("seed*/lexical")):
+            whole = open_checkpoint(path)
+            every = {name: score.loss for name, score in losses_of(whole, tokens).items()}
+            changes = []
+            for expert in whole.names:
+                out = folder / f"{path.parent.name}-{expert}"
+                found = losses_of(write_change(whole, removing(whole, expert), out), tokens)
+                changes += [every[name] / score.loss - 1 for name, score in found.items() if name in whole.names]
+            print(
+                f"{path.parent.name}: loss on the others' domains changes by {min(changes):+.4f} to {max(changes):+.4f}",
+                flush=True,
+            )
+
+
+def losses_of(checkpoint: Checkpoint, tokens: int) -> Mapping[str, Score]:
+    """The mixture's scores per domain (report split)."""
+    return evaluate(checkpoint, tokens_per_domain=tokens, write=False).row("mixture").scores
+
+
+RESIDENT = """
+import sys, torch
+from pathlib import Path
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+model = load_model(checkpoint.folder, dtype="auto")
+mixture = mixture_of(model, checkpoint)
+with torch.inference_mode():
+    for expert in (0, 1):
+        with mixture.forced(expert):
+            model(input_ids=torch.arange(64)[None])
+print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+
+
+def resident(folder: Path, names: list[str]) -> None:
+    """Two experts run of two, and of all."""
+    for form in ("modekit", "native"):
+        found = []
+        for count in (2, len(names)):
+            recipe = yaml.safe_load(write_recipe(folder, names[:count], "random").read_text())
+            path = folder / f"{form}-{count}.yaml"
+            path.write_text(yaml.safe_dump({**recipe, "output": {"format": form}}))
+            subprocess.run([sys.executable, "-m", "modekit", "build", path, folder / path.stem, "--no-fsync"], check=True,
+                           stdout=subprocess.DEVNULL)  # fmt: skip
+            done = subprocess.run([sys.executable, "-c", RESIDENT, folder / path.stem], check=True, capture_output=True)
+            found.append(int(done.stdout))
+        two, every = found
+        print(f"{form}: {two} MB with 2 experts, {every} MB with {len(names)}, two of them run: {every / two:.2f}", flush=True)
+
+
 def main() -> None:
     """Make everything, run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--fits", nargs="*", default=["random", "lexical"])
+    parser.add_argument("--resident", action="store_true")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--demo", type=Path)
+    parser.add_argument("--tokens", type=int, default=20_000)
     args = parser.parse_args()
+    if args.demo is not None:
+        worth(args.demo, args.tokens)
+        return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="modekit-members-"))
     names = [f"domain{number}" for number in range(args.experts + 1)]
     make_models(folder, ["base", *names], args.layers)
     make_texts(folder, names)
     own = sum(2 * int(np.prod(shape)) for name, shape in shapes_of(args.layers).items() if ".mlp." in name)
     print(f"one expert's own bytes: {own / 1e6:.1f} MB")
-    for fit in ("random", "lexical"):
+    for fit in args.fits:
         run(folder, names, fit, args.rounds)
+    if args.resident:
+        resident(folder, names[:-1])
     if args.folder is None:
         shutil.rmtree(folder)
 

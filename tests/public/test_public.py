@@ -14,7 +14,7 @@ import modekit
 from conftest import Workshop
 from refusal import borrow, run_python
 
-VERBS = ("build", "evaluate", "fit", "load", "plan", "recipe", "router", "train", "verify")
+VERBS = ("add", "build", "evaluate", "fit", "load", "plan", "recipe", "remove", "router", "train", "verify")
 
 
 def test_the_names_are_these() -> None:

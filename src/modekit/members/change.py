@@ -35,6 +35,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
+from modekit.sources.contents import blake3_of
 from modekit.sources.model import ModelSource
 from modekit.sources.open import Opener, label_of
 
@@ -196,6 +197,7 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     old_sources = _sources_of(checkpoint, opener)
     _check_tokenizer(checkpoint, old_sources[0])
     sources = (old_sources[0], *_new_sources(wanted, old_sources, opener))
+    _check_is_another(checkpoint, wanted, sources)
     before, after = (
         plan_of(said, root, models, run=run) for said, models in ((checkpoint.record.recipe, old_sources), (recipe, sources))
     )
@@ -230,6 +232,20 @@ def _new_sources(wanted: Wanted, old: Sequence[ModelSource], opener: Opener) -> 
         else:
             found.append(base if expert.is_base else replace(old[1 + origin], label=label_of(place, expert)))
     return found
+
+
+def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, sources: Sequence[ModelSource]) -> None:
+    """Raise RecipeError when the model that is to take an expert's place is the one that is there, byte for byte."""
+    record = checkpoint.record
+    if wanted.change.what != "replace" or wanted.recipe.digest() != record.recipe_digest:
+        return
+    place = wanted.origins.index(None)
+    known = record.sources[record.expert_sources[place]].files
+    if {file.name: blake3_of(file) for file in sources[1 + place].files} == {name: file.blake3 for name, file in known.items()}:
+        raise RecipeError(
+            "this very model exists in its place already", where=str(checkpoint.folder),
+            found=f"{wanted.change.expert}: {wanted.change.source}", remedy="name another model or text",
+        )  # fmt: skip
 
 
 def _check_shape(checkpoint: Checkpoint, after: Plan) -> None:

@@ -1,0 +1,86 @@
+"""Experts come to trained mixtures, and go: what the training made of those who stay is as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Workshop
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import RecipeError
+from modekit.members.change import NewExpert, Wanted, adding, removing, write_change
+from modekit.routing.statistics import load_statistics
+from modekit.training.settings import train_settings
+from modekit.training.train import train
+from refusal import borrow
+
+SHORT = {"tokens_per_domain": 200, "keep_tokens": 64, "sequence_length": 32}
+STEPS = {"steps": 4, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
+
+
+def trained(bench: Workshop, router: dict[str, Any], names: int, output: str = "native", **settings: Any) -> Checkpoint:
+    """A mixture of the first experts, trained until it is better."""
+    experts = bench.recipe["experts"][:names]
+    out = bench.build(experts=experts, mixture={"top_k": 2, "router": router}, output={"format": output})
+    asked = train_settings({**STEPS, **settings}, where="test")
+    assert train(open_checkpoint(out), asked, evaluate_tokens=None).improved
+    return open_checkpoint(out)
+
+
+@pytest.fixture
+def bench(shared_workshop: Workshop, tmp_path: Path) -> Workshop:
+    return borrow(shared_workshop, tmp_path)
+
+
+def code(bench: Workshop) -> NewExpert:
+    said = bench.recipe["experts"][2]
+    return NewExpert(said["model"], text=[said["text"]], root=bench.root)
+
+
+@pytest.mark.parametrize("output", ["native", "modekit"])
+def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, output: str) -> None:
+    before = trained(bench, {"fit": "ridge", **SHORT}, 2, output, what=["routers"], learning_rate=0.2)
+    assert before.record.router.status == "trained"
+    added = write_change(before, adding(before, "code", code(bench)), bench.root / "added")
+    assert added.record.router.status == "trained" and added.record.training == before.record.training
+    text = load_statistics(added.folder / "router" / "code.safetensors")
+    assert text is not None
+    for number, (ours, theirs) in enumerate(zip(before.gates(), added.gates(), strict=True)):
+        assert np.array_equal(theirs[:2], ours)
+        logits = text.slots[number].sample_ND.float().numpy() @ theirs.T
+        assert (logits.argmax(1) == 2).mean() > 0.8  # what its router reads of its text goes to the new expert
+    removed = write_change(added, removing(added, "code"), bench.root / "removed")
+    assert all(np.array_equal(*pair) for pair in zip(removed.gates(), before.gates(), strict=True))
+    assert removed.record.router.status == "trained"
+    assert is_proven(verify(open_checkpoint(added.folder), reload=False))
+
+
+@pytest.mark.parametrize("output", ["native", "modekit"])
+def test_trained_experts_stay_as_they_are(bench: Workshop, output: str) -> None:
+    before = trained(bench, {"fit": "random"}, 2, output, what=["experts"], backbone_learning_rate=0.05)
+    assert before.record.trained
+    added = write_change(before, adding(before, "code", code(bench)), bench.root / "added")
+    assert added.record.trained == before.record.trained
+    assert is_proven(verify(open_checkpoint(added.folder), reload=False))
+    removed = write_change(added, removing(added, "medicine"), bench.root / "removed")
+    was = sorted(digest for name, digest in before.record.trained.items() if ".experts.1." in name)
+    assert sorted(removed.record.trained.values()) == was and was
+    assert is_proven(verify(open_checkpoint(removed.folder), reload=False))
+
+
+def test_a_router_that_is_set_as_a_whole_is_not_patched(bench: Workshop) -> None:
+    before = trained(bench, {"fit": "ngram"}, 2, "modekit", what=["routers"], learning_rate=0.05)
+    with pytest.raises(RecipeError, match="--refit"):
+        write_change(before, adding(before, "code", code(bench)), bench.root / "added")
+    wanted = adding(before, "code", code(bench))
+    refitted = Wanted(wanted.recipe, wanted.origins, wanted.change, wanted.keeps_text, refits=True)
+    added = write_change(before, refitted, bench.root / "added")
+    assert added.record.router.status == "fitted" and added.names == ["medicine", "law", "code"]
+    three = trained(bench, {"fit": "ngram"}, 3, "modekit", what=["routers"], learning_rate=0.05)
+    removed = write_change(three, removing(three, "law"), bench.root / "removed")
+    (ours,), (theirs,) = three.gates(), removed.gates()
+    assert np.array_equal(theirs, ours[[0, 2]])
