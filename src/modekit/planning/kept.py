@@ -46,13 +46,15 @@ def taking_from(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, af
         found = [finder.taken(tensor) for tensor in shard.tensors]
         names |= {tensor.name: was for tensor, was in found if was is not None}
         shards.append(replace(shard, tensors=tuple(tensor for tensor, _ in found)))
-    kept = Kept(model, frozenset(shard.file for shard in shards if _is_there(shard, model)))
+    files: dict[Path, list[TensorRef]] = {}
+    for ref in sorted(tensors.values(), key=lambda ref: ref.start):
+        files.setdefault(ref.file, []).append(ref)
+    kept = Kept(model, frozenset(shard.file for shard in shards if _is_there(shard, files.get(folder / shard.file, []))))
     return Taken(replace(after, shards=tuple(shards), kept=kept), names)
 
 
-def _is_there(shard: Shard, model: ModelSource) -> bool:
-    """Whether a file of the checkpoint holds just these tensors, under their names and in their order."""
-    there = sorted((ref for ref in model.tensors.values() if ref.file == model.folder / shard.file), key=lambda ref: ref.start)
+def _is_there(shard: Shard, there: Sequence[TensorRef]) -> bool:
+    """Whether the tensors of a file are just a shard's, all taken from it, under their names and in their order."""
     taken = [tensor.pieces[0].ref if tensor.operation == "copy" else None for tensor in shard.tensors]
     return taken == there and [tensor.name for tensor in shard.tensors] == [ref.name for ref in there]
 
