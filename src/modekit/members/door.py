@@ -187,7 +187,8 @@ def _of_licences(before: Before, place: int) -> Iterator[Finding]:
     record = SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files={})
     name = before.plan.recipe.names[place]
     there = [each for each in sources_of(checkpoint) if f"expert {name}" not in each.used_as]
-    known = set(facts(there))
-    for fact in facts([*there, licence_of(record, (f"expert {name}",), checkpoint)]):
-        if fact not in known:
+    new = licence_of(record, (f"expert {name}",), checkpoint)
+    known = {each.said for each in there}
+    for fact in facts([*there, new]) if new.said not in known else ():
+        if fact not in facts(there):
             yield Finding("warning", name, fact, to_do="see whether what you do with the mixture agrees with all of them")
