@@ -22,6 +22,7 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import results_from_data
 from modekit.evaluation.results_folder import RESULTS_FILE
+from modekit.members.change import NewExpert, adding, removing, write_change
 from modekit.recipes.paths import name_of
 from modekit.report.push import pack, push
 from modekit.report.write import write_report
@@ -62,6 +63,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(shared: Workshop, root: Path) -> Path:
     workshop = borrow(shared, root)
     return workshop.build(mixture=FITTED)
+
+
+def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build(experts=bench.recipe["experts"][:2])
+    new = NewExpert(str(shared_workshop.root / "code"), root=tmp_path)
+    write_change(open_checkpoint(out), adding(open_checkpoint(out), "code", new), out)
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    push(pack(open_checkpoint(out)), "me/mine")
+    pushed = json.loads((hub / "me" / "mine" / "modekit.json").read_text())
+    assert [(each["source"], each["was"]) for each in pushed["history"]] == [("./code", None), (None, "./law")]
+    assert str(tmp_path) not in json.dumps(pushed) and str(shared_workshop.root) not in json.dumps(pushed)
 
 
 def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:

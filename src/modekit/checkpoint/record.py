@@ -122,6 +122,11 @@ class Change(_Record):
     door: dict[str, Number | None] = {}
 
     @property
+    def specs(self) -> dict[str, str | None]:
+        """What it says of models, by attribute."""
+        return {"source": self.source, **({} if self.what == "rename" else {"was": self.was})}
+
+    @property
     def said(self) -> str:
         """In words."""
         if self.what == "rename":

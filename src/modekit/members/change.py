@@ -113,7 +113,8 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
             "an expert of this name exists already", where=str(checkpoint.folder), found=f"{name}, one of {_list(checkpoint)}",
             remedy="choose another name, or give it a new model with `modekit replace`",
         )  # fmt: skip
-    data["experts"] = [*data["experts"], {"name": name, **new.said(checkpoint.recipe_root)}]
+    said = new.said(checkpoint.recipe_root)
+    data["experts"] = [*data["experts"], {"name": name, **said}]
     weights = checkpoint.record.recipe.mixture.weights
     if weights is not None:
         if new.weight is None:
@@ -123,7 +124,7 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
             )  # fmt: skip
         data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
     origins = [*range(len(checkpoint.names)), None]
-    return Wanted(_parsed(data, checkpoint), origins, _change("add", name, source=new.model or new.adapter))
+    return Wanted(_parsed(data, checkpoint), origins, _change("add", name, source=_source(said)))
 
 
 def removing(checkpoint: Checkpoint, name: str) -> Wanted:
@@ -139,8 +140,7 @@ def removing(checkpoint: Checkpoint, name: str) -> Wanted:
     gone = data["experts"].pop(number)
     _without_weight(data, name)
     origins = [other for other in range(len(checkpoint.names)) if other != number]
-    was = gone.get("model") or gone.get("adapter")
-    return Wanted(_parsed(data, checkpoint), origins, _change("remove", name, was=was))
+    return Wanted(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
 
 
 def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
@@ -154,7 +154,7 @@ def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
     fit = checkpoint.record.recipe.mixture.fit
     keeps_text = [name] if fit is not None and fit.reads == "tokens" and "text" not in said else []
     origins = [None if other == number else other for other in range(len(checkpoint.names))]
-    change = _change("replace", name, was=old.get("model") or old.get("adapter"), source=new.model or new.adapter)
+    change = _change("replace", name, was=_source(old), source=_source(said))
     return Wanted(_parsed(data, checkpoint), origins, change, keeps_text)
 
 
@@ -335,6 +335,11 @@ def _without_weight(data: dict[str, Any], name: str) -> None:
     weights = data.get("mixture", {}).get("weights")
     if weights:
         data["mixture"] = {**data["mixture"], "weights": {key: value for key, value in weights.items() if key != name}}
+
+
+def _source(said: Mapping[str, Any]) -> str | None:
+    """The model or adapter that a recipe's expert names."""
+    return said.get("model") or said.get("adapter")
 
 
 def _list(checkpoint: Checkpoint) -> str:

@@ -151,9 +151,14 @@ def _shown(checkpoint: Checkpoint) -> Record:
         else each
         for each in record.training
     ]
+    history = [
+        each.model_copy(update={key: spec and name_of(spec, root) for key, spec in each.specs.items()})
+        for each in record.history
+    ]
     return record.model_copy(
         update={
             "recipe": recipe, "recipe_digest": recipe.digest(), "recipe_folder": ".", "sources": sources, "training": training,
+            "history": history,
             "dense_config": {key: value for key, value in record.dense_config.items() if key != "_name_or_path"},
         }
     )  # fmt: skip
@@ -165,7 +170,8 @@ def _private(checkpoint: Checkpoint) -> list[str]:
     recipe = record.recipe
     texts = [spec for each in (*(expert.text or [] for expert in recipe.experts), *recipe.eval.values()) for spec in each]
     generic = [spec for training in record.training for spec in training.settings.get("generic") or []]
-    specs = [*(source.spec for source in record.sources), *texts, *generic]
+    history = [spec for each in record.history for spec in each.specs.values() if spec]
+    specs = [*(source.spec for source in record.sources), *texts, *generic, *history]
     said = [spec for spec in specs if name_of(spec, root) not in {spec, f"./{spec}"}]
     folders = [Path(os.path.realpath(checkpoint.folder)), *map(checkpoint.source_folder, record.sources)]
     places = [folder.parent for folder in folders]
