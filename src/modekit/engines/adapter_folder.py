@@ -8,7 +8,6 @@ VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. One that does not is left as it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from modekit.sources.adapter import WEIGHTS_FILE
 
 _LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 _LOAD_S = 120.0  # in which a worker must have read an adapter
-_SPELLING_BITS = 32
 _LOG = logging.getLogger("modekit.front")
 
 
@@ -34,9 +32,12 @@ class Version:
 
     @property
     def spelling(self) -> str:
-        """The folder's path, spelled otherwise for every version: vLLM keeps what it computed by an adapter under this path."""
-        digest = int.from_bytes(hashlib.blake2b(str(self.written).encode(), digest_size=_SPELLING_BITS // 8).digest(), "big")
-        return str(self.folder) + "".join("/." if digest >> bit & 1 else "/" for bit in range(_SPELLING_BITS)) + "/."
+        """The folder's path, spelled otherwise for every version: vLLM keeps what it computed by an adapter under this path.
+
+        The bits of `written`, as steps that lead nowhere: `/.` for a one, `/` for a zero.
+        """
+        steps = f"{self.written % 2**64:b}".replace("0", "/").replace("1", "/.")
+        return f"{self.folder}{steps}/."
 
 
 @dataclass
