@@ -26,9 +26,9 @@ import modekit as modekit_api
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from command_line import ended, modekit
-from conftest import write_text
-from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from conftest import _WORDS
+from domain_mixtures import TWO, built, model_experts
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
 from modekit.engines.guard import LARGEST_BODY, MOST_AT_ONCE
@@ -36,27 +36,18 @@ from modekit.engines.serve import KEY
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 from modekit.routing.text_router import TextRouter
 
-TEXTS = {
-    "medicine": "fever artery lesion dose nerve renal tumour pulse",
-    "law": "licence clause party breach court waiver tort deed",
-}
+TEXTS = {name: _WORDS[name] for name in TWO}
 
 
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """The same two domains and the base, by every router that reads tokens."""
     root = tmp_path_factory.mktemp("front")
-    texts = write_text(root / "text", ("medicine", "law"))
+    experts = model_experts(root)
     save_byte_model(root / "base", "llama", 9)
     (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
-    experts: list[dict[str, Any]] = []
-    for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, "llama", seed)
-        experts.append({"name": name, "model": f"./{name}", "text": str(text)})
     recipes: dict[str, dict[str, Any]] = {
         "lexical": {"mixture": {"router": {"fit": "lexical"}}},
         "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}},
@@ -64,11 +55,10 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
         "ngram": {"mixture": {"router": {"fit": "ngram"}}},
         "hidden": {"mixture": {"router": {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
     }
-    found = {}
-    for name, recipe in recipes.items():
-        build(make_plan(parse_recipe({"base_model": "./base", "experts": experts, **recipe}), root), root / name.upper())
-        found[name] = open_checkpoint(root / name.upper())
-    return found
+    return {
+        name: built(root, {"base_model": "./base", "experts": experts, **recipe}, name.upper())
+        for name, recipe in recipes.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["lexical", "fading", "modekit", "ngram"])

@@ -26,11 +26,8 @@ import yaml
 from test_front import TEXTS, worker
 
 from byte_level import save_byte_model
-from conftest import write_text
-from modekit.building.build import build
+from domain_mixtures import built, model_experts
 from modekit.engines.serve import KEY
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"
 REQUESTS = 40
@@ -43,14 +40,9 @@ PATIENCE_S = 400  # Ray takes half a minute to start where nothing else runs, an
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
     """Two experts that are served apart, and the mixture that knows whose a text is."""
-    texts = write_text(tmp_path / "text", ("medicine", "law"))
+    experts = model_experts(tmp_path)
     save_byte_model(tmp_path / "base", "llama", 9)
-    for seed, name in enumerate(TEXTS):
-        save_byte_model(tmp_path / name, "llama", seed)
-    experts = [{"name": name, "model": f"./{name}", "text": str(text)} for name, text in texts.items()]
-    recipe = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}
-    build(make_plan(parse_recipe(recipe), tmp_path), tmp_path / "OUT")
-    return tmp_path / "OUT"
+    return built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}).folder
 
 
 def processes() -> list[tuple[int, int, str]]:

@@ -15,29 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapter_folders import lora, write_adapter
 from byte_level import byte_tokenizer, save_byte_model
 from command_line import modekit
-from conftest import write_text
-from modekit.building.build import build
+from conftest import _WORDS as TEXTS
+from domain_mixtures import adapter_experts, built
 from modekit.engines.serve import ENGINES, free_port
 from modekit.engines.vllm_process import SERVER
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 
 pytestmark = pytest.mark.vllm
 
-TEXTS = {
-    "medicine": "fever artery lesion dose nerve renal tumour pulse",
-    "law": "licence clause party breach court waiver tort deed",
-    "code": "def return self import yield class lambda raise",
-}
 LATER = "code"
 COUNT = 12
 
@@ -47,15 +38,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, adapters over it, and their mixture."""
     root = tmp_path_factory.mktemp("adapters")
     save_byte_model(root / "base", "llama", 9, head_dim=32)
-    experts = []
-    for seed, (name, text) in enumerate(write_text(root / "text").items()):
-        drawn = np.random.default_rng(seed)
-        shapes = {key: value.shape for key, value in lora("mlp.up_proj", 48, 32).items()}
-        tensors = {key: drawn.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
-        write_adapter(root / name, tensors, lora_alpha=8)
-        experts.append({"name": name, "adapter": f"./{name}", "text": str(text)})
-    recipe = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}
-    build(make_plan(parse_recipe(recipe), root), root / "OUT")
+    experts = adapter_experts(root, tuple(TEXTS))
+    built(root, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}})
     modekit("export", root / "OUT", root / "ADAPTERS", "--expert", "medicine", "--expert", "law")
     return root
 
@@ -131,7 +115,7 @@ def in_peft(root: Path, expert: str, prompt: str) -> list[int]:
     """What PEFT writes."""
     model = AutoModelForCausalLM.from_pretrained(root / "base")
     if expert != "base":
-        model = peft.PeftModel.from_pretrained(model, root / expert)
+        model = peft.PeftModel.from_pretrained(model, root / f"{expert}-adapter")
     ids = byte_tokenizer()(prompt, return_tensors="pt")["input_ids"]
     made = model.generate(input_ids=ids, max_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0)
     return [int(token) for token in made[0, ids.shape[1] :]]
@@ -164,7 +148,7 @@ def test_adapters_come_and_go_while_it_runs(root: Path, front: str) -> None:
     for prompt in prompts():
         assert asked(front, LATER, prompt)[0] == in_peft(root, LATER, prompt)
     assert asked(front, "auto", TEXTS[LATER])[1]["x-modekit-expert"] == LATER
-    shutil.copy(root / "law" / "adapter_model.safetensors", root / "ADAPTERS" / LATER / "adapter_model.safetensors")
+    shutil.copy(root / "law-adapter" / "adapter_model.safetensors", root / "ADAPTERS" / LATER / "adapter_model.safetensors")
     law = [in_peft(root, "law", prompt) for prompt in prompts()]
     assert law[-1] != in_peft(root, LATER, prompts()[-1])  # the one whose beginning vLLM keeps
     assert len(byte_tokenizer()(prompts()[-1])["input_ids"]) > 128
