@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.engines.gguf import Written
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -
     from modekit.engines.lora_gguf import export_adapters_gguf
 
     if checkpoint.shape.gguf_apart:
-        exported = partial(export_adapters_gguf, experts=options.expert)
+        exported: Callable[..., list[Written]] = partial(export_adapters_gguf, experts=options.expert)
     else:
         refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
         exported = export_gguf
