@@ -128,7 +128,8 @@ class Front:
         said = _said(body)
         try:
             async with self._deciding:  # a router is at one text at a time; a long one must not hold up the others' answers
-                decision = await asyncio.to_thread(self.router.decide, said)
+                quick = self.router.is_quick(said)
+                decision = self.router.decide(said) if quick else await asyncio.to_thread(self.router.decide, said)
         except ModekitError as error:
             raise RefusedError(400, error.what) from None
         return decision.expert, decision
