@@ -84,7 +84,7 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, *, run: Run = QUIE
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
     """
-    missing = [name for name in ("starlette", "uvicorn", "httpx2", "prometheus_client") if find_spec(name) is None]
+    missing = [name for name in ("starlette", "uvicorn", "aiohttp", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
     from modekit.engines.adapter_folder import AdapterFolder
@@ -121,13 +121,14 @@ def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str
 
 def _check_urls(urls: Sequence[str]) -> None:
     """Raise EngineError for what is no address of a server. A key belongs into the environment, not into an address."""
-    import httpx2
+    from yarl import URL
 
     for url in urls:
         try:
-            parsed = httpx2.URL(url)
-            good = parsed.scheme in {"http", "https"} and parsed.host and not parsed.userinfo and not parsed.query
-        except (httpx2.InvalidURL, ValueError, TypeError):
+            parsed = URL(url)
+            named = parsed.user is not None or parsed.password is not None
+            good = parsed.scheme in {"http", "https"} and parsed.host and not named and not parsed.query_string
+        except ValueError:
             good = False
         if not good or parsed.path.rstrip("/") not in {"", "/v1"}:
             raise EngineError(
