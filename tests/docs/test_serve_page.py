@@ -24,6 +24,7 @@ from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
 from modekit.engines.serve import ENGINES, free_port
 from modekit.engines.vllm_process import SERVER
+from waiting import until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text().replace("\\\n", " ")
 SERVES = re.compile(r"(\w+=\w+ )*(modekit (serve|front)|python -m vllm\S+) ")
@@ -132,10 +133,7 @@ def test_the_commands_of_vllm_run(mixtures: Path, shell: Shell, heading: str) ->
     for line in sections()[heading]:
         shell.run(line, mixtures / ("adapter" if "Adapters" in heading else "model"))
     if "Adapters" in heading:
-        end = time.monotonic() + 60
-        while not {"medicine", "law"} <= served(port_of("8000")):
-            assert time.monotonic() < end, "the adapters were not loaded"
-            time.sleep(0.2)
+        until(lambda: {"medicine", "law"} <= served(port_of("8000")))
 
 
 def served(port: str) -> set[str]:

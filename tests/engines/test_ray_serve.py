@@ -28,6 +28,7 @@ from test_front import TEXTS, worker
 from byte_level import save_byte_model
 from domain_mixtures import built, model_experts
 from modekit.engines.serve import KEY
+from waiting import until
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"
 REQUESTS = 40
@@ -82,8 +83,8 @@ def served(mixture: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
         )  # fmt: skip
         stack.callback(process.wait, 60)
         stack.callback(process.send_signal, signal.SIGINT)
-        address, until = "http://127.0.0.1:18437", time.monotonic() + PATIENCE_S
-        while process.poll() is None and time.monotonic() < until:
+        address, end = "http://127.0.0.1:18437", time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < end:
             try:
                 if asked(f"{address}/health")[0] == 200 and len(replicas(temporary)) == 2:
                     yield address, temporary
@@ -134,8 +135,4 @@ def test_with_a_replica_killed_every_request_is_answered(served: tuple[str, Path
     assert [status for status, _ in found] == [200] * REQUESTS, found
     assert len({json.loads(said)["choices"][0]["text"] for _, said in found}) == 1
     assert len(lost) <= AT_ONCE
-    until = time.monotonic() + PATIENCE_S
-    while len(there := replicas(temporary)) < 2:  # Ray starts another one in its place
-        assert time.monotonic() < until
-        time.sleep(0.5)
-    assert killed not in there
+    until(lambda: len({*replicas(temporary)} - {killed}) == 2, PATIENCE_S)  # Ray starts another one in its place

@@ -8,10 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from conftest import _WORDS as TEXTS
 from domain_mixtures import adapter_experts, built
 from modekit.engines.serve import ENGINES, free_port
 from modekit.engines.vllm_process import SERVER
+from waiting import until
 
 pytestmark = pytest.mark.vllm
 
@@ -57,7 +57,7 @@ def vllm(root: Path) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words], cwd=root, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(f"{address}/health"), 180)
+        until(lambda: answers(f"{address}/health"))
         yield address
     finally:
         process.send_signal(signal.SIGINT)
@@ -81,13 +81,6 @@ def answers(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.2)
 
 
 def served(front: str) -> set[str]:
@@ -127,7 +120,7 @@ def prompts() -> list[str]:
 
 
 def test_each_adapter_writes_what_peft_writes(root: Path, front: str) -> None:
-    until(lambda: {"medicine", "law"} <= served(front), 30)
+    until(lambda: {"medicine", "law"} <= served(front))
     for expert in ("base", "medicine", "law"):
         for prompt in prompts():
             assert asked(front, expert, prompt)[0] == in_peft(root, expert, prompt), expert
@@ -144,7 +137,7 @@ def test_adapters_come_and_go_while_it_runs(root: Path, front: str) -> None:
     """One that is exported later is loaded; one that is written again is another; one that is taken away is let go."""
     assert asked(front, "auto", TEXTS[LATER])[1]["x-modekit-expert"] == "base"  # nobody has it yet
     modekit("export", root / "OUT", root / "ADAPTERS", "--expert", LATER)
-    until(lambda: LATER in served(front), 30)
+    until(lambda: LATER in served(front))
     for prompt in prompts():
         assert asked(front, LATER, prompt)[0] == in_peft(root, LATER, prompt)
     assert asked(front, "auto", TEXTS[LATER])[1]["x-modekit-expert"] == LATER
@@ -152,9 +145,9 @@ def test_adapters_come_and_go_while_it_runs(root: Path, front: str) -> None:
     law = [in_peft(root, "law", prompt) for prompt in prompts()]
     assert law[-1] != in_peft(root, LATER, prompts()[-1])  # the one whose beginning vLLM keeps
     assert len(byte_tokenizer()(prompts()[-1])["input_ids"]) > 128
-    until(lambda: [asked(front, LATER, prompt)[0] for prompt in prompts()] == law, 60)
+    until(lambda: [asked(front, LATER, prompt)[0] for prompt in prompts()] == law)
     shutil.rmtree(root / "ADAPTERS" / LATER)
-    until(lambda: LATER not in served(front), 30)
+    until(lambda: LATER not in served(front))
     with pytest.raises(urllib.error.HTTPError, match="404"):
         asked(front, LATER, prompts()[0])
     assert {"base", "medicine", "law"} <= served(front)
