@@ -218,6 +218,14 @@ def test_bad_requests_get_a_status(running: Running) -> None:
     assert running.complete("fever")[0] == 200
 
 
+def test_a_head_without_end_is_refused(running: Running) -> None:
+    host, port = running.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client, suppress(ConnectionError):
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 2**20)
+        assert client.recv(64).startswith(b"HTTP/1.1 400")  # a server that waits for more says nothing, and the time is up
+    assert running.asked("/health")[0] == 200
+
+
 def test_a_client_that_goes_is_forgotten(running: Running) -> None:
     """While its answer comes, or before it has sent its request: nothing is held for it, and the others are served."""
     host, port = running.address.removeprefix("http://").split(":")

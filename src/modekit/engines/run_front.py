@@ -72,6 +72,7 @@ def run_front(
             log_level="critical",
             access_log=False,
             timeout_graceful_shutdown=_GRACE_S,
+            http="h11",  # httptools, which uvicorn takes where it finds it, bounds no head
             h11_max_incomplete_event_size=_HEAD,
         )
         listening(url_of(*listener.getsockname()[:2]))
