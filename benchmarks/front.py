@@ -1,11 +1,12 @@
 """What a front is worth and costs: one expert for a whole text, chosen from its beginning, against a choice per token.
 
     modekit demo --out demo
-    python benchmarks/front.py demo [--seeds 1] [--rate 50] [--seconds 20]
+    python benchmarks/front.py demo [--seeds 1] [--rate 50] [--rounds 5] [--against ../other/src]
 
 Per router that reads tokens: accuracy of the choice after 16, 32, 64 tokens of held-out documents, and the gap that it closes
 on tokens 33 to 256 when the choice after 32 holds for all of them; beside it the n-gram mixture, which chooses per token. Then
-`modekit front` before a server that answers at once: how much longer a request takes through it, at a steady rate.
+`modekit front` before a server that answers at once: how much longer a request takes through it, at a steady rate. Where others
+use the cores, too, `chrt --fifo 1` before it all lets it go first; `--seeds 0` leaves the first part out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,15 @@ def _place(router: TextRouter, text: str, checkpoint: Checkpoint) -> int:
     return checkpoint.names.index(expert) if expert in checkpoint.names else -1
 
 
+@dataclass(frozen=True)
+class Load:
+    """Requests a second, seconds of a round, and rounds."""
+
+    rate: float
+    seconds: float
+    rounds: int
+
+
 class AtOnce(BaseHTTPRequestHandler):
     """A server that thinks of nothing."""
 
@@ -121,33 +133,61 @@ class AtOnce(BaseHTTPRequestHandler):
         pass
 
 
-def cost(folder: Path, texts: Sequence[str], rate: float, seconds: float) -> dict[str, float]:
-    """Milliseconds of a request straight to the server and through the front, median and 99 of 100."""
+def cost(folder: Path, texts: Sequence[str], load: Load, sources: Mapping[str, Path | None]) -> Iterator[str]:
+    """Milliseconds of a request straight to the server and through fronts, one of each modekit in `sources`; in turns.
+
+    A row per way: the median and the 99th of 100 within a round, as the median over rounds with their range; and what a front
+    adds to both, paired by rounds.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), AtOnce)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     direct = f"http://127.0.0.1:{server.server_port}"
-    command = [sys.executable, "-m", "modekit", "front", str(folder / "ngram"), "--port", "0", "--worker", direct]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    os.sched_setaffinity(0, os.sched_getaffinity(0) - {0} or {0})
+    with ExitStack() as stack:
+        stack.callback(server.shutdown)
+        ways = {"direct": (direct, "law")}
+        ways |= {name: (stack.enter_context(_front(folder, direct, source)), "auto") for name, source in sources.items()}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for round_ in range(load.rounds + 1):
+            for name in list(ways) if round_ % 2 else reversed(ways):
+                taken = _round(*ways[name], texts, load)
+                if round_:  # the first one warms up
+                    found[name].append((1e3 * statistics.median(taken), 1e3 * sorted(taken)[int(0.99 * len(taken))]))
+    for name, rounds in found.items():
+        yield f"{name}: {_said(rounds)}"
+        if name != "direct":
+            added = [(own[0] - bare[0], own[1] - bare[1]) for own, bare in zip(rounds, found["direct"], strict=True)]
+            yield f"{name} adds: {_said(added)}"
+
+
+def _said(rounds: Sequence[tuple[float, float]]) -> str:
+    medians, tails = zip(*rounds, strict=True)
+    return "; ".join(
+        f"{what} {statistics.median(values):.2f} ms ({min(values):.2f} to {max(values):.2f})"
+        for what, values in (("median", medians), ("99 of 100", tails))
+    )
+
+
+def _round(address: str, model: str, texts: Sequence[str], load: Load) -> list[float]:
+    taken, began = [], time.perf_counter()
+    for number in range(int(load.rate * load.seconds)):
+        time.sleep(max(0.0, began + number / load.rate - time.perf_counter()))
+        taken.append(_asked(address, model, texts[number % len(texts)]))
+    return taken
+
+
+@contextmanager
+def _front(folder: Path, worker: str, source: Path | None) -> Iterator[str]:
+    """The address of one, alone on the first core; `source`: where modekit is imported from, None: the installed one."""
+    command = [sys.executable, "-m", "modekit", "front", str(folder / "ngram"), "--port", "0", "--worker", worker]
+    environment = {**os.environ, **({} if source is None else {"PYTHONPATH": str(source)})}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
         os.sched_setaffinity(process.pid, {0})
-        front = process.stdout.readline().split("/v1")[0]
-        found = {}
-        for name, address, model in (("direct", direct, "law"), ("front", front, "auto")):
-            taken = [_asked(address, model, texts[0]) for _ in range(50)][:0]
-            began = time.perf_counter()
-            for number in range(int(rate * seconds)):
-                time.sleep(max(0.0, began + number / rate - time.perf_counter()))
-                taken.append(_asked(address, model, texts[number % len(texts)]))
-            taken.sort()
-            found |= {
-                f"{name}: median ms": 1e3 * statistics.median(taken),
-                f"{name}: p99 ms": 1e3 * taken[int(0.99 * len(taken))],
-            }
-        return found
+        yield process.stdout.readline().split("/v1")[0]
     finally:
         process.terminate()
         process.wait()
-        server.shutdown()
 
 
 def _asked(address: str, model: str, prompt: str) -> float:
@@ -164,17 +204,21 @@ def main() -> None:
     parser.add_argument("demo", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="the src folder of another version, measured in turns with this one")
     arguments = parser.parse_args()
     rows = [worth(arguments.demo / f"seed{seed}") for seed in range(arguments.seeds)]
-    for name in rows[0]:
+    for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         print(f"{name:32} {statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
     folder = arguments.demo / "seed0"
     held = held_out_texts(open_checkpoint(folder / "ngram"))
     texts = [document[:2_000] for each in held for document in each.documents[:20]]
-    for name, value in cost(folder, texts, arguments.rate, arguments.seconds).items():
-        print(f"{name:32} {value:.2f}")
+    load = Load(arguments.rate, arguments.seconds, arguments.rounds)
+    sources = {"front": None, **({} if arguments.against is None else {"other front": arguments.against.resolve()})}
+    for line in cost(folder, texts, load, sources):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = GgufSettings(arguments.outtype, arguments.pre_tokenizer)
-        mixture, proof, _ = export_gguf(open_checkpoint(arguments.mixture.resolve()), Path(folder) / "mixture", settings)
-        print(f"mixture {mixture.stat().st_size / 1e6:.0f} MB, {proof}")
+        (written,) = export_gguf(open_checkpoint(arguments.mixture.resolve()), Path(folder) / "mixture", settings)
+        print(f"mixture {written.file.stat().st_size / 1e6:.0f} MB, {written.proof}")
         base = Path(folder) / "base.gguf"
         convert(arguments.base, base, Conversion(arguments.outtype, arguments.pre_tokenizer, "gpt-2"))
         threads = torch.get_num_threads()
         found: dict[str, list[dict[str, float]]] = {"base": [], "mixture": []}
-        with Llama(base, context=1024, threads=threads) as dense, Llama(mixture, context=1024, threads=threads) as mixed:
+        with Llama(base, context=1024, threads=threads) as dense, Llama(written.file, context=1024, threads=threads) as mixed:
             ids = (dense.tokenize(TEXT) * 100)[:READ]
             for round_ in range(arguments.rounds + 1):
                 for name, llama in (

@@ -41,9 +41,9 @@ def train_adapter(base: Path, config: peft.PeftConfig, folder: Path) -> Path:
     return folder
 
 
-def lora(part: str, rows: int, columns: int, rank: int = 4, layers: int = 3) -> Tensors:
+def lora(part: str, rows: int, columns: int, rank: int = 4, layers: int = 3, *, seed: int = 0) -> Tensors:
     """A and B on one module of every layer."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     return {
         f"{PREFIX}{layer}.{part}.lora_{side}.weight": generator.normal(size=shape).astype(np.float32)
         for layer in range(layers)

@@ -153,6 +153,12 @@ def shared_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("shared"))
 
 
+@pytest.fixture(scope="session")
+def small_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """The same with models of one layer."""
+    return make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
+
+
 @pytest.fixture
 def ids() -> torch.Tensor:
     """A batch of token ids."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import resource
@@ -28,6 +29,15 @@ RAW = (
     b"\xef\xbb\xbf{}", b'{"a": ' + b"9" * 5_000 + b"}",
 )  # fmt: skip
 NUMBERS = st.integers(0, 2**30)
+
+
+def other_bytes(path: Path) -> None:
+    """Other bytes in the same file, of the same length."""
+    before = path.stat().st_mtime_ns
+    with path.open("r+b") as stream:
+        stream.seek(-4, io.SEEK_END)
+        stream.write(b"\0\0\0\0")
+    os.utime(path, ns=(before, before + 1))
 
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -59,11 +59,11 @@ def run_python(code: str, *args: object, **options: Any) -> subprocess.Completed
     )  # fmt: skip
 
 
-def borrow(shared: Workshop, root: Path) -> Workshop:
-    """A workshop of one test that reads the shared models and texts where they are."""
+def borrow(shared: Workshop, root: Path, count: int | None = None) -> Workshop:
+    """A workshop of one test that reads the shared models and texts where they are: of all experts, or the first `count`."""
     experts = [
         {**expert, "model": str(shared.root / expert["model"]), "text": str(shared.root / expert["text"])}
-        for expert in shared.recipe["experts"]
+        for expert in shared.recipe["experts"][:count]
     ]
     return Workshop(root, {**shared.recipe, "base_model": str(shared.root / "base"), "experts": experts})
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import Workshop
+from damage import other_bytes
 from modekit.building.build import build
 from modekit.building.inspector import Inspector
 from modekit.building.verify import verify
@@ -52,15 +53,6 @@ def refused(plan: Plan, kind: type[ModekitError], match: str, run: Run | None = 
         build(plan, out, run=run or Run())
     assert not out.exists() and not out.with_name("OUT.partial").exists()
     return error.value
-
-
-def touch(path: Path) -> None:
-    """Other bytes in the same file, of the same length."""
-    before = path.stat().st_mtime_ns
-    with path.open("r+b") as stream:
-        stream.seek(-4, io.SEEK_END)
-        stream.write(b"\0\0\0\0")
-    os.utime(path, ns=(before, before + 1))
 
 
 def test_a_source_that_shrinks_while_it_is_hashed(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +98,7 @@ def test_a_source_changed_after_it_was_copied_and_before_it_is_hashed(bench: Wor
 
     def late(inspector: Inspector) -> dict[str, str]:
         assert copied.wait(60)
-        touch(law)
+        other_bytes(law)
         return run(inspector)
 
     def finished(inspector: Inspector) -> dict[str, str]:
@@ -126,7 +118,7 @@ def test_a_source_changed_after_it_was_hashed_and_before_all_is_copied(
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "build" and 0 < total == done:
-            touch(law)
+            other_bytes(law)
 
     assert refused(plan, SourceError, "has changed since", Run(progress=progress)).where == str(law)
 

@@ -17,17 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from adapter_folders import lora, write_adapter
 from byte_level import save_byte_model
 from chatting import TEMPLATE
-from conftest import write_text
-from modekit.building.build import build
+from domain_mixtures import adapter_experts, built, model_experts
 from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
 from modekit.engines.serve import ENGINES, free_port
 from modekit.engines.vllm_process import SERVER
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
+from waiting import until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text().replace("\\\n", " ")
 SERVES = re.compile(r"(\w+=\w+ )*(modekit (serve|front)|python -m vllm\S+) ")
@@ -55,19 +52,12 @@ def port_of(said: str) -> str:
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each shape of mixture, with OUT in it, and its experts."""
     root = tmp_path_factory.mktemp("serve-page")
-    texts = write_text(root / "text", ("medicine", "law"))
+    experts = {"model": model_experts(root, head_dim=32), "adapter": adapter_experts(root)}
     save_byte_model(root / "BASE", "llama", 9, head_dim=32)
     (root / "BASE" / "chat_template.jinja").write_text(TEMPLATE)
-    experts: dict[str, list[dict[str, str]]] = {"model": [], "adapter": []}
-    for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, "llama", seed, head_dim=32)
-        write_adapter(root / f"{name}-adapter", lora("mlp.up_proj", 48, 32))
-        experts["model"].append({"name": name, "model": f"./{name}", "text": str(text)})
-        experts["adapter"].append({"name": name, "adapter": f"./{name}-adapter", "text": str(text)})
     for kind, listed in experts.items():
-        recipe = {"base_model": "./BASE", "experts": listed, "mixture": {"router": {"fit": "lexical"}}}
         (root / kind).mkdir()
-        build(make_plan(parse_recipe(recipe), root), root / kind / "OUT")
+        built(root, {"base_model": "./BASE", "experts": listed, "mixture": {"router": {"fit": "lexical"}}}, f"{kind}/OUT")
         (root / kind / "BASE").symlink_to(root / "BASE")
     return root
 
@@ -143,10 +133,7 @@ def test_the_commands_of_vllm_run(mixtures: Path, shell: Shell, heading: str) ->
     for line in sections()[heading]:
         shell.run(line, mixtures / ("adapter" if "Adapters" in heading else "model"))
     if "Adapters" in heading:
-        end = time.monotonic() + 60
-        while not {"medicine", "law"} <= served(port_of("8000")):
-            assert time.monotonic() < end, "the adapters were not loaded"
-            time.sleep(0.2)
+        until(lambda: {"medicine", "law"} <= served(port_of("8000")))
 
 
 def served(port: str) -> set[str]:

@@ -20,10 +20,11 @@ from modekit.engines import ray_front
 from modekit.engines.front import Front
 from modekit.engines.guard import MOST_AT_ONCE, Guard
 from modekit.engines.ray_front import FrontArguments
-from modekit.engines.run_front import WORKERS_KEY
+from modekit.engines.run_front import WORKERS_KEY, FrontSettings
 from modekit.engines.serve import KEY
 from modekit.engines.workers import Workers
 from modekit.errors import EngineError
+from modekit.run import Run
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -190,6 +191,30 @@ def test_ray_serve_is_given_what_the_front_takes() -> None:
     assert deployment["num_replicas"] == 2 and deployment["max_ongoing_requests"] == MOST_AT_ONCE
     schema = pytest.importorskip("ray.serve.schema")
     assert schema.ServeDeploySchema.model_validate(RAY).applications[0].name == served["name"]
+
+
+def test_ray_serve_takes_what_the_command_takes() -> None:
+    """All but where it listens, under the same name or its plural."""
+    _, options = parsed(["modekit", "front", "OUT", "--worker", "http://a"])
+    known = {*FrontArguments.model_fields}
+    assert {name if name in known else f"{name}s" for name in options} == known | {"hosts", "ports"}
+
+
+def test_ray_serve_hands_all_of_it_to_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    said = {"checkpoint": "OUT", "workers": ["http://a"], "names": ["law=l"], "timeout": 5, "adapters": "/models/adapters"}
+
+    def front_of(checkpoint: Path, settings: FrontSettings, *, run: Run) -> Front:
+        taken.extend((checkpoint, settings, run.trust_remote_code))
+        return Front(None, Workers([]))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ray_front, "open_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(ray_front, "front_of", front_of)
+    assert isinstance(FrontArguments.model_validate(said).app(), Guard)
+    checkpoint, settings, trusted = taken
+    assert checkpoint == Path("OUT") and trusted is False
+    assert (settings.workers, settings.names, settings.timeout) == (["http://a"], ["law=l"], 5)
+    assert settings.adapters == Path("/models/adapters")
 
 
 def test_a_wrong_argument_under_ray_serve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

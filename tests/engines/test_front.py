@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -26,9 +25,9 @@ import modekit as modekit_api
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from command_line import ended, modekit
-from conftest import write_text
-from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from conftest import _WORDS
+from domain_mixtures import TWO, built, model_experts
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
 from modekit.engines.guard import LARGEST_BODY, MOST_AT_ONCE
@@ -36,27 +35,19 @@ from modekit.engines.serve import KEY
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 from modekit.routing.text_router import TextRouter
+from waiting import until
 
-TEXTS = {
-    "medicine": "fever artery lesion dose nerve renal tumour pulse",
-    "law": "licence clause party breach court waiver tort deed",
-}
+TEXTS = {name: _WORDS[name] for name in TWO}
 
 
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """The same two domains and the base, by every router that reads tokens."""
     root = tmp_path_factory.mktemp("front")
-    texts = write_text(root / "text", ("medicine", "law"))
+    experts = model_experts(root)
     save_byte_model(root / "base", "llama", 9)
     (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
-    experts: list[dict[str, Any]] = []
-    for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, "llama", seed)
-        experts.append({"name": name, "model": f"./{name}", "text": str(text)})
     recipes: dict[str, dict[str, Any]] = {
         "lexical": {"mixture": {"router": {"fit": "lexical"}}},
         "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}},
@@ -64,11 +55,10 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
         "ngram": {"mixture": {"router": {"fit": "ngram"}}},
         "hidden": {"mixture": {"router": {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
     }
-    found = {}
-    for name, recipe in recipes.items():
-        build(make_plan(parse_recipe({"base_model": "./base", "experts": experts, **recipe}), root), root / name.upper())
-        found[name] = open_checkpoint(root / name.upper())
-    return found
+    return {
+        name: built(root, {"base_model": "./base", "experts": experts, **recipe}, name.upper())
+        for name, recipe in recipes.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["lexical", "fading", "modekit", "ngram"])
@@ -169,6 +159,11 @@ class Running:
     def complete(self, prompt: str, **more: Any) -> tuple[int, dict[str, str], str]:
         return self.asked("/v1/completions", {"model": "auto", "prompt": prompt, "max_tokens": 6, "temperature": 0, **more})
 
+    def busy(self) -> list[float]:
+        """Requests that each worker is at."""
+        lines = self.asked("/metrics")[2].splitlines()
+        return [float(line.rpartition(" ")[2]) for line in lines if line.startswith("modekit_worker_busy{")]
+
 
 def environment() -> dict[str, str]:
     return {**os.environ, KEY: "secret", "OMP_NUM_THREADS": "1"}
@@ -223,6 +218,14 @@ def test_bad_requests_get_a_status(running: Running) -> None:
     assert running.complete("fever")[0] == 200
 
 
+def test_a_head_without_end_is_refused(running: Running) -> None:
+    host, port = running.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client, suppress(ConnectionError):
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 2**20)
+        assert client.recv(64).startswith(b"HTTP/1.1 400")  # a server that waits for more says nothing, and the time is up
+    assert running.asked("/health")[0] == 200
+
+
 def test_a_client_that_goes_is_forgotten(running: Running) -> None:
     """While its answer comes, or before it has sent its request: nothing is held for it, and the others are served."""
     host, port = running.address.removeprefix("http://").split(":")
@@ -234,13 +237,8 @@ def test_a_client_that_goes_is_forgotten(running: Running) -> None:
             client.sendall(sent)
         for client in clients:
             client.close()
-        until = time.monotonic() + 60
-        while running.complete("fever")[0] != 200:
-            assert time.monotonic() < until
-            time.sleep(0.2)
-    _, _, metrics = running.asked("/metrics")
-    busy = [line for line in metrics.splitlines() if line.startswith("modekit_worker_busy{")]
-    assert len(busy) == 4 and all(line.endswith(" 0.0") for line in busy)
+        until(lambda: running.complete("fever")[0] == 200)
+    until(lambda: running.busy() == [0.0] * 4)
 
 
 def test_many_turns_take_no_longer(mixtures: dict[str, Checkpoint]) -> None:

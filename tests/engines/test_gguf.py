@@ -12,9 +12,8 @@ import pytest
 from adapter_folders import UP, write_adapter
 from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
-from conftest import write_text
-from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from domain_mixtures import built, model_experts
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines import converter
 from modekit.engines.converter import Conversion, convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
@@ -24,8 +23,6 @@ from modekit.engines.proof import prove
 from modekit.engines.settings import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 from modekit.sources.native import NATIVES
 from sources.test_families import LLAMA3_ROPE, WINDOWED, YARN_ROPE
 
@@ -59,14 +56,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 
 def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any] = RANDOM) -> Checkpoint:
     """Two random models as one mixture."""
-    texts = write_text(root / "text", ("medicine", "law"))
-    experts = []
-    for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, dense, seed, **overrides)
-        experts.append({"name": name, "model": f"./{name}", "text": str(text)})
-    recipe = parse_recipe({"base_model": "./medicine", "experts": experts, "mixture": mixed})
-    build(make_plan(recipe, root), root / "OUT")
-    return open_checkpoint(root / "OUT")
+    experts = model_experts(root, family=dense, **overrides)
+    return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed})
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +74,11 @@ def test_every_row_is_run_or_refused() -> None:
 def test_llama_cpp_computes_the_same(tmp_path: Path, dense: str, native: str, overrides: dict[str, Any]) -> None:
     checkpoint = mixture(tmp_path, dense, overrides)
     assert checkpoint.shape.native_type == native
-    file, proof, _ = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
-    assert proof.same == proof.written >= 48 and proof.difference < 1e-4
+    (written,) = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    assert written.proof.same == written.proof.written >= 48 and written.proof.difference < 1e-4
     assert foreign_files(tmp_path / "GGUF") == []
-    written = json.loads((file.parent / EXPORT_FILE).read_text())
-    assert written["proof"]["same"] == proof.same and written["identity"] == checkpoint.identity
+    said = json.loads((written.file.parent / EXPORT_FILE).read_text())
+    assert said["proof"]["same"] == written.proof.same and said["identity"] == checkpoint.identity
 
 
 @pytest.mark.parametrize(("dense", "overrides"), REFUSED, ids=[dense for dense, _ in REFUSED])
@@ -103,21 +94,21 @@ def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, o
     {"top_k": 2, "router": {"fit": "lexical", "decay": [0.9]}},
 ], ids=["mean", "fading"])  # fmt: skip
 def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
-    _, proof, _ = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT)
+    proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT)[0].proof
     assert proof.same == proof.written and proof.difference < 1e-4
 
 
 @pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])
 def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: Any, apart: float) -> None:
-    file, proof, _ = export_gguf(mixtral, tmp_path / outtype, GgufSettings(outtype))
-    assert abs(proof.loss) < 0.01 and 1e-6 < proof.typical < proof.difference < apart
-    assert file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
+    (written,) = export_gguf(mixtral, tmp_path / outtype, GgufSettings(outtype))
+    assert abs(written.proof.loss) < 0.01 and 1e-6 < written.proof.typical < written.proof.difference < apart
+    assert written.file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
 
 
 def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
     """The embedding and the first layer's attention, which carry it, keep 16: they are no larger a part of what is lost."""
     checkpoint = mixture(tmp_path, "llama", {}, {"top_k": 1, "router": {"fit": "lexical"}})
-    _, proof, _ = export_gguf(checkpoint, tmp_path / "GGUF", GgufSettings("q8_0"))
+    proof = export_gguf(checkpoint, tmp_path / "GGUF", GgufSettings("q8_0"))[0].proof
     file = tmp_path / "coarse.gguf"
     convert(checkpoint.folder, file, Conversion("q8_0", guess="gpt-2"))
     try:
@@ -144,8 +135,8 @@ def test_a_window_that_llama_cpp_lacks_is_found(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="another model than transformers"):
         export_gguf(mixture(tmp_path / "short", "mistral", {"sliding_window": 4}), tmp_path / "GGUF", EXACT)
     assert not list(tmp_path.glob("GGUF*"))
-    _, _, notes = export_gguf(mixture(tmp_path / "long", "mistral", {"sliding_window": 240}), tmp_path / "GGUF", EXACT)
-    assert "240 tokens: the same up to there" in notes[0]
+    (written,) = export_gguf(mixture(tmp_path / "long", "mistral", {"sliding_window": 240}), tmp_path / "GGUF", EXACT)
+    assert "240 tokens: the same up to there" in written.notes[0]
 
 
 def test_a_pre_tokenizer_that_cuts_otherwise_is_found(mixtral: Checkpoint, tmp_path: Path) -> None:
@@ -232,10 +223,9 @@ def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
     experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
-    build(make_plan(recipe, tmp_path), tmp_path / "OUT")
+    checkpoint = built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
     with pytest.raises(UnsupportedError, match="it keeps adapters"):
-        export_gguf(open_checkpoint(tmp_path / "OUT"), tmp_path / "GGUF", EXACT)
+        export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
 
 
 def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Path) -> None:

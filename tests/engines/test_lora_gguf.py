@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from adapter_folders import quiet, train_adapter
 from byte_level import save_byte_model
 from command_line import ended
-from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from domain_mixtures import built
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines import converter
 from modekit.engines.adapters import Adapter, backbone_names, chosen_adapters
 from modekit.engines.gguf import EXPORT_FILE
@@ -29,9 +29,7 @@ from modekit.engines.proof import prove
 from modekit.engines.settings import GgufSettings
 from modekit.errors import EngineError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
-from modekit.planning.make import make_plan
 from modekit.planning.mixed_tensor import LowRankPart
-from modekit.recipes.read import parse_recipe
 from modekit.sources.model import TensorRef, read_header
 from refusal import refuse
 
@@ -71,9 +69,8 @@ def mixture(root: Path, family: str, kinds: Iterable[str], **mixed: Any) -> Chec
             train_adapter(root / "base", deepcopy(KINDS[name]), root / name)  # PEFT writes the targets that it found into it
             experts.append({"name": name, "adapter": f"./{name}"})
     settings = mixed if "method" in mixed else {"router": {"fit": "random"}, **mixed}
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": settings, "output": {"format": "modekit"}})
-    build(make_plan(recipe, root), root / "OUT")
-    return open_checkpoint(root / "OUT")
+    recipe = {"base_model": "./base", "experts": experts, "mixture": settings, "output": {"format": "modekit"}}
+    return built(root, recipe)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,9 @@ import yaml
 from test_front import TEXTS, worker
 
 from byte_level import save_byte_model
-from conftest import write_text
-from modekit.building.build import build
+from domain_mixtures import built, model_experts
 from modekit.engines.serve import KEY
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
+from waiting import until
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"
 REQUESTS = 40
@@ -43,14 +41,9 @@ PATIENCE_S = 400  # Ray takes half a minute to start where nothing else runs, an
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
     """Two experts that are served apart, and the mixture that knows whose a text is."""
-    texts = write_text(tmp_path / "text", ("medicine", "law"))
+    experts = model_experts(tmp_path)
     save_byte_model(tmp_path / "base", "llama", 9)
-    for seed, name in enumerate(TEXTS):
-        save_byte_model(tmp_path / name, "llama", seed)
-    experts = [{"name": name, "model": f"./{name}", "text": str(text)} for name, text in texts.items()]
-    recipe = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}
-    build(make_plan(parse_recipe(recipe), tmp_path), tmp_path / "OUT")
-    return tmp_path / "OUT"
+    return built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}).folder
 
 
 def processes() -> list[tuple[int, int, str]]:
@@ -90,8 +83,8 @@ def served(mixture: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
         )  # fmt: skip
         stack.callback(process.wait, 60)
         stack.callback(process.send_signal, signal.SIGINT)
-        address, until = "http://127.0.0.1:18437", time.monotonic() + PATIENCE_S
-        while process.poll() is None and time.monotonic() < until:
+        address, end = "http://127.0.0.1:18437", time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < end:
             try:
                 if asked(f"{address}/health")[0] == 200 and len(replicas(temporary)) == 2:
                     yield address, temporary
@@ -142,8 +135,4 @@ def test_with_a_replica_killed_every_request_is_answered(served: tuple[str, Path
     assert [status for status, _ in found] == [200] * REQUESTS, found
     assert len({json.loads(said)["choices"][0]["text"] for _, said in found}) == 1
     assert len(lost) <= AT_ONCE
-    until = time.monotonic() + PATIENCE_S
-    while len(there := replicas(temporary)) < 2:  # Ray starts another one in its place
-        assert time.monotonic() < until
-        time.sleep(0.5)
-    assert killed not in there
+    until(lambda: len({*replicas(temporary)} - {killed}) == 2, PATIENCE_S)  # Ray starts another one in its place

@@ -18,11 +18,8 @@ import psutil
 import pytest
 import torch
 
-from adapter_folders import UP, write_adapter
-from byte_level import save_byte_model
 from command_line import ended
-from conftest import write_text
-from modekit.building.build import build
+from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import serve as module
 from modekit.engines.guard import LARGEST_BODY
@@ -30,8 +27,6 @@ from modekit.engines.serve import KEY, Served, choose_engine, serving
 from modekit.engines.settings import GgufSettings, ServeSettings
 from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 
 PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
 COUNT = 12
@@ -53,19 +48,12 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
     What lies beside them is never imported.
     """
     root = tmp_path_factory.mktemp("serve")
-    texts = write_text(root / "text", ("medicine", "law"))
-    recipes: dict[str, list[dict[str, Any]]] = {"native": [], "adapters": []}
-    for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, "llama", seed, head_dim=32)  # as vLLM wants it
-        write_adapter(root / f"{name}-adapter", UP, target_modules=["up_proj"], r=4, lora_alpha=8)
-        recipes["native"].append({"name": name, "model": f"./{name}", "text": str(text)})
-        recipes["adapters"].append({"name": name, "adapter": f"./{name}-adapter", "text": str(text)})
+    whole = model_experts(root, head_dim=32)  # as vLLM wants it
     (root / "medicine" / "chat_template.jinja").write_text(TEMPLATE)
     found = {}
-    for shape, fit in (("native", "lexical"), ("adapters", "ngram")):
-        recipe = {"base_model": "./medicine", "experts": recipes[shape], "mixture": {"router": {"fit": fit}}}
-        build(make_plan(parse_recipe(recipe), root), root / shape)
-        found[shape] = open_checkpoint(root / shape)
+    for shape, experts, fit in (("native", whole, "lexical"), ("adapters", adapter_experts(root), "ngram")):
+        recipe = {"base_model": "./medicine", "experts": experts, "mixture": {"router": {"fit": fit}}}
+        found[shape] = built(root, recipe, shape)
     for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):
         (root / f"{library}.py").write_text(f"open({str(root / 'imported')!r}, 'a').write({library!r})")
     yield found

@@ -12,19 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_folders import lora, write_adapter
 from architecture.test_mixtures import OVERRIDES
-from byte_level import save_byte_model
 from command_line import ended
-from conftest import write_text
+from domain_mixtures import adapter_experts, built, model_experts
 from engines.test_gguf import REFUSED as NOT_IN_LLAMA
 from engines.test_gguf import RUNS as IN_LLAMA
-from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.serve import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
 from modekit.sources.families import FAMILIES, Family
 from modekit.sources.native import NATIVES
 
@@ -65,17 +60,10 @@ def mixture(
     root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any], kind: str = "model", **output: Any
 ) -> Checkpoint:
     """Two random models, or adapters over the first."""
-    texts = write_text(root / "text", ("medicine", "law"))
-    experts = []
-    for seed, (name, text) in enumerate(texts.items()):
-        save_byte_model(root / name, dense, seed, **overrides)
-        up = {key: value * (seed + 1) for key, value in lora("mlp.up_proj", 48, overrides.get("hidden_size", 32)).items()}
-        write_adapter(root / f"{name}-adapter", up)
-        model = f"./{name}" if kind == "model" else f"./{name}-adapter"
-        experts.append({"name": name, kind: model, "text": str(text)})
-    recipe = {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": output}
-    build(make_plan(parse_recipe(recipe), root), root / "OUT")
-    return open_checkpoint(root / "OUT")
+    experts = model_experts(root, family=dense, **overrides)
+    if kind == "adapter":
+        experts = adapter_experts(root, width=overrides.get("hidden_size", 32))
+    return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": output})
 
 
 def prompts_of(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:

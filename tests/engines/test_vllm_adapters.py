@@ -8,36 +8,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapter_folders import lora, write_adapter
 from byte_level import byte_tokenizer, save_byte_model
 from command_line import modekit
-from conftest import write_text
-from modekit.building.build import build
+from conftest import _WORDS as TEXTS
+from domain_mixtures import adapter_experts, built
 from modekit.engines.serve import ENGINES, free_port
 from modekit.engines.vllm_process import SERVER
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
+from waiting import until
 
 pytestmark = pytest.mark.vllm
 
-TEXTS = {
-    "medicine": "fever artery lesion dose nerve renal tumour pulse",
-    "law": "licence clause party breach court waiver tort deed",
-    "code": "def return self import yield class lambda raise",
-}
 LATER = "code"
 COUNT = 12
 
@@ -47,15 +38,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, adapters over it, and their mixture."""
     root = tmp_path_factory.mktemp("adapters")
     save_byte_model(root / "base", "llama", 9, head_dim=32)
-    experts = []
-    for seed, (name, text) in enumerate(write_text(root / "text").items()):
-        drawn = np.random.default_rng(seed)
-        shapes = {key: value.shape for key, value in lora("mlp.up_proj", 48, 32).items()}
-        tensors = {key: drawn.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
-        write_adapter(root / name, tensors, lora_alpha=8)
-        experts.append({"name": name, "adapter": f"./{name}", "text": str(text)})
-    recipe = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}}
-    build(make_plan(parse_recipe(recipe), root), root / "OUT")
+    experts = adapter_experts(root, tuple(TEXTS))
+    built(root, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "ngram"}}})
     modekit("export", root / "OUT", root / "ADAPTERS", "--expert", "medicine", "--expert", "law")
     return root
 
@@ -73,7 +57,7 @@ def vllm(root: Path) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words], cwd=root, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(f"{address}/health"), 180)
+        until(lambda: answers(f"{address}/health"))
         yield address
     finally:
         process.send_signal(signal.SIGINT)
@@ -97,13 +81,6 @@ def answers(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.2)
 
 
 def served(front: str) -> set[str]:
@@ -131,7 +108,7 @@ def in_peft(root: Path, expert: str, prompt: str) -> list[int]:
     """What PEFT writes."""
     model = AutoModelForCausalLM.from_pretrained(root / "base")
     if expert != "base":
-        model = peft.PeftModel.from_pretrained(model, root / expert)
+        model = peft.PeftModel.from_pretrained(model, root / f"{expert}-adapter")
     ids = byte_tokenizer()(prompt, return_tensors="pt")["input_ids"]
     made = model.generate(input_ids=ids, max_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0)
     return [int(token) for token in made[0, ids.shape[1] :]]
@@ -143,7 +120,7 @@ def prompts() -> list[str]:
 
 
 def test_each_adapter_writes_what_peft_writes(root: Path, front: str) -> None:
-    until(lambda: {"medicine", "law"} <= served(front), 30)
+    until(lambda: {"medicine", "law"} <= served(front))
     for expert in ("base", "medicine", "law"):
         for prompt in prompts():
             assert asked(front, expert, prompt)[0] == in_peft(root, expert, prompt), expert
@@ -160,17 +137,17 @@ def test_adapters_come_and_go_while_it_runs(root: Path, front: str) -> None:
     """One that is exported later is loaded; one that is written again is another; one that is taken away is let go."""
     assert asked(front, "auto", TEXTS[LATER])[1]["x-modekit-expert"] == "base"  # nobody has it yet
     modekit("export", root / "OUT", root / "ADAPTERS", "--expert", LATER)
-    until(lambda: LATER in served(front), 30)
+    until(lambda: LATER in served(front))
     for prompt in prompts():
         assert asked(front, LATER, prompt)[0] == in_peft(root, LATER, prompt)
     assert asked(front, "auto", TEXTS[LATER])[1]["x-modekit-expert"] == LATER
-    shutil.copy(root / "law" / "adapter_model.safetensors", root / "ADAPTERS" / LATER / "adapter_model.safetensors")
+    shutil.copy(root / "law-adapter" / "adapter_model.safetensors", root / "ADAPTERS" / LATER / "adapter_model.safetensors")
     law = [in_peft(root, "law", prompt) for prompt in prompts()]
     assert law[-1] != in_peft(root, LATER, prompts()[-1])  # the one whose beginning vLLM keeps
     assert len(byte_tokenizer()(prompts()[-1])["input_ids"]) > 128
-    until(lambda: [asked(front, LATER, prompt)[0] for prompt in prompts()] == law, 60)
+    until(lambda: [asked(front, LATER, prompt)[0] for prompt in prompts()] == law)
     shutil.rmtree(root / "ADAPTERS" / LATER)
-    until(lambda: LATER not in served(front), 30)
+    until(lambda: LATER not in served(front))
     with pytest.raises(urllib.error.HTTPError, match="404"):
         asked(front, LATER, prompts()[0])
     assert {"base", "medicine", "law"} <= served(front)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command_line import ended
-from conftest import Workshop, make_workshop
+from conftest import Workshop
 from refusal import borrow, tree
 
 FEW = ("--tokens", "200")
@@ -33,10 +33,8 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    small = make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
-    made = borrow(small, tmp_path_factory.mktemp("full"))
-    made.recipe["experts"] = made.recipe["experts"][:2]
+def shop(tmp_path_factory: pytest.TempPathFactory, small_workshop: Workshop) -> Workshop:
+    made = borrow(small_workshop, tmp_path_factory.mktemp("full"), 2)
     made.build()
     return made
 

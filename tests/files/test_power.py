@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Workshop, make_workshop
+from conftest import Workshop
 from kills import Sizes, dies
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -47,11 +47,9 @@ LOSSES: dict[str, Callable[[Path, Sizes], None]] = {
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def shop(tmp_path_factory: pytest.TempPathFactory, small_workshop: Workshop) -> Workshop:
     """Two recipes' worth of models, and OUT, built from one of them."""
-    small = make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
-    made = borrow(small, tmp_path_factory.mktemp("power"))
-    made.recipe["experts"] = made.recipe["experts"][:2]
+    made = borrow(small_workshop, tmp_path_factory.mktemp("power"), 2)
     made.recipe["output"] = {"shard_size": "30KB"}
     made.build("OLD")
     made.build("NEW", mixture=FITTED)

@@ -11,7 +11,7 @@ import pytest
 
 import modekit.building.build as building
 from command_line import modekit
-from conftest import Workshop, make_workshop
+from conftest import Workshop
 from modekit.building.build import build
 from modekit.errors import OutputError
 from modekit.files.marker import foreign_files, read_marker
@@ -22,16 +22,9 @@ from modekit.recipes.read import load_recipe
 from refusal import borrow, refuse, tree
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
-
-
 @pytest.fixture
-def bench(tmp_path: Path, small: Workshop) -> Workshop:
-    made = borrow(small, tmp_path)
-    made.recipe["experts"] = made.recipe["experts"][:2]
-    return made
+def bench(tmp_path: Path, small_workshop: Workshop) -> Workshop:
+    return borrow(small_workshop, tmp_path, 2)
 
 
 def put_a_letter(folder: Path) -> None:

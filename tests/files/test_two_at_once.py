@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Workshop, make_workshop
+from conftest import Workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -24,10 +24,8 @@ DONE, REFUSED, CRASHED = 0, 2, 3
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    small = make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
-    made = borrow(small, tmp_path_factory.mktemp("two"))
-    made.recipe["experts"] = made.recipe["experts"][:2]
+def shop(tmp_path_factory: pytest.TempPathFactory, small_workshop: Workshop) -> Workshop:
+    made = borrow(small_workshop, tmp_path_factory.mktemp("two"), 2)
     made.recipe["output"] = {"shard_size": "30KB"}
     return made
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from damage import other_bytes
 from modekit.errors import SourceError
 from modekit.files.staging import safetensors_header
 from modekit.sources.contents import CHUNK, OpenFiles, blake3_of
@@ -31,15 +32,6 @@ def ref(tmp_path: Path) -> TensorRef:
     return read_header(path, where="test")["w"]
 
 
-def in_place(path: Path) -> None:
-    """Other bytes in the same file, of the same length."""
-    before = path.stat().st_mtime_ns
-    with path.open("r+b") as stream:
-        stream.seek(-4, io.SEEK_END)
-        stream.write(b"\0\0\0\0")
-    os.utime(path, ns=(before, before + 1))
-
-
 def replaced(path: Path) -> None:
     """Another file of the same length and time under the name."""
     shutil.copy2(path, path.with_suffix(".new"))
@@ -50,7 +42,7 @@ def truncated(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-CHANGES = [in_place, replaced, truncated]
+CHANGES = [other_bytes, replaced, truncated]
 
 
 def test_all_and_any_part_of_a_tensor_are_its_bytes(ref: TensorRef) -> None:
@@ -79,7 +71,7 @@ def test_a_file_that_changed_since_its_header_was_read(ref: TensorRef, change: C
     assert error.value.where == str(ref.file)
 
 
-@pytest.mark.parametrize("change", [in_place, truncated])
+@pytest.mark.parametrize("change", [other_bytes, truncated])
 def test_a_file_that_changes_while_it_is_read(ref: TensorRef, change: Callable[[Path], None]) -> None:
     with pytest.raises(SourceError, match="has changed since"), OpenFiles() as opened:
         opened.read(ref, 0, 4)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.engines.gguf import Written
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,7 @@ def export(
     from modekit.checkpoint.checkpoint import open_checkpoint
 
     if options.gguf:
-        opened = open_checkpoint(resolved(checkpoint))
-        if opened.shape.gguf_apart:
-            _export_gguf_apart(opened, output, options)
-            return
-        refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
-        _export_gguf(opened, output, options)
+        _export_gguf(open_checkpoint(resolved(checkpoint)), output, options)
         return
     only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer}
     refuse_without_effect("only --gguf reads it", only)
@@ -62,26 +59,17 @@ def export(
 
 def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
     from modekit.engines.gguf import export_gguf
-
-    settings = GgufSettings(options.outtype, options.pre_tokenizer)
-    with drawn_progress() as progress:
-        file, proof, notes = export_gguf(
-            checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite),
-            run=Run(options.trust_remote_code, progress, options.fsync),
-        )  # fmt: skip
-    said = f"{bytes_of(file.stat().st_size)}; in llama.cpp {proof}"
-    _print_written(output / file.name, said, notes)
-
-
-def _export_gguf_apart(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
     from modekit.engines.lora_gguf import export_adapters_gguf
 
+    if checkpoint.shape.gguf_apart:
+        exported: Callable[..., list[Written]] = partial(export_adapters_gguf, experts=options.expert)
+    else:
+        refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
+        exported = export_gguf
     settings = GgufSettings(options.outtype, options.pre_tokenizer)
     with drawn_progress() as progress:
-        written = export_adapters_gguf(
-            checkpoint, resolved(output), settings, experts=options.expert, replace=replaced_by(options.overwrite),
-            run=Run(options.trust_remote_code, progress, options.fsync),
-        )  # fmt: skip
+        run = Run(options.trust_remote_code, progress, options.fsync)
+        written = exported(checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite), run=run)
     for each in written:
         said = f"{bytes_of(each.file.stat().st_size)}; in llama.cpp {each.proof}"
         _print_written(output / each.file.name, said, each.notes)

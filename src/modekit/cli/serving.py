@@ -81,16 +81,16 @@ class FrontOptions:
 def front(checkpoint: OutFolder, options: FrontOptions) -> None:
     """One address before servers that have the experts: model "auto" goes to the expert whose text a request is."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.run_front import FrontSettings, run_front
+    from modekit.engines.run_front import Address, FrontSettings, run_front
 
     adapters = None if options.adapters is None else resolved(options.adapters)
-    settings = FrontSettings(options.worker, options.name or [], options.host, options.port, options.timeout, adapters)
+    settings = FrontSettings(workers=options.worker, names=options.name or [], timeout=options.timeout, adapters=adapters)
     opened = open_checkpoint(resolved(checkpoint))
 
     def listening(address: str) -> None:
         out.print(Text.assemble((f"{address}/v1", "bold"), ": model auto, or what the workers serve; Ctrl-C ends it"))
 
-    run_front(opened, settings, listening, run=Run(options.trust_remote_code))
+    run_front(opened, settings, Address(options.host, options.port), listening, run=Run(options.trust_remote_code))
 
 
 @app.command()

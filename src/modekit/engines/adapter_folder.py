@@ -8,20 +8,19 @@ VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. One that does not is left as it is.
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx2
+import aiohttp
 
 from modekit.sources.adapter import WEIGHTS_FILE
 
 _LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 _LOAD_S = 120.0  # in which a worker must have read an adapter
-_SPELLING_BITS = 32
 _LOG = logging.getLogger("modekit.front")
 
 
@@ -34,9 +33,12 @@ class Version:
 
     @property
     def spelling(self) -> str:
-        """The folder's path, spelled otherwise for every version: vLLM keeps what it computed by an adapter under this path."""
-        digest = int.from_bytes(hashlib.blake2b(str(self.written).encode(), digest_size=_SPELLING_BITS // 8).digest(), "big")
-        return str(self.folder) + "".join("/." if digest >> bit & 1 else "/" for bit in range(_SPELLING_BITS)) + "/."
+        """The folder's path, spelled otherwise for every version: vLLM keeps what it computed by an adapter under this path.
+
+        The bits of `written`, as steps that lead nowhere: `/.` for a one, `/` for a zero.
+        """
+        steps = f"{self.written % 2**64:b}".replace("0", "/").replace("1", "/.")
+        return f"{self.folder}{steps}/."
 
 
 @dataclass
@@ -56,7 +58,7 @@ class AdapterFolder:
     _failed: dict[tuple[str, str], Version] = field(default_factory=dict)
     _unable: set[str] = field(default_factory=set)
 
-    async def bring_to(self, url: str, models: frozenset[str], client: httpx2.AsyncClient) -> bool:
+    async def bring_to(self, url: str, models: frozenset[str], client: aiohttp.ClientSession) -> bool:
         """Have a worker, which serves `models`, load what is new or written again, and let go what is gone.
 
         One that it serves under such a name without having been told so here is loaded again: nobody knows which version it is.
@@ -97,17 +99,19 @@ class AdapterFolder:
             found[self.names.get(expert, expert)] = Version(self.folder / expert, written)
         return found
 
-    async def _tell(self, url: str, path: str, request: Mapping[str, str], client: httpx2.AsyncClient) -> bool:
+    async def _tell(self, url: str, path: str, request: Mapping[str, str], client: aiohttp.ClientSession) -> bool:
+        limit = aiohttp.ClientTimeout(_LOAD_S)
         try:
-            answer = await client.post(url + path, json=dict(request), timeout=_LOAD_S)
-        except httpx2.HTTPError as error:
+            async with client.post(url + path, json=dict(request), timeout=limit, allow_redirects=False) as answer:
+                status, said = answer.status, await answer.read()
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             self._log(url, request["lora_name"], path, type(error).__name__)
             return False
-        if answer.status_code == 405 or (answer.status_code == 404 and b'"error"' not in answer.content):  # no such command
+        if status == 405 or (status == 404 and b'"error"' not in said):  # no such command
             self._unable.add(url)
-        if answer.is_error:
-            self._log(url, request["lora_name"], path, f"status {answer.status_code}")
-        return not answer.is_error
+        if status >= 400:
+            self._log(url, request["lora_name"], path, f"status {status}")
+        return status < 400
 
     @staticmethod
     def _log(url: str, adapter: str, path: str, found: str) -> None:

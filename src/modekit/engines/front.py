@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import httpx2
+import aiohttp
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -73,15 +73,15 @@ class Front:
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        await self.workers.look()
-        looking = asyncio.create_task(self.workers.keep_looking())
-        try:
-            yield
-        finally:
-            looking.cancel()
-            with suppress(asyncio.CancelledError):
-                await looking
-            await self.workers.close()
+        async with self.workers.connected():
+            await self.workers.look()
+            looking = asyncio.create_task(self.workers.keep_looking())
+            try:
+                yield
+            finally:
+                looking.cancel()
+                with suppress(asyncio.CancelledError):
+                    await looking
 
     async def _complete(self, request: Request) -> Response:
         held = AsyncExitStack()
@@ -89,7 +89,7 @@ class Front:
             return await self._answer(request, held)
         except RefusedError as error:
             return _error(error.status, error.why)
-        except httpx2.TimeoutException:
+        except (TimeoutError, asyncio.TimeoutError):
             return _error(504, "the answer took too long")
         except (ClientDisconnect, _GoneError):
             return Response(status_code=499)
@@ -111,10 +111,12 @@ class Front:
         else:
             self._log(expert, 503, decision)
             return _error(503, "nobody serves it now", {"retry-after": "2"})
-        self._log(taken, answer.response.status_code, decision)
+        self._log(taken, answer.status, decision)
         headers = {"x-modekit-expert": quote(taken)}
         if decision is not None:
             headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
+        if answer.body is not None:
+            return Response(answer.body, answer.status, headers, answer.kind)
         return _PassedOn(answer, headers, held.pop_all(), self.workers.timeout_s)
 
     async def _expert_of(self, body: Mapping[str, Any]) -> tuple[str, Decision | None]:
@@ -128,7 +130,8 @@ class Front:
         said = _said(body)
         try:
             async with self._deciding:  # a router is at one text at a time; a long one must not hold up the others' answers
-                decision = await asyncio.to_thread(self.router.decide, said)
+                quick = self.router.is_quick(said)
+                decision = self.router.decide(said) if quick else await asyncio.to_thread(self.router.decide, said)
         except ModekitError as error:
             raise RefusedError(400, error.what) from None
         return decision.expert, decision
@@ -152,18 +155,17 @@ class Front:
 
 
 class _PassedOn(StreamingResponse):
-    """A worker's answer; whatever becomes of the client, what is held for it is let go, at the latest after a while."""
+    """A worker's answer as it comes; whatever becomes of the client, what is held for it is let go, at last after a while."""
 
     def __init__(self, answer: Answer, headers: Mapping[str, str], held: AsyncExitStack, limit_s: float) -> None:
-        kind = answer.response.headers.get("content-type", "application/json")
-        super().__init__(answer.chunks(), answer.response.status_code, headers, media_type=kind)
+        super().__init__(answer.chunks(), answer.status, headers, media_type=answer.kind)
         self._held, self._limit_s = held, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             try:
                 await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
-            except (httpx2.HTTPError, TimeoutError, asyncio.TimeoutError) as error:  # what was sent cannot be taken back
+            except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError) as error:  # what was sent cannot be taken back
                 _LOG.warning("%s", json.dumps({"broken off": type(error).__name__}))
                 raise ClientDisconnect from None
 

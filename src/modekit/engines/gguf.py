@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,29 @@ _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 _KEEPS_WINDOW = {"cohere2_moe", "mellum"}
 
 
+@dataclass(frozen=True)
+class Written:
+    """One file, the proof that llama.cpp computes what it holds, and what to know of both.
+
+    Attributes:
+        expert: whose changes it holds; None for a whole model.
+    """
+
+    file: Path
+    proof: Proof
+    notes: tuple[str, ...]
+    expert: str | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """For export.json."""
+        expert = {} if self.expert is None else {"expert": self.expert}
+        return {**expert, "file": self.file.name, "notes": self.notes, "proof": self.proof.as_data()}
+
+
 def export_gguf(
     checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, replace: Replace = "nothing", run: Run = QUIET
-) -> tuple[Path, Proof, list[str]]:
-    """Write a folder with the mixture as GGUF, proven in llama.cpp; returns the file, the proof, and what to know of both.
+) -> list[Written]:
+    """Write a folder with the mixture as GGUF, proven in llama.cpp; returns its one file.
 
     Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
     there; OutputError.
@@ -67,10 +87,9 @@ def export_gguf(
             convert(checkpoint.folder, file, Conversion(made["outtype"], settings.pre_tokenizer, guess, finer))
             stage.record("converted", True)
         proof = prove(checkpoint.folder, file, made["outtype"], run=run)
-        notes = [*_notes(shape), *proof.notes]
-        record = {"file": name, **made, "transformers": version("transformers"), "notes": notes, "proof": proof.as_data()}
-        write_json(stage.folder / EXPORT_FILE, record)
-    return out / name, proof, notes
+        written = Written(out / name, proof, (*_notes(shape), *proof.notes))
+        write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **written.as_data()})
+    return [written]
 
 
 def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: Run = QUIET) -> Path:
@@ -86,7 +105,7 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
             return file
     except (*UNREADABLE, AttributeError):
         pass
-    return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0]
+    return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0].file
 
 
 def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:

@@ -14,10 +14,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +23,7 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import Conversion, check_installed, convert
-from modekit.engines.gguf import EXPORT_FILE, made_of
+from modekit.engines.gguf import EXPORT_FILE, Written, made_of
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import Proof, in_both
 from modekit.engines.settings import GgufSettings
@@ -36,21 +34,6 @@ from modekit.loaded.modekit import flow_of
 from modekit.recipes.paths import name_of
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-
-
-@dataclass(frozen=True)
-class Written:
-    """One file: the expert that it is, None for the backbone; the proof that llama.cpp computes it, and what to know."""
-
-    file: Path
-    expert: str | None
-    proof: Proof
-    notes: tuple[str, ...]
-
-    def as_data(self) -> dict[str, Any]:
-        """For export.json."""
-        expert = {} if self.expert is None else {"expert": self.expert}
-        return {**expert, "file": self.file.name, "notes": self.notes, "proof": self.proof.as_data()}
 
 
 def export_adapters_gguf(
@@ -78,9 +61,9 @@ def export_adapters_gguf(
             convert(checkpoint.folder, files[0], how)
             stage.record("converted", True)
         base, *proofs = prove_adapters(checkpoint, files, adapters, made["outtype"], run=run)
-        written = [Written(out / files[0].name, None, base, (*_notes(checkpoint), *base.notes))]
+        written = [Written(out / files[0].name, base, (*_notes(checkpoint), *base.notes))]
         for adapter, proof in zip(adapters, proofs, strict=True):
-            written.append(Written(out / _file_of(adapter), adapter.name, proof, tuple(_notes_of(adapter, checkpoint))))
+            written.append(Written(out / _file_of(adapter), proof, tuple(_notes_of(adapter, checkpoint)), adapter.name))
         said = [each.as_data() for each in written]
         record = {**made, "transformers": version("transformers"), "base": said[0], "adapters": said[1:]}
         write_json(stage.folder / EXPORT_FILE, record)

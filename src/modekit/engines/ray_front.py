@@ -5,7 +5,7 @@ That file names `application` and what it is given. Every replica is a front of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,23 @@ from modekit.engines.guard import MOST_AT_ONCE, App
 from modekit.engines.run_front import FrontSettings, front_of
 from modekit.errors import EngineError
 from modekit.files.typed import shortened
-from modekit.recipes.strict import Strict
 from modekit.run import Run
 
 
-class FrontArguments(Strict):
-    """What deploy/ray_serve.yaml says under `args`: the options of `modekit front`, but for where it listens.
+class FrontArguments(FrontSettings):
+    """What deploy/ray_serve.yaml says under `args`: all that `modekit front` takes, but for where it listens.
 
     Attributes:
         checkpoint: a mixture whose router reads tokens, where every machine has it.
-        workers: URLs of servers.
-        names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
-        timeout: seconds that an answer may take.
+        trust_remote_code: as the option.
     """
 
     checkpoint: str
-    workers: list[str]
-    names: Sequence[str] = ()
-    timeout: float = 600.0
     trust_remote_code: bool = False
 
     def app(self) -> App:
         """The front as an ASGI application. Raises what `open_checkpoint` and `front_of` raise."""
-        settings = FrontSettings(self.workers, self.names, timeout_s=self.timeout)
-        return front_of(open_checkpoint(Path(self.checkpoint)), settings, run=Run(self.trust_remote_code)).app()
+        return front_of(open_checkpoint(Path(self.checkpoint)), self, run=Run(self.trust_remote_code)).app()
 
 
 def application(said: Mapping[str, Any]) -> Any:

@@ -9,12 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.serve import INSTALL, KEY, bound_socket, url_of
 from modekit.errors import EngineError
-from modekit.recipes.strict import BASE
+from modekit.recipes.strict import BASE, Strict
 from modekit.run import QUIET, Run
 
 if TYPE_CHECKING:
@@ -27,28 +29,32 @@ _GRACE_S = 5  # in which answers may end
 _HEAD = 2**16  # bytes of a request's head
 
 
-@dataclass(frozen=True)
-class FrontSettings:
-    """Whom the front passes requests to, and where it listens.
+class FrontSettings(Strict):
+    """Whom the front passes requests to: what `modekit front` and deploy/ray_serve.yaml both take.
 
     Attributes:
         workers: URLs of servers.
         names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
-        host, port: port 0: any that is free.
-        timeout_s: how long an answer may take.
+        timeout: seconds that an answer may take.
         adapters: a folder of adapters that workers are told to load; None: they have what they have.
     """
 
     workers: Sequence[str]
     names: Sequence[str] = ()
+    timeout: float = Field(600.0, ge=1)
+    adapters: Annotated[Path, Field(strict=False)] | None = None
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens; port 0: any that is free."""
+
     host: str = "127.0.0.1"
     port: int = 8000
-    timeout_s: float = 600.0
-    adapters: Path | None = None
 
 
 def run_front(
-    checkpoint: Checkpoint, settings: FrontSettings, listening: Callable[[str], None], *, run: Run = QUIET
+    checkpoint: Checkpoint, settings: FrontSettings, at: Address, listening: Callable[[str], None], *, run: Run = QUIET
 ) -> None:  # fmt: skip
     """Serve until interrupted; `listening` is called with the address once it is heard.
 
@@ -57,7 +63,7 @@ def run_front(
     front = front_of(checkpoint, settings, run=run)
     import uvicorn
 
-    with bound_socket(settings.host, settings.port) as listener:
+    with bound_socket(at.host, at.port) as listener:
         listener.listen(_BACKLOG)  # who connects from now on waits until the server is up
         logging.getLogger("modekit.front").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s")
@@ -66,6 +72,7 @@ def run_front(
             log_level="critical",
             access_log=False,
             timeout_graceful_shutdown=_GRACE_S,
+            http="h11",  # httptools, which uvicorn takes where it finds it, bounds no head
             h11_max_incomplete_event_size=_HEAD,
         )
         listening(url_of(*listener.getsockname()[:2]))
@@ -78,7 +85,7 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, *, run: Run = QUIE
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
     """
-    missing = [name for name in ("starlette", "uvicorn", "httpx2", "prometheus_client") if find_spec(name) is None]
+    missing = [name for name in ("starlette", "uvicorn", "aiohttp", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
     from modekit.engines.adapter_folder import AdapterFolder
@@ -94,7 +101,7 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, *, run: Run = QUIE
     _check_urls(settings.workers)
     router = TextRouter(checkpoint, run=run)
     adapters = None if settings.adapters is None else AdapterFolder(settings.adapters, checkpoint.names, names)
-    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout_s, adapters)
+    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout, adapters)
     return Front(router, workers, names, os.environ.get(KEY))
 
 
@@ -115,13 +122,14 @@ def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str
 
 def _check_urls(urls: Sequence[str]) -> None:
     """Raise EngineError for what is no address of a server. A key belongs into the environment, not into an address."""
-    import httpx2
+    from yarl import URL
 
     for url in urls:
         try:
-            parsed = httpx2.URL(url)
-            good = parsed.scheme in {"http", "https"} and parsed.host and not parsed.userinfo and not parsed.query
-        except (httpx2.InvalidURL, ValueError, TypeError):
+            parsed = URL(url)
+            named = parsed.user is not None or parsed.password is not None
+            good = parsed.scheme in {"http", "https"} and parsed.host and not named and not parsed.query_string
+        except ValueError:
             good = False
         if not good or parsed.path.rstrip("/") not in {"", "/v1"}:
             raise EngineError(

@@ -166,7 +166,7 @@ def _llama_refusal(checkpoint: Checkpoint) -> str | None:
 def _llama_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
     check_installed()
     file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
-    return {"model": str(file), "threads": _cores(), "exact": False, "adapters": []}
+    return {"model": str(file), "threads": _cores(), "exact": False}
 
 
 def _cores() -> int:

@@ -12,7 +12,7 @@ Shape legend: B sequences, S tokens of each in this pass, T tokens of the row, G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class ModekitForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
         self.logits_processor.scale /= getattr(self.config, "logits_scaling", 1.0)  # Granite's, which vLLM leaves out
         flow = self.model.flow
         if as_kind(self.config.modekit, MixtureConfig).routing.remembers:
-            attention = next(_attention_layers(self.model))
+            attention = _first_attention(self.model)
             backend = attention.attn_backend.get_name()
             if backend not in _BACKENDS:
                 raise ValueError(
@@ -49,12 +49,10 @@ class ModekitForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
             flow.keeper = attention.modekit_slots = Slots(attention.layer_name, vllm_config)
 
 
-def _attention_layers(model: torch.nn.Module) -> Iterator[Any]:
+def _first_attention(model: torch.nn.Module) -> Any:
     from vllm.model_executor.layers.attention import Attention
 
-    for module in model.modules():
-        if isinstance(module, Attention):
-            yield module
+    return next(module for module in model.modules() if isinstance(module, Attention))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import httpx2
+import aiohttp
 
 from modekit.engines.adapter_folder import AdapterFolder
 
@@ -20,6 +20,7 @@ _ANSWER_S = 5.0  # a worker that takes longer to say what it serves is not there
 _CONNECT_S = 3.0
 _KEPT_S = 2.0  # an idle connection; servers close theirs after five
 _ATTEMPTS = 2
+_SHORT = 2**20  # bytes of an answer that is taken whole before it goes on
 
 
 @dataclass
@@ -44,14 +45,29 @@ class Worker:
 
 @dataclass(frozen=True)
 class Answer:
-    """A worker's answer, whose body is yet to come."""
+    """A worker's answer.
 
-    worker: Worker
-    response: httpx2.Response
+    Attributes:
+        response: its head, and what is yet to come.
+        body: all of it where it is short and its length was said; None where it is yet to come.
+    """
+
+    response: aiohttp.ClientResponse
+    body: bytes | None
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self.response.status
+
+    @property
+    def kind(self) -> str:
+        """The content's type."""
+        return self.response.headers.get("content-type", "application/json")
 
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes."""
-        return self.response.aiter_bytes()
+        return self.response.content.iter_any()
 
 
 @dataclass
@@ -70,15 +86,20 @@ class Workers:
     timeout_s: float = 600.0
     adapters: AdapterFolder | None = None
     all: list[Worker] = field(init=False)
-    _client: httpx2.AsyncClient = field(init=False)
+    _client: aiohttp.ClientSession = field(init=False)
 
     def __post_init__(self) -> None:
         self.all = [Worker(url.rstrip("/").removesuffix("/v1")) for url in self.urls]
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        limit = httpx2.Timeout(self.timeout_s, connect=_CONNECT_S)
-        self._client = httpx2.AsyncClient(
-            headers=headers, timeout=limit, trust_env=False, limits=httpx2.Limits(keepalive_expiry=_KEPT_S)
-        )
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """While open, workers can be asked; afterwards no connection is left."""
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self.timeout_s)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S, ttl_dns_cache=int(_LOOK_S))
+        jar = aiohttp.DummyCookieJar()  # what a worker sets for one client is no other's
+        async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limit, cookie_jar=jar) as self._client:
+            yield
 
     @property
     def models(self) -> set[str]:
@@ -109,8 +130,10 @@ class Workers:
 
     async def _look_at(self, worker: Worker) -> None:
         try:
-            answer = await self._client.get(f"{worker.url}/v1/models", timeout=_ANSWER_S)
-            worker.models = frozenset(str(each["id"]) for each in answer.raise_for_status().json()["data"])
+            limit = aiohttp.ClientTimeout(_ANSWER_S)
+            async with self._client.get(f"{worker.url}/v1/models", timeout=limit, allow_redirects=False) as answer:
+                answer.raise_for_status()
+                worker.models = frozenset(str(each["id"]) for each in (await answer.json(content_type=None))["data"])
         except Exception:  # whatever is wrong with what it says, it serves nothing
             worker.models = frozenset()
 
@@ -118,39 +141,39 @@ class Workers:
     async def asked(self, model: str, path: str, body: bytes) -> AsyncIterator[Answer | None]:
         """The answer of the least busy worker that serves a model; of the next one where it gives none; None where nobody does.
 
-        Once an answer has begun, nobody else is asked. Raises httpx2.TimeoutException where a worker takes too long, as another
-        one would.
+        Once an answer goes on, nobody else is asked. Raises asyncio.TimeoutError where one takes too long, as another would.
         """
         tried: Counter[str] = Counter()
         while (worker := self._free(model, tried)) is not None:
             tried[worker.url] += 1
             worker.busy += 1
             try:
-                response = await self._send(worker, path, body, tried)
-                if response is None:
+                answer = await self._send(worker, path, body, tried)
+                if answer is None:
                     continue
                 try:
-                    if response.status_code >= 500 and self._free(model, tried) is not None:
+                    if answer.status >= 500 and self._free(model, tried) is not None:
                         continue
-                    yield Answer(worker, response)
+                    yield answer
                     return
                 finally:
-                    await response.aclose()
+                    answer.response.release()
             finally:
                 worker.busy -= 1
         yield None
 
-    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> httpx2.Response | None:
-        """A worker's answer, whose body is yet to come; None where there is none."""
-        request = self._client.build_request("POST", worker.url + path, content=body, headers=_JSON)
+    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> Answer | None:
+        """A worker's answer; None where there is none, or not all of a short one."""
         try:
-            return await self._client.send(request, stream=True)
-        except httpx2.ConnectTimeout:
+            response = await self._client.post(worker.url + path, data=body, headers=_JSON, allow_redirects=False)
+            short = response.content_length is not None and response.content_length <= _SHORT
+            return Answer(response, await response.read() if short else None)
+        except aiohttp.ConnectionTimeoutError:
             tried[worker.url] = _ATTEMPTS
-        except httpx2.TimeoutException:
+        except asyncio.TimeoutError:
             raise
-        except httpx2.TransportError as error:  # once more where it may just have closed a connection that was kept
-            if isinstance(error, httpx2.ConnectError):
+        except aiohttp.ClientError as error:  # once more where it may just have closed a connection that was kept
+            if isinstance(error, aiohttp.ClientConnectorError):
                 worker.models = frozenset()  # until it says again what it serves
                 tried[worker.url] = _ATTEMPTS
         return None
@@ -158,10 +181,6 @@ class Workers:
     def _free(self, model: str, tried: Counter[str]) -> Worker | None:
         able = [worker for worker in self.all if model in worker.models and tried[worker.url] < _ATTEMPTS]
         return min(able, key=lambda worker: (tried[worker.url], worker.busy), default=None)
-
-    async def close(self) -> None:
-        """Let go of all connections."""
-        await self._client.aclose()
 
 
 _JSON: Mapping[str, str] = {"Content-Type": "application/json"}

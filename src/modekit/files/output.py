@@ -45,7 +45,7 @@ def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()
 
     What a kill left of an earlier commit is mended first. Raises OSError where that cannot be done.
     """
-    _refuse_entangled(out, sources)
+    refuse_entangled(out, sources)
     mend(out)
     refuse_what_is_there(out, replace)
 
@@ -125,7 +125,7 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
         )  # fmt: skip
 
 
-def _refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
+def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
     """Raise OutputError when OUT is, holds, or lies in a folder that the command reads, whatever links lead there."""
     real = out.resolve()
     for source in sources:

@@ -50,7 +50,7 @@ from modekit.files.output import (
     Replace,
     clear,
     mend_commit,
-    refuse_existing,
+    refuse_entangled,
     refuse_what_is_there,
     work_folder,
 )
@@ -342,7 +342,7 @@ def staging(
     full or not writable.
     """
     try:
-        refuse_existing(out, replace, sources=sources)
+        refuse_entangled(out, sources)
         stage = Staging(out, digest, kind, replace=replace, sync=sync)
     except OSError as error:
         raise _full(out, error) if error.errno in _FULL else OutputError(

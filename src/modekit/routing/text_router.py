@@ -3,30 +3,30 @@
 Routers that read tokens (n-gram, lexical) need nothing else to decide. A front before engines that serve the experts asks one
 which of them takes a request (engines/front.py), and so may anybody.
 
-Shape legend: B batch, S sequence, E experts, J averages, V vocabulary.
+Shape legend: E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+import numpy as np
 
-from modekit.architecture.modekit_router import Flow, Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import place_of_base
 from modekit.recipes.strict import BASE
+from modekit.routing.last_token import LastToken
 from modekit.run import QUIET, Run
 from modekit.text.chat import Message, chat_template_of
 
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""
 _CHARACTERS, _TURNS, _MESSAGES = 16_384, 8, 64
+_QUICK = 4_096
 _KEPT = 0.5
 """An expert that had a conversation keeps it while its probability is this share of the likeliest one's."""
 
@@ -63,8 +63,12 @@ class TextRouter:
         self._unknown = BASE if base is None else self._names[base]
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer) if settings.chat else None
-        self._flow = Flow()
-        self._router = _router_of(checkpoint, self._flow)
+        self._router = _router_of(checkpoint)
+
+    @staticmethod
+    def is_quick(said: str | Sequence[Message]) -> bool:
+        """Whether to decide takes no longer than to have another thread do it: a millisecond for these many characters."""
+        return isinstance(said, str) and len(said) <= _QUICK
 
     def decide(self, said: str | Sequence[Message]) -> Decision:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
@@ -87,13 +91,10 @@ class TextRouter:
         ids: list[int] = self._tokenizer("\n\n".join(each["content"] for each in turns), verbose=False)["input_ids"]
         return ids
 
-    @torch.inference_mode()
     def _decide(self, ids: list[int], before: str | None) -> Decision:
         if not ids:
             return Decision(self._unknown, dict.fromkeys(self._names, 1 / len(self._names)), 0)
-        self._flow.ids_BS = torch.tensor([ids])
-        logits_E = self._router.logits(torch.zeros(1, len(ids), 1))[0, -1]
-        probabilities = dict(zip(self._names, logits_E.double().softmax(-1).tolist(), strict=True))
+        probabilities = dict(zip(self._names, _softmax(self._router.logits(ids)).tolist(), strict=True))
         best = max(probabilities, key=probabilities.__getitem__)
         if before in probabilities and probabilities[before] >= _KEPT * probabilities[best]:
             best = before
@@ -119,18 +120,17 @@ def _newest(turns: Sequence[Message]) -> list[Message]:
     return kept[::-1]
 
 
-def _router_of(checkpoint: Checkpoint, flow: Flow) -> Router:
-    """The router as a module of its own, with its gate."""
-    experts = len(checkpoint.names)
+def _softmax(logits_E: np.ndarray) -> np.ndarray:
+    """Probabilities (E,), float64."""
+    powers_E = np.exp(logits_E.astype(np.float64) - logits_E.max())
+    probabilities_E: np.ndarray = powers_E / powers_E.sum()
+    return probabilities_E
+
+
+def _router_of(checkpoint: Checkpoint) -> LastToken:
     if checkpoint.shape.channels is None:
-        routing: Mapping[str, Any] = checkpoint.shape.routing.model_dump(mode="json")
-        gate_GD = torch.from_numpy(checkpoint.gates()[0])
-    else:
-        channels, embedding = checkpoint.carrier
-        averages = [{"decay": decay} for decay in channels.decays]
-        routing = {"method": "gating", "score": "lexical", "averages": averages}
-        tables = torch.split(torch.from_numpy(read_table(channels, embedding)), experts, dim=1)
-        gate_GD = torch.cat([table_VE.T for table_VE in tables], dim=1)
-    router = Router("text", flow, gate_GD.shape[1] // len(routing["averages"]), experts, routing, [1] * experts, 0)
-    router.gate = torch.nn.Parameter(gate_GD.contiguous(), requires_grad=False)
-    return router.eval()
+        return LastToken(checkpoint.shape.routing.model_dump(mode="json"), checkpoint.gates()[0])
+    channels, embedding = checkpoint.carrier
+    tables = np.split(read_table(channels, embedding), len(channels.decays), axis=1)
+    averages = [{"decay": decay} for decay in channels.decays]
+    return LastToken({"averages": averages}, np.concatenate([table_VE.T for table_VE in tables], axis=1))

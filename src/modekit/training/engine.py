@@ -28,6 +28,7 @@ from modekit.training.batches import Batches
 from modekit.training.ended import Trained
 from modekit.training.log import watchers
 from modekit.training.objective import Objective
+from modekit.training.resumed import check_resumed
 from modekit.training.trainer import COMPLETE, STATE_FILE, MixtureTrainer, NotFiniteError
 
 
@@ -43,8 +44,13 @@ class Schedule:
 def run_trainer(
     objective: Objective, batches: Batches, select: Sequence[Domain], schedule: Schedule, folder: Path, run: Run
 ) -> Trained:
-    """Train until the steps are done or the held-out loss stops falling, from the last complete state in `folder` on."""
+    """Train until the steps are done or the held-out loss stops falling, from the last complete state in `folder` on.
+
+    Raises TrainingError when that state is damaged.
+    """
     last = _last_complete(folder)
+    if last is not None:
+        check_resumed(last)
     failed: TrainingError | None = None
     with _loudness_kept():
         arguments = _arguments(objective, schedule, folder, from_start=last is None)

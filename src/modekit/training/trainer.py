@@ -17,6 +17,7 @@ from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, 
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.objective import Objective
+from modekit.training.resumed import state_read
 
 COMPLETE = "complete"
 STATE_FILE = "model.safetensors"  # the name that Trainer looks for
@@ -152,6 +153,18 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
             state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             sync_tree(state)
             write_file(state / COMPLETE, b"")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with state_read(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with state_read(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with state_read(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, _result: Any) -> None:
         """Nothing: what does not move is not in the file."""

@@ -1,0 +1,188 @@
+"""What workers answer, and what becomes of it: small servers that do what none should, or what none does for long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from modekit.engines import workers as module
+from modekit.engines.workers import Workers
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PATH = "/v1/completions"
+LAW = json.dumps({"data": [{"id": "law"}]})
+SAID = b'{"choices": [{"text": "."}]}'
+
+
+@asynccontextmanager
+async def server(answer: Handler, models: Handler | None = None) -> AsyncIterator[str]:
+    """Its URL; it says that it serves law, and answers as it is told."""
+
+    async def law(_request: web.Request) -> web.Response:
+        return web.Response(text=LAW, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models or law)
+    app.router.add_post(PATH, answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def asked(workers: Workers) -> tuple[int, bytes] | None:
+    """Status and body of an answer, and None where there is none."""
+    async with workers.asked("law", PATH, b"{}") as answer:
+        if answer is None:
+            return None
+        body = answer.body if answer.body is not None else b"".join([chunk async for chunk in answer.chunks()])
+        return answer.status, body
+
+
+def with_workers(*handlers: Handler, then: Callable[[Workers], Awaitable[Any]], timeout_s: float = 5, **more: Any) -> Any:
+    """What `then` makes of servers that answer so."""
+
+    async def run() -> Any:
+        async with AsyncExitStack() as stack:
+            urls = [await stack.enter_async_context(server(each, **more)) for each in handlers]
+            workers = Workers(urls, "secret", timeout_s)
+            await stack.enter_async_context(workers.connected())
+            await workers.look()
+            return await then(workers)
+
+    return asyncio.run(run())
+
+
+async def good(_request: web.Request) -> web.Response:
+    return web.Response(body=SAID, content_type="application/json")
+
+
+async def long(_request: web.Request) -> web.Response:
+    return web.Response(body=bytes(module._SHORT + 1))
+
+
+async def piecewise(request: web.Request) -> web.StreamResponse:
+    answer = web.StreamResponse()
+    await answer.prepare(request)
+    for part in (SAID[:9], SAID[9:]):
+        await answer.write(part)
+    return answer
+
+
+async def cut_short(request: web.Request) -> web.StreamResponse:
+    """Half of what it announced."""
+    answer = web.StreamResponse(headers={"Content-Length": str(len(SAID))})
+    await answer.prepare(request)
+    await answer.write(SAID[:9])
+    assert request.transport is not None
+    request.transport.close()
+    return answer
+
+
+async def failing(_request: web.Request) -> web.Response:
+    return web.Response(status=500)
+
+
+async def hanging(_request: web.Request) -> web.Response:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("handler", "whole", "expected"), [
+    (good, True, SAID), (piecewise, False, SAID), (long, False, bytes(module._SHORT + 1)),
+], ids=["short", "in pieces", "long"])  # fmt: skip
+def test_short_answers_are_taken_whole(handler: Handler, whole: bool, expected: bytes) -> None:
+    async def then(workers: Workers) -> None:
+        async with workers.asked("law", PATH, b"{}") as answer:
+            assert answer is not None and (answer.body is not None) == whole
+        assert await asked(workers) == (200, expected)
+        assert [each.busy for each in workers.all] == [0]
+
+    with_workers(handler, then=then)
+
+
+@pytest.mark.parametrize("bad", [cut_short, failing])
+def test_one_that_gives_no_whole_answer_is_asked_again_and_then_the_next(bad: Handler) -> None:
+    assert with_workers(bad, good, then=asked) == (200, SAID)
+
+
+def test_where_nobody_gives_a_whole_answer_there_is_none() -> None:
+    assert with_workers(cut_short, then=asked) is None
+
+
+def test_a_status_of_the_last_one_is_passed_on() -> None:
+    assert with_workers(failing, then=asked) == (500, b"")
+
+
+def test_one_that_takes_too_long_is_not_asked_elsewhere() -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        with_workers(hanging, good, then=asked, timeout_s=0.3)
+
+
+def test_a_kept_connection_that_was_closed_costs_nothing() -> None:
+    """The server closes it without a word after its first answer, as servers do with idle ones."""
+    number = 0
+
+    async def once(request: web.Request) -> web.Response:
+        nonlocal number
+        number += 1
+        transport = request.transport
+        assert transport is not None
+        asyncio.get_running_loop().call_later(0.05, transport.abort)
+        return web.Response(body=SAID)
+
+    async def then(workers: Workers) -> None:
+        for _ in range(3):
+            assert await asked(workers) == (200, SAID)
+            await asyncio.sleep(0.1)
+
+    with_workers(once, then=then)
+    assert number == 3
+
+
+def test_nobody_is_sent_elsewhere() -> None:
+    """A worker decides neither where the key and a request go, nor what other clients' requests bear."""
+    seen: list[web.Request] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        seen.append(request)
+        return web.Response(body=SAID)
+
+    async def run() -> tuple[int, bytes] | None:
+        async with server(elsewhere) as other:
+
+            async def redirecting(request: web.Request) -> web.Response:
+                seen.append(request)
+                return web.Response(status=307, headers={"Location": other + PATH, "Set-Cookie": "a=b"})
+
+            async with server(redirecting) as url:
+                workers = Workers([url], "secret")
+                async with workers.connected():
+                    await workers.look()
+                    await asked(workers)
+                    return await asked(workers)
+
+    assert asyncio.run(run()) == (307, b"")
+    assert len(seen) == 2 and not any("Cookie" in request.headers for request in seen)
+    assert all(request.headers["Authorization"] == "Bearer secret" for request in seen)
+
+
+@pytest.mark.parametrize("said", ["[]", "{", '{"data": [{}]}', '{"data": 3}', "[" * 100_000])
+def test_one_that_says_nonsense_serves_nothing(said: str) -> None:
+    async def nonsense(_request: web.Request) -> web.Response:
+        return web.Response(text=said)
+
+    async def then(workers: Workers) -> set[str]:
+        return workers.models
+
+    assert with_workers(good, then=then, models=nonsense) == set()

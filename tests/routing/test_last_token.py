@@ -1,0 +1,45 @@
+"""The last answer alone is the last of the answers that the router of a mixture gives to every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modekit.architecture.modekit_router import Flow, Router
+from modekit.routing.last_token import LastToken
+
+EXPERTS, VOCAB, BUCKETS = 3, 40, 64
+NGRAM = {"score": "ngram", "ngram": {"order": 2, "buckets": BUCKETS}}
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "the token itself": {"score": "lexical", "averages": [{"decay": None}]},
+    "mean": {"score": "lexical", "averages": [{"decay": 1.0}]},
+    "fading": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": 0.5}]},
+    "adds up": {"score": "lexical", "averages": [{"decay": 1.0, "sum": True}, {"decay": 0.98, "sum": True}]},
+    "prefix": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": None}], "prefix": 5},
+    "n-grams": {**NGRAM, "averages": [{"decay": 0.98, "sum": True}]},
+    "long n-grams": {"score": "ngram", "ngram": {"order": 4, "buckets": BUCKETS}, "averages": [{"decay": 1.0}]},
+    "orders": {**NGRAM, "score": "lexical", "averages": [{"decay": 1.0}, {"decay": 0.9}], "orders": [1, 3]},
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("length", [1, 2, 7, 300])
+@torch.no_grad()
+def test_it_is_the_last_of_all_answers(name: str, length: int) -> None:
+    routing = {"method": "gating", **ROUTINGS[name]}
+    columns = BUCKETS if "ngram" in routing else VOCAB
+    flow, parts = Flow(), len(routing["averages"])
+    drawn = np.random.default_rng(length)
+    gate_EG = drawn.normal(size=(EXPERTS, parts * columns)).astype(np.float32)
+    ids = drawn.integers(0, VOCAB, length).tolist()
+    whole = Router("text", flow, columns, EXPERTS, routing, [1] * EXPERTS, 0).eval()
+    whole.gate = torch.nn.Parameter(torch.from_numpy(gate_EG))
+    flow.ids_BS = torch.tensor([ids])
+    expected_SE = whole.logits(torch.zeros(1, length, 1))[0].numpy()
+    found_E = LastToken(routing, gate_EG).logits(ids)
+    assert found_E.dtype == np.float32 and found_E.shape == (EXPERTS,)
+    np.testing.assert_allclose(found_E, expected_SE[-1], rtol=1e-4, atol=1e-5)
+    assert length < 2 or not np.allclose(found_E, expected_SE[0], atol=1e-3)
