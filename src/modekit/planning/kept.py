@@ -91,8 +91,9 @@ class _Finder:
 
     def _in_parts(self, tensor: PlannedTensor, was: PlannedTensor, ref: TensorRef) -> tuple[PlannedTensor, str | None]:
         """Many experts in one tensor: the parts of those that were there."""
-        spans = {_made_piece(piece, piece.source): span for piece, span in _spans(was)}
-        found = [spans.get(_made_piece(piece, self._sources[piece.source])) for piece in tensor.pieces]
+        same = range(len(self._old_sources) - 1)
+        spans = {key: span for key, (_, span) in zip(self._parts(was, same), _spans(was), strict=True) if key is not None}
+        found = [None if key is None else spans.get(key) for key in self._parts(tensor, self._origins)]
         columns = tensor.operation == "columns"
         pieces = tuple(
             piece if span is None else _part(self._number, ref, span, columns=columns)
@@ -102,6 +103,17 @@ class _Finder:
         if columns:
             return replace(tensor, pieces=pieces), name
         return joined(tensor.name, tensor.dtype, tensor.shape, tensor.role, pieces, tensor.expert), name
+
+    def _parts(self, tensor: PlannedTensor, origins: Origins) -> list[tuple[object, ...] | None]:
+        """Per piece whose part it is, by that one's number in the old mixture, which of its parts, and how it is made."""
+        sources = [0, *(None if origin is None else 1 + origin for origin in origins)]
+        counts: dict[int | None, int] = {}
+        keys: list[tuple[object, ...] | None] = []
+        for piece in tensor.pieces:
+            number = counts[piece.expert] = counts.get(piece.expert, -1) + 1
+            origin = None if piece.expert is None else origins[piece.expert]
+            keys.append(None if origin is None else (origin, number, *_made_piece(piece, sources[piece.source])))
+        return keys
 
 
 def _is_plain(tensor: PlannedTensor) -> bool:

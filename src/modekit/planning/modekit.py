@@ -100,7 +100,7 @@ class ModekitLayout:
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
             biases = [(expert, self._places.added_bias(place, expert)) for expert in range(self._count)]
-            pieces = [Piece(1 + expert, ref) for expert, ref in biases if ref is not None]
+            pieces = [Piece(1 + expert, ref, expert=expert) for expert, ref in biases if ref is not None]
             if pieces:
                 shape = (len(pieces), place.weight.shape[0])
                 yield joined(f"{place.module}.lora_bias", self._adapter_code(pieces), shape, "adapter", tuple(pieces))
@@ -148,12 +148,12 @@ class ModekitLayout:
         weight = place.weight
         for expert, kind in enumerate(place.kinds):
             if isinstance(kind, LowRank):
-                a_pieces.append(Piece(1 + expert, kind.a))
-                b_pieces.append(Piece(1 + expert, rows_of(kind.b, kind.rows)))
+                a_pieces.append(Piece(1 + expert, kind.a, expert=expert))
+                b_pieces.append(Piece(1 + expert, rows_of(kind.b, kind.rows), expert=expert))
             elif isinstance(kind, int):
                 full = piece_of(self._sources, 1 + expert, weight).ref
-                a_pieces.append(Piece(1 + expert, weight, factor=Factor("A", kind, full)))
-                b_pieces.append(Piece(1 + expert, weight, factor=Factor("B", kind, full)))
+                a_pieces.append(Piece(1 + expert, weight, factor=Factor("A", kind, full), expert=expert))
+                b_pieces.append(Piece(1 + expert, weight, factor=Factor("B", kind, full), expert=expert))
         ranks = sum(place.ranks)
         code = self._adapter_code([*a_pieces, *b_pieces])
         yield joined(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", tuple(a_pieces))

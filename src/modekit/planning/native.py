@@ -137,7 +137,7 @@ class NativeLayout:
                 where=f"{source.label} ({source.spec}): {ref.name}",
                 remedy="use output: {format: modekit}",
             )  # fmt: skip
-        return piece_of(self._sources, number, ref)
+        return replace(piece_of(self._sources, number, ref), expert=number - 1)
 
     def _factors(self) -> dict[str, float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +56,7 @@ class Piece:
         of_bias: `ref` is a bias and `change` that of its module.
         factor: a low-rank part of another tensor's difference to `ref`.
         columns: from and to which of `ref`'s columns it goes; None for all.
+        expert: whose part it is, where a tensor has parts of many.
     """
 
     source: int
@@ -64,6 +65,7 @@ class Piece:
     of_bias: bool = False
     factor: Factor | None = None
     columns: tuple[int, int] | None = None
+    expert: int | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:
@@ -309,7 +311,7 @@ class Plan:
             ],
             "files": [
                 [str(file), state and [state.inode, state.size, state.modified_ns]]
-                for file, state in self.source_states.items()
+                for file, state in {**self.source_states, **({} if self.kept is None else self.kept.model.states)}.items()
             ],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
