@@ -24,6 +24,7 @@ from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.fit import fit_router
+from modekit.routing.fitting import Fitting
 from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
 from modekit.text.held_out import fit_documents
@@ -291,7 +292,7 @@ def test_prompts_stand_in_for_text(workshop: Workshop) -> None:
 @pytest.mark.parametrize("mixture", [{"router": {"fit": "random", "seed": 7}}, {"method": "linear"}])
 def test_gates_that_read_nothing_come_from_the_same_door(workshop: Workshop, mixture: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(workshop.build(mixture=mixture))
-    fitted = fit_router(checkpoint, checkpoint.record.recipe, workshop.root, workshop.root / "nothing")
+    fitted = fit_router(Fitting(checkpoint, checkpoint.record.recipe, workshop.root, workshop.root / "nothing"))
     assert [gate.tolist() for gate in fitted.gates] == [gate.tolist() for gate in checkpoint.gates()]
     assert fitted.record.status == checkpoint.record.router.status == "unfitted"
     assert all(gate.any() == ("router" in mixture) for gate in fitted.gates)

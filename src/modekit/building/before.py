@@ -7,6 +7,7 @@ that no table may show any more.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from modekit.files.marker import INTERNAL
 from modekit.files.write import carry_over, link_file, make_folder
 from modekit.planning.kept import Origins
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.routing.fitting import FittedRouter
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
@@ -48,8 +50,18 @@ class Before:
 
     @property
     def keeps_training(self) -> bool:
-        """Whether the router is what a training made, and stays that."""
-        return self.checkpoint.record.router.status == "trained" and not self.refits
+        """Whether the router is what a training made, and stays that. (PHATGOOSE is trained by its fit, and fitted again.)"""
+        record = self.checkpoint.record
+        return record.router.status == "trained" and bool(record.training) and not self.refits
+
+    def renamed(self) -> FittedRouter | None:
+        """The router as it is, where nothing but a name changes."""
+        if self.change.what != "rename":
+            return None
+        router = self.checkpoint.record.router
+        names = dict(zip(self.checkpoint.names, self.plan.recipe.names, strict=True))
+        text = {names.get(name, name): said for name, said in router.text.items()}
+        return FittedRouter(self.checkpoint.gates(), router.model_copy(update={"text": text}))
 
     def measured(self, numbers: Mapping[str, float | None]) -> Before:
         """The same, and the history will say what was measured of who comes."""
@@ -57,7 +69,7 @@ class Before:
 
     def is_of(self, out: Path) -> bool:
         """Whether the new mixture takes the old one's place."""
-        return out == self.checkpoint.folder
+        return os.path.realpath(out) == os.path.realpath(self.checkpoint.folder)
 
     @property
     def sources(self) -> dict[ModelSource, SourceRecord]:
@@ -72,25 +84,39 @@ class Before:
     @property
     def hashes(self) -> dict[Path, str]:
         """Of the files of those."""
-        return {
-            source.folder / name: file.blake3 for source, record in self.sources.items() for name, file in record.files.items()
+        of_new = {
+            file
+            for source, origin in zip(self.plan.sources[1:], self.origins, strict=True)
+            for file in source.files if origin is None and source != self.plan.sources[0]
+        }  # fmt: skip
+        known = {
+            source.folder / name: each.blake3 for source, said in self.sources.items() for name, each in said.files.items()
         }
+        return {file: digest for file, digest in known.items() if file not in of_new}
 
-    def carry_over(self, folder: Path, out: Path) -> None:
-        """What lies beside the weights, into the folder in which the mixture `out` is made. Raises OSError."""
-        old, in_place = self.checkpoint.folder, self.is_of(out)
-        if in_place:
-            made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
-            weights = {ref.file.name for ref in self.checkpoint.tensors.values()}
-            carry_over(old, folder, but=made_anew | weights, links=True)
-        for name in () if in_place else (TRAINED_FILE, SELECTED_FILE):
-            if (old / name).is_file():
-                link_file(old / name, folder / name)
+    def carry_statistics(self, folder: Path) -> None:
+        """Into the folder in which the new mixture is made. Raises OSError."""
         for name, was in self.statistics.items():
-            file = old / STATISTICS_FOLDER / f"{was}.safetensors"
+            file = self.checkpoint.folder / STATISTICS_FOLDER / f"{was}.safetensors"
             if file.is_file() and not file.is_symlink():
                 make_folder(folder / STATISTICS_FOLDER)
                 link_file(file, folder / STATISTICS_FOLDER / f"{name}.safetensors")
+
+    def carry_over(self, folder: Path, out: Path) -> None:
+        """What else lies beside the weights, into the folder in which the mixture `out` is made.
+
+        Raises CheckpointError when the checkpoint has been changed meanwhile, and OSError.
+        """
+        self.checkpoint.check_unchanged()
+        old = self.checkpoint.folder
+        if self.is_of(out):
+            made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
+            weights = {ref.file.name for ref in self.checkpoint.tensors.values()}
+            carry_over(old, folder, but=made_anew | weights, links=True)
+            return
+        for name in (TRAINED_FILE, SELECTED_FILE):
+            if (old / name).is_file():
+                link_file(old / name, folder / name)
 
     def continued(self, record: Record, tensors: Mapping[str, TensorRef]) -> Record:
         """The record of the new mixture, whose tensors these are, with what was trained and who came and went."""

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -64,7 +65,8 @@ def build(
         stage.areas = (STATISTICS_FOLDER,)
         if before is not None:
             before.checkpoint.check_unchanged()
-            before.carry_over(stage.folder, out)
+            before.carry_statistics(stage.folder)
+            stage.last = partial(before.carry_over, stage.folder, out)
         inspector = Inspector(plan, stage, before.hashes if before is not None else {})
         try:
             _write_shards(plan, stage, run)
@@ -118,11 +120,14 @@ def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], b
     if before is not None:
         checkpoint = Checkpoint(stage.folder, before.continued(checkpoint.record, checkpoint.tensors))
     statistics, run = stage.folder / STATISTICS_FOLDER, Run(plan.trust_remote_code, run.progress)
-    if before is not None and before.keeps_training:
+    stays = () if before is None else before.statistics
+    fitting = Fitting(checkpoint, plan.recipe, plan.root, statistics, run, stays)
+    fitted = None if before is None else before.renamed()
+    if before is not None and fitted is None and before.keeps_training:
         trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
-        fitted = trained_gates(Fitting(checkpoint, plan.recipe, plan.root, statistics, run), before.checkpoint, before.origins)
-    else:
-        fitted = fit_router(checkpoint, plan.recipe, plan.root, statistics, run=run)
+        fitted = trained_gates(fitting, before.checkpoint, before.origins)
+    if fitted is None:
+        fitted = fit_router(fitting)
     return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
 
 

@@ -84,6 +84,8 @@ class Staging:
         self.folder = self.work / NEW
         self.areas: tuple[str, ...] = ()
         """Folders of the output in which everything will be modekit's."""
+        self.last: Callable[[], None] = lambda: None
+        """Called when nobody else can change the old folder any more, before the new one is whole; what it raises ends it."""
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.work / JOURNAL
         self._appending = threading.Lock()
@@ -150,18 +152,36 @@ class Staging:
         for done in self._synced.values():
             done.result()
         self.close()
-        self._mark()
-        if self._sync:
-            sync_tree(self.folder, but=self._synced.keys())
-        if _identity(self.out) != self._replaced:
-            raise AppearedError(self.out)
-        if self._replaced is not None:
-            refuse_what_is_there(self.out, self._replace)
-            self._set_aside()
-        self._put()
+        self._check_place()
+        change = Lock(self.out / CHANGE_LOCK) if self._replaced is not None else None
+        if change is not None and not change.take():
+            raise OutputError(
+                "another command is changing the output folder", where=str(self.out), remedy="run this one again after it"
+            )
+        try:
+            self._take_the_place()
+        finally:
+            if change is not None:
+                change.release()
         if self._sync:
             sync_folder(self.out.parent)
         self._remove()
+
+    def _take_the_place(self) -> None:
+        """While nobody changes a file of the old folder."""
+        self.last()
+        self._mark()
+        if self._sync:
+            sync_tree(self.folder, but=self._synced.keys())
+        self._check_place()
+        if self._replaced is not None:
+            refuse_what_is_there(self.out, self._replace)
+            self.out.rename(self.work / OLD)
+        self._put()
+
+    def _check_place(self) -> None:
+        if _identity(self.out) != self._replaced:
+            raise AppearedError(self.out)
 
     def _mark(self) -> None:
         """Say what in the folder is modekit's: all of it, but for what was carried over and was not."""
@@ -173,16 +193,6 @@ class Staging:
                 return
             marker = marker.without(foreign)
         write_file(self.folder / MARKER, marker.as_bytes(), sync=False)
-
-    def _set_aside(self) -> None:
-        """Move the old folder out of the way, while nobody changes a file in it."""
-        change = Lock(self.out / CHANGE_LOCK)
-        if not change.take():
-            raise OutputError(
-                "another command is changing the output folder", where=str(self.out), remedy="run this one again after it"
-            )
-        change.release()
-        self.out.rename(self.work / OLD)
 
     def _put(self) -> None:
         try:

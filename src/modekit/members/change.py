@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,11 @@ from modekit.building.before import Before
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Change
-from modekit.errors import CheckpointError, RecipeError, SourceError
+from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
-from modekit.members.gone import stand_in
+from modekit.members.gone import stand_in, tells_dtypes
 from modekit.planning.copied_files import copied_files
-from modekit.planning.kept import Origins, taking_from
+from modekit.planning.kept import Origins, Taken, taking_from
 from modekit.planning.make import COPIED_FILES, plan_of
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written
@@ -36,6 +37,7 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.contents import blake3_of
+from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.open import Opener, label_of
 
@@ -138,6 +140,9 @@ def removing(checkpoint: Checkpoint, name: str) -> Wanted:
         )  # fmt: skip
     data = as_written(checkpoint.record.recipe)
     gone = data["experts"].pop(number)
+    data["eval"] = {key: texts for key, texts in data.get("eval", {}).items() if key != name}
+    if not data["eval"]:
+        del data["eval"]
     _without_weight(data, name)
     origins = [other for other in range(len(checkpoint.names)) if other != number]
     return Wanted(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
@@ -166,6 +171,8 @@ def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
             "an expert of this name exists already", where=str(checkpoint.folder), found=new_name, remedy="choose another name"
         )
     data = as_written(checkpoint.record.recipe)
+    if new_name in data.get("eval", {}):
+        raise RecipeError("the recipe's eval has a domain of this name", where=f"eval.{new_name}", remedy="choose another name")
     data["experts"][number]["name"] = new_name
     mixture = data.get("mixture", {})
     if mixture.get("weights"):
@@ -191,57 +198,103 @@ def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run 
 
 
 def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -> Before:
-    """The change, planned: nothing is written. Raises as `write_change`."""
+    """The change, planned: nothing is written. Raises as `write_change`.
+
+    Of experts that stay the mixture says what there is to know; their models are opened only where something is made of them
+    again.
+    """
+    opener = Opener(checkpoint.recipe_root, run)
+    base = opener.base(checkpoint.record.recipe)
+    _check_base(checkpoint, base)
+    new = {
+        place: opener.expert(place, expert, base)
+        for place, (expert, origin) in enumerate(zip(wanted.recipe.experts, wanted.origins, strict=True))
+        if origin is None
+    }
+    _check_is_another(checkpoint, wanted, new)
+    experts = list(enumerate(checkpoint.record.recipe.experts))
+    if not tells_dtypes(checkpoint):  # of adapters: their models do, where they are there
+        with suppress(SourceError):
+            opened = [base, *(_opened(opener, number, expert, base) for number, expert in experts)]
+            before = _planned(checkpoint, wanted, opened, new, run)
+            if before is not None:
+                return before
+    said = [base, *(stand_in(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
+    before = _planned(checkpoint, wanted, said, new, run)
+    if before is not None and not _reads_what_is_said(before.plan):
+        return before
+    opened = [base, *(_opened(opener, number, expert, base) for number, expert in experts)]
+    before = _planned(checkpoint, wanted, opened, new, run)
+    if before is None:
+        raise SourceError(
+            "the models are not those that the mixture was built from", where=str(checkpoint.folder),
+            found="other settings, ranks or scales than the mixture has",
+            remedy="put back what they were, or build the mixture anew",
+        )  # fmt: skip
+    return before
+
+
+def _opened(opener: Opener, number: int, expert: Expert, base: ModelSource) -> ModelSource:
+    """The model of an expert that stays, of which something is needed. Raises SourceError that says so."""
+    try:
+        return opener.expert(number, expert, base)
+    except SourceError as error:
+        raise SourceError(
+            "an expert's model is gone, and this change needs it", where=label_of(number, expert), found=error.found,
+            remedy="put it back: with this change something that it gave takes another form (docs/experts.md)",
+        ) from None  # fmt: skip
+
+
+def _planned(
+    checkpoint: Checkpoint, wanted: Wanted, old: Sequence[ModelSource], new: Mapping[int, ModelSource], run: Run
+) -> Before | None:
+    """The change over these models of the experts that were there; None where they do not give the mixture that is there."""
     root, recipe = checkpoint.recipe_root, wanted.recipe
-    opener = Opener(root, run)
-    old_sources = _sources_of(checkpoint, opener)
-    _check_tokenizer(checkpoint, old_sources[0])
-    sources = (old_sources[0], *_new_sources(wanted, old_sources, opener))
-    _check_is_another(checkpoint, wanted, sources)
-    before, after = (
-        plan_of(said, root, models, run=run) for said, models in ((checkpoint.record.recipe, old_sources), (recipe, sources))
-    )
+    base, sources = old[0], [old[0]]
+    for place, (expert, origin) in enumerate(zip(recipe.experts, wanted.origins, strict=True)):
+        stays = base if origin is None or expert.is_base else replace(old[1 + origin], label=label_of(place, expert))
+        sources.append(new.get(place, stays))
+    try:
+        before = plan_of(checkpoint.record.recipe, root, tuple(old), run=run)
+    except ModekitError:
+        return None
+    if not _is_what_is_there(checkpoint, before):
+        return None
+    after = plan_of(recipe, root, tuple(sources), run=run)
     _check_shape(checkpoint, after)
     taken = taking_from(checkpoint.folder, checkpoint.tensors, before, after, wanted.origins)
-    _check_can_be_read(taken.plan)
     _check_training_stays(checkpoint, taken.names, wanted.origins, before)
-    statistics = _statistics(checkpoint, wanted)
+    statistics = _statistics(checkpoint, wanted, taken)
     return Before(checkpoint, taken.plan, wanted.origins, taken.names, statistics, wanted.change, wanted.refits)
 
 
-def _sources_of(checkpoint: Checkpoint, opener: Opener) -> tuple[ModelSource, ...]:
-    """The base, and every expert's model, or what is known of one that is gone."""
-    recipe = checkpoint.record.recipe
-    base = opener.base(recipe)
-
-    def opened(number: int, expert: Expert) -> ModelSource:
-        try:
-            return opener.expert(number, expert, base)
-        except SourceError:
-            return stand_in(label_of(number, expert), expert, base, checkpoint, number)
-
-    return (base, *(opened(number, expert) for number, expert in enumerate(recipe.experts)))
+def _is_what_is_there(checkpoint: Checkpoint, before: Plan) -> bool:
+    """Whether a plan gives the mixture that is there: its tensors and its config."""
+    there = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
+    planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in before.tensors}
+    left_out = checkpoint.shape.left_out
+    return _without(planned, left_out) == _without(there, left_out) and dict(before.config) == dict(checkpoint.config)
 
 
-def _new_sources(wanted: Wanted, old: Sequence[ModelSource], opener: Opener) -> Sequence[ModelSource]:
-    """Of the experts as they are to be: a label says the place in the recipe."""
-    base, found = old[0], []
-    for place, (expert, origin) in enumerate(zip(wanted.recipe.experts, wanted.origins, strict=True)):
-        if origin is None:
-            found.append(opener.expert(place, expert, base))
-        else:
-            found.append(base if expert.is_base else replace(old[1 + origin], label=label_of(place, expert)))
-    return found
+def _without(tensors: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in tensors.items() if name not in names}
 
 
-def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, sources: Sequence[ModelSource]) -> None:
+def _reads_what_is_said(plan: Plan) -> bool:
+    """Whether something is needed of a model that is only known by what the mixture says of it."""
+    kept = () if plan.kept is None else plan.kept.model.files
+    refs = (ref for tensor in plan.tensors for piece in tensor.pieces for ref in piece.refs)
+    return any(ref.state is None and ref.file not in kept for ref in refs)
+
+
+def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, new: Mapping[int, ModelSource]) -> None:
     """Raise RecipeError when the model that is to take an expert's place is the one that is there, byte for byte."""
     record = checkpoint.record
     if wanted.change.what != "replace" or wanted.recipe.digest() != record.recipe_digest:
         return
-    place = wanted.origins.index(None)
+    ((place, source),) = new.items()
     known = record.sources[record.expert_sources[place]].files
-    if {file.name: blake3_of(file) for file in sources[1 + place].files} == {name: file.blake3 for name, file in known.items()}:
+    if {file.name: blake3_of(file) for file in source.files} == {name: file.blake3 for name, file in known.items()}:
         raise RecipeError(
             "this very model exists in its place already", where=str(checkpoint.folder),
             found=f"{wanted.change.expert}: {wanted.change.source}", remedy="name another model or text",
@@ -258,30 +311,25 @@ def _check_shape(checkpoint: Checkpoint, after: Plan) -> None:
         )  # fmt: skip
 
 
-def _check_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> None:
-    """Raise SourceError when the base's tokenizer is no longer the one that the mixture and its statistics were made with."""
-    for file in copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})"):
+def _check_base(checkpoint: Checkpoint, base: ModelSource) -> None:
+    """Raise SourceError when the base is no longer the one that the mixture and its statistics were made with."""
+    folder, record = checkpoint.folder, checkpoint.record
+    dense = family_of(base.config, where=f"base_model ({base.spec})").dense_config(base.config)
+    sizes = {file.name: file.stat().st_size for file in base.files}
+    differs = "config.json" if dense != record.dense_config else ""
+    if not differs and sizes != {name: file.size for name, file in record.sources[0].files.items()}:
+        differs = "its weights"
+    for file in copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ():
         try:
-            same = read_bytes(file, LARGE) == read_bytes(checkpoint.folder / file.name, LARGE)
+            same = read_bytes(file, LARGE) == read_bytes(folder / file.name, LARGE)
         except UNREADABLE:
             same = False
-        if not same:
-            raise SourceError(
-                "the base model's tokenizer or settings are not those that the mixture was built with", where=str(file),
-                found=f"another file than {checkpoint.folder / file.name}", remedy="put it back, or build the mixture anew",
-            )  # fmt: skip
-
-
-def _check_can_be_read(plan: Plan) -> None:
-    """Raise SourceError when something is needed of an expert whose model is gone."""
-    for tensor in plan.tensors:
-        for piece in tensor.pieces:
-            model = plan.models[piece.source]
-            if any(ref.state is None and not ref.file.exists() for ref in piece.refs):
-                raise SourceError(
-                    "an expert's model is gone, and this change needs it", where=f"{model.label} ({model.spec}): {tensor.name}",
-                    found=f"nothing at {model.folder}", remedy="put it back there: what it gave lies in one tensor with others",
-                )  # fmt: skip
+        differs = differs if same else file.name
+    if differs:
+        raise SourceError(
+            "the base model is not the one that the mixture was built with", where=str(base.folder),
+            found=f"{differs} is another", remedy="put it back, or build the mixture anew",
+        )  # fmt: skip
 
 
 def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], origins: Origins, before: Plan) -> None:
@@ -297,13 +345,14 @@ def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], orig
         )  # fmt: skip
 
 
-def _statistics(checkpoint: Checkpoint, wanted: Wanted) -> dict[str, str]:
+def _statistics(checkpoint: Checkpoint, wanted: Wanted, taken: Taken) -> dict[str, str]:
     """Expert of the new mixture -> expert of the checkpoint whose statistics are its own.
 
-    What was read through a backbone that is merged of the experts is not of the new one.
+    What was read through another backbone is not of this one.
     """
-    mixture = wanted.recipe.mixture
-    if mixture.merge is not None and mixture.fit is not None and mixture.fit.reads != "tokens":
+    fit = wanted.recipe.mixture.fit
+    backbone = {tensor.name for tensor in taken.plan.tensors if tensor.role == "backbone"}
+    if fit is not None and fit.reads != "tokens" and not backbone <= taken.names.keys():
         return {}
     pairs = zip(wanted.recipe.names, wanted.origins, strict=True)
     kept = {name: checkpoint.names[origin] for name, origin in pairs if origin is not None}

@@ -41,6 +41,13 @@ def stand_in(label: str, expert: Expert, base: ModelSource, checkpoint: Checkpoi
     return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, {}, replaced)
 
 
+def tells_dtypes(checkpoint: Checkpoint) -> bool:
+    """Whether the mixture tells in which dtype its adapters were: where they had several, all of them lie in float32."""
+    mixed = checkpoint.shape.mixed_tensors(checkpoint.tensors)
+    wide = any(part.a.dtype == "F32" for each in mixed for part in each.low_rank.values())
+    return not wide or checkpoint.config["dtype"] == "float32"
+
+
 def _low_rank(name: str, part: LowRankPart, added: MixedTensor | None, file: Path) -> LowRank:
     rank = part.ranks.stop - part.ranks.start
     bias = None if added is None else _ref(f"{name} bias", file, next(iter(added.own.values())).ref.dtype, added.shape)

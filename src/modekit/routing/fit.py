@@ -6,33 +6,22 @@ Needs no torch itself: a fit that reads no text costs no more than the copy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from pkgutil import resolve_name
 
-from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.processes import processes
-from modekit.recipes.recipe import Recipe
 from modekit.routing.constant import zero_gates
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.run import QUIET, Run
 
 
-def fit_router(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    root: Path,
-    statistics_folder: Path,
-    *,
-    run: Run = QUIET,
-) -> FittedRouter:
-    """Set the gates as `recipe.mixture` asks for, from text found relative to `root` where the fit reads any.
+def fit_router(fitting: Fitting) -> FittedRouter:
+    """Set the gates as the recipe's `mixture` asks for, from text found relative to `root` where the fit reads any.
 
-    Statistics in `statistics_folder` that were made from the same text and settings are used as they are; missing ones
-    are made and written there. Under a launcher the processes share the text, and the main one solves: the others' gates are
-    empty. Raises TextError.
+    Statistics in the folder that were made from the same text and settings are used as they are; missing ones are made and
+    written there. Under a launcher the processes share the text, and the main one solves: the others' gates are empty. Raises
+    TextError.
     """
-    fitting = Fitting(checkpoint, recipe, root, statistics_folder, run)
+    recipe = fitting.recipe
     fit = recipe.mixture.fit
     if not processes().is_main and (fit is None or fit.keeps is None or not fit.keeps.shared):
         return FittedRouter([], RouterRecord.unfitted(recipe))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Fitting:
         root: folder that the recipe's paths are relative to.
         folder: of kept statistics.
         run: what was handed down.
+        stays: experts of a mixture that is changed: what is kept of them counts, whatever their text says now.
     """
 
     checkpoint: Checkpoint
@@ -30,6 +32,7 @@ class Fitting:
     root: Path
     folder: Path
     run: Run = QUIET
+    stays: Collection[str] = ()
 
     @property
     def settings(self) -> Router:

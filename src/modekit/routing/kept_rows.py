@@ -38,7 +38,8 @@ def trained_gates(fitting: Fitting, before: Checkpoint, origins: Origins) -> Fit
     old = dict(zip((slot.name for slot in before.slots), zip(before.slots, before.gates(), strict=True), strict=True))
     gates = [_rows_that_stay(slot, *old[slot.name], origins) for slot in slots]
     new = [place for place, origin in enumerate(origins) if origin is None]
-    text = {name: said for name, said in record.text.items() if name in fitting.recipe.names}
+    was = {before.names[origin]: name for name, origin in zip(fitting.recipe.names, origins, strict=True) if origin is not None}
+    text = {was[name]: said for name, said in record.text.items() if name in was}
     if new:
         domains = read_domains(fitting)
         for number, gate in enumerate(gates):

@@ -54,11 +54,14 @@ def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> Ng
     kept = load_ngram_statistics(path)
     if kept is not None and len(kept.counts_H) != fitting.settings.buckets:
         kept = None
+    asked = source_of([], expert, fitting.settings, tokenizer)["how"]
+    known = kept is not None and kept.source.get("how") == asked and isinstance(kept.source.get("text"), dict)
+    if kept is not None and known and expert.name in fitting.stays:
+        return kept
     try:
         documents = fit_documents(expert, fitting.root, place)
     except TextError as error:
-        asked = source_of([], expert, fitting.settings, tokenizer)["how"]
-        if kept is None or kept.source.get("how") != asked or not isinstance(kept.source.get("text"), dict):
+        if kept is None or not known:
             raise without_text(error, kept and kept.source.get("how"), asked) from None
         return kept  # the text is gone, and its counts are what they would be
     source = source_of(documents, expert, fitting.settings, tokenizer)

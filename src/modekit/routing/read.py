@@ -98,10 +98,13 @@ class Reader:
         kept, how = load_statistics(path), self._how(expert)
         if kept is not None and not kept.is_of([slot.shape[1] for slot in self._fitting.checkpoint.slots]):
             kept = None
+        known = kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict)
+        if known and expert.name in self._fitting.stays:
+            return DomainToRead(place, expert.name, path, kept, processes().agree(True))
         try:
             documents = fit_documents(expert, self._fitting.root, place)
         except TextError as error:
-            if kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict):
+            if known:
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))
             raise without_text(error, kept and kept.source.get("how"), how) from None
         sequences = read_examples(self._tokenizer, documents, expert, self._settings, most=self._settings.tokens_per_domain)

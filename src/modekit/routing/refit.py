@@ -18,6 +18,7 @@ from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.routing.fit import fit_router
+from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
 
 
@@ -33,10 +34,8 @@ def refit(
     another build. Under a launcher only the main process writes.
     """
     recipe = _changed_recipe(checkpoint, changes)
-    fitted = fit_router(
-        checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, checkpoint.folder / STATISTICS_FOLDER,
-        run=run,
-    )  # fmt: skip
+    statistics = checkpoint.folder / STATISTICS_FOLDER
+    fitted = fit_router(Fitting(checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, statistics, run))
     if not processes().is_main:
         return checkpoint
     return checkpoint.with_router(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)

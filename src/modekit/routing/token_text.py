@@ -93,10 +93,13 @@ def read_token_texts(fitting: Fitting, tokenizer: Any) -> list[TokenText]:
 def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, vocabulary: int) -> TokenText:
     path, settings = fitting.folder / f"{expert.name}.safetensors", fitting.settings
     kept, how = load_token_text(path, vocabulary), _how(tokenizer, expert, settings)
+    known = kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict)
+    if kept is not None and known and expert.name in fitting.stays:
+        return kept
     try:
         documents = fit_documents(expert, fitting.root, place)
     except TextError as error:
-        if kept is None or kept.source.get("how") != how or not isinstance(kept.source.get("text"), dict):
+        if kept is None or not known:
             raise without_text(error, kept and kept.source.get("how"), how) from None
         return kept  # the text is gone, and its tokens are what they would be
     record = text_record(documents, 0)

@@ -62,6 +62,7 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         sources=() if in_place else [checkpoint.folder], replace="in place" if in_place else "nothing",
     ) as stage:  # fmt: skip
         stage.areas = (STATISTICS_FOLDER,)
+        stage.last = checkpoint.check_unchanged
         _copy_rest(checkpoint, stage.folder, in_place=in_place)
         opened = OpenFiles()
         try:
@@ -130,6 +131,7 @@ def _rest(record: Record, router_sha256: str, files: Mapping[str, str]) -> dict[
 
 def _copy_rest(checkpoint: Checkpoint, folder: Path, *, in_place: bool) -> None:
     """Everything that is neither weights nor the record: config, tokenizer, code, statistics; in place, all that is there."""
+    checkpoint.check_unchanged()
     weights = {ref.file.name for ref in checkpoint.tensors.values()}
     results = set() if in_place else {RESULTS_FOLDER}
     carry_over(checkpoint.folder, folder, but={RECORD_FILE, ROUTER_FILE, *weights, *INTERNAL, *results}, links=in_place)

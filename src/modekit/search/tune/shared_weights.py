@@ -33,6 +33,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Output, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.fit import fit_router
+from modekit.routing.fitting import Fitting
 from modekit.routing.read import read_statistics
 from modekit.run import QUIET, Run
 from modekit.search.tune.switched_model import structure
@@ -79,7 +80,7 @@ class SharedWeights:
         """
         mixture, router = recipe.mixture, recipe.mixture.router
         if mixture.fit is None or mixture.fit.reads == "nothing":
-            return fit_router(shared, recipe, self._root, self._work).gates
+            return fit_router(Fitting(shared, recipe, self._root, self._work)).gates
         # Logits are divided by the temperature, so that one fit serves all.
         plain = router.model_copy(update={"temperature": 1.0})
         folder = self._statistics_of(recipe, router)
@@ -91,7 +92,7 @@ class SharedWeights:
             with waiting(next(iter(together)).with_suffix(".lock")):
                 if mixture.fit.reads == "router inputs":
                     read_statistics(shared, unscaled, self._root, together, run=self._run)
-                fitted = fit_router(shared, unscaled, self._root, folder, run=self._run)
+                fitted = fit_router(Fitting(shared, unscaled, self._root, folder, self._run))
             self._gates[key] = fitted.gates
         return [gate / np.float32(router.temperature) for gate in self._gates[key]]
 
