@@ -11,6 +11,7 @@ needs no torch. All functions raise `ModekitError` for what a user can mend; the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,17 +84,25 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
     return refit(_opened_with_any_router(checkpoint), {**mixture, **({"router": router} if router else {})}, run=run)
 
 
-def add(checkpoint: Folder, expert: Mapping[str, Any], *, out: str | Path | None = None, run: Run = QUIET) -> Checkpoint:
+def add(
+    checkpoint: Folder,
+    expert: Mapping[str, Any],
+    *,
+    weight: float | None = None,
+    out: str | Path | None = None,
+    run: Run = QUIET,
+) -> Checkpoint:
     """Let one more expert into a mixture, in its own place or into `out`; the others' models and texts are not needed.
 
     `expert` is what a recipe says of one (`{"name": "tax", "model": "./tax", "text": ["tax.jsonl"]}`), with paths relative to
-    the current folder. Nothing is measured before. Raises what `build` raises, and RecipeError or CheckpointError where the
-    mixture cannot take it; then nothing has changed.
+    the current folder; `weight` its share where the mixture has given weights. Nothing is measured before. Raises what `build`
+    raises, and RecipeError or CheckpointError where the mixture cannot take it; then nothing has changed.
     """
-    from modekit.members.change import adding, new_expert, write_change
+    from modekit.members.change import NewExpert, adding, write_change
 
     opened = _opened(checkpoint)
-    wanted = adding(opened, str(expert["name"]), new_expert(expert, Path.cwd()))
+    said = {key: value for key, value in expert.items() if key != "name"}
+    wanted = adding(opened, str(expert.get("name", "")), NewExpert(said, Path.cwd(), weight))
     return write_change(opened, wanted, opened.folder if out is None else Path(out), run=run)
 
 
@@ -169,7 +178,7 @@ def router(checkpoint: Folder, *, run: Run = QUIET) -> TextRouter:
 def _opened(checkpoint: Folder) -> Checkpoint:
     from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(checkpoint))
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(os.path.realpath(checkpoint)))
 
 
 def _opened_with_any_router(checkpoint: Folder) -> Checkpoint:

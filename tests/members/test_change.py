@@ -93,7 +93,8 @@ def built(shop: Workshop, kind: Kind, names: Sequence[str], out: Path) -> Checkp
 
 def new(shop: Workshop, name: str) -> NewExpert:
     said = expert(name)
-    return NewExpert(said.get("model"), said.get("adapter"), said["text"], root=shop.root)
+    del said["name"]
+    return NewExpert(said, shop.root)
 
 
 @contextmanager
@@ -251,7 +252,7 @@ def test_what_others_put_into_the_folder_stays(shop: Workshop, tmp_path: Path) -
 def test_given_weights_follow(shop: Workshop, tmp_path: Path) -> None:
     kind = Kind({"method": "linear", "weights": {"medicine": 2, "law": 1}}, NATIVE)
     before = built(shop, kind, WHOLE[:2], tmp_path / "before")
-    added = write_change(before, adding(before, "code", NewExpert("./code", weight=3.0, root=shop.root)), tmp_path / "added")
+    added = write_change(before, adding(before, "code", NewExpert({"model": "./code"}, shop.root, 3.0)), tmp_path / "added")
     assert added.record.recipe.mixture.weights == {"medicine": 2, "law": 1, "code": 3}
     said = recipe(kind, WHOLE)
     said["mixture"] = {"method": "linear", "weights": {"medicine": 2, "law": 1, "code": 3.0}}

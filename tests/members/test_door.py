@@ -56,7 +56,8 @@ def _nudged(folder: Path, to: Path) -> None:
 
 def door(shop: Workshop, model: str, *, text: bool = True) -> Door:
     checkpoint = open_checkpoint(shop.root / "OUT")
-    new = NewExpert(f"./{model}", text=["./text/code.jsonl"] if text else (), root=shop.root)
+    said = {"model": f"./{model}", **({"text": ["./text/code.jsonl"]} if text else {})}
+    new = NewExpert(said, shop.root)
     return look_at(before_change(checkpoint, adding(checkpoint, "code", new)), tokens=300)
 
 
@@ -81,7 +82,7 @@ def test_a_twin_is_kept_out(shop: Workshop) -> None:
     )
     assert code == 0
     checkpoint = open_checkpoint(root / "THREE")
-    new = NewExpert("./twin", text=["./text/code.jsonl"], root=root)
+    new = NewExpert({"model": "./twin", "text": ["./text/code.jsonl"]}, root)
     found = look_at(before_change(checkpoint, adding(checkpoint, "again", new)), tokens=300)
     assert found.nearest is not None and found.nearest[0] == "code" and found.nearest[1] > 0.999
     assert "nearly the same model as code" in found.refused[0].what

@@ -256,7 +256,7 @@ def test_an_error_in_the_middle_leaves_the_old_one(
 
     monkeypatch.setattr("modekit.building.build.fit_router", fails)
     checkpoint = open_checkpoint(out)
-    new = NewExpert(str(shared_workshop.root / "code"), root=tmp_path)
+    new = NewExpert({"model": str(shared_workshop.root / "code")}, tmp_path)
     with pytest.raises(ModekitError, match="the fit failed"):
         write_change(checkpoint, adding(checkpoint, "tax", new), out)
     assert tree(bench.root) == before

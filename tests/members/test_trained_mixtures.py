@@ -38,7 +38,7 @@ def bench(shared_workshop: Workshop, tmp_path: Path) -> Workshop:
 
 def code(bench: Workshop) -> NewExpert:
     said = bench.recipe["experts"][2]
-    return NewExpert(said["model"], text=[said["text"]], root=bench.root)
+    return NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
 
 
 @pytest.mark.parametrize("output", ["native", "modekit"])

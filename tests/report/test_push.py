@@ -68,7 +68,7 @@ def made(shared: Workshop, root: Path) -> Path:
 def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:
     bench = borrow(shared_workshop, tmp_path)
     out = bench.build(experts=bench.recipe["experts"][:2])
-    new = NewExpert(str(shared_workshop.root / "code"), root=tmp_path)
+    new = NewExpert({"model": str(shared_workshop.root / "code")}, tmp_path)
     write_change(open_checkpoint(out), adding(open_checkpoint(out), "code", new), out)
     write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
     push(pack(open_checkpoint(out)), "me/mine")

@@ -49,9 +49,11 @@ class ModelOptions:
             raise ModekitError(
                 "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
             )
-        return NewExpert(
-            self.model, self.adapter, tuple(self.text or ()), self.as_, self.rank, self.revision, weight, Path.cwd()
-        )
+        said = {
+            "model": self.model, "adapter": self.adapter, "text": self.text, "as": self.as_, "rank": self.rank,
+            "revision": self.revision,
+        }  # fmt: skip
+        return NewExpert({key: value for key, value in said.items() if value is not None}, Path.cwd(), weight)
 
 
 @dataclass(frozen=True)

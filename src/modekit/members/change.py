@@ -46,46 +46,36 @@ _FEWEST = 2
 
 @dataclass(frozen=True)
 class NewExpert:
-    """A model or adapter, by path or hub id, and its text; paths are relative to `root`.
+    """An expert that is to come.
 
     Attributes:
-        as_, rank: as an expert of a recipe says them; None for what its default is, or the replaced expert's.
+        said: what a recipe says of one, but for its name: `model` or `adapter`, `text`, `prompts`, `as`, `rank`, ...
+        root: the folder that its paths are relative to.
         weight: its share where a linear mixture has given weights.
     """
 
-    model: str | None = None
-    adapter: str | None = None
-    text: Sequence[str] = ()
-    as_: str | None = None
-    rank: int | None = None
-    revision: str | None = None
-    weight: float | None = None
+    said: Mapping[str, Any]
     root: Path = field(default_factory=Path)
+    weight: float | None = None
 
-    def said(self, folder: Path) -> dict[str, Any]:
-        """As a recipe in `folder` says it."""
-        models = {"model": self.model, "adapter": self.adapter}
-        said: dict[str, Any] = {key: self._moved(spec, folder) for key, spec in models.items() if spec is not None}
-        if self.text:
-            said["text"] = [self._moved(spec, folder) for spec in self.text]
-        plain = {"as": self.as_, "rank": self.rank, "revision": self.revision}
-        return said | {key: value for key, value in plain.items() if value is not None}
+    def in_folder(self, folder: Path) -> dict[str, Any]:
+        """What a recipe in `folder` says of it."""
+        said = dict(self.said)
+        for key in ("model", "adapter"):
+            if isinstance(said.get(key), str):
+                said[key] = self._moved(said[key], folder)
+        if said.get("text"):
+            texts = [said["text"]] if isinstance(said["text"], str) else said["text"]
+            said["text"] = [self._moved(spec, folder) for spec in texts]
+        return said
 
     def _moved(self, spec: str, folder: Path) -> str:
-        found = locate(spec, self.root)
-        if spec == BASE or found is None or Path(spec).expanduser().is_absolute():
+        """A path from elsewhere; a hub id, which is none here, as it is."""
+        is_path = spec.startswith((".", "~")) or spec.count("/") != 1
+        if spec == BASE or Path(spec).is_absolute() or not (is_path or locate(spec, self.root)):
             return spec
-        relative = os.path.relpath(self.root / spec, folder)
+        relative = os.path.relpath(self.root / Path(spec).expanduser(), folder)
         return relative if relative.startswith("..") else f"./{relative}"
-
-
-def new_expert(said: Mapping[str, Any], root: Path) -> NewExpert:
-    """What a recipe in `root` says of an expert."""
-    texts = said.get("text") or ()
-    return NewExpert(
-        said.get("model"), said.get("adapter"), (texts,) if isinstance(texts, str) else tuple(texts), said.get("as"),
-        said.get("rank"), said.get("revision"), root=root,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,14 +105,16 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
             "an expert of this name exists already", where=str(checkpoint.folder), found=f"{name}, one of {_list(checkpoint)}",
             remedy="choose another name, or give it a new model with `modekit replace`",
         )  # fmt: skip
-    said = new.said(checkpoint.recipe_root)
+    said = new.in_folder(checkpoint.recipe_root)
     data["experts"] = [*data["experts"], {"name": name, **said}]
     weights = checkpoint.record.recipe.mixture.weights
+    if weights is None and new.weight is not None:
+        raise RecipeError("the mixture has no given weights", where="weight", found=new.weight, remedy="leave it out")
     if weights is not None:
         if new.weight is None:
             raise RecipeError(
                 "the mixture's weights are given, and the new expert has none", where="mixture.weights",
-                found=", ".join(f"{key} {value:g}" for key, value in weights.items()), remedy="pass --weight",
+                found=", ".join(f"{key} {value:g}" for key, value in weights.items()), remedy="give it a weight (--weight)",
             )  # fmt: skip
         data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
     origins = [*range(len(checkpoint.names)), None]
@@ -153,7 +145,7 @@ def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
     number = _number(checkpoint, name)
     data = as_written(checkpoint.record.recipe)
     old = data["experts"][number]
-    said = new.said(checkpoint.recipe_root)
+    said = new.in_folder(checkpoint.recipe_root)
     kept = {key: value for key, value in old.items() if key not in {"model", "adapter", "as", "rank", "revision"}}
     data["experts"][number] = {**kept, **said}
     fit = checkpoint.record.recipe.mixture.fit
@@ -213,18 +205,21 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     }
     _check_is_another(checkpoint, wanted, new)
     experts = list(enumerate(checkpoint.record.recipe.experts))
+    said = [base, *(stand_in(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
+
+    def opened() -> list[ModelSource]:
+        stay = [number in wanted.origins for number, _ in experts]
+        return [base, *(_opened(opener, n, e, base) if stay[n] else said[1 + n] for n, e in experts)]
+
     if not tells_dtypes(checkpoint):  # of adapters: their models do, where they are there
         with suppress(SourceError):
-            opened = [base, *(_opened(opener, number, expert, base) for number, expert in experts)]
-            before = _planned(checkpoint, wanted, opened, new, run)
+            before = _planned(checkpoint, wanted, opened(), new, run)
             if before is not None:
                 return before
-    said = [base, *(stand_in(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
     before = _planned(checkpoint, wanted, said, new, run)
     if before is not None and not _reads_what_is_said(before.plan):
         return before
-    opened = [base, *(_opened(opener, number, expert, base) for number, expert in experts)]
-    before = _planned(checkpoint, wanted, opened, new, run)
+    before = _planned(checkpoint, wanted, opened(), new, run)
     if before is None:
         raise SourceError(
             "the models are not those that the mixture was built from", where=str(checkpoint.folder),

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from modekit.building.before import Before
 from modekit.checkpoint.record import SourceRecord
-from modekit.errors import SourceError
+from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.members.licences import facts, licence_of, sources_of
 from modekit.run import QUIET, Run
@@ -24,6 +25,7 @@ from modekit.search.advise.findings import Finding
 from modekit.search.advise.groups import groups_of
 from modekit.sources.model import ModelSource
 from modekit.sources.names import split_layer
+from modekit.sources.open import Opener
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
 from modekit.text.splits import text_record
@@ -45,7 +47,7 @@ class Door:
         losses: base, mixture and expert -> nats per token; empty without text.
         tokens: read for them.
         drift: from the base.
-        likeness: expert that is there -> cosine and relative distance.
+        likeness: expert that is there -> cosine and relative distance; of those whose models are there, too.
         findings: what follows; an error keeps the expert out.
     """
 
@@ -77,9 +79,11 @@ def look_at(before: Before, *, tokens: int = TOKENS, run: Run = QUIET) -> Door:
     """Measure the new expert of a planned change. Raises TextError, and SourceError when a model cannot be loaded."""
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
     name = before.plan.recipe.names[place]
-    drift, likeness = _likeness(before, place, run)
-    losses, read = _losses(before, place, tokens, run) if tokens else ({}, 0)
-    findings = [*_of_losses(name, losses), *_of_likeness(name, drift, likeness), *_of_licences(before, place)]
+    others = _models_that_are_there(before, place, run)
+    drift, likeness = _likeness(before, place, others, run)
+    losses, read = _losses(before, place, tokens, run)
+    missed = [each for each in before.plan.recipe.names if each not in others and each != name]
+    findings = [*_of_losses(name, losses), *_of_likeness(name, drift, likeness, missed), *_of_licences(before, place)]
     return Door(name, losses, read, drift, likeness, findings)
 
 
@@ -91,7 +95,12 @@ def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str
     plan, mixture = before.plan, before.checkpoint.folder
     base, source, expert = plan.sources[0], plan.sources[1 + place], plan.recipe.experts[place]
     texts = RecipeTexts(plan.recipe, plan.root, models=[base.folder, source.folder], mixture=mixture)
-    own = texts.own(place)
+    try:
+        own = texts.own(place)
+    except TextError:
+        if expert.name not in before.statistics:
+            raise
+        own = None  # its text is gone, and what is kept of it sets the router
     chosen = texts.select_of(own) if own is not None else []
     sequences = encode(load_tokenizer(mixture, run=run), chosen, max_tokens=tokens, sequence_length=_SEQUENCE)
     if not sequences:
@@ -111,15 +120,31 @@ def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str
     return found, count
 
 
-def _likeness(before: Before, place: int, run: Run) -> tuple[float, dict[str, tuple[float, float]]]:
+def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, ModelSource | None]:
+    """The other experts' models, as far as they can be opened and have the sizes they had; None for the base itself."""
+    plan, opener = before.plan, Opener(before.plan.root, run)
+    base, known = plan.sources[0], before.sources
+    found: dict[str, ModelSource | None] = {}
+    for number, (expert, source) in enumerate(zip(plan.recipe.experts, plan.sources[1:], strict=True)):
+        if number == place or expert.is_base:
+            found |= {} if number == place else {expert.name: None}
+            continue
+        files = {name: file.size for name, file in known[source].files.items()}
+        if all((source.folder / name).is_file() for name in files):
+            with suppress(ModekitError):
+                opened = opener.expert(number, expert, base)
+                if {file.name: file.stat().st_size for file in opened.files} == files:
+                    found[expert.name] = opened
+    return found
+
+
+def _likeness(
+    before: Before, place: int, there: Mapping[str, ModelSource | None], run: Run
+) -> tuple[float, dict[str, tuple[float, float]]]:
     """Its drift, and cosine and distance to every expert whose model is there."""
     plan = before.plan
     base, new = plan.sources[0], plan.sources[1 + place]
-    others = {
-        name: source
-        for name, source, expert in zip(plan.recipe.names, plan.sources[1:], plan.recipe.experts, strict=True)
-        if source is not new and not expert.is_base and _is_there(source)
-    }
+    others = {name: source for name, source in there.items() if source is not None}
     if plan.recipe.experts[place].is_base:
         return 0.0, {}
     groups = groups_of(base, plan.family)
@@ -135,10 +160,6 @@ def _likeness(before: Before, place: int, run: Run) -> tuple[float, dict[str, tu
         return compare(base, [new], groups, run=run).total(0), {}
     pairs = ((name, found.cosine(0, number), found.distance(0, number)) for number, name in enumerate(others, 1))
     return found.total(0), {name: (cosine, distance) for name, cosine, distance in pairs if cosine is not None}
-
-
-def _is_there(source: ModelSource) -> bool:
-    return all(file.exists() for file in source.files)
 
 
 def _of_losses(name: str, losses: Mapping[str, float]) -> Iterator[Finding]:
@@ -166,7 +187,16 @@ def _of_losses(name: str, losses: Mapping[str, float]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _of_likeness(name: str, drift: float, likeness: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+def _of_likeness(
+    name: str, drift: float, likeness: Mapping[str, tuple[float, float]], missed: Sequence[str]
+) -> Iterator[Finding]:
+    if missed:
+        yield Finding(
+            "note",
+            name,
+            f"it was not compared with {', '.join(missed)}",
+            "their models are not where they were, or not what they were",
+        )
     for other, (cosine, distance) in likeness.items():
         if cosine >= _NEAR_COSINE:
             yield Finding(
