@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig
 
-from adapter_folders import lora, write_adapter
-from conftest import VOCAB, Workshop, make_workshop
+from adapter_folders import lora, train_adapter, write_adapter
+from conftest import VOCAB, Workshop, make_workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import SourceError
 from modekit.members.change import NewExpert, adding, removing, renaming, replacing, write_change
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
@@ -189,17 +191,102 @@ def test_the_files_of_others_are_the_same_files(shop: Workshop, tmp_path: Path) 
     assert all((before.folder / name).stat().st_nlink == 1 for name in after)
 
 
-def test_more_channels_are_made_when_they_are_needed(shop: Workshop, tmp_path: Path) -> None:
+def test_more_channels_are_made_when_they_are_needed(tmp_path: Path) -> None:
     """64 carry 31 experts: with one more every tensor is wider, and comes from the models again."""
-    kind = Kind(_routed("lexical"), {**NATIVE, "channels": 32})
-    said = recipe(kind, WHOLE[:2])
-    said["mixture"]["router"]["decay"] = [0.99, 0.98]
-    said["output"] = NATIVE
+    shop = make_workshop(tmp_path, num_hidden_layers=1, head_dim=64)
+    same = [{"name": f"base{number}", "model": "base", "text": ["./text/law.jsonl"]} for number in range(29)]
+    said = {**recipe(KINDS["native lexical"], WHOLE[:2]), "experts": [*map(expert, WHOLE[:2]), *same]}
     before = build(make_plan(parse_recipe(said), shop.root), tmp_path / "before")
-    wide = {**said, "experts": [*said["experts"], expert("code")]}
-    joint = build(make_plan(parse_recipe(wide), shop.root), tmp_path / "joint")
+    joint = build(
+        make_plan(parse_recipe({**said, "experts": [*said["experts"], expert("code")]}), shop.root), tmp_path / "joint"
+    )
+    assert before.config["hidden_size"] == 32 + 64 and joint.config["hidden_size"] == 32 + 128
     added = write_change(before, adding(before, "code", new(shop, "code")), tmp_path / "added")
     check_same(added.folder, joint.folder)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_what_an_adapter_that_is_gone_gave_stays(shop: Workshop, tmp_path: Path, dora: bool) -> None:
+    """Also where it is more than a low-rank change, and alone asks for a place."""
+    for name, parts in (("first", ["q_proj", "up_proj"]), ("second", ["up_proj"])):
+        config = LoraConfig(target_modules=parts, r=4, use_dora=dora and name == "first")
+        train_adapter(shop.root / "base", config, tmp_path / name)
+    experts = [{"name": name, "adapter": str(tmp_path / name)} for name in ("first", "second")]
+    said = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}, "output": MODEKIT}
+    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    for name in ("first", "second"):
+        (tmp_path / name).rename(tmp_path / f"{name}.gone")
+    kept = tree(out.folder)
+    try:
+        renamed = write_change(out, renaming(out, "second", "other"), tmp_path / "renamed")
+    except SourceError as error:
+        assert dora and "is gone, and this change needs it" in str(error)
+        assert tree(out.folder) == kept and not (tmp_path / "renamed").exists()
+    else:
+        assert {name: ref.shape for name, ref in renamed.tensors.items()} == {n: ref.shape for n, ref in out.tensors.items()}
+
+
+def test_an_adapter_that_was_changed_since_is_not_believed(shop: Workshop, tmp_path: Path) -> None:
+    """Its scale stands in a small file, which no hash of weights knows."""
+    for name in LOW_RANK[:2]:
+        shutil.copytree(shop.root / name, tmp_path / name)
+    said = recipe(KINDS["adapters"], LOW_RANK[:2])
+    for each in said["experts"]:
+        each["adapter"] = str(tmp_path / each["name"])
+    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    config = json.loads((tmp_path / "fever" / "adapter_config.json").read_text())
+    (tmp_path / "fever" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+    added = write_change(out, adding(out, "yield", new(shop, "yield")), tmp_path / "added")
+    for module, place in out.shape.mixture.places.items():
+        assert added.shape.mixture.places[module].scales[:2] == place.scales
+
+
+def test_an_expert_whose_folder_has_another_model_now_can_go(shop: Workshop, tmp_path: Path) -> None:
+    shutil.copytree(shop.root / "law", tmp_path / "law")
+    said = recipe(KINDS["native random"], WHOLE)
+    said["experts"][1]["model"] = str(tmp_path / "law")
+    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    shutil.rmtree(tmp_path / "law")
+    save(tiny_model(seed=9, intermediate_size=64, num_hidden_layers=2), tmp_path / "law")
+    removed = write_change(out, removing(out, "law"), tmp_path / "removed")
+    check_same(removed.folder, built(shop, KINDS["native random"], ("medicine", "code"), tmp_path / "wanted").folder)
+
+
+def test_no_hub_is_asked_for_an_expert_that_stays(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shop.root / "org").mkdir()
+    shutil.copytree(shop.root / "law", shop.root / "org" / "law")
+    said = recipe(KINDS["native random"], WHOLE)
+    said["experts"][1]["model"] = "org/law"
+    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    shutil.rmtree(shop.root / "org")
+
+    def asked(*_args: object, **_options: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("modekit.sources.hub.download", asked)
+    assert write_change(out, removing(out, "medicine"), tmp_path / "removed").names == ["law", "code"]
+
+
+def test_another_model_in_the_place_of_the_backbones_expert(shop: Workshop, tmp_path: Path) -> None:
+    """What the others' router read through the old backbone is not of the new one."""
+    kind = Kind({**_routed("ridge", **SHORT), "backbone": {"expert": "law"}}, NATIVE)
+    out = built(shop, kind, WHOLE[:2], tmp_path / "OUT")
+    code = NewExpert({"model": "./code", "text": ["./text/law.jsonl"]}, shop.root)
+    replaced = write_change(out, replacing(out, "law", code), tmp_path / "replaced")
+    said = recipe(kind, WHOLE[:2])
+    said["experts"][1]["model"] = "./code"
+    check_same(replaced.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
+
+
+def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, tmp_path: Path) -> None:
+    shutil.copytree(shop.root / "text", tmp_path / "text")
+    said = recipe(KINDS["native ridge"], WHOLE)
+    for each in said["experts"]:
+        each["text"] = [str(tmp_path / "text" / f"{each['name']}.jsonl")]
+    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    wanted = write_change(out, removing(out, "code"), tmp_path / "wanted")
+    (tmp_path / "text" / "law.jsonl").write_text((tmp_path / "text" / "medicine.jsonl").read_text())
+    check_same(write_change(out, removing(out, "code"), tmp_path / "removed").folder, wanted.folder)
 
 
 def test_a_mixture_of_an_earlier_layout_takes_experts_too(shop: Workshop, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+import modekit.building.build as building
 from conftest import Workshop, character_tokenizer, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, ModekitError, OutputError
 from modekit.files.staging import staging
 from modekit.members.change import NewExpert, adding, before_change, removing, write_change
+from modekit.routing.refit import refit
 from refusal import borrow, refuse, tree
 
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
@@ -92,7 +94,7 @@ def test_the_tokenizer_of_the_base_has_changed(shared_workshop: Workshop, tmp_pa
     tokenizer = character_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "base")
-    assert "not those that the mixture was built with" in refuse_change(bench, "remove", out, "law")
+    assert "tokenizer.json is another" in refuse_change(bench, "remove", out, "law")
 
 
 def test_the_last_but_one(bench: Workshop) -> None:
@@ -217,6 +219,42 @@ def test_one_after_the_other_but_planned_together(shared_workshop: Workshop, tmp
     with pytest.raises(CheckpointError, match="another command has changed"):
         build(late.plan, out, before=late)
     assert tree(out) == after
+
+
+def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another command did to the mixture meanwhile is not undone; notes that came meanwhile stay."""
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build()
+    write_shards = building._write_shards
+
+    def with_a_fit(*args: Any) -> None:
+        write_shards(*args)
+        refit(open_checkpoint(out), {"top_k": 1})
+
+    monkeypatch.setattr(building, "_write_shards", with_a_fit)
+    with pytest.raises(CheckpointError, match="another command has changed"):
+        write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    assert open_checkpoint(out).record.recipe.top_k == 1 and open_checkpoint(out).names == ["medicine", "law", "code"]
+
+    def with_notes(*args: Any) -> None:
+        write_shards(*args)
+        (out / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(building, "_write_shards", with_notes)
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    assert (out / "notes.txt").read_text() == "mine" and open_checkpoint(out).names == ["medicine", "code"]
+
+
+def test_a_name_of_the_recipes_eval(shared_workshop: Workshop, tmp_path: Path) -> None:
+    bench = borrow(shared_workshop, tmp_path)
+    out = bench.build(eval={"generic": str(shared_workshop.root / "text" / "law.jsonl")})
+    assert "eval.generic" in refuse_change(bench, "rename", out, "law", "generic")
+
+
+def test_a_weight_without_effect(bench: Workshop, shared_workshop: Workshop) -> None:
+    out = bench.build()
+    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "--weight", "2")
+    assert "no given weights" in message
 
 
 def test_a_checkpoint_of_a_later_version(bench: Workshop, shared_workshop: Workshop) -> None:
