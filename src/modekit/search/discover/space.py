@@ -1,0 +1,115 @@
+"""Where documents lie: alike ones near each other, as points on a sphere.
+
+By units: what stands in few documents says most (inverse document frequency), and of that the few directions in which documents
+differ most (latent semantic analysis). By hidden states: the mean over a document's tokens, in the middle of the base.
+
+Shape legend: N documents, H hashed units, V units that count, D directions of the space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.preprocessing import normalize
+
+from modekit.search.discover.units import Rows
+from modekit.search.discover.words import READ
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DIRECTIONS = 20
+_TOKENS = 512  # of a document, whose hidden states are averaged
+_RARE = 0.05  # of the documents: what stands in more of them says how a text is written rather than what it is about
+_ENOUGH = 16  # rare units that half of the documents must have; where texts are short, less rare ones count
+
+Points = npt.NDArray[np.float64]
+"""(N, D), each of length one, or zero where nothing is known of a document."""
+
+
+class Space(Protocol):
+    """Where documents lie."""
+
+    def learn(self, documents: Sequence[str], rows: Rows, directions: int, seed: int) -> Points:
+        """Choose the directions, and say where these documents lie."""
+
+    def points(self, documents: Sequence[str], rows: Rows) -> Points:
+        """Where others lie."""
+
+
+class UnitSpace:
+    """By the units that documents share."""
+
+    def learn(self, documents: Sequence[str], rows: Rows, directions: int, seed: int) -> Points:
+        """As the protocol says; `documents` are not looked at, only their rows of rare units (N, V)."""
+        shares_V = np.asarray(rows.mean(axis=0)).ravel()
+        self._weights_V = -np.log(np.maximum(shares_V, 1e-9))
+        weighted = normalize(rows.multiply(self._weights_V).tocsr())
+        self._svd = TruncatedSVD(max(1, min(directions, min(rows.shape) - 1)), random_state=seed)
+        return _on_sphere(self._svd.fit_transform(weighted))
+
+    def points(self, documents: Sequence[str], rows: Rows) -> Points:
+        """As the protocol says."""
+        return _on_sphere(self._svd.transform(normalize(rows.multiply(self._weights_V).tocsr())))
+
+
+class HiddenSpace:
+    """By a base model's hidden states."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def learn(self, documents: Sequence[str], rows: Rows, directions: int, seed: int) -> Points:
+        """As the protocol says; `rows` are not looked at."""
+        means = self._means(documents)
+        self._pca = PCA(max(1, min(directions, *means.shape)), random_state=seed)
+        return _on_sphere(self._pca.fit_transform(means))
+
+    def points(self, documents: Sequence[str], rows: Rows) -> Points:
+        """As the protocol says."""
+        return _on_sphere(self._pca.transform(self._means(documents)))
+
+    def _means(self, documents: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Mean hidden states (N, hidden); zero for a document that has less than two tokens."""
+        import torch
+
+        from modekit.text.sequences import encode, make_batches
+
+        found: dict[int, Any] = {}
+        for place, document in enumerate(documents):
+            pieces = encode(self._tokenizer, [document[:READ]], max_tokens=_TOKENS, sequence_length=_TOKENS)
+            found.update((place, piece) for piece in pieces[:1])
+        places = list(found)
+        means = np.zeros((len(documents), int(self._model.config.hidden_size)))
+        with torch.inference_mode():
+            for batch in make_batches(list(found.values())):
+                ids, mask = (each.to(self._model.device) for each in (batch.input_ids, batch.mask))
+                said = self._model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+                layers = said.hidden_states
+                kept = layers[len(layers) // 2].double() * mask[..., None]
+                mean = kept.sum(1) / mask.sum(1, keepdim=True)
+                means[[places[row] for row in batch.rows]] = mean.cpu().numpy()
+        return means
+
+
+def rare_units(rows: Rows) -> npt.NDArray[np.intp]:
+    """Which units count, (V,): those of two documents or more, and of few enough that they tell documents apart.
+
+    That is one document in twenty; more, where half of the documents would be left with hardly any unit.
+    """
+    documents = rows.shape[0]
+    found_H = np.asarray(rows.sum(axis=0)).ravel()
+    most = _RARE * documents
+    while True:
+        kept = np.flatnonzero((found_H >= 2) & (found_H <= most))
+        if most >= documents or np.median(np.asarray(rows[:, kept].sum(axis=1))) >= _ENOUGH:
+            return kept
+        most *= 2
+
+
+def _on_sphere(points: Points) -> Points:
+    return np.asarray(normalize(np.asarray(points, dtype=np.float64)))
