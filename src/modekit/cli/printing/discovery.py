@@ -67,5 +67,5 @@ def _served(group: Group) -> list[str]:
 
 
 def _print_next(group: Group) -> None:
-    said = f" {group.name}, about {group.unserved:,.0f} documents of which no expert serves"
-    out.print(Text.assemble(("the next expert:", "bold"), said), soft_wrap=True)
+    said = f" {group.name}, of which no expert serves about {group.unserved:,.0f} documents"
+    out.print(Text.assemble(("the next expert:", "bold"), said))
