@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.files.output import Replace, refuse_existing
@@ -59,9 +58,9 @@ def discover(
 ) -> Discovery:
     """Group documents into domains, and write each as a .jsonl that other commands read, beside discover.json.
 
-    Without `out` nothing is written; `replace` says what may be there. Raises TextError for text that cannot be read or holds fewer documents than domains,
-    UnsupportedError for a mixture whose router needs the model, MismatchError for one with another tokenizer than the base
-    model, OutputError, SourceError.
+    Without `out` nothing is written; `replace` says what may be there. Raises TextError for text that cannot be read or holds
+    fewer documents than domains, UnsupportedError for a mixture whose router needs the model, MismatchError for one with
+    another tokenizer than the base model, OutputError, SourceError.
     """
     check_settings(settings)
     if out is not None:
@@ -71,20 +70,19 @@ def discover(
     run.progress("read documents", 0, 1)
     sample = stream.sample(settings.sample, settings.seed)
     run.progress("read documents", 1, 1)
-    with threadpool_limits(1):  # sums in one order, whatever else runs
-        found = learn(sample, settings, ways_of(settings, run), run)
-        groups = _groups(sample, found.grouping.labels, serving, run)
-        discovery = Discovery(
-            settings, groups, found.tried, {"documents": sample.documents, "sha256": sample.sha256},
-            None if unlabelled.mixture is None else unlabelled.mixture.folder.name, _notes(groups),
-        )  # fmt: skip
-        if out is None:
-            _put_to_groups(stream, sample, found, groups, None, run)
-            return discovery
-        digest = f"discover {settings.as_data()} {sample.sha256} {discovery.mixture}"
-        with staging(out, digest, "texts", sources=_read_from(unlabelled, settings), replace=replace, sync=run.sync) as stage:
-            _put_to_groups(stream, sample, found, groups, stage, run)
-            write_json(stage.folder / RECORD, discovery.as_data(), sync=False)
+    found = learn(sample, settings, ways_of(settings, run), run)
+    groups = _groups(sample, found.grouping.labels, serving, run)
+    discovery = Discovery(
+        settings, groups, found.tried, {"documents": sample.documents, "sha256": sample.sha256},
+        None if unlabelled.mixture is None else unlabelled.mixture.folder.name, _notes(groups),
+    )  # fmt: skip
+    if out is None:
+        _put_to_groups(stream, sample, found, groups, None, run)
+        return discovery
+    digest = f"discover {settings.as_data()} {sample.sha256} {discovery.mixture}"
+    with staging(out, digest, "texts", sources=_read_from(unlabelled, settings), replace=replace, sync=run.sync) as stage:
+        _put_to_groups(stream, sample, found, groups, stage, run)
+        write_json(stage.folder / RECORD, discovery.as_data(), sync=False)
     return discovery
 
 

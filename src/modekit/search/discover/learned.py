@@ -17,7 +17,7 @@ from modekit.search.discover.choice import Tried, choose, try_numbers
 from modekit.search.discover.evidence import Labels, background
 from modekit.search.discover.grouping import Grouping, group
 from modekit.search.discover.settings import DiscoverSettings
-from modekit.search.discover.space import DIRECTIONS, HiddenSpace, Points, Space, UnitSpace, rare_units
+from modekit.search.discover.space import DIRECTIONS, HiddenSpace, Points, Space, UnitSpace, one_thread, rare_units
 from modekit.search.discover.stream import WHERE, Sample
 from modekit.search.discover.units import Rows, Units, token_units, word_units
 
@@ -43,7 +43,9 @@ class Learned:
 
     def labels(self, beginnings: Sequence[str]) -> Labels:
         """The groups of documents."""
-        return self.grouping.nearest(self.space.points(beginnings, self.units.rows(beginnings)[:, self.kept]))
+        points = self.space.points(beginnings, self.units.rows(beginnings)[:, self.kept])
+        with one_thread():
+            return self.grouping.nearest(points)
 
 
 def learn(sample: Sample, settings: DiscoverSettings, ways: tuple[Units, Space], run: Run) -> Learned:
@@ -59,12 +61,13 @@ def learn(sample: Sample, settings: DiscoverSettings, ways: tuple[Units, Space],
         )  # fmt: skip
     points = space.learn(sample.beginnings, rows, max(DIRECTIONS, settings.domains or 0), settings.seed)
     tried: list[Tried] = []
-    if settings.domains is None:
-        tried = try_numbers(
-            points, rows, settings.most, settings.seed, lambda done: run.progress("try numbers", done, settings.most)
-        )
-    domains = settings.domains or choose(tried)
-    return Learned(units, space, kept, _grouped(points, rows, domains, sample, settings.seed), tried)
+    with one_thread():
+        if settings.domains is None:
+            tried = try_numbers(
+                points, rows, settings.most, settings.seed, lambda done: run.progress("try numbers", done, settings.most)
+            )
+        domains = settings.domains or choose(tried)
+        return Learned(units, space, kept, _grouped(points, rows, domains, sample, settings.seed), tried)
 
 
 def _grouped(points: Points, rows: Rows, domains: int, sample: Sample, seed: int) -> Grouping:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits
 
 from modekit.search.discover.units import Rows
 from modekit.search.discover.words import READ
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 DIRECTIONS = 20
 _TOKENS = 512  # of a document, whose hidden states are averaged
+_BATCH = 2_048  # tokens at once, of which all layers' states are in memory, but no logits
 _RARE = 0.05  # of the documents: what stands in more of them says how a text is written rather than what it is about
 _ENOUGH = 16  # rare units that half of the documents must have; where texts are short, less rare ones count
 
@@ -50,7 +52,8 @@ class UnitSpace:
         self._weights_V = -np.log(np.maximum(shares_V, 1e-9))
         weighted = normalize(rows.multiply(self._weights_V).tocsr())
         self._svd = TruncatedSVD(max(1, min(directions, min(rows.shape) - 1)), random_state=seed)
-        return _on_sphere(self._svd.fit_transform(weighted))
+        with one_thread():
+            return _on_sphere(self._svd.fit_transform(weighted))
 
     def points(self, documents: Sequence[str], rows: Rows) -> Points:
         """As the protocol says."""
@@ -67,11 +70,14 @@ class HiddenSpace:
         """As the protocol says; `rows` are not looked at."""
         means = self._means(documents)
         self._pca = PCA(max(1, min(directions, *means.shape)), random_state=seed)
-        return _on_sphere(self._pca.fit_transform(means))
+        with one_thread():
+            return _on_sphere(self._pca.fit_transform(means))
 
     def points(self, documents: Sequence[str], rows: Rows) -> Points:
         """As the protocol says."""
-        return _on_sphere(self._pca.transform(self._means(documents)))
+        means = self._means(documents)
+        with one_thread():
+            return _on_sphere(self._pca.transform(means))
 
     def _means(self, documents: Sequence[str]) -> npt.NDArray[np.float64]:
         """Mean hidden states (N, hidden); zero for a document that has less than two tokens."""
@@ -86,14 +92,19 @@ class HiddenSpace:
         places = list(found)
         means = np.zeros((len(documents), int(self._model.config.hidden_size)))
         with torch.inference_mode():
-            for batch in make_batches(list(found.values())):
+            for batch in make_batches(list(found.values()), tokens=_BATCH):
                 ids, mask = (each.to(self._model.device) for each in (batch.input_ids, batch.mask))
-                said = self._model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+                said = self._model.base_model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
                 layers = said.hidden_states
                 kept = layers[len(layers) // 2].double() * mask[..., None]
                 mean = kept.sum(1) / mask.sum(1, keepdim=True)
                 means[[places[row] for row in batch.rows]] = mean.cpu().numpy()
         return means
+
+
+def one_thread() -> threadpool_limits:
+    """While open, sums are made in one order, whatever this machine has; a base model runs outside of it."""
+    return threadpool_limits(1)
 
 
 def rare_units(rows: Rows) -> npt.NDArray[np.intp]:
