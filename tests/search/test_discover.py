@@ -38,7 +38,7 @@ from modekit.search.discover.units import word_units
 from modekit.search.discover.words import words_of
 from modekit.text.chat import Conversation
 from modekit.text.documents import read_documents
-from refusal import refuse, tree
+from refusal import checked, refuse, run_python, tree
 
 GIVEN = DiscoverSettings(domains=3)
 
@@ -386,6 +386,15 @@ def test_the_output_is_replaced_only_where_it_is_modekits(tmp_path: Path) -> Non
     (tmp_path / "OUT" / "mine.txt").write_text("mine")
     assert "did not write" in refused(tmp_path, *asked, "--overwrite")
     assert "lies in" in refuse("discover", tmp_path / "OUT" / "in", "--text", tmp_path / "OUT", "--domains", 2)
+
+
+def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules['sklearn'] = None\nfrom modekit.cli import main\n"
+        f"sys.argv = ['modekit', 'discover', '--text', {str(tmp_path)!r}]\nmain()"
+    )
+    done = run_python(code)
+    assert "pip install 'modekit[discover]'" in checked(done.returncode, done.stdout, done.stderr)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:

@@ -78,10 +78,10 @@ def discover(
     try:
         from modekit.search.discover.discover import Unlabelled, discover
     except ModuleNotFoundError as error:
-        if error.name not in {"sklearn", "scipy", "threadpoolctl"}:
+        if (error.name or "").partition(".")[0] not in {"sklearn", "scipy", "threadpoolctl"}:
             raise
         raise ModekitError(
-            f"grouping documents needs {error.name}", where="modekit discover", remedy="pip install 'modekit[discover]'"
+            "grouping documents needs scikit-learn", where="modekit discover", remedy="pip install 'modekit[discover]'"
         ) from None
     from modekit.checkpoint.checkpoint import open_checkpoint
 

@@ -89,12 +89,12 @@ class HiddenSpace:
         for place, document in enumerate(documents):
             pieces = encode(self._tokenizer, [document[:READ]], max_tokens=_TOKENS, sequence_length=_TOKENS)
             found.update((place, piece) for piece in pieces[:1])
-        places = list(found)
-        means = np.zeros((len(documents), int(self._model.config.hidden_size)))
+        places, run = list(found), self._model.base_model
+        means = np.zeros((len(documents), self._model.get_input_embeddings().weight.shape[1]))
         with torch.inference_mode():
             for batch in make_batches(list(found.values()), tokens=_BATCH):
                 ids, mask = (each.to(self._model.device) for each in (batch.input_ids, batch.mask))
-                said = self._model.base_model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+                said = run(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
                 layers = said.hidden_states
                 kept = layers[len(layers) // 2].double() * mask[..., None]
                 mean = kept.sum(1) / mask.sum(1, keepdim=True)
