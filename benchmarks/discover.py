@@ -66,7 +66,7 @@ def demo_documents(folder: Path) -> dict[str, list[str]]:
 
 
 def labelled(domains: Sequence[str], of: Mapping[str, Sequence[str]]) -> Labels:
-    return {document: name for name in domains for document in of[name]}
+    return {document.strip(): name for name in domains for document in of[name]}
 
 
 def shuffled(labels: Labels, seed: int) -> list[str]:
@@ -265,7 +265,7 @@ def stability(points: Any, k: int, seed: int) -> float:
 
 def numbers(arguments: argparse.Namespace) -> None:
     of = demo_documents(arguments.folder)
-    wanted = [DOMAINS, *combinations(DOMAINS, 3), *combinations(DOMAINS, 2)]
+    wanted = [DOMAINS, *combinations(DOMAINS, 3)]
     said: dict[str, list[str]] = {}
     for domains in wanted:
         own: dict[str, list[int]] = {}
