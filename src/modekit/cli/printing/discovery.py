@@ -19,6 +19,7 @@ def print_discovery(discovery: Discovery, folder: Path | None) -> None:
     """Draw what was found; `folder` is where it was written, None when it was not."""
     if discovery.tried:
         _print_tried(discovery)
+        out.print()
     _print_groups(discovery)
     print_notes(discovery.notes)
     if discovery.next is not None:
@@ -35,13 +36,9 @@ def _print_tried(discovery: Discovery) -> None:
     table = Table("domains", ["held-out likelihood", "gain"])
     for tried, gain in zip(discovery.tried, gains(discovery.tried), strict=True):
         chosen = tried.domains == len(discovery.groups)
-        table.add(
-            str(tried.domains), Cell(f"{tried.held_out:.3f}", own=chosen), "" if gain is None else f"{gain:+.3f}",
-        )  # fmt: skip
+        table.add(str(tried.domains), Cell(f"{tried.held_out:.3f}", own=chosen), "" if gain is None else f"{gain:+.3f}")
     unit = "word" if discovery.settings.model is None else "n-gram"
-    out.print(
-        f"How many domains: log-likelihood of documents held out, nats per {unit}; a domain must be worth {WORTH}.",
-    )
+    out.print(f"How many domains: log-likelihood of documents held out, nats per {unit}; a domain must be worth {WORTH}.")
     out.print(table)
 
 
@@ -52,10 +49,8 @@ def _print_groups(discovery: Discovery) -> None:
     for group in discovery.groups:
         cells = [f"{group.documents:,}", f"{group.documents / total:.0%}", *(_served(group) if served else [])]
         table.add(group.name, *cells, ", ".join(group.words))
-    about = ""
-    if served:
-        about = ": served is the share that an expert other than the base leads on with certainty, led by who leads at all"
-    out.print(f"{'' if not discovery.tried else chr(10)}{total:,} documents{about}.")
+    about = ": served is the share that an expert other than the base leads on with certainty, led by who leads at all"
+    out.print(f"{total:,} documents{about if served else ''}.")
     out.print(table)
 
 

@@ -44,9 +44,8 @@ def group(points: Points, rows: Rows, groups: int, background_V: Shares, seed: i
         found = _begun(points, groups, BEGINNINGS * seed + beginning)
         if len(np.unique(found.labels)) < groups:
             continue
-        likely = (
-            evidence_of(rows, found.labels, groups, background_V).of(rows)[np.arange(len(found.labels)), found.labels].sum()
-        )
+        said_NG = evidence_of(rows, found.labels, groups, background_V).of(rows)
+        likely = said_NG[np.arange(len(found.labels)), found.labels].sum()
         if best is None or likely > best[0]:
             best = float(likely), found
     return None if best is None else best[1]
