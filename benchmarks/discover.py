@@ -50,7 +50,7 @@ from modekit.search.discover.evidence import background, evidence_of
 from modekit.search.discover.grouping import group
 from modekit.search.discover.settings import DiscoverSettings
 from modekit.search.discover.space import DIRECTIONS, HiddenSpace, Space, UnitSpace, rare_units
-from modekit.search.discover.units import token_units, word_units
+from modekit.search.discover.units import Units, token_units, word_units
 from modekit.search.discover.words import words_of
 from modekit.text.documents import read_documents
 from other_styles import source_of_a_library
@@ -140,15 +140,18 @@ Prepared = tuple[list[str], Any, Any]
 """Domains of the documents, points (N, D), and rows of units that count (N, V)."""
 
 
-def prepared(labels: Labels, seed: int, units: Any, space: Space, *, rare: bool = True) -> Prepared:
+def prepared(labels: Labels, seed: int, space: Space) -> Prepared:
     found = shuffled(labels, seed)
-    rows = units.rows(found)
-    counts = np.asarray(rows.sum(axis=0)).ravel()
-    rows = rows[:, rare_units(rows) if rare else np.flatnonzero(counts >= 2)]
-    return [labels[each] for each in found], space.learn(found, rows, DIRECTIONS, seed), rows
+    rows = word_units().rows(found)
+    return [labels[each] for each in found], space.learn(found, DIRECTIONS, seed), rows[:, rare_units(rows)]
 
 
-class Characters:
+def all_units(rows: Any) -> Any:
+    """Those of two documents or more."""
+    return np.flatnonzero(np.asarray(rows.astype(bool).sum(axis=0)).ravel() >= 2)
+
+
+class Characters(Units):
     """N-grams of three to five characters within words."""
 
     def __init__(self) -> None:
@@ -160,8 +163,11 @@ class Characters:
         return self._vectorizer.transform(found)
 
 
-class Counted:
+class Counted(Units):
     """Words as often as they stand there, dampened, as TF-IDF usually has them."""
+
+    def __init__(self) -> None:
+        pass
 
     def rows(self, found: Sequence[str]) -> Any:
         rows = HashingVectorizer(analyzer=words_of, n_features=2**18, alternate_sign=False, norm=None).transform(found)
@@ -202,23 +208,21 @@ def ways(arguments: argparse.Namespace) -> None:
         make_base(base, texts, steps=SMALL.base_steps, seed=0, run=QUIET)
     labels = labelled(DOMAINS, demo_documents(arguments.folder))
     tokenizer = load_tokenizer(base)
-    kinds: dict[str, Callable[[int], Prepared]] = {
-        "rare words, each once (the default)": lambda seed: prepared(labels, seed, word_units(), UnitSpace()),
-        "all words, each once": lambda seed: prepared(labels, seed, word_units(), UnitSpace(), rare=False),
-        "all words, counted (TF-IDF)": lambda seed: prepared(labels, seed, Counted(), UnitSpace(), rare=False),
-        "rare n-grams of characters": lambda seed: prepared(labels, seed, Characters(), UnitSpace()),
-        "all n-grams of characters": lambda seed: prepared(labels, seed, Characters(), UnitSpace(), rare=False),
-        "rare n-grams of tokens": lambda seed: prepared(labels, seed, token_units(tokenizer), UnitSpace()),
-        "hidden states of the demo's base": lambda seed: prepared(
-            labels, seed, token_units(tokenizer), HiddenSpace(load_model(base), tokenizer)
-        ),
+    kinds: dict[str, Callable[[], Space]] = {
+        "rare words, each once (the default)": lambda: UnitSpace(word_units()),
+        "all words, each once": lambda: UnitSpace(word_units(), all_units),
+        "all words, counted (TF-IDF)": lambda: UnitSpace(Counted(), all_units),
+        "rare n-grams of characters": lambda: UnitSpace(Characters()),
+        "all n-grams of characters": lambda: UnitSpace(Characters(), all_units),
+        "rare n-grams of tokens": lambda: UnitSpace(token_units(tokenizer)),
+        "hidden states of the demo's base": lambda: HiddenSpace(load_model(base), tokenizer),
     }
     head("features", "likeliest k-means (the default)", "k-means", "Gaussian mixture", "multinomial mixture", "seconds")
     for name, kind in kinds.items():
         figures: list[list[float]] = [[], [], [], []]
         started = time.perf_counter()
         for seed in range(arguments.seeds):
-            names, points, rows = kind(seed)
+            names, points, rows = prepared(labels, seed, kind())
             groupings = (
                 likeliest(points, rows, 4, seed), inertia_best(points, 4, seed), gaussians(points, 4, seed).predict(points),
                 multinomial(points, rows, 4, seed),
@@ -270,7 +274,7 @@ def numbers(arguments: argparse.Namespace) -> None:
     for domains in wanted:
         own: dict[str, list[int]] = {}
         for seed in range(arguments.seeds):
-            _, points, rows = prepared(labelled(domains, of), seed, word_units(), UnitSpace())
+            _, points, rows = prepared(labelled(domains, of), seed, UnitSpace(word_units()))
             for way, number in proposals(points, rows, seed, 12).items():
                 own.setdefault(way, []).append(number)
         for way, proposed in own.items():

@@ -37,8 +37,7 @@ def _print_tried(discovery: Discovery) -> None:
     for tried, gain in zip(discovery.tried, gains(discovery.tried), strict=True):
         chosen = tried.domains == len(discovery.groups)
         table.add(str(tried.domains), Cell(f"{tried.held_out:.3f}", own=chosen), "" if gain is None else f"{gain:+.3f}")
-    unit = "word" if discovery.settings.model is None else "n-gram"
-    out.print(f"How many domains: log-likelihood of documents held out, nats per {unit}; a domain must be worth {WORTH}.")
+    out.print(f"How many domains: log-likelihood of documents held out, nats per word; a domain must be worth {WORTH}.")
     out.print(table)
 
 

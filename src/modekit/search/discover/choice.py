@@ -21,13 +21,13 @@ from modekit.search.discover.space import Points
 from modekit.search.discover.units import Rows
 
 WORTH = 0.06
-"""Nats per unit of held-out text that another group must be worth, on the mean of those that come with it."""
+"""Nats per word of held-out text that another group must be worth, on the mean of those that come with it."""
 _PARTS = 5
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A number of domains, and the mean log-likelihood of held-out units, in nats."""
+    """A number of domains, and the mean log-likelihood of held-out words, in nats."""
 
     domains: int
     held_out: float

@@ -27,7 +27,7 @@ from modekit.routing.text_router import TextRouter
 from modekit.run import QUIET, Run
 from modekit.search.discover.discovery import RECORD, Discovery, Group
 from modekit.search.discover.evidence import Labels
-from modekit.search.discover.learned import Learned, learn, ways_of
+from modekit.search.discover.learned import Learned, learn, space_of
 from modekit.search.discover.names import name_of, words_about
 from modekit.search.discover.serves import ASKED, Serving, check_tokenizer
 from modekit.search.discover.settings import DiscoverSettings, check_settings
@@ -70,7 +70,7 @@ def discover(
     run.progress("read documents", 0, 1)
     sample = stream.sample(settings.sample, settings.seed)
     run.progress("read documents", 1, 1)
-    found = learn(sample, settings, ways_of(settings, run), run)
+    found = learn(sample, settings, space_of(settings, run), run)
     groups = _groups(sample, found.grouping.labels, serving, run)
     discovery = Discovery(
         settings, groups, found.tried, {"documents": sample.documents, "sha256": sample.sha256},

@@ -59,7 +59,7 @@ class Discovery:
         return None if self.mixture is None else max(self.groups, key=lambda group: group.unserved)
 
     def as_data(self) -> dict[str, Any]:
-        """Plain data for JSON: what discover.json says. Held-out likelihoods are in nats per unit."""
+        """Plain data for JSON: what discover.json says. Held-out likelihoods are in nats per word."""
         steps = gains(self.tried)
         return {
             "format": FORMAT,

@@ -1,4 +1,4 @@
-"""What groups say of units: a group is a distribution of units, and a document a draw from one of them.
+"""What groups say of words: a group is a distribution of units, and a document a draw from one of them.
 
 Shape legend: N documents, V units that count, G groups.
 """

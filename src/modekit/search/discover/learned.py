@@ -1,7 +1,4 @@
-"""A sample of documents -> groups, and how any other document is put to one.
-
-Shape legend: V units that count.
-"""
+"""A sample of documents -> groups, and how any other document is put to one."""
 
 from __future__ import annotations
 
@@ -19,47 +16,47 @@ from modekit.search.discover.grouping import Grouping, group
 from modekit.search.discover.settings import DiscoverSettings
 from modekit.search.discover.space import DIRECTIONS, HiddenSpace, Points, Space, UnitSpace, one_thread, rare_units
 from modekit.search.discover.stream import WHERE, Sample
-from modekit.search.discover.units import Rows, Units, token_units, word_units
+from modekit.search.discover.units import Rows, token_units, word_units
 
 
-def ways_of(settings: DiscoverSettings, run: Run) -> tuple[Units, Space]:
-    """What is counted of a document, and where it lies. Raises SourceError for a base model that cannot be read."""
+def space_of(settings: DiscoverSettings, run: Run) -> Space:
+    """By what documents are alike. Raises SourceError for a base model that cannot be read."""
     if settings.model is None:
-        return word_units(), UnitSpace()
+        return UnitSpace(word_units())
     tokenizer = load_tokenizer(settings.model, run=run)
-    hidden = settings.features == "hidden"
-    return token_units(tokenizer), HiddenSpace(load_model(settings.model, run=run), tokenizer) if hidden else UnitSpace()
+    if settings.features == "tokens":
+        return UnitSpace(token_units(tokenizer))
+    return HiddenSpace(load_model(settings.model, run=run), tokenizer)
 
 
 @dataclass(frozen=True)
 class Learned:
-    """How a document is put to a group, and the numbers of groups that were tried; `kept` are the units that count, (V,)."""
+    """How a document is put to a group, and the numbers of groups that were tried."""
 
-    units: Units
     space: Space
-    kept: Labels
     grouping: Grouping
     tried: Sequence[Tried]
 
     def labels(self, beginnings: Sequence[str]) -> Labels:
         """The groups of documents."""
-        points = self.space.points(beginnings, self.units.rows(beginnings)[:, self.kept])
+        points = self.space.points(beginnings)
         with one_thread():
             return self.grouping.nearest(points)
 
 
-def learn(sample: Sample, settings: DiscoverSettings, ways: tuple[Units, Space], run: Run) -> Learned:
-    """Groups of a sample, as many as are asked for or worth having. Raises TextError where there are not so many."""
-    units, space = ways
-    rows = units.rows(sample.beginnings)
-    kept = rare_units(rows)
-    rows = rows[:, kept]
-    if not len(kept):
+def learn(sample: Sample, settings: DiscoverSettings, space: Space, run: Run) -> Learned:
+    """Groups of a sample, as many as are asked for or worth having. Raises TextError where there are not so many.
+
+    Whatever documents are alike by, their words say which groups are the better ones, and how many.
+    """
+    rows = word_units().rows(sample.beginnings)
+    rows = rows[:, rare_units(rows)]
+    if not rows.shape[1]:
         raise TextError(
             "the documents have nothing in common", where=WHERE, found=f"{sample.documents:,} documents without a shared word",
             remedy="give more text",
         )  # fmt: skip
-    points = space.learn(sample.beginnings, rows, max(DIRECTIONS, settings.domains or 0), settings.seed)
+    points = space.learn(sample.beginnings, max(DIRECTIONS, settings.domains or 0), settings.seed)
     tried: list[Tried] = []
     with one_thread():
         if settings.domains is None:
@@ -67,7 +64,7 @@ def learn(sample: Sample, settings: DiscoverSettings, ways: tuple[Units, Space],
                 points, rows, settings.most, settings.seed, lambda done: run.progress("try numbers", done, settings.most)
             )
         domains = settings.domains or choose(tried)
-        return Learned(units, space, kept, _grouped(points, rows, domains, sample, settings.seed), tried)
+        return Learned(space, _grouped(points, rows, domains, sample, settings.seed), tried)
 
 
 def _grouped(points: Points, rows: Rows, domains: int, sample: Sample, seed: int) -> Grouping:

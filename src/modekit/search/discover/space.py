@@ -8,7 +8,7 @@ Shape legend: N documents, H hashed units, V units that count, D directions of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from modekit.search.discover.units import Rows
+from modekit.search.discover.units import Rows, Units
 from modekit.search.discover.words import READ
 
 if TYPE_CHECKING:
@@ -31,33 +31,42 @@ _ENOUGH = 16  # rare units that half of the documents must have; where texts are
 
 Points = npt.NDArray[np.float64]
 """(N, D), each of length one, or zero where nothing is known of a document."""
+Kept = npt.NDArray[np.intp]
+"""(V,): which units count."""
 
 
 class Space(Protocol):
     """Where documents lie."""
 
-    def learn(self, documents: Sequence[str], rows: Rows, directions: int, seed: int) -> Points:
+    def learn(self, documents: Sequence[str], directions: int, seed: int) -> Points:
         """Choose the directions, and say where these documents lie."""
 
-    def points(self, documents: Sequence[str], rows: Rows) -> Points:
+    def points(self, documents: Sequence[str]) -> Points:
         """Where others lie."""
 
 
 class UnitSpace:
-    """By the units that documents share."""
+    """By the units that documents share, rare ones alone."""
 
-    def learn(self, documents: Sequence[str], rows: Rows, directions: int, seed: int) -> Points:
-        """As the protocol says; `documents` are not looked at, only their rows of rare units (N, V)."""
-        shares_V = np.asarray(rows.mean(axis=0)).ravel()
-        self._weights_V = -np.log(np.maximum(shares_V, 1e-9))
-        weighted = normalize(rows.multiply(self._weights_V).tocsr())
+    def __init__(self, units: Units, keep: Callable[[Rows], Kept] | None = None) -> None:
+        self._units, self._keep = units, keep or rare_units
+
+    def learn(self, documents: Sequence[str], directions: int, seed: int) -> Points:
+        """As the protocol says."""
+        rows = self._units.rows(documents)
+        self._kept = self._keep(rows)
+        rows = rows[:, self._kept]
+        self._weights_V = -np.log(np.maximum(np.asarray(rows.astype(bool).mean(axis=0)).ravel(), 1e-9))
         self._svd = TruncatedSVD(max(1, min(directions, min(rows.shape) - 1)), random_state=seed)
         with one_thread():
-            return _on_sphere(self._svd.fit_transform(weighted))
+            return _on_sphere(self._svd.fit_transform(self._weighted(rows)))
 
-    def points(self, documents: Sequence[str], rows: Rows) -> Points:
+    def points(self, documents: Sequence[str]) -> Points:
         """As the protocol says."""
-        return _on_sphere(self._svd.transform(normalize(rows.multiply(self._weights_V).tocsr())))
+        return _on_sphere(self._svd.transform(self._weighted(self._units.rows(documents)[:, self._kept])))
+
+    def _weighted(self, rows: Rows) -> Rows:
+        return normalize(rows.multiply(self._weights_V).tocsr())
 
 
 class HiddenSpace:
@@ -66,14 +75,14 @@ class HiddenSpace:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
 
-    def learn(self, documents: Sequence[str], rows: Rows, directions: int, seed: int) -> Points:
-        """As the protocol says; `rows` are not looked at."""
+    def learn(self, documents: Sequence[str], directions: int, seed: int) -> Points:
+        """As the protocol says."""
         means = self._means(documents)
         self._pca = PCA(max(1, min(directions, *means.shape)), random_state=seed)
         with one_thread():
             return _on_sphere(self._pca.fit_transform(means))
 
-    def points(self, documents: Sequence[str], rows: Rows) -> Points:
+    def points(self, documents: Sequence[str]) -> Points:
         """As the protocol says."""
         means = self._means(documents)
         with one_thread():
@@ -107,7 +116,7 @@ def one_thread() -> threadpool_limits:
     return threadpool_limits(1)
 
 
-def rare_units(rows: Rows) -> npt.NDArray[np.intp]:
+def rare_units(rows: Rows) -> Kept:
     """Which units count, (V,): those of two documents or more, and of few enough that they tell documents apart.
 
     That is one document in twenty; more, where half of the documents would be left with hardly any unit.
