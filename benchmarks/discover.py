@@ -332,7 +332,7 @@ def cost(arguments: argparse.Namespace) -> None:
     labels = labelled(DOMAINS, demo_documents(arguments.folder))
     head("documents", "characters", "features", "seconds, number given", "seconds, 12 numbers tried", "peak memory, MB")
     text = arguments.folder / "many.jsonl"
-    for copies in (1, 10, 50):
+    for copies in (1, 10, 40):
         with text.open("w") as stream:
             for copy in range(copies):
                 stream.writelines(json.dumps({"text": f"{copy} {each}"}) + "\n" for each in labels)
