@@ -1,6 +1,6 @@
 """Groups of documents: k-means on the sphere, begun several times; the best is the one whose groups make the units likeliest.
 
-k-means' own measure would take the other ones where a domain has two styles: measured in benchmarks/discover.md.
+That is the measure by which their number is chosen, too. k-means' own mostly takes the same grouping: benchmarks/discover.md.
 
 Shape legend: N documents, V units that count, D directions, G groups.
 """
