@@ -269,19 +269,15 @@ def stability(points: Any, k: int, seed: int) -> float:
 
 def numbers(arguments: argparse.Namespace) -> None:
     of = demo_documents(arguments.folder)
-    wanted = [DOMAINS, *combinations(DOMAINS, 3)]
-    said: dict[str, list[str]] = {}
-    for domains in wanted:
+    for place, domains in enumerate((DOMAINS, *combinations(DOMAINS, 3))):
         own: dict[str, list[int]] = {}
         for seed in range(arguments.seeds):
             _, points, rows = prepared(labelled(domains, of), seed, UnitSpace(word_units()))
-            for way, number in proposals(points, rows, seed, 12).items():
+            for way, number in proposals(points, rows, seed, arguments.most).items():
                 own.setdefault(way, []).append(number)
-        for way, proposed in own.items():
-            said.setdefault(way, []).append(", ".join(map(str, proposed)))
-    head("way", *(", ".join(name[:3] for name in domains) for domains in wanted))
-    for way, cells in said.items():
-        row(way, *cells)
+        if place == 0:
+            head("domains", *own)
+        row(", ".join(domains), *(", ".join(map(str, proposed)) for proposed in own.values()))
 
 
 def mixtures(folder: Path) -> Iterator[tuple[str, str, Any]]:
@@ -354,6 +350,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--most", type=int, default=12, help="for numbers: how many domains are tried")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
