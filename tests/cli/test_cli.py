@@ -73,7 +73,10 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
     assert set(before) == set(after) and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-COMMANDS = ["", "advise", "plan", "build", "fit", "eval", "verify", "specialize", "extract", "export", "demo", "schema", "push"]
+COMMANDS = [
+    "", "advise", "discover", "plan", "build", "fit", "eval", "verify", "specialize", "extract", "export", "demo", "schema",
+    "push",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.printing.advice as advice
+import modekit.cli.printing.discovery as discovery
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
 import modekit.cli.printing.tasks as tasks
@@ -22,6 +23,10 @@ from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
+from modekit.search.discover.choice import Tried
+from modekit.search.discover.discovery import Discovery, Group
+from modekit.search.discover.serves import Served
+from modekit.search.discover.settings import DiscoverSettings
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
 WIDTHS = (60, 80, 200)
@@ -39,7 +44,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (advice, inspection, mixtures, tasks):
+        for module in (advice, discovery, inspection, mixtures, tasks):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -179,6 +184,17 @@ def test_advise(shown: Callable[..., str]) -> None:
         text = " ".join(plain(shown(width, advice.print_advice, found)).split())
         assert own in text and ("12.346*" in text) == (width is None)
         assert "too little text to say how sure the figures" in text
+
+
+def test_discover(shown: Callable[..., str]) -> None:
+    served = Served(200, {NAMES[7]: 0.875}, 0.9, 0.625, NAMES[7])
+    words = [f"[red]word{number}[/]" for number in range(8)]
+    groups = [Group(name, words, served, 123_456, 1) for name in NAMES[:6]]
+    tried = [Tried(number, -9.123 + number / 8) for number in range(1, 8)]
+    found = Discovery(DiscoverSettings(), groups, tried, {}, "OUT", ["a note " * 20])
+    cells = [*NAMES[:6], "123,456", "17%", "62%", "-8.373", "+0.125", "[red]word7[/]"]
+    check_whole(shown, cells, discovery.print_discovery, found, None)
+    assert "-8.373*" in shown(None, discovery.print_discovery, found, None)
 
 
 def test_without_bold_a_sign_marks_and_figures_stay_aligned() -> None:

@@ -76,6 +76,7 @@ COMMANDS = {
     "export gguf": Command(("export", "BYTES", "NEW", "--gguf", "--outtype", "f32"), 15, 23, 3),
     "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
     "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "--steps", "2"), 20),
+    "discover": Command(("discover", "NEW", "--text", "text", "--domains", "3"), 15),
     "report": Command(("report", "OUT"), 15),
     "report elsewhere": Command(("report", "OUT", "--out", "pages/page.html"), 8),
     "card": Command(("card", "OUT"), 10),

@@ -1,7 +1,7 @@
 """Whatever strangers write, what reads it before there is a checkpoint ends in a plan or in modekit's own error, soon.
 
 Every target begins with a good file and opens the real door on hostile variants of it (tests/mutations.py). `make test` takes a
-few hundred inputs of each, `make test-all` 13,600 together.
+few hundred inputs of each, `make test-all` 15,300 together.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from conftest import SMALL, Workshop, character_tokenizer
 from modekit.errors import ModekitError, SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.search.discover.discover import Unlabelled, discover
+from modekit.search.discover.settings import DiscoverSettings
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import open_source, read_header
 from modekit.text.chat import ChatTemplate
@@ -38,7 +40,7 @@ RANDOM = {"router": {"fit": "random"}}
 MOST_TEXT = 20_000
 """Characters of any message."""
 QUICK, SLOW = 150, 1_700
-TARGETS = ["headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts", "templates"]
+TARGETS = ["headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts", "unlabelled", "templates"]
 
 
 def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
@@ -324,6 +326,22 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
         return encode(tokenizer, documents, max_tokens=64, sequence_length=16)
 
     return st.tuples(hostile_bytes(text), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
+
+
+def fuzz_unlabelled(root: Path, _: dict[str, Any]) -> Target:
+    """Text that nobody has labelled, grouped and written."""
+    said = [{"role": "user", "content": "what is fever"}]
+    records = [hostile_json({"text": "some words of law"}), hostile_json({"messages": said})]
+    lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
+    (root / "known.jsonl").write_text('{"text": "some words of law"}\n{"text": "what is fever"}\n{"text": "what is law"}\n')
+
+    def door(drawn: tuple[bytes, str]) -> object:
+        path = root / "text" / f"law{drawn[1]}"
+        path.write_bytes(drawn[0])
+        texts = Unlabelled(["known.jsonl", f"./text/{path.name}"], root)
+        return discover(texts, DiscoverSettings(domains=2), out=root / "FOUND", replace="modekit's own").as_data()
+
+    return st.tuples(hostile_bytes(lines.map("\n".join)), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
 
 
 def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:

@@ -22,14 +22,21 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]
 
     Raises TextError when nothing is there, or it is empty or binary.
     """
-    documents: dict[str, str] = {}
-    for spec in specs:
-        for document in _read_spec(spec, root=root, where=where):
-            if document.strip():
-                documents[digest_of(document)] = document if isinstance(document, Conversation) else document.strip()
+    documents = {digest_of(document): document for document in stream_documents(specs, root=root, where=where)}
     if not documents:
         raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
     return [documents[key] for key in sorted(documents)]
+
+
+def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterator[str]:
+    """The documents as they come, file by file, duplicates among them; nothing is kept of those that were read.
+
+    Raises TextError as `read_documents`, but for a text that holds nothing.
+    """
+    for spec in specs:
+        for document in _read_spec(spec, root=root, where=where):
+            if document.strip():
+                yield document if isinstance(document, Conversation) else document.strip()
 
 
 def is_local(spec: str, root: Path) -> bool:

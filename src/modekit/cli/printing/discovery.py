@@ -1,0 +1,65 @@
+"""What `modekit discover` draws: the groups, how many were tried, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.table import Cell, Table
+
+if TYPE_CHECKING:
+    from modekit.search.discover.discovery import Discovery, Group
+
+
+def print_discovery(discovery: Discovery, folder: Path | None) -> None:
+    """Draw what was found; `folder` is where it was written, None when it was not."""
+    if discovery.tried:
+        _print_tried(discovery)
+        out.print()
+    _print_groups(discovery)
+    print_notes(discovery.notes)
+    if discovery.next is not None:
+        _print_next(discovery.next)
+    if folder is not None:
+        count = len(discovery.groups)
+        said = f"{count} domain{'' if count == 1 else 's'} as text, and discover.json"
+        out.print(Text.assemble((str(folder), "bold"), f": {said}"), soft_wrap=True)
+
+
+def _print_tried(discovery: Discovery) -> None:
+    from modekit.search.discover.choice import WORTH, gains
+
+    table = Table("domains", ["held-out likelihood", "gain"])
+    for tried, gain in zip(discovery.tried, gains(discovery.tried), strict=True):
+        chosen = tried.domains == len(discovery.groups)
+        table.add(str(tried.domains), Cell(f"{tried.held_out:.3f}", own=chosen), "" if gain is None else f"{gain:+.3f}")
+    out.print(f"How many domains: log-likelihood of documents held out, nats per word; a domain must be worth {WORTH}.")
+    out.print(table)
+
+
+def _print_groups(discovery: Discovery) -> None:
+    served = discovery.mixture is not None
+    table = Table("domain", ["documents", "share", *(["served", "led by"] if served else []), "words"], prose=True)
+    total = sum(group.documents for group in discovery.groups)
+    for group in discovery.groups:
+        cells = [f"{group.documents:,}", f"{group.documents / total:.0%}", *(_served(group) if served else [])]
+        table.add(group.name, *cells, ", ".join(group.words))
+    about = ": served is the share that an expert other than the base leads on with certainty, led by who leads at all"
+    out.print(f"{total:,} documents{about if served else ''}.")
+    out.print(table)
+
+
+def _served(group: Group) -> list[str]:
+    if group.served is None or not group.served.documents:
+        return ["-", "-"]
+    expert, share = next(iter(group.served.experts.items()))
+    return [f"{group.served.served:.0%}", f"{expert} {share:.0%}"]
+
+
+def _print_next(group: Group) -> None:
+    said = f" {group.name}, of which no expert serves about {group.unserved:,.0f} documents"
+    out.print(Text.assemble(("the next expert:", "bold"), said))
