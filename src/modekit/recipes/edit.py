@@ -9,7 +9,10 @@ from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import READ_AT
 
-_METHODS = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "weights": {"linear"}}
+_METHODS = {
+    "top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "unseen": {"routing", "gating"},
+    "weights": {"linear"},
+}  # fmt: skip
 """Settings of a mixture -> methods that read them."""
 _BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
 """What a router that reads text as it runs needs where whole models are mixed."""
@@ -41,6 +44,10 @@ def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> d
     changed = {**kept, **_omit(changes, "router")}
     asked = changes.get("router", {})
     router = _changed_router(mixture.get("router", {}), asked)
+    if _row(router).reads != "tokens" and "unseen" not in changes:
+        changed = _omit(changed, "unseen")
+    if not changed.get("unseen"):
+        router = {key: value for key, value in router.items() if key != "false_alarms" or key in asked}
     if method == "linear":
         router = dict(asked)
     elif changed.get("modules") == "all" and not _row(router).decides_once:
