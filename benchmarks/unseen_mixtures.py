@@ -92,12 +92,12 @@ def total(texts: Sequence[torch.Tensor]) -> float:
     return float(sum(text.double().sum() for text in texts))
 
 
-def run_seed(folder: Path, wheels: Path) -> dict[str, dict[str, float]]:
+def run_seed(folder: Path, wheels: Path, only: Sequence[str]) -> dict[str, dict[str, float]]:
     """Row -> column -> number."""
     rows: dict[str, dict[str, float]] = {}
     base: dict[str, float] = {}
     own: dict[str, float] = {}
-    for name in MIXTURES:
+    for name in only or MIXTURES:
         closed = {}
         for unseen in (False, True):
             checkpoint = built(folder, name, unseen)
@@ -145,9 +145,11 @@ def main() -> None:
     parser.add_argument("wheels", type=Path)
     parser.add_argument("demo", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="numbers of seeds")
+    parser.add_argument("--only", nargs="*", default=[], choices=MIXTURES, help="mixtures, by name")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    per_seed = [run_seed(arguments.demo.resolve() / f"seed{seed}", arguments.wheels) for seed in arguments.seeds]
+    demo = arguments.demo.resolve()
+    per_seed = [run_seed(demo / f"seed{seed}", arguments.wheels, arguments.only) for seed in arguments.seeds]
     for prefix in ("gap closed", "share of the gap kept", "loss, ", "AUROC, ", "to the base, "):
         print(table(per_seed, prefix))
 
