@@ -8,6 +8,7 @@ from typing import Any
 from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import READ_AT
+from modekit.recipes.strict import BASE
 
 _METHODS = {
     "top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "unseen": {"routing", "gating"},
@@ -44,15 +45,24 @@ def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> d
     changed = {**kept, **_omit(changes, "router")}
     asked = changes.get("router", {})
     router = _changed_router(mixture.get("router", {}), asked)
-    if _row(router).reads != "tokens" and "unseen" not in changes:
-        changed = _omit(changed, "unseen")
-    if not changed.get("unseen"):
-        router = {key: value for key, value in router.items() if key != "false_alarms" or key in asked}
     if method == "linear":
         router = dict(asked)
     elif changed.get("modules") == "all" and not _row(router).decides_once:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
-    return {**changed, "router": router} if router else changed
+    return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
+
+
+def unseen_with_effect(mixture: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:
+    """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
+    stays.
+    """
+    reads = mixture.get("method") != "linear" and _fit_of(mixture).reads == "tokens"
+    works = reads and mixture.get("backbone", BASE) == BASE
+    left = dict(mixture) if works or "unseen" in asked else _omit(mixture, "unseen")
+    if left.get("unseen") or "false_alarms" in asked or "false_alarms" not in left.get("router", {}):
+        return left
+    router = _omit(left["router"], "false_alarms")
+    return {**left, "router": router} if router else _omit(left, "router")
 
 
 def settings_with_effect(router: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:
