@@ -159,6 +159,10 @@ def test_inspect(shown: Callable[..., str]) -> None:
         "similarity": {"of": "weights", "experts": [[0.789] * size] * size}, "notes": [], "top_tokens": {},
     }  # fmt: skip
     check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], lambda: inspection.print_inspection(Some(), data))
+    scores = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
+    told = {"at": [32, 64, 128, 256], "auroc": scores, "to_base": dict.fromkeys(NAMES, 0.0123)}
+    cells = [*NAMES, "experts over base", "0.987", "0.500", "1.000", "256", "1.2%"]
+    check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "told_apart": told}))
 
 
 def test_advise(shown: Callable[..., str]) -> None:

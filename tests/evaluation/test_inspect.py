@@ -154,8 +154,9 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     """What docs/inspect.md promises of inspect.json."""
     assert set(data) == {
         "format", "checkpoint", "experts", "domains", "unseen", "routers", "top_k", "per_domain", "utilisation", "dead",
-        "similarity", "top_tokens", "evidence", "texts", "notes",
+        "similarity", "top_tokens", "evidence", "told_apart", "texts", "notes",
     }  # fmt: skip
+    assert (data["told_apart"] is None) == (checkpoint.record.recipe.mixture.router.fit not in ("ngram", "lexical"))
     assert (data["evidence"] is None) == (checkpoint.record.recipe.mixture.router.fit != "lexical")
     count, routers = len(data["experts"]), len(data["routers"])
     assert data["experts"] == checkpoint.names and routers == len(checkpoint.shape.positions)

@@ -88,6 +88,10 @@ def inspection_of(
                 expert: [{"token": piece, "share": 0.5, "count": 3, "lift": 1.5} for piece in pieces] for expert in experts
             },
             "evidence": {expert: [{"token": piece, "weight": 1.25} for piece in pieces] for expert in experts},
+            "told_apart": {
+                "at": [32, 256], "to_base": dict.fromkeys([*domains, *unseen], 0.25),
+                "auroc": {"experts over <base>": {name: [0.75, None] for name in unseen}},
+            },
             "texts": samples, "notes": ["a note with <i>markup</i>"], "a key of a later version": 1,
         }
     )  # type: ignore[no-any-return] # fmt: skip

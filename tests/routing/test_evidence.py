@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.routing.evidence import Averaging, Example, Schedule, train_table
+from modekit.routing.evidence import Averaging, Example, Room, Schedule, train_table
 
 HEIGHT = 12
 
@@ -109,7 +109,7 @@ def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
 
 def test_the_base_may_be_raised_until_a_domain_loses_one_token_in_fifty() -> None:
     averaging, schedule = Averaging((0.9,)), Schedule(aside=1)
-    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=schedule, base=0)
+    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=schedule, room=Room(0))
     assert trained.room > 0 and train_table(DOMAINS, HEIGHT, averaging, schedule=schedule).room == 0
     matrix = averaging.matrices(10)[0]
     lost = []

@@ -122,6 +122,7 @@ class Router(nn.Module):
             (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
             `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
             or, with `orders`, part by part over n-grams of that order).
+        unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says}.
         jitter, noise: in training only.
     """
@@ -348,6 +349,10 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any], left_out: int | Non
         weights = weights * (1.0 - share)
         if own is not None:
             weights = weights + share * (torch.arange(logits.shape[-1], device=logits.device) == own)
+    base = routing.get("unseen")
+    if base is not None:
+        best = logits.argmax(-1, keepdim=True)
+        weights = torch.where(best == base, torch.arange(logits.shape[-1], device=logits.device) == base, weights)
     return weights
 
 

@@ -80,12 +80,21 @@ class FitOptions:
         bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too, or not (reads the text again).")
     ] = None
 
+    unseen: Annotated[
+        bool | None, typer.Option("--unseen/--no-unseen", help="Send text of no domain to the base, an expert, or not.")
+    ] = None
+    false_alarms: Annotated[
+        float | None, typer.Option(help="With unseen: share of a domain's tokens that may go to the base.")
+    ] = None
+
     def changes(self) -> dict[str, Any]:
         """As a recipe's `mixture` would say them."""
         router = {"fit": self.router, **vars(self)}
         mixture = {key: router.pop(key) for key in ("method", "top_k", "router")}
+        unseen = router.pop("unseen")
         mixture["router"] = {key: value for key, value in router.items() if value is not None}
-        return {key: value for key, value in mixture.items() if value is not None}
+        changes = {key: value for key, value in mixture.items() if value is not None}
+        return changes if unseen is None else {**changes, "unseen": "base" if unseen else None}
 
 
 @app.command()

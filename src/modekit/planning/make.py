@@ -21,7 +21,7 @@ from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, joined
 from modekit.planning.shards import cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import (
@@ -77,7 +77,8 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
     notes = [
-        *_notes(recipe, sources, mixed), *_notes_of_chats(recipe, base), *lost_changes(recipe, sources, mixed), *layout.notes(),
+        *_notes(recipe, sources, mixed), *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
+        *lost_changes(recipe, sources, mixed), *layout.notes(),
     ]  # fmt: skip
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, cut_into_shards(body, recipe.output.shard_size),
@@ -206,6 +207,20 @@ def _notes_of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
             "the router is to know chats, and the base model has no chat template", where="mixture.router.chat",
             found=str(base.folder), remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
         )  # fmt: skip
+
+
+def _notes_of_unseen(recipe: Recipe, native: Native | None) -> Iterable[str]:
+    """Where text of no domain goes."""
+    place, mixture = place_of_base(recipe.experts), recipe.mixture
+    if mixture.unseen is None or place is None:
+        return
+    name = recipe.names[place]
+    yield (
+        f"text of no domain goes to the base model, as expert '{name}': where that leads; of held-out text of every other "
+        f"domain it may lead on {mixture.router.alarms:.1%} of the tokens"
+    )
+    if native is not None and recipe.top_k > 1:
+        yield f"{native.native_type} weighs the next expert in, too, where '{name}' leads: top_k: 1 leaves it out"
 
 
 def _lost(recipe: Recipe, name: str, source: AdapterSource, mixed: set[str]) -> Iterable[str]:

@@ -26,6 +26,7 @@ _READ_ALIKE = ({"q", "k", "v"}, {"gate", "up"})
 
 _PerExpert = Field(max_length=2**12)  # of lists: what is longer names no experts, and is not made first
 _Size = Annotated[int, Field(ge=1, le=2**40)]
+_Index = Annotated[int, Field(ge=0, le=2**12)]
 _Rank = Annotated[int, Field(ge=0, le=2**40)]
 
 
@@ -71,6 +72,7 @@ class Routing(_Said):
     jitter: float = 0.0
     noise: float = 0.0
     prefix: _Size | None = None
+    unseen: _Index | None = None
     ngram: Ngram | None = None
     orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
 
@@ -127,6 +129,8 @@ class MixtureConfig(_Said):
             raise ValueError(f"routing.weights must have {count} entries")
         if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:
             raise ValueError(f"routing.always_on: there are only {count} experts")
+        if routing.unseen is not None and routing.unseen >= count:
+            raise ValueError(f"routing.unseen: there are only {count} experts")
         for module, place in self.places.items():
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:

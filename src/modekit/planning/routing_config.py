@@ -7,7 +7,7 @@ from typing import Any
 
 from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import AlwaysOn, Average, Ngram, Routing
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
 from modekit.sources.names import EMBEDDING
@@ -29,6 +29,8 @@ def routing_config(recipe: Recipe) -> Routing:
     if mixture.method != "linear":
         read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise}
         read["prefix"] = router.prefix_tokens
+        if mixture.unseen is not None:
+            read["unseen"] = place_of_base(recipe.experts)
         if router.row.score == "ngram":
             read["ngram"] = Ngram(order=router.order, buckets=router.buckets)
         if router.hashes and router.orders is not None:

@@ -8,8 +8,12 @@ from typing import Any
 from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import READ_AT
+from modekit.recipes.strict import BASE
 
-_METHODS = {"top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "weights": {"linear"}}
+_METHODS = {
+    "top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "unseen": {"routing", "gating"},
+    "weights": {"linear"},
+}  # fmt: skip
 """Settings of a mixture -> methods that read them."""
 _BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
 """What a router that reads text as it runs needs where whole models are mixed."""
@@ -45,7 +49,20 @@ def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> d
         router = dict(asked)
     elif changed.get("modules") == "all" and not _row(router).decides_once:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
-    return {**changed, "router": router} if router else changed
+    return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
+
+
+def unseen_with_effect(mixture: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:
+    """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
+    stays.
+    """
+    reads = mixture.get("method") != "linear" and _fit_of(mixture).reads == "tokens"
+    works = reads and mixture.get("backbone", BASE) == BASE
+    left = dict(mixture) if works or "unseen" in asked else _omit(mixture, "unseen")
+    if left.get("unseen") or "false_alarms" in asked or "false_alarms" not in left.get("router", {}):
+        return left
+    router = _omit(left["router"], "false_alarms")
+    return {**left, "router": router} if router else _omit(left, "router")
 
 
 def settings_with_effect(router: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -33,6 +33,8 @@ class AlwaysOn(Strict):
 class Mixture(Strict):
     """How the experts are mixed."""
 
+    later: ClassVar[tuple[str, ...]] = ("unseen",)
+
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
     top_p: float | None = Field(
@@ -47,6 +49,9 @@ class Mixture(Strict):
     )
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
+    unseen: Literal["base"] | None = Field(
+        None, description="base: text of no domain goes to the base model, one of the experts (fit: lexical or ngram)."
+    )
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
 
@@ -55,6 +60,7 @@ class Mixture(Strict):
         problems = [
             *self._problems_of_the_method(),
             *self._problems_of_always_on(),
+            *self._problems_of_unseen(),
             *self._problems_of_modules(),
             *(self._problems_of_whole_models() if self.modules == "all" else ()),
             *self._problems_of_numbers(),
@@ -81,6 +87,23 @@ class Mixture(Strict):
             yield "'always_on' without a weight has no effect with method 'gating', where every expert takes part; remove it"
         if self.always_on.weight is None and self.top_k == 1:
             yield "'always_on' without a weight takes the only place of top_k: 1; give it a weight, or raise top_k"
+
+    def _problems_of_unseen(self) -> Iterator[str]:
+        if self.unseen is None:
+            if self.router.false_alarms is not None:
+                yield "'false_alarms' has no effect without unseen: base; remove it"
+            return
+        if self.method == "linear":
+            yield "'unseen' has no effect with method 'linear', whose weights do not read the input; remove it"
+        elif self.router.row.reads != "tokens":
+            yield (
+                f"'unseen' is decided on the tokens so far, which fit '{self.router.fit}' does not read; "
+                "set router: {fit: lexical} or {fit: ngram}, or remove it"
+            )
+        elif self.router.row.adds_up and self.router.keep_tokens == 0:
+            yield "'unseen' is set on kept tokens: keep_tokens must be at least 1"
+        if self.backbone != BASE:
+            yield "'unseen' sends text to the base model, which needs backbone: base; remove one of them"
 
     def _problems_of_modules(self) -> Iterator[str]:
         if not isinstance(self.modules, list):

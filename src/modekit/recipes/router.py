@@ -12,6 +12,8 @@ from modekit.recipes.strict import Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
+FALSE_ALARMS = 0.02
+"""benchmarks/unseen.md."""
 READ_AT = {"decay": "context", "prefix": "sequence"}
 """Settings of a router -> the granularity that reads them; evidence that adds up fades, and has a decay, too."""
 
@@ -19,7 +21,7 @@ READ_AT = {"decay": "context", "prefix": "sequence"}
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms")
 
     fit: FitName = Field(DEFAULT_FIT, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -57,6 +59,13 @@ class Router(Strict):
     chat: bool | None = Field(
         None,
         description="Fit inside the chat template, too, on short questions cut from the text; default: if the base has one.",
+    )
+
+    false_alarms: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="With unseen: share of a domain's tokens that may go to the base (default 0.02).",
     )
 
     @model_validator(mode="after")
@@ -115,6 +124,11 @@ class Router(Strict):
     def prefix_tokens(self) -> int | None:
         """Tokens after which the decision stays; None when it never does."""
         return (self.prefix or 64) if self.granularity == "sequence" else None
+
+    @property
+    def alarms(self) -> float:
+        """Share of a domain's tokens that may be taken for text of no domain."""
+        return FALSE_ALARMS if self.false_alarms is None else self.false_alarms
 
     @property
     def scope(self) -> Scope:

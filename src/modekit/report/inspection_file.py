@@ -90,6 +90,20 @@ class Evidence(Data):
     weight: Number
 
 
+class ToldApart(Data):
+    """How well a router's running scores tell unseen text; `auroc` is score -> unseen domain -> one for each of `at`."""
+
+    at: list[Count] = Field(max_length=64)
+    auroc: dict[str, dict[str, list[Share | None]]]
+    to_base: dict[str, Share] | None
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> ToldApart:
+        if any(len(row) != len(self.at) for rows in self.auroc.values() for row in rows.values()):
+            raise ValueError("told_apart.auroc has not a number for each of told_apart.at")
+        return self
+
+
 class Inspection(Data):
     """inspect.json."""
 
@@ -106,6 +120,7 @@ class Inspection(Data):
     similarity: Similarity | None
     top_tokens: dict[str, list[TopToken]]
     evidence: dict[str, list[Evidence]] | None = None
+    told_apart: ToldApart | None = None
     texts: list[Sample]
     notes: list[str]
 

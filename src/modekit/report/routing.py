@@ -45,6 +45,7 @@ def routing_of(inspection: Inspection) -> dict[str, Any]:
         "evidence": None if inspection.evidence is None else {
             name: [token.model_dump() for token in inspection.evidence.get(name, [])][:12] for name in inspection.experts
         },
+        "told_apart": None if inspection.told_apart is None else inspection.told_apart.model_dump(),
         "notes": inspection.notes,
     }  # fmt: skip
 

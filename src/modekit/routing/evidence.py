@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import cross_entropy, embedding
 
+from modekit.routing.unseen import over_base, room_of
+
 
 @dataclass(frozen=True)
 class Example:
@@ -70,6 +72,22 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Room:
+    """What an expert that is the base may take of the domains by a raise of its logit.
+
+    Attributes:
+        base: its place.
+        lost: share of a domain's tokens.
+        of_all: of all its tokens, whatever leads on them without a raise, which then may be a lowering; else of those that
+            its own expert leads on.
+    """
+
+    base: int
+    lost: float = 0.02
+    of_all: bool = False
+
+
+@dataclass(frozen=True)
 class Trained:
     """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken.
 
@@ -85,9 +103,9 @@ class Trained:
 
 def train_table(
     domains: Sequence[Examples], height: int, averaging: Averaging, *, seed: int = 0, silent: Sequence[int] = (),
-    base: int | None = None, schedule: Schedule = Schedule(), advance: Callable[[int, int], None] = lambda done, total: None,
+    room: Room | None = None, schedule: Schedule = Schedule(), advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trained:  # fmt: skip
-    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `base`: place of the base.
+    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `room`: the base's.
 
     `advance` is told the steps done and the most there can be.
     """
@@ -122,12 +140,10 @@ def train_table(
             if waited >= schedule.patience:
                 break
     table = state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous()
-    room = 0.0 if base is None else _room(held, state, averaging, len(domains), base)
-    return Trained(table, before, best, taken, room)
+    return Trained(table, before, best, taken, 0.0 if room is None else _room(held, state, averaging, len(domains), room))
 
 
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
-_LOST = 0.02  # of a domain's tokens, to the base
 
 
 def _split(examples: Examples, aside: int) -> tuple[list[Example], list[Example]]:
@@ -223,13 +239,17 @@ def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging
 
 
 @torch.no_grad()
-def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int, base: int) -> float:
-    """By how much the base's logit may be raised until some domain loses 2 % of the tokens that its own expert leads on."""
+def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int, room: Room) -> float:
+    """By how much the base's logit may be raised until some domain loses as many of its tokens as it may."""
     leads: list[list[torch.Tensor]] = [[] for _ in range(experts)]
     for batch in held:
         logits_TE = _logits(batch, weights, averaging, experts)[batch.mask_BS]
-        leads[batch.place].append((logits_TE[:, batch.place] - logits_TE[:, base])[logits_TE.argmax(-1) == batch.place])
-    rooms = [
-        torch.cat(each).quantile(_LOST) for place, each in enumerate(leads) if place != base and any(len(one) for one in each)
-    ]
-    return float(min(rooms, default=0.0))
+        if room.of_all:
+            leads[batch.place].append(over_base(logits_TE, room.base))
+        else:
+            own_T = logits_TE[:, batch.place] - logits_TE[:, room.base]
+            leads[batch.place].append(own_T[logits_TE.argmax(-1) == batch.place])
+    known = [torch.cat(each) for place, each in enumerate(leads) if place != room.base and each]
+    if room.of_all:
+        return room_of(known, room.lost)
+    return float(min((each.quantile(room.lost) for each in known if len(each)), default=0.0))

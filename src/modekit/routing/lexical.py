@@ -16,13 +16,14 @@ import torch
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.recipe import Expert, place_of_base
+from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, Example, train_table
+from modekit.routing.evidence import Averaging, Example, Room, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.on_channels import gates_on_channels
 from modekit.routing.token_text import TokenText, read_token_texts
+from modekit.routing.unseen import made_texts
 from modekit.text.chat import ChatTemplate
 
 _LEAN = 0.01
@@ -36,18 +37,24 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     texts = read_token_texts(fitting, tokenizer)
     averaging = averaging_of(fitting)
     table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
-    template = template_for(tokenizer, settings)
+    template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
+    examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe, template)
+    if recipe.mixture.unseen is not None and room is not None:
+        made = made_texts(texts, room.base, special, int(fitting.checkpoint.config["vocab_size"]), settings.seed)
+        examples[room.base] += [Example(table.rows(ids)) for ids in made]
     trained = train_table(
-        _examples(texts, table, template, settings.sequence_length), table.height, averaging, seed=settings.seed,
-        base=None if template is None else place_of_base(recipe.experts),
-        silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in sorted(set(tokenizer.all_special_ids))],
+        examples, table.height, averaging, seed=settings.seed, room=room,
+        silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in special],
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )  # fmt: skip
-    leaning = lean(recipe.experts, trained.room)[:, None, None] / len(averaging.decays)
+    toward = trained.room - (0.0 if recipe.mixture.unseen is None else _LEAN)  # what it leans by is in what it may take
+    leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
     table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
     report: dict[str, object] = {"kept_aside": [trained.before, trained.after], "steps": trained.steps}
     if template is not None:
-        report |= {"chats": [int((text.starts > 0).sum()) for text in texts], "toward_base": trained.room}
+        report |= {"chats": [int((text.starts > 0).sum()) for text in texts]}
+    if room is not None or template is not None:
+        report |= {"toward_base": trained.room}
     record = _record(fitting, texts, report)
     if fitting.checkpoint.shape.channels is not None:
         return gates_on_channels(fitting, texts, table_EJV, averaging, record)
@@ -80,6 +87,14 @@ class Table:
         experts, averages, _ = table_EJH.shape
         by_order = table_EJH.reshape(experts, averages, len(self.orders), self._buckets).transpose(1, 2)
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
+
+
+def _room(recipe: Recipe, template: ChatTemplate | None) -> Room | None:
+    """What the base may take of the domains, where it is an expert that takes what is no domain's."""
+    base = place_of_base(recipe.experts)
+    if base is not None and recipe.mixture.unseen is not None:
+        return Room(base, recipe.mixture.router.alarms, of_all=True)
+    return None if base is None or template is None else Room(base)
 
 
 def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None, longest: int) -> list[list[Example]]:

@@ -11,7 +11,8 @@ Shape legend: E experts, H buckets, N kept n-grams.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from modekit.architecture.modekit_router import causal_average
 from modekit.checkpoint.record import RouterRecord
 from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.recipe import Expert
+from modekit.recipes.recipe import Expert, place_of_base
 from modekit.recipes.router import Router
 from modekit.routing.counts import NgramStatistics, count_domain, load_ngram_statistics, source_of
 from modekit.routing.examples import without_text
 from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.unseen import over_base, room_of, with_unknown
 from modekit.text.held_out import fit_documents
 
 _TEMPERATURES = [2.0 ** (step / 2) for step in range(-4, 17)]
@@ -40,10 +42,14 @@ def count_gate(fitting: Fitting) -> FittedRouter:
         domains.append(_counted(fitting, tokenizer, place, expert))
         fitting.run.progress("count n-grams", place + 1, len(experts))
     (slot,) = fitting.checkpoint.slots
-    gate = ngram_gate(domains, settings)
+    unseen = None if fitting.recipe.mixture.unseen is None else place_of_base(experts)
+    counted = Counted(domains, settings, unseen)
+    gate = ngram_gate(counted)
     assert gate.shape == slot.shape
+    report: dict[str, Any] = {"tokens": [domain.tokens for domain in domains]}
     text = {e.name: {**domain.source["text"], "tokens": domain.tokens} for e, domain in zip(experts, domains, strict=True)}
-    report = {"tokens": [domain.tokens for domain in domains]}
+    if unseen is not None:
+        report["toward_base"] = counted.toward_base
     record = RouterRecord(status="fitted", settings=settings, sha256="", text=text, report=report)
     return FittedRouter([gate.numpy()], record)
 
@@ -72,36 +78,66 @@ def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> Ng
     return kept
 
 
-def ngram_gate(domains: Sequence[NgramStatistics], settings: Router) -> torch.Tensor:
+class Counted:
+    """The log-probabilities (E, H) of domains, and what they say of kept documents, each scored with its own counts taken out.
+
+    `unseen`: place of the base, which then stands for n-grams that nobody has seen, too.
+    """
+
+    def __init__(self, domains: Sequence[NgramStatistics], settings: Router, unseen: int | None = None) -> None:
+        self.domains, self.settings, self.unseen = domains, settings, unseen
+        self.logs_EH = torch.stack([self._logs(place, each.counts_H, each.tokens) for place, each in enumerate(domains)])
+
+    def _logs(self, place: int, counts: torch.Tensor, tokens: int) -> torch.Tensor:
+        smoothing, buckets = self.settings.smoothing, self.settings.buckets
+        logs = ((counts + smoothing) / (tokens + smoothing * buckets)).log()
+        return logs if place != self.unseen else with_unknown(logs, buckets)
+
+    def sums(self, place: int) -> Iterator[torch.Tensor]:
+        """Evidence at every token of each kept document of a domain (N, E), older tokens fading."""
+        domain, decay = self.domains[place], self.settings.averages[0]["decay"]
+        for rows in torch.split(domain.sample_N.long(), list(domain.lengths)):
+            scores_EN = self.logs_EH[:, rows].clone()
+            unique, inverse = torch.unique(rows, return_inverse=True)
+            own = torch.bincount(inverse, minlength=len(unique))[inverse]
+            scores_EN[place] = self._logs(place, domain.counts_H[rows] - own, domain.tokens - len(rows))
+            evidence_NE = (scores_EN - scores_EN.mean(0)).T
+            yield causal_average(evidence_NE[None], torch.ones((1, len(rows))), decay, None, add_up=True)[0][0]
+
+    @cached_property
+    def toward_base(self) -> float:
+        """What each n-gram says for the base besides what was counted, such that domains lose no more to it than they may."""
+        unseen = self.unseen
+        if unseen is None:
+            return 0.0
+        decay, leads = self.settings.averages[0]["decay"], []
+        for place in (place for place in range(len(self.domains)) if place != unseen):
+            said = [over_base(sums_NE, unseen) for sums_NE in self.sums(place)]
+            counted = [causal_average(torch.ones(1, len(each), 1), torch.ones(1, len(each)), decay, None, add_up=True)[0]
+                       for each in said]  # fmt: skip
+            leads.append(torch.cat([each / count[0, :, 0] for each, count in zip(said, counted, strict=True)]))
+        return room_of(leads, self.settings.alarms)
+
+
+def ngram_gate(counted: Counted) -> torch.Tensor:
     """The table (E, H) in float32: log p(bucket | domain), less its mean over domains, by the temperature."""
-    logs_EH = torch.stack([_log_probability(domain.counts_H, domain.tokens, settings) for domain in domains])
-    temperature = _temperature(domains, logs_EH, settings)
-    return (logs_EH - logs_EH.mean(0)) / (temperature * settings.temperature)
+    gate_EH = counted.logs_EH - counted.logs_EH.mean(0)
+    if counted.unseen is not None:
+        gate_EH[counted.unseen] += counted.toward_base
+    return gate_EH / (_temperature(counted) * counted.settings.temperature)
 
 
-def _log_probability(counts: torch.Tensor, tokens: int, settings: Router) -> torch.Tensor:
-    smoothing = settings.smoothing
-    return ((counts + smoothing) / (tokens + smoothing * settings.buckets)).log()
-
-
-def _temperature(domains: Sequence[NgramStatistics], logs_EH: torch.Tensor, settings: Router) -> float:
+def _temperature(counted: Counted) -> float:
     """The temperature that gives the domains of kept documents the largest likelihood, each without its own counts.
 
     Domains count equally. N-grams of one document are no independent evidence, which is why naive Bayes is too sure.
     """
-    if any(not domain.lengths for domain in domains):
+    if any(not domain.lengths for domain in counted.domains):
         return _UNCALIBRATED_TEMPERATURE
-    decay = settings.averages[0]["decay"]
     losses = torch.zeros(len(_TEMPERATURES), dtype=torch.float64)
-    for place, domain in enumerate(domains):
-        for rows in torch.split(domain.sample_N.long(), list(domain.lengths)):
-            scores_EN = logs_EH[:, rows].clone()
-            unique, inverse = torch.unique(rows, return_inverse=True)
-            own = torch.bincount(inverse, minlength=len(unique))[inverse]
-            scores_EN[place] = _log_probability(domain.counts_H[rows] - own, domain.tokens - len(rows), settings)
-            evidence_NE = (scores_EN - scores_EN.mean(0)).T
-            sums_NE = causal_average(evidence_NE[None], torch.ones((1, len(rows))), decay, None, add_up=True)[0][0]
-            labels = torch.full((len(rows),), place)
+    for place, domain in enumerate(counted.domains):
+        for sums_NE in counted.sums(place):
+            labels = torch.full((len(sums_NE),), place)
             share = 1.0 / sum(domain.lengths)
             losses += share * torch.tensor(
                 [float(torch.nn.functional.cross_entropy(sums_NE / t, labels, reduction="sum")) for t in _TEMPERATURES]

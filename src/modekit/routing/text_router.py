@@ -46,13 +46,19 @@ class Decision:
     tokens: int
 
 
+def reads_tokens(checkpoint: Checkpoint) -> bool:
+    """Whether the router decides on token ids alone, and is set."""
+    settings = checkpoint.record.router.settings
+    return settings is not None and settings.row.reads == "tokens" and checkpoint.record.router.status != "unfitted"
+
+
 class TextRouter:
     """A mixture's router on its own."""
 
     def __init__(self, checkpoint: Checkpoint, *, run: Run = QUIET) -> None:
         """Read it. Raises UnsupportedError when it reads anything but tokens; SourceError without a tokenizer."""
         settings = checkpoint.record.router.settings
-        if settings is None or settings.row.reads != "tokens" or checkpoint.record.router.status == "unfitted":
+        if settings is None or not reads_tokens(checkpoint):
             raise UnsupportedError(
                 "the mixture's router needs the model", where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",

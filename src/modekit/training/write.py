@@ -21,7 +21,7 @@ from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
-from modekit.files.staging import staging
+from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import carry_over, json_bytes, link_file, write_file
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
@@ -64,22 +64,27 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         stage.areas = (STATISTICS_FOLDER,)
         stage.last = checkpoint.check_unchanged
         _copy_rest(checkpoint, stage.folder, in_place=in_place)
-        opened = OpenFiles()
-        try:
-            for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
-                inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
-                if not any(name in content for name, _ in inside):
-                    link_file(file, stage.folder / file.name)
-                    continue
-                entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
-
-                stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, opened))
-        finally:
-            opened.close()
+        _write_shards(checkpoint, content, stage)
         sha256 = write_router_file(stage.folder / ROUTER_FILE, checkpoint.slots, gates, dtype) if checkpoint.slots else ""
         for name, beside in _rest(record, sha256, files).items():
             write_file(stage.folder / name, beside)
     return open_checkpoint(out)
+
+
+def _write_shards(checkpoint: Checkpoint, content: Mapping[str, memoryview], stage: Staging) -> None:
+    """Files with a moved tensor anew, the others linked."""
+    opened = OpenFiles()
+    try:
+        for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
+            inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
+            if not any(name in content for name, _ in inside):
+                link_file(file, stage.folder / file.name)
+                continue
+            entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
+
+            stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, opened))
+    finally:
+        opened.close()
 
 
 def _write_tensor(

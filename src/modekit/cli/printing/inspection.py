@@ -25,6 +25,7 @@ _MOST_WORDS = 200
 _MOST_LAYERS = 8
 _TOP_TOKENS = 10
 _UNSURE = 0.8  # of the largest entropy
+_SAYS_SCORE = "; then by how much experts stand above the base: below zero it is the base's."
 _GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
 
 
@@ -60,6 +61,8 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
     if data.get("evidence") is not None:
         out.print("\nTokens that speak most for each expert, by the router's own table.")
         _print_tokens(data["evidence"])
+    if data.get("told_apart") is not None:
+        _print_told_apart(data["told_apart"])
     _print_notes(data["notes"])
     out.print(Text(f"{folder}: inspect.json", style="dim"))
 
@@ -110,6 +113,19 @@ def _print_tokens(of_experts: Mapping[str, Any]) -> None:
         out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
 
 
+def _print_told_apart(told: Mapping[str, Any]) -> None:
+    """How well running scores tell each unseen domain from the domains, and where the base leads."""
+    for name in next(iter(told["auroc"].values())):
+        out.print(Text(f"\nAUROC: the domains' text against {name}, by the router's running score after so many tokens."))
+        rows: list[_Row] = []
+        for score, of_domains in told["auroc"].items():
+            rows.append((score, ["-" if each is None else f"{each:.3f}" for each in of_domains[name]], ""))
+        _print_table("score", [str(at) for at in told["at"]], rows)
+    if told["to_base"] is not None:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in told["to_base"].items())
+        out.print(Text(f"\nTokens on which the base leads: {shares}."))
+
+
 def _print_dead(data: Mapping[str, Any]) -> None:
     routers: dict[str, list[str]] = {}
     for dead in data["dead"]:
@@ -129,6 +145,7 @@ def print_trace(trace: Mapping[str, Any]) -> None:
 
     names = trace["experts"]
     words, more = words_of(trace, _MOST_WORDS)
+    decided = any(word.over_base is not None for word in words)
     coloured = out.color_system is not None and not out.no_color
     letters = [chr(ord("A") + place) if place < 26 else f"E{place}" for place in range(len(names))]
     legend = Text("  ").join(
@@ -137,11 +154,13 @@ def print_trace(trace: Mapping[str, Any]) -> None:
     )
     if coloured:
         out.print(
-            "Each word by the expert that leads on it, the stronger its weight the stronger the colour; below it its loss."
+            "Each word by the expert that leads on it, the stronger its weight the stronger the colour; below it its loss"
+            + (_SAYS_SCORE if decided else ".")
         )
         _print_glossed(words, lambda word: _loss(word), lambda word: _tint(word.leader, float(word.weights_E.max())))
     else:
-        out.print("Below each word: the leading expert's letter and its weight in percent, and the word's loss.")
+        said = "Below each word: the leading expert's letter and its weight in percent, and the word's loss"
+        out.print(said + (_SAYS_SCORE if decided else "."))
 
         def gloss(word: Word) -> str:
             return f"{letters[word.leader]}{100 * word.weights_E.max():.0f} {_loss(word)}"
@@ -201,7 +220,8 @@ def _print_lines(above: Text, below: Text) -> None:
 
 
 def _loss(word: Word) -> str:
-    return "-" if word.loss is None else f"{word.loss:.1f}"
+    score = "" if word.over_base is None else f" {word.over_base:+.1f}"
+    return ("-" if word.loss is None else f"{word.loss:.1f}") + score
 
 
 def _tint(expert: int, strength: float) -> Style:

@@ -20,6 +20,7 @@ from modekit.evaluation.inspection.evidence import evidence_of, strongest
 from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
+from modekit.evaluation.inspection.unseen import told_apart
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
@@ -71,6 +72,7 @@ def inspect(
         "similarity": {"experts": alike.experts.tolist(), "of": alike.of},
         "top_tokens": top.by_expert(tokenizer, checkpoint.names),
         "evidence": None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
+        "told_apart": told_apart(checkpoint, domains),
         "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
         "notes": [*_notes(checkpoint), *alike.notes],
     }

@@ -22,6 +22,7 @@ from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
 from modekit.evaluation.inspection.passes import Array32, changes_without, sums_of, token_losses, traced_losses
 from modekit.evaluation.inspection.tokens import split_text, token_texts
+from modekit.evaluation.inspection.unseen import scores_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.slot import RouterPosition
@@ -61,7 +62,8 @@ def inspect_text(
     sequence_length: int = 512,
     run: Run = QUIET,
 ) -> dict[str, Any]:
-    """A trace as those under `texts` in inspect.json, with `experts`, `routers`, `entropy`, `base_loss`, `windows`, `notes`.
+    """A trace as those under `texts` in inspect.json, with `experts`, `routers`, `entropy`, `base_loss`, `windows`, `notes`,
+    and `scores` of a router that reads tokens (routing/unseen.py).
 
     What is said in a chat is shown in the chat template, up to where the answer begins; `prompt_end` has the weights there.
     `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
@@ -94,12 +96,19 @@ def inspect_text(
         "windows": len(windows),
         "tokens": [{"text": token, "loss": loss} for token, loss in zip(texts, per_token, strict=True)],
         "weights": read.weights_RTE.tolist(),
+        **_scores(checkpoint, windows),
         **({"prompt_end": read.weights_RTE[:, -1].mean(0).tolist()} if isinstance(text, Said) else {}),
         "without": named_changes(checkpoint, changes_EN.sum(1) / sum(len(each) for each in losses)),
         "notes": _notes(len(windows), length, detailed, base_losses is not None),
     }
     rounded: dict[str, Any] = six_digits(data)
     return rounded
+
+
+def _scores(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> dict[str, Any]:
+    """`scores`: name -> the running score at every token, of a router that reads tokens; nothing for another."""
+    found = scores_of(checkpoint, windows)
+    return {"scores": {name: np.concatenate([each[name] for each in found]).tolist() for name in found[0]}} if found else {}
 
 
 class _Read:

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modekit.routing.unseen import DECIDES
+
 _LONGEST = 24  # characters; scripts without spaces are cut
 
 
 @dataclass(frozen=True)
 class Word:
-    """Text without the space around it, the sum of its tokens' losses (None when none was scored), mean weights (E).
+    """Text without the space around it, the sum of its tokens' losses (None when none was scored), mean weights (E), and by how
+    much experts stand above the base at its last token (None where the router does not say).
 
     Tokens of space count with the word behind them.
     """
@@ -25,6 +28,7 @@ class Word:
     text: str
     loss: float | None
     weights_E: npt.NDArray[np.float64]
+    over_base: float | None = None
 
     @property
     def leader(self) -> int:
@@ -53,4 +57,7 @@ def words_of(trace: Mapping[str, Any], most: int) -> tuple[list[Word], bool]:
 def _word(trace: Mapping[str, Any], start: int, stop: int, text: str) -> Word:
     losses = [token["loss"] for token in trace["tokens"][start:stop] if token["loss"] is not None]
     weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace["weights"]], axis=0)
-    return Word(text.strip(), sum(losses) if losses else None, weights)
+    over_base = trace.get("scores", {}).get(DECIDES)
+    return Word(
+        text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1]
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.counts import count_domain
-from modekit.routing.ngram import ngram_gate
+from modekit.routing.ngram import Counted, ngram_gate
 from modekit.search.advise.texts import Text
 
 ROUTER = Router(fit="ngram", chat=False)
@@ -62,7 +62,7 @@ def measure_confusion(tokenizer: Any, experts: Sequence[Expert], texts: Mapping[
     if len(statistics) < 2:
         return None
     domains = tuple(statistics)
-    gate_EH = ngram_gate([*statistics.values()], ROUTER)
+    gate_EH = ngram_gate(Counted([*statistics.values()], ROUTER))
     decay = ROUTER.averages[0]["decay"]
     named = np.zeros((len(domains), len(domains)))
     for row, index in enumerate(domains):

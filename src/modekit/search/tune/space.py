@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from modekit.errors import RecipeError
 from modekit.recipes.backbone import Backbone, BackboneMerge
-from modekit.recipes.edit import settings_with_effect
+from modekit.recipes.edit import settings_with_effect, unseen_with_effect
 from modekit.recipes.fits import FITS, known_fit
 from modekit.recipes.mixture import AlwaysOn, Part
 from modekit.recipes.recipe import Recipe
@@ -115,7 +115,7 @@ class Space(BaseModel):
         unsaid = {"modules": "auto", "layers": None, "backbone": BASE, "always_on": None}
         mixture |= {key: value for key, value in said.items() if value != unsaid[key]}
         if router == LINEAR:
-            return {**mixture, "method": "linear"}
+            return unseen_with_effect({**mixture, "method": "linear"})
         settings["fit"] = router
         settings |= _WHOLE[router] if whole else {}
         settings |= {"granularity": choice["granularity"]} if choice.get("granularity", "token") != "token" else {}
@@ -127,7 +127,7 @@ class Space(BaseModel):
         mixture |= {"method": "routing", "top_k": int(choice["top_k"]), "router": settings}
         if isinstance(mixture.get("always_on"), float):
             mixture["always_on"] = {"expert": BASE, "weight": mixture["always_on"]}
-        return mixture
+        return unseen_with_effect(mixture)
 
     def named(self) -> dict[str, Choice]:
         """Name -> choice of the variants that a table should have: the paper's and the fixed ones of this project.
