@@ -38,7 +38,8 @@ from modekit.demo.text import DOMAINS, unpack_text
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Score
 from modekit.files.tensors import safetensors_header
-from modekit.members.change import removing, write_change
+from modekit.members.change import write_change
+from modekit.members.wanted import removing
 from modekit.text.documents import read_documents
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 576, 1536, 9, 3, 3_072

@@ -98,7 +98,8 @@ def add(
     the current folder; `weight` its share where the mixture has given weights. Nothing is measured before. Raises what `build`
     raises, and RecipeError or CheckpointError where the mixture cannot take it; then nothing has changed.
     """
-    from modekit.members.change import NewExpert, adding, write_change
+    from modekit.members.change import write_change
+    from modekit.members.wanted import NewExpert, adding
 
     opened = _opened(checkpoint)
     said = {key: value for key, value in expert.items() if key != "name"}
@@ -111,7 +112,8 @@ def remove(checkpoint: Folder, name: str, *, out: str | Path | None = None, run:
 
     Raises RecipeError where the mixture cannot do without it; then nothing has changed.
     """
-    from modekit.members.change import removing, write_change
+    from modekit.members.change import write_change
+    from modekit.members.wanted import removing
 
     opened = _opened(checkpoint)
     return write_change(opened, removing(opened, name), opened.folder if out is None else Path(out), run=run)

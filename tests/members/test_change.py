@@ -20,7 +20,8 @@ from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import SourceError
-from modekit.members.change import NewExpert, adding, removing, renaming, replacing, write_change
+from modekit.members.change import write_change
+from modekit.members.wanted import NewExpert, adding, removing, renaming, replacing
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import tree
@@ -334,6 +335,13 @@ def test_what_others_put_into_the_folder_stays(shop: Workshop, tmp_path: Path) -
     (out / "results" / "eval.json").write_text("{}")
     write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
     assert (out / "notes.txt").read_text() == "mine" and (out / "results" / "eval.json").exists()
+
+
+def test_nobody_else_may_read_it_afterwards_either(shop: Workshop, tmp_path: Path) -> None:
+    out = built(shop, KINDS["native random"], WHOLE, tmp_path / "OUT").folder
+    out.chmod(0o700)
+    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    assert out.stat().st_mode & 0o777 == 0o700
 
 
 def test_given_weights_follow(shop: Workshop, tmp_path: Path) -> None:

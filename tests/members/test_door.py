@@ -18,9 +18,10 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
-from modekit.members.change import NewExpert, adding, before_change
+from modekit.members.change import before_change
 from modekit.members.door import Door, look_at
 from modekit.members.listing import members_of
+from modekit.members.wanted import NewExpert, adding
 from refusal import borrow
 
 FEW = ("--tokens", "300")

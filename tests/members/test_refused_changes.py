@@ -16,7 +16,8 @@ from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, ModekitError, OutputError
 from modekit.files.staging import staging
-from modekit.members.change import NewExpert, adding, before_change, removing, write_change
+from modekit.members.change import before_change, write_change
+from modekit.members.wanted import NewExpert, adding, removing
 from modekit.routing.refit import refit
 from refusal import borrow, refuse, tree
 

@@ -12,7 +12,8 @@ from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
-from modekit.members.change import NewExpert, Wanted, adding, removing, write_change
+from modekit.members.change import write_change
+from modekit.members.wanted import NewExpert, Wanted, adding, removing
 from modekit.routing.statistics import load_statistics
 from modekit.training.settings import train_settings
 from modekit.training.train import train

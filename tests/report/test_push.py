@@ -22,7 +22,8 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import results_from_data
 from modekit.evaluation.results_folder import RESULTS_FILE
-from modekit.members.change import NewExpert, adding, removing, write_change
+from modekit.members.change import write_change
+from modekit.members.wanted import NewExpert, adding, removing
 from modekit.recipes.paths import name_of
 from modekit.report.push import pack, push
 from modekit.report.write import write_report

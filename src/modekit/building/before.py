@@ -97,8 +97,9 @@ class Before:
     def carry_statistics(self, folder: Path) -> None:
         """Into the folder in which the new mixture is made. Raises OSError."""
         for name, was in self.statistics.items():
-            file = self.checkpoint.folder / STATISTICS_FOLDER / f"{was}.safetensors"
-            if file.is_file() and not file.is_symlink():
+            kept = self.checkpoint.folder / STATISTICS_FOLDER
+            file = kept / f"{was}.safetensors"
+            if file.is_file() and not (file.is_symlink() or kept.is_symlink()):
                 make_folder(folder / STATISTICS_FOLDER)
                 link_file(file, folder / STATISTICS_FOLDER / f"{name}.safetensors")
 

@@ -16,6 +16,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.members import print_door, print_members
+from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.members.change import NewExpert, Wanted
+    from modekit.members.wanted import NewExpert, Wanted
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The expert's name.")]
 
@@ -43,7 +44,7 @@ class ModelOptions:
 
     def new(self, weight: float | None = None) -> NewExpert:
         """As the change takes it. Raises ModekitError."""
-        from modekit.members.change import NewExpert
+        from modekit.members.wanted import NewExpert
 
         if (self.model is None) == (self.adapter is None):
             raise ModekitError(
@@ -91,7 +92,7 @@ def add(
     weight: Annotated[float | None, typer.Option(help="Its weight, where a linear mixture has given weights.")] = None,
 ) -> None:
     """Let one more expert in; the others' models and texts are not needed."""
-    from modekit.members.change import adding
+    from modekit.members.wanted import adding
 
     _change(checkpoint, lambda opened: adding(opened, name, model.new(weight)), write, door)
 
@@ -100,7 +101,7 @@ def add(
 @grouped
 def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, door: DoorOptions, write: WriteOptions) -> None:
     """Put another model in the place of an expert."""
-    from modekit.members.change import replacing
+    from modekit.members.wanted import replacing
 
     _change(checkpoint, lambda opened: replacing(opened, name, model.new()), write, door)
 
@@ -109,7 +110,7 @@ def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, door: DoorOp
 @grouped
 def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
     """Take an expert out: what is left is what a build without it gives."""
-    from modekit.members.change import removing
+    from modekit.members.wanted import removing
 
     _change(checkpoint, lambda opened: removing(opened, name), write)
 
@@ -121,7 +122,7 @@ def rename(
     write: WriteOptions,
 ) -> None:  # fmt: skip
     """Give an expert and its domain another name."""
-    from modekit.members.change import renaming
+    from modekit.members.wanted import renaming
 
     _change(checkpoint, lambda opened: renaming(opened, name, new_name), write)
 
@@ -170,3 +171,6 @@ def _change(folder: Path, wanted: Callable[[Checkpoint], Wanted], write: WriteOp
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
     out.print(Text.assemble((str(write.output or folder), "bold"), f": {said}; {bytes_of(written)} of weights written"))
+    old = [name for name in ("results", "README.md", "LICENSE.md") if target == opened.folder and (target / name).exists()]
+    if old:
+        print_notes([f"{', '.join(old)}: of the mixture before; modekit eval, report and card make them anew"])

@@ -176,6 +176,8 @@ class Staging:
         self._check_place()
         if self._replaced is not None:
             refuse_what_is_there(self.out, self._replace)
+            if self._replace == "in place":
+                shutil.copymode(self.out, self.folder)
             self.out.rename(self.work / OLD)
         self._put()
 

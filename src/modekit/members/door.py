@@ -82,8 +82,9 @@ def look_at(before: Before, *, tokens: int = TOKENS, run: Run = QUIET) -> Door:
     others = _models_that_are_there(before, place, run)
     drift, likeness = _likeness(before, place, others, run)
     losses, read = _losses(before, place, tokens, run)
+    low_rank = before.plan.recipe.experts[place].lora_rank
     missed = [each for each in before.plan.recipe.names if each not in others and each != name]
-    findings = [*_of_losses(name, losses), *_of_likeness(name, drift, likeness, missed), *_of_licences(before, place)]
+    findings = [*_of_losses(name, losses, low_rank), *_of_likeness(name, drift, likeness, missed), *_of_licences(before, place)]
     return Door(name, losses, read, drift, likeness, findings)
 
 
@@ -162,7 +163,7 @@ def _likeness(
     return found.total(0), {name: (cosine, distance) for name, cosine, distance in pairs if cosine is not None}
 
 
-def _of_losses(name: str, losses: Mapping[str, float]) -> Iterator[Finding]:
+def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:
     if not losses:
         yield Finding(
             "note",
@@ -172,6 +173,11 @@ def _of_losses(name: str, losses: Mapping[str, float]) -> Iterator[Finding]:
             "give --text, a few hundred documents",
         )
         return
+    if low_rank is not None:
+        yield Finding(
+            "note", name, f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model",
+            to_do="`modekit extract` says what a rank loses",
+        )  # fmt: skip
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
     if base - expert <= _SMALLEST_GAIN:

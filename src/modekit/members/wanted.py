@@ -1,0 +1,202 @@
+"""A mixture as it is to be: the recipe of one that is there with an expert more, less, replaced or renamed. Nothing is read."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import Change
+from modekit.errors import RecipeError
+from modekit.planning.kept import Origins
+from modekit.recipes.edit import as_written
+from modekit.recipes.paths import locate
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
+
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class NewExpert:
+    """An expert that is to come.
+
+    Attributes:
+        said: what a recipe says of one, but for its name: `model` or `adapter`, `text`, `prompts`, `as`, `rank`, ...
+        root: the folder that its paths are relative to.
+        weight: its share where a linear mixture has given weights.
+    """
+
+    said: Mapping[str, Any]
+    root: Path = field(default_factory=Path)
+    weight: float | None = None
+
+    def in_folder(self, folder: Path) -> dict[str, Any]:
+        """What a recipe in `folder` says of it."""
+        said = dict(self.said)
+        for key in ("model", "adapter"):
+            if isinstance(said.get(key), str):
+                said[key] = self._moved(said[key], folder)
+        if said.get("text"):
+            texts = [said["text"]] if isinstance(said["text"], str) else said["text"]
+            said["text"] = [self._moved(spec, folder) for spec in texts]
+        return said
+
+    def _moved(self, spec: str, folder: Path) -> str:
+        """A path from elsewhere; a hub id, which is none here, as it is."""
+        is_path = spec.startswith((".", "~")) or spec.count("/") != 1
+        if spec == BASE or Path(spec).is_absolute() or not (is_path or locate(spec, self.root)):
+            return spec
+        relative = os.path.relpath(self.root / Path(spec).expanduser(), folder)
+        return relative if relative.startswith("..") else f"./{relative}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A mixture as it is to be.
+
+    Attributes:
+        recipe: of it.
+        origins: per expert its number in the checkpoint; None for a new one.
+        change: what the history will say.
+        keeps_text: new experts whose text is that of an expert of the checkpoint, by the same name.
+        refits: the router is set anew even where it was trained.
+    """
+
+    recipe: Recipe
+    origins: Origins
+    change: Change
+    keeps_text: Sequence[str] = ()
+    refits: bool = False
+
+
+def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
+    """With one more expert, the last. Raises RecipeError."""
+    data = as_written(checkpoint.record.recipe)
+    if name in checkpoint.names:
+        raise RecipeError(
+            "an expert of this name exists already", where=str(checkpoint.folder), found=f"{name}, one of {_list(checkpoint)}",
+            remedy="choose another name, or give it a new model with `modekit replace`",
+        )  # fmt: skip
+    said = new.in_folder(checkpoint.recipe_root)
+    data["experts"] = [*data["experts"], {"name": name, **said}]
+    weights = checkpoint.record.recipe.mixture.weights
+    if weights is None and new.weight is not None:
+        raise RecipeError("the mixture has no given weights", where="weight", found=new.weight, remedy="leave it out")
+    if weights is not None:
+        if new.weight is None:
+            raise RecipeError(
+                "the mixture's weights are given, and the new expert has none", where="mixture.weights",
+                found=", ".join(f"{key} {value:g}" for key, value in weights.items()), remedy="give it a weight (--weight)",
+            )  # fmt: skip
+        data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
+    origins = [*range(len(checkpoint.names)), None]
+    return Wanted(_parsed(data, checkpoint), origins, _change("add", name, source=_source(said)))
+
+
+def removing(checkpoint: Checkpoint, name: str) -> Wanted:
+    """Without an expert. Raises RecipeError where the mixture cannot do without it."""
+    number = _number(checkpoint, name)
+    _check_unused(checkpoint, name)
+    if len(checkpoint.names) <= _FEWEST:
+        raise RecipeError(
+            "a mixture of one expert is none", where=str(checkpoint.folder), found=f"it has {_list(checkpoint)}",
+            remedy="use that model by itself, or add another expert first",
+        )  # fmt: skip
+    data = as_written(checkpoint.record.recipe)
+    gone = data["experts"].pop(number)
+    data["eval"] = {key: texts for key, texts in data.get("eval", {}).items() if key != name}
+    if not data["eval"]:
+        del data["eval"]
+    _without_weight(data, name)
+    origins = [other for other in range(len(checkpoint.names)) if other != number]
+    return Wanted(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
+
+
+def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
+    """With another model for an expert, in its place; it keeps its text unless there is other text."""
+    number = _number(checkpoint, name)
+    data = as_written(checkpoint.record.recipe)
+    old = data["experts"][number]
+    said = new.in_folder(checkpoint.recipe_root)
+    kept = {key: value for key, value in old.items() if key not in {"model", "adapter", "as", "rank", "revision"}}
+    data["experts"][number] = {**kept, **said}
+    fit = checkpoint.record.recipe.mixture.fit
+    keeps_text = [name] if fit is not None and fit.reads == "tokens" and "text" not in said else []
+    origins = [None if other == number else other for other in range(len(checkpoint.names))]
+    change = _change("replace", name, was=_source(old), source=_source(said))
+    return Wanted(_parsed(data, checkpoint), origins, change, keeps_text)
+
+
+def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
+    """With another name for an expert and its domain."""
+    number = _number(checkpoint, name)
+    if new_name in checkpoint.names:
+        raise RecipeError(
+            "an expert of this name exists already", where=str(checkpoint.folder), found=new_name, remedy="choose another name"
+        )
+    data = as_written(checkpoint.record.recipe)
+    if new_name in data.get("eval", {}):
+        raise RecipeError("the recipe's eval has a domain of this name", where=f"eval.{new_name}", remedy="choose another name")
+    data["experts"][number]["name"] = new_name
+    mixture = data.get("mixture", {})
+    if mixture.get("weights"):
+        mixture["weights"] = {new_name if key == name else key: value for key, value in mixture["weights"].items()}
+    for user in ("always_on", "backbone"):
+        if isinstance(mixture.get(user), dict) and mixture[user].get("expert") == name:
+            mixture[user] = {**mixture[user], "expert": new_name}
+    if data.get("eval"):
+        data["eval"] = {new_name if key == name else key: texts for key, texts in data["eval"].items()}
+    change = _change("rename", new_name, was=name)
+    return Wanted(_parsed(data, checkpoint), list(range(len(checkpoint.names))), change)
+
+
+def _number(checkpoint: Checkpoint, name: str) -> int:
+    if name not in checkpoint.names:
+        raise RecipeError(
+            "no expert of this name exists", where=str(checkpoint.folder), found=name, expected=_list(checkpoint),
+            remedy="name one of these",
+        )  # fmt: skip
+    return checkpoint.names.index(name)
+
+
+def _check_unused(checkpoint: Checkpoint, name: str) -> None:
+    mixture = checkpoint.record.recipe.mixture
+    always_on, backbone = mixture.always_on, mixture.backbone
+    user = "always_on" if always_on is not None and always_on.expert == name else ""
+    user = "backbone" if getattr(backbone, "expert", None) == name else user
+    if user:
+        raise RecipeError(
+            "the mixture stands on this expert", where=f"mixture.{user}", found=name,
+            remedy=f"build a recipe without it, or change mixture.{user} first",
+        )  # fmt: skip
+
+
+def _without_weight(data: dict[str, Any], name: str) -> None:
+    weights = data.get("mixture", {}).get("weights")
+    if weights:
+        data["mixture"] = {**data["mixture"], "weights": {key: value for key, value in weights.items() if key != name}}
+
+
+def _source(said: Mapping[str, Any]) -> str | None:
+    """The model or adapter that a recipe's expert names."""
+    return said.get("model") or said.get("adapter")
+
+
+def _list(checkpoint: Checkpoint) -> str:
+    return ", ".join(checkpoint.names)
+
+
+def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:
+    """The new recipe, in the shape that the checkpoint has. Raises RecipeError."""
+    return checkpoint.shape.pinned(parse_recipe(data, where=str(checkpoint.folder)))
+
+
+def _change(what: Literal["add", "remove", "replace", "rename"], name: str, **said: str | None) -> Change:
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return Change(what=what, expert=name, on=today, was=said.get("was"), source=said.get("source"))
