@@ -244,6 +244,7 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
     """An n-gram table whose rows for law are high: everything else is dead, worth nothing and never agrees."""
     checkpoint = built(shared_workshop, tmp_path, "ngram")
     plant(checkpoint, [[0.0] * 512, [500.0] * 512, [0.0] * 512])
+    checkpoint = open_with_any_router(checkpoint.folder)
     data = inspect(checkpoint, **SMALL)
     assert data["utilisation"] == [[0, 1, 0]]
     assert data["dead"] == [{"router": 0, "expert": "medicine"}, {"router": 0, "expert": "code"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,9 +104,14 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
     assert summary["memory"]["load"] == summary["bytes"]["written"]
 
 
-def test_shards_obey_the_size_and_name_their_count(workshop: Workshop) -> None:
+def test_shards_obey_the_size_and_say_whose_they_are(workshop: Workshop) -> None:
     plan = plan_of(workshop, output={"shard_size": 40_000})
     assert all(shard.nbytes <= 40_000 or len(shard.tensors) == 1 for shard in plan.shards)
-    assert plan.shards[-1].file == f"model-{len(plan.shards):05d}-of-{len(plan.shards):05d}.safetensors"
+    for shard in plan.shards:
+        experts = {tensor.expert for tensor in shard.tensors}
+        assert len(experts) == 1
+        whose = "backbone" if experts == {None} else f"expert-{1 + min(experts):05d}"
+        assert re.fullmatch(rf"model-{whose}-\d{{5}}\.safetensors", shard.file)
+    assert len({shard.file for shard in plan.shards}) == len(plan.shards) > 4
     out = workshop.build(output={"shard_size": 40_000})
     assert AutoModelForCausalLM.from_pretrained(out) is not None
