@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blake3 import blake3
-
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, Record, SourceRecord
 from modekit.files.marker import INTERNAL
@@ -124,13 +122,6 @@ class Before:
         old = self.checkpoint.record
         trained = [name for name, was in self.names.items() if was in old.trained]
         with OpenFiles() as opened:
-            digests = {name: _digest_of(opened, tensors[name]) for name in sorted(trained)}
+            digests = {name: opened.blake3(tensors[name]) for name in sorted(trained)}
         update = {"trained": digests, "training": old.training, "history": [*old.history, self.change]}
         return record.model_copy(update=update)
-
-
-def _digest_of(opened: OpenFiles, ref: TensorRef) -> str:
-    digest = blake3()
-    for chunk in opened.chunks(ref):
-        digest.update(chunk)
-    return digest.hexdigest()

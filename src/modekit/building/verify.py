@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from blake3 import blake3
-
 from modekit.building.computed import compute_again
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import evidence_digest, read_evidence
@@ -134,17 +132,10 @@ def _check_trained(checkpoint: Checkpoint, opened: OpenFiles) -> Check:
     """What a training moved cannot be computed again; it is what modekit.json records."""
     for name, digest in checkpoint.record.trained.items():
         ref = checkpoint.tensors.get(name)
-        if ref is None or _hash_of(opened.chunks(ref)) != digest:
+        if ref is None or opened.blake3(ref) != digest:
             return Check("trained tensors", "failed", f"{name} is not the one that {RECORD_FILE} records")
     runs = len(checkpoint.record.training)
     return Check("trained tensors", "proven", f"{len(checkpoint.record.trained)} tensors as recorded by {runs} training(s)")
-
-
-def _hash_of(chunks: Iterable[memoryview]) -> str:
-    digest = blake3()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:

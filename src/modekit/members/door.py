@@ -23,6 +23,8 @@ from modekit.run import QUIET, Run
 from modekit.search.advise.drift import compare
 from modekit.search.advise.findings import Finding
 from modekit.search.advise.groups import groups_of
+from modekit.search.advise.judge import NEAR_COSINE, SMALLEST_GAIN
+from modekit.search.advise.texts import SEQUENCE_LENGTH
 from modekit.sources.model import ModelSource
 from modekit.sources.names import split_layer
 from modekit.sources.open import Opener
@@ -32,10 +34,7 @@ from modekit.text.splits import text_record
 
 TOKENS = 8_192
 """Read of the new expert's text by default."""
-_SEQUENCE = 512
-_SMALLEST_GAIN = 1e-3  # nats per token, as in search/advise
 _SERVED = 0.9  # of the expert's gain that the mixture has already
-_NEAR_COSINE = 0.95
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def look_at(before: Before, *, tokens: int = TOKENS, run: Run = QUIET) -> Door:
     drift, likeness = _likeness(before, place, others, run)
     losses, read = _losses(before, place, tokens, run)
     low_rank = before.plan.recipe.experts[place].lora_rank
-    missed = [each for each in before.plan.recipe.names if each not in others and each != name]
+    missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
     findings = [*_of_losses(name, losses, low_rank), *_of_likeness(name, drift, likeness, missed), *_of_licences(before, place)]
     return Door(name, losses, read, drift, likeness, findings)
 
@@ -103,7 +102,7 @@ def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str
             raise
         own = None  # its text is gone, and what is kept of it sets the router
     chosen = texts.select_of(own) if own is not None else []
-    sequences = encode(load_tokenizer(mixture, run=run), chosen, max_tokens=tokens, sequence_length=_SEQUENCE)
+    sequences = encode(load_tokenizer(mixture, run=run), chosen, max_tokens=tokens, sequence_length=SEQUENCE_LENGTH)
     if not sequences:
         return {}, 0
     count = sum(len(sequence.ids) for sequence in sequences)
@@ -121,14 +120,13 @@ def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str
     return found, count
 
 
-def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, ModelSource | None]:
-    """The other experts' models, as far as they can be opened and have the sizes they had; None for the base itself."""
+def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, ModelSource]:
+    """The other experts' models, as far as they can be opened and have the sizes they had."""
     plan, opener = before.plan, Opener(before.plan.root, run)
     base, known = plan.sources[0], before.sources
-    found: dict[str, ModelSource | None] = {}
+    found: dict[str, ModelSource] = {}
     for number, (expert, source) in enumerate(zip(plan.recipe.experts, plan.sources[1:], strict=True)):
         if number == place or expert.is_base:
-            found |= {} if number == place else {expert.name: None}
             continue
         files = {name: file.size for name, file in known[source].files.items()}
         if all((source.folder / name).is_file() for name in files):
@@ -140,12 +138,11 @@ def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, Mo
 
 
 def _likeness(
-    before: Before, place: int, there: Mapping[str, ModelSource | None], run: Run
+    before: Before, place: int, others: Mapping[str, ModelSource], run: Run
 ) -> tuple[float, dict[str, tuple[float, float]]]:
     """Its drift, and cosine and distance to every expert whose model is there."""
     plan = before.plan
     base, new = plan.sources[0], plan.sources[1 + place]
-    others = {name: source for name, source in there.items() if source is not None}
     if plan.recipe.experts[place].is_base:
         return 0.0, {}
     groups = groups_of(base, plan.family)
@@ -180,7 +177,7 @@ def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> 
         )  # fmt: skip
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
-    if base - expert <= _SMALLEST_GAIN:
+    if base - expert <= SMALLEST_GAIN:
         yield Finding(
             "error", name, "it is not better than the base model on its own text", found,
             "check that model and text belong together",
@@ -204,7 +201,7 @@ def _of_likeness(
             "their models are not where they were, or not what they were",
         )
     for other, (cosine, distance) in likeness.items():
-        if cosine >= _NEAR_COSINE:
+        if cosine >= NEAR_COSINE:
             yield Finding(
                 "error", name, f"it is nearly the same model as {other}",
                 f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base",

@@ -73,8 +73,7 @@ class _Finder:
         self._model, self._origins, self._number = model, origins, number
         same = range(before.experts)
         self._old = {_key(tensor, same): tensor for shard in before.shards for tensor in shard.tensors}
-        self._old_sources = list(range(1 + before.experts))
-        self._sources = [0, *(None if origin is None else 1 + origin for origin in origins)]
+        self._same = same
 
     def taken(self, tensor: PlannedTensor) -> tuple[PlannedTensor, str | None]:
         """The tensor with the checkpoint in place of its sources where that has it, and its name there."""
@@ -82,7 +81,7 @@ class _Finder:
         ref = None if was is None else self._model.tensors.get(was.name)
         if was is None or ref is None or (ref.dtype, ref.shape) != (was.dtype, was.shape):
             return tensor, None
-        if _made(tensor, self._sources) == _made(was, self._old_sources):
+        if _made(tensor, _sources_of(self._origins)) == _made(was, _sources_of(self._same)):
             plain = PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.role, "copy", expert=tensor.expert)
             return replace(plain, pieces=(Piece(self._number, ref),)), was.name
         if not (tensor.pieces and _is_plain(tensor) and _is_plain(was)):
@@ -91,9 +90,8 @@ class _Finder:
 
     def _in_parts(self, tensor: PlannedTensor, was: PlannedTensor, ref: TensorRef) -> tuple[PlannedTensor, str | None]:
         """Many experts in one tensor: the parts of those that were there."""
-        same = range(len(self._old_sources) - 1)
-        spans = {key: span for key, (_, span) in zip(self._parts(was, same), _spans(was), strict=True) if key is not None}
-        found = [None if key is None else spans.get(key) for key in self._parts(tensor, self._origins)]
+        spans = {key: span for key, span in zip(_parts(was, self._same), _spans(was), strict=True) if key is not None}
+        found = [None if key is None else spans.get(key) for key in _parts(tensor, self._origins)]
         columns = tensor.operation == "columns"
         pieces = tuple(
             piece if span is None else _part(self._number, ref, span, columns=columns)
@@ -104,16 +102,22 @@ class _Finder:
             return replace(tensor, pieces=pieces), name
         return joined(tensor.name, tensor.dtype, tensor.shape, tensor.role, pieces, tensor.expert), name
 
-    def _parts(self, tensor: PlannedTensor, origins: Origins) -> list[tuple[object, ...] | None]:
-        """Per piece whose part it is, by that one's number in the old mixture, which of its parts, and how it is made."""
-        sources = [0, *(None if origin is None else 1 + origin for origin in origins)]
-        counts: dict[int | None, int] = {}
-        keys: list[tuple[object, ...] | None] = []
-        for piece in tensor.pieces:
-            number = counts[piece.expert] = counts.get(piece.expert, -1) + 1
-            origin = None if piece.expert is None else origins[piece.expert]
-            keys.append(None if origin is None else (origin, number, *_made_piece(piece, sources[piece.source])))
-        return keys
+
+def _sources_of(origins: Origins) -> list[int | None]:
+    """Per source of a plan, the base first, its number in the old one."""
+    return [0, *(None if origin is None else 1 + origin for origin in origins)]
+
+
+def _parts(tensor: PlannedTensor, origins: Origins) -> list[tuple[object, ...] | None]:
+    """Per piece whose part it is, by that one's number in the old mixture, which of its parts, and how it is made."""
+    sources = _sources_of(origins)
+    counts: dict[int | None, int] = {}
+    keys: list[tuple[object, ...] | None] = []
+    for piece in tensor.pieces:
+        number = counts[piece.expert] = counts.get(piece.expert, -1) + 1
+        origin = None if piece.expert is None else origins[piece.expert]
+        keys.append(None if origin is None else (origin, number, *_made_piece(piece, sources[piece.source])))
+    return keys
 
 
 def _is_plain(tensor: PlannedTensor) -> bool:
@@ -135,13 +139,13 @@ def _made_piece(piece: Piece, source: int | None) -> tuple[object, str]:
     return (object() if source is None else source), repr(rest)
 
 
-def _spans(tensor: PlannedTensor) -> Iterator[tuple[Piece, tuple[int, int]]]:
-    """Every piece, and where it lies: from and to which element, or, of columns, from and to which column."""
+def _spans(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
+    """Where every piece lies: from and to which element, or, of columns, from and to which column."""
     per_row = tensor.shape[0] if tensor.operation == "columns" else 1
     position = 0
     for piece in tensor.pieces:
         stop = position + piece.numel // per_row
-        yield piece, (position, stop)
+        yield position, stop
         position = stop
 
 

@@ -128,6 +128,13 @@ class OpenFiles:
         """A tensor's bytes in order, in whole elements. Each chunk lies in the same memory as the one before it."""
         return self.file(ref).chunks(ref.start, ref.end)
 
+    def blake3(self, ref: TensorRef) -> str:
+        """A tensor's hash."""
+        digest = blake3()
+        for chunk in self.chunks(ref):
+            digest.update(chunk)
+        return str(digest.hexdigest())
+
     def check_unchanged(self) -> None:
         """Raise when a file is no longer what it was when it was opened."""
         for file in self._files.values():

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 SMALLEST_GAIN = 1e-3
 """Nats per token; below it `modekit eval` sees no gap to close either."""
 _EQUAL = 1e-6  # relative distance: rounding of sums
-_NEAR_COSINE = 0.95
+NEAR_COSINE = 0.95
+"""Of two differences from the base: above it, two experts are nearly one."""
 _UNMIXED = 0.01  # of the squared difference: less is rounding in the tables
 _SAME_TEXT = 0.25  # of the tokens given to one of two domains, given to the wrong one; 0.5 is the same text
 
@@ -41,7 +42,7 @@ def of_files(recipe: Recipe, drift: Drift, usable: Sequence[int]) -> Iterator[Fi
             )  # fmt: skip
     for first, second in combinations([index for index in usable if drift.moved[index]], 2):
         cosine, distance = drift.cosine(first, second), drift.distance(first, second)
-        if cosine is not None and cosine >= _NEAR_COSINE:
+        if cosine is not None and cosine >= NEAR_COSINE:
             same = distance <= _EQUAL
             yield Finding(
                 "warning", f"{recipe.names[first]}, {recipe.names[second]}",
