@@ -18,7 +18,7 @@ import re
 import shutil
 import statistics
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,10 @@ def rows(results: ChatResults, domains: list[str]) -> dict[str, float]:
     }
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The mean, and the largest deviation from it where there are several."""
     mean = statistics.fmean(values)
-    return f"{mean:.2f}" + (f" ± {max(abs(value - mean) for value in values):.2f}" if len(values) > 1 else "")
+    return f"{mean:.{digits}f}" + (f" ± {max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:

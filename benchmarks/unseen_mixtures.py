@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 
+from chat import spread
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
@@ -130,14 +131,9 @@ def table(per_seed: Sequence[dict[str, dict[str, float]]], prefix: str) -> str:
     lines = [f"| mixture | {' | '.join(title.removeprefix(prefix) for title in titles)} |", "|---" * (len(titles) + 1) + "|"]
     for name, first in per_seed[0].items():
         if titles[0] in first:
-            cells = [spread([seed[name][title] for seed in per_seed]) if title in first else "" for title in titles]
+            cells = [spread([seed[name][title] for seed in per_seed], 4) if title in first else "" for title in titles]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.4f}" + (f" ± {max(abs(value - mean) for value in values):.4f}" if len(values) > 1 else "")
 
 
 def main() -> None:
