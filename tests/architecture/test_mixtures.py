@@ -189,6 +189,12 @@ def mixed_modules(bench: Bench, recipe: dict[str, Any]) -> dict[str, str]:
     if modules == "all":
         names = [name for name, module in base.named_modules() if list(module.parameters(recurse=False))]
         return dict.fromkeys(["model.embed_tokens", *filter(is_changed, names)], "model")
+    if modules == "decoder":
+        names = [name for name, module in base.named_modules() if list(module.parameters(recurse=False))]
+        first = "model.layers.0.input_layernorm"
+        first = first if first in names else f"model.layers.0.{family.parts['q']}"
+        within = [name for name in names if name not in {"model.embed_tokens", "lm_head"}]
+        return dict.fromkeys([first, *filter(is_changed, within)], "model")
     if modules == "auto":
         low = [other for kind, other in zip(kinds, dense, strict=True) if kind not in FULL]
         changed = [
@@ -208,6 +214,16 @@ def mixed_modules(bench: Bench, recipe: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def changed_modules(bench: Bench, recipe: dict[str, Any]) -> set[str]:
+    """Those of the mixed modules in which experts differ; where the router of whole decoders stands, none may."""
+    kinds = kinds_of(recipe)
+    if any(kind in FULL for kind in kinds):
+        return {*mixed_modules(bench, recipe)}
+    dense = [bench.dense(kind) for kind in kinds]
+    names = mixed_modules(bench, recipe)
+    return {name for name in names if any(differs(bench.made["base"], each, name) for each in dense)}
+
+
 def has(model: PreTrainedModel, name: str) -> bool:
     return any(name == other for other, _ in model.named_modules())
 
@@ -225,7 +241,7 @@ def differs(base: PreTrainedModel, other: PreTrainedModel, name: str) -> bool:
 def expected_model(bench: Bench, recipe: dict[str, Any], expert: dict[str, Any], backbone: PreTrainedModel) -> PreTrainedModel:
     """The backbone with one expert's modules at every mixed place."""
     model, own = copy.deepcopy(backbone), bench.dense(expert)
-    for name in mixed_modules(bench, recipe):
+    for name in changed_modules(bench, recipe):
         model.set_submodule(name, copy.deepcopy(own.get_submodule(name)))
     return model
 
@@ -274,7 +290,7 @@ def chosen(logits: torch.Tensor, recipe: dict[str, Any]) -> tuple[torch.Tensor, 
         if len(taken) < len(names):
             ties[row] |= abs(token[taken[-1]] - token[order[len(taken)]]) < 1e-5 * largest
         weights[row, taken] = flat[row, taken].softmax(-1)
-    if always.get("weight") is not None:
+    if always.get("weight") is not None and not always.get("apart"):
         weights *= 1 - always["weight"]
         if own is not None:
             weights[:, own] += always["weight"]
@@ -311,18 +327,31 @@ class Reference:
         experts = [
             bench.dense({k: v for k, v in expert.items() if k not in {"name", "prompts"}}) for expert in recipe["experts"]
         ]
+        self.changed = changed_modules(bench, recipe)
         for name in self.groups:
             modules = [expert.get_submodule(name) for expert in experts]
             self.model.get_submodule(name).register_forward_hook(self._hook(name, modules))
 
     def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         self.weights, self.mask = {}, mask
+        always_on = self.recipe["mixture"].get("always_on", {})
         with torch.inference_mode():
-            return self.model(input_ids=ids, attention_mask=mask).logits
+            if not always_on.get("apart"):
+                return self.model(input_ids=ids, attention_mask=mask).logits
+            # The common expert: another pass, of the base alone; the head reads the mean of both.
+            common = self.base.model(input_ids=ids, attention_mask=mask)[0]
+            share = always_on["weight"]
+            hook = self.model.model.register_forward_hook(lambda _m, _a, output: mean_with(output, common, share))
+            try:
+                return self.model(input_ids=ids, attention_mask=mask).logits
+            finally:
+                hook.remove()
 
     def _hook(self, name: str, modules: list[nn.Module]) -> Callable[..., torch.Tensor]:
         def mix(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
             weights = self._decide(name, args[0])
+            if name not in self.changed:  # the router of whole decoders stands here, whether experts differ or not
+                return _output
             heads_first = args[0].ndim == 4 and args[0].shape[2] == self.mask.shape[1]
             total = torch.zeros(())
             parts = [*zip(modules, weights.unbind(-1), strict=True), (self.base.get_submodule(name), 1 - weights.sum(-1))]
@@ -363,6 +392,12 @@ class Reference:
             weights[ties] = self.theirs[len(self.weights)][ties].double()
         self.weights[group] = weights
         return weights
+
+
+def mean_with(output: Any, common: torch.Tensor, share: float) -> Any:
+    """A decoder's output whose last hidden states are averaged with others."""
+    output["last_hidden_state"] = (1 - share) * output["last_hidden_state"] + share * common
+    return output
 
 
 def score(x: torch.Tensor, gate: torch.Tensor, rows: list[int], fit: str) -> torch.Tensor:
@@ -435,7 +470,7 @@ def check_weights(seen: list[torch.Tensor], recipe: dict[str, Any], mask: torch.
     """They sum to one, less what an always-on base takes, and as many are taken as the recipe says."""
     mixture, experts = recipe["mixture"], recipe["experts"]
     always = mixture.get("always_on") or {}
-    whole = 1 - always["weight"] if always.get("expert") == "base" else 1.0
+    whole = 1 - always["weight"] if always.get("expert") == "base" and not always.get("apart") else 1.0
     for weights in seen:
         assert bool((weights >= 0).all())
         torch.testing.assert_close(weights.sum(-1), torch.full(weights.shape[:-1], whole), atol=1e-5, rtol=0)
@@ -449,6 +484,9 @@ def check_mixture(bench: Bench, recipe: dict[str, Any], seed: int = 5) -> None:
     with built(bench, recipe) as (checkpoint, model):
         with watched(model) as seen:
             free = logits_of(model, ids, mask)
+        if recipe["mixture"].get("always_on", {}).get("apart"):  # the other half of the batch is the common expert's
+            assert all(not weights[len(mask) :].any() for weights in seen)
+            seen = [weights[: len(mask)] for weights in seen]
         assert checkpoint.shape.plain or seen
         reference = Reference(bench, recipe, checkpoint, seen)
         check_weights(seen, recipe, mask)
@@ -478,7 +516,8 @@ def recipes(draw: st.DrawFn, kinds: list[dict[str, Any]] = KINDS, fits: tuple[st
 
 def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]], fits: tuple[str, ...]) -> dict[str, Any]:
     family, names = BY_TYPE[model_type], [expert["name"] for expert in experts]
-    modules = draw(st.sampled_from(["auto", "auto", "some", "some", "some", *(["all"] if model_type not in NO_ALL else [])]))
+    modules = draw(st.sampled_from(["auto", "auto", "some", "some", "some", *(["all", "decoder"] if model_type not in NO_ALL else [])]))
+    whole = modules in {"all", "decoder"}
     if modules == "some":
         wanted = draw(st.lists(st.sampled_from([*family.parts]), min_size=1, max_size=4, unique=True))
         shared = {family.parts[part] for part in wanted}
@@ -489,7 +528,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         "modules": modules,
         "method": draw(st.sampled_from(["routing", "routing", "routing", "gating", "linear"])),
     }
-    if modules != "all" and draw(st.integers(0, 3)) == 0:
+    if not whole and draw(st.integers(0, 3)) == 0:
         mixture["layers"] = draw(st.sampled_from([[1], [0, 2], [1, 2]])) if model_type not in NO_ALL else [0, 1]
     if modules != "all" and draw(st.integers(0, 3)) == 0:
         mixture["backbone"] = draw(st.sampled_from(["average", {"expert": names[0]}]))
@@ -497,7 +536,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         if draw(st.booleans()):
             mixture["weights"] = {name: draw(st.sampled_from([0.5, 1.0, 3.0])) for name in names}
         return mixture
-    if modules == "all":
+    if whole:
         fits = tuple(fit for fit in fits if fit not in {"arrow", "spectr", "seqr"})  # they read no embedding
     router: dict[str, Any] = {"fit": draw(st.sampled_from(fits))}
     drawn = {
@@ -505,14 +544,14 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         "steps": 1,
     }  # fmt: skip
     router |= {key: value for key, value in drawn.items() if key in FITS[router["fit"]].settings}
-    router["granularity"] = "sequence" if modules == "all" else draw(st.sampled_from(["token", "token", "context", "sequence"]))
+    router["granularity"] = "sequence" if whole else draw(st.sampled_from(["token", "token", "context", "sequence"]))
     if router["granularity"] == "context" and draw(st.booleans()):
         router["decay"] = draw(st.sampled_from([[1.0], [0.5], [0, 0.9, 1.0]]))
     if router["granularity"] == "sequence" and draw(st.booleans()):
         router["prefix"] = draw(st.sampled_from([1, 4]))
     pers = ["layer", "layer", "model", "projection", "feature"]
     pers = pers[:-1] if router["fit"] in {"arrow", "spectr", "seqr", "phatgoose"} else pers
-    router["per"] = "model" if modules == "all" else draw(st.sampled_from(pers))
+    router["per"] = "model" if whole else draw(st.sampled_from(pers))
     mixture["router"] = router
     if mixture["method"] == "routing":
         key = draw(st.sampled_from(["top_k", "top_k", "top_p", None]))
@@ -523,6 +562,8 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
     if always is not None:
         mixture["always_on"] = {"expert": "base" if always == "base" else names[-1]}
         mixture["always_on"] |= {"weight": draw(st.sampled_from([0.25, 0.6]))} if always != "own" else {}
+        if always == "base" and modules != "all" and "backbone" not in mixture and draw(st.booleans()):
+            mixture["always_on"]["apart"] = True
     return mixture
 
 
@@ -558,6 +599,10 @@ EVERY_FAMILY: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "everything": ([ONE, UNEVEN, TWO, BASE, PART], {
         "modules": "all", "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
     }),
+    "decoder": ([ONE, UNEVEN, TWO, BASE, PART], {
+        "modules": "decoder", "always_on": {"expert": "base", "weight": 0.4, "apart": True},
+        "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
+    }),
     "deep": ([BASE, TWO, UNEVEN, PLAIN], {
         "top_p": 0.6, "backbone": "average", "layers": [1], "router": {"fit": "random", "temperature": 0.1, "per": "feature"},
     }),
@@ -569,7 +614,7 @@ EVERY_FAMILY: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 def test_every_family_mixes_every_kind_of_expert(model_type: str, name: str) -> None:
     kinds, mixture = EVERY_FAMILY[name]
     recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
-    if name == "everything" and model_type in NO_ALL:
+    if name in {"everything", "decoder"} and model_type in NO_ALL:
         with pytest.raises(UnsupportedError, match="cannot mix this kind of tensor"):
             make_plan(parse_recipe(recipe), bench_of(model_type).root)
         return

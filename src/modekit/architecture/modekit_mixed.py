@@ -173,8 +173,8 @@ def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) ->
     for module, weight in parts:
         weight_T = weight.flatten(0, 1)
         rows = weight_T.nonzero().squeeze(-1)
-        if len(rows) == 0 and total is not None:
-            continue
+        if len(rows) == 0 and (total is not None or module is not parts[-1][0]):
+            continue  # its parameters get no gradient, not one of zeros: what did not take part stays as it is in training
         everywhere = len(rows) == len(flat)
         y = module(flat if everywhere else flat[rows])
         y = y * _broadcast(weight_T[rows], y)

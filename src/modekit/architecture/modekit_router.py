@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .modekit_streams import common_weight, no_weight_for_common
+
 _TINY = 1e-30  # under a root, whose slope at zero is no number
 _CHUNK = 128  # tokens whose average is taken in one matrix product
 _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
@@ -50,6 +52,9 @@ class Flow:
         log: router place -> its logits in this pass, when the pass was asked for them (output_router_logits).
         keeper: who remembers in place of `states`, where an engine runs the model.
         solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
+        common: weight of the base's own decoder beside the experts; 0.0 without one (modekit_streams.py).
+        beside: with `forced`: whether the common expert takes part all the same.
+        sequences: B, while every sequence of the pass stands in the batch twice; None while it stands there once.
         mixed: place -> its module.
     """
 
@@ -65,6 +70,9 @@ class Flow:
         self.left_out: int | None = None
         self.keeper: Keeper | None = None
         self.solo = False
+        self.common = 0.0
+        self.beside = False
+        self.sequences: int | None = None
         self.listener: Callable[[str, torch.Tensor], None] | None = None
         self.log: dict[str, torch.Tensor] | None = None
         self._lock = threading.RLock()
@@ -80,15 +88,29 @@ class Flow:
         """Held during a forward pass: two threads take turns, since a pass leaves its decisions in the modules."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
+    @property
+    def streams(self) -> int:
+        """How often every sequence stands in a pass's batch."""
+        return 2 if self.common and (self.forced is None or self.beside) else 1
+
     @contextmanager
-    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False) -> Iterator[None]:
+    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> Iterator[None]:
         """While open, all weight is an expert's, or with `solo` what its own logit says; see the attributes."""
-        before = self.forced, self.solo
-        self.forced, self.solo = expert, solo
+        before = self.forced, self.solo, self.beside
+        self.forced, self.solo, self.beside = expert, solo, beside
         try:
             yield
         finally:
-            self.forced, self.solo = before
+            self.forced, self.solo, self.beside = before
+
+    @contextmanager
+    def without_common(self) -> Iterator[None]:
+        """While open, the chosen experts have no common one beside them."""
+        before, self.common = self.common, 0.0
+        try:
+            yield
+        finally:
+            self.common = before
 
     @contextmanager
     def leaving_out(self, expert: int) -> Iterator[None]:
@@ -123,7 +145,8 @@ class Router(nn.Module):
             `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
             or, with `orders`, part by part over n-grams of that order).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
-        always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says}.
+        always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
+            it is the common expert of modekit_streams.py, of which routers know nothing}.
         jitter, noise: in training only.
     """
 
@@ -146,6 +169,7 @@ class Router(nn.Module):
         All routers of a model decide by one routing.
         """
         self.routing = dict(routing)
+        self._flow[0].common = common_weight(self.routing)
         self._flow[0].averages = any(average["decay"] is not None for average in self.routing["averages"])
         if rows is not None:
             self.rows = list(rows)  # of the gate, per expert; more than one only for score "norm"
@@ -154,6 +178,10 @@ class Router(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""
+        sequences = self._flow[0].sequences
+        return self._weights(x_BSD) if sequences is None else no_weight_for_common(self._weights(x_BSD[:sequences]))
+
+    def _weights(self, x_BSD: torch.Tensor) -> torch.Tensor:
         flow = self._flow[0]
         shape = (*x_BSD.shape[:2], *([self.features] if self.features else []), self.experts)
         if flow.forced is not None and not flow.solo:
@@ -327,7 +355,7 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any], left_out: int | Non
 
     `left_out`: the place of an expert that is not there to choose, always on or not.
     """
-    always_on = routing.get("always_on") or {}
+    always_on = {} if common_weight(routing) else routing.get("always_on") or {}
     if left_out is not None:
         logits = logits.index_fill(-1, _index(left_out, logits), float("-inf"))
         always_on = always_on if always_on.get("expert") != left_out else {}

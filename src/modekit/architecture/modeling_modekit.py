@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .configuration_modekit import ModekitConfig, family_config
 from .modekit_mixed import Mixed
 from .modekit_router import Flow, Router, places_of
+from .modekit_streams import averaged, sequences_of, twice
 
 
 class CarriesRouterStates:
@@ -32,13 +33,22 @@ class CarriesRouterStates:
     """
 
     router_states: dict[str, torch.Tensor]
+    streams = 1
+    """How often every sequence stands in the cache (modekit_streams.py)."""
+
+    def _places(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Rows of the cache of some sequences."""
+        if self.streams == 1:
+            return sequences
+        rows = next(layer.keys.shape[0] for layer in self.layers if getattr(layer, "keys", None) is not None)  # type: ignore[attr-defined]
+        return torch.cat([sequences, sequences + rows // 2])
 
     def _change(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.router_states = {place: rule(state) for place, state in self.router_states.items()}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences in another order (beam search)."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        super().reorder_cache(self._places(beam_idx))  # type: ignore[misc]
         self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -48,7 +58,7 @@ class CarriesRouterStates:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some sequences."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        super().batch_select_indices(self._places(indices))  # type: ignore[misc]
         self._change(lambda state: state[indices.to(state.device)])
 
     def reset(self) -> None:
@@ -221,11 +231,24 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
         flow, asked = self.flow, asks_for_log(self.config, kwargs)
 
         def run() -> Any:
-            start_pass(flow, {**dict(zip(arguments, args, strict=False)), **kwargs})
+            given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+            start_pass(flow, given)
             kwargs.pop(_PADDING, None)
+            if flow.streams == 2:
+                return run_twice(given)
             output = dense_model.forward(self, *args, **kwargs)
             finish_pass(flow, output)
             return output
+
+        def run_twice(given: dict[str, Any]) -> Any:
+            sequences = flow.sequences = sequences_of(given)
+            try:
+                doubled = {name: twice(value, sequences) for name, value in given.items() if name != _PADDING}
+                output = dense_model.forward(self, **doubled)
+                finish_pass(flow, output)
+                return averaged(output, sequences, flow.common)
+            finally:
+                flow.sequences = None
 
         with flow.one_pass():
             return logged(flow, run) if asked and flow.log is None else run()
@@ -305,6 +328,9 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
+    if isinstance(cache, Cache) and not torch.compiler.is_compiling() and int(cache.get_seq_length()):
+        if getattr(cache, "streams", 1) != flow.streams:
+            raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
     if not flow.averages or flow.keeper is not None or (flow.forced is not None and not flow.solo):
         return
     if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
@@ -334,10 +360,11 @@ def finish_pass(flow: Flow, output: Any) -> None:
     cache = next((value for value in values if isinstance(value, Cache)), None)
     if isinstance(cache, CarriesRouterStates) and not flow.fresh:  # an expert was forced: the averages miss these tokens
         cache.router_states = {}
-    elif cache is not None and flow.fresh:
+    elif cache is not None and (flow.fresh or flow.sequences is not None):
         if not isinstance(cache, CarriesRouterStates):
             cache.__class__ = _carrier(cache.__class__)
         cache.router_states = flow.fresh
+        cache.streams = 1 if flow.sequences is None else 2
     flow.states, flow.fresh = {}, {}
 
 

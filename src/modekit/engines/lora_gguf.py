@@ -130,5 +130,5 @@ def _notes_of(adapter: Adapter, checkpoint: Checkpoint) -> Iterator[str]:
     if adapter.folded:
         yield f"the scale of {len(adapter.folded)} of {len(adapter.changes)} modules is folded into B: a file has one alpha"
     mixture = checkpoint.record.recipe.mixture
-    if mixture.modules not in ("auto", "all") or mixture.layers is not None:
+    if isinstance(mixture.modules, list) or mixture.layers is not None:
         yield "only what the mixture mixes is in it (mixture.modules, mixture.layers)"

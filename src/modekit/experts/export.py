@@ -159,7 +159,7 @@ def _notes(checkpoint: Checkpoint, expert: int, own: OwnFiles | None) -> Iterato
         yield f"the mixture holds its tensors in {recipe.output.dtype} (output.dtype)"
     if is_trained(checkpoint, expert):
         yield TRAINED
-    limited = recipe.mixture.modules not in ("auto", "all") or recipe.mixture.layers is not None
+    limited = isinstance(recipe.mixture.modules, list) or recipe.mixture.layers is not None
     if own is not None and own.problem is not None and not own.config and limited:
         yield "only what the mixture mixes is here (mixture.modules, mixture.layers); the rest of the adapter is not in it"
     if recipe.mixture.backbone != BASE:

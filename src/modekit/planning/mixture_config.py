@@ -53,10 +53,13 @@ class Ngram(_Said):
 
 
 class AlwaysOn(_Said):
-    """What takes part in every token: an expert by its index, or the base (None), and its share if that is given."""
+    """What takes part in every token: an expert by its index, or the base (None), its share if that is given, and whether it
+    runs apart from the others.
+    """
 
     expert: int | None
     weight: Annotated[float, Field(gt=0, lt=1)] | None
+    apart: bool = False
 
 
 class Routing(_Said):
@@ -80,6 +83,11 @@ class Routing(_Said):
     def reads_averages(self) -> bool:
         """Whether what the router says of a token depends on those before it."""
         return any(average.decay is not None for average in self.averages)
+
+    @property
+    def runs_common(self) -> bool:
+        """Whether the base runs beside the experts, all the way to the head."""
+        return self.always_on is not None and self.always_on.apart
 
     @property
     def remembers(self) -> bool:
@@ -129,6 +137,8 @@ class MixtureConfig(_Said):
             raise ValueError(f"routing.weights must have {count} entries")
         if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:
             raise ValueError(f"routing.always_on: there are only {count} experts")
+        if routing.runs_common and (HEAD in self.places or not all(place.base for place in self.places.values())):
+            raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
         if routing.unseen is not None and routing.unseen >= count:
             raise ValueError(f"routing.unseen: there are only {count} experts")
         for module, place in self.places.items():
@@ -152,6 +162,8 @@ class MixtureConfig(_Said):
         """Why vLLM does not serve the mixture; None where it does."""
         if HEAD in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
+        if self.routing.runs_common:
+            return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
         if self.routing.remembers and any(place.features for place in self.places.values()):
             return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
         return self.family.without_vllm or None

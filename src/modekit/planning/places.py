@@ -7,7 +7,7 @@ from the recipe's `per`: the first place that a router serves is its leader.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, takewhile
@@ -65,6 +65,12 @@ class PlannedPlace:
         return next(ref for ref in self.refs if ref.name == weight_of(self.module))
 
 
+def first_to_run(modules: Collection[str], family: Family) -> str:
+    """Of the modules of whole models or whole decoders, the one that a pass reaches first."""
+    ways = (EMBEDDING, in_layer(0, "input_layernorm"), in_layer(0, family.parts["q"]))
+    return next(module for module in ways if module in modules)
+
+
 class Places:
     """The places of one recipe in the order in which they run. Raises UnsupportedError when there are none."""
 
@@ -72,9 +78,10 @@ class Places:
         self._recipe, self._sources, self._family = recipe, sources, family
         self._base = sources[0]
         self._count = len(recipe.experts)
-        self._everything = recipe.mixture.modules == "all"
+        self._whole = recipe.mixture.is_whole
+        self._shared = {EMBEDDING, HEAD} if recipe.mixture.modules == "decoder" else set()
         self.parts = MixedParts(recipe, sources, family)
-        self.unties = self._everything and is_tied(self._base, family)
+        self.unties = recipe.mixture.modules == "all" and is_tied(self._base, family)
 
     def __iter__(self) -> Iterator[PlannedPlace]:
         return iter(self._all)
@@ -133,7 +140,7 @@ class Places:
 
     @cached_property
     def _all(self) -> list[PlannedPlace]:
-        places = list(self._of_everything() if self._everything else self._of_layers())
+        places = list(self._of_everything() if self._whole else self._of_layers())
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in what is mixed", where="mixture.modules",
@@ -142,9 +149,14 @@ class Places:
         return places
 
     def _of_everything(self) -> Iterable[PlannedPlace]:
-        """The embedding runs first, so the router is there, whether experts have one of their own or not."""
+        """What runs first has the router, whether experts have a module of their own there or not."""
         places = map(self._place, self._all_modules())
-        return (place for place in places if place.module == EMBEDDING or place.is_mixed)
+        return (place for place in places if place.module == self._first or place.is_mixed)
+
+    @cached_property
+    def _first(self) -> str:
+        modules = [module for module in self._all_modules() if module not in self._shared]
+        return first_to_run(modules, self._family)
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
         for layer in self._recipe.mixture.mixed_layers(int(self._base.config["num_hidden_layers"])):
@@ -163,7 +175,7 @@ class Places:
                 continue
             if name.rpartition(".")[2] not in {"weight", "bias"} or len(ref.shape) > 2:
                 raise UnsupportedError(
-                    "modules: all cannot mix this kind of tensor", where=f"base_model ({self._base.spec}): {name}",
+                    f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor", where=f"base_model ({self._base.spec}): {name}",
                     remedy="name the parts to mix under mixture.modules",
                 )  # fmt: skip
             modules.add(module_of(name))
@@ -193,7 +205,7 @@ class Places:
 
     def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
         source, said = self._sources[1 + expert], self._recipe.experts[expert]
-        if said.is_base:
+        if said.is_base or module in self._shared:
             return None
         weight = next((ref for ref in refs if ref.name == weight_of(module)), None)
         if isinstance(source, AdapterSource):
@@ -215,7 +227,9 @@ class Places:
 
     def _leader(self, place: PlannedPlace) -> str:
         per = self._recipe.mixture.router.scope
-        if per == "model" or self._everything:
+        if self._whole:
+            return self._first
+        if per == "model":
             return self._all[0].module
         if per in {"projection", "feature"}:
             return place.module

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modekit.planning.mixture_config import MixtureConfig, Place, readers
-from modekit.planning.places import ATTENTION
+from modekit.planning.places import ATTENTION, first_to_run
 from modekit.planning.routing_config import gate_rows, needs_base, routing_config
 from modekit.recipes.recipe import Recipe
 from modekit.sources.families import PARTS, Family
 from modekit.sources.model import TensorRef
-from modekit.sources.names import EMBEDDING, split_layer
+from modekit.sources.names import split_layer
 
 _GATE_KEYS = {"router", "width", "rows", "features"}
 
@@ -26,7 +26,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Mapping[str, Any], 
     """The same experts under the routing of another recipe; `config` is the checkpoint's."""
     hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
     router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
-    leaders = _leaders(mixture.places, scope, family, whole=recipe.mixture.modules == "all")
+    leaders = _leaders(mixture.places, scope, family, whole=recipe.mixture.is_whole)
     changed = {}
     for module, place in mixture.places.items():
         said: dict[str, Any] = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
@@ -50,7 +50,7 @@ def bases_that_differ(mixture: MixtureConfig, recipe: Recipe) -> list[str]:
 def _leaders(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:
     """Place -> place of its router: the first of those that share it, in the order in which they run."""
     if whole:
-        return dict.fromkeys(places, EMBEDDING)
+        return dict.fromkeys(places, first_to_run([*places], family))
     ways = {place: _way(place, family) for place in places}
     leaders: dict[object, str] = {}
     for place, (layer, part) in sorted(ways.items(), key=lambda item: item[1]):

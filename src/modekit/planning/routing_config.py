@@ -19,7 +19,8 @@ def routing_config(recipe: Recipe) -> Routing:
     always_on = None
     if mixture.always_on is not None:
         index = recipe.names.index(mixture.always_on.expert) if mixture.always_on.expert in recipe.names else None
-        always_on = AlwaysOn(expert=index, weight=mixture.always_on.weight)
+        apart = {"apart": True} if mixture.always_on.apart else {}
+        always_on = AlwaysOn(expert=index, weight=mixture.always_on.weight, **apart)
     weights = None
     if mixture.method == "linear":
         given = mixture.weights or dict.fromkeys(recipe.names, 1.0)

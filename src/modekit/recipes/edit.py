@@ -47,7 +47,7 @@ def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> d
     router = _changed_router(mixture.get("router", {}), asked)
     if method == "linear":
         router = dict(asked)
-    elif changed.get("modules") == "all" and not _row(router).decides_once:
+    elif changed.get("modules") in ("all", "decoder") and not _row(router).decides_once:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 

@@ -21,12 +21,19 @@ Method = Literal["linear", "gating", "routing"]
 class AlwaysOn(Strict):
     """An expert, or the base, that takes part in every token."""
 
+    later: ClassVar[tuple[str, ...]] = ("apart",)
+
     expert: Name = Field(description="Name of an expert, or base.")
     weight: float | None = Field(
         None,
         gt=0,
         lt=1,
         description="Its share; without one, an expert of the list is always chosen and weighs what its logit says.",
+    )
+    apart: bool | None = Field(
+        None,
+        description="The base reads the text through all of its own decoder, beside the chosen experts; the two last hidden "
+        "states are averaged with this weight (the common expert of arXiv 2407.19610; takes expert: base).",
     )
 
 
@@ -41,9 +48,13 @@ class Mixture(Strict):
         None, gt=0, le=1, description="In place of top_k: the fewest experts whose probabilities reach it (routing only)."
     )
     modules: Annotated[
-        Annotated[Literal["auto", "all"], Tag("literal[]")] | Annotated[list[Part], Tag("literal[s]")],
+        Annotated[Literal["auto", "decoder", "all"], Tag("literal[]")] | Annotated[list[Part], Tag("literal[s]")],
         Discriminator(lambda value: "literal[s]" if isinstance(value, list) else "literal[]"),
-    ] = Field("auto", description="What experts have of their own; auto: the FFN, and what adapters change. all: everything.")
+    ] = Field(
+        "auto",
+        description="What experts have of their own; auto: the FFN, and what adapters change. decoder: everything between the "
+        "embedding and the head, which they share. all: everything.",
+    )
     layers: list[int | str] | None = Field(
         None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all."
     )
@@ -62,7 +73,7 @@ class Mixture(Strict):
             *self._problems_of_always_on(),
             *self._problems_of_unseen(),
             *self._problems_of_modules(),
-            *(self._problems_of_whole_models() if self.modules == "all" else ()),
+            *(self._problems_of_whole_models() if self.is_whole else ()),
             *self._problems_of_numbers(),
         ]
         return checked(self, problems)
@@ -87,6 +98,16 @@ class Mixture(Strict):
             yield "'always_on' without a weight has no effect with method 'gating', where every expert takes part; remove it"
         if self.always_on.weight is None and self.top_k == 1:
             yield "'always_on' without a weight takes the only place of top_k: 1; give it a weight, or raise top_k"
+        if self.always_on.apart:
+            if self.always_on.expert != BASE or self.always_on.weight is None:
+                yield "'always_on' with apart: true is the base with a weight: write expert: base, weight: 0.5"
+            if self.backbone != BASE:
+                yield "'always_on' with apart: true is the base itself, which needs backbone: base; remove one of them"
+            if self.modules == "all":
+                yield (
+                    "'always_on' with apart: true averages what one head reads, and with modules: all experts have heads of "
+                    "their own; write modules: decoder"
+                )
 
     def _problems_of_unseen(self) -> Iterator[str]:
         if self.unseen is None:
@@ -120,16 +141,16 @@ class Mixture(Strict):
         before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
         if fit is not None and not before_first_layer and not fit.decides_once:
             yield (
-                "modules: all mixes embeddings, norms and head too, so the decision must stand before the first layer: set "
+                f"modules: {self.modules} mixes norms, too, so the decision must stand before the first layer: set "
                 "router: {fit: ngram}, or router: {granularity: sequence, per: model}"
             )
         if fit is not None and fit.reads == "changes":
             yield (
-                f"with modules: all the router reads the embedding, where fit '{fit.name}' has no change to score: "
+                f"with modules: {self.modules} the router reads the embedding, where fit '{fit.name}' has no change to score: "
                 "name the parts under modules, or choose another fit"
             )
         if self.layers is not None:
-            yield "'layers' has no effect with modules: all; remove it"
+            yield f"'layers' has no effect with modules: {self.modules}; remove it"
 
     def _problems_of_numbers(self) -> Iterator[str]:
         try:
@@ -140,6 +161,11 @@ class Mixture(Strict):
             min(self.weights.values(), default=0) >= 0 and 0 < sum(self.weights.values()) < math.inf
         ):
             yield "'weights' must be >= 0 and not all zero"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether experts have every layer of their own, so that one decision before the first layer serves all places."""
+        return self.modules in ("all", "decoder")
 
     @property
     def fit(self) -> Fit | None:

@@ -126,7 +126,7 @@ def describe(mixture: Mapping[str, Any]) -> str:
         words.append(f"always {always_on['expert']}{share}")
     if mixture.get("modules", "auto") != "auto":
         modules = mixture["modules"]
-        words.append("whole models" if modules == "all" else "+".join(modules))
+        words.append({"all": "whole models", "decoder": "whole decoders"}.get(str(modules)) or "+".join(modules))
     words += [f"layers {','.join(map(str, mixture['layers']))}"] if mixture.get("layers") else []
     if mixture.get("backbone", "base") != "base":
         words.append("backbone " + short_backbone(label(mixture["backbone"])))
