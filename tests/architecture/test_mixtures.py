@@ -516,7 +516,9 @@ def recipes(draw: st.DrawFn, kinds: list[dict[str, Any]] = KINDS, fits: tuple[st
 
 def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]], fits: tuple[str, ...]) -> dict[str, Any]:
     family, names = BY_TYPE[model_type], [expert["name"] for expert in experts]
-    modules = draw(st.sampled_from(["auto", "auto", "some", "some", "some", *(["all", "decoder"] if model_type not in NO_ALL else [])]))
+    modules = draw(
+        st.sampled_from(["auto", "auto", "some", "some", "some", *(["all", "decoder"] if model_type not in NO_ALL else [])])
+    )
     whole = modules in {"all", "decoder"}
     if modules == "some":
         wanted = draw(st.lists(st.sampled_from([*family.parts]), min_size=1, max_size=4, unique=True))

@@ -37,6 +37,16 @@ class SettingOptions:
     cheap: Annotated[
         bool, typer.Option("--cheap", help="Gates alone, on kept activations with domain labels: no pass back.")
     ] = False
+    regime: Annotated[
+        str | None,
+        typer.Option(
+            help="mixture (default): as it routes. joint: every step has one domain, whose own expert takes it; it and what all "
+            "share learn, no other expert does."
+        ),
+    ] = None
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a model to distil from, in place of the domains' own experts.")
+    ] = None
     lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank, folded in at the end.")] = None
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 5e-3).")] = None

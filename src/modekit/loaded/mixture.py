@@ -60,6 +60,10 @@ class LoadedMixture(ABC):
         """While open, every router gives all weight to one expert."""
 
     @abstractmethod
+    def on_own_text(self, expert: int) -> AbstractContextManager[None]:
+        """While open, text goes to one expert (-1: to none) as if the routers had chosen it: a common expert takes part."""
+
+    @abstractmethod
     def left_out(self, expert: int) -> AbstractContextManager[None]:
         """While open, every router chooses among the other experts, whose weights sum to one again."""
 

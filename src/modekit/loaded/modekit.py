@@ -65,6 +65,18 @@ class ModekitMixture(LoadedMixture):
             yield
 
     @contextmanager
+    def on_own_text(self, expert: int) -> Iterator[None]:
+        """By the flow that all routers share."""
+        with flow_of(self.model).forcing(expert, beside=True):
+            yield
+
+    @contextmanager
+    def without_common(self) -> Iterator[None]:
+        """While open, the chosen experts have no common one beside them."""
+        with flow_of(self.model).without_common():
+            yield
+
+    @contextmanager
     def left_out(self, expert: int) -> Iterator[None]:
         """By the flow that all routers share."""
         with flow_of(self.model).leaving_out(expert):

@@ -9,7 +9,7 @@ Shape legend: B batch, S sequence, D width, E experts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,10 @@ class NativeMixture(LoadedMixture):
 
         with self._changed_logits(change):
             yield
+
+    def on_own_text(self, expert: int) -> AbstractContextManager[None]:
+        """There is no common expert here."""
+        return self.forced(expert)
 
     @contextmanager
     def left_out(self, expert: int) -> Iterator[None]:

@@ -53,10 +53,13 @@ Row = list[Draw]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that go through the model together, and how many predicted tokens the whole step has."""
+    """Rows that go through the model together, how many predicted tokens the whole step has, and the label of its first
+    sequence: of all of them, in a joint training.
+    """
 
     rows: list[Row]
     step_targets: int
+    expert: int
 
 
 def shares(corpora: Sequence[Corpus], settings: TrainSettings) -> list[float]:
@@ -88,12 +91,12 @@ def plan_parts(
         lengths = [len(sequences[draw].ids) for draw in draws]
         rows = _packed(draws, lengths, settings.sequence_length) if pack else [[draw] for draw in draws]
         sizes = [sum(len(sequences[draw].ids) for draw in row) for row in rows]
-        planned += [Part(dealt, targets) for dealt in _deal(rows, sizes, parts)]
+        planned += [Part(dealt, targets, draws[0].label) for dealt in _deal(rows, sizes, parts)]
     return planned
 
 
 def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, experts: int) -> Iterator[list[Draw]]:
-    """Sequences of each step: the corpus that lags its share most comes next."""
+    """Sequences of each step: the corpus that lags its share most comes next, or has the whole step in a joint training."""
     generator = torch.Generator().manual_seed(settings.seed)
     wanted = shares(corpora, settings)
     pending: list[list[int]] = [[] for _ in corpora]
@@ -101,9 +104,11 @@ def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, 
     for _ in range(steps):
         draws: list[Draw] = []
         tokens = 0
+        corpus: int | None = None
         while tokens < settings.batch_tokens:
             total = sum(read) + 1
-            corpus = max(range(len(corpora)), key=lambda each: (wanted[each] - read[each] / total, -each))
+            if corpus is None or not settings.is_joint:
+                corpus = max(range(len(corpora)), key=lambda each: (wanted[each] - read[each] / total, -each))
             if not pending[corpus]:
                 pending[corpus] = torch.randperm(len(corpora[corpus].sequences), generator=generator).tolist()
             sequence = pending[corpus].pop()
@@ -164,7 +169,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Each item: input_ids (B, S) int64; real (B, S) bool; position_ids (B, S) int64, from 0 for every sequence; labels (B, S)
     int64, the expert that the router is to take, GENERIC for none; corpus and position (B, S) int64, where each token stands in
-    the corpora; targets, how many tokens the whole step predicts.
+    the corpora; targets, how many tokens the whole step predicts; expert, the label of the step's first sequence.
     """
 
     def __init__(self, corpora: Sequence[Corpus], parts: Sequence[Part], pad_id: int) -> None:
@@ -185,7 +190,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "input_ids": torch.full(shape, self._pad_id), "real": torch.zeros(shape, dtype=torch.bool),
             "position_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, GENERIC),
             "corpus": torch.zeros(shape, dtype=torch.int64), "position": torch.zeros(shape, dtype=torch.int64),
-            "targets": torch.tensor(part.step_targets),
+            "targets": torch.tensor(part.step_targets), "expert": torch.tensor(part.expert),
         }  # fmt: skip
         for number, row in enumerate(rows):
             start = 0

@@ -21,7 +21,7 @@ from modekit.training.low_rank import Trainable, make_trainable
 from modekit.training.moving import moving_of
 from modekit.training.objective import Objective
 from modekit.training.request import Request, has_no_router
-from modekit.training.settings import DISTILLS, TrainSettings
+from modekit.training.settings import DISTILLS, Group, TrainSettings
 from modekit.training.teachers import make_teachers
 from modekit.training.texts import silent_domains
 
@@ -43,10 +43,7 @@ def train_end_to_end(
     per_step = accumulate * processes().count
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
     distills = bool(DISTILLS & set(settings.losses))
-    teachers = (
-        make_teachers(checkpoint, corpora, folder, run=run)
-        if distills else []
-    )  # fmt: skip
+    teachers = make_teachers(checkpoint, corpora, folder, request.teacher, run=run) if distills else []
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     done = run_trainer(
@@ -65,7 +62,8 @@ def _trainable(request: Request, run: Run) -> Trainable:
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
     mixture_of(mixture, checkpoint).prepare_training()
-    trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
+    but: tuple[Group, ...] = ("routers",) if settings.is_joint else ()
+    trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what, but=but), settings.lora)
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixture.enable_input_require_grads()
@@ -81,6 +79,8 @@ def _read(request: Request, parts: Sequence[Part]) -> int:
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
     """How many experts a token gets while training, and what has to be said about it."""
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
+    if settings.is_joint:
+        return None, []
     if settings.train_top_k is not None:
         wanted = settings.train_top_k or experts
         if wanted > experts:

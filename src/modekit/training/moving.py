@@ -7,7 +7,7 @@ are in none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,9 +29,11 @@ class Moving:
 
     groups: dict[Group, list[str]]
 
-    def names(self, what: Iterable[Group]) -> list[str]:
-        """Names of all parameters that move, each once. Raises TrainingError for a group that is empty here."""
-        wanted = [*_PARTS] if "all" in what else list(what)
+    def names(self, what: Iterable[Group], *, but: Collection[Group] = ()) -> list[str]:
+        """Names of all parameters that move, each once; `but` is what all leaves out. Raises TrainingError for a group that is
+        empty here.
+        """
+        wanted = [part for part in _PARTS if part not in but] if "all" in what else list(what)
         empty = [group for group in wanted if not self.groups[group] and "all" not in what]
         if empty:
             raise TrainingError(

@@ -69,8 +69,10 @@ class Objective(nn.Module):
             logits = self.mixture(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
             keep = item["real"][:, 1:]
             return {"loss": language_model(logits[:, :-1][keep], item["input_ids"][:, 1:][keep])}
+        mixture = mixture_of(self.mixture, self._checkpoint)
         wanted = OF_ROUTERS & self.settings.losses.keys()
-        with mixture_of(self.mixture, self._checkpoint).traced() if wanted else nullcontext() as trace:
+        own = mixture.on_own_text(int(item["expert"])) if self.settings.is_joint else nullcontext()
+        with own, mixture.traced() if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"position_ids": item["position_ids"]} if self._packed else {"attention_mask": item["real"].long()}
             logits = self.mixture(input_ids=item["input_ids"], use_cache=False, **apart).logits
@@ -109,7 +111,10 @@ class Objective(nn.Module):
         for number, teacher in enumerate(self._teachers):
             if teacher is None:
                 continue
-            rows = ((corpus_N == number) & (label_N == teacher.expert)).nonzero().squeeze(-1)
+            taught_N = corpus_N == number
+            if teacher.expert is not None:
+                taught_N &= label_N == teacher.expert
+            rows = taught_N.nonzero().squeeze(-1)
             if len(rows):
                 with torch.no_grad():
                     wanted = teacher.logits(position_N[rows], logits_NV.device)

@@ -21,7 +21,8 @@ from modekit.training.texts import Text, silent_domains
 class Request:
     """A mixture, the folder for the trained one (which may be its own), settings, and text of every domain.
 
-    `evaluate_tokens`: held-out tokens per domain for the tables before and after; None for none.
+    `evaluate_tokens`: held-out tokens per domain for the tables before and after; None for none. `teacher`: the folder of a
+    model that teaches all domains; None where their own experts do.
     """
 
     checkpoint: Checkpoint
@@ -29,6 +30,7 @@ class Request:
     settings: TrainSettings
     texts: Sequence[Text]
     evaluate_tokens: int | None
+    teacher: Path | None = None
 
     @property
     def corpora(self) -> list[Corpus]:
@@ -56,6 +58,8 @@ class Request:
                 found=f"method {checkpoint.record.recipe.mixture.method}",
                 remedy="set one first: modekit fit OUT --method routing --top-k 2",
             )  # fmt: skip
+        if settings.is_joint:
+            self._check_joint()
         silent = silent_domains(checkpoint, self.texts)
         if silent and (settings.speed == "cheap" or "label" in settings.losses):
             raise TrainingError(
@@ -64,6 +68,21 @@ class Request:
             )  # fmt: skip
         if settings.speed == "cheap" and processes().count > 1:
             raise TrainingError("a cheap training is done by one process", where="speed", remedy="start it without a launcher")
+
+    def _check_joint(self) -> None:
+        """Raise TrainingError unless every expert has tensors of its own, which stay as they are while others learn."""
+        shape = self.checkpoint.shape
+        if shape.plain or any(any(place.ranks) for place in shape.mixture.places.values()):
+            raise TrainingError(
+                "a joint training moves one expert a step, and the experts of this mixture lie in one tensor", where="regime",
+                found=f"output.format {'native' if shape.plain else 'modekit, with adapters'}",
+                remedy="build it from whole models with output: {format: modekit}, or mixture: {modules: decoder}",
+            )  # fmt: skip
+        if self.settings.generic and not shape.routing.runs_common:
+            raise TrainingError(
+                "text of no domain has no expert of its own here", where="generic", found="regime: joint",
+                remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
+            )  # fmt: skip
 
 
 def has_no_router(checkpoint: Checkpoint) -> bool:

@@ -52,6 +52,10 @@ class TrainSettings(BaseModel):
         temperature: of distillation; its losses count times T^2 (arXiv:1503.02531, Section 2).
         adaptive: weigh distillation against lm by how far each still is: their weights' sum is shared out in proportion to
             the losses.
+        regime: `mixture` trains the mixture as it routes. `joint`: a step has text of one domain, which goes to its own expert
+            whatever routers say, so that this expert, what all share and a common expert learn from it and no other does
+            (JEET and MoE-CE, arXiv:2407.19610).
+        teacher: a model whose predictions distillation is towards, in place of the domains' own experts.
         speed: `cheap` trains gates on kept activations with domain labels, without a pass back; `full` end to end.
         steps: optimiser steps; None passes once over the text.
         batch_tokens: tokens per step, of all processes together.
@@ -86,6 +90,8 @@ class TrainSettings(BaseModel):
     losses: dict[Loss, float] = Field({"lm": 1.0}, min_length=1)
     temperature: float = Field(1.0, gt=0)
     adaptive: bool = False
+    regime: Literal["mixture", "joint"] = "mixture"
+    teacher: str | None = None
     speed: Literal["cheap", "full"] = "full"
     steps: int | None = Field(None, ge=1)
     batch_tokens: int = Field(4_096, ge=16)
@@ -112,16 +118,23 @@ class TrainSettings(BaseModel):
     checkpointing: bool = False
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _all_that_a_joint_step_reaches(cls, values: Any) -> Any:
+        return {"what": ["all"], **values} if isinstance(values, dict) and values.get("regime") == "joint" else values
+
     @model_validator(mode="after")
     def _no_dead_settings(self) -> TrainSettings:
         said = self.model_fields_set
         dead = {
             "temperature": not DISTILLS & set(self.losses),
+            "teacher": not DISTILLS & set(self.losses),
             "adaptive": self.adaptive and not ("lm" in self.losses and DISTILLS & set(self.losses)),
             "mix_temperature": self.mix != "temperature",
             "generic_share": not self.generic,
             "randomise": self.randomise > 0 and not _READS_LABEL & set(self.losses),
-            "learning_rate": not {"routers", "all"} & set(self.what),
+            "learning_rate": not {"routers", "all"} & set(self.what) or self.is_joint,
+            "train_top_k": self.is_joint,
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
             "cache_bytes": self.speed == "full",
@@ -129,7 +142,7 @@ class TrainSettings(BaseModel):
         if self.speed == "cheap":
             only_full = (
                 "lora", "losses", "accumulate", "clip", "train_top_k", "generic", "randomise", "pack", "checkpointing",
-                "warmup", "batch_tokens", "evaluate_every", "precision",
+                "warmup", "batch_tokens", "evaluate_every", "precision", "regime", "teacher",
             )  # fmt: skip
             dead |= dict.fromkeys(only_full, True)
             if set(self.what) != {"routers"}:
@@ -139,11 +152,26 @@ class TrainSettings(BaseModel):
             raise ValueError(f"settings without effect here: {', '.join(found)}; remove them")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
+        if self.is_joint:
+            self._check_joint()
         if self.speed == "full" and set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or distill")
         if self.lora is not None and set(self.what) <= {"routers", "norms"}:
             raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
         return self
+
+    def _check_joint(self) -> None:
+        """Raise ValueError for what a step that no router decides cannot train."""
+        of_routers = OF_ROUTERS & set(self.losses)
+        if "routers" in self.what or of_routers:
+            raise ValueError("regime: joint asks no router, so that none learns: remove what and losses of routers")
+        if self.randomise:
+            raise ValueError("regime: joint goes by the domain of a text: remove randomise")
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether text goes to the expert of its domain, one domain a step."""
+        return self.regime == "joint"
 
 
 def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:

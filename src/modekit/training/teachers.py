@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -37,10 +37,10 @@ from modekit.training.losses import GENERIC
 class Teacher:
     """Of one domain: hidden states of all its tokens, (N, D) float16 mapped from disk, and the head that reads them.
 
-    `expert` is the index of the expert that says them.
+    `expert` is the index of the expert that says them; None: a model that teaches all domains.
     """
 
-    expert: int
+    expert: int | None
     hidden_ND: torch.Tensor
     head: Head
 
@@ -53,19 +53,25 @@ def make_teachers(
     checkpoint: Checkpoint,
     corpora: Sequence[Corpus],
     folder: Path,
+    teacher: Path | None = None,
     *,
     run: Run,
 ) -> list[Teacher | None]:
-    """One teacher per corpus; None for text of no domain.
+    """One teacher per corpus; None for text of no domain, unless `teacher` names a model that teaches all.
 
-    The teacher is the expert's own model where it still is, with all that it learned; else the mixture with this expert
+    Else the teacher is the expert's own model where it still is, with all that it learned, or the mixture with this expert
     forced, which has what the mixture carries of it.
     """
     teachers: list[Teacher | None] = []
+    of_all = load_model(teacher, run=run) if teacher is not None else None
     for corpus in corpora:
         path = folder / f"teacher-{corpus.expert}-{processes().rank}.bin"
-        generic = corpus.expert == GENERIC
-        teachers.append(None if generic else _read(checkpoint, corpus, path, run))
+        if of_all is not None:
+            teachers.append(_read(of_all, corpus, None, path, run))
+        elif corpus.expert != GENERIC:
+            teachers.append(_read_own(checkpoint, corpus, path, run))
+        else:
+            teachers.append(None)
     heads: list[Head] = []
     for teacher in teachers:  # experts that share the base's head share one copy of it
         if teacher is not None:
@@ -77,23 +83,23 @@ def make_teachers(
     return teachers
 
 
-def _read(
-    checkpoint: Checkpoint,
-    corpus: Corpus,
-    path: Path,
-    run: Run,
-) -> Teacher:
+def _read_own(checkpoint: Checkpoint, corpus: Corpus, path: Path, run: Run) -> Teacher:
     model = load_expert_source(checkpoint, corpus.expert, run=run)
-    forced = model is None
-    if model is None:
-        model = load_model(checkpoint.folder, run=run)
+    if model is not None:
+        return _read(model, corpus, corpus.expert, path, run)
+    model = load_model(checkpoint.folder, run=run)
+    with mixture_of(model, checkpoint).forced(corpus.expert):
+        return _read(model, corpus, corpus.expert, path, run)
+
+
+def _read(model: PreTrainedModel, corpus: Corpus, expert: int | None, path: Path, run: Run) -> Teacher:
     model.requires_grad_(False)
     make_folder(path.parent)
     remove(path)
     width = int(model.config.hidden_size)
     hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
     done = 0
-    with torch.inference_mode(), mixture_of(model, checkpoint).forced(corpus.expert) if forced else nullcontext():
+    with torch.inference_mode():
         for batch in make_batches(corpus.sequences):
             mask = batch.mask.to(model.device)
             output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)
@@ -108,4 +114,4 @@ def _read(
             "the expert's own model is gone, and the mixture's head cannot stand in for it", where=f"distill: {corpus.name}",
             remedy="put the model back where the recipe found it, or train without distillation",
         )  # fmt: skip
-    return Teacher(corpus.expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))
+    return Teacher(expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))

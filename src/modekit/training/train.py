@@ -16,6 +16,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TrainingError
 from modekit.processes import processes
 from modekit.run import QUIET, Run
+from modekit.sources.open import model_folder
 from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
 from modekit.training.ended import Ended
@@ -50,7 +51,8 @@ def train(
     if target != checkpoint.folder and target.exists() and not folder.is_written:
         raise TrainingError("the output folder exists", where=str(target), remedy="choose another folder, or leave --out away")
     read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), run=run)
-    request = Request(checkpoint, target, settings, read, evaluate_tokens)
+    teacher = _teacher(checkpoint, settings, root or Path.cwd())
+    request = Request(checkpoint, target, settings, read, evaluate_tokens, teacher)
     request.check()
     if settings.speed == "cheap":
         with memory_errors():
@@ -61,6 +63,13 @@ def train(
         return finish(request, _go_on(request, folder, run), folder, run)
     finally:
         folder.release()
+
+
+def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path) -> Path | None:
+    """The folder of the model that teaches all domains. Raises SourceError, or TrainingError for one of another vocabulary."""
+    if settings.teacher is None:
+        return None
+    return model_folder(settings.teacher, None, root=root, label="teacher")
 
 
 def _go_on(
