@@ -6,14 +6,21 @@ How to run it (Debian, Python 3.11; nothing but the standard library is needed):
     pip download --no-deps licensedcode-data==32.1.0 --dest /tmp/licences
     python scripts/make_demo_text.py --licences /tmp/licences/licensedcode_data-32.1.0-py3-none-any.whl
 
-The same inputs (WordNet 3.0, that wheel, the same Python patch release for the ``code`` domain) give the same bytes.
+    pip download --no-deps --dest /tmp/catalogues django==5.2.19 django-allauth==65.22.1 django-cms==5.1.3
+    pip download --no-deps --dest /tmp/catalogues django-localflavor==5.1 django-oscar==4.2.1 djangorestframework==3.18.3
+    pip download --no-deps --dest /tmp/catalogues indico==3.2.9 Trac==1.6 wagtail==8.0.1
+    python scripts/make_demo_text.py --catalogues /tmp/catalogues
+
+Each makes its domains and its part of NOTICE, and leaves the others'. The same inputs (WordNet 3.0, that wheel, the same Python
+patch release for the ``code`` domain; those wheels) give the same bytes.
 
 A document is
 
 * medicine, science, music, general, a part of law: WordNet glosses of one topic, neighbours in the hypernym tree next to
   each other, joined into one paragraph;
 * law: consecutive paragraphs of one open licence; a paragraph that repeats another licence's words is left out;
-* code: one function or class of the Python standard library.
+* code: one function or class of the Python standard library;
+* english, french, german: neighbouring messages of one message catalogue, the same ones in all three, under the same id.
 
 No gloss is in two domains. ``music`` is for evaluation only: no demo model trains on it.
 """
@@ -34,6 +41,8 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from demo_catalogues import LANGUAGES, licences, parallel_documents
 
 SEED = 20240817
 MIN_CHARS, MAX_CHARS = 600, 2500
@@ -274,6 +283,17 @@ Rights Reserved. Redistributed, in excerpts, under the PSF License Agreement ver
 """
 
 
+BREAK = "\nenglish, french, german: "
+LANGUAGE_NOTICE = (
+    BREAK
+    + """messages of the message catalogues of the packages below, the keys as English and their
+translations, joined to documents. Each package's version, copyright and licence:
+
+{licences}
+"""
+)
+
+
 def psf_licence(stdlib: Path) -> str:
     """The current licence of Python out of the history in LICENSE.txt."""
     text = (stdlib / "LICENSE.txt").read_text(encoding="utf-8")
@@ -281,38 +301,70 @@ def psf_licence(stdlib: Path) -> str:
     return text[begin : text.index("BEOPEN.COM LICENSE AGREEMENT", begin)].strip()
 
 
+def write_notice(path: Path, *, first: str | None = None, languages: str | None = None) -> None:
+    """Write the parts of the notice that are given, and leave the other as it is."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    head, sign, tail = old.partition(BREAK)
+    path.write_text((head if first is None else first) + (sign + tail if languages is None else languages), encoding="utf-8")
+
+
+def write_records(path: Path, records: list[dict[str, str]], of: int) -> None:
+    """Write records, packed, and say on stderr how many of how many they are."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    packed = lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME)
+    path.write_bytes(packed)
+    print(
+        f"{path.name.partition('.')[0]:9} {len(records):5} of {of:5} documents {len(lines):8} characters {len(packed):7} packed"
+        f"  sha256 {hashlib.sha256(packed).hexdigest()[:12]}",
+        file=sys.stderr,
+    )
+
+
+def make_languages(wheels: list[Path], out: Path) -> None:
+    """Write english, french and german, whose documents are the same ones in the same order, and their part of the notice."""
+    documents = parallel_documents(wheels, Deduplicator(size=4, share=0.5))
+    random.Random(f"{SEED}-languages").shuffle(documents)
+    for place, language in enumerate(LANGUAGES):
+        records = [{"id": document.id, "text": document.texts[place]} for document in documents]
+        write_records(out / f"{language}.jsonl.xz", records, len(documents))
+    write_notice(out / "NOTICE", languages=LANGUAGE_NOTICE.format(licences=licences(wheels)))
+
+
+def make_domains(wordnet: Path, licence_wheel: Path, stdlib: Path, out: Path) -> None:
+    """Write all other domains, and their part of the notice."""
+    synsets = read_wordnet(wordnet)
+    domains = assign_domains(synsets)
+    for domain in DOMAINS:
+        if domain == "code":
+            documents = list(code_documents(stdlib))
+        else:
+            documents = list(gloss_documents(synsets, tree_order(synsets, (k for k, d in domains.items() if d == domain))))
+            if domain == "law":
+                documents += licence_documents(licence_wheel)
+        chosen = shuffled_within_budget(domain, documents)
+        write_records(out / f"{domain}.jsonl.xz", [{"text": text} for text in chosen], len(documents))
+    head = (line[4:].strip() for line in (wordnet / "data.noun").read_text("latin-1").splitlines()[:29])
+    notice = NOTICE.format(wordnet="\n".join(head), python=platform.python_version(), psf=psf_licence(stdlib))
+    write_notice(out / "NOTICE", first=notice)
+
+
 def main() -> None:
-    """Write every domain and the notice, and say on stderr what was written."""
+    """Write the domains whose sources are given, and the notice, and say on stderr what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
-    parser.add_argument("--licences", type=Path, required=True, help="the licensedcode-data wheel")
+    parser.add_argument("--licences", type=Path, help="the licensedcode-data wheel: makes all but the languages")
+    parser.add_argument("--catalogues", type=Path, help="a folder of wheels with message catalogues: makes the languages")
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     default_out = Path(__file__).resolve().parent.parent / "src/modekit/demo/text"
     parser.add_argument("--out", type=Path, default=default_out)
     arguments = parser.parse_args()
+    if arguments.licences is None and arguments.catalogues is None:
+        parser.error("give --licences, --catalogues or both")
     arguments.out.mkdir(parents=True, exist_ok=True)
-
-    synsets = read_wordnet(arguments.wordnet)
-    domains = assign_domains(synsets)
-    for domain in DOMAINS:
-        if domain == "code":
-            documents = list(code_documents(arguments.stdlib))
-        else:
-            documents = list(gloss_documents(synsets, tree_order(synsets, (k for k, d in domains.items() if d == domain))))
-            if domain == "law":
-                documents += licence_documents(arguments.licences)
-        chosen = shuffled_within_budget(domain, documents)
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
-        packed = lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME)
-        (arguments.out / f"{domain}.jsonl.xz").write_bytes(packed)
-        print(
-            f"{domain:9} {len(chosen):5} of {len(documents):5} documents {len(lines):8} bytes {len(packed):7} packed"
-            f"  sha256 {hashlib.sha256(packed).hexdigest()[:12]}",
-            file=sys.stderr,
-        )
-    head = (line[4:].strip() for line in (arguments.wordnet / "data.noun").read_text("latin-1").splitlines()[:29])
-    notice = NOTICE.format(wordnet="\n".join(head), python=platform.python_version(), psf=psf_licence(arguments.stdlib))
-    (arguments.out / "NOTICE").write_text(notice, encoding="utf-8")
+    if arguments.licences is not None:
+        make_domains(arguments.wordnet, arguments.licences, arguments.stdlib, arguments.out)
+    if arguments.catalogues is not None:
+        make_languages(sorted(arguments.catalogues.glob("*.whl")), arguments.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.demo import run_demo
 from modekit.demo.kinds import MIXTURES, REFITTED
-from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
+from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
 from modekit.errors import OutputError
 from modekit.run import Run, silent
 from modekit.text.documents import read_documents
@@ -32,6 +32,22 @@ def test_the_shipped_text_is_enough_and_no_document_is_in_two_domains(tmp_path: 
         seen.update(dict.fromkeys(documents, name))
     assert set(seen.values()) == {*DOMAINS, GENERAL, UNSEEN}
     assert "WordNet" in (tmp_path / "NOTICE").read_text()
+
+
+def test_three_languages_have_the_same_documents_by_their_id(tmp_path: Path) -> None:
+    paths = unpack_text(tmp_path, LANGUAGES)
+    records = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in paths.items()}
+    ids = {name: [record["id"] for record in found] for name, found in records.items()}
+    assert len(set(ids["english"])) == len(ids["english"]) >= 300
+    assert ids["english"] == ids["french"] == ids["german"]
+    for found in records.values():
+        assert sum(len(record["text"].encode()) for record in found) >= 250_000
+        assert all(40 <= len(record["text"].split()) <= 300 for record in found)
+    common = {"english": "the", "french": "de", "german": "der"}
+    for name, word in common.items():
+        told = {each: sum(record["text"].split().count(word) for record in found) for each, found in records.items()}
+        assert max(told, key=lambda each: told[each]) == name
+    assert "Django Software Foundation" in (tmp_path / "NOTICE").read_text()
 
 
 def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ A file per group of commands; `--help` lists the groups in the order in which th
 # ruff: noqa: I001
 from modekit.cli import advice as advice
 from modekit.cli import discovery as discovery
+from modekit.cli import data as data
 from modekit.cli import mixtures as mixtures
 from modekit.cli import members as members
 from modekit.cli import training as training

@@ -19,6 +19,8 @@ from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
+from modekit.errors import ModekitError
+
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose dataclass parameters are unfolded out into their fields."""
@@ -45,3 +47,14 @@ def _fields(kind: Any) -> list[inspect.Parameter]:
 
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def texts_by_domain(text: list[str] | None) -> dict[str, list[str]]:
+    """domain=FILE -> texts by domain. Raises ModekitError for anything else."""
+    texts: dict[str, list[str]] = {}
+    for each in text or []:
+        domain, sign, spec = each.partition("=")
+        if not sign or not domain or not spec:
+            raise ModekitError("not domain=FILE", where="--text", found=each, remedy="write --text medicine=notes.jsonl")
+        texts.setdefault(domain, []).append(spec)
+    return texts

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modekit.cli.options import grouped
+from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
@@ -110,7 +110,7 @@ def train(
     tokens = 8_192 if options.tokens is None else options.tokens
     with drawn_progress() as progress:
         done = train(
-            open_checkpoint(resolved(checkpoint)), wanted, texts=_texts(text), root=Path.cwd(),
+            open_checkpoint(resolved(checkpoint)), wanted, texts=texts_by_domain(text), root=Path.cwd(),
             out=resolved(options.output) if options.output is not None else None, evaluate_tokens=tokens or None,
             run=Run(options.trust_remote_code, progress, options.fsync),
         )  # fmt: skip
@@ -141,14 +141,3 @@ def _weights(losses: list[str] | None) -> dict[str, float] | None:
                 remedy="correct it",
             ) from None  # fmt: skip
     return weights
-
-
-def _texts(text: list[str] | None) -> dict[str, list[str]]:
-    """domain=FILE -> texts by domain."""
-    texts: dict[str, list[str]] = {}
-    for each in text or []:
-        domain, sign, spec = each.partition("=")
-        if not sign or not domain or not spec:
-            raise ModekitError("not domain=FILE", where="--text", found=each, remedy="write --text medicine=notes.jsonl")
-        texts.setdefault(domain, []).append(spec)
-    return texts

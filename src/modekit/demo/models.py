@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +20,7 @@ from transformers import (
 
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
+from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
@@ -68,16 +69,7 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: 
 
 def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE that puts <s> before every text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return byte_level_bpe(documents, VOCABULARY)
 
 
 def _train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:

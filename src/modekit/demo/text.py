@@ -1,11 +1,13 @@
-"""The text that comes with modekit: four domains, general English, and one domain that no expert has seen.
+"""The text that comes with modekit: four domains, general English, one domain that no expert has seen, and three languages.
 
-Made by scripts/make_demo_text.py from WordNet glosses, open licences and the standard library; see text/NOTICE.
+Made by scripts/make_demo_text.py from WordNet glosses, open licences, the standard library and message catalogues; see
+text/NOTICE.
 """
 
 from __future__ import annotations
 
 import lzma
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,15 +16,17 @@ from modekit.files.write import make_folder, write_file
 DOMAINS = ("medicine", "law", "science", "code")
 GENERAL = "general"
 UNSEEN = "music"
+LANGUAGES = ("english", "french", "german")
+"""The same documents in each, by their `id`: messages of programs. With `code` they are the text of four languages."""
 
 
-def unpack_text(folder: Path) -> dict[str, Path]:
-    """Write every domain's text as FOLDER/<domain>.jsonl, where it can be looked at; returns the paths."""
+def unpack_text(folder: Path, names: Sequence[str] = (*DOMAINS, GENERAL, UNSEEN)) -> dict[str, Path]:
+    """Write the text of each name as FOLDER/<name>.jsonl, where it can be looked at; returns the paths."""
     make_folder(folder)
     shipped = files("modekit.demo") / "text"
     write_file(folder / "NOTICE", (shipped / "NOTICE").read_bytes())
     paths = {}
-    for domain in (*DOMAINS, GENERAL, UNSEEN):
+    for domain in names:
         paths[domain] = folder / f"{domain}.jsonl"
         if not paths[domain].exists():
             write_file(paths[domain], lzma.decompress((shipped / f"{domain}.jsonl.xz").read_bytes()))

@@ -62,18 +62,22 @@ def check_loadable(folder: Path, *, run: Run = QUIET) -> None:
 
     A mixture in the modekit architecture brings the code that is installed here, and that is what runs.
     """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        mode = _mode_of(path)
-        if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise SourceError(
-                "no file that could be read, but a pipe or device, is in the model folder", where=str(path), remedy="remove it"
-            )
+    _check_no_pipes(folder)
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model
         raise SourceError("a model and an adapter are in one folder", where=str(folder), remedy="remove adapter_config.json")
     config = read_config(folder, where=str(folder))
     if config["model_type"] == "modekit":
         config.pop("auto_map", None)
     check_no_code(config, where=str(folder), run=run)
+
+
+def _check_no_pipes(folder: Path) -> None:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        mode = _mode_of(path)
+        if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SourceError(
+                "no file that could be read, but a pipe or device, is in the model folder", where=str(path), remedy="remove it"
+            )
 
 
 def _mode_of(path: Path) -> int | None:
@@ -85,8 +89,11 @@ def _mode_of(path: Path) -> int | None:
 
 
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises SourceError when it has none that can be used."""
-    check_loadable(folder, run=run)
+    """The tokenizer of a model folder, or of one that holds nothing else. Raises SourceError where none can be used."""
+    if (folder / "tokenizer.json").is_file() and not (folder / "config.json").exists():
+        _check_no_pipes(folder)
+    else:
+        check_loadable(folder, run=run)
     check_tokenizer_files(folder, where=str(folder))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.trust_remote_code)

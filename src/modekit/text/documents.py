@@ -9,8 +9,10 @@ from pathlib import Path
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
 from modekit.text.chat import Conversation
-from modekit.text.records import TEXT_SUFFIXES, read_file, read_hub
+from modekit.text.records import TEXT_SUFFIXES, Record, read_file, read_hub
 from modekit.text.splits import digest_of
+
+_RECORDS = (".jsonl", ".parquet")  # whose documents have ids of their own
 
 
 def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]:
@@ -33,10 +35,18 @@ def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterato
 
     Raises TextError as `read_documents`, but for a text that holds nothing.
     """
+    return (record.document for record in stream_records(specs, root=root, where=where))
+
+
+def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[Record]:
+    """As `stream_documents`, with the `id` of each: that of its record; of plain text its file's path below the folder that
+    was named, without the suffix; else None.
+    """
     for spec in specs:
-        for document in _read_spec(spec, root=root, where=where):
+        for record in _read_spec(spec, root=root, where=where):
+            document = record.document
             if document.strip():
-                yield document if isinstance(document, Conversation) else document.strip()
+                yield record if isinstance(document, Conversation) else Record(document.strip(), record.id)
 
 
 def is_local(spec: str, root: Path) -> bool:
@@ -76,7 +86,17 @@ def _files_in(path: Path) -> list[Path]:
     return sorted(files)
 
 
-def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
+def bytes_of_text(specs: Sequence[str], root: Path) -> int:
+    """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
+    total = 0
+    for path in (locate(spec, root) for spec in specs):
+        for file in _files_in(path) if path is not None else ():
+            with suppress(OSError):
+                total += file.stat().st_size
+    return total
+
+
+def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[Record]:
     path = locate(spec, root)
     if path is None:
         check_present([spec], root=root, where=where)
@@ -89,4 +109,7 @@ def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[str]:
             remedy="put text there, or correct the path",
         )  # fmt: skip
     for file in files:
-        yield from read_file(file, where=where)
+        relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
+        plain = file.suffix not in _RECORDS
+        for record in read_file(file, where=where):
+            yield Record(record.document, relative) if plain else record

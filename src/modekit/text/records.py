@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +17,17 @@ from modekit.text.passages import passages
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 _BATCH = 1_000  # rows in memory at once
 _COLUMNS = ("text", "messages")  # of a table
+_ID = "id"
 _ROWS = 2**20  # of a table, more only as far as its file is larger: a row of nothing takes no room there, but time
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document, and what its maker calls it: a record's `id`, or None."""
+
+    document: str
+    id: str | None = None
 
 
 def decode(data: bytes, *, where: str) -> str:
@@ -30,7 +41,7 @@ def decode(data: bytes, *, where: str) -> str:
         ) from None  # fmt: skip
 
 
-def read_file(file: Path, *, where: str) -> Iterator[str]:
+def read_file(file: Path, *, where: str) -> Iterator[Record]:
     """The documents of one file. Raises TextError when it is of no known kind, cannot be read, or is binary."""
     place = f"{where}: {file.name}"
     if file.suffix not in TEXT_SUFFIXES:
@@ -42,32 +53,56 @@ def read_file(file: Path, *, where: str) -> Iterator[str]:
         yield from _read_parquet(file, where=place)
         return
     try:
+        if file.suffix == ".jsonl":
+            yield from _read_lines(file, where=place)
+            return
         with open_regular(file) as stream:
-            text = decode(stream.readall(), where=place)
+            text = _plain(stream.readall(), where=place)
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
-    if "\x00" in text:
-        raise TextError("the text holds NUL characters (binary file?)", where=place, remedy="give plain text")
-    if file.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a record
+    yield from map(Record, passages(text))
+
+
+def _read_lines(file: Path, *, where: str) -> Iterator[Record]:
+    """A record per line, of which one is in memory. Raises OSError, TextError."""
+    with open_regular(file) as stream:
+        for number, data in enumerate(io.BufferedReader(stream), 1):  # cut at \n alone, not at U+2028 inside a record
+            line = _plain(data, where=where)
             if line.strip():
-                yield _record_text(line, where=f"{place}:{number}")
-    else:
-        yield from passages(text)
+                yield _record(line, where=f"{where}:{number}")
 
 
-def _record_text(line: str, *, where: str) -> str:
+def _plain(data: bytes, *, where: str) -> str:
+    text = decode(data, where=where)
+    if "\x00" in text:
+        raise TextError("the text holds NUL characters (binary file?)", where=where, remedy="give plain text")
+    return text
+
+
+def _record(line: str, *, where: str) -> Record:
     try:
-        document = _document_of(json.loads(line))
+        record = _record_of(json.loads(line))
     except (ValueError, RecursionError):
-        document = None
-    if document is None:
+        record = None
+    if record is None:
         raise TextError(
             "not a JSON record with a string in 'text' or a conversation in 'messages'", where=where, found=line[:60],
             expected='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
             remedy="correct or remove the line",
         )  # fmt: skip
-    return document
+    return record
+
+
+def _record_of(record: object) -> Record | None:
+    document = _document_of(record)
+    return None if document is None or not isinstance(record, dict) else Record(document, _id_of(record.get(_ID)))
+
+
+def _id_of(value: object) -> str | None:
+    """Text or a whole number as text; anything else names nothing."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 
 def _document_of(record: object) -> str | None:
@@ -80,7 +115,7 @@ def _document_of(record: object) -> str | None:
     return conversation_of(record.get("messages"))
 
 
-def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
+def _read_parquet(file: Path, *, where: str) -> Iterator[Record]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -89,10 +124,12 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
         with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
             if table.metadata.num_rows > _ROWS + 8 * file.stat().st_size:
                 raise ValueError(f"{table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
-            columns = [name for name in _COLUMNS if name in table.schema_arrow.names] or [_COLUMNS[0]]
+            columns = [name for name in (*_COLUMNS, _ID) if name in table.schema_arrow.names]
+            if not set(columns) & set(_COLUMNS):
+                columns = [_COLUMNS[0]]
             for batch in table.iter_batches(_BATCH, columns=columns):
-                found = map(_document_of, batch.select(columns).to_pylist())
-                yield from (document for document in found if document is not None)
+                found = map(_record_of, batch.select(columns).to_pylist())
+                yield from (record for record in found if record is not None)
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
             "the parquet file has no readable column 'text' or 'messages'", where=where,
@@ -101,7 +138,7 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[str]:
         ) from None  # fmt: skip
 
 
-def read_hub(spec: str, *, where: str) -> Iterator[str]:
+def read_hub(spec: str, *, where: str) -> Iterator[Record]:
     """The documents of a hub data set (split `train`). Raises TextError when there is none that can be reached."""
     try:
         from datasets import load_dataset
@@ -111,10 +148,10 @@ def read_hub(spec: str, *, where: str) -> Iterator[str]:
             remedy="correct the path, or pip install 'modekit[data]' for hub data sets",
         ) from None  # fmt: skip
     try:
-        for record in islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS):
-            document = _document_of(record)
-            if document is not None:
-                yield document
+        for data in islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS):
+            record = _record_of(data)
+            if record is not None:
+                yield record
     except Exception as error:  # network, missing data set, missing split: the library raises many kinds
         raise TextError(
             "no such file or folder, and no hub data set that can be reached", where=where,

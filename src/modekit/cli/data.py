@@ -1,0 +1,113 @@
+"""Commands that prepare the text that experts are made of: `modekit data balance`, `modekit data tokenizer`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modekit.cli.options import grouped, texts_by_domain
+from modekit.cli.printing.data import print_balanced, print_tokenizer
+from modekit.cli.progress import drawn_progress
+from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
+from modekit.files.output import replaced_by
+from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.experts.corpus.settings import BalanceSettings
+
+data = typer.Typer(
+    name="data", help="Prepare the text that experts are made of: domains of equal size, a tokenizer.", no_args_is_help=True
+)
+app.add_typer(data)
+
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+Text = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
+
+
+@dataclass(frozen=True)
+class BalanceOptions:
+    """How much of each domain is kept."""
+
+    max_diff_percent: Annotated[
+        float, typer.Option(help="The domains' totals of tokens differ by this much at most, in every split.")
+    ] = 5.0
+    common: Annotated[bool, typer.Option("--common", help="Only documents that every domain has, by their id.")] = False
+    validation: Annotated[float, typer.Option(help="Share of the documents that is held out; 0: none.")] = 0.1
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of a domain at most, both splits together.")] = None
+    seed: Annotated[int, typer.Option(help="Of the order in which documents are chosen and written.")] = 0
+
+    def settings(self) -> BalanceSettings:
+        """For the room that does it, which checks them."""
+        from modekit.experts.corpus.settings import BalanceSettings
+
+        return BalanceSettings(self.max_diff_percent, self.common, self.validation, self.max_tokens, self.seed)
+
+
+@dataclass(frozen=True)
+class DataOutput:
+    """What may be at OUT, and what is said."""
+
+    overwrite: Overwrite = False
+    fsync: Fsync = True
+    as_json: AsJson = False
+    trust_remote_code: Trust = False
+
+
+@data.command()
+@grouped
+def balance(
+    output: Output,
+    text: Text,
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub id of the model whose tokens are counted.")],
+    options: BalanceOptions,
+    said: DataOutput,
+) -> None:
+    """Choose whole documents so that every domain has as many tokens, in train and in validation."""
+    texts = texts_by_domain(text)
+    from modekit.experts.corpus.balance import Corpus, balance
+    from modekit.loaded.load import load_tokenizer
+    from modekit.sources.open import model_folder
+
+    with drawn_progress() as progress:
+        run = Run(said.trust_remote_code, progress, said.fsync)
+        folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer")
+        corpus = Corpus(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
+        balanced = balance(corpus, options.settings(), resolved(output), replace=replaced_by(said.overwrite), run=run)
+    if said.as_json:
+        sys.stdout.write(json.dumps(balanced.as_data(), indent=2) + "\n")
+    else:
+        print_balanced(balanced, output)
+
+
+@data.command(name="tokenizer")
+@grouped
+def make_tokenizer(
+    output: Output,
+    text: Text,
+    said: DataOutput,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that it has at most.")] = 8_000,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a model whose tokenizer it is compared with.")
+    ] = None,
+) -> None:
+    """Train a byte-level BPE in which every domain weighs the same, and say how many tokens it makes of each."""
+    texts = texts_by_domain(text)
+    from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
+    from modekit.loaded.load import load_tokenizer
+    from modekit.sources.open import model_folder
+
+    with drawn_progress() as progress:
+        run = Run(said.trust_remote_code, progress, said.fsync)
+        folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against")
+        other = None if folder is None else load_tokenizer(folder, run=run)
+        mix = Mix(texts, Path.cwd(), other, against, folder)
+        trained = train_tokenizer(mix, vocabulary, resolved(output), replace=replaced_by(said.overwrite), run=run)
+    if said.as_json:
+        sys.stdout.write(json.dumps(trained.as_data(), indent=2) + "\n")
+    else:
+        print_tokenizer(trained, output)

@@ -1,0 +1,156 @@
+"""`modekit data tokenizer OUT --text en=... --text py=...`: a tokenizer that reads every domain alike.
+
+    sizes of the domains -> the fit split of each, as much of each -> byte-level BPE -> fertility on the report split -> OUT
+
+Every domain weighs the same: where one has less text than another it is read several times, and the last time in part. Texts
+are never in memory; what the training holds is how often each word came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modekit.errors import ModekitError, TextError
+from modekit.experts.corpus.byte_level import SMALLEST, byte_level_bpe
+from modekit.experts.corpus.count import CountTokens, key_of, token_counter
+from modekit.experts.corpus.fertility import Fertility, Trained
+from modekit.experts.corpus.settings import WHERE, checked_texts
+from modekit.files.output import Replace, refuse_existing
+from modekit.files.staging import staging
+from modekit.files.write import write_json
+from modekit.recipes.paths import locate
+from modekit.run import QUIET, Run
+from modekit.text.documents import stream_documents
+from modekit.text.held_out import MORE
+from modekit.text.splits import Split, split_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "fertility.json"
+LARGEST = 2**20
+"""Tokens of a vocabulary at most."""
+_MOST_TRAINED = 2 * 10**8  # bytes of a domain: more text changes the words' ranks little, and takes minutes
+_MOST_READ = 2 * 10**7  # bytes of a domain on which fertility is measured
+_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Text by domain, paths relative to `root`; and the tokenizer that is compared, with its name and folder."""
+
+    texts: Mapping[str, Sequence[str]]
+    root: Path
+    against: PreTrainedTokenizerBase | None = None
+    against_name: str | None = None
+    against_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """One domain's text, read again and again, and the bytes of its splits."""
+
+    name: str
+    spec: str
+    root: Path
+    sizes: Mapping[Split, int]
+
+    def documents(self, split: Split, share: float = 1.0) -> Iterator[str]:
+        """Those of a split, duplicates once; a share of them is chosen by the hash of each, wherever it stands."""
+        seen: set[bytes] = set()
+        for document in stream_documents([self.spec], root=self.root, where=f"{WHERE} {self.name}"):
+            key = key_of(document)
+            if key in seen or split_of(document) != split or not _is_chosen(key, share):
+                continue
+            seen.add(key)
+            yield str(document)
+
+
+def _is_chosen(key: bytes, share: float) -> bool:
+    return share >= 1 or int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big") < share * 2**64
+
+
+def train_tokenizer(mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET) -> Trained:
+    """Write a tokenizer that transformers opens, beside fertility.json.
+
+    Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
+    """
+    if not SMALLEST < vocabulary <= LARGEST:
+        raise ModekitError(
+            "the setting is out of range", where="--vocabulary", found=vocabulary, expected=f"{SMALLEST + 1} to {LARGEST}",
+            remedy="correct it",
+        )  # fmt: skip
+    texts = checked_texts(mix.texts, mix.root)
+    found = [locate(spec, mix.root) for spec in texts.values()]
+    sources = [path for path in (*found, mix.against_folder) if path is not None]
+    refuse_existing(out, replace, sources=sources)
+    domains = [_looked_at(name, spec, mix.root, run) for name, spec in texts.items()]
+    each = min(max(domain.sizes["fit"] for domain in domains), _MOST_TRAINED)
+    tokenizer = byte_level_bpe(_mixed(domains, each, run), vocabulary)
+    count = token_counter(tokenizer)
+    other = None if mix.against is None else token_counter(mix.against)
+    fertilities = [_fertility(domain, count, other, run) for domain in domains]
+    trained = Trained(len(tokenizer), vocabulary, mix.against_name, fertilities, each, _notes(len(tokenizer), vocabulary))
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
+        tokenizer.save_pretrained(stage.folder)
+        write_json(stage.folder / RECORD, trained.as_data(), sync=False)
+    return trained
+
+
+def _notes(size: int, asked: int) -> list[str]:
+    return [f"the text has words for no more than {size:,} tokens of {asked:,}: give more text"] if size < asked else []
+
+
+def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
+    """How many bytes the splits of a domain have. Raises TextError where one has none."""
+    run.progress(f"look at {name}", 0, 1)
+    sizes: dict[Split, int] = {"fit": 0, "report": 0}
+    domain = _Domain(name, spec, root, sizes)
+    for document in stream_documents([spec], root=root, where=f"{WHERE} {name}"):
+        split = split_of(document)
+        if split in sizes:
+            sizes[split] += len(document.encode())
+    for split, size in sizes.items():
+        if not size:
+            raise TextError(
+                f"no document of a domain is in the {split} split", where=f"{WHERE} {name}", found=spec,
+                expected="one of ten documents to measure by, and more to train on", remedy=MORE,
+            )  # fmt: skip
+    run.progress(f"look at {name}", 1, 1)
+    return domain
+
+
+def _mixed(domains: Sequence[_Domain], each: int, run: Run) -> Iterator[str]:
+    """About `each` bytes of every domain, however much it has."""
+    total, done = each * len(domains), 0
+    for domain in domains:
+        left = each / domain.sizes["fit"]
+        while left > 0:
+            for number, document in enumerate(domain.documents("fit", left)):
+                done += len(document.encode())
+                if number % _TOGETHER == 0:
+                    run.progress("train tokenizer", min(done, total), total)
+                yield document
+            left -= 1
+    run.progress("train tokenizer", total, total)
+
+
+def _fertility(domain: _Domain, count: CountTokens, other: CountTokens | None, run: Run) -> Fertility:
+    """On documents of the report split, which no tokenizer was trained on here."""
+    found = Fertility(domain.name, against=None if other is None else 0)
+    size = domain.sizes["report"]
+    for document in domain.documents("report", _MOST_READ / size):
+        found.documents += 1
+        found.text_bytes += len(document.encode())
+        found.words += len(document.split())
+        found.tokens += sum(count([document]))
+        if other is not None and found.against is not None:
+            found.against += sum(other([document]))
+        if found.documents % _TOGETHER == 1:
+            run.progress(f"measure {domain.name}", min(found.text_bytes, size), size)
+    return found
