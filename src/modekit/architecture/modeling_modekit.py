@@ -328,14 +328,14 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
-    if isinstance(cache, Cache) and not torch.compiler.is_compiling() and int(cache.get_seq_length()):
-        if getattr(cache, "streams", 1) != flow.streams:
-            raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
+    filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and int(cache.get_seq_length())
+    if filled and getattr(cache, "streams", 1) != flow.streams:
+        raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
     if not flow.averages or flow.keeper is not None or (flow.forced is not None and not flow.solo):
         return
     if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")
-    if isinstance(cache, Cache) and not flow.states and not torch.compiler.is_compiling() and int(cache.get_seq_length()):
+    if filled and not flow.states:
         raise ValueError(
             "context and sequence routers must have read what the cache holds, and cannot take tokens back: give the cache as "
             "this mixture returned it, or the whole text; generate without an assistant model or prompt lookup"

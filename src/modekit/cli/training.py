@@ -40,8 +40,8 @@ class SettingOptions:
     regime: Annotated[
         str | None,
         typer.Option(
-            help="mixture (default): as it routes. joint: every step has one domain, whose own expert takes it; it and what all "
-            "share learn, no other expert does."
+            help="mixture (default): as it routes. joint: every step has one domain, whose own expert takes it; it and what "
+            "all share learn, no other expert does."
         ),
     ] = None
     teacher: Annotated[

@@ -175,7 +175,8 @@ class Places:
                 continue
             if name.rpartition(".")[2] not in {"weight", "bias"} or len(ref.shape) > 2:
                 raise UnsupportedError(
-                    f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor", where=f"base_model ({self._base.spec}): {name}",
+                    f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
+                    where=f"base_model ({self._base.spec}): {name}",
                     remedy="name the parts to mix under mixture.modules",
                 )  # fmt: skip
             modules.add(module_of(name))
