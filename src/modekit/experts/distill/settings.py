@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -56,7 +56,7 @@ def distill_settings(values: dict[str, Any], *, where: str) -> DistillSettings:
 
 
 def losses_of(said: list[str]) -> dict[str, float]:
-    """NAME or NAME=WEIGHT, each once -> weight. Raises TrainingError for a weight that is no number, or a name twice."""
+    """NAME or NAME=WEIGHT, each once -> weight. Raises TrainingError for what is neither, or a name twice."""
     weights: dict[str, float] = {}
     for each in said:
         name, sign, value = each.partition("=")
@@ -64,10 +64,10 @@ def losses_of(said: list[str]) -> dict[str, float]:
             weight = float(value) if sign else 1.0
         except ValueError:
             weight = float("nan")
-        if weight != weight or name in weights:
+        if weight != weight or name in weights or name not in get_args(Loss):
             raise TrainingError(
-                "no loss and its weight, or a loss that is named twice", where="--distill", found=each,
-                expected="forward_kl, reverse_kl, teacher_ce or total_variation, or NAME=WEIGHT", remedy="correct it",
+                "unknown loss or weight, or a loss that is named twice", where="--distill", found=each,
+                expected=f"one of {', '.join(get_args(Loss))}, or NAME=WEIGHT", remedy="correct it",
             )  # fmt: skip
         weights[name] = weight
     return weights
