@@ -22,7 +22,8 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
-from modekit.experts.specialize import specialize, trainable_parameters
+from modekit.experts.moving import trainable_parameters
+from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
 from modekit.routing.refit import refit
 from modekit.text.documents import read_documents

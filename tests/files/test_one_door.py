@@ -17,6 +17,7 @@ ALLOWED = {
     ("training/trainer.py", "save_file"): "into a name that `appearing` gives",
     ("training/finish.py", "save_pretrained"): "into OUT.training",
     ("experts/specialize.py", "save_pretrained"): "into a staged folder",
+    ("experts/moving.py", "save_pretrained"): "into a staged folder",
     ("demo/models.py", "save_pretrained"): "into a staged folder",
     ("experts/corpus/tokenizer.py", "save_pretrained"): "into a staged folder",
     ("search/tune/study.py", "truncate"): "the log of a search, in OUT.tuning",

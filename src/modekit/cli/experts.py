@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from modekit.cli.distillation import TeacherOptions
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
-from modekit.cli.printing.mixtures import print_extract, print_notes
+from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
@@ -48,26 +49,33 @@ def specialize(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Annotated[list[str], typer.Option(help="Text of the domain; may be given several times.")],
     options: SpecializeOptions,
+    taught: TeacherOptions,
 ) -> None:
-    """Fine-tune a base model on one domain so that it mixes well."""
+    """Fine-tune a base model on one domain so that it mixes well; with --teacher, distil another model into it."""
     from modekit.experts.specialize import checked_choice, specialize
     from modekit.loaded.next_token import Training
     from modekit.sources.open import model_folder
 
+    taught.check()
     train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
     training = Training(
         steps=options.steps, learning_rate=rate, batch_tokens=options.batch_tokens, sequence_length=options.sequence_length,
         seed=options.seed,
     )  # fmt: skip
+    folder = model_folder(base, None, root=Path.cwd(), label="BASE")
     with drawn_progress() as progress:
-        record = specialize(
-            model_folder(base, None, root=Path.cwd(), label="BASE"), resolved(output),
-            text, root=Path.cwd(), train=train, rank=rank, training=training, overwrite=options.overwrite,
-            run=Run(options.trust_remote_code, progress, options.fsync),
-        )  # fmt: skip
-    loss = record["held_out_loss"]
-    change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
-    out.print(Text.assemble((str(output), "bold"), f": {train}, {record['training']['steps']} steps, {change}"))
+        run = Run(options.trust_remote_code, progress, options.fsync)
+        if taught.teacher is not None:
+            from modekit.experts.distill.distill import distill
+
+            asked = taught.asked(folder, text, train, rank, training)
+            record = distill(asked, resolved(output), overwrite=options.overwrite, run=run)
+        else:
+            record = specialize(
+                folder, resolved(output), text, root=Path.cwd(), train=train, rank=rank, training=training,
+                overwrite=options.overwrite, run=run,
+            )  # fmt: skip
+    print_specialist(output, record)
 
 
 @dataclass(frozen=True)

@@ -9,33 +9,27 @@ full    everything moves, as in most models one finds; what moved outside the FF
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
-import torch
-from transformers import PreTrainedModel
-
-from modekit.errors import ModekitError, UnsupportedError
+from modekit.errors import ModekitError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
+from modekit.experts.moving import What, adapter, weights
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import disk_errors, remove, write_file, write_json
-from modekit.loaded.load import load_model, load_tokenizer, without_bars
+from modekit.files.write import disk_errors, write_file, write_json
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
 from modekit.run import QUIET, Run
-from modekit.sources.families import family_of
-from modekit.sources.model import DTYPE_NAMES, SPECIALIST_FILE, ModelSource, open_source
-from modekit.sources.names import in_layer
+from modekit.sources.model import SPECIALIST_FILE, open_source
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
 
 RANK = 16
 """Of an adapter, when nothing is said."""
-What = Literal["mlp", "lora", "full"]
 
 
 def checked_choice(train: str, rank: int | None, learning_rate: float | None) -> tuple[What, int, float]:
@@ -76,9 +70,9 @@ def specialize(
     refuse_existing(out, replaced_by(overwrite), sources=(base,))
     source = open_source("BASE", str(base), base, run=run)
     tokenizer = load_tokenizer(base, run=run)
-    fit, sequences, held_out = _read_text(texts, root, tokenizer, training)
+    fit, sequences, held_out = read_training_text(texts, root, tokenizer, training)
     model = load_model(base, run=run)
-    parameters, save = _adapter(model, base, rank) if train == "lora" else _weights(model, train, source)
+    parameters, save = adapter(model, base, rank) if train == "lora" else weights(model, train, source)
     domain = Domain("held-out", None, held_out, {})
     before = score_domain(model, domain, lambda _: None).loss if held_out else None
     with staging(
@@ -109,7 +103,7 @@ def specialize(
     return record
 
 
-def _read_text(
+def read_training_text(
     texts: Sequence[str], root: Path, tokenizer: Any, training: Training
 ) -> tuple[list[str], list[TokenSequence], list[TokenSequence]]:
     """Documents to train on, the same as sequences, and sequences that are held out. Raises TextError when nothing is left."""
@@ -120,63 +114,3 @@ def _read_text(
         raise text.nothing_left("no document is left for training after the held-out split")
     held_out = encode(tokenizer, text.report(), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length)
     return fit, sequences, held_out
-
-
-Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]
-"""The parameters that move, and how to save what came of it."""
-
-
-def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainable:
-    parameters = trainable_parameters(model, train)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-
-    def save(folder: Path) -> None:
-        for name, parameter in model.named_parameters():
-            if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
-                parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
-        model.config.dtype = next(model.parameters()).dtype
-        with without_bars():
-            model.save_pretrained(folder)
-
-    return parameters, save
-
-
-def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
-    """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
-        adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = base.name
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def save(folder: Path) -> None:
-        adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        remove(folder / "README.md")  # PEFT's empty model card, with the base's path on this machine
-
-    return moving, save
-
-
-def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
-    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies.
-
-    Raises UnsupportedError when mlp is asked of a family that is not in the table.
-    """
-    named = dict(model.named_parameters())
-    if train == "full":
-        return list(named.values())
-    try:
-        family = family_of({"model_type": model.config.model_type}, where="--train mlp")
-    except UnsupportedError as error:
-        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
-    layers = int(model.config.num_hidden_layers)
-    return [named[name] for layer in range(layers) for name in _ffn_names(family.mlp, layer)]
-
-
-def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
-    return [in_layer(layer, path) for path in dict.fromkeys(mlp.values())]

@@ -26,14 +26,14 @@ _SMALL = 2**20
 """Bytes of a file that has its digest in the marker: what people edit is smaller."""
 
 
-Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "tokenizer", "partial", "training", "tuning"]
+Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "teacher", "tokenizer", "partial", "training", "tuning"]
 
 
 class Marker(BaseModel):
     """What `.modekit` says.
 
     Attributes:
-        kind: what the folder is: checkpoint, adapter, model, gguf, texts, tokenizer; or partial, training, tuning.
+        kind: what the folder is: checkpoint, adapter, model, gguf, texts, teacher, tokenizer; or partial, training, tuning.
         of: the name of the output that a work folder belongs to; empty for an output.
         files: path with slashes -> sha256 of a small file, empty for a large one.
         areas: folders in which everything is modekit's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,17 @@ def _pair(merge: object) -> tuple[str, ...]:
     return tuple(map(_text, parts))
 
 
-def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
+@dataclass(frozen=True)
+class Readers:
+    """Two models that are to read text the same way, as messages call them, and what to do where they do not."""
+
+    ours: str = "base model"
+    theirs: str = "expert"
+    remedy: str = "use experts fine-tuned without changing the tokenizer"
+    more: str = ", or put the base's tokenizer files into the expert's folder if only the files differ"
+
+
+def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
     """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's.
 
     A folder without tokenizer files is taken to use the base model's.
@@ -105,25 +116,25 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str) -> None:
     if ours == theirs:
         if our_merges is not None and their_merges is not None and our_merges != their_merges:
             raise MismatchError(
-                "the expert's tokenizer has the base model's tokens but joins them by other merges", where=where,
-                remedy="use experts fine-tuned without changing the tokenizer",
+                f"the {readers.theirs}'s tokenizer has the {readers.ours}'s tokens but joins them by other merges", where=where,
+                remedy=readers.remedy,
             )  # fmt: skip
         return
     differing = sorted(
         {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)},
         key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
     )
+    name = readers.ours.removesuffix(" model")
     shown = ", ".join(
-        f"{token[:60]!r} (base {ours.get(token, '-')}, expert {theirs.get(token, '-')})" for token in differing[:5]
+        f"{token[:60]!r} ({name} {ours.get(token, '-')}, {readers.theirs} {theirs.get(token, '-')})" for token in differing[:5]
     )
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise MismatchError(
-        f"the expert's tokenizer differs from the base model's in {len(differing)} tokens",
+        f"the {readers.theirs}'s tokenizer differs from the {readers.ours}'s in {len(differing)} tokens",
         where=where,
         found=shown + more,
         expected="the same token for the same id",
-        remedy="use experts fine-tuned without changing the tokenizer, or put the base's tokenizer files into the expert's "
-        "folder if only the files differ",
+        remedy=readers.remedy + readers.more,
     )
 
 

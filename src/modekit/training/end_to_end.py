@@ -48,7 +48,7 @@ def train_end_to_end(
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     done = run_trainer(
         objective, Batches(corpora, parts, pad_id=0), [text.held_out for text in request.texts],
-        Schedule(steps, accumulate, _in_bfloat16(settings, mixture.device)), folder, run,
+        Schedule(steps, accumulate, in_bfloat16(settings, mixture.device)), folder, run,
     )  # fmt: skip
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
@@ -110,7 +110,8 @@ def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     return not (averaging or running) if settings.pack is None else settings.pack
 
 
-def _in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
+def in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether products are in bfloat16: as the settings say, else where the device is faster with it."""
     if settings.precision is not None:
         return settings.precision == "bfloat16"
     return device.type != "cpu" and has_bfloat16_products(device)

@@ -27,8 +27,8 @@ from modekit.run import Run
 from modekit.training.batches import Batches
 from modekit.training.ended import Trained
 from modekit.training.log import watchers
-from modekit.training.objective import Objective
 from modekit.training.resumed import check_resumed
+from modekit.training.trained_module import TrainedModule
 from modekit.training.trainer import COMPLETE, STATE_FILE, MixtureTrainer, NotFiniteError
 
 
@@ -41,30 +41,6 @@ class Schedule:
     bfloat16: bool
 
 
-def run_trainer(
-    objective: Objective, batches: Batches, select: Sequence[Domain], schedule: Schedule, folder: Path, run: Run
-) -> Trained:
-    """Train until the steps are done or the held-out loss stops falling, from the last complete state in `folder` on.
-
-    Raises TrainingError when that state is damaged.
-    """
-    last = _last_complete(folder)
-    if last is not None:
-        check_resumed(last)
-    failed: TrainingError | None = None
-    with _loudness_kept():
-        arguments = _arguments(objective, schedule, folder, from_start=last is None)
-        trainer = MixtureTrainer(objective, batches, select, arguments, watchers(folder, run))
-        try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except NotFiniteError as error:
-            failed = TrainingError(
-                "the loss is not finite: training stopped", where=error.where, found=error.found,
-                remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
-            )  # fmt: skip
-    return _trained(trainer.state, schedule.steps, failed, folder)
-
-
 @contextmanager
 def _loudness_kept() -> Iterator[None]:
     """Afterwards transformers says as much as it did before; Trainer sets that for the whole process."""
@@ -73,6 +49,59 @@ def _loudness_kept() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@_loudness_kept()
+def run_trainer(
+    objective: TrainedModule, batches: Batches, select: Sequence[Domain], schedule: Schedule, folder: Path, run: Run
+) -> Trained:
+    """Train until the steps are done or the held-out loss stops falling, from the last complete state in `folder` on.
+
+    Raises TrainingError when that state is damaged.
+    """
+    last = _goes_on_from(folder)
+    judging = {"eval_strategy": "steps", "metric_for_best_model": "loss", "greater_is_better": False}
+    arguments = _arguments(objective, schedule, folder, **judging, eval_on_start=last is None)
+    failed: TrainingError | None = None
+    trainer = MixtureTrainer(objective, batches, select, arguments, watchers(objective, folder, run))
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except NotFiniteError as error:
+        failed = TrainingError(
+            "the loss is not finite: training stopped", where=error.where, found=error.found,
+            remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
+        )  # fmt: skip
+    return _trained(trainer.state, schedule.steps, failed, folder)
+
+
+@_loudness_kept()
+def run_all_steps(
+    objective: TrainedModule, batches: Batches, schedule: Schedule, folder: Path, run: Run
+) -> list[dict[str, float]]:
+    """Train until the steps are done, from the last complete state in `folder` on, and judge none; the log of all steps.
+
+    `objective` then holds what came of it. Raises TrainingError when that state is damaged, or a loss is not finite.
+    """
+    last = _goes_on_from(folder)
+    arguments = _arguments(objective, schedule, folder, eval_strategy="no")
+    trainer = MixtureTrainer(objective, batches, (), arguments, watchers(objective, folder, run))
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except NotFiniteError as error:
+        raise TrainingError(
+            "the loss is not finite: training stopped", where=error.where, found=error.found,
+            remedy="lower the learning rate, or leave this text out",
+        ) from None  # fmt: skip
+    history: list[dict[str, float]] = trainer.state.log_history
+    return history
+
+
+def _goes_on_from(folder: Path) -> Path | None:
+    """The last complete state, if there is one. Raises TrainingError when it is damaged."""
+    last = _last_complete(folder)
+    if last is not None:
+        check_resumed(last)
+    return last
 
 
 def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path) -> Trained:
@@ -106,17 +135,16 @@ def _why(state: Any, steps: int) -> str | None:
     return None if state.global_step >= steps else "the held-out loss no longer fell"
 
 
-def _arguments(objective: Objective, schedule: Schedule, folder: Path, *, from_start: bool) -> TrainingArguments:
+def _arguments(objective: TrainedModule, schedule: Schedule, folder: Path, **judging: Any) -> TrainingArguments:
     settings, steps = objective.settings, schedule.steps
     every = min(steps, settings.evaluate_every or max(1, steps // 10))
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=schedule.accumulate,
-        max_grad_norm=settings.clip, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
-        save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
+        max_grad_norm=settings.clip, eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
         restore_callback_states_from_checkpoint=True, logging_steps=1, logging_nan_inf_filter=False, report_to=[],
-        disable_tqdm=True, remove_unused_columns=False, label_names=[], seed=settings.seed, eval_on_start=from_start,
+        disable_tqdm=True, remove_unused_columns=False, label_names=[], seed=settings.seed,
         bf16=schedule.bfloat16, use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0, dataloader_pin_memory=False,
-        ddp_find_unused_parameters=objective.skips_parameters, log_level="error",
+        ddp_find_unused_parameters=objective.skips_parameters, log_level="error", **judging,
     )  # fmt: skip
     if arguments.n_gpu > 1:  # several devices without a launcher: Trainer would cut every part anew
         arguments._n_gpu = 1

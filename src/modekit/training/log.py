@@ -13,14 +13,15 @@ from transformers import TrainerCallback
 
 from modekit.files.write import write_file
 from modekit.run import Run
+from modekit.training.trained_module import TrainedModule
 
 LOG_FILE = "log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def watchers(folder: Path, run: Run) -> list[TrainerCallback]:
-    """Callbacks that write into `folder` and report progress."""
-    return [*_tensorboard(folder / TENSORBOARD_FOLDER), _Report(run)]
+def watchers(objective: TrainedModule, folder: Path, run: Run) -> list[TrainerCallback]:
+    """Callbacks that write into `folder`, report progress, and tell what is trained where it goes on."""
+    return [*_tensorboard(folder / TENSORBOARD_FOLDER), _Report(run), _GoesOn(objective)]
 
 
 def _tensorboard(folder: Path) -> list[TrainerCallback]:
@@ -31,6 +32,16 @@ def _tensorboard(folder: Path) -> list[TrainerCallback]:
     callback = TensorBoardCallback()
     callback.logging_dir = str(folder)  # whatever the environment says: the files go to OUT/results with the rest
     return [callback]
+
+
+class _GoesOn(TrainerCallback):  # type: ignore[misc]
+    """Tells what is trained of the steps before a kill."""
+
+    def __init__(self, objective: TrainedModule) -> None:
+        self._objective = objective
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._objective.go_on(state.log_history)
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]

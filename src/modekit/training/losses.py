@@ -2,17 +2,24 @@
 (balance and importance are products of means over the tokens of a part: they depend on how a step is cut.)
 
     lm               -log p(next token)
-    distill          T^2 KL(teacher || student), the teacher being the domain's own expert (arXiv:1503.02531)
-    distill_reverse  T^2 KL(student || teacher), which does not reach for what the student cannot say (arXiv:2306.08543)
+    forward_kl       T^2 KL(teacher || student) (arXiv:1503.02531); of `modekit train`, whose teacher is the domain's own expert,
+                     also called distill
+    reverse_kl       T^2 KL(student || teacher), which does not reach for what the student cannot say (arXiv:2306.08543); there
+                     also called distill_reverse
+    teacher_ce       T^2 (-sum p_teacher log p_student): forward_kl and the teacher's entropy, which no student changes
+    total_variation  1/2 sum |p_teacher - p_student|, between 0 and 1
     label            -log p(router takes the domain's own expert), mean over routers
     balance          E sum_e f_e P_e: share of tokens sent to an expert times its mean probability (Eq. 4, arXiv:2101.03961)
     importance       squared coefficient of variation of the experts' summed weights (Eq. 7, arXiv:1701.06538)
     z                (log sum exp of a router's logits)^2, mean over routers (Eq. 5, arXiv:2202.08906)
 
-Shape legend: N tokens, V vocabulary, E experts.
+Shape legend: N tokens, V vocabulary, C classes that two distributions are compared over (the vocabulary, or some of its
+tokens and all others as one), E experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -25,14 +32,54 @@ def language_model(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Te
     return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
 
 
-def distillation(student_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float, *, reverse: bool) -> torch.Tensor:
-    """Sum over tokens of T^2 KL(teacher || student), or of T^2 KL(student || teacher), float32."""
-    student = (student_NV.float() / temperature).log_softmax(-1)
-    teacher = (teacher_NV.float() / temperature).log_softmax(-1)
-    divergence = torch.nn.functional.kl_div(
-        *((teacher, student) if reverse else (student, teacher)), reduction="sum", log_target=True
-    )
-    return temperature**2 * divergence
+def forward_kl(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of KL(teacher || student), of log-probabilities (N, C)."""
+    return torch.nn.functional.kl_div(student_NC, teacher_NC, reduction="sum", log_target=True)
+
+
+def reverse_kl(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of KL(student || teacher), of log-probabilities (N, C)."""
+    return torch.nn.functional.kl_div(teacher_NC, student_NC, reduction="sum", log_target=True)
+
+
+def teacher_ce(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of -sum p_teacher log p_student, of log-probabilities (N, C): the gradient is that of forward_kl."""
+    return -(teacher_NC.exp() * student_NC).sum()
+
+
+def total_variation(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of 1/2 sum |p_teacher - p_student|, of log-probabilities (N, C)."""
+    return 0.5 * (teacher_NC.exp() - student_NC.exp()).abs().sum()
+
+
+DIVERGENCES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "distill": forward_kl,
+    "distill_reverse": reverse_kl,
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "teacher_ce": teacher_ce,
+    "total_variation": total_variation,
+}
+"""How far a student is from a teacher, by what a setting calls it."""
+
+
+def divergence(name: str, student_NC: torch.Tensor, teacher_NC: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sum over tokens of one of DIVERGENCES, of log-probabilities (N, C) at a temperature.
+
+    All but total_variation count T^2, so that their gradient is as large at every temperature (arXiv:1503.02531, Section 2).
+    """
+    value = DIVERGENCES[name](student_NC, teacher_NC)
+    return value if name == "total_variation" else temperature**2 * value
+
+
+def tempered(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities (N, V) of logits at a temperature, float32."""
+    return (logits_NV.float() / temperature).log_softmax(-1)
+
+
+def distillation(name: str, student_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sum over tokens of one of DIVERGENCES between a student's and a teacher's logits (N, V), float32."""
+    return divergence(name, tempered(student_NV, temperature), tempered(teacher_NV, temperature), temperature)
 
 
 def domain_label(logits_NE: torch.Tensor, labels_N: torch.Tensor, base: int | None) -> torch.Tensor:

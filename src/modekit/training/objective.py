@@ -11,22 +11,32 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.shapes import mixture_of
-from modekit.training.losses import distillation, domain_label, importance, language_model, load_balance, z_loss
+from modekit.training.losses import (
+    DIVERGENCES,
+    distillation,
+    domain_label,
+    importance,
+    language_model,
+    load_balance,
+    z_loss,
+)
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 from modekit.training.teachers import Teacher
+from modekit.training.trained_module import TrainedModule
 
 
-class Objective(nn.Module):
+class Objective(TrainedModule):
     """`mixture` with its losses. Nothing but the mixture has parameters; `moving` and `gate_names` are names of its own.
 
     `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several
     sequences.
     """
+
+    prefix = "mixture"
 
     def __init__(
         self,
@@ -49,8 +59,8 @@ class Objective(nn.Module):
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
         self._packed = packed
         gates = {id(gate) for gate in mixture_of(mixture, checkpoint).gates()}
-        self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
-        self.moving = [name for name, parameter in mixture.named_parameters() if parameter.requires_grad]
+        self.gate_names: list[str] = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
+        self.moving: list[str] = [name for name, parameter in mixture.named_parameters() if parameter.requires_grad]
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
@@ -94,15 +104,14 @@ class Objective(nn.Module):
         names = self.settings.losses
         if "lm" in names:
             losses["lm"] = language_model(logits_NV, item["input_ids"][:, 1:][predicted])
-        for name in ("distill", "distill_reverse"):
-            if name in names:
-                losses[name] = self._distillation(logits_NV, predicted, item, reverse=name.endswith("reverse"))
+        for name in (name for name in DIVERGENCES if name in names):
+            losses[name] = self._distillation(name, logits_NV, predicted, item)
         if OF_ROUTERS & names.keys():
             self._add_router_losses(losses, real, item["labels"], trace)
         return losses
 
     def _distillation(
-        self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor], *, reverse: bool
+        self, name: str, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """From each domain's own expert; a sequence whose label was taken or changed has no teacher."""
         corpus_N, position_N = item["corpus"][:, :-1][predicted], item["position"][:, :-1][predicted]
@@ -118,7 +127,7 @@ class Objective(nn.Module):
             if len(rows):
                 with torch.no_grad():
                     wanted = teacher.logits(position_N[rows], logits_NV.device)
-                total = total + distillation(logits_NV[rows], wanted, self.settings.temperature, reverse=reverse)
+                total = total + distillation(name, logits_NV[rows], wanted, self.settings.temperature)
         return total
 
     def _add_router_losses(
@@ -149,7 +158,7 @@ class Objective(nn.Module):
         """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""
         weights: dict[str, float] = {name: weight for name, weight in self.settings.losses.items() if name in losses}
         if self.settings.adaptive:
-            shared = [name for name in ("lm", "distill", "distill_reverse") if name in losses]
+            shared = [name for name in ("lm", *DIVERGENCES) if name in losses]
             whole, values = sum(weights[name] for name in shared), {name: float(losses[name].detach()) for name in shared}
             total = sum(values.values())
             if total > 0:

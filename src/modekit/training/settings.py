@@ -20,13 +20,20 @@ from modekit.recipes.strict_yaml import read_yaml
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
 """What may move; training/moving.py finds the parameters."""
 
-Loss = Literal["lm", "distill", "distill_reverse", "label", "balance", "importance", "z"]
+Loss = Literal[
+    "lm", "distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation", "label", "balance",
+    "importance", "z",
+]  # fmt: skip
 """See training/losses.py."""
 
 WEIGHTS: dict[Loss, float] = {
     "lm": 1.0,
     "distill": 1.0,
     "distill_reverse": 1.0,
+    "forward_kl": 1.0,
+    "reverse_kl": 1.0,
+    "teacher_ce": 1.0,
+    "total_variation": 1.0,
     "label": 0.1,  # of our own: a tenth of a nat of routing against a nat of text (benchmarks/training.md)
     "balance": 0.01,  # alpha, arXiv:2101.03961, Section 2.2
     "importance": 0.1,  # w_importance, arXiv:1701.06538, Section 4
@@ -34,7 +41,7 @@ WEIGHTS: dict[Loss, float] = {
 }
 """Weight of a loss that is named without one."""
 
-DISTILLS = {"distill", "distill_reverse"}
+DISTILLS = {"distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation"}
 """Losses that need the domains' own experts as teachers."""
 _FEWEST_SELECT_TOKENS = 64
 _READS_LABEL = {"label", *DISTILLS}

@@ -62,25 +62,25 @@ def make_teachers(
     Else the teacher is the expert's own model where it still is, with all that it learned, or the mixture with this expert
     forced, which has what the mixture carries of it.
     """
-    teachers: list[Teacher | None] = []
+    found: list[Teacher | None] = []
     of_all = load_model(teacher, run=run) if teacher is not None else None
     for corpus in corpora:
         path = folder / f"teacher-{corpus.expert}-{processes().rank}.bin"
         if of_all is not None:
-            teachers.append(_read(of_all, corpus, None, path, run))
+            found.append(_read(of_all, corpus, None, path, run))
         elif corpus.expert != GENERIC:
-            teachers.append(_read_own(checkpoint, corpus, path, run))
+            found.append(_read_own(checkpoint, corpus, path, run))
         else:
-            teachers.append(None)
+            found.append(None)
     heads: list[Head] = []
-    for teacher in teachers:  # experts that share the base's head share one copy of it
-        if teacher is not None:
-            same = next((head for head in heads if head.equals(teacher.head)), None)
+    for each in found:  # experts that share the base's head share one copy of it
+        if each is not None:
+            same = next((head for head in heads if head.equals(each.head)), None)
             if same is None:
-                heads.append(teacher.head)
+                heads.append(each.head)
             else:
-                teacher.head.linear = same.linear
-    return teachers
+                each.head.linear = same.linear
+    return found
 
 
 def _read_own(checkpoint: Checkpoint, corpus: Corpus, path: Path, run: Run) -> Teacher:

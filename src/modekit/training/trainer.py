@@ -1,4 +1,4 @@
-"""transformers' Trainer for mixtures: batches in their order, only what moves is kept, states judged by held-out loss."""
+"""transformers' Trainer for mixtures and students: batches in their order, only what moves is kept, states may be judged by loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from modekit.evaluation.loss import tokens_per_pass
 from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, write_file
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
-from modekit.training.objective import Objective
 from modekit.training.resumed import state_read
+from modekit.training.trained_module import TrainedModule
 
 COMPLETE = "complete"
 STATE_FILE = "model.safetensors"  # the name that Trainer looks for
@@ -33,20 +33,20 @@ class NotFiniteError(Exception):
 
 
 class MixtureTrainer(Trainer):  # type: ignore[misc]
-    """Reads the batches in their order, keeps only what moves, and judges states by the mean held-out loss."""
+    """Reads the batches in their order, keeps only what moves, and judges states by the mean loss on `select`, where there is any."""
 
     def __init__(
-        self, objective: Objective, batches: Batches, select: Sequence[Domain], arguments: TrainingArguments,
+        self, objective: TrainedModule, batches: Batches, select: Sequence[Domain], arguments: TrainingArguments,
         watchers: Sequence[TrainerCallback],
     ) -> None:  # fmt: skip
         super().__init__(
             model=objective, args=arguments, train_dataset=batches, eval_dataset=batches, data_collator=lambda items: items[0],
-            callbacks=[EarlyStoppingCallback(objective.settings.patience), *watchers],
+            callbacks=[*([EarlyStoppingCallback(objective.settings.patience)] if select else []), *watchers],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is per step, not per part: `compute_loss` sees to it
         self._objective = objective
-        self._moving = {f"mixture.{name}" for name in objective.moving}
+        self._moving = {f"{objective.prefix}.{name}" for name in objective.moving}
         self._batches = batches
         self._select = select
         self._settings = objective.settings
@@ -64,7 +64,7 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             routers: list[Any] = []
             others: list[Any] = []
-            gates = {f"mixture.{name}" for name in self._objective.gate_names}
+            gates = {f"{self._objective.prefix}.{name}" for name in self._objective.gate_names}
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
                     (routers if name in gates else others).append(parameter)

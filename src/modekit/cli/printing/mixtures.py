@@ -38,6 +38,23 @@ def print_notes(notes: Iterable[str]) -> None:
         out.print(Text.assemble(("note:", "yellow"), f" {note}"))
 
 
+def print_specialist(output: Path, record: Mapping[str, Any]) -> None:
+    """Draw what became of a base model, and of its distance to a teacher where it had one."""
+    loss, kl = record["held_out_loss"], record.get("held_out_kl")
+    change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
+    said = f": {record['specialist']}, {record['training']['steps']} steps, {change}"
+    if kl is not None and kl["before"] is not None:
+        said += f", KL to the teacher {kl['before']:.3f} -> {kl['after']:.3f} (over {kl['over']})"
+    out.print(Text.assemble((str(output), "bold"), said))
+    if kl is not None:
+        weight = record["cross_entropy_weight"]
+        out.print(
+            f"teacher {record['teacher']['name']}: distillation loss {record['distillation_loss']['first']:.3f} -> "
+            f"{record['distillation_loss']['last']:.3f}; the text counted {weight['mean']:.2f} of the steps' loss, from "
+            f"{weight['lowest']:.2f} to {weight['highest']:.2f}"
+        )
+
+
 _SHOWN_CANDIDATES = 12
 
 

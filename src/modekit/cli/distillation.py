@@ -1,0 +1,80 @@
+"""Options of `specialize` that need a teacher, and what it asks for with one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modekit.cli.shell import refuse_without_effect, resolved
+
+if TYPE_CHECKING:
+    from modekit.experts.distill.distill import Distillation
+    from modekit.experts.distill.settings import DistillSettings
+    from modekit.experts.moving import What
+    from modekit.loaded.next_token import Training
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """What the expert learns from a teacher besides the text."""
+
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/distill.md)."),
+    ] = None
+    distill: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME or NAME=WEIGHT; repeatable: forward_kl (default), reverse_kl, teacher_ce, total_variation."),
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Of teacher and student in it (default 2).")] = None
+    weights: Annotated[
+        float | None, typer.Option(help="What the text counts, from 0 to below 1; the teacher counts the rest (default 0.5).")
+    ] = None
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="In place of --weights: whichever of the two losses rises counts less.")
+    ] = False
+    alternate: Annotated[
+        bool, typer.Option("--alternate", help="Text and teacher in turn, step by step, in place of their sum.")
+    ] = False
+    keep_teacher: Annotated[
+        Path | None, typer.Option(help="Keep what the teacher says in this folder; it is read from there the next time.")
+    ] = None
+    teacher_top_k: Annotated[
+        int | None, typer.Option(min=1, help="Tokens kept of it at each place (--keep-teacher; default 64).")
+    ] = None
+
+    def check(self) -> None:
+        """Raise ModekitError for an option that changes nothing."""
+        named = {f"--{name.replace('_', '-')}": value or None for name, value in vars(self).items() if name != "teacher"}
+        if self.teacher is None:
+            refuse_without_effect("a teacher (--teacher MODEL)", named)
+        if self.keep_teacher is None:
+            refuse_without_effect(
+                "a folder for what the teacher says (--keep-teacher)", {"--teacher-top-k": self.teacher_top_k}
+            )
+
+    def _settings(self) -> DistillSettings:
+        from modekit.experts.distill.settings import distill_settings, losses_of
+
+        said = {
+            "losses": losses_of(self.distill) if self.distill else None, "temperature": self.temperature,
+            "weights": self.weights, "adaptive": self.adaptive or None, "alternate": self.alternate or None,
+        }  # fmt: skip
+        return distill_settings({name: value for name, value in said.items() if value is not None}, where="--teacher")
+
+    def asked(self, student: Path, text: list[str], train: What, rank: int, training: Training) -> Distillation:
+        """What is asked for with a teacher. Raises TrainingError, and SourceError where there is no teacher."""
+        from modekit.experts.distill.distill import Distillation
+        from modekit.experts.distill.settings import TOP_K
+        from modekit.sources.open import model_folder
+
+        assert self.teacher is not None
+        root = Path.cwd()
+        settings = self._settings()
+        return Distillation(
+            student, model_folder(self.teacher, None, root=root, label="--teacher"), text, root, train, rank, training, settings,
+            resolved(self.keep_teacher) if self.keep_teacher is not None else None, self.teacher_top_k or TOP_K,
+        )  # fmt: skip

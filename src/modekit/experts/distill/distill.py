@@ -1,0 +1,309 @@
+"""`modekit specialize STUDENT OUT --teacher MODEL`: a student learns from a text and from what a teacher says of it.
+
+    OUT.training/       states of the training, so that the same command goes on after a kill; removed when all is done
+    OUT                 the student: a plain model folder, or a LoRA adapter
+    OUT/specialist.json teacher, losses, settings, held-out loss and distance to the teacher before and after
+    OUT/distill.csv     both losses and the weight of cross-entropy, by step
+
+The last state is what is taken: no held-out text chooses one, so that students of equal steps can be compared.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
+from modekit.experts.distill.kept_file import FromDisk, Header, check_kept, keep, read_kept
+from modekit.experts.distill.pair import Pair, digest_of_sequences, open_pair
+from modekit.experts.distill.says import BesideStudent, Teacher
+from modekit.experts.distill.settings import TOP_K, DistillSettings
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, Text, kl_to_teacher
+from modekit.experts.moving import Trainable, What, adapter, weights
+from modekit.experts.specialize import RANK, read_training_text
+from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
+from modekit.files.read import SMALL, UNREADABLE, read_bytes
+from modekit.files.staging import staging
+from modekit.files.write import disk_errors, json_bytes, write_file
+from modekit.loaded.load import load_model
+from modekit.loaded.next_token import Training
+from modekit.run import QUIET, Run
+from modekit.sources.model import SPECIALIST_FILE
+from modekit.text.sequences import TokenSequence
+from modekit.text.splits import TRAINED_FILE, mark_of, text_record
+from modekit.training.batches import Batches, Corpus, Part, plan_parts, steps_of_one_pass
+from modekit.training.end_to_end import in_bfloat16
+from modekit.training.engine import Schedule, run_all_steps
+from modekit.training.request import memory_errors
+from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.states_folder import StatesFolder, digest_of_data
+
+LOSSES_FILE = "distill.csv"
+_MOST_ROWS = 1_000
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is asked for.
+
+    Attributes:
+        student, teacher: model folders, of any size and family, with one tokenizer.
+        texts: files, folders or data sets, relative to `root`; only documents of the fit split are learned from.
+        train, rank: what of the student moves; see specialize.py.
+        training: how long and how fast; muon, by_length, shares and autocast have no effect.
+        settings: what is learned from the teacher.
+        keep: a folder for the teacher's word, which is read from there where it is already; None asks the teacher itself.
+        top_k: tokens that are kept of it at each place.
+    """
+
+    student: Path
+    teacher: Path
+    texts: Sequence[str]
+    root: Path
+    train: What = "mlp"
+    rank: int = RANK
+    training: Training = Training()
+    settings: DistillSettings = DistillSettings()
+    keep: Path | None = None
+    top_k: int = TOP_K
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Documents that are learned from, the same in sequences, and sequences that are held out."""
+
+    fit: list[str]
+    sequences: list[TokenSequence]
+    held_out: list[TokenSequence]
+
+    @property
+    def all(self) -> list[TokenSequence]:
+        """What the teacher is asked about, in the order in which its word is kept."""
+        return [*self.sequences, *self.held_out]
+
+    @property
+    def corpus(self) -> Corpus:
+        """What is learned from."""
+        return Corpus("the text", 0, self.sequences)
+
+
+class _StudentFolder(StatesFolder):
+    """OUT.training of a student."""
+
+    changed = "student or teacher are no longer what it started from"
+
+    def digest_in_out(self) -> str | None:
+        """Of what OUT says of how it was made, which nobody else writes."""
+        try:
+            return _sha256(read_bytes(self.out / SPECIALIST_FILE, SMALL))
+        except UNREADABLE:
+            return None
+
+
+def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> dict[str, Any]:
+    """Train a student and write it to `out`: a plain model folder with its tokenizer and dtypes, or a LoRA adapter.
+
+    Goes on after a kill, and ends in the same bytes. Returns what specialist.json in OUT says. Raises SourceError,
+    MismatchError (another tokenizer, other kept logits), TextError, TrainingError, OutputError.
+    """
+    folder = _StudentFolder(out)
+    _tidy(folder)
+    refuse_existing(out, replaced_by(overwrite), sources=(asked.student, asked.teacher))
+    if asked.keep is not None:
+        refuse_entangled(asked.keep, (asked.student, asked.teacher, out))
+    pair = open_pair(asked.student, asked.teacher, run=run)
+    texts = _Texts(*read_training_text(asked.texts, asked.root, pair.tokenizer, asked.training))
+    engine = _engine_settings(asked.training)
+    request, state = _digests(asked, pair, texts)
+    try:
+        folder.take(request, state)
+        with memory_errors():
+            taught = _teach(asked, pair, texts, engine, folder, run)
+        record = _write(asked, pair, texts, taught, _Place(out, overwrite, request, folder), run)
+        folder.remove()
+    except BaseException:
+        if folder.is_held and not folder.has_states:
+            folder.remove()
+        raise
+    finally:
+        folder.release()
+    return record
+
+
+def _tidy(folder: _StudentFolder) -> None:
+    """What a kill left between the end of a training and that of its command."""
+    if folder.is_ours and folder.is_written:
+        folder.remove()
+
+
+def _engine_settings(training: Training) -> TrainSettings:
+    """The same settings as those of a mixture's training: everything that moves has the backbone's rate."""
+    values = {
+        "what": ["all"], "steps": training.steps, "batch_tokens": training.batch_tokens, "seed": training.seed,
+        "sequence_length": training.sequence_length, "backbone_learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay, "warmup": training.warmup, "clip": training.clip,
+    }  # fmt: skip
+    return train_settings(values, where="modekit specialize --teacher")
+
+
+def _digests(asked: Distillation, pair: Pair, texts: _Texts) -> tuple[str, str]:
+    """Of what is asked for, and of what it starts from."""
+    what = [
+        asked.train, asked.rank, dataclasses.asdict(asked.training), asked.settings.model_dump(mode="json"),
+        asked.top_k if asked.keep is not None else None, digest_of_sequences(texts.sequences),
+        digest_of_sequences(texts.held_out),
+    ]  # fmt: skip
+    return digest_of_data(what), digest_of_data([pair.student_digest, pair.teacher_digest])
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """A student that has learned, how to save it, and what is known of how it went."""
+
+    trainable: Trainable
+    history: Sequence[Mapping[str, float]]
+    loss: Mapping[str, float | None]
+    kl: Mapping[str, float | None]
+    classes: str
+    tokens: int
+
+
+def _teach(
+    asked: Distillation, pair: Pair, texts: _Texts, engine: TrainSettings, folder: StatesFolder, run: Run
+) -> _Taught:  # fmt: skip
+    teacher = _teacher(asked, pair, texts, run)
+    student = load_model(asked.student, run=run)
+    with torch.random.fork_rng():
+        torch.manual_seed(engine.seed)  # a new adapter's first weights
+        trainable = _trainable(asked, student, pair)
+    lesson = Lesson(teacher, pair.vocabulary, asked.settings)
+    held_out = Text(texts.held_out, texts.corpus.tokens)
+    loss, kl = {"before": _loss(student, held_out)}, {"before": kl_to_teacher(student, lesson, held_out)}
+    steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
+    parts = plan_parts([texts.corpus], engine, steps=steps, experts=1, parts=1, pack=False)
+    module = Student(student, lesson, engine, steps)
+    history = run_all_steps(
+        module, Batches([texts.corpus], parts, pad_id=0), Schedule(steps, 1, in_bfloat16(engine, student.device)),
+        folder.path, run,
+    )  # fmt: skip
+    student.eval()
+    loss["after"], kl["after"] = _loss(student, held_out), kl_to_teacher(student, lesson, held_out)
+    return _Taught(trainable, history, loss, kl, teacher.classes, _tokens_in(parts, texts))
+
+
+def _trainable(asked: Distillation, student: PreTrainedModel, pair: Pair) -> Trainable:
+    if asked.train == "lora":
+        return adapter(student, asked.student, asked.rank)
+    return weights(student, asked.train, pair.student)
+
+
+def _teacher(asked: Distillation, pair: Pair, texts: _Texts, run: Run) -> Teacher:
+    """The teacher beside the student, or its kept word, which is made first where there is none."""
+    if asked.keep is None:
+        return BesideStudent(load_model(asked.teacher, run=run), pair.vocabulary)
+    header = Header(
+        teacher=pair.teacher.spec, teacher_digest=pair.teacher_digest, tokenizer_digest=pair.tokenizer_digest,
+        text_digest=digest_of_sequences(texts.all), vocabulary=pair.vocabulary, top_k=min(asked.top_k, pair.vocabulary),
+        temperatures=tuple(sorted({1.0, asked.settings.temperature})), tokens=sum(len(each.ids) for each in texts.all),
+    )  # fmt: skip
+    found = read_kept(asked.keep)
+    if found is None:
+        keep(asked.keep, header, load_model(asked.teacher, run=run), texts.all, run=run)
+        found = header
+    check_kept(asked.keep, found, header)
+    return FromDisk(asked.keep, found, texts.all)
+
+
+def _loss(student: PreTrainedModel, text: Text) -> float | None:
+    if not text.sequences:
+        return None
+    return score_domain(student, Domain("held-out", None, list(text.sequences), {}), lambda _: None).loss
+
+
+def _tokens_in(parts: Sequence[Part], texts: _Texts) -> int:
+    return sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a student goes, and by which request."""
+
+    out: Path
+    overwrite: bool
+    request: str
+    folder: StatesFolder
+
+
+def _write(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught, place: _Place, run: Run) -> dict[str, Any]:
+    """The student in its place; what it says of itself is announced first, so that a kill after it costs nothing."""
+    record = _record(asked, pair, texts, taught)
+    _, save = taught.trainable
+    with staging(
+        place.out, f"distill {place.request}", "adapter" if asked.train == "lora" else "model",
+        sources=(asked.student, asked.teacher), replace=replaced_by(place.overwrite), sync=run.sync,
+    ) as stage:  # fmt: skip
+        with disk_errors(stage.folder):
+            save(stage.folder)
+        if asked.train != "lora":
+            pair.tokenizer.save_pretrained(stage.folder)
+        write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in texts.fit).encode())
+        write_file(stage.folder / LOSSES_FILE, _table(taught.history))
+        place.folder.announce_digest(_sha256(json_bytes(record)))
+        write_file(stage.folder / SPECIALIST_FILE, json_bytes(record))
+    return record
+
+
+def _record(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught) -> dict[str, Any]:
+    steps = _steps(taught.history)
+    settings = asked.settings
+    return {
+        "specialist": asked.train,
+        "base_model": asked.student.name,
+        **({"rank": asked.rank} if asked.train == "lora" else {}),
+        "teacher": {
+            "name": pair.teacher.spec, "digest": pair.teacher_digest, "losses": settings.losses,
+            "temperature": settings.temperature, "weights": "adaptive" if settings.adaptive else settings.weights,
+            "combined": "in turn" if settings.alternate else "sum", "kept_top_k": asked.top_k if asked.keep is not None else None,
+        },
+        "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
+        "text": text_record(texts.fit, texts.corpus.tokens),
+        "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
+        "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
+        "cross_entropy_weight": {
+            "lowest": min(each[SHARE] for each in steps), "highest": max(each[SHARE] for each in steps),
+            "mean": sum(each[SHARE] for each in steps) / len(steps),
+        },
+        "held_out_loss": dict(taught.loss),
+        "held_out_kl": {**taught.kl, "over": taught.classes},
+    }  # fmt: skip
+
+
+def _steps(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    return [entry for entry in history if CROSS_ENTROPY in entry]
+
+
+def _table(history: Sequence[Mapping[str, float]]) -> bytes:
+    """Losses and weight by step: of every step, or of _MOST_ROWS evenly spaced ones."""
+    steps = _steps(history)
+    every = -(-len(steps) // _MOST_ROWS)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "cross_entropy", "distillation", "cross_entropy_weight"])
+    for entry in steps[::every]:
+        figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
+        writer.writerow([int(entry["step"]), *figures])
+    return text.getvalue().encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

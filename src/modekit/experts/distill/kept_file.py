@@ -1,0 +1,254 @@
+"""What a teacher says of every token of a text, on disk, so that several students share one pass of it.
+
+    FOLDER/teacher.json          of which teacher, tokenizer and text, at which temperatures (Header)
+    FOLDER/logits.safetensors    in blocks of whole sequences: ids.N (T, K) int32, log_probs.N (T, K) float32, at temperature 1,
+                                 log_rest.N (T, R) float32: log sum p^(1/T) over the other tokens, for each temperature
+
+The folder appears whole; a pass that was killed goes on after its last block. Blocks are written as they are computed and read
+as they are needed, so that memory does not grow with the text.
+
+Shape legend: T tokens of a block, N predicted tokens, K kept tokens, R temperatures, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel
+
+from modekit.errors import MismatchError, SourceError
+from modekit.evaluation.loss import tokens_per_pass
+from modekit.experts.distill.says import Item, Kept
+from modekit.files.read import SMALL, UNREADABLE
+from modekit.files.staging import staging
+from modekit.files.tensors import Entry, write_all
+from modekit.files.typed import Digest, Label, read_as
+from modekit.files.write import write_json
+from modekit.run import Run
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef, read_header
+from modekit.text.sequences import TokenSequence, make_batches
+from modekit.training.states_folder import digest_of_data
+
+HEADER_FILE, LOGITS_FILE = "teacher.json", "logits.safetensors"
+_BLOCK = 4_096  # tokens
+_NAMES = ("ids", "log_probs", "log_rest")
+_DTYPES = {"ids": ("I32", np.int32), "log_probs": ("F32", np.float32), "log_rest": ("F32", np.float32)}
+_Size = Annotated[int, Field(ge=1, le=2**40, strict=True)]
+
+
+class Header(BaseModel):
+    """What kept logits are of.
+
+    Attributes:
+        teacher: what it was called.
+        teacher_digest, tokenizer_digest, text_digest: of its weights, of what ids stand for, of all sequences.
+        vocabulary: tokens that it says something of.
+        top_k: how many of them are kept at each place.
+        temperatures: at which the rest is known.
+        tokens: places, of all sequences.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    teacher: Label
+    teacher_digest: Digest
+    tokenizer_digest: Digest
+    text_digest: Digest
+    vocabulary: _Size
+    top_k: _Size
+    temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1e3, strict=True)], ...], Field(min_length=1, max_length=16)]
+    tokens: _Size
+
+
+def read_kept(folder: Path) -> Header | None:
+    """The header of kept logits; None where there is no folder. Raises SourceError when it cannot be read."""
+    if not folder.exists():
+        return None
+    try:
+        return read_as(folder / HEADER_FILE, Header, SMALL)
+    except UNREADABLE as error:
+        raise SourceError(
+            "no kept logits of a teacher that could be read", where=str(folder / HEADER_FILE), found=error,
+            expected="what --keep-teacher wrote", remedy="name another folder, or remove this one to have it made anew",
+        ) from None  # fmt: skip
+
+
+def check_kept(folder: Path, found: Header, wanted: Header) -> None:
+    """Raise MismatchError that says which of teacher, tokenizer, text, top_k and temperature are others than wanted.
+
+    `wanted` has the one temperature that is needed besides 1.
+    """
+    said = {
+        "another teacher, or another state of it": found.teacher_digest != wanted.teacher_digest,
+        "another tokenizer": found.tokenizer_digest != wanted.tokenizer_digest,
+        "other text, or cut otherwise": (found.text_digest, found.tokens) != (wanted.text_digest, wanted.tokens),
+        f"{found.vocabulary} tokens, not {wanted.vocabulary}": found.vocabulary != wanted.vocabulary,
+        f"the top {found.top_k}, not {wanted.top_k}": found.top_k != wanted.top_k,
+        f"temperatures {', '.join(f'{each:g}' for each in found.temperatures)}": not (
+            set(wanted.temperatures) <= set(found.temperatures)
+        ),
+    }
+    different = [what for what, is_so in said.items() if is_so]
+    if different:
+        raise MismatchError(
+            "the kept logits are not those that this distillation needs", where=str(folder), found="; ".join(different),
+            remedy="name another folder, or remove this one to have it made anew",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Which sequences lie in which block, and how large its tensors are."""
+
+    sequences: Sequence[TokenSequence]
+    top_k: int
+    temperatures: tuple[float, ...]
+
+    def all(self) -> list[list[TokenSequence]]:
+        """Consecutive sequences, of about _BLOCK tokens."""
+        blocks: list[list[TokenSequence]] = []
+        size = _BLOCK
+        for sequence in self.sequences:
+            if size + len(sequence.ids) > _BLOCK:
+                blocks.append([])
+                size = 0
+            blocks[-1].append(sequence)
+            size += len(sequence.ids)
+        return blocks
+
+    def entries(self, blocks: Sequence[Sequence[TokenSequence]]) -> list[Entry]:
+        """Of the file's header, in order."""
+        widths = {"ids": self.top_k, "log_probs": self.top_k, "log_rest": len(self.temperatures)}
+        found: list[Entry] = []
+        for number, block in enumerate(blocks):
+            tokens = sum(len(sequence.ids) for sequence in block)
+            found += [
+                (f"{name}.{number}", _DTYPES[name][0], (tokens, widths[name]), 4 * tokens * widths[name]) for name in _NAMES
+            ]
+        return found
+
+
+def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequence[TokenSequence], *, run: Run) -> None:
+    """One pass of the teacher over all sequences, written as it goes. Raises OutputError."""
+    layout = _Blocks(sequences, header.top_k, header.temperatures)
+    blocks = layout.all()
+    passes = _Passes(model, header, blocks)
+
+    def write(number: int, stream: io.FileIO) -> None:
+        name = _NAMES[number % len(_NAMES)]
+        write_all(stream, memoryview(passes.of(number // len(_NAMES))[name].tobytes()))
+        run.progress("teacher", number + 1, len(blocks) * len(_NAMES))
+
+    with staging(folder, f"teacher {digest_of_data(header.model_dump(mode='json'))}", "teacher", sync=run.sync) as stage:
+        stage.write_shard(LOGITS_FILE, layout.entries(blocks), write)
+        write_json(stage.folder / HEADER_FILE, header.model_dump(mode="json"))
+
+
+class _Passes:
+    """The teacher's word on one block at a time."""
+
+    def __init__(self, model: PreTrainedModel, header: Header, blocks: Sequence[Sequence[TokenSequence]]) -> None:
+        self._model, self._header, self._blocks = model.eval(), header, blocks
+        self._last: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def of(self, number: int) -> dict[str, np.ndarray]:
+        """The three arrays of a block; its tensors are written one after the other."""
+        if self._last is None or self._last[0] != number:
+            self._last = number, self._compute(self._blocks[number])
+        return self._last[1]
+
+    def _compute(self, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
+        starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
+        tokens, header = int(starts[-1]), self._header
+        widths = {"ids": header.top_k, "log_probs": header.top_k, "log_rest": len(header.temperatures)}
+        found = {name: np.empty((tokens, width), _DTYPES[name][1]) for name, width in widths.items()}
+        with torch.inference_mode():
+            for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(self._model.config))):
+                mask = batch.mask.to(self._model.device)
+                output = self._model(
+                    input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False
+                )  # fmt: skip
+                places = (starts[torch.tensor(batch.rows)][:, None] + torch.arange(batch.mask.shape[1]))[batch.mask].numpy()
+                for name, values in zip(_NAMES, _kept_of(output.logits[mask][:, : header.vocabulary], header), strict=True):
+                    found[name][places] = values.cpu().numpy()
+        return found
+
+
+def _kept_of(logits_NV: torch.Tensor, header: Header) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids (N, K), log-probabilities (N, K), and the rest's (N, R), which is -inf where all is kept."""
+    log_probs_NV = logits_NV.float().log_softmax(-1)
+    top = log_probs_NV.topk(header.top_k, dim=-1)
+    others = log_probs_NV.scatter(-1, top.indices, -torch.inf)
+    rest_NR = torch.stack([(others / temperature).logsumexp(-1) for temperature in header.temperatures], -1)
+    return top.indices.int(), top.values, rest_NR
+
+
+class FromDisk:
+    """A teacher's kept word, read batch by batch."""
+
+    def __init__(self, folder: Path, header: Header, sequences: Sequence[TokenSequence]) -> None:
+        self._folder, self._header = folder, header
+        self.classes = (
+            "the whole vocabulary" if header.top_k == header.vocabulary else f"the teacher's top {header.top_k} and the rest"
+        )
+        layout = _Blocks(sequences, header.top_k, header.temperatures)
+        blocks = layout.all()
+        self._refs = read_header(folder / LOGITS_FILE, where="--keep-teacher")
+        expected = {name: (dtype, shape) for name, dtype, shape, _ in layout.entries(blocks)}
+        if {name: (ref.dtype, ref.shape) for name, ref in self._refs.items()} != expected:
+            raise self._damaged("tensors of other names or shapes")
+        self._ends = list(accumulate(sum(len(sequence.ids) for sequence in block) for block in blocks))
+        self._files = OpenFiles()
+
+    def says(self, item: Item, predicted: torch.Tensor) -> Kept:
+        """Of the predicted tokens of a batch."""
+        places = item["position"][:, :-1][predicted.to(item["position"].device)].tolist()
+        parts = [self._read(block, start, stop) for block, start, stop in self._runs(places)]
+        device = item["input_ids"].device
+        ids, log_probs, rest = (torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in _NAMES)
+        finite = bool(log_probs.isfinite().all()) and not bool(rest.isnan().any())
+        if not finite or int(ids.min()) < 0 or int(ids.max()) >= self._header.vocabulary:
+            raise self._damaged("ids beyond the vocabulary, or values that are no number")
+        return Kept(ids.long().to(device), log_probs.to(device), partial(self._rest, rest.to(device)))
+
+    def _rest(self, rest_NR: torch.Tensor, temperature: float) -> torch.Tensor | None:
+        if self._header.top_k == self._header.vocabulary:
+            return None
+        return rest_NR[:, self._header.temperatures.index(temperature)]
+
+    def _runs(self, places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """Block, and from where to where in it: places that follow each other are read at once."""
+        start = 0
+        for end in range(1, len(places) + 1):
+            block = bisect_right(self._ends, places[start])
+            last = end == len(places) or places[end] != places[end - 1] + 1 or places[end] == self._ends[block]
+            if last:
+                before = self._ends[block - 1] if block else 0
+                yield block, places[start] - before, places[end - 1] + 1 - before
+                start = end
+
+    def _read(self, block: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {name: self._rows(self._refs[f"{name}.{block}"], name, start, stop) for name in _NAMES}
+
+    def _rows(self, ref: TensorRef, name: str, start: int, stop: int) -> np.ndarray:
+        width = ref.shape[1]
+        content = self._files.read(ref, 4 * width * start, 4 * width * stop)
+        return np.frombuffer(content, _DTYPES[name][1]).reshape(stop - start, width)
+
+    def _damaged(self, found: str) -> SourceError:
+        return SourceError(
+            "the kept logits are damaged", where=str(self._folder / LOGITS_FILE), found=found,
+            remedy="remove the folder to have it made anew",
+        )  # fmt: skip

@@ -1,0 +1,73 @@
+"""What a student learns from its teacher, and how much."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from modekit.errors import TrainingError
+from modekit.files.typed import problem_in
+
+Loss = Literal["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
+"""See training/losses.py."""
+
+TOP_K = 64
+"""Tokens that are kept of what a teacher says at each place, when nothing is said (docs/distill.md has what that costs)."""
+
+
+class DistillSettings(BaseModel):
+    """Settings of a distillation; unknown keys and settings without effect are errors.
+
+    Attributes:
+        losses: name -> weight; their weighted sum is the distillation loss.
+        temperature: of both models' probabilities in it (2 in arXiv:2407.19610).
+        weights: what cross-entropy counts, from 0 to below 1; distillation counts the rest.
+        adaptive: in place of it: whichever of the two losses rises counts less (weight.py).
+        alternate: steps move by cross-entropy and distillation in turn, beginning with cross-entropy.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    losses: dict[Loss, float] = Field({"forward_kl": 1.0}, min_length=1)
+    temperature: float = Field(2.0, gt=0, le=1e3)
+    weights: float = Field(0.5, ge=0, lt=1)
+    adaptive: bool = False
+    alternate: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistillSettings:
+        if any(weight <= 0 for weight in self.losses.values()):
+            raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
+        if self.adaptive and "weights" in self.model_fields_set:
+            raise ValueError("weights has no effect with adaptive: leave one of them out")
+        return self
+
+
+def distill_settings(values: dict[str, Any], *, where: str) -> DistillSettings:
+    """Checked settings. Raises TrainingError with the first thing wrong."""
+    try:
+        return DistillSettings.model_validate(values)
+    except ValidationError as error:
+        raise TrainingError(
+            "the settings of this distillation are wrong", where=where, found=problem_in(error),
+            remedy="correct them; docs/distill.md has them all",
+        ) from None  # fmt: skip
+
+
+def losses_of(said: list[str]) -> dict[str, float]:
+    """NAME or NAME=WEIGHT, each once -> weight. Raises TrainingError for what is neither, or a name twice."""
+    weights: dict[str, float] = {}
+    for each in said:
+        name, sign, value = each.partition("=")
+        try:
+            weight = float(value) if sign else 1.0
+        except ValueError:
+            weight = float("nan")
+        if weight != weight or name in weights or name not in get_args(Loss):
+            raise TrainingError(
+                "unknown loss or weight, or a loss that is named twice", where="--distill", found=each,
+                expected=f"one of {', '.join(get_args(Loss))}, or NAME=WEIGHT", remedy="correct it",
+            )  # fmt: skip
+        weights[name] = weight
+    return weights

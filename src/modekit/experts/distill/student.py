@@ -1,0 +1,118 @@
+"""A student with its losses as one module, and how far it is from its teacher on held-out text.
+
+Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.evaluation.loss import tokens_per_pass
+from modekit.experts.distill.says import Teacher, predicted_in
+from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.weight import CrossEntropyWeight
+from modekit.text.sequences import TokenSequence, make_batches
+from modekit.training.losses import divergence, forward_kl, language_model
+from modekit.training.settings import TrainSettings
+from modekit.training.trained_module import TrainedModule
+
+CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
+"""What the log calls both losses per predicted token, and what cross-entropy counted in the step."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Who teaches what: the first `vocabulary` logits of both models are compared."""
+
+    teacher: Teacher
+    vocabulary: int
+    settings: DistillSettings
+
+
+class Student(TrainedModule):
+    """`student` with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
+
+    prefix = "student"
+    skips_parameters = False
+
+    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
+        super().__init__()
+        self.student = student
+        self.config = student.config
+        self.settings = settings
+        self.moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+        self.gate_names = []
+        self._lesson = lesson
+        self._weight = CrossEntropyWeight(lesson.settings, steps)
+        self._sums = {CROSS_ENTROPY: 0.0, DISTILLATION: 0.0}
+
+    def forward(self, factor: float = 1.0, **item: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of a batch from `Batches`: its share of the step's, per predicted token of the step, times `factor`."""
+        logits = self.student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
+        predicted = predicted_in(item)
+        logits_NV = logits[:, :-1][predicted]
+        cross_entropy = language_model(logits_NV, item["input_ids"][:, 1:][predicted])
+        distillation = self._distillation(logits_NV, predicted, item)
+        targets = item["targets"].to(logits.device)
+        self._sums[CROSS_ENTROPY] += float(cross_entropy.detach() / targets)
+        self._sums[DISTILLATION] += float(distillation.detach() / targets)
+        ours, theirs = self._weight.factors()
+        parts = [weight * loss for weight, loss in ((ours, cross_entropy), (theirs, distillation)) if weight]
+        total = torch.stack(parts).sum() if parts else logits_NV.sum() * 0.0
+        return {"loss": total * (factor / targets)}
+
+    def _distillation(self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Weighted sum of the distillation losses, summed over tokens."""
+        settings = self._lesson.settings
+        said = self._lesson.teacher.says(item, predicted)
+        student, teacher = said.beside(logits_NV[:, : self._lesson.vocabulary], settings.temperature)
+        losses = [weight * divergence(name, student, teacher, settings.temperature) for name, weight in settings.losses.items()]
+        return torch.stack(losses).sum()
+
+    def drain(self) -> dict[str, float]:
+        """Both losses of the step that has just ended, and what cross-entropy counted in it."""
+        figures = {**self._sums, SHARE: self._weight.share()}
+        self._weight.remember(self._sums[CROSS_ENTROPY], self._sums[DISTILLATION])
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        return figures
+
+    def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Weights of the next steps hang on the losses of the steps before."""
+        for entry in history:
+            if CROSS_ENTROPY in entry:
+                self._weight.remember(entry[CROSS_ENTROPY], entry[DISTILLATION])
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences, and where their first token stands among those that the teacher has said something of."""
+
+    sequences: Sequence[TokenSequence]
+    first: int
+
+
+def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: Text) -> float | None:
+    """Mean KL(teacher || student) at temperature 1 over the predicted tokens of a text, in nats; None without text."""
+    if not text.sequences:
+        return None
+    starts = torch.tensor([text.first, *(len(sequence.ids) for sequence in text.sequences)]).cumsum(0)
+    device = student.device
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in make_batches(text.sequences, tokens=min(2_048, tokens_per_pass(student.config))):
+            within = torch.arange(batch.mask.shape[1]).expand(batch.mask.shape)
+            item = {
+                "input_ids": batch.input_ids.to(device), "real": batch.mask.to(device), "position_ids": within.to(device),
+                "position": starts[torch.tensor(batch.rows)][:, None] + within,
+            }  # fmt: skip
+            predicted = predicted_in(item)
+            logits = student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
+            said = lesson.teacher.says(item, predicted)
+            ours, theirs = said.beside(logits[:, :-1][predicted][:, : lesson.vocabulary], 1.0)
+            total += float(forward_kl(ours, theirs).double())
+            count += int(predicted.sum())
+    return total / count

@@ -1,0 +1,80 @@
+"""What of a model moves when an expert is made of it, and how what came of it is saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.errors import UnsupportedError
+from modekit.files.write import remove
+from modekit.loaded.load import without_bars
+from modekit.sources.families import family_of
+from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.names import in_layer
+
+What = Literal["mlp", "lora", "full"]
+"""See specialize.py."""
+Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]
+"""The parameters that move, and how to save what came of it."""
+
+
+def weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainable:
+    """The model's own weights; they are saved in the dtypes that they have in `source`."""
+    parameters = trainable_parameters(model, train)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        for name, parameter in model.named_parameters():
+            if name in source.tensors:  # back to the dtype each tensor has in the base; exact for what did not move
+                parameter.data = parameter.data.to(getattr(torch, DTYPE_NAMES[source.tensors[name].dtype]))
+        model.config.dtype = next(model.parameters()).dtype
+        with without_bars():
+            model.save_pretrained(folder)
+
+    return parameters, save
+
+
+def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
+    """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def save(folder: Path) -> None:
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        remove(folder / "README.md")  # PEFT's empty model card, with the base's path on this machine
+
+    return moving, save
+
+
+def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
+    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies.
+
+    Raises UnsupportedError when mlp is asked of a family that is not in the table.
+    """
+    named = dict(model.named_parameters())
+    if train == "full":
+        return list(named.values())
+    try:
+        family = family_of({"model_type": model.config.model_type}, where="--train mlp")
+    except UnsupportedError as error:
+        raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
+    layers = int(model.config.num_hidden_layers)
+    return [named[name] for layer in range(layers) for name in _ffn_names(family.mlp, layer)]
+
+
+def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
+    return [in_layer(layer, path) for path in dict.fromkeys(mlp.values())]

@@ -1,0 +1,143 @@
+"""What a training keeps beside its output, OUT.training, so that the same command goes on after a kill, and another does not.
+
+settings.json      whose training this is: digests of what was asked for and of what it started from
+checkpoint-N/      states while it trains (engine.py)
+writing.json       the digest of what will be in OUT once it is written: then what is here is done with
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel
+
+from modekit.errors import TrainingError
+from modekit.files.lock import Lock
+from modekit.files.marker import MARKER, claim_work_folder, is_work_folder
+from modekit.files.read import LARGE, UNREADABLE, read_json
+from modekit.files.typed import as_kind, shortened
+from modekit.files.write import empty_folder, remove, remove_if_empty, sweep, write_json
+from modekit.processes import processes
+
+_Kept = TypeVar("_Kept")
+_SETTINGS = "settings"
+WRITING = "writing"
+_LOCK = "training.lock"
+
+
+class _Claim(BaseModel):
+    request: str
+    state: str
+
+
+class StatesFolder:
+    """Beside the folder `out` that will hold what was trained. Use `take`. The main process writes; all read."""
+
+    also_kept: ClassVar[tuple[str, ...]] = ()
+    """Names that more is kept under, which goes before what says whose folder it is."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".training")
+        self._lock = Lock(self.path / _LOCK)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has it, and nobody else."""
+        return self._lock.is_held
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a training of this output made it."""
+        return is_work_folder(self.path, "training", self.out.name)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there is something to go on from."""
+        return next(self.path.glob("checkpoint-*"), None) is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether what was trained is in its place, as was announced."""
+        announced = self.recall(WRITING, lambda data: as_kind(data, str))
+        return announced is not None and announced == self.digest_in_out()
+
+    def digest_in_out(self) -> str | None:
+        """Of what says in OUT how it was trained; None where nothing does."""
+        raise NotImplementedError
+
+    def announce_digest(self, digest: str) -> None:
+        """Say, before it is written, what `digest_in_out` will be once it is."""
+        self.keep(WRITING, digest)
+
+    def recall(self, name: str, make: Callable[[Any], _Kept]) -> _Kept | None:
+        """What `make` takes from what was kept under a name; None when nothing was.
+
+        Raises TrainingError where that is damaged, which `make` says by ValueError.
+        """
+        path = self.path / f"{name}.json"
+        try:
+            return make(read_json(path, LARGE))
+        except FileNotFoundError:
+            return None
+        except UNREADABLE as error:
+            raise TrainingError(
+                "what an unfinished training left is damaged", where=str(path), found=shortened(error),
+                remedy=f"remove the folder {self.path.name} to begin anew",
+            ) from None  # fmt: skip
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep plain data."""
+        write_json(self.path / f"{name}.json", value)
+
+    def remove(self) -> None:
+        """All is done, or nothing has begun. What says so goes last: a kill in between leaves a folder that is still ours."""
+        last = [*(f"{name}.json" for name in (WRITING, *self.also_kept, _SETTINGS)), MARKER, _LOCK]
+        empty_folder(self.path, but=last)
+        for name in last[:-1]:
+            remove(self.path / name)
+        self._lock.release()
+        remove_if_empty(self.path)
+
+    def release(self) -> None:
+        """Let another command at it; what is kept stays."""
+        self._lock.release()
+
+    def take(self, request: str, state: str) -> None:
+        """Begin here, or go on with what a kill left; digests of what is asked for and of what it starts from.
+
+        Raises TrainingError when it is another training's.
+        """
+        problem = self._claim(request, state) if processes().is_main else None
+        problem = processes().agree(problem)
+        if problem:
+            raise TrainingError(
+                "an unfinished training is in the way", where=str(self.path), found=problem,
+                remedy="run the command that began it to finish it, or remove the folder",
+            )  # fmt: skip
+
+    def _claim(self, request: str, state: str) -> str | None:
+        if not claim_work_folder(self.path, "training", self.out.name):
+            return "a folder that no training made"
+        if not self._lock.take():
+            return "a command that is at it"
+        sweep(self.path)
+        kept = self.recall(_SETTINGS, lambda data: as_kind(data, _Claim))
+        if kept is not None and kept.request == request and (kept.state == state or self.is_written):
+            return None
+        if kept is not None and self.has_states and not self.is_written:
+            return "other settings or text" if kept.request != request else self.changed
+        empty_folder(self.path, but=(MARKER, _LOCK))
+        self.keep(_SETTINGS, {"request": request, "state": state})
+        return None
+
+    changed: ClassVar[str] = "OUT is no longer what it started from"
+
+
+def digest_of_data(value: object) -> str:
+    """sha256 of plain data, the same for the same content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,243 @@
+"""A student and its teacher, from folders to a folder: what is learned, what is kept, how it goes on, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from command_line import modekit
+from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
+from modekit.errors import MismatchError, OutputError, TrainingError
+from modekit.experts.distill.distill import Distillation, distill
+from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.student import Lesson, Text, kl_to_teacher
+from modekit.experts.specialize import specialize
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.next_token import Training
+from modekit.run import Run
+from modekit.text.held_out import read_text
+from modekit.text.sequences import encode
+from refusal import refuse, tree
+
+TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
+TYPED = ("--steps", "4", "--batch-tokens", "256", "--sequence-length", "32", "--learning-rate", "0.005")
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    """A student, and a teacher of another family and size that has learned a text."""
+    made = make_workshop(tmp_path, num_hidden_layers=1)
+    save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2), tmp_path / "untaught")
+    specialize(
+        tmp_path / "untaught", tmp_path / "teacher", ["./text/law.jsonl"], root=tmp_path, train="full",
+        training=TRAINING.with_(steps=60),
+    )  # fmt: skip
+    return made
+
+
+def asked(shop: Workshop, **changes: Any) -> Distillation:
+    given: dict[str, Any] = {"teacher": shop.root / "teacher", "training": TRAINING, **changes}
+    return Distillation(shop.root / "base", texts=["./text/law.jsonl"], root=shop.root, **given)
+
+
+def weights_of(folder: Path) -> bytes:
+    return next(folder.glob("*model.safetensors")).read_bytes()
+
+
+def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Workshop) -> None:
+    """At equal steps on equal text, on held-out text, whichever loss says how far it is."""
+    teacher = load_model(shop.root / "teacher")
+    tokenizer = load_tokenizer(shop.root / "base")
+    held_out = encode(
+        tokenizer, read_text(["./text/law.jsonl"], root=shop.root, where="t").report(), max_tokens=4_000, sequence_length=32
+    )
+    from modekit.experts.distill.says import BesideStudent
+
+    lesson = Lesson(BesideStudent(teacher, 96), 96, DistillSettings())
+    plain = distill(asked(shop, train="full", settings=DistillSettings(weights=0.999_999)), shop.root / "plain")
+    distances = {"plain": plain["held_out_kl"]["after"]}
+    for name in ("forward_kl", "reverse_kl", "teacher_ce", "total_variation"):
+        record = distill(asked(shop, train="full", settings=DistillSettings(losses={name: 1.0})), shop.root / name)
+        distances[name] = record["held_out_kl"]["after"]
+        measured = kl_to_teacher(load_model(shop.root / name), lesson, Text(held_out, 0))
+        assert measured == pytest.approx(distances[name], rel=1e-3)
+    assert all(value < distances["plain"] for name, value in distances.items() if name != "plain"), distances
+
+
+def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Workshop) -> None:
+    record = distill(asked(shop), shop.root / "new")
+    before, after = (load_file(shop.root / name / "model.safetensors") for name in ("base", "new"))
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+    assert json.loads((shop.root / "new" / "specialist.json").read_text()) == record
+    said = record["teacher"]
+    assert (said["name"], said["losses"], said["temperature"], said["weights"]) == ("teacher", {"forward_kl": 1.0}, 2.0, 0.5)
+    assert len(said["digest"]) == 64 and record["training"]["steps"] == 12
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
+    rows = list(csv.DictReader((shop.root / "new" / "distill.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
+    assert {row["cross_entropy_weight"] for row in rows} == {"0.5"}
+    assert not list(shop.root.glob("new.*"))
+
+
+def test_a_taught_adapter_is_an_ordinary_one(shop: Workshop) -> None:
+    from peft import PeftModel
+
+    distill(asked(shop, train="lora", rank=4), shop.root / "new")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shop.root / "base"), shop.root / "new")
+    assert model.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("changes", [{"adaptive": True}, {"adaptive": True, "alternate": True}, {"weights": 0.0}])
+def test_the_same_command_gives_the_same_bytes(shop: Workshop, changes: dict[str, Any]) -> None:
+    for name in ("one", "two"):
+        distill(asked(shop, train="lora", settings=DistillSettings(**changes)), shop.root / name)
+    assert tree(shop.root / "one") == tree(shop.root / "two")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_at(step: int) -> Run:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "train" and done == step:
+            raise Stopped
+
+    return Run(progress=progress)
+
+
+@pytest.mark.parametrize("train", ["mlp", "lora"])
+def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop, train: Any) -> None:
+    settings = DistillSettings(adaptive=True, alternate=True)
+    wanted = asked(shop, train=train, settings=settings)
+    distill(wanted, shop.root / "whole")
+    with pytest.raises(Stopped):
+        distill(wanted, shop.root / "new", run=stopping_at(8))
+    assert list((shop.root / "new.training").glob("checkpoint-*")) and not (shop.root / "new").exists()
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        distill(asked(shop, train=train), shop.root / "new")
+    seen: list[int] = []
+    distill(wanted, shop.root / "new", run=Run(progress=lambda stage, done, total: seen.append(done)))
+    assert min(seen) > 6  # it did not begin anew
+    assert tree(shop.root / "new") == tree(shop.root / "whole")
+    assert not (shop.root / "new.training").exists()
+
+
+def test_a_teacher_that_was_changed_meanwhile_is_another_training(shop: Workshop) -> None:
+    with pytest.raises(Stopped):
+        distill(asked(shop), shop.root / "new", run=stopping_at(8))
+    save(tiny_model("qwen2", seed=3, hidden_size=48, num_hidden_layers=2), shop.root / "teacher")
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        distill(asked(shop), shop.root / "new")
+
+
+def test_one_that_is_stopped_before_its_first_state_leaves_nothing(shop: Workshop) -> None:
+    with pytest.raises(Stopped):
+        distill(asked(shop), shop.root / "new", run=stopping_at(1))
+    assert not list(shop.root.glob("new*"))
+
+
+def test_a_loss_that_is_not_finite_stops(shop: Workshop) -> None:
+    with pytest.raises(TrainingError, match="not finite"):
+        distill(asked(shop, training=TRAINING.with_(learning_rate=10.0, clip=1e30, steps=60)), shop.root / "new")
+    assert not (shop.root / "new").exists()
+
+
+def test_an_output_that_exists_is_replaced_only_when_that_is_said(shop: Workshop) -> None:
+    distill(asked(shop), shop.root / "new")
+    before = tree(shop.root / "new")
+    with pytest.raises(OutputError, match="exists"):
+        distill(asked(shop, training=TRAINING.with_(seed=5)), shop.root / "new")
+    assert tree(shop.root / "new") == before
+    distill(asked(shop, training=TRAINING.with_(seed=5)), shop.root / "new", overwrite=True)
+    assert weights_of(shop.root / "new") != before["model.safetensors"]
+
+
+def test_embeddings_padded_to_another_number_of_rows_are_no_other_vocabulary(shop: Workshop) -> None:
+    save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2, vocab_size=128), shop.root / "wide")
+    record = distill(asked(shop, teacher=shop.root / "wide"), shop.root / "new")
+    assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
+
+
+# What is refused.
+
+
+def save_tokenizer(folder: Path, **special: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=character_tokenizer().backend_tokenizer, **special)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_by_the_tokens_that_differ(shop: Workshop) -> None:
+    path = shop.root / "teacher" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(
+        MismatchError, match=r"the teacher's tokenizer differs from the student's in 2 tokens[^!]*'a' \(student"
+    ):
+        distill(asked(shop), shop.root / "new")
+
+
+def test_a_teacher_with_other_special_tokens_is_refused(shop: Workshop) -> None:
+    save_tokenizer(shop.root / "teacher", pad_token="<pad>", bos_token="<s>", eos_token="<pad>", unk_token="<unk>")
+    with pytest.raises(MismatchError, match=r"other special tokens[^!]*eos_token_id 2 \(student\), 0 \(teacher\)"):
+        distill(asked(shop), shop.root / "new")
+
+
+def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) -> None:
+    save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2, vocab_size=64), shop.root / "narrow")
+    with pytest.raises(MismatchError, match=r"32 tokens that the model has no embedding for[^!]*--teacher"):
+        distill(asked(shop, teacher=shop.root / "narrow"), shop.root / "new")
+    assert not list(shop.root.glob("new*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--temperature", "3"), "--temperature"),
+        (("--distill", "forward_kl"), "--distill"),
+        (("--weights", "0.5"), "--weights"),
+        (("--adaptive",), "--adaptive"),
+        (("--alternate",), "--alternate"),
+        (("--keep-teacher", "KEPT"), "--keep-teacher"),
+        (("--teacher", "teacher", "--teacher-top-k", "3"), "--teacher-top-k"),
+        (("--teacher", "teacher", "--adaptive", "--weights", "0.5"), "weights has no effect with adaptive"),
+        (("--teacher", "nowhere"), "model folder does not exist"),
+        (("--teacher", "text"), "config.json"),
+        (("--teacher", "teacher", "--distill", "kl"), "unknown loss or weight"),
+        (("--teacher", "teacher", "--batch-tokens", "8"), "batch_tokens"),
+        (("--teacher", "teacher", "--keep-teacher", "teacher/kept"), "must not touch"),
+    ],
+)  # fmt: skip
+def test_dead_and_wrong_options_are_refused(
+    small_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    root = shutil.copytree(small_workshop.root, tmp_path / "root", ignore=shutil.ignore_patterns("OUT*"))
+    (root / "medicine").rename(root / "teacher")
+    before = tree(root)
+    monkeypatch.chdir(root)
+    assert said in refuse("specialize", "base", "NEW", "--text", "text/law.jsonl", *words)
+    assert tree(root) == before
+
+
+def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop.root)
+    said = modekit(
+        "specialize", "base", "NEW", "--text", "text/law.jsonl", "--teacher", "teacher", "--distill", "reverse_kl=2", "--temperature",
+        "1", "--adaptive", "--keep-teacher", "KEPT", "--teacher-top-k", "8", *TYPED,
+    )  # fmt: skip
+    assert "KL to the teacher" in " ".join(said.split()) and "the teacher's top 8 and the rest" in " ".join(said.split())
+    record = json.loads((shop.root / "NEW" / "specialist.json").read_text())
+    assert record["teacher"]["losses"] == {"reverse_kl": 2.0} and record["teacher"]["kept_top_k"] == 8
+    assert record["teacher"]["weights"] == "adaptive" and record["training"]["steps"] == 4

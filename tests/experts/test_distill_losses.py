@@ -1,0 +1,176 @@
+"""What a student is told of its teacher: every loss is what its name says, pads and ends of documents never count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from modekit.experts.distill.says import BesideStudent, Kept, Whole
+from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student
+from modekit.text.sequences import TokenSequence
+from modekit.training.batches import Batches, Corpus, plan_parts
+from modekit.training.losses import DIVERGENCES, distillation, divergence
+from modekit.training.settings import train_settings
+
+NAMES = ["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
+
+
+def logits(seed: int, scale: float = 1.0, tokens: int = 6, vocabulary: int = 11) -> torch.Tensor:
+    return scale * torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def gradient(name: str, student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    student = student.clone().requires_grad_(True)
+    distillation(name, student, teacher, temperature).backward()
+    assert student.grad is not None
+    return student.grad
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_teacher_cross_entropy_pulls_as_forward_kl_does_and_not_as_reverse_kl(temperature: float) -> None:
+    student, teacher = logits(1), logits(2)
+    forward = gradient("forward_kl", student, teacher, temperature)
+    assert (gradient("teacher_ce", student, teacher, temperature) - forward).abs().max() < 1e-6
+    assert (gradient("reverse_kl", student, teacher, temperature) - forward).abs().max() > 0.01
+
+
+def test_the_gradient_of_forward_kl_is_the_difference_of_probabilities() -> None:
+    student, teacher = logits(1), logits(2)
+    wanted = student.softmax(-1) - teacher.softmax(-1)
+    assert torch.allclose(gradient("forward_kl", student, teacher), wanted, atol=1e-6)
+
+
+def test_losses_are_their_formulas_at_a_temperature() -> None:
+    student, teacher = logits(1), logits(2)
+    q, p = (student / 2).softmax(-1), (teacher / 2).softmax(-1)
+    wanted = {
+        "forward_kl": 4 * (p * (p / q).log()).sum(), "reverse_kl": 4 * (q * (q / p).log()).sum(),
+        "teacher_ce": -4 * (p * q.log()).sum(), "total_variation": (p - q).abs().sum() / 2,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        assert distillation(name, student, teacher, 2.0) == pytest.approx(float(value), rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_logits_are_at_no_distance(name: str) -> None:
+    same = logits(3)
+    value = float(distillation(name, same, same.clone(), 2.0))
+    if name == "teacher_ce":
+        p = (same / 2).softmax(-1)
+        assert value == pytest.approx(-4 * float((p * p.log()).sum()), rel=1e-5)  # the teacher's entropy
+    else:
+        assert value == pytest.approx(0.0, abs=1e-6)
+    assert gradient(name, same, same.clone(), 2.0).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "teacher_ce"])
+def test_the_square_of_the_temperature_keeps_the_gradient_as_large(name: str) -> None:
+    student, teacher = logits(1, 0.1), logits(2, 0.1)
+    norms = [float(gradient(name, student, teacher, temperature).norm()) for temperature in (1.0, 2.0, 4.0)]
+    assert max(norms) < 2 * min(norms), norms
+
+
+def test_the_names_of_training_mean_the_same() -> None:
+    assert DIVERGENCES["distill"] is DIVERGENCES["forward_kl"] and DIVERGENCES["distill_reverse"] is DIVERGENCES["reverse_kl"]
+
+
+# Over the kept tokens and all others as one.
+
+
+def kept_of(teacher: torch.Tensor, top_k: int) -> Kept:
+    log_probs = teacher.log_softmax(-1)
+    top = log_probs.topk(top_k, dim=-1)
+    others = log_probs.scatter(-1, top.indices, -torch.inf)
+    whole = top_k == teacher.shape[-1]
+    return Kept(top.indices, top.values, lambda temperature: None if whole else (others / temperature).logsumexp(-1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_all_tokens_kept_is_the_whole_vocabulary(name: str, temperature: float) -> None:
+    student, teacher = logits(1, 2.0), logits(2, 2.0)
+    whole = divergence(name, *Whole(teacher).beside(student, temperature), temperature)
+    kept = divergence(name, *kept_of(teacher, 11).beside(student, temperature), temperature)
+    assert float(kept) == pytest.approx(float(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "total_variation"])
+def test_fewer_classes_see_less_of_a_distance_and_never_more(name: str) -> None:
+    student, teacher = logits(1, 2.0), logits(2, 2.0)
+    values = [float(divergence(name, *kept_of(teacher, top_k).beside(student, 2.0), 2.0)) for top_k in (1, 3, 6, 10, 11)]
+    assert values == sorted(values) and values[0] < values[-1]
+
+
+def test_others_as_one_are_exact_where_the_student_shares_them_out_as_the_teacher_does() -> None:
+    teacher = logits(2, 2.0)
+    top = teacher.topk(4, dim=-1).indices
+    student = teacher.scatter_add(-1, top, logits(5, 1.0)[:, :4])  # only the kept ones differ
+    for name in ("forward_kl", "reverse_kl", "total_variation"):
+        whole = divergence(name, *Whole(teacher).beside(student, 1.0), 1.0)
+        kept = divergence(name, *kept_of(teacher, 4).beside(student, 1.0), 1.0)
+        assert float(kept) == pytest.approx(float(whole), rel=1e-4), name
+
+
+def test_a_gradient_over_kept_tokens_is_finite() -> None:
+    student = logits(1, 30.0).requires_grad_(True)
+    ours, theirs = kept_of(logits(2, 30.0), 4).beside(student, 1.0)
+    divergence("forward_kl", ours, theirs, 1.0).backward()
+    assert student.grad is not None and student.grad.isfinite().all() and student.grad.abs().max() > 0
+
+
+# Tokens that count.
+
+
+def student_of(**changes: Any) -> Student:
+    model, teacher = tiny_model(num_hidden_layers=1), tiny_model(seed=4, num_hidden_layers=1)
+    lesson = Lesson(BesideStudent(teacher, 96), 96, DistillSettings(**changes))
+    return Student(model, lesson, train_settings({"what": ["all"]}, where="test"), 10)
+
+
+def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    corpus = Corpus("text", 0, sequences)
+    asked = train_settings({"what": ["all"], "batch_tokens": sum(len(each.ids) for each in sequences)}, where="test")
+    return Batches([corpus], plan_parts([corpus], asked, steps=1, experts=1, parts=1, pack=False), pad_id)[0]
+
+
+LONG, SHORT = TokenSequence(tuple(range(4, 36)), 31), TokenSequence(tuple(range(40, 57)), 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pads_change_no_loss(name: str) -> None:
+    student = student_of(losses={name: 1.0})
+    together = student(**batch_of([LONG, SHORT]))["loss"]
+    other_pads = student(**batch_of([LONG, SHORT], pad_id=77))["loss"]
+    assert float(together.detach()) == pytest.approx(float(other_pads.detach()), rel=1e-6)
+    alone = [float(student(**batch_of([each]))["loss"].detach()) for each in (LONG, SHORT)]
+    assert float(together.detach()) == pytest.approx((31 * alone[0] + 16 * alone[1]) / 47, rel=1e-5)
+
+
+def test_a_loss_is_per_token_whatever_the_length_and_number_of_texts() -> None:
+    student = student_of()
+    once, twice = (student(**batch_of([SHORT] * count))["loss"] for count in (1, 2))
+    assert float(once.detach()) == pytest.approx(float(twice.detach()), rel=1e-6)
+
+
+def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path: Path) -> None:
+    student = student_of()
+    assert {name.partition(".")[0] for name, _ in student.named_parameters()} == {"student"}
+    student(**batch_of([LONG]))["loss"].backward()
+    teacher = student._lesson.teacher
+    assert isinstance(teacher, BesideStudent)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher._model.parameters())
+
+
+def test_alternating_steps_move_by_one_loss_each_beginning_with_the_text() -> None:
+    student = student_of(alternate=True, weights=0.25)
+    said: list[tuple[float, dict[str, float]]] = []
+    for _ in range(2):
+        loss = float(student(**batch_of([LONG]))["loss"].detach())
+        said.append((loss, student.drain()))
+    assert said[0][0] == pytest.approx(2 * 0.25 * said[0][1][CROSS_ENTROPY], rel=1e-6)
+    assert said[1][0] == pytest.approx(2 * 0.75 * said[1][1][DISTILLATION], rel=1e-6)
