@@ -31,7 +31,7 @@ class TeacherOptions:
     ] = None
     temperature: Annotated[float | None, typer.Option(help="Of teacher and student in it (default 2).")] = None
     weights: Annotated[
-        float | None, typer.Option(help="What the text counts, from 0 to below 1; the teacher counts the rest (default 0.5).")
+        float | None, typer.Option(help="What the text counts, from 0 to 1; the teacher counts the rest (default 0.5).")
     ] = None
     adaptive: Annotated[
         bool, typer.Option("--adaptive", help="In place of --weights: whichever of the two losses rises counts less.")

@@ -55,16 +55,22 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: 
     sequences = {name: training_sequences(tokenizer, documents, BASE_TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
     mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            torch.nn.init.zeros_(parameter)  # every block starts as the identity
+    model = new_model(ARCHITECTURE, seed)
     with staging(out, f"demo base {seed} {steps}", "model") as stage:
-        _train(model, mixed, steps, seed, run)
+        train(model, mixed, steps, seed, run)
         with without_bars():
             model.save_pretrained(stage.folder)
         tokenizer.save_pretrained(stage.folder)
+
+
+def new_model(architecture: dict[str, Any], seed: int) -> PreTrainedModel:
+    """A Llama of random weights whose blocks start as the identity."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**architecture))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
+    return model
 
 
 def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -72,7 +78,8 @@ def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
     return byte_level_bpe(documents, VOCABULARY)
 
 
-def _train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
+def train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
+    """Train everything on some sequences."""
     training = BASE_TRAINING.with_(steps=steps, seed=seed)
     train_language_model(model, list(model.parameters()), sequences, training, run=run, stage="train base")
 

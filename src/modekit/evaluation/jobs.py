@@ -22,6 +22,10 @@ from modekit.run import Run
 from modekit.sources.adapter import is_adapter
 
 
+ALONE = "without the base beside it"
+"""Row of a mixture whose base runs apart (always_on): what its experts are worth without it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A row to run: how many parameters it has, what it is made from, and the model.
@@ -83,3 +87,8 @@ def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], run: Run) -> It
             lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
         )  # fmt: skip
     yield Job("mixture", "mixture", total, active, f"{carried} {decided}", load)
+    if checkpoint.shape.routing.runs_common:
+        yield Job(
+            ALONE, "mixture", total, active, f"alone {carried} {decided}", load,
+            lambda model, _domain: mixture_of(model, checkpoint).without_common(),
+        )  # fmt: skip

@@ -64,6 +64,10 @@ class LoadedMixture(ABC):
         """While open, text goes to one expert (-1: to none) as if the routers had chosen it: a common expert takes part."""
 
     @abstractmethod
+    def without_common(self) -> AbstractContextManager[None]:
+        """While open, the chosen experts have no common one beside them."""
+
+    @abstractmethod
     def left_out(self, expert: int) -> AbstractContextManager[None]:
         """While open, every router chooses among the other experts, whose weights sum to one again."""
 

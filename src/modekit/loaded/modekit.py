@@ -72,7 +72,7 @@ class ModekitMixture(LoadedMixture):
 
     @contextmanager
     def without_common(self) -> Iterator[None]:
-        """While open, the chosen experts have no common one beside them."""
+        """By the flow that all routers share."""
         with flow_of(self.model).without_common():
             yield
 

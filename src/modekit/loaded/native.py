@@ -9,7 +9,7 @@ Shape legend: B batch, S sequence, D width, E experts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,10 @@ class NativeMixture(LoadedMixture):
     def on_own_text(self, expert: int) -> AbstractContextManager[None]:
         """There is no common expert here."""
         return self.forced(expert)
+
+    def without_common(self) -> AbstractContextManager[None]:
+        """There is none."""
+        return nullcontext()
 
     @contextmanager
     def left_out(self, expert: int) -> Iterator[None]:

@@ -16,7 +16,9 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TrainingError
 from modekit.processes import processes
 from modekit.run import QUIET, Run
+from modekit.sources.model import open_source
 from modekit.sources.open import model_folder
+from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
 from modekit.training.ended import Ended
@@ -69,7 +71,16 @@ def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path) -> Pat
     """The folder of the model that teaches all domains. Raises SourceError, or TrainingError for one of another vocabulary."""
     if settings.teacher is None:
         return None
-    return model_folder(settings.teacher, None, root=root, label="teacher")
+    folder, where = model_folder(settings.teacher, None, root=root, label="teacher"), f"teacher ({settings.teacher})"
+    readers = Readers("mixture", "teacher", "use a teacher that has the mixture's tokenizer", "")
+    check_same_tokenizer(checkpoint.folder, folder, where=where, readers=readers)
+    found = open_source("teacher", settings.teacher, folder).config.get("vocab_size")
+    if found != checkpoint.config["vocab_size"]:
+        raise TrainingError(
+            "the teacher's vocabulary has another size", where=where, found=found, expected=str(checkpoint.config["vocab_size"]),
+            remedy="use a teacher whose embedding has as many rows as the mixture's",
+        )  # fmt: skip
+    return folder
 
 
 def _go_on(

@@ -22,7 +22,7 @@ class DistillSettings(BaseModel):
     Attributes:
         losses: name -> weight; their weighted sum is the distillation loss.
         temperature: of both models' probabilities in it (2 in arXiv:2407.19610).
-        weights: what cross-entropy counts, from 0 to below 1; distillation counts the rest.
+        weights: what cross-entropy counts, from 0 to 1; distillation counts the rest. At 1 the teacher is only compared with.
         adaptive: in place of it: whichever of the two losses rises counts less (weight.py).
         alternate: steps move by cross-entropy and distillation in turn, beginning with cross-entropy.
     """
@@ -31,7 +31,7 @@ class DistillSettings(BaseModel):
 
     losses: dict[Loss, float] = Field({"forward_kl": 1.0}, min_length=1)
     temperature: float = Field(2.0, gt=0, le=1e3)
-    weights: float = Field(0.5, ge=0, lt=1)
+    weights: float = Field(0.5, ge=0, le=1)
     adaptive: bool = False
     alternate: bool = False
 

@@ -1,0 +1,188 @@
+"""One seed of `modekit demo --modular`: students of one teacher for four languages, put together in several ways.
+
+After "Mixture of Modular Experts" (arXiv 2407.19610). All ways read as many tokens in training:
+
+    teacher    a model four times as large, trained on all languages
+    student    the student as it begins: small, of random weights
+    base       one student for all languages, distilled
+    english .. one student per language, distilled on a quarter of the tokens each (PLE)
+    ple        these four as they are, one per text
+    jeet       four decoders over one embedding and head, trained jointly
+    moe-ce     the same with a common expert that learns from every step
+    ffn        FFN specialists of a half-trained `base`, in a plain Mixtral with a lexical router: modekit's own way
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.demo.models import ARCHITECTURE, make_tokenizer, new_model, train
+from modekit.demo.text import LANGUAGES
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.results import Results
+from modekit.experts.distill.distill import Distillation, distill
+from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.moving import What
+from modekit.files.staging import staging
+from modekit.files.write import write_file
+from modekit.loaded.load import without_bars
+from modekit.loaded.next_token import Training, training_sequences
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.run import Run
+from modekit.text.documents import read_documents
+from modekit.text.splits import documents_of_split
+from modekit.training.settings import train_settings
+from modekit.training.train import train as train_mixture
+
+TEXTS = (*LANGUAGES, "code")
+STUDENT: dict[str, Any] = {
+    **ARCHITECTURE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+CLASSIFIER = {"fit": "classifier"}
+COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
+_TRAINING = Training(batch_tokens=3_072, sequence_length=256, learning_rate=3e-3, weight_decay=0.05)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of the teacher, and of everything else together that one way of mixing trains; tokens per language in the table."""
+
+    teacher_steps: int
+    steps: int
+    eval_tokens: int
+
+
+FULL = Budget(320, 240, 16_384)
+BRIEF = Budget(8, 8, 1_024)
+
+
+class Languages:
+    """A folder of models and mixtures of one seed; each is made where it is not there yet."""
+
+    def __init__(self, folder: Path, texts: Mapping[str, Path], seed: int, budget: Budget, run: Run) -> None:
+        self.folder, self.texts, self.seed, self.budget, self.run = folder, texts, seed, budget, run
+
+    def teacher(self) -> None:
+        """Teacher, and the student as it begins; both have the tokenizer of all languages."""
+        teacher, student = self.folder / "teacher", self.folder / "student"
+        if teacher.exists() and student.exists():
+            return
+        fit = {
+            name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
+            for name, path in self.texts.items()
+        }
+        tokenizer = make_tokenizer([document for documents in fit.values() for document in documents])
+        if not teacher.exists():
+            model = new_model(ARCHITECTURE, self.seed)
+            of_each = [training_sequences(tokenizer, documents, _TRAINING) for documents in fit.values()]
+            fewest = min(len(sequences) for sequences in of_each)
+            sequences = [sequence for each in of_each for sequence in each[:fewest]]
+            with staging(teacher, f"demo teacher {self.seed}", "model") as stage:
+                train(model, sequences, self.budget.teacher_steps, self.seed, self._named("teacher"))
+                with without_bars():
+                    model.save_pretrained(stage.folder)
+                tokenizer.save_pretrained(stage.folder)
+        if not student.exists():
+            with staging(student, f"demo student {self.seed}", "model") as stage, without_bars():
+                new_model(STUDENT, self.seed).save_pretrained(stage.folder)
+                tokenizer.save_pretrained(stage.folder)
+
+    def student(self, name: str, languages: tuple[str, ...], steps: int, *, of: str = "student", what: What = "full",
+                settings: DistillSettings | None = DistillSettings()) -> Path:  # fmt: skip
+        """A student of the teacher, distilled on some languages; `settings` None: without the teacher."""
+        out = self.folder / name
+        if not out.exists():
+            training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
+            asked = Distillation(
+                self.folder / of, self.folder / "teacher", [str(self.texts[each]) for each in languages], self.folder, what,
+                training=training, settings=settings or WITHOUT_TEACHER,
+            )  # fmt: skip
+            distill(asked, out, run=self._named(name))
+        return out
+
+    def mixture(self, name: str, base: str, experts: Mapping[str, str], mixture: dict[str, Any]) -> Checkpoint:
+        """A mixture of models of this folder, one per language."""
+        recipe = {
+            "base_model": f"./{base}",
+            "experts": [{"name": language, "model": f"./{model}", "text": f"../text/{self.texts[language].name}"}
+                        for language, model in experts.items()],
+            "mixture": mixture,
+        }  # fmt: skip
+        write_file(self.folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
+        out = self.folder / name
+        if out.exists():
+            return open_checkpoint(out)
+        return build(make_plan(parse_recipe(recipe, where=name), self.folder), out, run=self._named(name))
+
+    def joint(self, name: str, common: Mapping[str, Any], router: dict[str, Any]) -> Checkpoint:
+        """Four decoders over one embedding and head, from the student as it begins, trained jointly."""
+        mixture = {"modules": "decoder", "top_k": 1, "router": router, **common}
+        start = self.mixture(f"{name}-start", "student", dict.fromkeys(TEXTS, "student"), mixture)
+        if (self.folder / name).exists():
+            return open_checkpoint(self.folder / name)
+        settings = train_settings(
+            {
+                "regime": "joint", "losses": {"lm": 0.5, "distill": 0.5}, "temperature": 2.0, "teacher": str(self.folder / "teacher"),
+                "steps": self.budget.steps, "batch_tokens": _TRAINING.batch_tokens, "weight_decay": _TRAINING.weight_decay,
+                "sequence_length": _TRAINING.sequence_length, "backbone_learning_rate": _TRAINING.learning_rate,
+                "select_tokens": 4_096, "patience": 99, "seed": self.seed,
+            },
+            where=name,
+        )  # fmt: skip
+        train_mixture(start, settings, out=self.folder / name, evaluate_tokens=None, run=self._named(name))
+        return open_checkpoint(self.folder / name)
+
+    def table(self, checkpoint: Checkpoint, known: Results | None = None) -> Results:
+        """What it is worth on every language."""
+        named = self._named(checkpoint.folder.name)
+        return evaluate(checkpoint, tokens_per_domain=self.budget.eval_tokens, known=known, run=named)
+
+    def _named(self, name: str) -> Run:
+        """Progress under a model's name."""
+        return Run(progress=lambda stage, done, total: self.run.progress(f"{name}: {stage}", done, total))
+
+
+WITHOUT_TEACHER = DistillSettings(weights=1.0)
+
+
+def run_modular_seed(
+    folder: Path, texts: Mapping[str, Path], seed: int, budget: Budget, run: Run
+) -> dict[str, Results]:  # fmt: skip
+    """Make what is not there yet, and return the table of every mixture by its name."""
+    made = Languages(folder, texts, seed, budget, run)
+    made.teacher()
+    made.student("base", TEXTS, budget.steps)
+    for language in TEXTS:
+        made.student(language, (language,), budget.steps // 4)
+    known = made.table(made.mixture("ple", "base", {each: each for each in TEXTS}, whole_models()))
+    ways: dict[str, Callable[[], Checkpoint]] = {
+        "jeet": partial(made.joint, "jeet", {}, CLASSIFIER),
+        "moe-ce": partial(made.joint, "moe-ce", COMMON, CLASSIFIER),
+        "ffn": partial(ffn_specialists, made),
+    }
+    return {"ple": known, **{name: made.table(make(), known) for name, make in ways.items()}}
+
+
+def whole_models(router: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One whole model per text."""
+    return {"modules": "all", "top_k": 1, "router": router or CLASSIFIER}
+
+
+def ffn_specialists(made: Languages, top_k: int = 1) -> Checkpoint:
+    """Half of the tokens for a student of all languages, half for the FFNs of one specialist each."""
+    made.student("half", TEXTS, made.budget.steps // 2)
+    for language in TEXTS:
+        made.student(f"{language}-ffn", (language,), made.budget.steps // 8, of="half", what="mlp")
+    router = {"fit": "lexical"}
+    name = "ffn" if top_k == 1 else f"ffn-top-{top_k}"
+    return made.mixture(name, "half", {each: f"{each}-ffn" for each in TEXTS}, {"top_k": top_k, "router": router})
