@@ -15,7 +15,7 @@ from types import ModuleType
 
 CODE_FILES = tuple(
     Path(__file__).with_name(f"{name}.py")
-    for name in ("configuration_modekit", "modeling_modekit", "modekit_mixed", "modekit_router")
+    for name in ("configuration_modekit", "modeling_modekit", "modekit_mixed", "modekit_router", "modekit_terms")
 )
 _AUTO = "transformers.models.auto.configuration_auto"
 

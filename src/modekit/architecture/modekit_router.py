@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .modekit_terms import classify
+
 _TINY = 1e-30  # under a root, whose slope at zero is no number
 _CHUNK = 128  # tokens whose average is taken in one matrix product
 _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
@@ -121,7 +123,8 @@ class Router(nn.Module):
         score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
             (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
             `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
-            or, with `orders`, part by part over n-grams of that order).
+            or, with `orders`, part by part over n-grams of that order), tfidf (a classifier of the first `prefix` tokens,
+            or n-grams: modekit_terms.py, which says what else its gate has).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says}.
         jitter, noise: in training only.
@@ -137,8 +140,9 @@ class Router(nn.Module):
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.set(routing, rows)
         parts = len(self.routing["averages"])
+        shared = 1 if self.routing.get("score") == "tfidf" else 0
         if self.routing["method"] != "linear":
-            self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows), parts * width))
+            self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows) + shared, parts * width))
 
     def set(self, routing: Mapping[str, Any], rows: Sequence[int] | None = None, gate: nn.Parameter | None = None) -> None:
         """Decide by this routing from now on, with other rows per expert and another gate where they are given.
@@ -178,6 +182,8 @@ class Router(nn.Module):
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
         rows = self._rows_of_tokens(x_BSD.device)
+        if self.routing.get("score") == "tfidf":
+            return self._classified(rows[0])
         if not rows:
             x_BSD = x_BSD.float()
             jitter = self.routing.get("jitter", 0.0)
@@ -213,7 +219,7 @@ class Router(nn.Module):
         token itself; none for a router that reads x.
         """
         score, parts = self.routing.get("score"), len(self.routing["averages"])
-        if score not in ("ngram", "lexical"):
+        if score not in ("ngram", "lexical", "tfidf"):
             return []
         flow = self._flow[0]
         if flow.ids_BS is None:
@@ -233,6 +239,11 @@ class Router(nn.Module):
         mask_BS = torch.ones_like(ids_BS) if flow.mask_BS is None else flow.mask_BS.to(ids_BS)
         rows_BS, flow.fresh[key] = ngram_rows(ids_BS, mask_BS, flow.states.get(key), order, buckets)
         return rows_BS
+
+    def _classified(self, rows_BS: torch.Tensor) -> torch.Tensor:
+        flow, key, prefix = self._flow[0], f"{self.place}.terms", self.routing["prefix"]
+        scores, flow.fresh[key] = classify(rows_BS, flow.mask_BS, flow.states.get(key), prefix, self.gate.float())
+        return scores
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
