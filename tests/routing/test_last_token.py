@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from modekit.architecture.modekit_router import Flow, Router
+from modekit.architecture.modekit_flow import Flow
+from modekit.architecture.modekit_router import Router
 from modekit.routing.last_token import LastToken
 
 EXPERTS, VOCAB, BUCKETS = 3, 40, 64

@@ -15,7 +15,15 @@ from types import ModuleType
 
 CODE_FILES = tuple(
     Path(__file__).with_name(f"{name}.py")
-    for name in ("configuration_modekit", "modeling_modekit", "modekit_mixed", "modekit_router", "modekit_streams")
+    for name in (
+        "configuration_modekit",
+        "modeling_modekit",
+        "modekit_flow",
+        "modekit_mixed",
+        "modekit_router",
+        "modekit_streams",
+        "modekit_terms",
+    )  # fmt: skip
 )
 _AUTO = "transformers.models.auto.configuration_auto"
 

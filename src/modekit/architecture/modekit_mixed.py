@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modekit_router import Flow, Router
+from .modekit_flow import Flow
+from .modekit_router import Router
 
 
 class Mixed(nn.Module):

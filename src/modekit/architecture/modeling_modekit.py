@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import ModekitConfig, family_config
+from .modekit_flow import Flow
 from .modekit_mixed import Mixed
-from .modekit_router import Flow, Router, places_of
+from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 
 

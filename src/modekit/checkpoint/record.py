@@ -50,6 +50,29 @@ class SourceRecord(_Record):
     files: dict[PlainName, FileRecord]
 
 
+class Choice(BaseModel):
+    """Which classifier a router has, of those that were fitted.
+
+    Attributes:
+        classifier: its name.
+        macro_f1: of all of them on text that may choose; none where there was no such text.
+        chosen_on: texts of each domain, in the order of the experts.
+    """
+
+    classifier: str
+    macro_f1: dict[str, Number] = {}
+    chosen_on: list[Count] = []
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        if not self.macro_f1:
+            return f"{self.classifier}, without held-out text to choose or calibrate it by"
+        ranked = sorted(self.macro_f1.items(), key=lambda item: (item[0] != self.classifier, -item[1]))
+        scores = ", ".join(f"{name} {score:.4f}" for name, score in ranked)
+        return f"{self.classifier}; macro-F1 on {sum(self.chosen_on):,} held-out pieces of text: {scores}"
+
+
 class RouterRecord(_Record):
     """How the router was set."""
 
@@ -58,6 +81,18 @@ class RouterRecord(_Record):
     sha256: Digest
     text: dict[str, dict[str, Any]]
     report: dict[str, Any]
+
+    @field_validator("report")
+    @classmethod
+    def _choice_can_be_shown(cls, report: dict[str, Any]) -> dict[str, Any]:
+        if "classifier" in report:
+            as_kind(report, Choice)
+        return report
+
+    @property
+    def choice(self) -> Choice | None:
+        """Of a router that is a classifier."""
+        return as_kind(self.report, Choice) if "classifier" in self.report else None
 
     @classmethod
     def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:

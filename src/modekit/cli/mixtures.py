@@ -68,6 +68,10 @@ class FitOptions:
 
     method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None
     router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None
+    features: Annotated[str | None, typer.Option(help="Of a classifier: tfidf, ngrams or hidden.")] = None
+    classifier: Annotated[
+        str | None, typer.Option(help="logistic, sgd, naive_bayes, centroid, or auto: the best on held-out text.")
+    ] = None
     granularity: Annotated[
         str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
     ] = None
@@ -114,9 +118,11 @@ def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = F
     if not processes().is_main:
         return
     settings = done.record.router.settings
-    name = settings.fit if settings is not None else "zero gate"
+    name = settings.said if settings is not None else "zero gate"
     said = f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
     out.print(Text.assemble((str(checkpoint), "bold"), f": router {name}, {done.record.router.status}, {said}"))
+    if done.record.router.choice is not None:
+        out.print(Text(f"classifier: {done.record.router.choice.said}"))
 
 
 @app.command()

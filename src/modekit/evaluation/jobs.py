@@ -21,7 +21,6 @@ from modekit.recipes.strict import BASE
 from modekit.run import Run
 from modekit.sources.adapter import is_adapter
 
-
 ALONE = "without the base beside it"
 """Row of a mixture whose base runs apart (always_on): what its experts are worth without it."""
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modekit.architecture.modekit_router import Flow, Router
+from modekit.architecture.modekit_flow import Flow
+from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import LoadedMixture

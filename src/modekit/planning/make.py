@@ -21,6 +21,7 @@ from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, joined
 from modekit.planning.shards import cut_into_shards
 from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.libraries import check_library
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -147,6 +148,8 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
     for source in dict.fromkeys(sources[1:]):
         if source is not base:
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+    if recipe.mixture.fit is not None:
+        check_library(recipe.mixture.fit)
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer", where=where,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.families import FAMILIES, PARTS, Family
 from modekit.sources.names import HEAD, in_layer, natural_key, split_layer
 
@@ -71,13 +72,18 @@ class Routing(_Said):
     top_p: float | None
     weights: Annotated[list[float], _PerExpert] | None
     always_on: AlwaysOn | None
-    score: Literal["linear", "norm", "standardised", "ngram", "lexical"] = "linear"
+    score: Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"] = "linear"
     jitter: float = 0.0
     noise: float = 0.0
     prefix: _Size | None = None
     unseen: _Index | None = None
     ngram: Ngram | None = None
     orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows of a gate that are no expert's: how rare each term is, by which a text is brought to length 1."""
+        return 1 if self.score == "tfidf" else 0
 
     @property
     def reads_averages(self) -> bool:
@@ -133,6 +139,9 @@ class MixtureConfig(_Said):
             raise ValueError(f"routing.top_k: there are only {count} experts")
         if routing.orders is not None and (routing.ngram is None or len(routing.orders) != len(routing.averages)):
             raise ValueError("routing.orders must have an entry for every average, and routing.ngram say the buckets")
+        one = routing.prefix is not None and routing.prefix <= MOST_PREFIX and len(routing.averages) == 1
+        if routing.score == "tfidf" and not one:
+            raise ValueError(f"routing.prefix: a classifier's is at most {MOST_PREFIX}, with one average")
         if routing.weights is not None and len(routing.weights) != count:
             raise ValueError(f"routing.weights must have {count} entries")
         if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:
@@ -164,6 +173,8 @@ class MixtureConfig(_Said):
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if self.routing.runs_common:
             return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
+        if self.routing.score == "tfidf":
+            return "its router (fit: classifier) counts the tokens of every text, which modekit's plug-in does not keep there"
         if self.routing.remembers and any(place.features for place in self.places.values()):
             return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
         return self.family.without_vllm or None
@@ -185,7 +196,9 @@ class MixtureConfig(_Said):
             if place.router == module:
                 assert place.width is not None and place.rows is not None, module  # checked when this was made
                 parts = len(self.routing.averages)
-                slots.append(RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts))
+                slots.append(
+                    RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts, self.routing.shared_rows)
+                )
         return tuple(slots)
 
     def positions(self) -> tuple[RouterPosition, ...]:

@@ -32,7 +32,7 @@ def routing_config(recipe: Recipe) -> Routing:
         read["prefix"] = router.prefix_tokens
         if mixture.unseen is not None:
             read["unseen"] = place_of_base(recipe.experts)
-        if router.row.score == "ngram":
+        if "order" in router.row.settings:
             read["ngram"] = Ngram(order=router.order, buckets=router.buckets)
         if router.hashes and router.orders is not None:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)

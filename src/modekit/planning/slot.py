@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RouterSlot:
-    """One router of the result: its gate tensor (max(features, 1) * sum(rows), J * D).
+    """One router of the result: its gate tensor (max(features, 1) * sum(rows) + shared, J * D).
 
     Attributes:
         name: of the gate tensor.
@@ -18,6 +18,7 @@ class RouterSlot:
         rows: of the gate, per expert.
         features: decisions, when there is one per output feature; else 0.
         parts: J, causal averages that the gate reads.
+        shared: rows that are no expert's (of a classifier: how rare each term is).
     """
 
     name: str
@@ -25,11 +26,12 @@ class RouterSlot:
     rows: tuple[int, ...]
     features: int = 0
     parts: int = 1
+    shared: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the gate."""
-        return max(self.features, 1) * sum(self.rows), self.parts * self.width
+        return max(self.features, 1) * sum(self.rows) + self.shared, self.parts * self.width
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "also_runs_in": plan.shape.also_runs_in,
         "method": recipe.mixture.method,
         "top_k": recipe.top_k,
-        "router": "none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
+        "router": "none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
         "backbone": backbone_label(recipe),
         "experts": [
             {"name": expert.name, "model": expert.source, "text": bool(expert.text or expert.prompts)}

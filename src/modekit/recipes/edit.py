@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with
+from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with, row_of
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import READ_AT
 from modekit.recipes.strict import BASE
@@ -56,7 +56,7 @@ def unseen_with_effect(mixture: Mapping[str, Any], asked: Collection[str] = ()) 
     """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
     stays.
     """
-    reads = mixture.get("method") != "linear" and _fit_of(mixture).reads == "tokens"
+    reads = mixture.get("method") != "linear" and _fit_of(mixture).tells_unseen
     works = reads and mixture.get("backbone", BASE) == BASE
     left = dict(mixture) if works or "unseen" in asked else _omit(mixture, "unseen")
     if left.get("unseen") or "false_alarms" in asked or "false_alarms" not in left.get("router", {}):
@@ -93,12 +93,14 @@ def _dead_of_router(router: Mapping[str, Any], row: Fit) -> set[str]:
     """Keys of a router without an effect under its fit, or against it."""
     dead = {key for key in router if fits_with(key) and key not in row.settings}
     granularity = router.get("granularity", "token")
-    if row.reads == "tokens":
+    if row.reads == "tokens" or row.stays:
         dead.add("granularity")
         granularity = "token"
     dead |= {key for key, reads_it in READ_AT.items() if granularity != reads_it}
     if row.fading is not None and (len(router.get("decay") or []) == 1 or not row.adds_up):
         dead.discard("decay")
+    if row.stays:
+        dead.discard("prefix")
     if row.decides_once and router.get("per") != "model":
         dead.add("per")
     if row.low_rank and router.get("per") == "feature":
@@ -114,7 +116,8 @@ def _fit_of(mixture: Mapping[str, Any]) -> Fit:
 
 def _row(router: Mapping[str, Any]) -> Fit:
     """The row of a router's fit; of the default when it names none, or none that there is, which the check will say."""
-    return FITS.get(router.get("fit", DEFAULT_FIT), FITS[DEFAULT_FIT])
+    fit, features = router.get("fit", DEFAULT_FIT), router.get("features")
+    return row_of(fit if fit in FITS else DEFAULT_FIT, features if isinstance(features, str) else None)
 
 
 def _omit(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ row names. This room stands below torch: a row names its functions by import pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -17,7 +17,7 @@ Reads = Literal["nothing", "changes", "tokens", "router inputs", "training"]
 """nothing: the gate follows from the recipe; changes: the experts' low-rank changes; tokens: ids of text, no model is run;
 router inputs: what routers read while a text runs through its own expert; training: the gate is trained on text.
 """
-Score = Literal["linear", "norm", "standardised", "ngram", "lexical"]
+Score = Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
@@ -80,6 +80,12 @@ class Fit:
         fading: the decay, unless a recipe says another, of evidence over a text; None: the gate reads what `granularity` says.
         adds_up: that evidence is a sum, else an average, of which several may stand side by side.
         decides_once: one router decides for the whole model, before its first layer runs.
+        stays: the decision is of the first `prefix` tokens and stays after them, whatever `granularity` says.
+        chooses: the select split of every domain's text is kept, too, and chooses between variants of the router.
+        of_tokens: every token has a row in its table, unless a setting makes n-grams of them: it says what a token is worth.
+        kinds: value of the setting `features` -> the row that holds under it; without one, this row.
+        kind: of such a row, that value.
+        library: which it is fitted by, besides what modekit always has; not needed afterwards.
         low_rank: experts must be low-rank changes of the base: their changes are scored, or gates trained on them.
         needs_sample: it is solved on the kept tokens alone.
         takes_negatives: `negative_prompts` have an effect.
@@ -101,6 +107,12 @@ class Fit:
     fading: float | None = None
     adds_up: bool = False
     decides_once: bool = False
+    stays: bool = False
+    chooses: bool = False
+    of_tokens: bool = False
+    kinds: Mapping[str, Fit] = field(default_factory=dict)
+    kind: str = ""
+    library: str = ""
     low_rank: bool = False
     needs_sample: bool = False
     takes_negatives: bool = False
@@ -114,6 +126,21 @@ class Fit:
         return self.reads not in {"nothing", "changes"}
 
     @property
+    def beside_the_gate(self) -> int:
+        """Columns of the gate besides those that tokens choose."""
+        return 1 if self.score == "tfidf" else 0
+
+    @property
+    def tells_unseen(self) -> bool:
+        """Whether it can tell text of no domain on the tokens so far."""
+        return self.reads == "tokens" and self.fading is not None
+
+    @property
+    def said(self) -> str:
+        """As a recipe says it."""
+        return f"{self.name}, features: {self.kind}" if self.kind else self.name
+
+    @property
     def label(self) -> str:
         """What a table calls it."""
         return self.title or self.name
@@ -123,6 +150,19 @@ _SOLVE = "modekit.routing.solve:solve_gates"
 _SUMS_SETTINGS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
 _REGULAR = (*_SUMS_SETTINGS, "l2")
 _SCORED = ("temperature", "jitter")
+_OF_CLASSIFIERS = ("temperature", "sequence_length", "seed", "features", "classifier", "chat")
+_CLASSIFIERS = {
+    "ngrams": Fit(
+        "classifier", "", "modekit.routing.classifier:classifier_gates", "tokens",
+        settings=(*_OF_CLASSIFIERS, "order", "buckets"), keeps=TOKENS, score="tfidf", decides_once=True, stays=True,
+        chooses=True, kind="ngrams", library="sklearn",
+    ),
+    "hidden": Fit(
+        "classifier", "", "modekit.routing.hidden:hidden_gates", "router inputs",
+        settings=(*_SUMS_SETTINGS, "seed", "features", "classifier"), keeps=SUMS, decides_once=True, stays=True,
+        needs_sample=True, kind="hidden", library="sklearn",
+    ),
+}  # fmt: skip
 
 
 def _one_per_rank(rank: int) -> int:
@@ -148,7 +188,10 @@ _ROWS = (
     Fit("lexical", "a table of what every token says of its domain, averaged over the text so far",
         "modekit.routing.lexical:lexical_gates", "tokens",
         settings=("temperature", "sequence_length", "seed", "orders", "buckets", "chat", "false_alarms"), keeps=TOKENS,
-        score="lexical", decides_once=True, fading=0.98, native=True, carried=True),
+        score="lexical", decides_once=True, fading=0.98, of_tokens=True, native=True, carried=True),
+    Fit("classifier", "one decision for a text, by a scikit-learn classifier of its first tokens",
+        "modekit.routing.classifier:classifier_gates", "tokens", settings=_OF_CLASSIFIERS, keeps=TOKENS, score="tfidf",
+        decides_once=True, stays=True, chooses=True, of_tokens=True, kinds=_CLASSIFIERS, library="sklearn"),
     Fit("arrow", "the direction that an adapter amplifies most, without text", "modekit.routing.low_rank:arrow", "changes",
         settings=_SCORED, score="norm", low_rank=True),
     Fit("spectr", "the length of what an adapter makes of x, without text", "modekit.routing.low_rank:spectr", "changes",
@@ -167,7 +210,19 @@ DEFAULT_FIT = "logistic"
 
 def fits_with(setting: str) -> list[str]:
     """Names of the fits that take a setting of a router; none when all do."""
-    return [row.name for row in FITS.values() if setting in row.settings]
+    return [row.said for row in _every_row() if setting in row.settings]
+
+
+def _every_row() -> Iterator[Fit]:
+    for row in FITS.values():
+        yield row
+        yield from row.kinds.values()
+
+
+def row_of(fit: str, features: str | None = None) -> Fit:
+    """The row that holds for a fit under a value of `features`."""
+    row = FITS[fit]
+    return row.kinds.get(features or "", row)
 
 
 def known_fit(value: object) -> object:

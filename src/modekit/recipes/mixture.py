@@ -116,9 +116,9 @@ class Mixture(Strict):
             return
         if self.method == "linear":
             yield "'unseen' has no effect with method 'linear', whose weights do not read the input; remove it"
-        elif self.router.row.reads != "tokens":
+        elif not self.router.row.tells_unseen:
             yield (
-                f"'unseen' is decided on the tokens so far, which fit '{self.router.fit}' does not read; "
+                f"'unseen' is decided anew on the tokens so far, which fit '{self.router.fit}' does not do; "
                 "set router: {fit: lexical} or {fit: ngram}, or remove it"
             )
         elif self.router.row.adds_up and self.router.keep_tokens == 0:

@@ -7,13 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, FitName, Scope, fits_with, say_fits
+from modekit.recipes.fits import DEFAULT_FIT, Fit, FitName, Scope, fits_with, row_of, say_fits
 from modekit.recipes.strict import Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
 FALSE_ALARMS = 0.02
 """benchmarks/unseen.md."""
+PREFIX = 64
+"""Tokens after which a decision stays, unless a recipe says another number; a classifier's compares each with all of them."""
+MOST_PREFIX = 1_024
 READ_AT = {"decay": "context", "prefix": "sequence"}
 """Settings of a router -> the granularity that reads them; evidence that adds up fades, and has a decay, too."""
 
@@ -30,7 +33,7 @@ class Router(Strict):
     l2: float = Field(1e-3, ge=0, description="Regularisation, relative to the mean square of the router's input.")
     compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
     keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
-    seed: int = Field(0, ge=0, description="Seed of a random router, and of PHATGOOSE's training.")
+    seed: int = Field(0, ge=0, description="Seed of a random router, and of training one.")
     granularity: Literal["token", "context", "sequence"] = Field(
         "token", description="What the gate reads: the token, a causal average of the text so far, or the first tokens."
     )
@@ -40,15 +43,27 @@ class Router(Strict):
         max_length=256,
         description="Context, n-gram, lexical: decays of the averages; 1 is the mean of all tokens so far, 0 the token.",
     )
-    prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
+    prefix: int | None = Field(
+        None, ge=1, description="Sequence, classifier: tokens after which the decision stays (default 64)."
+    )
+    features: Literal["tfidf", "ngrams", "hidden"] | None = Field(
+        None,
+        description="Classifier: what it knows of a text: its tokens or n-grams, each by how rare it is (tfidf, the default; "
+        "ngrams), or the mean of what the router reads (hidden).",
+    )
+    classifier: Literal["auto", "logistic", "sgd", "naive_bayes", "centroid"] = Field(
+        "auto", description="Classifier: which of scikit-learn's; auto fits all, and held-out text picks the best."
+    )
     per: Scope = Field(
         "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
     )
     jitter: float = Field(0.0, ge=0, lt=1, description="Random scaling of what the gate reads, in training only.")
     noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
     steps: int | None = Field(None, ge=1, description="PHATGOOSE: training steps per expert (default 100).")
-    order: int = Field(2, ge=1, le=4, description="N-gram: how many tokens in a row are counted together.")
-    buckets: int = Field(2**18, ge=2, le=2**24, description="N-gram, lexical: rows of a table that n-grams are hashed into.")
+    order: int = Field(2, ge=1, le=4, description="N-gram, classifier: how many tokens in a row are counted together.")
+    buckets: int = Field(
+        2**18, ge=2, le=2**24, description="N-gram, lexical, classifier: rows of a table that n-grams are hashed into."
+    )
     orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(
         None,
         min_length=1,
@@ -79,7 +94,9 @@ class Router(Strict):
             yield f"fit '{self.fit}' makes one decision per module, not one per output feature; choose another"
         if row.needs_sample and self.keep_tokens == 0:
             yield f"the {self.fit} fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge"
-        if row.reads == "tokens" and self.granularity != "token":
+        if row.stays and self.granularity != "token":
+            yield f"fit '{self.fit}' decides for the text by itself: 'granularity' has no effect; remove it"
+        elif row.reads == "tokens" and self.granularity != "token":
             yield f"fit '{self.fit}' reads the tokens so far by itself: 'granularity' has no effect; remove it"
         if row.decides_once and self.per not in {"layer", "model"}:
             yield f"fit '{self.fit}' makes one decision for the whole model; remove 'per', or write per: model"
@@ -89,7 +106,7 @@ class Router(Strict):
         if self.row.adds_up and self.decay is not None and len(self.decay) != 1:
             yield f"fit '{self.fit}' has one decay"
         for key, granularity in READ_AT.items():
-            if key == "decay" and fades:
+            if (key == "decay" and fades) or (key == "prefix" and self.row.stays):
                 continue
             if getattr(self, key) is not None and self.granularity != granularity:
                 yield f"'{key}' has no effect without granularity: {granularity}; remove it"
@@ -102,18 +119,28 @@ class Router(Strict):
         for key, field in type(self).model_fields.items():
             fits = fits_with(key)
             if fits and key not in self.row.settings and getattr(self, key) != field.default:
-                yield f"'{key}' has no effect with fit: {self.fit} (only with {', '.join(fits)}); remove it"
+                yield f"'{key}' has no effect with fit: {self.row.said} (only with {', '.join(fits)}); remove it"
+        if self.classifier == "naive_bayes" and self.row.kind == "hidden":
+            yield "naive Bayes counts tokens, which features: hidden has none of; choose logistic, sgd or centroid"
+        if self.row.score == "tfidf" and (self.prefix or 0) > MOST_PREFIX:
+            yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.row.said}, whose tokens are compared pairwise"
 
     @property
     def row(self) -> Fit:
         """All that is known of the fit."""
-        return FITS[self.fit]
+        return row_of(self.fit, self.features)
+
+    @property
+    def said(self) -> str:
+        """The fit, and of a classifier what it reads and which it is."""
+        return f"{self.fit} ({self.features or 'tfidf'}, {self.classifier})" if "classifier" in self.row.settings else self.fit
 
     def gate_width(self, vocabulary: int) -> int | None:
         """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
         if self.row.reads != "tokens":
             return None
-        return self.buckets if self.row.adds_up or self.hashes else vocabulary
+        hashed = self.hashes or "order" in self.row.settings
+        return (self.buckets if hashed else vocabulary) + self.row.beside_the_gate
 
     @property
     def hashes(self) -> bool:
@@ -123,7 +150,7 @@ class Router(Strict):
     @property
     def prefix_tokens(self) -> int | None:
         """Tokens after which the decision stays; None when it never does."""
-        return (self.prefix or 64) if self.granularity == "sequence" else None
+        return (self.prefix or PREFIX) if self.granularity == "sequence" or self.row.stays else None
 
     @property
     def alarms(self) -> float:
@@ -148,6 +175,6 @@ class Router(Strict):
             return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decays]
         if self.granularity == "token":
             return [{"decay": None}]
-        if self.granularity == "sequence":
+        if self.granularity == "sequence" or self.row.stays:
             return [{"decay": 1.0}]
         return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]

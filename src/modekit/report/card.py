@@ -219,6 +219,8 @@ def _made(checkpoint: Checkpoint) -> str:
         f"router {router.status}" + (f", {len(record.training)} training(s) since." if record.training else "."),
         _fenced(recipe.rstrip(), "yaml"),
     ]
+    if router.choice is not None:
+        parts.append(f"Its router is a classifier of the first tokens of a text: {_plain(router.choice.said)}.")
     if text:
         parts += ["Text that set the router:", markdown_table(["domain", "documents", "tokens", "sha256"], text, _plain)]
     if record.training:

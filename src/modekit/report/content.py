@@ -85,7 +85,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
         "method": recipe.mixture.method,
         "top_k": recipe.top_k,
         "top_p": recipe.mixture.top_p,
-        "router": "fixed weights" if linear else recipe.mixture.router.fit,
+        "router": "fixed weights" if linear else recipe.mixture.router.said,
         "granularity": "none" if linear else recipe.mixture.router.granularity,
         "status": record.router.status,
         "backbone": backbone_label(recipe),

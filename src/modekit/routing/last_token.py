@@ -45,6 +45,23 @@ class _Table:
         return sum_E if self.adds_up else sum_E / weights_S.sum()
 
 
+@dataclass(frozen=True)
+class _Classifier:
+    """A classifier of the first terms (architecture/modekit_terms.py): its table, and tokens of the n-grams it counts."""
+
+    gate_VG: np.ndarray
+    order: int | None
+
+    def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
+        """(E,), float32."""
+        rows_S = ids_S if self.order is None else _ngram_rows(ids_S, self.order, len(self.gate_VG) - 1)
+        terms_T, counts_T = np.unique(rows_S[:prefix], return_counts=True)
+        sum_G = counts_T.astype(np.float32) @ self.gate_VG[terms_T]
+        length = float(np.linalg.norm(counts_T * self.gate_VG[terms_T, -1]))
+        logits_E: np.ndarray = sum_G[:-1] / np.float32(length or 1.0) + self.gate_VG[-1, :-1]
+        return logits_E
+
+
 class LastToken:
     """A router with its gate."""
 
@@ -55,6 +72,10 @@ class LastToken:
         if ngram is not None and routing.get("orders"):
             orders = routing["orders"]
         self._prefix = routing.get("prefix")
+        self._tables: list[_Table] | list[_Classifier]
+        if routing.get("score") == "tfidf":
+            self._tables = [_Classifier(np.ascontiguousarray(gate_EG.T, dtype=np.float32), orders[0])]
+            return
         self._tables = [
             _Table(np.ascontiguousarray(part_EV.T, dtype=np.float32), order, average["decay"], average.get("sum", False))
             for part_EV, order, average in zip(np.split(gate_EG, len(averages), axis=1), orders, averages, strict=True)

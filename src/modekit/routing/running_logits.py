@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from modekit.architecture.modekit_router import Flow, Router
+from modekit.architecture.modekit_flow import Flow
+from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 

@@ -6,6 +6,7 @@ of the mixture (selected-by.txt beside it).
 
     asks                         of                                                  split        less
     router fit                   experts[].prompts, experts[].text                   all, fit     -
+    router fit, to choose        experts[].text                                      select       set, trained
     specialize                   --text                                              fit          -
     specialize, loss shown       --text                                              report       -
     extract                      --text                                              fit          -
@@ -18,9 +19,11 @@ of the mixture (selected-by.txt beside it).
     tasks: which terms are known experts[].prompts, experts[].text; --seen           all, fit     -
     discover                     --text                                              all          -
 
-What tune has chosen by is kept in selected-by.txt, so that a recipe's `eval` can give it text and be shown without that part.
-Advice leaves no such list, and reads nothing of `eval`. What discover groups is no domain yet: it shows no model's loss, and
-every document keeps its split in the domain that it comes to.
+What a router's classifier was chosen by (`chooses` of its row in recipes/fits.py) is the select split of the experts' own text,
+so that an `eval` that names this text, too, is shown without that part. What tune has chosen by is kept in selected-by.txt, so
+that a recipe's `eval` can give it text and be shown without that part. Advice leaves no such list, and reads nothing of `eval`.
+What discover groups is no domain yet: it shows no model's loss, and every document keeps its split in the domain that it comes
+to.
 """
 
 from __future__ import annotations
@@ -140,6 +143,7 @@ class RecipeTexts:
         names = self._recipe.names
         used = {*self._made, *self._chosen, *_marks(seen)}
         used |= {mark_of(document) for place in range(len(names)) for document in self.fit(place)}
+        used |= {mark_of(document) for place in range(len(names)) for document in self._chosen_by_the_fit(place)}
         found = []
         for name in [*names, *(name for name in self._recipe.eval if name not in names)]:
             place = names.index(name) if name in names else None
@@ -149,6 +153,10 @@ class RecipeTexts:
             elif own is not None:
                 found.append(HeldOutText(name, place, own.report(used), own))
         return found
+
+    def _chosen_by_the_fit(self, place: int) -> list[str]:
+        fit, own = self._recipe.mixture.fit, self.own(place)
+        return own.select() if fit is not None and fit.chooses and own is not None else []
 
     def _given(self, name: str) -> DomainText | None:
         return self._text(self._recipe.eval[name], f"eval.{name}") if name in self._recipe.eval else None

@@ -1,4 +1,4 @@
-"""What a lexical router knows of single tokens: its table, which needs no text to be read.
+"""What a router that reads tokens knows of single ones: its table, which needs no text to be read.
 
 Shape legend: E experts, J averages, V vocabulary.
 """
@@ -24,9 +24,10 @@ def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
     if checkpoint.shape.channels is not None:
         table_VN = read_table(*checkpoint.carrier)
         return np.asarray(table_VN.reshape(len(table_VN), -1, experts).sum(1))
-    if mixture.fit is None or mixture.fit.score != "lexical" or mixture.router.hashes:
+    if mixture.fit is None or not mixture.fit.of_tokens or mixture.router.hashes:
         return None
-    (gate_EN,) = checkpoint.gates()
+    (gate_GN,) = checkpoint.gates()
+    gate_EN = gate_GN[:experts, : gate_GN.shape[1] - mixture.fit.beside_the_gate]
     return np.asarray(gate_EN.reshape(experts, -1, int(checkpoint.config["vocab_size"])).sum(1).T)
 
 

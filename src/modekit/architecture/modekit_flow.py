@@ -1,0 +1,122 @@
+"""What the routers of one model share during a forward pass.
+
+Shape legend: B batch, S sequence, G rows of the gate, E experts, O output features.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+_OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
+
+
+class Keeper(Protocol):
+    """An engine that has tokens of many sequences in one row, and keeps what routers remember of each beside its keys and
+    values. `key` names what is remembered.
+    """
+
+    def sums(self, key: str, values_BSG: torch.Tensor, decay: float, prefix: int | None) -> torch.Tensor:
+        """What `causal_sums` gives for each sequence."""
+
+    def ngram_rows(self, key: str, ids_BS: torch.Tensor, order: int, buckets: int) -> torch.Tensor:
+        """What `ngram_rows` gives for each sequence."""
+
+
+class Flow:
+    """What the routers of one model share during a forward pass.
+
+    Attributes:
+        averages: whether any router averages over tokens.
+        ids_BS: token ids of this pass; None when embeddings were given in their place.
+        mask_BS: real tokens of this pass; None when all are.
+        kept: places of the tokens whose logits are asked for, when they were named one by one.
+        states: router place -> state before this pass (from the cache).
+        fresh: router place -> state after it.
+        forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
+        left_out: place of an expert that gets no weight; the routers choose among the others.
+        listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
+        log: router place -> its logits in this pass, when the pass was asked for them (output_router_logits).
+        keeper: who remembers in place of `states`, where an engine runs the model.
+        solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
+        common: weight of the base's own decoder beside the experts; 0.0 without one (modekit_streams.py).
+        beside: with `forced`: whether the common expert takes part all the same.
+        sequences: B, while every sequence of the pass stands in the batch twice; None while it stands there once.
+        mixed: place -> its module.
+    """
+
+    def __init__(self) -> None:
+        self.mixed: dict[str, Any] = {}
+        self.averages = False
+        self.ids_BS: torch.Tensor | None = None
+        self.mask_BS: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
+        self.states: dict[str, torch.Tensor] = {}
+        self.fresh: dict[str, torch.Tensor] = {}
+        self.forced: int | torch.Tensor | None = None
+        self.left_out: int | None = None
+        self.keeper: Keeper | None = None
+        self.solo = False
+        self.common = 0.0
+        self.beside = False
+        self.sequences: int | None = None
+        self.listener: Callable[[str, torch.Tensor], None] | None = None
+        self.log: dict[str, torch.Tensor] | None = None
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | dict.fromkeys(_OF_A_PASS)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def one_pass(self) -> AbstractContextManager[object]:
+        """Held during a forward pass: two threads take turns, since a pass leaves its decisions in the modules."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    @property
+    def streams(self) -> int:
+        """How often every sequence stands in a pass's batch."""
+        return 2 if self.common and (self.forced is None or self.beside) else 1
+
+    @contextmanager
+    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> Iterator[None]:
+        """While open, all weight is an expert's, or with `solo` what its own logit says; see the attributes."""
+        before = self.forced, self.solo, self.beside
+        self.forced, self.solo, self.beside = expert, solo, beside
+        try:
+            yield
+        finally:
+            self.forced, self.solo, self.beside = before
+
+    @contextmanager
+    def without_common(self) -> Iterator[None]:
+        """While open, the chosen experts have no common one beside them."""
+        before, self.common = self.common, 0.0
+        try:
+            yield
+        finally:
+            self.common = before
+
+    @contextmanager
+    def leaving_out(self, expert: int) -> Iterator[None]:
+        """While open, an expert gets no weight."""
+        before, self.left_out = self.left_out, expert
+        try:
+            yield
+        finally:
+            self.left_out = before
+
+    @contextmanager
+    def listening(self, listener: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """While open, every router tells its logits."""
+        before, self.listener = self.listener, listener
+        try:
+            yield
+        finally:
+            self.listener = before

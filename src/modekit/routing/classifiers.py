@@ -1,0 +1,216 @@
+"""scikit-learn's classifiers of texts, each as one linear table, and which of them held-out text likes best.
+
+A text is the vector of its terms' counts, each times how rare the term is, brought to length 1 (tf-idf). All four classifiers
+are linear in it: what they learn is a table W and an intercept b per domain, and scikit-learn is not needed afterwards.
+
+Shape legend: N texts, V terms, E domains.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix, diags, issparse, vstack
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import LogisticRegression, SGDClassifier
+from sklearn.metrics import f1_score
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.preprocessing import normalize
+
+_TEMPERATURES = [2.0 ** (step / 4) for step in range(-24, 25)]
+_C = 30.0
+"""Of logistic regression, the inverse of its regularisation; benchmarks/classifiers.md."""
+
+
+Texts = Any
+"""Texts as vectors (N, V): a scipy matrix, or an array."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A classifier whose scores are x W^T + b.
+
+    Attributes:
+        weights_EV: W, float64.
+        bias_E: b, float64.
+    """
+
+    weights_EV: np.ndarray
+    bias_E: np.ndarray
+
+    def scores(self, x_NV: Any) -> np.ndarray:
+        """Of texts, dense or sparse (N, E), float64."""
+        scores_NE: np.ndarray = np.asarray(x_NV @ self.weights_EV.T) + self.bias_E
+        return scores_NE
+
+    def at(self, temperature: float) -> Linear:
+        """With its scores divided by a temperature."""
+        return Linear(self.weights_EV / temperature, self.bias_E / temperature)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The classifier that was taken, of those that were asked for.
+
+    Attributes:
+        name: which.
+        linear: it, at the temperature that gives the domains of the held-out texts the largest likelihood.
+        temperature: that one.
+        scores: macro-F1 of all that were asked for on the held-out texts; empty where there were none to choose by.
+    """
+
+    name: str
+    linear: Linear
+    temperature: float
+    scores: Mapping[str, float]
+
+
+def counted(texts: Sequence[np.ndarray], terms: int) -> csr_matrix:
+    """Counts (N, V) of texts that are rows of terms, int (S,) each."""
+    lengths = [len(text) for text in texts]
+    rows = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts]) if texts else np.zeros(0, np.int64)
+    shape = (len(texts), terms)
+    counts = csr_matrix((np.ones(len(rows)), rows, np.concatenate([[0], np.cumsum(lengths)])), shape=shape)
+    counts.sum_duplicates()
+    return counts
+
+
+def rareness(domains: Sequence[csr_matrix], silent: Sequence[int]) -> np.ndarray:
+    """How rare each term is (V,), float64: log((1 + N) / (1 + texts that have it)) + 1, as scikit-learn smooths it.
+
+    0 for `silent` terms and for those that no text has, which so weigh nothing.
+    """
+    counts_NV = vstack(domains, format="csr")
+    idf_V: np.ndarray = TfidfTransformer().fit(counts_NV).idf_.copy()
+    idf_V[np.asarray(counts_NV.sum(0)).ravel() == 0] = 0.0
+    idf_V[list(silent)] = 0.0
+    return idf_V
+
+
+def vectors(counts_NV: csr_matrix, idf_V: np.ndarray) -> Any:
+    """Counts times rareness at length 1, (N, V) sparse; a text without a term that counts stays zero."""
+    weighed_NV = counts_NV @ diags(idf_V)
+    return normalize(weighed_NV, copy=False) if weighed_NV.shape[0] else weighed_NV
+
+
+def choose(names: Sequence[str], own: Sequence[Texts], held: Sequence[Texts], seed: int) -> Chosen:
+    """The best of some classifiers by macro-F1 on held-out texts, ties to the first; the first where a domain has none.
+
+    `own` and `held` are the texts (N, V) of every domain to learn from, and to choose by: sparse, or hidden states (N, D).
+    """
+    task = _Task(*_together(own), len(own), seed)
+    if not all(texts.shape[0] for texts in held):
+        return Chosen(names[0], CLASSIFIERS[names[0]](task), 1.0, {})
+    held_NV, labels_N = _together(held)
+    trained = {name: CLASSIFIERS[name](task) for name in names}
+    scores = {name: macro_f1(linear.scores(held_NV), labels_N, len(own)) for name, linear in trained.items()}
+    best = max(names, key=lambda name: scores[name])
+    temperature = _temperature(trained[best].scores(held_NV), labels_N, len(own))
+    return Chosen(best, trained[best].at(temperature), temperature, scores)
+
+
+def report_of(chosen: Chosen, held: Sequence[Texts]) -> dict[str, object]:
+    """What the record says of a choice: the classifier, macro-F1 of all of them, on how many texts of each domain."""
+    return {
+        "classifier": chosen.name, "macro_f1": dict(chosen.scores), "chosen_on": [int(texts.shape[0]) for texts in held],
+        "calibrated": chosen.temperature,
+    }  # fmt: skip
+
+
+def _together(domains: Sequence[Texts]) -> tuple[Texts, np.ndarray]:
+    labels_N = np.repeat(np.arange(len(domains)), [texts.shape[0] for texts in domains])
+    return (vstack(domains, format="csr") if issparse(domains[0]) else np.concatenate(domains)), labels_N
+
+
+def macro_f1(scores_NE: np.ndarray, labels_N: np.ndarray, domains: int) -> float:
+    """Mean over domains of the F1 of taking the domain with the largest score."""
+    labels = list(range(domains))
+    return float(f1_score(labels_N, scores_NE.argmax(1), labels=labels, average="macro", zero_division=0.0))
+
+
+def _temperature(scores_NE: np.ndarray, labels_N: np.ndarray, domains: int) -> float:
+    """The one that gives texts the largest likelihood; domains count equally.
+
+    Of n texts of a domain (n + 1) / (n + 2) are taken for its own, the rest for the others' (Platt 1999, Probabilistic outputs
+    for support vector machines): where all are told apart no temperature would be low enough, and few texts prove little.
+    """
+    if domains == 1:
+        return 1.0
+    counts_N = np.bincount(labels_N, minlength=domains)[labels_N]
+    wanted_NE = np.repeat(1.0 / ((counts_N + 2) * (domains - 1))[:, None], domains, axis=1)
+    wanted_NE[np.arange(len(labels_N)), labels_N] = (counts_N + 1) / (counts_N + 2)
+
+    def loss(temperature: float) -> float:
+        scaled_NE = scores_NE / temperature
+        scaled_NE = scaled_NE - scaled_NE.max(1, keepdims=True)
+        logs_NE = scaled_NE - np.log(np.exp(scaled_NE).sum(1, keepdims=True))
+        return float(-((wanted_NE * logs_NE).sum(1) / counts_N).sum())
+
+    best: float = min(_TEMPERATURES, key=loss)
+    return best
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Texts (N, V) to learn from, and their domains (N,)."""
+
+    x_NV: Texts
+    labels_N: np.ndarray
+    domains: int
+    seed: int
+
+    @property
+    def intercept(self) -> bool:
+        """Vectors of counts have one; hidden states have none, since no gate that reads them has."""
+        return bool(issparse(self.x_NV))
+
+
+def _logistic(task: _Task) -> Linear:
+    """Multinomial logistic regression; the texts of every domain together weigh the same."""
+    return _two_sided(LogisticRegression(C=_C, class_weight="balanced", max_iter=300, fit_intercept=task.intercept), task)
+
+
+def _sgd(task: _Task) -> Linear:
+    """Each domain against the others, with the modified Huber loss, by stochastic gradient descent."""
+    model = SGDClassifier(
+        loss="modified_huber", alpha=1e-5, class_weight="balanced", random_state=task.seed, fit_intercept=task.intercept
+    )
+    return _two_sided(model, task)
+
+
+def _two_sided(model: Any, task: _Task) -> Linear:
+    """Of two domains scikit-learn has one row, that of the second; of one none."""
+    if task.domains == 1:
+        return Linear(np.zeros((1, task.x_NV.shape[1])), np.zeros(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # what is not quite at its best is good enough to be compared
+        model.fit(task.x_NV, task.labels_N)
+    weights = np.asarray(model.coef_, np.float64)
+    bias = np.broadcast_to(np.asarray(model.intercept_, np.float64), len(weights))
+    if len(weights) == 1:
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    return Linear(weights, bias)
+
+
+def _naive_bayes(task: _Task) -> Linear:
+    """Multinomial naive Bayes on tf-idf, all domains as likely beforehand: log p(term | domain), less its mean over domains."""
+    model = MultinomialNB(alpha=0.1, fit_prior=False).fit(task.x_NV, task.labels_N)
+    logs_EV = np.asarray(model.feature_log_prob_, np.float64)
+    return Linear(logs_EV - logs_EV.mean(0), np.zeros(task.domains))
+
+
+def _centroid(task: _Task) -> Linear:
+    """The cosine to the mean of a domain's texts, times a text's length, which is 1 where terms are counted."""
+    means = [np.asarray(task.x_NV[task.labels_N == domain].mean(0)).ravel() for domain in range(task.domains)]
+    return Linear(normalize(np.stack(means)), np.zeros(task.domains))
+
+
+CLASSIFIERS: Mapping[str, Callable[[_Task], Linear]] = {
+    "logistic": _logistic, "sgd": _sgd, "naive_bayes": _naive_bayes, "centroid": _centroid,
+}  # fmt: skip
+"""By the name that a recipe has for it, in the order in which `auto` prefers them where they do equally well."""
