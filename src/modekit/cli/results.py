@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -20,6 +20,9 @@ from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effe
 from modekit.cli.tasks import TaskOptions, score_tasks
 from modekit.errors import ModekitError
 from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.demo.kinds import What
 
 
 @dataclass(frozen=True)
@@ -76,26 +79,52 @@ def evaluate(
         out.print(Text(f"{checkpoint / RESULTS_FOLDER}: eval.json, eval.md", style="dim"))
 
 
+@dataclass(frozen=True)
+class DemoKind:
+    """What the demo's experts are, and how much work it does."""
+
+    full: Annotated[bool, typer.Option("--full", help="Ordinary full fine-tunes as experts, several backbones.")] = False
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="LoRA adapters as experts, kept low-rank and folded into a native checkpoint.")
+    ] = False
+    modular: Annotated[
+        bool,
+        typer.Option("--modular", help="Students of one teacher for three languages and Python, put together in four ways."),
+    ] = False
+    real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False
+
+    def what(self) -> What:
+        """The kind. Raises ModekitError for two at once, and for students of a model that is not trained here."""
+        kinds: dict[str, What] = {"full": "full", "adapters": "lora", "modular": "modular"}
+        asked = [name for name in kinds if getattr(self, name)]
+        if len(asked) > 1:
+            raise ModekitError(
+                "the experts are of one kind",
+                where=", ".join(f"--{name}" for name in asked),
+                remedy="give one of these options",
+            )
+        if self.modular and self.real:
+            raise ModekitError(
+                "the students' teacher is trained by the demo itself", where="--modular, --real", remedy="give one of the two"
+            )
+        return kinds[asked[0]] if asked else "mlp"
+
+
 @app.command()
+@grouped
 def demo(
+    kind: DemoKind,
     output: Annotated[
         Path | None,
         typer.Option("--out", help="Folder of the demo; what is there is kept and used. Default: demo, demo-full, ..."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
-    full: Annotated[bool, typer.Option("--full", help="Ordinary full fine-tunes as experts, several backbones.")] = False,
-    adapters: Annotated[
-        bool, typer.Option("--adapters", help="LoRA adapters as experts, kept low-rank and folded into a native checkpoint.")
-    ] = False,
-    real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False,
 ) -> None:
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
     from modekit.demo.demo import folder_of, run_demo
 
-    if full and adapters:
-        raise ModekitError("the experts are either full models or adapters", where="--full, --adapters", remedy="give one")
-    what: Literal["full", "lora", "mlp"] = "full" if full else "lora" if adapters else "mlp"
+    what, real, quick = kind.what(), kind.real, kind.quick
     output = output or folder_of(what, real=real, quick=quick)
     with drawn_progress() as progress:
         results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))

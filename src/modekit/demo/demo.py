@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modekit.demo.kinds import QUICK, REAL, SMALL, What
+from modekit.demo.kinds import QUICK, REAL, SMALL, Size, What
+from modekit.demo.modular import BRIEF, TEXTS, WHOLE, Budget, run_modular_seed
 from modekit.demo.seed import run_seed
 from modekit.demo.text import unpack_text
 from modekit.errors import OutputError
+from modekit.evaluation.gaps import gaps_of, with_gaps
 from modekit.evaluation.results import Results, Row
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
@@ -44,7 +46,11 @@ class DemoResults:
         rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
         rows += [Row(f"oracle {carried}".strip(), *_rest(results.row("oracle")))
                  for carried, results in _by_what_is_carried(by_mixture).items()]  # fmt: skip
-        rows += [Row(name, *_rest(results.row("mixture"))) for name, results in by_mixture.items()]
+        rows += [
+            Row(name if row.name == "mixture" else f"{name} {row.name}", *_rest(row))
+            for name, results in by_mixture.items() for row in results.rows if row.kind == "mixture"
+        ]  # fmt: skip
+        rows = with_gaps(rows, gaps_of(rows, first.domains))  # mixtures may come of other models than the first one's
         return Results(rows, first.domains, first.unseen, first.text, first.notes)
 
     def as_data(self) -> dict[str, Any]:
@@ -81,7 +87,7 @@ class DemoResults:
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
     """Where a kind of demo lies when nothing else is said: demo, demo-full, ..."""
-    kinds = {"mlp": [], "full": ["full"], "lora": ["adapters"]}[what]
+    kinds = {"mlp": [], "full": ["full"], "lora": ["adapters"], "modular": ["modular"]}[what]
     return Path("-".join(["demo", *kinds, *(["real"] if real else []), *(["quick"] if quick else [])]))
 
 
@@ -90,10 +96,10 @@ def run_demo(
 ) -> DemoResults:
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
-    size = QUICK if quick else REAL if real else SMALL
+    size = (BRIEF if quick else WHOLE) if what == "modular" else QUICK if quick else REAL if real else SMALL
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
-    texts = unpack_text(out / "text")
-    per_seed = {seed: run_seed(out / f"seed{seed}", texts, seed, what, real, size, run) for seed in seeds}
+    texts = unpack_text(out / "text", TEXTS) if what == "modular" else unpack_text(out / "text")
+    per_seed = {seed: _seed(out / f"seed{seed}", texts, seed, (what, real, size), run) for seed in seeds}
     results = DemoResults(per_seed, time.monotonic() - started)
     folder = out / "results"
     make_folder(folder)
@@ -101,6 +107,16 @@ def run_demo(
     parts = [f"## Seed {seed}\n\n{results.merged(seed).markdown()}" for seed in per_seed]
     write_file(folder / "demo.md", "\n".join(parts).encode())
     return results
+
+
+def _seed(
+    folder: Path, texts: Mapping[str, Path], seed: int, kind: tuple[What, bool, Size | Budget], run: Run
+) -> dict[str, Results]:  # fmt: skip
+    what, real, size = kind
+    if what == "modular" or isinstance(size, Budget):
+        assert isinstance(size, Budget)
+        return run_modular_seed(folder, texts, seed, size, run)
+    return run_seed(folder, texts, seed, what, real, size, run)
 
 
 def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:

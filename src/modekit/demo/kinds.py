@@ -8,11 +8,14 @@ from typing import Any, Literal
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH
 from modekit.loaded.next_token import Training
 
-What = Literal["mlp", "full", "lora"]
+Experts = Literal["mlp", "full", "lora"]
+"""What is trained of an expert."""
+What = Experts | Literal["modular"]
+"""modular: students of one teacher (modular.py)."""
 
 _ROUTING = {"method": "routing", "top_k": 2}
 _FOLDED = {"output": {"format": "native"}}
-MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
+MIXTURES: dict[Experts, dict[str, dict[str, Any]]] = {
     "mlp": {
         "linear": {"mixture": {"method": "linear"}},
         "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random"}}},

@@ -24,10 +24,11 @@ import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.models import ARCHITECTURE, make_tokenizer, new_model, train
+from modekit.demo.models import ARCHITECTURE, new_model, train
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
+from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.moving import What
@@ -44,13 +45,14 @@ from modekit.training.settings import train_settings
 from modekit.training.train import train as train_mixture
 
 TEXTS = (*LANGUAGES, "code")
+TEACHER: dict[str, Any] = {**ARCHITECTURE, "vocab_size": 2_048, "hidden_size": 192, "intermediate_size": 576}
 STUDENT: dict[str, Any] = {
-    **ARCHITECTURE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    **TEACHER, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }  # fmt: skip
 CLASSIFIER = {"fit": "classifier"}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
-_TRAINING = Training(batch_tokens=3_072, sequence_length=256, learning_rate=3e-3, weight_decay=0.05)
+_TRAINING = Training(batch_tokens=2_048, sequence_length=256, learning_rate=3e-3, weight_decay=0.05)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Budget:
     eval_tokens: int
 
 
-FULL = Budget(320, 240, 16_384)
+WHOLE = Budget(200, 96, 8_192)
 BRIEF = Budget(8, 8, 1_024)
 
 
@@ -81,9 +83,9 @@ class Languages:
             name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
             for name, path in self.texts.items()
         }
-        tokenizer = make_tokenizer([document for documents in fit.values() for document in documents])
+        tokenizer = byte_level_bpe((document for documents in fit.values() for document in documents), TEACHER["vocab_size"])
         if not teacher.exists():
-            model = new_model(ARCHITECTURE, self.seed)
+            model = new_model(TEACHER, self.seed)
             of_each = [training_sequences(tokenizer, documents, _TRAINING) for documents in fit.values()]
             fewest = min(len(sequences) for sequences in of_each)
             sequences = [sequence for each in of_each for sequence in each[:fewest]]

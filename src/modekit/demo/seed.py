@@ -14,7 +14,7 @@ import yaml
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.demo.kinds import MIXTURES, REFITTED, Size, What
+from modekit.demo.kinds import MIXTURES, REFITTED, Experts, Size
 from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
 from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.demo.workers import Task, Workers
@@ -34,7 +34,7 @@ from modekit.run import Progress, Run
 
 
 def run_seed(
-    folder: Path, texts: Mapping[str, Path], seed: int, what: What, real: bool, size: Size, run: Run
+    folder: Path, texts: Mapping[str, Path], seed: int, what: Experts, real: bool, size: Size, run: Run
 ) -> dict[str, Results]:
     """Make what is not there yet, and return the table of every mixture by its name."""
     base = folder / "base"
@@ -56,7 +56,7 @@ def _side_by_side(real: bool) -> tuple[int, int]:
     return (1, threads) if real or threads == 1 or torch.cuda.is_available() else (2, threads // 2)
 
 
-def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, what: What, size: Size) -> Iterator[Task]:
+def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, what: Experts, size: Size) -> Iterator[Task]:
     """The experts that are not there yet."""
     for place, name in enumerate(DOMAINS):
         if not (folder / name).exists():
@@ -66,7 +66,7 @@ def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, what: What, s
             )  # fmt: skip
 
 
-def _train_expert(folder: Path, name: str, *, text: Path, what: What, training: Any, progress: Progress) -> None:
+def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, training: Any, progress: Progress) -> None:
     specialize(
         folder / "base", folder / name, [str(text)], root=folder, train=what, training=training,
         run=Run(progress=lambda _stage, done, total: progress(f"train {name}", done, total)),
@@ -126,7 +126,7 @@ def _build_alone(folder: Path, name: str, recipe: dict[str, Any], *, progress: P
     _built(folder, name, recipe, progress)
 
 
-def _recipe(what: What, says: dict[str, Any], texts: Mapping[str, Path], size: Size) -> dict[str, Any]:
+def _recipe(what: Experts, says: dict[str, Any], texts: Mapping[str, Path], size: Size) -> dict[str, Any]:
     mixture = dict(says["mixture"])
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))

@@ -48,7 +48,7 @@ def evaluate(
     )  # fmt: skip
     jobs, notes = row_jobs(checkpoint, run=run)
     rows = _run(jobs, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
-    gaps = gaps_of(rows, domains)
+    gaps = gaps_of(rows, [domain.name for domain in domains])
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
     if gapless:
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")

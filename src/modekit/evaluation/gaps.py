@@ -16,13 +16,13 @@ from modekit.recipes.strict import BASE
 SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing
 
 
-def gaps_of(rows: Sequence[Row], domains: Sequence[Domain]) -> dict[str, float]:
+def gaps_of(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, float]:
     """Loss of base less loss of the domain's own expert in nats, for domains whose expert was run."""
     by_name = _references(rows)
     return {
-        domain.name: by_name[BASE].scores[domain.name].loss - by_name[domain.name].scores[domain.name].loss
-        for domain in domains
-        if domain.name in by_name and BASE in by_name
+        name: by_name[BASE].scores[name].loss - by_name[name].scores[name].loss
+        for name in domains
+        if name in by_name and BASE in by_name
     }
 
 

@@ -1,0 +1,228 @@
+"""Students of one teacher for English, French, German and Python, put together in several ways; modular.md.
+
+    python benchmarks/modular.py students FOLDER --seeds 0 1 2     (with a teacher or without, weights, losses, in turn)
+    python benchmarks/modular.py ways FOLDER --seeds 0 1 2         (PLE, JEET, MoE-CE, FFN specialists; routers)
+    python benchmarks/modular.py forgetting FOLDER --seeds 0 1 2   (one language after the other, or together)
+    python benchmarks/modular.py tables FOLDER --seeds 0 1 2       (of what the others have left in FOLDER)
+
+FOLDER is that of `modekit demo --modular --out FOLDER --seeds 3`, and is gone on from. All ways read the same number of
+tokens in training (modekit/demo/modular.py). Perplexities are of the report split, which nothing was trained or set by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.demo.modular import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
+from modekit.demo.text import unpack_text
+from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.loss import score_domain
+from modekit.experts.distill.settings import DistillSettings
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
+from modekit.run import Run
+
+WAYS_OF_TEACHING: dict[str, DistillSettings] = {
+    "text alone": WITHOUT_TEACHER,
+    "forward KL": DistillSettings(),
+    "forward KL, adaptive": DistillSettings(adaptive=True),
+    "forward KL, in turn": DistillSettings(alternate=True),
+    "reverse KL": DistillSettings(losses={"reverse_kl": 1.0}),
+}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "classifier": CLASSIFIER,
+    "ngram": {"fit": "ngram"},
+    "lexical": {"fit": "lexical"},
+}
+Losses = dict[str, float]
+"""Language -> loss in nats per token."""
+
+
+class Study:
+    """One seed: models of the demo's folder and those besides, each made and scored once; `scores.json` has what is known."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.made = Languages(root / f"seed{seed}", unpack_text(root / "text", TEXTS), seed, WHOLE, Run(progress=_say(seed)))
+        self._file = root / f"seed{seed}" / "scores.json"
+        self.scores: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.made.teacher()
+        self.made.student("base", TEXTS, WHOLE.steps)
+        for language in TEXTS:
+            self.made.student(language, (language,), WHOLE.steps // 4)
+        self.made.mixture("ple", "base", {each: each for each in TEXTS}, whole_models())
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is known under a name, or what is made now."""
+        if name not in self.scores:
+            self.scores[name] = make()
+            self._file.write_text(json.dumps(self.scores, indent=1))
+        return self.scores[name]
+
+    def domains(self) -> list[Domain]:
+        """Held-out text of every language."""
+        checkpoint = open_checkpoint(self.made.folder / "ple")
+        return held_out_domains(checkpoint, tokens_per_domain=WHOLE.eval_tokens, sequence_length=512, seen=(), run=Run())
+
+    def losses(self, folder: Path) -> Losses:
+        """Of a plain model, or of a mixture as it is."""
+        model = load_model(folder)
+        return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in self.domains()}
+
+
+def students(study: Study) -> None:
+    """One student for all languages and one per language, of the same steps, taught in several ways."""
+    for way, settings in WAYS_OF_TEACHING.items():
+        slug = way.replace(" ", "-").replace(",", "")
+        one = partial(study.made.student, settings=settings)
+        study.keep(f"one student: {way}", lambda: study.losses(one(f"one-{slug}", TEXTS, WHOLE.steps)))
+        study.keep(
+            f"four students: {way}",
+            lambda: {each: study.losses(one(f"{each}-{slug}", (each,), WHOLE.steps // 4))[each] for each in TEXTS},
+        )
+        study.keep(f"late loss: {way}", lambda: late_spread(study.made.folder / f"one-{slug}" / "distill.csv"))
+
+
+def late_spread(file: Path) -> float:
+    """Standard deviation of the cross-entropy over the last third of the steps."""
+    rows = [line.split(",") for line in file.read_text().splitlines()]
+    column = rows[0].index("cross_entropy")
+    values = [float(row[column]) for row in rows[1:] if row[column]]
+    return statistics.stdev(values[-len(values) // 3 :])
+
+
+def ways(study: Study) -> None:
+    """Ways of putting experts together."""
+    made = study.made
+    study.keep("teacher", lambda: study.losses(made.folder / "teacher"))
+    study.keep("base", lambda: study.losses(made.folder / "base"))
+    study.keep("each language's own student", lambda: {each: study.losses(made.folder / each)[each] for each in TEXTS})
+    for name, router in ROUTERS.items():
+        out = "ple" if name == "classifier" else f"ple-{name}"
+        build = partial(made.mixture, out, "base", {each: each for each in TEXTS}, whole_models(router))
+        study.keep(f"PLE, {name}", lambda: study.losses(build().folder))
+    study.keep("JEET", lambda: study.losses(made.joint("jeet", {}, CLASSIFIER).folder))
+    study.keep("MoE-CE", lambda: study.losses(made.joint("moe-ce", COMMON, CLASSIFIER).folder))
+    study.keep("MoE-CE without the common expert", lambda: without_common(study, made.folder / "moe-ce"))
+    for top_k in (1, 2):
+        study.keep(f"FFN specialists, lexical top-{top_k}", lambda: study.losses(ffn_specialists(made, top_k).folder))
+
+
+def without_common(study: Study, folder: Path) -> Losses:
+    """Of a mixture whose common expert takes no part."""
+    model, checkpoint = load_model(folder), open_checkpoint(folder)
+    with mixture_of(model, checkpoint).without_common():
+        return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in study.domains()}
+
+
+def forgetting(study: Study) -> None:
+    """Losses of every language after every phase, at equal numbers of tokens."""
+    made, quarter = study.made, WHOLE.steps // 4
+
+    def one_after_the_other() -> list[Losses]:
+        before, found = "student", []
+        for place, language in enumerate(TEXTS):
+            out = made.student(f"phase{place}", (language,), quarter, of=before)
+            found.append(study.losses(out))
+            before = out.name
+        return found
+
+    study.keep("one after the other", one_after_the_other)
+    for way, mix in (("every step all alike", "equal"), ("every step by size, 8:4:2:1", "proportional")):
+        slug = f"session-{mix}"
+        study.keep(way, lambda: [study.losses(made.session(slug, mix, (8, 4, 2, 1) if mix == "proportional" else None))])
+    study.keep("one language a step, in turn", lambda: [study.losses(made.session("session-turns", "turns", None))])
+
+
+def mean_and_spread(values: Iterable[float]) -> str:
+    """`mean ± largest deviation from it`."""
+    known = list(values)
+    mean = statistics.fmean(known)
+    return f"{mean:.2f} ± {max(abs(each - mean) for each in known):.2f}"
+
+
+def tables(studies: Sequence[Study]) -> None:
+    """Perplexity per language and their geometric mean, mean and largest deviation over the seeds."""
+    names = [name for name in studies[0].scores if isinstance(studies[0].scores[name], dict)]
+    print(f"| | {' | '.join(TEXTS)} | mean |\n|---|{'---|' * (len(TEXTS) + 1)}")
+    for name in names:
+        found = [study.scores[name] for study in studies if name in study.scores]
+        cells = [mean_and_spread(math.exp(each[language]) for each in found) for language in TEXTS]
+        print(f"| {name} | {' | '.join(cells)} | {mean_and_spread(map(overall, found))} |")
+    print()
+    for way in WAYS_OF_TEACHING:
+        spreads = [study.scores[f"late loss: {way}"] for study in studies if f"late loss: {way}" in study.scores]
+        if spreads:
+            print(f"late deviation of the loss, {way}: {mean_and_spread(spreads)}")
+    print_forgetting(studies)
+
+
+def print_forgetting(studies: Sequence[Study]) -> None:
+    """Perplexities after every phase, and what became of the first language."""
+    phases = [study.scores["one after the other"] for study in studies if "one after the other" in study.scores]
+    if not phases:
+        return
+    print(f"\n| after | {' | '.join(TEXTS)} |\n|---|{'---|' * len(TEXTS)}")
+    for place, language in enumerate(TEXTS):
+        cells = [mean_and_spread(math.exp(each[place][other]) for each in phases) for other in TEXTS]
+        print(f"| {language} | {' | '.join(cells)} |")
+    first = TEXTS[0]
+    own = [math.exp(each[0][first]) for each in phases]
+    ratios = [math.exp(each[-1][first]) / alone for each, alone in zip(phases, own, strict=True)]
+    print(f"\none after the other: {first} at the end over {first} when it was learned: {mean_and_spread(ratios)}")
+    back = [
+        statistics.fmean(each[place][language] - each[-1][language] for place, language in enumerate(TEXTS[:-1])) for each in phases
+    ]
+    print(f"backward transfer (mean of loss when learned less loss at the end, nats): {mean_and_spread(back)}")
+    for way in ("every step all alike", "every step by size, 8:4:2:1", "one language a step, in turn"):
+        ends = [study.scores[way][0] for study in studies if way in study.scores]
+        if ends:
+            ratios = [math.exp(end[first]) / alone for end, alone in zip(ends, own, strict=False)]
+            cells = " | ".join(mean_and_spread(math.exp(end[language]) for end in ends) for language in TEXTS)
+            print(f"{way}: {cells}; {first} over its own student: {mean_and_spread(ratios)}")
+
+
+def overall(losses: Mapping[str, float]) -> float:
+    """Perplexity of the mean loss."""
+    return math.exp(statistics.fmean(losses[language] for language in TEXTS))
+
+
+def _say(seed: int) -> Callable[[str, int, int], None]:
+    last = [""]
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage != last[0]:
+            last[0] = stage
+            print(f"seed {seed}: {stage} ({total})", flush=True)
+
+    return progress
+
+
+def main() -> None:
+    """Run parts of the study, or print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=["students", "ways", "forgetting", "tables"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    said = parser.parse_args()
+    torch.set_num_threads(said.threads)
+    studies = [Study(said.folder.resolve(), seed) for seed in said.seeds]
+    if said.part == "tables":
+        tables(studies)
+        return
+    for study in studies:
+        {"students": students, "ways": ways, "forgetting": forgetting}[said.part](study)
+
+
+if __name__ == "__main__":
+    main()
