@@ -27,6 +27,14 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
     "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
     "tune": (("tune", "recipe.yaml", "NEW", "--trials", "2", *FEW), 20_000),
     "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "1"), 20_000),
+    "specialize with a teacher": (
+        ("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "2", "--teacher", "MODEL"),
+        20_000,
+    ),
+    "what a teacher says": (
+        ("specialize", "BASE", "NEW", "--text", "TEXT", "--teacher", "MODEL", "--keep-teacher", "K"),
+        20_000,
+    ),
     "discover": (("discover", "NEW", "--text", "TEXT", "--domains", "2"), 500),
     "extract": (("extract", "MODEL", "NEW", "--base", "BASE", "--rank", "2"), 1_000),
 }

@@ -22,13 +22,12 @@ class TeacherOptions:
     """What the expert learns from a teacher besides the text."""
 
     teacher: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/distill.md).")
+        str | None,
+        typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/distill.md)."),
     ] = None
     distill: Annotated[
         list[str] | None,
-        typer.Option(
-            help="NAME or NAME=WEIGHT; repeatable: forward_kl (default), reverse_kl, teacher_ce, total_variation."
-        ),
+        typer.Option(help="NAME or NAME=WEIGHT; repeatable: forward_kl (default), reverse_kl, teacher_ce, total_variation."),
     ] = None
     temperature: Annotated[float | None, typer.Option(help="Of teacher and student in it (default 2).")] = None
     weights: Annotated[
@@ -53,7 +52,9 @@ class TeacherOptions:
         if self.teacher is None:
             refuse_without_effect("a teacher (--teacher MODEL)", named)
         if self.keep_teacher is None:
-            refuse_without_effect("a folder for what the teacher says (--keep-teacher)", {"--teacher-top-k": self.teacher_top_k})
+            refuse_without_effect(
+                "a folder for what the teacher says (--keep-teacher)", {"--teacher-top-k": self.teacher_top_k}
+            )
 
     def _settings(self) -> DistillSettings:
         from modekit.experts.distill.settings import distill_settings, losses_of
@@ -73,7 +74,8 @@ class TeacherOptions:
         assert self.teacher is not None
         root = Path.cwd()
         settings = self._settings()
+        teacher = model_folder(self.teacher, None, root=root, label="--teacher")
         return Distillation(
-            student, model_folder(self.teacher, None, root=root, label="--teacher"), text, root, train, rank, training, settings,
+            student, teacher, text, root, train, rank, training, settings,
             resolved(self.keep_teacher) if self.keep_teacher is not None else None, self.teacher_top_k or TOP_K,
         )  # fmt: skip

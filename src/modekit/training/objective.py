@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint

@@ -15,13 +15,14 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.distill.kept_file import FromDisk, Header, check_kept, keep, read_kept
@@ -72,8 +73,8 @@ class Distillation:
     root: Path
     train: What = "mlp"
     rank: int = RANK
-    training: Training = Training()
-    settings: DistillSettings = DistillSettings()
+    training: Training = field(default_factory=Training)
+    settings: DistillSettings = field(default_factory=DistillSettings)
     keep: Path | None = None
     top_k: int = TOP_K
 
@@ -153,7 +154,10 @@ def _engine_settings(training: Training) -> TrainSettings:
         "sequence_length": training.sequence_length, "backbone_learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay, "warmup": training.warmup, "clip": training.clip,
     }  # fmt: skip
-    return train_settings(values, where="modekit specialize --teacher")
+    try:
+        return train_settings(values, where="modekit specialize --teacher")
+    except TrainingError as error:
+        raise TrainingError(error.what, where=error.where, found=error.found, remedy="correct them") from None
 
 
 def _digests(asked: Distillation, pair: Pair, texts: _Texts) -> tuple[str, str]:
@@ -273,7 +277,8 @@ def _record(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught) -> 
         "teacher": {
             "name": pair.teacher.spec, "digest": pair.teacher_digest, "losses": settings.losses,
             "temperature": settings.temperature, "weights": "adaptive" if settings.adaptive else settings.weights,
-            "combined": "in turn" if settings.alternate else "sum", "kept_top_k": asked.top_k if asked.keep is not None else None,
+            "combined": "in turn" if settings.alternate else "sum",
+            "kept_top_k": asked.top_k if asked.keep is not None else None,
         },
         "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
         "text": text_record(texts.fit, texts.corpus.tokens),
