@@ -6,7 +6,7 @@ of the mixture (selected-by.txt beside it).
 
     asks                         of                                                  split        less
     router fit                   experts[].prompts, experts[].text                   all, fit     -
-    specialize                   --text                                              fit          -
+    specialize (with a teacher)  --text                                              fit          -
     specialize, loss shown       --text                                              report       -
     extract                      --text                                              fit          -
     train, to move by            --text of the domain, else experts[].text; generic  fit          -
