@@ -44,6 +44,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "ngram": {"fit": "ngram"},
     "lexical": {"fit": "lexical"},
 }
+TOGETHER, TURNS, UNEVEN = "all in every step", "one language a step, in turn", "shuffled, sizes 1:2:4:8"
 Losses = dict[str, float]
 """Language -> loss in nats per token."""
 
@@ -56,7 +57,7 @@ class Study:
         self._file = root / f"seed{seed}" / "scores.json"
         self.scores: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
         self.made.teacher()
-        self.made.student("base", TEXTS, WHOLE.steps)
+        self.made.session("base", "equal", self.made.texts)
         for language in TEXTS:
             self.made.student(language, (language,), WHOLE.steps // 4)
         self.made.mixture("ple", "base", {each: each for each in TEXTS}, whole_models())
@@ -137,10 +138,26 @@ def forgetting(study: Study) -> None:
         return found
 
     study.keep("one after the other", one_after_the_other)
-    for way, mix in (("every step all alike", "equal"), ("every step by size, 8:4:2:1", "proportional")):
-        slug = f"session-{mix}"
-        study.keep(way, lambda: [study.losses(made.session(slug, mix, (8, 4, 2, 1) if mix == "proportional" else None))])
-    study.keep("one language a step, in turn", lambda: [study.losses(made.session("session-turns", "turns", None))])
+    texts = made.texts
+    study.keep(TOGETHER, lambda: [study.losses(made.session("base", "equal", texts))])
+    study.keep(TURNS, lambda: [study.losses(made.session("session-turns", "turns", texts))])
+    study.keep(UNEVEN, lambda: [study.losses(made.session("session-uneven", None, uneven(study)))])
+
+
+def uneven(study: Study) -> dict[str, Path]:
+    """The texts cut so that their sizes are as 1 to 2 to 4 to 8: the first language has the least."""
+    made: dict[str, Path] = {}
+    smallest = min(len(path.read_bytes()) for path in study.made.texts.values())
+    for place, (language, path) in enumerate(study.made.texts.items()):
+        lines, size = [], smallest * 2**place // 8
+        for line in path.read_bytes().splitlines(keepends=True):
+            lines.append(line)
+            size -= len(line)
+            if size <= 0:
+                break
+        made[language] = study.made.folder / f"uneven-{language}.jsonl"
+        made[language].write_bytes(b"".join(lines))
+    return made
 
 
 def mean_and_spread(values: Iterable[float]) -> str:
@@ -180,10 +197,11 @@ def print_forgetting(studies: Sequence[Study]) -> None:
     ratios = [math.exp(each[-1][first]) / alone for each, alone in zip(phases, own, strict=True)]
     print(f"\none after the other: {first} at the end over {first} when it was learned: {mean_and_spread(ratios)}")
     back = [
-        statistics.fmean(each[place][language] - each[-1][language] for place, language in enumerate(TEXTS[:-1])) for each in phases
+        statistics.fmean(each[place][language] - each[-1][language] for place, language in enumerate(TEXTS[:-1]))
+        for each in phases
     ]
     print(f"backward transfer (mean of loss when learned less loss at the end, nats): {mean_and_spread(back)}")
-    for way in ("every step all alike", "every step by size, 8:4:2:1", "one language a step, in turn"):
+    for way in (TOGETHER, TURNS, UNEVEN):
         ends = [study.scores[way][0] for study in studies if way in study.scores]
         if ends:
             ratios = [math.exp(end[first]) / alone for end, alone in zip(ends, own, strict=False)]

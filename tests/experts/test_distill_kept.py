@@ -37,13 +37,8 @@ def shop(tmp_path: Path) -> Workshop:
 
 
 def asked(shop: Workshop, **changes: Any) -> Distillation:
-    given: dict[str, Any] = {
-        "texts": ["./text/law.jsonl"],
-        "training": TRAINING,
-        "keep": shop.root / "KEPT",
-        "top_k": 8,
-        **changes,
-    }
+    given: dict[str, Any] = {"texts": ["./text/law.jsonl"], "training": TRAINING, "top_k": 8, **changes}
+    given.setdefault("keep", shop.root / "KEPT")
     return Distillation(shop.root / "base", shop.root / "teacher", root=shop.root, **given)
 
 
@@ -137,11 +132,6 @@ def test_a_pass_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
     def counted(self: Any, block: Any) -> Any:
         asked_again.append(len(block))
         return passes(self, block)
-
-    def stop(self: Any, block: Any) -> Any:
-        if len(asked_again) == 3:
-            raise SystemExit(9)
-        return counted(self, block)
 
     blocks = len(kept_file._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
     below = tmp_path / "below"

@@ -27,6 +27,14 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
     "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
     "tune": (("tune", "recipe.yaml", "NEW", "--trials", "2", *FEW), 20_000),
     "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "1"), 20_000),
+    "specialize with a teacher": (
+        ("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "2", "--teacher", "MODEL"),
+        20_000,
+    ),
+    "what a teacher says": (
+        ("specialize", "BASE", "NEW", "--text", "TEXT", "--teacher", "MODEL", "--keep-teacher", "K"),
+        20_000,
+    ),
     "discover": (("discover", "NEW", "--text", "TEXT", "--domains", "2"), 500),
     "extract": (("extract", "MODEL", "NEW", "--base", "BASE", "--rank", "2"), 1_000),
 }
@@ -71,6 +79,6 @@ def test_a_full_disk(shop: Workshop, tmp_path: Path, name: str) -> None:
     assert "File too large" in said or "is the disk full?" in said
     assert re.search(r"\n  where:    \S", said), said
     after = tree(root)
-    kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.tuning"}}  # to go on from
+    kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.training", "NEW.tuning"}}  # to go on from
     assert {path: content for path, content in after.items() if path not in kept} == before
     assert not [path for path in kept if ".tmp" in path and "tuning" not in path]

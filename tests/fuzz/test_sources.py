@@ -1,7 +1,7 @@
 """Whatever strangers write, what reads it before there is a checkpoint ends in a plan or in modekit's own error, soon.
 
 Every target begins with a good file and opens the real door on hostile variants of it (tests/mutations.py). `make test` takes a
-few hundred inputs of each, `make test-all` 15,300 together.
+few hundred inputs of each, `make test-all` 18,700 together.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapter_folders import UP, write_adapter
 from chatting import word_tokenizer
-from conftest import SMALL, Workshop, character_tokenizer
+from conftest import SMALL, VOCAB, Workshop, character_tokenizer, tiny_model
 from modekit.errors import ModekitError, SourceError
+from modekit.experts.distill.kept_file import HEADER_FILE, LOGITS_FILE, FromDisk, Header, check_kept, keep, read_kept
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover
 from modekit.search.discover.settings import DiscoverSettings
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import open_source, read_header
 from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
-from modekit.text.sequences import encode
+from modekit.text.sequences import TokenSequence, encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 
 RANDOM = {"router": {"fit": "random"}}
 MOST_TEXT = 20_000
 """Characters of any message."""
 QUICK, SLOW = 150, 1_700
-TARGETS = ["headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts", "unlabelled", "templates"]
+TARGETS = [
+    "headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts", "unlabelled", "templates",
+    "taught",
+]  # fmt: skip
 
 
 def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
@@ -326,6 +331,37 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
         return encode(tokenizer, documents, max_tokens=64, sequence_length=16)
 
     return st.tuples(hostile_bytes(text), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
+
+
+def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
+    """What a teacher said, kept on disk: the header that tells of what it is, and the header of the values."""
+    sequences = [TokenSequence((4, 5, 6), 2), TokenSequence((7, 8), 1)]
+    digests = dict.fromkeys(("teacher_digest", "tokenizer_digest", "text_digest"), "0" * 64)
+    header = Header(teacher="t", **digests, vocabulary=VOCAB, top_k=3, temperatures=(1.0, 2.0), tokens=5)
+    folder = root / "KEPT"
+    keep(folder, header, tiny_model(num_hidden_layers=1), sequences, run=QUIET)
+    content = (folder / LOGITS_FILE).read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    values = hostile_json(json.loads(content[8:size]))
+    item = {
+        "input_ids": torch.tensor([[4, 5, 6]]), "real": torch.ones(1, 3, dtype=torch.bool), "position": torch.arange(3)[None],
+    }  # fmt: skip
+
+    def door(drawn: tuple[bytes, bytes | None]) -> object:
+        said, its_values = drawn
+        (folder / HEADER_FILE).write_bytes(said)
+        written = content if its_values is None else len(its_values).to_bytes(8, "little") + its_values + content[size:]
+        (folder / LOGITS_FILE).write_bytes(written)
+        found = read_kept(folder)
+        assert found is not None
+        check_kept(folder, found, header)
+        teacher = FromDisk(folder, found, sequences)
+        return teacher.says(item, torch.ones(1, 2, dtype=torch.bool)).beside(torch.zeros(2, VOCAB), 2.0)
+
+    plain = json.loads((folder / HEADER_FILE).read_text())
+    damaged = hostile_bytes(hostile_json(plain))
+    whole = st.just(json.dumps(plain).encode())
+    return st.one_of(st.tuples(damaged, st.none()), st.tuples(whole, st.one_of(st.none(), hostile_bytes(values)))), door
 
 
 def fuzz_unlabelled(root: Path, _: dict[str, Any]) -> Target:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from modekit.cli.shell import refuse_without_effect, resolved
+from modekit.errors import ModekitError
 
 if TYPE_CHECKING:
     from modekit.experts.distill.distill import Distillation
     from modekit.experts.distill.settings import DistillSettings
+    from modekit.experts.distill.texts import Mix
     from modekit.experts.moving import What
     from modekit.loaded.next_token import Training
 
@@ -39,6 +41,13 @@ class TeacherOptions:
     alternate: Annotated[
         bool, typer.Option("--alternate", help="Text and teacher in turn, step by step, in place of their sum.")
     ] = False
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="How several --text share the steps; default: shuffled together. equal: as much of each in every step; turns: "
+            "one of them a step."
+        ),
+    ] = None
     keep_teacher: Annotated[
         Path | None, typer.Option(help="Keep what the teacher says in this folder; it is read from there the next time.")
     ] = None
@@ -74,7 +83,17 @@ class TeacherOptions:
         assert self.teacher is not None
         root = Path.cwd()
         settings = self._settings()
+        teacher = model_folder(self.teacher, None, root=root, label="--teacher")
         return Distillation(
-            student, model_folder(self.teacher, None, root=root, label="--teacher"), text, root, train, rank, training, settings,
-            resolved(self.keep_teacher) if self.keep_teacher is not None else None, self.teacher_top_k or TOP_K,
+            student, teacher, text, root, train, rank, training, settings,
+            resolved(self.keep_teacher) if self.keep_teacher is not None else None, self.teacher_top_k or TOP_K, self._mix(text),
         )  # fmt: skip
+
+    def _mix(self, text: list[str]) -> Mix | None:
+        if self.mix is not None and self.mix not in ("equal", "turns"):
+            raise ModekitError(
+                "unknown choice", where="--mix", found=self.mix, expected="equal or turns", remedy="write one of them"
+            )
+        if self.mix is not None and len(text) < 2:
+            refuse_without_effect("several texts (--text A --text B)", {"--mix": self.mix})
+        return cast("Mix | None", self.mix)

@@ -31,7 +31,8 @@ class SettingOptions:
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME or NAME=WEIGHT; repeatable: lm (default), distill, distill_reverse, label, balance, importance, z."
+            help="NAME or NAME=WEIGHT; repeatable: lm (default), distill, distill_reverse, teacher_ce, total_variation, label, "
+            "balance, importance, z."
         ),
     ] = None
     cheap: Annotated[

@@ -31,6 +31,7 @@ from modekit.evaluation.results import Results
 from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.texts import Mix
 from modekit.experts.moving import What
 from modekit.files.staging import staging
 from modekit.files.write import write_file
@@ -112,6 +113,17 @@ class Languages:
             distill(asked, out, run=self._named(name))
         return out
 
+    def session(self, name: str, mix: Mix | None, texts: Mapping[str, Path]) -> Path:
+        """A student for all languages that reads some texts in one session."""
+        out = self.folder / name
+        if not out.exists():
+            asked = Distillation(
+                self.folder / "student", self.folder / "teacher", [str(path) for path in texts.values()], self.folder, "full",
+                training=_TRAINING.with_(steps=self.budget.steps, seed=1000 * self.seed), mix=mix,
+            )  # fmt: skip
+            distill(asked, out, run=self._named(name))
+        return out
+
     def mixture(self, name: str, base: str, experts: Mapping[str, str], mixture: dict[str, Any]) -> Checkpoint:
         """A mixture of models of this folder, one per language."""
         recipe = {
@@ -163,7 +175,7 @@ def run_modular_seed(
     """Make what is not there yet, and return the table of every mixture by its name."""
     made = Languages(folder, texts, seed, budget, run)
     made.teacher()
-    made.student("base", TEXTS, budget.steps)
+    made.session("base", "equal", made.texts)
     for language in TEXTS:
         made.student(language, (language,), budget.steps // 4)
     known = made.table(made.mixture("ple", "base", {each: each for each in TEXTS}, whole_models()))

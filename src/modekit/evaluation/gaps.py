@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from modekit.evaluation.domains import Domain
 from modekit.evaluation.results import Row, Score
 from modekit.evaluation.uncertainty import gap_error
 from modekit.recipes.strict import BASE

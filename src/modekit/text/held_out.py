@@ -7,7 +7,7 @@ of the mixture (selected-by.txt beside it).
     asks                         of                                                  split        less
     router fit                   experts[].prompts, experts[].text                   all, fit     -
     router fit, to choose        experts[].text                                      select       set, trained
-    specialize                   --text                                              fit          -
+    specialize (with a teacher)  --text                                              fit          -
     specialize, loss shown       --text                                              report       -
     extract                      --text                                              fit          -
     train, to move by            --text of the domain, else experts[].text; generic  fit          -

@@ -2,8 +2,8 @@
 (balance and importance are products of means over the tokens of a part: they depend on how a step is cut.)
 
     lm               -log p(next token)
-    forward_kl       T^2 KL(teacher || student) (arXiv:1503.02531); of `modekit train`, whose teacher is the domain's own expert,
-                     also called distill
+    forward_kl       T^2 KL(teacher || student) (arXiv:1503.02531); also called distill in `modekit train`, whose teacher is the
+                     domain's own expert
     reverse_kl       T^2 KL(student || teacher), which does not reach for what the student cannot say (arXiv:2306.08543); there
                      also called distill_reverse
     teacher_ce       T^2 (-sum p_teacher log p_student): forward_kl and the teacher's entropy, which no student changes

@@ -1,4 +1,4 @@
-"""transformers' Trainer for mixtures and students: batches in their order, only what moves is kept, states may be judged by loss."""
+"""transformers' Trainer for mixtures and students: batches in their order, only what moves is kept, states may be judged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NotFiniteError(Exception):
 
 
 class MixtureTrainer(Trainer):  # type: ignore[misc]
-    """Reads the batches in their order, keeps only what moves, and judges states by the mean loss on `select`, where there is any."""
+    """Reads the batches in their order, keeps only what moves, and judges states by the mean loss on `select`, if any."""
 
     def __init__(
         self, objective: TrainedModule, batches: Batches, select: Sequence[Domain], arguments: TrainingArguments,

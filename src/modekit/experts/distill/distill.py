@@ -15,13 +15,14 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.distill.kept_file import FromDisk, Header, check_kept, keep, read_kept
@@ -29,8 +30,9 @@ from modekit.experts.distill.pair import Pair, digest_of_sequences, open_pair
 from modekit.experts.distill.says import BesideStudent, Teacher
 from modekit.experts.distill.settings import TOP_K, DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, Text, kl_to_teacher
+from modekit.experts.distill.texts import Mix, Texts, read_texts
 from modekit.experts.moving import Trainable, What, adapter, weights
-from modekit.experts.specialize import RANK, read_training_text
+from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.staging import staging
@@ -39,9 +41,8 @@ from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.run import QUIET, Run
 from modekit.sources.model import SPECIALIST_FILE
-from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
-from modekit.training.batches import Batches, Corpus, Part, plan_parts, steps_of_one_pass
+from modekit.training.batches import Batches, Part, steps_of_one_pass
 from modekit.training.end_to_end import in_bfloat16
 from modekit.training.engine import Schedule, run_all_steps
 from modekit.training.request import memory_errors
@@ -64,6 +65,7 @@ class Distillation:
         settings: what is learned from the teacher.
         keep: a folder for the teacher's word, which is read from there where it is already; None asks the teacher itself.
         top_k: tokens that are kept of it at each place.
+        mix: how several texts share the steps; see texts.py.
     """
 
     student: Path
@@ -72,29 +74,11 @@ class Distillation:
     root: Path
     train: What = "mlp"
     rank: int = RANK
-    training: Training = Training()
-    settings: DistillSettings = DistillSettings()
+    training: Training = field(default_factory=Training)
+    settings: DistillSettings = field(default_factory=DistillSettings)
     keep: Path | None = None
     top_k: int = TOP_K
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Documents that are learned from, the same in sequences, and sequences that are held out."""
-
-    fit: list[str]
-    sequences: list[TokenSequence]
-    held_out: list[TokenSequence]
-
-    @property
-    def all(self) -> list[TokenSequence]:
-        """What the teacher is asked about, in the order in which its word is kept."""
-        return [*self.sequences, *self.held_out]
-
-    @property
-    def corpus(self) -> Corpus:
-        """What is learned from."""
-        return Corpus("the text", 0, self.sequences)
+    mix: Mix | None = None
 
 
 class _StudentFolder(StatesFolder):
@@ -122,8 +106,8 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     if asked.keep is not None:
         refuse_entangled(asked.keep, (asked.student, asked.teacher, out))
     pair = open_pair(asked.student, asked.teacher, run=run)
-    texts = _Texts(*read_training_text(asked.texts, asked.root, pair.tokenizer, asked.training))
-    engine = _engine_settings(asked.training)
+    texts = read_texts(asked.texts, asked.root, pair.tokenizer, asked.training, asked.mix)
+    engine = _engine_settings(asked.training, asked.mix)
     request, state = _digests(asked, pair, texts)
     try:
         folder.take(request, state)
@@ -146,21 +130,25 @@ def _tidy(folder: _StudentFolder) -> None:
         folder.remove()
 
 
-def _engine_settings(training: Training) -> TrainSettings:
+def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
     """The same settings as those of a mixture's training: everything that moves has the backbone's rate."""
     values = {
         "what": ["all"], "steps": training.steps, "batch_tokens": training.batch_tokens, "seed": training.seed,
         "sequence_length": training.sequence_length, "backbone_learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay, "warmup": training.warmup, "clip": training.clip,
+        **({"regime": "joint"} if mix == "turns" else {}),
     }  # fmt: skip
-    return train_settings(values, where="modekit specialize --teacher")
+    try:
+        return train_settings(values, where="modekit specialize --teacher")
+    except TrainingError as error:
+        raise TrainingError(error.what, where=error.where, found=error.found, remedy="correct them") from None
 
 
-def _digests(asked: Distillation, pair: Pair, texts: _Texts) -> tuple[str, str]:
+def _digests(asked: Distillation, pair: Pair, texts: Texts) -> tuple[str, str]:
     """Of what is asked for, and of what it starts from."""
     what = [
         asked.train, asked.rank, dataclasses.asdict(asked.training), asked.settings.model_dump(mode="json"),
-        asked.top_k if asked.keep is not None else None, digest_of_sequences(texts.sequences),
+        asked.top_k if asked.keep is not None else None, asked.mix, digest_of_sequences(texts.sequences),
         digest_of_sequences(texts.held_out),
     ]  # fmt: skip
     return digest_of_data(what), digest_of_data([pair.student_digest, pair.teacher_digest])
@@ -179,7 +167,7 @@ class _Taught:
 
 
 def _teach(
-    asked: Distillation, pair: Pair, texts: _Texts, engine: TrainSettings, folder: StatesFolder, run: Run
+    asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
 ) -> _Taught:  # fmt: skip
     teacher = _teacher(asked, pair, texts, run)
     student = load_model(asked.student, run=run)
@@ -190,7 +178,7 @@ def _teach(
     held_out = Text(texts.held_out, texts.corpus.tokens)
     loss, kl = {"before": _loss(student, held_out)}, {"before": kl_to_teacher(student, lesson, held_out)}
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
-    parts = plan_parts([texts.corpus], engine, steps=steps, experts=1, parts=1, pack=False)
+    parts = texts.parts(engine, steps)
     module = Student(student, lesson, engine, steps)
     history = run_all_steps(
         module, Batches([texts.corpus], parts, pad_id=0), Schedule(steps, 1, in_bfloat16(engine, student.device)),
@@ -207,7 +195,7 @@ def _trainable(asked: Distillation, student: PreTrainedModel, pair: Pair) -> Tra
     return weights(student, asked.train, pair.student)
 
 
-def _teacher(asked: Distillation, pair: Pair, texts: _Texts, run: Run) -> Teacher:
+def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher:
     """The teacher beside the student, or its kept word, which is made first where there is none."""
     if asked.keep is None:
         return BesideStudent(load_model(asked.teacher, run=run), pair.vocabulary)
@@ -230,7 +218,7 @@ def _loss(student: PreTrainedModel, text: Text) -> float | None:
     return score_domain(student, Domain("held-out", None, list(text.sequences), {}), lambda _: None).loss
 
 
-def _tokens_in(parts: Sequence[Part], texts: _Texts) -> int:
+def _tokens_in(parts: Sequence[Part], texts: Texts) -> int:
     return sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
 
 
@@ -244,7 +232,7 @@ class _Place:
     folder: StatesFolder
 
 
-def _write(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught, place: _Place, run: Run) -> dict[str, Any]:
+def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place: _Place, run: Run) -> dict[str, Any]:
     """The student in its place; what it says of itself is announced first, so that a kill after it costs nothing."""
     record = _record(asked, pair, texts, taught)
     _, save = taught.trainable
@@ -263,7 +251,7 @@ def _write(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught, plac
     return record
 
 
-def _record(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught) -> dict[str, Any]:
+def _record(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught) -> dict[str, Any]:
     steps = _steps(taught.history)
     settings = asked.settings
     return {
@@ -273,7 +261,8 @@ def _record(asked: Distillation, pair: Pair, texts: _Texts, taught: _Taught) -> 
         "teacher": {
             "name": pair.teacher.spec, "digest": pair.teacher_digest, "losses": settings.losses,
             "temperature": settings.temperature, "weights": "adaptive" if settings.adaptive else settings.weights,
-            "combined": "in turn" if settings.alternate else "sum", "kept_top_k": asked.top_k if asked.keep is not None else None,
+            "combined": "in turn" if settings.alternate else "sum",
+            "kept_top_k": asked.top_k if asked.keep is not None else None,
         },
         "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
         "text": text_record(texts.fit, texts.corpus.tokens),

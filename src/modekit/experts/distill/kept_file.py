@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from modekit.errors import MismatchError, SourceError
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.experts.distill.says import Item, Kept
+from modekit.files.output import mend
 from modekit.files.read import SMALL, UNREADABLE
 from modekit.files.staging import staging
 from modekit.files.tensors import Entry, write_all
@@ -73,7 +74,11 @@ class Header(BaseModel):
 
 
 def read_kept(folder: Path) -> Header | None:
-    """The header of kept logits; None where there is no folder. Raises SourceError when it cannot be read."""
+    """The header of kept logits; None where there is no folder. Raises SourceError when it cannot be read.
+
+    What a kill left beside a folder that is whole goes first. Raises OutputError where that cannot be done.
+    """
+    mend(folder)
     if not folder.exists():
         return None
     try:
