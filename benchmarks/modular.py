@@ -84,13 +84,21 @@ def students(study: Study) -> None:
     """One student for all languages and one per language, of the same steps, taught in several ways."""
     for way, settings in WAYS_OF_TEACHING.items():
         slug = way.replace(" ", "-").replace(",", "")
-        one = partial(study.made.student, settings=settings)
-        study.keep(f"one student: {way}", lambda: study.losses(one(f"one-{slug}", TEXTS, WHOLE.steps)))
-        study.keep(
-            f"four students: {way}",
-            lambda: {each: study.losses(one(f"{each}-{slug}", (each,), WHOLE.steps // 4))[each] for each in TEXTS},
-        )
-        study.keep(f"late loss: {way}", lambda: late_spread(study.made.folder / f"one-{slug}" / "distill.csv"))
+        study.keep(f"one student: {way}", partial(taught_one, study, slug, settings))
+        study.keep(f"four students: {way}", partial(taught_four, study, slug, settings))
+        study.keep(f"late loss: {way}", partial(late_spread, study.made.folder / f"one-{slug}" / "distill.csv"))
+
+
+def taught_one(study: Study, slug: str, settings: DistillSettings) -> Losses:
+    """One student for all languages."""
+    return study.losses(study.made.student(f"one-{slug}", TEXTS, WHOLE.steps, settings=settings))
+
+
+def taught_four(study: Study, slug: str, settings: DistillSettings) -> Losses:
+    """One student per language."""
+    steps = WHOLE.steps // 4
+    out = {each: study.made.student(f"{each}-{slug}", (each,), steps, settings=settings) for each in TEXTS}
+    return {language: study.losses(folder)[language] for language, folder in out.items()}
 
 
 def late_spread(file: Path) -> float:
@@ -109,13 +117,22 @@ def ways(study: Study) -> None:
     study.keep("each language's own student", lambda: {each: study.losses(made.folder / each)[each] for each in TEXTS})
     for name, router in ROUTERS.items():
         out = "ple" if name == "classifier" else f"ple-{name}"
-        build = partial(made.mixture, out, "base", {each: each for each in TEXTS}, whole_models(router))
-        study.keep(f"PLE, {name}", lambda: study.losses(build().folder))
+        study.keep(f"PLE, {name}", partial(routed, study, out, router))
     study.keep("JEET", lambda: study.losses(made.joint("jeet", {}, CLASSIFIER).folder))
     study.keep("MoE-CE", lambda: study.losses(made.joint("moe-ce", COMMON, CLASSIFIER).folder))
     study.keep("MoE-CE without the common expert", lambda: without_common(study, made.folder / "moe-ce"))
     for top_k in (1, 2):
-        study.keep(f"FFN specialists, lexical top-{top_k}", lambda: study.losses(ffn_specialists(made, top_k).folder))
+        study.keep(f"FFN specialists, lexical top-{top_k}", partial(specialists, study, top_k))
+
+
+def routed(study: Study, name: str, router: dict[str, Any]) -> Losses:
+    """Whole students under a router."""
+    return study.losses(study.made.mixture(name, "base", {each: each for each in TEXTS}, whole_models(router)).folder)
+
+
+def specialists(study: Study, top_k: int) -> Losses:
+    """FFN specialists in a plain Mixtral."""
+    return study.losses(ffn_specialists(study.made, top_k).folder)
 
 
 def without_common(study: Study, folder: Path) -> Losses:

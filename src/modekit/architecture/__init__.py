@@ -13,18 +13,12 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-CODE_FILES = tuple(
-    Path(__file__).with_name(f"{name}.py")
-    for name in (
-        "configuration_modekit",
-        "modeling_modekit",
-        "modekit_flow",
-        "modekit_mixed",
-        "modekit_router",
-        "modekit_streams",
-        "modekit_terms",
-    )  # fmt: skip
+_CODE = (
+    "configuration_modekit",
+    "modeling_modekit",
+    *(f"modekit_{each}" for each in ("flow", "mixed", "router", "streams", "terms")),
 )
+CODE_FILES = tuple(Path(__file__).with_name(f"{name}.py") for name in _CODE)
 _AUTO = "transformers.models.auto.configuration_auto"
 
 

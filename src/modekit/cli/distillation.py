@@ -83,10 +83,11 @@ class TeacherOptions:
         assert self.teacher is not None
         root = Path.cwd()
         settings = self._settings()
+        kept = resolved(self.keep_teacher) if self.keep_teacher is not None else None
         teacher = model_folder(self.teacher, None, root=root, label="--teacher")
         return Distillation(
             student, teacher, text, root, train, rank, training, settings,
-            resolved(self.keep_teacher) if self.keep_teacher is not None else None, self.teacher_top_k or TOP_K, self._mix(text),
+            kept, self.teacher_top_k or TOP_K, self._mix(text),
         )  # fmt: skip
 
     def _mix(self, text: list[str]) -> Mix | None:

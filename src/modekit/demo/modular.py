@@ -51,6 +51,7 @@ STUDENT: dict[str, Any] = {
     **TEACHER, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }  # fmt: skip
+WITH_TEACHER, WITHOUT_TEACHER = DistillSettings(), DistillSettings(weights=1.0)
 CLASSIFIER = {"fit": "classifier"}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 _TRAINING = Training(batch_tokens=2_048, sequence_length=256, learning_rate=3e-3, weight_decay=0.05)
@@ -101,14 +102,14 @@ class Languages:
                 tokenizer.save_pretrained(stage.folder)
 
     def student(self, name: str, languages: tuple[str, ...], steps: int, *, of: str = "student", what: What = "full",
-                settings: DistillSettings | None = DistillSettings()) -> Path:  # fmt: skip
-        """A student of the teacher, distilled on some languages; `settings` None: without the teacher."""
+                settings: DistillSettings = WITH_TEACHER) -> Path:  # fmt: skip
+        """A student of the teacher, distilled on some languages."""
         out = self.folder / name
         if not out.exists():
             training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
             asked = Distillation(
                 self.folder / of, self.folder / "teacher", [str(self.texts[each]) for each in languages], self.folder, what,
-                training=training, settings=settings or WITHOUT_TEACHER,
+                training=training, settings=settings,
             )  # fmt: skip
             distill(asked, out, run=self._named(name))
         return out
@@ -146,7 +147,8 @@ class Languages:
             return open_checkpoint(self.folder / name)
         settings = train_settings(
             {
-                "regime": "joint", "losses": {"lm": 0.5, "distill": 0.5}, "temperature": 2.0, "teacher": str(self.folder / "teacher"),
+                "regime": "joint", "losses": {"lm": 0.5, "distill": 0.5}, "temperature": 2.0,
+                "teacher": str(self.folder / "teacher"),
                 "steps": self.budget.steps, "batch_tokens": _TRAINING.batch_tokens, "weight_decay": _TRAINING.weight_decay,
                 "sequence_length": _TRAINING.sequence_length, "backbone_learning_rate": _TRAINING.learning_rate,
                 "select_tokens": 4_096, "patience": 99, "seed": self.seed,
@@ -164,9 +166,6 @@ class Languages:
     def _named(self, name: str) -> Run:
         """Progress under a model's name."""
         return Run(progress=lambda stage, done, total: self.run.progress(f"{name}: {stage}", done, total))
-
-
-WITHOUT_TEACHER = DistillSettings(weights=1.0)
 
 
 def run_modular_seed(
