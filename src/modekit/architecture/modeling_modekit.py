@@ -21,74 +21,11 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import ModekitConfig, family_config
+from .modekit_cache import CarriesRouterStates, carrier
 from .modekit_flow import Flow
 from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
-
-
-class CarriesRouterStates:
-    """Mixed into the class of a key-value cache: the routers' running averages go wherever its sequences go.
-
-    They are no layer of the cache, since transformers looks through its layers for lengths and masks.
-    """
-
-    router_states: dict[str, torch.Tensor]
-    streams = 1
-    """How often every sequence stands in the cache (modekit_streams.py)."""
-
-    def _places(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Rows of the cache of some sequences."""
-        if self.streams == 1:
-            return sequences
-        rows = next(layer.keys.shape[0] for layer in self.layers if getattr(layer, "keys", None) is not None)  # type: ignore[attr-defined]
-        return torch.cat([sequences, sequences + rows // 2])
-
-    def _change(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.router_states = {place: rule(state) for place, state in self.router_states.items()}
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the sequences in another order (beam search)."""
-        super().reorder_cache(self._places(beam_idx))  # type: ignore[misc]
-        self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._change(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some sequences."""
-        super().batch_select_indices(self._places(indices))  # type: ignore[misc]
-        self._change(lambda state: state[indices.to(state.device)])
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()  # type: ignore[misc]
-        self.router_states = {}
-
-    def crop(self, tokens: int) -> None:
-        """Take tokens back from the keys and values. An average cannot take them back: what it held is forgotten, and
-        a pass that would go on from here is refused.
-        """
-        super().crop(tokens)  # type: ignore[misc]
-        if tokens:  # generate crops by 0 after every token, and the last one when all is done
-            self.router_states = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as the class of cache that it was, and what it carries."""
-        return _carrying, (self.__class__.__mro__[2], self.__dict__)
-
-
-@functools.cache
-def _carrier(cache_class: Any) -> Any:
-    return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
-
-
-def _carrying(cache_class: Any, members: dict[str, Any]) -> Any:
-    cache = object.__new__(_carrier(cache_class))
-    cache.__dict__.update(members)
-    return cache
 
 
 class _Recomputing:
@@ -225,7 +162,21 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-    arguments, causal_arguments = (list(inspect.signature(each.forward).parameters)[1:] for each in (dense_model, dense_causal))
+    # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
+    shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
+    dense_type = dense_config.model_type
+    members = {**shared, "__qualname__": f"ModekitModel_{dense_type}", "forward": _forward_of(dense_model)}
+    members["_auto_class"] = "AutoModel"
+    model = type("ModekitModel", (MixtureModel, dense_model), members)
+    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "forward": _causal_forward_of(dense_causal)}
+    members["_auto_class"] = "AutoModelForCausalLM"
+    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
+    return model, causal
+
+
+def _forward_of(dense_model: Any) -> Callable[..., Any]:
+    """A pass of the family's base model, with what routers and a common expert need around it."""
+    arguments = list(inspect.signature(dense_model.forward).parameters)[1:]
 
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -254,24 +205,23 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
         with flow.one_pass():
             return logged(flow, run) if asked and flow.log is None else run()
 
+    return forward
+
+
+def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:
+    """A pass of the family's causal language model."""
+    arguments = list(inspect.signature(dense_causal.forward).parameters)[1:]
+
     @functools.wraps(dense_causal.forward)
     def causal_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         flow, asked = self.base_model.flow, asks_for_log(self.config, kwargs)
         with flow.one_pass():
-            kept = {**dict(zip(causal_arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
+            kept = {**dict(zip(arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
             flow.kept = kept if isinstance(kept, torch.Tensor) else None
             run = functools.partial(dense_causal.forward, self, *args, **kwargs)
             return logged(flow, run) if asked else run()
 
-    # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
-    shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
-    dense_type = dense_config.model_type
-    members = {**shared, "__qualname__": f"ModekitModel_{dense_type}", "forward": forward, "_auto_class": "AutoModel"}
-    model = type("ModekitModel", (MixtureModel, dense_model), members)
-    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "forward": causal_forward}
-    members["_auto_class"] = "AutoModelForCausalLM"
-    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
-    return model, causal
+    return causal_forward
 
 
 def __getattr__(name: str) -> Any:
@@ -363,7 +313,7 @@ def finish_pass(flow: Flow, output: Any) -> None:
         cache.router_states = {}
     elif cache is not None and (flow.fresh or flow.sequences is not None):
         if not isinstance(cache, CarriesRouterStates):
-            cache.__class__ = _carrier(cache.__class__)
+            cache.__class__ = carrier(cache.__class__)
         cache.router_states = flow.fresh
         cache.streams = 1 if flow.sequences is None else 2
     flow.states, flow.fresh = {}, {}
