@@ -18,6 +18,7 @@ ALLOWED = {
     ("training/finish.py", "save_pretrained"): "into OUT.training",
     ("experts/specialize.py", "save_pretrained"): "into a staged folder",
     ("experts/moving.py", "save_pretrained"): "into a staged folder",
+    ("experts/distill/distill.py", "save_pretrained"): "into a staged folder",
     ("demo/models.py", "save_pretrained"): "into a staged folder",
     ("experts/corpus/tokenizer.py", "save_pretrained"): "into a staged folder",
     ("search/tune/study.py", "truncate"): "the log of a search, in OUT.tuning",
