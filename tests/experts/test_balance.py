@@ -199,7 +199,14 @@ def test_no_more_tokens_than_asked(tmp_path: Path) -> None:
         assert 850 < domain.parts["validation"].kept.tokens <= 1_000
 
 
-TOKENS = st.dictionaries(st.binary(min_size=16, max_size=16), st.integers(1, 5_000), min_size=1, max_size=40)
+def totals_of_subsets(units: Mapping[bytes, int]) -> set[int]:
+    found = {0}
+    for tokens in units.values():
+        found |= {total + tokens for total in found}
+    return found - {0}
+
+
+TOKENS = st.dictionaries(st.binary(min_size=16, max_size=16), st.integers(1, 5_000), min_size=1, max_size=9)
 
 
 @given(st.lists(TOKENS, min_size=2, max_size=4), st.sampled_from([0.0, 1.0, 5.0, 50.0]), st.integers(1, 9))
@@ -210,6 +217,9 @@ def test_a_choice_is_within_what_was_asked_or_there_is_none(units: list[dict[byt
         assert tuple(totals) == choice.totals and choice.diff_percent <= percent
         assert all(len(set(kept)) == len(kept) > 0 for kept in choice.units)
         assert min(totals) <= min(sum(own.values()) for own in units)
+    else:
+        shared = set.intersection(*(totals_of_subsets(own) for own in units))
+        assert not shared, "equal totals can be had"
     shuffled = [dict(reversed(own.items())) for own in units]
     assert choose_apart(shuffled, percent, None, seed) == choice
 

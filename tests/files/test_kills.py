@@ -77,6 +77,13 @@ COMMANDS = {
     "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
     "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "--steps", "2"), 20),
     "discover": Command(("discover", "NEW", "--text", "text", "--domains", "3"), 15),
+    "data balance": Command(
+        ("data", "balance", "NEW", "--tokenizer", "base", "--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl"), 20
+    ),
+    "data tokenizer": Command(
+        ("data", "tokenizer", "NEW", "--vocabulary", "300", "--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl"),
+        15,
+    ),
     "report": Command(("report", "OUT"), 15),
     "report elsewhere": Command(("report", "OUT", "--out", "pages/page.html"), 8),
     "card": Command(("card", "OUT"), 10),
