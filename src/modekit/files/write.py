@@ -81,8 +81,8 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 def disk_errors(path: Path) -> Iterator[None]:
     """Around a library that writes `path` for us: what it makes of a full disk, in classes of its own, is an OSError again.
 
-    safetensors raises SafetensorError and tokenizers Exception with the system's words, torch's writer RuntimeError with words of
-    its own.
+    safetensors raises SafetensorError and tokenizers Exception with the system's words, torch's writer RuntimeError with words
+    of its own.
     """
     try:
         yield
