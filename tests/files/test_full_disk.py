@@ -36,6 +36,8 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
         20_000,
     ),
     "discover": (("discover", "NEW", "--text", "TEXT", "--domains", "2"), 500),
+    "data balance": (("data", "balance", "NEW", "--tokenizer", "BASE", "--text", "a=TEXT", "--text", "b=OTHER"), 500),
+    "data tokenizer": (("data", "tokenizer", "NEW", "--vocabulary", "300", "--text", "a=TEXT"), 4_000),
     "extract": (("extract", "MODEL", "NEW", "--base", "BASE", "--rank", "2"), 1_000),
 }
 """What a user types, and how many bytes a file may have."""
@@ -72,6 +74,7 @@ def test_a_full_disk(shop: Workshop, tmp_path: Path, name: str) -> None:
     words, limit = COMMANDS[name]
     expert = shop.recipe["experts"][0]
     paths = {"BASE": shop.recipe["base_model"], "MODEL": expert["model"], "TEXT": expert["text"]}
+    paths |= {"a=TEXT": f"a={expert['text']}", "b=OTHER": f"b={shop.recipe['experts'][1]['text']}"}
     root = shutil.copytree(shop.root, tmp_path / "root")
     before = tree(root)
     code, said = run_on_a_full_disk(root, [paths.get(word, word) for word in words], limit)

@@ -28,6 +28,7 @@ from refusal import Tree, tree
 
 FIT = {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 FEW = ("--tokens", "200")
+TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
 SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
 _VOLATILE = ("tensorboard", "tune.json", "tune.md", "NEW.tuning", ".modekit")
 """What has the time in it, the digest of something that has, or the order in which a search came upon candidates."""
@@ -101,6 +102,8 @@ COMMANDS = {
         "NEW.training",
     ),
     "discover": Command(("discover", "NEW", "--text", "text", "--domains", "3"), 15),
+    "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),
+    "data tokenizer": Command(("data", "tokenizer", "NEW", "--vocabulary", "300", *TWO), 15),
     "report": Command(("report", "OUT"), 15),
     "report elsewhere": Command(("report", "OUT", "--out", "pages/page.html"), 8),
     "card": Command(("card", "OUT"), 10),

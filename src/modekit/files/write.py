@@ -81,12 +81,14 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 def disk_errors(path: Path) -> Iterator[None]:
     """Around a library that writes `path` for us: what it makes of a full disk, in classes of its own, is an OSError again.
 
-    safetensors raises SafetensorError with the system's words, torch's writer RuntimeError with words of its own.
+    safetensors raises SafetensorError and tokenizers Exception with the system's words, torch's writer RuntimeError with words
+    of its own.
     """
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, RuntimeError):
+        plain = type(error) is Exception and "os error" in str(error)
+        if type(error).__name__ != "SafetensorError" and not isinstance(error, RuntimeError) and not plain:
             raise
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

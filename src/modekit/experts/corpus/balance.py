@@ -141,6 +141,8 @@ def _nothing_left(
         )
     else:
         remedy = f"cut long documents, give more text, or raise {PERCENT}"
+    if split == "validation":
+        remedy += ", or --validation"
     return TextError(
         f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %", where=f"{PERCENT} ({split})",
         found="; ".join(said), remedy=remedy + (", or --max-tokens" if settings.max_tokens is not None else ""),

@@ -21,6 +21,7 @@ Totals = tuple[int, ...]
 Tokens_UD = npt.NDArray[np.int64]
 """Tokens of each unit (U) in each domain (D)."""
 _CAPS = 8  # tried between the smallest domain's total and what the largest may have then
+_BITS = 2**27  # units times cap, up to which all totals that units can have are looked at: 16 MB, milliseconds
 _ROUNDS = 1_000  # in which a cap is lowered
 _BATCH = 0.005  # of the tuples left is taken out before the totals are looked at again
 
@@ -109,15 +110,29 @@ def _under(orders: Sequence[Sequence[Key]], units: Sequence[Mapping[Key, int]], 
 
 
 def _filled(order: Sequence[Key], tokens: Mapping[Key, int], cap: int) -> tuple[list[Key], int]:
-    """Units that fit under a cap, one after the other, and their tokens."""
+    """Units that fit under a cap, one after the other, and their tokens; of few units those that come nearest to it."""
     kept, total = [], 0
     for unit in order:
         if total + tokens[unit] <= cap:
             kept.append(unit)
             total += tokens[unit]
             if total == cap:
-                break
-    return kept, total
+                return kept, total
+    return _nearest(order, tokens, cap) if len(order) * cap <= _BITS else (kept, total)
+
+
+def _nearest(order: Sequence[Key], tokens: Mapping[Key, int], cap: int) -> tuple[list[Key], int]:
+    """The largest total under a cap that whole units can have, by all totals that the first of them can (bit i: total i)."""
+    mask, reached = (1 << (cap + 1)) - 1, [1]
+    for unit in order:
+        reached.append((reached[-1] | reached[-1] << tokens[unit]) & mask if tokens[unit] <= cap else reached[-1])
+    total = left = reached[-1].bit_length() - 1
+    kept = []
+    for place in range(len(order) - 1, -1, -1):
+        if not reached[place] >> left & 1:  # not without this one
+            kept.append(order[place])
+            left -= tokens[order[place]]
+    return kept[::-1], total
 
 
 def choose_common(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> Choice | None:

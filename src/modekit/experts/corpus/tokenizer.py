@@ -21,7 +21,7 @@ from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import WHERE, checked_texts
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
-from modekit.files.write import write_json
+from modekit.files.write import disk_errors, write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.documents import stream_documents
@@ -61,13 +61,18 @@ class _Domain:
 
     def documents(self, split: Split, share: float = 1.0) -> Iterator[str]:
         """Those of a split, duplicates once; a share of them is chosen by the hash of each, wherever it stands."""
+        for key, document in self.all_documents():
+            if split_of(document) == split and _is_chosen(key, share):
+                yield document
+
+    def all_documents(self) -> Iterator[tuple[bytes, str]]:
+        """Every document with its hash, duplicates once. Raises TextError."""
         seen: set[bytes] = set()
         for document in stream_documents([self.spec], root=self.root, where=f"{WHERE} {self.name}"):
             key = key_of(document)
-            if key in seen or split_of(document) != split or not _is_chosen(key, share):
-                continue
-            seen.add(key)
-            yield str(document)
+            if key not in seen:
+                seen.add(key)
+                yield key, str(document)
 
 
 def _is_chosen(key: bytes, share: float) -> bool:
@@ -97,7 +102,8 @@ def train_tokenizer(mix: Mix, vocabulary: int, out: Path, *, replace: Replace = 
     trained = Trained(len(tokenizer), vocabulary, mix.against_name, fertilities, each, _notes(len(tokenizer), vocabulary))
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
-        tokenizer.save_pretrained(stage.folder)
+        with disk_errors(out):
+            tokenizer.save_pretrained(stage.folder)
         write_json(stage.folder / RECORD, trained.as_data(), sync=False)
     return trained
 
@@ -111,7 +117,7 @@ def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
     run.progress(f"look at {name}", 0, 1)
     sizes: dict[Split, int] = {"fit": 0, "report": 0}
     domain = _Domain(name, spec, root, sizes)
-    for document in stream_documents([spec], root=root, where=f"{WHERE} {name}"):
+    for _, document in domain.all_documents():
         split = split_of(document)
         if split in sizes:
             sizes[split] += len(document.encode())
