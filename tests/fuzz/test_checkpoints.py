@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -40,6 +41,7 @@ from modekit.report.push import pack
 from modekit.routing.counts import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.routing.statistics import load_statistics
+from modekit.routing.token_text import TokenText, load_token_text
 from modekit.training.ended import Ended, Trained
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
@@ -270,6 +272,20 @@ def test_a_fit_from_damaged_statistics(own: Stranger, tmp_path: Path) -> None:
 def test_damaged_counts(counts: Path, data: st.DataObject) -> None:
     with damaged(Stranger(counts), "law.safetensors", data), in_time(), told():
         load_ngram_statistics(counts / "law.safetensors")
+
+
+@many(40)
+def test_damaged_tokens_to_choose_by(tokens: Path, data: st.DataObject) -> None:
+    with damaged(Stranger(tokens), "law.safetensors", data), in_time(), told():
+        load_token_text(tokens / "law.safetensors", 96)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    ids, ones = torch.arange(5, 25, dtype=torch.int32), torch.full((4,), 5, dtype=torch.int32)
+    TokenText(ids, ones, ones * 0, {"text": {}, "how": {}}, ids, ones).save(folder / "law.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")

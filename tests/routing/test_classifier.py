@@ -83,7 +83,7 @@ def test_it_says_what_scikit_learn_says_after_every_token(shop: Workshop, name: 
     vocabulary = {str(token): token for token in range(int(checkpoint.config["vocab_size"]))}
     vectorizer = TfidfVectorizer(analyzer=lambda ids: [str(token) for token in ids], vocabulary=vocabulary)
     model = {
-        "logistic": LogisticRegression(C=30.0, class_weight="balanced", max_iter=300),
+        "logistic": LogisticRegression(C=30.0, class_weight="balanced", max_iter=100),
         "sgd": SGDClassifier(loss="modified_huber", alpha=1e-5, class_weight="balanced", random_state=0),
         "naive_bayes": MultinomialNB(alpha=0.1, fit_prior=False),
     }[name].fit(vectorizer.fit_transform(pieces), labels)

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.libraries import check_library
 from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens
 from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.last_token import rows_of_ngrams
 from modekit.routing.token_text import TokenText, read_token_texts
 
 _MOST_PIECES = 8_192
@@ -60,17 +60,16 @@ class Terms:
     def rows(self, ids_S: torch.Tensor) -> np.ndarray:
         """Term of each token (S,), int64."""
         if self._hashed:
-            ids_BS = ids_S[None].long()
-            ids_S = ngram_rows(ids_BS, torch.ones_like(ids_BS), None, self._order, self.count)[0][0]
+            return rows_of_ngrams(ids_S.numpy().astype(np.int64), self._order, self.count)
         return np.asarray(ids_S.numpy(), dtype=np.int64)
 
     def pieces(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
         """Terms of pieces of at most P tokens: all of a document, one after another; of a chat what a router sees of it, with
         what the template writes. So many as are learned from, from everywhere.
         """
-        found = [self.rows(piece) for ids_S, start in sequences for piece in self._cut(ids_S, start)]
+        found = [piece for ids_S, start in sequences for piece in self._cut(ids_S, start)]
         step = max(1.0, len(found) / _MOST_PIECES)
-        return [found[int(place * step)] for place in range(min(len(found), _MOST_PIECES))]
+        return [self.rows(found[int(place * step)]) for place in range(min(len(found), _MOST_PIECES))]
 
     def _cut(self, ids_S: torch.Tensor, start: int) -> Iterator[torch.Tensor]:
         if start:

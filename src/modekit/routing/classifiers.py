@@ -172,7 +172,7 @@ class _Task:
 
 def _logistic(task: _Task) -> Linear:
     """Multinomial logistic regression; the texts of every domain together weigh the same."""
-    return _two_sided(LogisticRegression(C=_C, class_weight="balanced", max_iter=300, fit_intercept=task.intercept), task)
+    return _two_sided(LogisticRegression(C=_C, class_weight="balanced", max_iter=100, fit_intercept=task.intercept), task)
 
 
 def _sgd(task: _Task) -> Linear:
@@ -189,8 +189,10 @@ def _two_sided(model: Any, task: _Task) -> Linear:
         return Linear(np.zeros((1, task.x_NV.shape[1])), np.zeros(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is not quite at its best is good enough to be compared
-        model.fit(task.x_NV, task.labels_N)
-    weights = np.asarray(model.coef_, np.float64)
+        used_U = np.flatnonzero(np.asarray(abs(task.x_NV).sum(0)).ravel())  # what no text has is not learned
+        model.fit(task.x_NV[:, used_U], task.labels_N)
+    weights = np.zeros((len(model.coef_), task.x_NV.shape[1]))
+    weights[:, used_U] = model.coef_
     bias = np.broadcast_to(np.asarray(model.intercept_, np.float64), len(weights))
     if len(weights) == 1:
         weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2

@@ -35,7 +35,7 @@ class _Table:
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
-        rows_S = ids_S if self.order is None else _ngram_rows(ids_S, self.order, len(self.rows_VE))
+        rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.rows_VE))
         if self.decay is None:
             said_E: np.ndarray = self.rows_VE[rows_S[-1]]
             return said_E
@@ -54,7 +54,7 @@ class _Classifier:
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
-        rows_S = ids_S if self.order is None else _ngram_rows(ids_S, self.order, len(self.gate_VG) - 1)
+        rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.gate_VG) - 1)
         terms_T, counts_T = np.unique(rows_S[:prefix], return_counts=True)
         sum_G = counts_T.astype(np.float32) @ self.gate_VG[terms_T]
         length = float(np.linalg.norm(counts_T * self.gate_VG[terms_T, -1]))
@@ -88,7 +88,7 @@ class LastToken:
         return total_E
 
 
-def _ngram_rows(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:
+def rows_of_ngrams(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:
     """Row of a table for the n-gram that ends in each token (S,), int64: what `ngram_rows` says of a text without pads.
 
     That is one of the files which are copied into checkpoints as they are, and works on batches; this is the same in numpy.

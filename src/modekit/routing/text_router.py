@@ -1,6 +1,6 @@
 """Whose text is this? What a mixture's router says of a text, without any model: one answer for all of it.
 
-Routers that read tokens (n-gram, lexical) need nothing else to decide. A front before engines that serve the experts asks one
+Routers that read tokens (n-gram, lexical, classifiers) need nothing else to decide. A front before engines that serve the experts asks one
 which of them takes a request (engines/front.py), and so may anybody.
 
 Shape legend: E experts, V vocabulary.
@@ -62,7 +62,7 @@ class TextRouter:
             raise UnsupportedError(
                 "the mixture's router needs the model", where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy="fit it with lexical or ngram: `modekit fit OUT --fit lexical`, or build it so",
+                remedy="fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`, or build it so",
             )  # fmt: skip
         self._names = checkpoint.names
         base = place_of_base(checkpoint.record.recipe.experts)
