@@ -16,7 +16,9 @@ of the mixture (selected-by.txt beside it).
     eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
       report of tune               report split                                      report
     tasks: which terms are known experts[].prompts, experts[].text; --seen           all, fit     -
-    discover                     --text                                              all          -
+    discover, data balance       --text                                              all          -
+    data tokenizer               --text                                              fit          -
+    data tokenizer, fertility    --text                                              report       -
 
 What tune has chosen by is kept in selected-by.txt, so that a recipe's `eval` can give it text and be shown without that part.
 Advice leaves no such list, and reads nothing of `eval`. What discover groups is no domain yet: it shows no model's loss, and
