@@ -75,7 +75,7 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
 
 COMMANDS = [
     "", "advise", "discover", "plan", "build", "fit", "eval", "verify", "specialize", "extract", "export", "demo", "schema",
-    "push",
+    "push", "data", "data balance", "data tokenizer",
 ]  # fmt: skip
 
 

@@ -44,7 +44,8 @@ def test_fields_become_options() -> None:
 
 
 def test_no_command_takes_more_than_six_parameters() -> None:
-    for command in app.registered_commands:
+    groups = [each.typer_instance for each in app.registered_groups if each.typer_instance is not None]
+    for command in [each for group in (app, *groups) for each in group.registered_commands]:
         assert command.callback is not None
         written = inspect.unwrap(command.callback, stop=lambda each: not hasattr(each, "__wrapped__"))
         count = written.__code__.co_argcount + written.__code__.co_kwonlyargcount

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace as Some
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.printing.advice as advice
+import modekit.cli.printing.data as data
 import modekit.cli.printing.discovery as discovery
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
@@ -23,6 +25,9 @@ from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
+from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
+from modekit.experts.corpus.fertility import Fertility, Trained
+from modekit.experts.corpus.settings import BalanceSettings
 from modekit.search.discover.choice import Tried
 from modekit.search.discover.discovery import Discovery, Group
 from modekit.search.discover.serves import Served
@@ -44,7 +49,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (advice, discovery, inspection, mixtures, tasks):
+        for module in (advice, data, discovery, inspection, mixtures, tasks):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -199,6 +204,17 @@ def test_discover(shown: Callable[..., str]) -> None:
     cells = [*NAMES[:6], "123,456", "17%", "62%", "-8.373", "+0.125", "[red]word7[/]"]
     check_whole(shown, cells, discovery.print_discovery, found, None)
     assert "-8.373*" in shown(None, discovery.print_discovery, found, None)
+
+
+def test_data(shown: Callable[..., str]) -> None:
+    part = Part(Amount(123_456, 9_876_543), Amount(23_456, 876_543), Amount(99_999, 8_999_999))
+    domains = [BalancedDomain(name, f"./{name}", 17, 3, {"train": part, "validation": part}) for name in NAMES[:4]]
+    found = Balanced(BalanceSettings(common=True), {"name": "./TOKENIZER", "sha256": ""}, domains)
+    cells = [*NAMES[:4], "99,999", "8,999,999", "8.9%", "23,456"]
+    check_whole(shown, cells, data.print_balanced, found, Path("OUT"))
+    fertilities = [Fertility(name, 1_234, 5_678_900, 987, 1_234_567, 2_345_678) for name in NAMES[:4]]
+    trained = Trained(31_999, 32_000, NAMES[4], fertilities, 10**6, ["a note " * 20])
+    check_whole(shown, [*NAMES[:4], "5,678.9", "217.4", "413.1", "-47.4%"], data.print_tokenizer, trained, Path("OUT"))
 
 
 def test_without_bold_a_sign_marks_and_figures_stay_aligned() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -71,7 +72,16 @@ def test_keys_of_the_recipe() -> None:
 def options() -> list[str]:
     group = get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
-    return [option for command in group.commands.values() for each in command.params for option in each.opts]
+    return [option for command in commands_of(group) for each in command.params for option in each.opts]
+
+
+def commands_of(group: typer.core.TyperGroup) -> list[Any]:
+    """Every command, those of groups among them."""
+    return [
+        each
+        for command in group.commands.values()
+        for each in (commands_of(command) if isinstance(command, typer.core.TyperGroup) else [command])
+    ]
 
 
 @pytest.mark.parametrize("option", sorted(set(options())))

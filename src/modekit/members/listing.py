@@ -14,6 +14,7 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import read_results
 from modekit.files.read import UNREADABLE
 from modekit.members.licences import sources_of
+from modekit.members.taught import teachers_of
 from modekit.recipes.recipe import Expert
 from modekit.sources.model import ITEMSIZE
 
@@ -24,7 +25,7 @@ class Member:
 
     Attributes:
         name: of it and its domain.
-        kind: full model, adapter, low-rank part or base.
+        kind: full model, adapter, low-rank part or base, and who taught it, if a teacher did.
         source: as the recipe names it.
         since: the day on which it came; None for one that was there from the start.
         nbytes: of tensors that are its own, or its part of those that it shares with others.
@@ -52,10 +53,10 @@ def members_of(checkpoint: Checkpoint) -> list[Member]:
     licences = {name.removeprefix("expert "): source.said for source in sources_of(checkpoint) for name in source.used_as}
     return [
         Member(
-            expert.name, _kind(expert), expert.source, since.get(expert.name), size,
+            expert.name, _kind(expert, teacher), expert.source, since.get(expert.name), size,
             *_worth(results, expert.name), licences.get(expert.name, licences.get("base model", "")),
         )
-        for expert, size in zip(record.recipe.experts, sizes, strict=True)
+        for expert, size, teacher in zip(record.recipe.experts, sizes, teachers_of(checkpoint), strict=True)
     ]  # fmt: skip
 
 
@@ -72,12 +73,14 @@ def _since(history: Sequence[Change]) -> dict[str, str]:
     return since
 
 
-def _kind(expert: Expert) -> str:
+def _kind(expert: Expert, teacher: str | None) -> str:
     if expert.is_base:
         return "base"
     if expert.adapter is not None:
-        return "adapter"
-    return "full model" if expert.lora_rank is None else f"rank {expert.lora_rank} of a model"
+        kind = "adapter"
+    else:
+        kind = "full model" if expert.lora_rank is None else f"rank {expert.lora_rank} of a model"
+    return kind if teacher is None else f"{kind}, taught by {teacher}"
 
 
 def _sizes(checkpoint: Checkpoint) -> list[int]:
@@ -104,7 +107,7 @@ def _results(checkpoint: Checkpoint) -> Results | None:
 
 def _worth(results: Results | None, domain: str) -> tuple[float | None, float | None]:
     """Gain over the base and gap closed on a domain, of the mixture as it is."""
-    rows = {row.kind: row for row in results.rows} if results is not None else {}
+    rows = {row.kind: row for row in reversed(results.rows)} if results is not None else {}  # of several mixtures the first
     base, mixture = rows.get("base"), rows.get("mixture")
     if base is None or mixture is None or domain not in mixture.scores or domain not in base.scores:
         return None, None

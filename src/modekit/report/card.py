@@ -28,6 +28,7 @@ from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read
 from modekit.files.change import change_together
 from modekit.files.read import UNREADABLE, read_text
 from modekit.members.licences import Source, facts, sources_of
+from modekit.members.taught import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.sources.tokenizer import chat_template
@@ -182,7 +183,10 @@ def _decides(checkpoint: Checkpoint) -> str:
     if mixture.top_p is not None:
         return f"per token the fewest experts whose probabilities reach {mixture.top_p}"
     chosen = checkpoint.record.recipe.top_k
-    return "a router weighs all experts" if mixture.method == "gating" else f"a router chooses {chosen} of them"
+    said = "a router weighs all experts" if mixture.method == "gating" else f"a router chooses {chosen} of them"
+    if not checkpoint.shape.routing.runs_common or mixture.always_on is None:
+        return said
+    return f"{said}, and the base model reads every text beside them (weight {mixture.always_on.weight:g})"
 
 
 def _use(checkpoint: Checkpoint) -> str:
@@ -221,6 +225,10 @@ def _made(checkpoint: Checkpoint) -> str:
     ]
     if router.choice is not None:
         parts.append(f"Its router is a classifier of the first tokens of a text: {_plain(router.choice.said)}.")
+    taught = [(name, teacher) for name, teacher in zip(checkpoint.names, teachers_of(checkpoint), strict=True) if teacher]
+    if taught:
+        said = ", ".join(f"{_plain(name)} by {_plain(teacher)}" for name, teacher in taught)
+        parts.append(f"Experts that learned from a teacher's predictions (`modekit specialize --teacher`): {said}.")
     if text:
         parts += ["Text that set the router:", markdown_table(["domain", "documents", "tokens", "sha256"], text, _plain)]
     if record.training:
@@ -231,7 +239,9 @@ def _made(checkpoint: Checkpoint) -> str:
 def _training(settings: dict[str, Any], steps: int, tokens: int) -> str:
     moved = ", ".join(map(str, settings.get("what", [])))
     losses = ", ".join(map(str, settings.get("losses", {})))
-    return f"* trained: {_plain(moved)} towards {_plain(losses)}, {steps} steps, {tokens:,} tokens"
+    one = ", one domain a step, whose own expert alone learned of all experts" if settings.get("regime") == "joint" else ""
+    teacher = f", the teacher being {_plain(Path(str(settings['teacher'])).name)}" if settings.get("teacher") else ""
+    return f"* trained: {_plain(moved)} towards {_plain(losses)}, {steps} steps, {tokens:,} tokens{one}{teacher}"
 
 
 def _worth(results: Results | None, problem: str | None) -> str:

@@ -17,7 +17,9 @@ of the mixture (selected-by.txt beside it).
     eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
       report of tune               report split                                      report
     tasks: which terms are known experts[].prompts, experts[].text; --seen           all, fit     -
-    discover                     --text                                              all          -
+    discover, data balance       --text                                              all          -
+    data tokenizer               --text                                              fit          -
+    data tokenizer, fertility    --text                                              report       -
 
 What a router's classifier was chosen by (`chooses` of its row in recipes/fits.py) is the select split of the experts' own text,
 so that an `eval` that names this text, too, is shown without that part. What tune has chosen by is kept in selected-by.txt, so

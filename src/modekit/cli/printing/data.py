@@ -28,7 +28,7 @@ def print_balanced(balanced: Balanced, folder: Path) -> None:
     print_notes(notes_of(balanced))
     found = ", ".join(f"{split} {balanced.diff_percent(split):.2f} %" for split in balanced.splits)
     said = f": {len(balanced.domains)} domains, at most {balanced.settings.max_diff_percent:g} % apart: {found}"
-    out.print(Text.assemble((str(folder), "bold"), said), soft_wrap=True)
+    out.print(Text.assemble((str(folder), "bold"), said))
 
 
 def print_tokenizer(trained: Trained, folder: Path) -> None:
@@ -44,7 +44,7 @@ def print_tokenizer(trained: Trained, folder: Path) -> None:
             cells += ["-" if other is None else f"{other:.1f}", "-" if change is None else f"{change:+.1%}"]
         table.add(each.name, *cells)
     against = f", against {trained.against}" if compared else ""
-    out.print(Text(f"Tokens of documents held out of the training{against}."), soft_wrap=True)
+    out.print(Text(f"Tokens of documents held out of the training{against}."))
     out.print(table)
     print_notes(trained.notes)
-    out.print(Text.assemble((str(folder), "bold"), f": a tokenizer of {trained.vocabulary:,} tokens"), soft_wrap=True)
+    out.print(Text.assemble((str(folder), "bold"), f": a tokenizer of {trained.vocabulary:,} tokens"))

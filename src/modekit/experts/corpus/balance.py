@@ -135,17 +135,15 @@ def _nothing_left(
         tokens = [each[unit] for unit in each if shared is None or unit in shared]
         sizes = f", of {min(tokens):,} to {max(tokens):,}" if len(tokens) > 1 else ""
         said.append(f"{domain.name}: {len(tokens):,} documents, {sum(tokens):,} tokens{sizes}")
+    raised = [PERCENT, *(["--validation"] if split == "validation" else [])]
+    raised += ["--max-tokens"] if settings.max_tokens is not None else []
     if settings.common:
-        remedy = (
-            f"raise {PERCENT}, leave out --common, or take a tokenizer that reads all domains alike (modekit data tokenizer)"
-        )
+        others = "leave out --common, or take a tokenizer that reads all domains alike (modekit data tokenizer)"
     else:
-        remedy = f"cut long documents, give more text, or raise {PERCENT}"
-    if split == "validation":
-        remedy += ", or --validation"
+        others = "cut long documents, or give more text"
     return TextError(
         f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %", where=f"{PERCENT} ({split})",
-        found="; ".join(said), remedy=remedy + (", or --max-tokens" if settings.max_tokens is not None else ""),
+        found="; ".join(said), remedy=f"raise {' or '.join(raised)}, {others}",
     )  # fmt: skip
 
 
