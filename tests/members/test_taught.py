@@ -23,7 +23,7 @@ def test_an_experts_teacher_is_named(workshop: Workshop) -> None:
         "full model, taught by a *large* one",
         "full model",
     ]
-    assert r"law by a \*large\* one" in make_card(checkpoint, ask_hub=False).content
+    assert r"law by a \*large\* one" in make_card(checkpoint, ask_hub=False).contents["README.md"].decode()
 
 
 @pytest.mark.parametrize("said", ["", "[]", '{"teacher": 3}', '{"teacher": {"name": 7}}', '{"specialist": "mlp"}'])
