@@ -2,10 +2,10 @@
 
     python benchmarks/classifiers.py --text en=en.jsonl --text fr=fr.jsonl --text de=de.jsonl --text py=lib [--seeds 3]
 
-Every text is a file or folder of documents. For each seed they are split anew, eight tenths to fit, one to choose, one to show:
-no document is in two. Tokens are those of a byte-level BPE trained on the fit part, or of `--tokenizer FOLDER`. What is
+Every text is a file or folder of documents. For each seed they are split anew, eight tenths to fit, one to choose, one to
+show: no document is in two. Tokens are those of a byte-level BPE trained on the fit part, or of `--tokenizer FOLDER`. What is
 shown is macro-F1 over the domains: of 500 pieces a domain of so many words, from anywhere in the documents to show, and of
-whole documents. No model is run.
+whole ones. No model is run.
 """
 
 from __future__ import annotations

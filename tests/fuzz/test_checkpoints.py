@@ -284,7 +284,7 @@ def test_damaged_tokens_to_choose_by(tokens: Path, data: st.DataObject) -> None:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     ids, ones = torch.arange(5, 25, dtype=torch.int32), torch.full((4,), 5, dtype=torch.int32)
-    TokenText(ids, ones, ones * 0, {"text": {}, "how": {}}, ids, ones).save(folder / "law.safetensors")
+    TokenText(ids, ones, ones * 0, {"text": {}, "how": {}}, ids.clone(), ones.clone()).save(folder / "law.safetensors")
     return folder
 
 

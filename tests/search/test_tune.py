@@ -74,6 +74,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ties": {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}, "backbone": {"method": "ties", "scale": 0.5}},
     "context": {**RIDGE, "router": {**FIT, "fit": "ridge", "granularity": "context", "decay": [0.9]}},
     "ngram": {"method": "routing", "top_k": 2, "router": {"fit": "ngram", "buckets": 512}},
+    "classifier, hot": {"method": "routing", "top_k": 2, "router": {"fit": "classifier", "temperature": 0.5}},
+    "classifier of hidden states": {
+        "method": "routing", "top_k": 2, "router": {**FIT, "fit": "classifier", "features": "hidden", "prefix": 9},
+    },
     "upper layers": {**RIDGE, "layers": ["1-2"]},
     "always on": {**RIDGE, "always_on": {"expert": "base", "weight": 0.2}},
     "whole": {"method": "routing", "top_k": 2, "modules": "all", "router": {"fit": "ngram", "buckets": 512}},

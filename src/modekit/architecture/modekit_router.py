@@ -35,8 +35,7 @@ class Router(nn.Module):
         score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
             (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
             `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
-            or, with `orders`, part by part over n-grams of that order), tfidf (a classifier of the first `prefix` tokens,
-            or n-grams: modekit_terms.py, which says what else its gate has).
+            or, with `orders`, part by part over n-grams of that order), tfidf (a classifier: modekit_terms.py).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
             it is the common expert of modekit_streams.py, of which routers know nothing}.
@@ -52,8 +51,7 @@ class Router(nn.Module):
         self.features = features  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.set(routing, rows)
-        parts = len(self.routing["averages"])
-        shared = 1 if self.routing.get("score") == "tfidf" else 0
+        parts, shared = len(self.routing["averages"]), int(self.routing.get("score") == "tfidf")
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows) + shared, parts * width))
 
@@ -159,8 +157,8 @@ class Router(nn.Module):
         return rows_BS
 
     def _classified(self, rows_BS: torch.Tensor) -> torch.Tensor:
-        flow, key, prefix = self._flow[0], f"{self.place}.terms", self.routing["prefix"]
-        scores, flow.fresh[key] = classify(rows_BS, flow.mask_BS, flow.states.get(key), prefix, self.gate.float())
+        flow, prefix, state = self._flow[0], self.routing["prefix"], f"{self.place}.terms"
+        scores, flow.fresh[state] = classify(rows_BS, flow.mask_BS, flow.states.get(state), prefix, self.gate.float())
         return scores
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:

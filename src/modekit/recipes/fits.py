@@ -127,7 +127,7 @@ class Fit:
 
     @property
     def beside_the_gate(self) -> int:
-        """Columns of the gate besides those that tokens choose."""
+        """Columns of the gate besides those that tokens choose, and rows besides the experts'."""
         return 1 if self.score == "tfidf" else 0
 
     @property

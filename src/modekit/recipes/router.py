@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +17,9 @@ FALSE_ALARMS = 0.02
 PREFIX = 64
 """Tokens after which a decision stays, unless a recipe says another number; a classifier's compares each with all of them."""
 MOST_PREFIX = 1_024
+"""Of a classifier that counts: its state is so long, and what is compared is its square."""
+COUNTS_ALONE = "naive_bayes"
+"""The classifier that takes counts of tokens and nothing else."""
 READ_AT = {"decay": "context", "prefix": "sequence"}
 """Settings of a router -> the granularity that reads them; evidence that adds up fades, and has a decay, too."""
 
@@ -24,7 +27,7 @@ READ_AT = {"decay": "context", "prefix": "sequence"}
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "features", "classifier")
 
     fit: FitName = Field(DEFAULT_FIT, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -51,8 +54,9 @@ class Router(Strict):
         description="Classifier: what it knows of a text: its tokens or n-grams, each by how rare it is (tfidf, the default; "
         "ngrams), or the mean of what the router reads (hidden).",
     )
-    classifier: Literal["auto", "logistic", "sgd", "naive_bayes", "centroid"] = Field(
-        "auto", description="Classifier: which of scikit-learn's; auto fits all, and held-out text picks the best."
+    classifier: Literal["auto", "logistic", "sgd", "naive_bayes", "centroid"] | None = Field(
+        None,
+        description="Classifier: which of scikit-learn's; auto, the default, fits all, and held-out text picks the best.",
     )
     per: Scope = Field(
         "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
@@ -120,7 +124,7 @@ class Router(Strict):
             fits = fits_with(key)
             if fits and key not in self.row.settings and getattr(self, key) != field.default:
                 yield f"'{key}' has no effect with fit: {self.row.said} (only with {', '.join(fits)}); remove it"
-        if self.classifier == "naive_bayes" and self.row.kind == "hidden":
+        if self.classifier == COUNTS_ALONE and self.row.kind == "hidden":
             yield "naive Bayes counts tokens, which features: hidden has none of; choose logistic, sgd or centroid"
         if self.row.score == "tfidf" and (self.prefix or 0) > MOST_PREFIX:
             yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.row.said}, whose tokens are compared pairwise"
@@ -130,10 +134,20 @@ class Router(Strict):
         """All that is known of the fit."""
         return row_of(self.fit, self.features)
 
+    def classifiers(self, known: Iterable[str]) -> list[str]:
+        """The one of the known classifiers that is asked for, or all that can take the features."""
+        if self.classifier not in (None, "auto"):
+            return [str(self.classifier)]
+        return [name for name in known if name != COUNTS_ALONE or self.row.kind != "hidden"]
+
     @property
     def said(self) -> str:
         """The fit, and of a classifier what it reads and which it is."""
-        return f"{self.fit} ({self.features or 'tfidf'}, {self.classifier})" if "classifier" in self.row.settings else self.fit
+        return (
+            f"{self.fit} ({self.features or 'tfidf'}, {self.classifier or 'auto'})"
+            if "classifier" in self.row.settings
+            else self.fit
+        )
 
     def gate_width(self, vocabulary: int) -> int | None:
         """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""

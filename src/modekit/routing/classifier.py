@@ -88,9 +88,8 @@ def fitted_table(
     counts = [counted(terms.pieces(text.sequences()), terms.count) for text in texts]
     idf_V = rareness(counts, [int(terms.rows(torch.tensor([token]))[0]) for token in special])
     held = [counted(_long_and_short(terms.pieces(text.held_out())), terms.count) for text in texts]
-    names = list(CLASSIFIERS) if settings.classifier == "auto" else [settings.classifier]
     own, others = ([vectors(each, idf_V) for each in part] for part in (counts, held))
-    chosen = choose(names, own, others, settings.seed)
+    chosen = choose(settings.classifiers(CLASSIFIERS), own, others, settings.seed)
     linear = chosen.linear.at(settings.temperature)
     gate = np.zeros((len(texts) + 1, terms.count + 1), dtype=np.float32)
     gate[:-1, :-1], gate[:-1, -1], gate[-1, :-1] = linear.weights_EV * idf_V, linear.bias_E, idf_V

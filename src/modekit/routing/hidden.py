@@ -53,9 +53,8 @@ def _fitted(domains: Sequence[DomainStatistics], settings: Router) -> tuple[npt.
         )  # fmt: skip
     scale = np.sqrt(np.mean([np.square(each).mean() for each in kept])) or 1.0
     split = [max(1, len(each) - len(each) // _ASIDE) for each in kept]
-    names = [name for name in CLASSIFIERS if name != "naive_bayes"] if settings.classifier == "auto" else [settings.classifier]
     held = [each[at:] / scale for each, at in zip(kept, split, strict=True)]
     own = [each[:at] / scale for each, at in zip(kept, split, strict=True)]
-    chosen = choose(names, own, held, settings.seed)
+    chosen = choose(settings.classifiers(CLASSIFIERS), own, held, settings.seed)
     gate_ED = chosen.linear.weights_EV / (scale * settings.temperature)
     return gate_ED.astype(np.float32), report_of(chosen, held)

@@ -94,7 +94,11 @@ class SharedWeights:
                     read_statistics(shared, unscaled, self._root, together, run=self._run)
                 fitted = fit_router(Fitting(shared, unscaled, self._root, folder, self._run))
             self._gates[key] = fitted.gates
-        return [gate / np.float32(router.temperature) for gate in self._gates[key]]
+        experts = slice(None, -mixture.fit.beside_the_gate or None)  # how rare terms are has no temperature
+        gates = [gate.copy() for gate in self._gates[key]]
+        for gate in gates:
+            gate[experts] /= np.float32(router.temperature)
+        return gates
 
     def _statistics_of(self, recipe: Recipe, router: Router) -> Path:
         """Where the statistics lie that a router is fitted on."""
@@ -107,7 +111,7 @@ class SharedWeights:
 
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
         """Folder -> settings of every router of the search that reads the same text through the same models."""
-        if router.granularity == "sequence" or router.row.reads != "router inputs" or len(router.averages) > 1:
+        if router.prefix_tokens is not None or router.row.reads != "router inputs" or len(router.averages) > 1:
             return {self._statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [

@@ -28,7 +28,7 @@ Ask = Callable[[str, Sequence[str]], str]
 
 LINEAR = "linear"
 _WHOLE: dict[str, dict[str, str]] = {
-    LINEAR: {}, "ngram": {}, "lexical": {}, "logistic": {"granularity": "sequence", "per": "model"},
+    LINEAR: {}, "ngram": {}, "lexical": {}, "classifier": {}, "logistic": {"granularity": "sequence", "per": "model"},
 }  # fmt: skip
 """Routers that are tried where whole models are mixed -> settings with which they decide before the first layer."""
 
