@@ -20,6 +20,7 @@ ALLOWED = {
     ("experts/moving.py", "save_pretrained"): "into a staged folder",
     ("experts/distill/distill.py", "save_pretrained"): "into a staged folder",
     ("demo/models.py", "save_pretrained"): "into a staged folder",
+    ("demo/modular.py", "save_pretrained"): "into a staged folder",
     ("experts/corpus/tokenizer.py", "save_pretrained"): "into a staged folder",
     ("search/tune/study.py", "truncate"): "the log of a search, in OUT.tuning",
     ("report/plots.py", "savefig"): "into memory",

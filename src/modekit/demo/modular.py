@@ -54,7 +54,7 @@ STUDENT: dict[str, Any] = {
 WITH_TEACHER, WITHOUT_TEACHER = DistillSettings(), DistillSettings(weights=1.0)
 CLASSIFIER = {"fit": "classifier"}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
-_TRAINING = Training(batch_tokens=2_048, sequence_length=256, learning_rate=3e-3, weight_decay=0.05)
+_TRAINING = Training(batch_tokens=512, sequence_length=256, learning_rate=3e-3, weight_decay=0.05)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Budget:
     eval_tokens: int
 
 
-WHOLE = Budget(200, 96, 8_192)
+WHOLE = Budget(200, 384, 8_192)
 BRIEF = Budget(8, 8, 1_024)
 
 
@@ -101,29 +101,28 @@ class Languages:
                 new_model(STUDENT, self.seed).save_pretrained(stage.folder)
                 tokenizer.save_pretrained(stage.folder)
 
-    def student(self, name: str, languages: tuple[str, ...], steps: int, *, of: str = "student", what: What = "full",
+    def student(self, name: str, language: str, steps: int, *, of: str = "student", what: What = "full",
                 settings: DistillSettings = WITH_TEACHER) -> Path:  # fmt: skip
-        """A student of the teacher, distilled on some languages."""
+        """A student of the teacher, distilled on one language."""
         out = self.folder / name
         if not out.exists():
             training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
             asked = Distillation(
-                self.folder / of, self.folder / "teacher", [str(self.texts[each]) for each in languages], self.folder, what,
+                self.folder / of, self.folder / "teacher", [str(self.texts[language])], self.folder, what,
                 training=training, settings=settings,
             )  # fmt: skip
             distill(asked, out, run=self._named(name))
         return out
 
-    def session(self, name: str, mix: Mix | None, texts: Mapping[str, Path]) -> Path:
+    def session(
+        self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings = WITH_TEACHER
+    ) -> Path:  # fmt: skip
         """A student for all languages that reads some texts in one session."""
-        out = self.folder / name
-        if not out.exists():
-            asked = Distillation(
-                self.folder / "student", self.folder / "teacher", [str(path) for path in texts.values()], self.folder, "full",
-                training=_TRAINING.with_(steps=self.budget.steps, seed=1000 * self.seed), mix=mix,
-            )  # fmt: skip
-            distill(asked, out, run=self._named(name))
-        return out
+        return self._together(name, mix, texts, settings, self.budget.steps)
+
+    def half(self) -> Path:
+        """A student for all languages that has read half as much."""
+        return self._together("half", "equal", self.texts, WITH_TEACHER, self.budget.steps // 2)
 
     def mixture(self, name: str, base: str, experts: Mapping[str, str], mixture: dict[str, Any]) -> Checkpoint:
         """A mixture of models of this folder, one per language."""
@@ -151,7 +150,7 @@ class Languages:
                 "teacher": str(self.folder / "teacher"),
                 "steps": self.budget.steps, "batch_tokens": _TRAINING.batch_tokens, "weight_decay": _TRAINING.weight_decay,
                 "sequence_length": _TRAINING.sequence_length, "backbone_learning_rate": _TRAINING.learning_rate,
-                "select_tokens": 4_096, "patience": 99, "seed": self.seed,
+                "select_tokens": 2_048, "patience": 99, "seed": self.seed,
             },
             where=name,
         )  # fmt: skip
@@ -162,6 +161,16 @@ class Languages:
         """What it is worth on every language."""
         named = self._named(checkpoint.folder.name)
         return evaluate(checkpoint, tokens_per_domain=self.budget.eval_tokens, known=known, run=named)
+
+    def _together(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings, steps: int) -> Path:
+        out = self.folder / name
+        if not out.exists():
+            asked = Distillation(
+                self.folder / "student", self.folder / "teacher", [str(path) for path in texts.values()], self.folder, "full",
+                training=_TRAINING.with_(steps=steps, seed=1000 * self.seed), settings=settings, mix=mix,
+            )  # fmt: skip
+            distill(asked, out, run=self._named(name))
+        return out
 
     def _named(self, name: str) -> Run:
         """Progress under a model's name."""
@@ -176,7 +185,7 @@ def run_modular_seed(
     made.teacher()
     made.session("base", "equal", made.texts)
     for language in TEXTS:
-        made.student(language, (language,), budget.steps // 4)
+        made.student(language, language, budget.steps // 4)
     known = made.table(made.mixture("ple", "base", {each: each for each in TEXTS}, whole_models()))
     ways: dict[str, Callable[[], Checkpoint]] = {
         "jeet": partial(made.joint, "jeet", {}, CLASSIFIER),
@@ -193,9 +202,9 @@ def whole_models(router: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def ffn_specialists(made: Languages, top_k: int = 1) -> Checkpoint:
     """Half of the tokens for a student of all languages, half for the FFNs of one specialist each."""
-    made.student("half", TEXTS, made.budget.steps // 2)
+    made.half()
     for language in TEXTS:
-        made.student(f"{language}-ffn", (language,), made.budget.steps // 8, of="half", what="mlp")
+        made.student(f"{language}-ffn", language, made.budget.steps // 8, of="half", what="mlp")
     router = {"fit": "lexical"}
     name = "ffn" if top_k == 1 else f"ffn-top-{top_k}"
     return made.mixture(name, "half", {each: f"{each}-ffn" for each in TEXTS}, {"top_k": top_k, "router": router})
