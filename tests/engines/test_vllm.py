@@ -129,7 +129,7 @@ def apart(one: Answer, other: Answer) -> tuple[int, float]:
     pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(*a, *b, strict=True)]
     return (
         sum(here != there for here, _, there, _ in pairs),
-        max(abs(p - q) for here, p, there, q in pairs if here == there),
+        max((abs(p - q) for here, p, there, q in pairs if here == there), default=0.0),
     )
 
 
@@ -171,7 +171,8 @@ def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, A
     expected = in_transformers(checkpoint, prompts)
     check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled), expected)
     for expert in range(2):  # else a router that decides wrongly would not show
-        assert apart(in_transformers(checkpoint, prompts, expert=expert), expected)[1] > 10 * CLOSE
+        others, far = apart(in_transformers(checkpoint, prompts, expert=expert), expected)
+        assert others or far > 10 * CLOSE
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,8 @@ def test_what_routers_remember_goes_where_keys_and_values_go(
         check_same(answers, expected)
         assert sum(tokens >= 128 for tokens in shared) >= 4
     for expert in range(2):  # else a router that decides wrongly would not show
-        assert apart(in_transformers(checkpoint, prompts, 100, expert), expected)[1] > 10 * CLOSE
+        others, far = apart(in_transformers(checkpoint, prompts, 100, expert), expected)
+        assert others or far > 10 * CLOSE
 
 
 @pytest.mark.parametrize(("dense", "mixed", "words"), [
