@@ -81,7 +81,7 @@ def test_a_fixed_share_stays_and_two_alternating_steps_are_two_combined_ones() -
 
 @pytest.mark.parametrize(
     "values",
-    [{"losses": {"forward_kl": 0.0}}, {"losses": {}}, {"losses": {"kl": 1.0}}, {"temperature": 0.0}, {"weights": 1.0},
+    [{"losses": {"forward_kl": 0.0}}, {"losses": {}}, {"losses": {"kl": 1.0}}, {"temperature": 0.0}, {"weights": 1.1},
      {"weights": -0.1}, {"adaptive": True, "weights": 0.5}, {"temperature": float("nan")}, {"top_k": 3}],
 )  # fmt: skip
 def test_wrong_and_dead_settings_are_refused(values: dict[str, object]) -> None:
