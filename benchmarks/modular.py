@@ -15,13 +15,14 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chat import spread
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.modular import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
 from modekit.demo.text import unpack_text
@@ -178,26 +179,19 @@ def uneven(study: Study) -> dict[str, Path]:
     return made
 
 
-def mean_and_spread(values: Iterable[float]) -> str:
-    """`mean ± largest deviation from it`."""
-    known = list(values)
-    mean = statistics.fmean(known)
-    return f"{mean:.2f} ± {max(abs(each - mean) for each in known):.2f}"
-
-
 def tables(studies: Sequence[Study]) -> None:
     """Perplexity per language and their geometric mean, mean and largest deviation over the seeds."""
     names = [name for name in studies[0].scores if isinstance(studies[0].scores[name], dict)]
     print(f"| | {' | '.join(TEXTS)} | mean |\n|---|{'---|' * (len(TEXTS) + 1)}")
     for name in names:
         found = [study.scores[name] for study in studies if name in study.scores]
-        cells = [mean_and_spread(math.exp(each[language]) for each in found) for language in TEXTS]
-        print(f"| {name} | {' | '.join(cells)} | {mean_and_spread(map(overall, found))} |")
+        cells = [spread([math.exp(each[language]) for each in found]) for language in TEXTS]
+        print(f"| {name} | {' | '.join(cells)} | {spread([overall(each) for each in found])} |")
     print()
     for way in ("forward KL", *WAYS_OF_TEACHING):
         spreads = [study.scores[f"late loss: {way}"] for study in studies if f"late loss: {way}" in study.scores]
         if spreads:
-            print(f"late deviation of the loss, {way}: {mean_and_spread(spreads)}")
+            print(f"late deviation of the loss, {way}: {spread(spreads)}")
     print_forgetting(studies)
 
 
@@ -208,23 +202,23 @@ def print_forgetting(studies: Sequence[Study]) -> None:
         return
     print(f"\n| after | {' | '.join(TEXTS)} |\n|---|{'---|' * len(TEXTS)}")
     for place, language in enumerate(TEXTS):
-        cells = [mean_and_spread(math.exp(each[place][other]) for each in phases) for other in TEXTS]
+        cells = [spread([math.exp(each[place][other]) for each in phases]) for other in TEXTS]
         print(f"| {language} | {' | '.join(cells)} |")
     first = TEXTS[0]
     own = [math.exp(each[0][first]) for each in phases]
     ratios = [math.exp(each[-1][first]) / alone for each, alone in zip(phases, own, strict=True)]
-    print(f"\none after the other: {first} at the end over {first} when it was learned: {mean_and_spread(ratios)}")
+    print(f"\none after the other: {first} at the end over {first} when it was learned: {spread(ratios)}")
     back = [
         statistics.fmean(each[place][language] - each[-1][language] for place, language in enumerate(TEXTS[:-1]))
         for each in phases
     ]
-    print(f"backward transfer (mean of loss when learned less loss at the end, nats): {mean_and_spread(back)}")
+    print(f"backward transfer (mean of loss when learned less loss at the end, nats): {spread(back)}")
     for way in (TOGETHER, TURNS, UNEVEN):
         ends = [study.scores[way][0] for study in studies if way in study.scores]
         if ends:
             ratios = [math.exp(end[first]) / alone for end, alone in zip(ends, own, strict=False)]
-            cells = " | ".join(mean_and_spread(math.exp(end[language]) for end in ends) for language in TEXTS)
-            print(f"{way}: {cells}; {first} over its own student: {mean_and_spread(ratios)}")
+            cells = " | ".join(spread([math.exp(end[language]) for end in ends]) for language in TEXTS)
+            print(f"{way}: {cells}; {first} over its own student: {spread(ratios)}")
 
 
 def overall(losses: Mapping[str, float]) -> float:

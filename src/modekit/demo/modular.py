@@ -104,15 +104,11 @@ class Languages:
     def student(self, name: str, language: str, steps: int, *, of: str = "student", what: What = "full",
                 settings: DistillSettings = WITH_TEACHER) -> Path:  # fmt: skip
         """A student of the teacher, distilled on one language."""
-        out = self.folder / name
-        if not out.exists():
-            training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
-            asked = Distillation(
-                self.folder / of, self.folder / "teacher", [str(self.texts[language])], self.folder, what,
-                training=training, settings=settings,
-            )  # fmt: skip
-            distill(asked, out, run=self._named(name))
-        return out
+        training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
+        return self._taught(name, Distillation(
+            self.folder / of, self.folder / "teacher", [str(self.texts[language])], self.folder, what,
+            training=training, settings=settings,
+        ))  # fmt: skip
 
     def session(
         self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings = WITH_TEACHER
@@ -163,12 +159,15 @@ class Languages:
         return evaluate(checkpoint, tokens_per_domain=self.budget.eval_tokens, known=known, run=named)
 
     def _together(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings, steps: int) -> Path:
+        return self._taught(name, Distillation(
+            self.folder / "student", self.folder / "teacher", [str(path) for path in texts.values()], self.folder, "full",
+            training=_TRAINING.with_(steps=steps, seed=1000 * self.seed), settings=settings, mix=mix,
+        ))  # fmt: skip
+
+    def _taught(self, name: str, asked: Distillation) -> Path:
+        """The student of a name: the one that is there, or a new one."""
         out = self.folder / name
         if not out.exists():
-            asked = Distillation(
-                self.folder / "student", self.folder / "teacher", [str(path) for path in texts.values()], self.folder, "full",
-                training=_TRAINING.with_(steps=steps, seed=1000 * self.seed), settings=settings, mix=mix,
-            )  # fmt: skip
             distill(asked, out, run=self._named(name))
         return out
 

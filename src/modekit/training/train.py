@@ -53,7 +53,7 @@ def train(
     if target != checkpoint.folder and target.exists() and not folder.is_written:
         raise TrainingError("the output folder exists", where=str(target), remedy="choose another folder, or leave --out away")
     read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), run=run)
-    teacher = _teacher(checkpoint, settings, root or Path.cwd())
+    teacher = _teacher(checkpoint, settings, root or Path.cwd(), run)
     request = Request(checkpoint, target, settings, read, evaluate_tokens, teacher)
     request.check()
     if settings.speed == "cheap":
@@ -67,14 +67,14 @@ def train(
         folder.release()
 
 
-def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path) -> Path | None:
+def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: Run) -> Path | None:
     """The folder of the model that teaches all domains. Raises SourceError, or TrainingError for one of another vocabulary."""
     if settings.teacher is None:
         return None
     folder, where = model_folder(settings.teacher, None, root=root, label="teacher"), f"teacher ({settings.teacher})"
     readers = Readers("mixture", "teacher", "use a teacher that has the mixture's tokenizer", "")
     check_same_tokenizer(checkpoint.folder, folder, where=where, readers=readers)
-    found = open_source("teacher", settings.teacher, folder).config.get("vocab_size")
+    found = open_source("teacher", settings.teacher, folder, run=run).config.get("vocab_size")
     if found != checkpoint.config["vocab_size"]:
         raise TrainingError(
             "the teacher's vocabulary has another size", where=where, found=found,
