@@ -63,13 +63,15 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: 
         tokenizer.save_pretrained(stage.folder)
 
 
-def new_model(architecture: dict[str, Any], seed: int) -> PreTrainedModel:
-    """A Llama of random weights whose blocks start as the identity."""
+def new_model(architecture: dict[str, Any], seed: int, *, embedding: float | None = None) -> PreTrainedModel:
+    """A Llama of random weights whose blocks start as the identity; `embedding` is the deviation of its tokens' vectors."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**architecture))
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(parameter)
+        elif embedding is not None and name.endswith("embed_tokens.weight"):
+            torch.nn.init.normal_(parameter, std=embedding)
     return model
 
 
