@@ -77,11 +77,11 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start : start + DOCUMENT]
 
 
-def texts_of(packages: Path, folder: Path) -> dict[str, list[str]]:
+def texts_of(packages: Path, folder: Path, names: Sequence[str] = ORDER) -> dict[str, list[str]]:
     """Every domain's documents, in its order, evenly taken."""
     shipped = unpack_text(folder / "demo")
     found: dict[str, list[str]] = {}
-    for name in ORDER:
+    for name in names:
         if name in shipped:
             documents: Iterable[str] = read_documents([str(shipped[name])], root=folder, where=name)
         elif name in WHEELS:
