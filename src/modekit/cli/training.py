@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,6 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
-from modekit.errors import ModekitError
 from modekit.run import Run
 
 _RENAMED = {"loss": "losses", "cheap": "speed"}
@@ -67,7 +66,10 @@ class SettingOptions:
 
     def said(self) -> dict[str, Any]:
         """The settings that were given, by their names in a settings file."""
-        given = {**vars(self), "loss": _weights(self.loss), "cheap": "cheap" if self.cheap else None}
+        from modekit.training.settings import WEIGHTS, losses_said
+
+        losses = losses_said(self.loss, WEIGHTS, where="--loss") if self.loss else None
+        given = {**vars(self), "loss": losses, "cheap": "cheap" if self.cheap else None}
         return {_RENAMED.get(name, name): value for name, value in given.items() if value is not None}
 
 
@@ -123,22 +125,3 @@ def train(
             print_training(options.output if options.output is not None and done.improved else checkpoint, done)
     if done.failed is not None:
         raise done.failed
-
-
-def _weights(losses: list[str] | None) -> dict[str, float] | None:
-    """NAME or NAME=WEIGHT -> weight."""
-    from modekit.training.settings import WEIGHTS
-
-    if not losses:
-        return None
-    weights: dict[str, float] = {}
-    for each in losses:
-        name, sign, value = each.partition("=")
-        try:
-            weights[name] = float(value) if sign else cast(dict[str, float], WEIGHTS)[name]
-        except (KeyError, ValueError):
-            raise ModekitError(
-                "unknown loss or weight", where="--loss", found=each, expected=f"one of {', '.join(WEIGHTS)}, or NAME=WEIGHT",
-                remedy="correct it",
-            ) from None  # fmt: skip
-    return weights

@@ -6,7 +6,8 @@ Every default that is a number has its source beside it. The settings of a run a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,6 +195,27 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
             "the settings of this training are wrong", where=where, found="; ".join(problems),
             remedy="correct them; `modekit train --help` names them all",
         ) from None  # fmt: skip
+
+
+def losses_said(said: Sequence[str], known: Mapping[Any, float], *, where: str) -> dict[str, float]:
+    """NAME or NAME=WEIGHT, each once -> weight, the known one where none is said.
+
+    Raises TrainingError for what is neither, or a name twice.
+    """
+    weights: dict[str, float] = {}
+    for each in said:
+        name, sign, value = each.partition("=")
+        try:
+            weight = float(value) if sign else known.get(name, math.nan)
+        except ValueError:
+            weight = math.nan
+        if math.isnan(weight) or name in weights or name not in known:
+            raise TrainingError(
+                "unknown loss or weight, or a loss that is named twice", where=where, found=each,
+                expected=f"one of {', '.join(known)}, or NAME=WEIGHT", remedy="correct it",
+            )  # fmt: skip
+        weights[name] = weight
+    return weights
 
 
 def read_settings(path: Path) -> dict[str, Any]:

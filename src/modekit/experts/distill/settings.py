@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from modekit.errors import TrainingError
 from modekit.files.typed import problem_in
+from modekit.training.settings import losses_said
 
 Loss = Literal["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
 """See training/losses.py."""
@@ -56,18 +57,5 @@ def distill_settings(values: dict[str, Any], *, where: str) -> DistillSettings:
 
 
 def losses_of(said: list[str]) -> dict[str, float]:
-    """NAME or NAME=WEIGHT, each once -> weight. Raises TrainingError for what is neither, or a name twice."""
-    weights: dict[str, float] = {}
-    for each in said:
-        name, sign, value = each.partition("=")
-        try:
-            weight = float(value) if sign else 1.0
-        except ValueError:
-            weight = float("nan")
-        if weight != weight or name in weights or name not in get_args(Loss):
-            raise TrainingError(
-                "unknown loss or weight, or a loss that is named twice", where="--distill", found=each,
-                expected=f"one of {', '.join(get_args(Loss))}, or NAME=WEIGHT", remedy="correct it",
-            )  # fmt: skip
-        weights[name] = weight
-    return weights
+    """NAME or NAME=WEIGHT, each once -> weight, 1 where none is said. Raises TrainingError."""
+    return losses_said(said, dict.fromkeys(get_args(Loss), 1.0), where="--distill")
