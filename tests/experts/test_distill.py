@@ -170,6 +170,19 @@ def test_an_output_that_exists_is_replaced_only_when_that_is_said(shop: Workshop
     assert weights_of(shop.root / "new") != before["model.safetensors"]
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_what_a_kill_left_of_tidying_up_goes_with_the_next_command(shop: Workshop, others: bool) -> None:
+    (shop.root / "new").mkdir()
+    left = shop.root / "new.training"
+    left.mkdir()
+    (left / "training.lock").touch()
+    if others:
+        (left / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError):
+        distill(asked(shop), shop.root / "new")
+    assert left.exists() == others
+
+
 def test_embeddings_padded_to_another_number_of_rows_are_no_other_vocabulary(shop: Workshop) -> None:
     save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2, vocab_size=128), shop.root / "wide")
     settings = DistillSettings(weights=0.0, temperature=1.0)

@@ -65,11 +65,11 @@ COMMANDS = {
     "remove": Command(("remove", "THREE", "law"), 30),
     "replace": Command(("replace", "OUT", "law", "--model", "code", *FEW, "--force"), 30),
     "rename": Command(("rename", "OUT", "law", "court"), 20),
-    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
+    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 5, "OUT.training"),
     "train": Command(
-        ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
+        ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 7, "OUT.training"
     ),
-    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 31),
+    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 53),
     "eval": Command(("eval", "OUT", *FEW), 10),
     "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),

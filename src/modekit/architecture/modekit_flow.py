@@ -84,6 +84,11 @@ class Flow:
         """How often every sequence stands in a pass's batch."""
         return 2 if self.common and (self.forced is None or self.beside) else 1
 
+    @property
+    def alone(self) -> int | None:
+        """Place of the expert that has all weight in every token of this pass; None where routers or sequences differ."""
+        return self.forced if isinstance(self.forced, int) and not self.solo and self.sequences is None else None
+
     @contextmanager
     def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> Iterator[None]:
         """While open, all weight is an expert's, or with `solo` what its own logit says; see the attributes."""

@@ -118,6 +118,9 @@ class Mixed(nn.Module):
 
     def _plus_low_rank(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""
+        alone = self._flow[0].alone
+        if alone is not None:
+            return self._plus_one(y, x, alone)
         hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
         lora_B = self.lora_B.to(x.dtype)
         if self.per_feature:
@@ -127,7 +130,21 @@ class Mixed(nn.Module):
             parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
             terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
             return y + torch.stack(terms).sum(0)
-        weighted = self._weighted(hidden, weights)
+        return self._plus_product(y, self._weighted(hidden, weights), lora_B)
+
+    def _plus_one(self, y: torch.Tensor, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return y + B s A x with one adapter's A and B, whatever others there are, down to the last bit: sums over all ranks
+        are rounded as their number says.
+        """
+        first, rank = sum(self.ranks[:expert]), self.ranks[expert]
+        if not rank:
+            return y
+        lora_A, lora_B = self.lora_A[first : first + rank].to(x.dtype), self.lora_B[:, first : first + rank].to(x.dtype)
+        hidden = nn.functional.linear(x, lora_A.contiguous()) * self.scales[expert]
+        return self._plus_product(y, hidden, lora_B.contiguous())
+
+    def _plus_product(self, y: torch.Tensor, weighted: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+        """Return y + B h, h (B, S, R)."""
         if not (y.dtype == weighted.dtype == lora_B.dtype and y.is_contiguous() and weighted.is_contiguous()):
             return y + nn.functional.linear(weighted, lora_B)
         # The sum costs a few per cent as a pass of its own: the matrix product adds to what is there.

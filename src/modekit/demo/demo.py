@@ -132,7 +132,11 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _by_what_is_carried(results: Mapping[str, Results]) -> dict[str, Results]:
-    return {name.partition(" ")[2]: table for name, table in results.items()}
+    """The first of the mixtures that carry the same of their experts."""
+    first: dict[str, Results] = {}
+    for name, table in results.items():
+        first.setdefault(name.partition(" ")[2], table)
+    return first
 
 
 def _rest(row: Row) -> tuple[Any, ...]:

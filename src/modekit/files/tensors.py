@@ -10,17 +10,23 @@ from typing import Any
 
 Entry = tuple[str, str, tuple[int, ...], int]
 """name, safetensors dtype, shape, bytes: one tensor of a file's header."""
+_LENGTH, _BOUNDARY = 8, 64
+"""Bytes of the header's length in front of it, and what all of it is a multiple of."""
 
 
 def safetensors_header(entries: Iterable[Entry]) -> bytes:
-    """Header of a safetensors file with the tensors in the given order; data starts on an 8-byte boundary."""
+    """Header of a safetensors file with the tensors in the given order.
+
+    Data starts on a boundary of 64 bytes, so that a tensor which is read in place lies in memory as one that is copied does:
+    on some processors the last bits of a product depend on that.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, nbytes in entries:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(_LENGTH + len(text)) % _BOUNDARY)
     return struct.pack("<Q", len(text)) + text
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from modekit.errors import TrainingError
 from modekit.files.lock import Lock
-from modekit.files.marker import MARKER, claim_work_folder, is_work_folder
+from modekit.files.marker import MARKER, claim_work_folder, is_remains, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
 from modekit.files.write import empty_folder, remove, remove_if_empty, sweep, write_json
@@ -102,6 +102,12 @@ class StatesFolder:
             remove(self.path / name)
         self._lock.release()
         remove_if_empty(self.path)
+
+    def tidy(self) -> None:
+        """Remove what a kill left of a training that was done with, or of its removal; not where another command is at it."""
+        left = is_remains(self.path) or (self.is_ours and self.is_written)
+        if left and self._lock.take():
+            self.remove()
 
     def release(self) -> None:
         """Let another command at it; what is kept stays."""

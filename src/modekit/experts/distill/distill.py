@@ -101,7 +101,7 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     MismatchError (another tokenizer, other kept logits), TextError, TrainingError, OutputError.
     """
     folder = _StudentFolder(out)
-    _tidy(folder)
+    folder.tidy()
     refuse_existing(out, replaced_by(overwrite), sources=(asked.student, asked.teacher))
     if asked.keep is not None:
         refuse_entangled(asked.keep, (asked.student, asked.teacher, out))
@@ -122,12 +122,6 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     finally:
         folder.release()
     return record
-
-
-def _tidy(folder: _StudentFolder) -> None:
-    """What a kill left between the end of a training and that of its command."""
-    if folder.is_ours and folder.is_written:
-        folder.remove()
 
 
 def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
