@@ -55,6 +55,13 @@ class Study:
         self.made = Languages(root / f"seed{seed}", unpack_text(root / "text", TEXTS), seed, WHOLE, Run(progress=_say(seed)))
         self._file = root / f"seed{seed}" / "scores.json"
         self.scores: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._has_begun = False
+
+    def _begin(self) -> None:
+        """Make what all parts need."""
+        if self._has_begun:
+            return
+        self._has_begun = True
         self.made.teacher()
         self.made.session("base", "equal", self.made.texts)
         for language in TEXTS:
@@ -64,6 +71,7 @@ class Study:
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
         """What is known under a name, or what is made now."""
         if name not in self.scores:
+            self._begin()
             self.scores[name] = make()
             self._file.write_text(json.dumps(self.scores, indent=1))
         return self.scores[name]
