@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --d
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
 
-.PHONY: demo demo-real test test-all fuzz test-vllm test-ray test-processors bench check lint docs clean
+.PHONY: demo demo-real test test-all test-vllm test-ray test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,9 +32,6 @@ test: $(READY)  ## the tests, minutes
 
 test-all: $(READY)  ## the tests and the slow ones
 	$(PYTEST) -m "not vllm and not ray"
-
-fuzz: $(READY)  ## damaged models, recipes, texts and checkpoints by the ten thousand; half an hour
-	MODEKIT_FUZZ=3 $(PYTEST) -m slow tests/fuzz
 
 test-vllm: $(VLLM)/.ready  ## mixtures in vLLM for processors, 4 GB in an environment of its own; half an hour
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm tests/engines tests/docs

@@ -27,11 +27,11 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.modular import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
 from modekit.demo.text import unpack_text
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.loss import score_domain
 from modekit.experts.distill.settings import DistillSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Run
+from routers import mean_losses
 
 WAYS_OF_TEACHING: dict[str, DistillSettings] = {
     "text alone": WITHOUT_TEACHER,
@@ -83,8 +83,7 @@ class Study:
 
     def losses(self, folder: Path) -> Losses:
         """Of a plain model, or of a mixture as it is."""
-        model = load_model(folder)
-        return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in self.domains()}
+        return mean_losses(load_model(folder), self.domains())
 
 
 def students(study: Study) -> None:
@@ -149,7 +148,7 @@ def without_common(study: Study, folder: Path) -> Losses:
     """Of a mixture whose common expert takes no part."""
     model, checkpoint = load_model(folder), open_checkpoint(folder)
     with mixture_of(model, checkpoint).without_common():
-        return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in study.domains()}
+        return mean_losses(model, study.domains())
 
 
 def forgetting(study: Study) -> None:

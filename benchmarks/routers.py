@@ -31,6 +31,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
@@ -137,6 +138,11 @@ def _reading(folder: Path, fit: str) -> dict[str, Any]:
     """How the demo's own router reads text, as far as this fit reads any."""
     router = yaml.safe_load((folder / "routing.yaml").read_text())["mixture"]["router"]
     return {key: value for key, value in router.items() if key in FITS[fit].settings}
+
+
+def mean_losses(model: PreTrainedModel, domains: Sequence[Domain]) -> dict[str, float]:
+    """Domain -> mean loss of its tokens, in nats."""
+    return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
 
 
 def losses_of(model: PreTrainedModel, domains: Sequence[Domain]) -> Losses:

@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,23 @@ from modekit.demo.kinds import SMALL
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import UNSEEN
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.loss import score_domain
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.run import QUIET
+from routers import mean_losses
 
 ORDER = tuple("man id" if name == UNSEEN else name for name in scale.ORDER)
 NOBODYS = (UNSEEN, "man vi")
 COUNTS, TOP_K = (4, 8, 16, 32), (1, 2)
 TOKENS, ROUNDS = 4_096, 15
-Losses = Mapping[str, float]
 
 
 def write_texts(packages: Path, folder: Path) -> dict[str, Path]:
     """Every domain's documents as a file of records."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name.replace(' ', '-')}.jsonl" for name in (*ORDER, *NOBODYS)}
+    paths = {name: folder / f"{slug(name)}.jsonl" for name in (*ORDER, *NOBODYS)}
     if not all(path.exists() for path in paths.values()):
         for name, documents in scale.texts_of(packages, folder / "unpacked", (*ORDER, *NOBODYS)).items():
             paths[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -59,9 +57,9 @@ def write_texts(packages: Path, folder: Path) -> dict[str, Path]:
 def train_experts(base: Path, texts: Mapping[str, Path], folder: Path, steps: int, seed: int) -> None:
     """Those that are not there yet."""
     for place, name in enumerate(ORDER):
-        training = SMALL.expert_training.with_(steps=steps, seed=1000 * seed + place, shares=1)
+        training = SMALL.expert_training.with_(steps=steps, seed=1000 * seed + place)
         if not (folder / slug(name)).exists():
-            specialize(base, folder / slug(name), [str(texts[name])], root=folder, train="mlp", training=training, run=QUIET)
+            specialize(base, folder / slug(name), [str(texts[name])], root=folder, train="mlp", training=training)
 
 
 def slug(name: str) -> str:
@@ -84,18 +82,13 @@ def mixture_of_first(count: int, top_k: int, base: Path, texts: Mapping[str, Pat
     return checkpoint, time.perf_counter() - started
 
 
-def losses(model: Any, domains: Sequence[Domain]) -> dict[str, float]:
-    """Mean loss per domain, in nats."""
-    return {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
-
-
 def own_losses(model: Any, checkpoint: Checkpoint, domains: Sequence[Domain]) -> dict[str, float]:
     """Every domain under its own expert."""
     found: dict[str, float] = {}
     for domain in domains:
         if domain.expert is not None:
             with mixture_of(model, checkpoint).forced(domain.expert):
-                found |= losses(model, [domain])
+                found |= mean_losses(model, [domain])
     return found
 
 
@@ -111,9 +104,9 @@ def run_seed(base: Path, texts: Mapping[str, Path], folder: Path) -> dict[str, d
             domains = held_out_domains(checkpoint, tokens_per_domain=TOKENS, sequence_length=SEQUENCE_LENGTH)
             model = load_model(checkpoint.folder)
             if not own:
-                base_losses = losses(load_model(base), domains)
+                base_losses = mean_losses(load_model(base), domains)
                 own = own_losses(model, checkpoint, domains)
-            found = losses(model, domains)
+            found = mean_losses(model, domains)
             closed = {
                 each: (base_losses[each] - found[each]) / (base_losses[each] - own[each])
                 for each in map(slug, ORDER[:count])
@@ -146,13 +139,12 @@ def per_token(models: Mapping[str, Any]) -> dict[str, list[float]]:
     """Seconds of a forward pass of 512 tokens of every model, in turns."""
     ids_BS = torch.randint(3, 3_000, (1, 512), generator=torch.Generator().manual_seed(0))
     found: dict[str, list[float]] = {name: [] for name in models}
-    run: Callable[[Any], Any] = lambda model: model(input_ids=ids_BS, use_cache=False)  # noqa: E731
     with torch.inference_mode():
         for _ in range(ROUNDS):
             for name, model in models.items():
-                run(model)  # its own weights are in the cache as far as they fit
+                model(input_ids=ids_BS, use_cache=False)  # its own weights are in the cache as far as they fit
                 started = time.perf_counter()
-                run(model)
+                model(input_ids=ids_BS, use_cache=False)
                 found[name].append(time.perf_counter() - started)
     return found
 

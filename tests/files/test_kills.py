@@ -65,11 +65,11 @@ COMMANDS = {
     "remove": Command(("remove", "THREE", "law"), 30),
     "replace": Command(("replace", "OUT", "law", "--model", "code", *FEW, "--force"), 30),
     "rename": Command(("rename", "OUT", "law", "court"), 20),
-    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 5, "OUT.training"),
+    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
     "train": Command(
-        ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 7, "OUT.training"
+        ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
     ),
-    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 53),
+    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 31),
     "eval": Command(("eval", "OUT", *FEW), 10),
     "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
@@ -98,8 +98,7 @@ COMMANDS = {
         ),
         40,
         23,
-        3,
-        "NEW.training",
+        work="NEW.training",
     ),
     "discover": Command(("discover", "NEW", "--text", "text", "--domains", "3"), 15),
     "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),

@@ -104,8 +104,10 @@ class StatesFolder:
         remove_if_empty(self.path)
 
     def tidy(self) -> None:
-        """Remove what a kill left of a training that was done with, or of its removal; not where another command is at it."""
-        left = is_remains(self.path) or (self.is_ours and self.is_written)
+        """Remove what nothing can be gone on from: what a kill left of a training before its first state, after its end, or
+        while it was taken away. Not where another command is at it.
+        """
+        left = is_remains(self.path) or (self.is_ours and (self.is_written or not self.has_states))
         if left and self._lock.take():
             self.remove()
 
