@@ -188,7 +188,7 @@ def uneven(study: Study) -> dict[str, Path]:
 
 def tables(studies: Sequence[Study]) -> None:
     """Perplexity per language and their geometric mean, mean and largest deviation over the seeds."""
-    names = [name for name in studies[0].scores if isinstance(studies[0].scores[name], dict)]
+    names = dict.fromkeys(name for study in studies for name, found in study.scores.items() if isinstance(found, dict))
     print(f"| | {' | '.join(TEXTS)} | mean |\n|---|{'---|' * (len(TEXTS) + 1)}")
     for name in names:
         found = [study.scores[name] for study in studies if name in study.scores]
