@@ -204,9 +204,10 @@ def tables(studies: Sequence[Study]) -> None:
 
 def print_forgetting(studies: Sequence[Study]) -> None:
     """Perplexities after every phase, and what became of the first language."""
-    phases = [study.scores["one after the other"] for study in studies if "one after the other" in study.scores]
-    if not phases:
+    studies = [study for study in studies if "one after the other" in study.scores]
+    if not studies:
         return
+    phases = [study.scores["one after the other"] for study in studies]
     print(f"\n| after | {' | '.join(TEXTS)} |\n|---|{'---|' * len(TEXTS)}")
     for place, language in enumerate(TEXTS):
         cells = [spread([math.exp(each[place][other]) for each in phases]) for other in TEXTS]
@@ -221,10 +222,10 @@ def print_forgetting(studies: Sequence[Study]) -> None:
     ]
     print(f"backward transfer (mean of loss when learned less loss at the end, nats): {spread(back)}")
     for way in (TOGETHER, TURNS, UNEVEN):
-        ends = [study.scores[way][0] for study in studies if way in study.scores]
-        if ends:
-            ratios = [math.exp(end[first]) / alone for end, alone in zip(ends, own, strict=False)]
-            cells = " | ".join(spread([math.exp(end[language]) for end in ends]) for language in TEXTS)
+        found = [(study.scores[way][0], alone) for study, alone in zip(studies, own, strict=True) if way in study.scores]
+        if found:
+            ratios = [math.exp(end[first]) / alone for end, alone in found]
+            cells = " | ".join(spread([math.exp(end[language]) for end, _ in found]) for language in TEXTS)
             print(f"{way}: {cells}; {first} over its own student: {spread(ratios)}")
 
 
