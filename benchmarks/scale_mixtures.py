@@ -1,6 +1,6 @@
 """Mixtures of 4 to 32 trained experts: gap closed, loss on text of no domain, time per token; scale.md.
 
-    mkdir packages, and fill it as scale.py says; apt-get download manpages-vi as well
+    mkdir packages, and fill it as scale.py says; apt-get download manpages-{id,vi} as well
     modekit demo --out demo
     python benchmarks/scale_mixtures.py packages demo FOLDER [--seeds 0]
 
