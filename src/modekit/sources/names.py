@@ -28,6 +28,11 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return (int(match[1]), match[2]) if match is not None else (None, name)
 
 
+def in_decoder(name: str) -> bool:
+    """Whether something of a model with an encoder is in its decoder."""
+    return name.removeprefix("model.").startswith("decoder.")
+
+
 def layers_of(names: Iterable[str]) -> int:
     """How many layers there are, by the deepest one that is named."""
     return 1 + max((layer for layer, _ in map(split_layer, names) if layer is not None), default=-1)
