@@ -41,7 +41,8 @@ from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
-from modekit.sources.families import FAMILIES, Family
+from modekit.sources.families import FAMILIES
+from modekit.sources.family import Family
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 from refusal import run_python, tree
 from rounding import assert_close

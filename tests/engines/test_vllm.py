@@ -20,7 +20,8 @@ from engines.test_gguf import RUNS as IN_LLAMA
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.serve import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.sources.families import FAMILIES, Family
+from modekit.sources.families import FAMILIES
+from modekit.sources.family import Family
 from modekit.sources.native import NATIVES
 
 pytestmark = pytest.mark.vllm

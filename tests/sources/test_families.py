@@ -18,7 +18,8 @@ from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.families import FAMILIES, Family, family_of
+from modekit.sources.families import FAMILIES, family_of
+from modekit.sources.family import Family
 from modekit.sources.native import NATIVES, choose_native
 from modekit.sources.native_row import Native
 from rounding import assert_close

@@ -1,6 +1,7 @@
 """The config of a modekit checkpoint: the dense family's own config, and what is mixed where under the key `modekit`.
 
     modekit.dense_type   model_type of the dense family, whose installed classes are used
+    modekit.variant      of a family with several forms, which; a word for modekit alone
     modekit.experts      names in recipe order
     modekit.routing      how a router turns what it reads into weights (see modekit_router.py)
     modekit.places       module name -> what the experts have there (see modekit_mixed.py)
@@ -37,9 +38,7 @@ class ModekitConfig(PreTrainedConfig):  # type: ignore[misc]
 @functools.cache
 def family_config(dense_type: str) -> type[PreTrainedConfig]:
     """The dense family's config class under model_type modekit, known to the Auto classes."""
-    from transformers import AutoModel, AutoModelForCausalLM  # late: a config alone needs no torch
-
-    from .modeling_modekit import ModekitForCausalLM, ModekitModel
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # late: a config alone needs no torch
 
     members = {
         "__module__": __name__, "__qualname__": f"{_FAMILY}{dense_type}", "_auto_class": "AutoConfig",
@@ -47,8 +46,15 @@ def family_config(dense_type: str) -> type[PreTrainedConfig]:
         "base_model_tp_plan": None,  # it would split some modules over devices and not the mixed ones that go with them
     }  # fmt: skip
     config_class: type[PreTrainedConfig] = type("ModekitConfig", (CONFIG_MAPPING[dense_type],), members)
-    AutoModel.register(config_class, ModekitModel, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
+    if getattr(config_class, "is_encoder_decoder", False):
+        from .modekit_pairs import ModekitForSeq2SeqLM
+
+        AutoModelForSeq2SeqLM.register(config_class, ModekitForSeq2SeqLM, exist_ok=True)
+    else:
+        from .modeling_modekit import ModekitForCausalLM, ModekitModel
+
+        AutoModel.register(config_class, ModekitModel, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
     return config_class
 
 

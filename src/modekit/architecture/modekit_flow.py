@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
+_HELD = ("mask_BS", "ids_BS", "states", "forced", "encoding", "source_ids_BS", "source_mask_BS")
 
 
 class Keeper(Protocol):
@@ -46,10 +47,16 @@ class Flow:
         common: weight of the base's own decoder beside the experts; 0.0 without one (modekit_streams.py).
         beside: with `forced`: whether the common expert takes part all the same.
         sequences: B, while every sequence of the pass stands in the batch twice; None while it stands there once.
+        pair: whether the model has an encoder (modekit_pairs.py). Then `encoding` says whether that is what runs, and routers
+            that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all).
         mixed: place -> its module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pair: bool = False) -> None:
+        self.pair = pair
+        self.encoding = False
+        self.source_ids_BS: torch.Tensor | None = None
+        self.source_mask_BS: torch.Tensor | None = None
         self.mixed: dict[str, Any] = {}
         self.averages = False
         self.ids_BS: torch.Tensor | None = None
@@ -88,6 +95,14 @@ class Flow:
     def alone(self) -> int | None:
         """Place of the expert that has all weight in every token of this pass; None where routers or sequences differ."""
         return self.forced if isinstance(self.forced, int) and not self.solo and self.sequences is None else None
+
+    def held(self) -> dict[str, Any]:
+        """What a layer that is run again, for its gradient, must find as it was."""
+        return {name: getattr(self, name) for name in _HELD}
+
+    def hold(self, held: dict[str, Any]) -> None:
+        """Be as one was."""
+        self.__dict__.update(held)
 
     @contextmanager
     def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> Iterator[None]:

@@ -37,6 +37,7 @@ class Mixed(nn.Module):
         width, rows: of that router's gate: what it reads, and rows per expert.
         features: how many decisions, when there is one per output feature.
         sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
+        calls: modules that the layer calls itself and that are one here (modekit_chain.py); the place bears the first one's name.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Mixed(nn.Module):
         weights = weights.to(x.device)
         if self._is_head and self._flow[0].kept is not None:
             weights = weights[:, self._flow[0].kept.to(weights.device)]
+        elif weights.shape[1] == 1:  # one decision for all tokens, or one token
+            weights = weights.expand(-1, x.shape[self.sequence_axis], *weights.shape[2:])
         elif weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
             weights = weights[:, -x.shape[self.sequence_axis] :]
         if self.sequence_axis == 2:

@@ -20,6 +20,7 @@ from .modekit_streams import common_weight, no_weight_for_common
 from .modekit_terms import classify
 
 _TINY = 1e-30  # under a root, whose slope at zero is no number
+_READ_IDS = ("ngram", "lexical", "tfidf")  # scores that read token ids and not x
 _CHUNK = 128  # tokens whose average is taken in one matrix product
 
 
@@ -62,7 +63,8 @@ class Router(nn.Module):
         """
         self.routing = dict(routing)
         self._flow[0].common = common_weight(self.routing)
-        self._flow[0].averages = any(average["decay"] is not None for average in self.routing["averages"])
+        of_source = self._flow[0].pair and self.routing.get("score") in _READ_IDS  # nothing is kept from pass to pass
+        self._flow[0].averages = not of_source and any(average["decay"] is not None for average in self.routing["averages"])
         if rows is not None:
             self.rows = list(rows)  # of the gate, per expert; more than one only for score "norm"
         if gate is not None:
@@ -84,7 +86,8 @@ class Router(nn.Module):
                 weights_E = weights_E.index_fill(-1, _index(flow.left_out, weights_E), 0.0)
                 weights_E = weights_E / weights_E.sum().clamp_min(_TINY)
             return weights_E.expand(shape)
-        logits = self.logits(x_BSD).reshape(shape)
+        logits = self.logits(x_BSD)
+        logits = logits.reshape(*logits.shape[:2], *shape[2:])
         if flow.listener is not None:
             flow.listener(self.place, logits)
         if flow.log is not None:
@@ -96,10 +99,12 @@ class Router(nn.Module):
         return select(logits, self.routing, flow.left_out)
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """Scores after averaging, (B, S, E) or (B, S, O E), float32."""
+        """Scores after averaging, (B, S, E) or (B, S, O E), float32; (B, 1, ...) where they are of a source as a whole."""
         rows = self._rows_of_tokens(x_BSD.device)
+        by_source = self._flow[0].pair and bool(rows)
         if self.routing.get("score") == "tfidf":
-            return self._classified(rows[0])
+            scores = self._classified(rows[0])
+            return last_real(scores, self._flow[0].source_mask_BS) if by_source else scores
         if not rows:
             x_BSD = x_BSD.float()
             jitter = self.routing.get("jitter", 0.0)
@@ -110,7 +115,9 @@ class Router(nn.Module):
         for number, (gate_GD, average) in enumerate(zip(gates, self.routing["averages"], strict=True)):
             scores = nn.functional.embedding(rows[number], gate_GD.t()) if rows else self._scores(x_BSD, gate_GD)
             if average["decay"] is not None:
-                scores = self._averaged(scores, average, number)
+                scores = self._averaged(scores, average, number, by_source=by_source)
+            if by_source or (self._flow[0].encoding and average["decay"] is not None):
+                scores = last_real(scores, self._flow[0].source_mask_BS)
             total = scores if total is None else total + scores
         assert total is not None
         return total
@@ -135,12 +142,17 @@ class Router(nn.Module):
         token itself; none for a router that reads x.
         """
         score, parts = self.routing.get("score"), len(self.routing["averages"])
-        if score not in ("ngram", "lexical", "tfidf"):
+        if score not in _READ_IDS:
             return []
         flow = self._flow[0]
-        if flow.ids_BS is None:
+        ids_BS = flow.source_ids_BS if flow.pair else flow.ids_BS
+        if ids_BS is None and flow.pair:
+            raise ValueError(
+                "this mixture's router reads the source's token ids: give input_ids, or the encoder's output as this model made it"
+            )
+        if ids_BS is None:
             raise ValueError("this mixture's router reads token ids: give input_ids, not inputs_embeds")
-        ids_BS = flow.ids_BS.to(device)
+        ids_BS = ids_BS.to(device)
         ngram = self.routing.get("ngram")
         if ngram is None:
             return [ids_BS] * parts
@@ -152,28 +164,45 @@ class Router(nn.Module):
         flow, key = self._flow[0], f"{self.place}.ids" + (f".{order}" if kinds > 1 else "")
         if flow.keeper is not None:
             return flow.keeper.ngram_rows(key, ids_BS, order, buckets)
-        mask_BS = torch.ones_like(ids_BS) if flow.mask_BS is None else flow.mask_BS.to(ids_BS)
-        rows_BS, flow.fresh[key] = ngram_rows(ids_BS, mask_BS, flow.states.get(key), order, buckets)
+        mask_BS = flow.source_mask_BS if flow.pair else flow.mask_BS
+        mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS.to(ids_BS)
+        state = None if flow.pair else flow.states.get(key)
+        rows_BS, state = ngram_rows(ids_BS, mask_BS, state, order, buckets)
+        if not flow.pair:
+            flow.fresh[key] = state
         return rows_BS
 
     def _classified(self, rows_BS: torch.Tensor) -> torch.Tensor:
-        flow, prefix, state = self._flow[0], self.routing["prefix"], f"{self.place}.terms"
-        scores, flow.fresh[state] = classify(rows_BS, flow.mask_BS, flow.states.get(state), prefix, self.gate.float())
+        flow, prefix, key = self._flow[0], self.routing["prefix"], f"{self.place}.terms"
+        if flow.pair:
+            return classify(rows_BS, flow.source_mask_BS, None, prefix, self.gate.float())[0]
+        scores, flow.fresh[key] = classify(rows_BS, flow.mask_BS, flow.states.get(key), prefix, self.gate.float())
         return scores
 
-    def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int) -> torch.Tensor:
+    def _averaged(
+        self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool
+    ) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
         prefix, add_up = self.routing.get("prefix"), average.get("sum", False)
         if flow.keeper is not None:
             states_BSW = flow.keeper.sums(key, scores_BSG, average["decay"], prefix)
             return states_BSW[..., :-2] if add_up else means_of(states_BSW)
-        mask_BS = flow.mask_BS
+        mask_BS = flow.source_mask_BS if by_source else flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
-        averaged, state = causal_average(
-            scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=prefix, add_up=add_up
-        )
-        flow.fresh[key] = state
+        before = None if by_source else flow.states.get(key)
+        averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix, add_up=add_up)
+        if not by_source:
+            flow.fresh[key] = state
         return averaged
+
+
+def last_real(values_BSG: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
+    """What stands at the last real token of every sequence, (B, 1, G): of a running average, that of the whole text."""
+    if mask_BS is None:
+        return values_BSG[:, -1:]
+    places_BS = torch.arange(mask_BS.shape[1], device=mask_BS.device) * (mask_BS > 0)
+    rows = places_BS.argmax(1).to(values_BSG.device)[:, None, None]
+    return values_BSG.gather(1, rows.expand(-1, 1, values_BSG.shape[-1]))
 
 
 def causal_average(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,10 +23,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import ModekitConfig, family_config
 from .modekit_cache import CarriesRouterStates, carrier
+from .modekit_chain import Chain, put_in_place
 from .modekit_flow import Flow
 from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
+
+
+_LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
 
 class _Recomputing:
@@ -36,11 +41,11 @@ class _Recomputing:
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         flow = self._flow
-        mask_BS, ids_BS, states, forced = flow.mask_BS, flow.ids_BS, flow.states, flow.forced
+        held = flow.held()
         weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
 
         def run(*args: Any) -> Any:
-            flow.mask_BS, flow.ids_BS, flow.states, flow.forced = mask_BS, ids_BS, states, forced
+            flow.hold(held)
             for name, mixed in flow.mixed.items():
                 mixed.weights = weights[name]
             return layer(*args)
@@ -48,8 +53,8 @@ class _Recomputing:
         return self._checkpoint(run, *args)
 
 
-class _InBoth:
-    """Mixed into both classes of a family."""
+class InBoth:
+    """Mixed into every class of a family."""
 
     config: Any
     base_model: Any
@@ -71,10 +76,11 @@ class _InBoth:
 
 
 def _layer_of(place: str) -> str:
-    return place.partition(".layers.")[2].partition(".")[0]
+    found = _LAYER.match(place)
+    return "" if found is None else found[0]
 
 
-class MixtureModel(_InBoth):
+class MixtureModel(InBoth):
     """Mixed into a family's base model: replaces the places, and carries masks and states to the routers."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -96,7 +102,7 @@ class MixtureModel(_InBoth):
         super()._init_weights(module)  # type: ignore[misc]
 
 
-class MixtureForCausalLM(_InBoth):
+class MixtureForCausalLM(InBoth):
     """Mixed into a family's causal language model: its base model and, where the config says so, its head are mixtures."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -137,8 +143,10 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow, 
         if name == only if only is not None else name.startswith(prefix):
             parent, _, leaf = name.removeprefix(prefix).rpartition(".")
             owner = root.get_submodule(parent) if parent else root
-            module = Mixed(name, getattr(owner, leaf), place, flow, len(modekit["experts"]), modekit["routing"])
-            setattr(owner, leaf, module)
+            calls = place.get("calls") or []
+            dense = Chain(owner, calls) if calls else getattr(owner, leaf)
+            module = Mixed(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
+            put_in_place(owner, calls or [leaf], module)
             flow.mixed[name] = module
             here.append(name)
     for name in here:

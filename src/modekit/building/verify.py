@@ -221,13 +221,12 @@ def _check_router(checkpoint: Checkpoint) -> Check:
 
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from modekit.loaded.load import check_loadable, said_by, without_bars, without_report
+    from modekit.loaded.load import auto_class, check_loadable, said_by, without_bars, without_report
 
-    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
         check_loadable(checkpoint.folder, run=run)
+        load: Callable[..., Any] = auto_class(checkpoint.folder).from_pretrained
         with without_bars(), without_report(checkpoint.folder):
             model, report = load(checkpoint.folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed
@@ -240,7 +239,9 @@ def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
         )
     try:
         with torch.inference_mode():
-            logits = model(input_ids=torch.arange(8)[None] % int(model.config.vocab_size)).logits
+            ids_BS = torch.arange(8)[None] % int(model.config.vocab_size)
+            written = {"decoder_input_ids": ids_BS} if model.config.is_encoder_decoder else {}
+            logits = model(input_ids=ids_BS, **written).logits
     except Exception as error:
         return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     if not torch.isfinite(logits).all():

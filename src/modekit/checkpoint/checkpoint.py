@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from modekit.checkpoint.evidence import embedding_writer
 from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord, SourceRecord
@@ -49,7 +49,7 @@ from modekit.planning.shapes import open_shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
-from modekit.sources.names import EMBEDDING, weight_of
+from modekit.sources.names import weight_of
 
 
 class _Config(BaseModel):
@@ -57,9 +57,17 @@ class _Config(BaseModel):
 
     architectures: list[str] = Field(min_length=1)
     dtype: Literal["float32", "bfloat16", "float16"]
-    hidden_size: Annotated[Count, Field(ge=1)]
-    num_hidden_layers: Annotated[Count, Field(ge=1)]
+    model_type: str
+    hidden_size: Annotated[Count, Field(ge=1)] | None = None
+    num_hidden_layers: Annotated[Count, Field(ge=1)] | None = None
     vocab_size: Annotated[Count, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _sized(self) -> _Config:
+        """Of the modekit architecture, whose families have other names for it, its own shape asks."""
+        if self.model_type != "modekit" and (self.hidden_size is None or self.num_hidden_layers is None):
+            raise ValueError("hidden_size and num_hidden_layers must be given")
+        return self
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class Checkpoint:
     @property
     def layers(self) -> int:
         """L."""
-        return int(self.config["num_hidden_layers"])
+        return sum(self.shape.family.sizes(self.config).values())
 
     @property
     def recipe_root(self) -> Path:
@@ -216,7 +224,7 @@ class Checkpoint:
     def carrier(self) -> tuple[Channels, TensorRef]:
         """What carries a router's evidence: the channels, and the embedding that they begin in."""
         assert self.shape.channels is not None
-        return self.shape.channels, self.tensors[weight_of(EMBEDDING)]
+        return self.shape.channels, self.tensors[weight_of(self.shape.family.embedding)]
 
     def change(self, files: Mapping[str, Content]) -> None:
         """Replace or add files, by their path in the folder, all together.

@@ -11,7 +11,8 @@ import numpy as np
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
 from modekit.sources.contents import OpenFiles
-from modekit.sources.families import FAMILIES, Family
+from modekit.sources.families import own_family
+from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import module_of, split_layer
 from modekit.weights.numeric import blocks, to_float32
@@ -51,12 +52,11 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
 
     Raises SourceError, MismatchError or UnsupportedError unless both are unquantised models of one architecture.
     """
+    # Without a row: compared with the defaults of most families.
+    family = own_family(origin.config, Family(model_type=origin.config["model_type"]))
     for source in (tuned, origin):
         check_dtypes(source)
-        check_sizes(source)
-    model_type = origin.config["model_type"]
-    row = next((row for row in FAMILIES if row.model_type == model_type), None)
-    family = row or Family(model_type=model_type)  # without a row: compared with the defaults of most families
+        check_sizes(source, own_family(source.config, family))
     check_same_architecture(origin, tuned, family)
     names = own_names(origin, family)
     for name in names:

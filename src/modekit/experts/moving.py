@@ -15,7 +15,6 @@ from modekit.files.write import remove
 from modekit.loaded.load import without_bars
 from modekit.sources.families import family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource
-from modekit.sources.names import in_layer
 
 What = Literal["mlp", "lora", "full"]
 """See specialize.py."""
@@ -68,13 +67,14 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
     named = dict(model.named_parameters())
     if train == "full":
         return list(named.values())
+    config = model.config.to_dict()
     try:
-        family = family_of({"model_type": model.config.model_type}, where="--train mlp")
+        family = family_of(config, where="--train mlp")
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
-    layers = int(model.config.num_hidden_layers)
-    return [named[name] for layer in range(layers) for name in _ffn_names(family.mlp, layer)]
-
-
-def _ffn_names(mlp: dict[str, str], layer: int) -> list[str]:
-    return [in_layer(layer, path) for path in dict.fromkeys(mlp.values())]
+    names = (
+        family.in_layer(layer, path)
+        for layer in family.layers(config)
+        for path in dict.fromkeys(family.stack_of(layer).mlp.values())
+    )  # fmt: skip
+    return [named[name] for name in names]

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
@@ -21,6 +22,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.native import leaves_out
+from modekit.sources.pairs import PAIRS
 from modekit.sources.tokenizer import check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
@@ -108,11 +110,13 @@ def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: Run = QUIET) -> PreTrainedModel:
-    """A causal language model from a folder, on the default device, for evaluation. Raises SourceError."""
+    """A language model from a folder, on the default device, for evaluation: one that writes a text on, or one with an encoder,
+    that writes what a text becomes. Raises SourceError.
+    """
     check_loadable(folder, run=run)
     try:
         with without_bars(), without_report(folder):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
             )
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
@@ -123,13 +127,22 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     return model.to(default_device()).eval()
 
 
+def auto_class(folder: Path) -> Any:
+    """The class of transformers that opens a model folder. Raises SourceError when its config.json cannot be read."""
+    config = read_config(folder, where=str(folder))
+    said = config.get("modekit") if config["model_type"] == "modekit" else {}
+    dense = said.get("dense_type") if isinstance(said, dict) else None
+    pairs = {family.model_type for family in PAIRS}
+    return AutoModelForSeq2SeqLM if {dense, config["model_type"]} & pairs else AutoModelForCausalLM
+
+
 def said_by(error: BaseException) -> str:
     """The first line of another library's error, or its kind where it says nothing."""
     return shortened(error) or type(error).__name__
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a loaded model."""
+    """The decoder layers of a loaded model that has no encoder."""
     layers = model.model.layers
     assert isinstance(layers, nn.ModuleList)
     return layers

@@ -24,7 +24,7 @@ from typing import Any
 from modekit.errors import UnsupportedError
 from modekit.planning.pad import Entry, Measured, Pad
 from modekit.recipes.recipe import Recipe
-from modekit.sources.families import Family
+from modekit.sources.family import Family
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native, Widening
@@ -121,7 +121,7 @@ class Channels:
     def pad_of(self, name: str, shape: tuple[int, ...], family: Family) -> Pad | None:
         """How a tensor of the base is widened; None when it stays as it is."""
         layer, path = split_layer(name)
-        if layer is None:
+        if not isinstance(layer, int):
             if name == weight_of(EMBEDDING):
                 return Pad(columns=self.spare, measured=self.row_scale, free=self.evidence)
             return Pad(columns=self.spare, scale=1.0 if name == weight_of(HEAD) else self.norm_scale)

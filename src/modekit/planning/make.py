@@ -32,9 +32,10 @@ from modekit.sources.compatibility import (
     check_sizes,
     own_names,
 )
-from modekit.sources.families import Family, family_of
+from modekit.sources.families import family_of, own_family
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import EMBEDDING, HEAD, natural_key, weight_of
+from modekit.sources.names import HEAD, natural_key, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native
 from modekit.sources.open import open_recipe_sources
@@ -61,7 +62,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     family = family_of(base.config, where=f"base_model ({base.spec})")
     for source in dict.fromkeys(sources):
         if not isinstance(source, AdapterSource):
-            check_sizes(source)
+            check_sizes(source, own_family(source.config, family))
     native, why = _choose_architecture(recipe, base, family)
     _check(recipe, sources, family)
 
@@ -97,7 +98,7 @@ def _backbone(
     base, giver = sources[0], _Giver(recipe, sources)
     refs = {name: base.tensors[name] for name in own_names(base, family)}
     if layout.unties:
-        refs[weight_of(HEAD)] = base.tensor(weight_of(EMBEDDING))
+        refs[weight_of(HEAD)] = base.tensor(weight_of(family.embedding))
     for name, ref in refs.items():
         renamed = layout.backbone_name(name)
         if renamed is not None:
@@ -144,7 +145,7 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
         check_dtypes(source)
         if source is not base:
             check_same_architecture(base, source, family)
-        check_complete(source, family, int(base.config["num_hidden_layers"]))
+        check_complete(source, family, family.layers(base.config))
     for source in dict.fromkeys(sources[1:]):
         if source is not base:
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")

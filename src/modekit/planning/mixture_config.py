@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
-from modekit.sources.families import FAMILIES, PARTS, Family
-from modekit.sources.names import HEAD, in_layer, natural_key, split_layer
+from modekit.sources.families import FAMILIES
+from modekit.sources.family import PARTS, READ_ALIKE, Family
+from modekit.sources.names import HEAD, module_of, natural_key, split_layer
 
 FORMAT = 1
 MOST_AVERAGES = 256
 """Parts of a gate."""
 _GATE = ".router.gate"
-_READ_ALIKE = ({"q", "k", "v"}, {"gate", "up"})
-"""Parts of a layer that read the same input."""
 
 
 _PerExpert = Field(max_length=2**12)  # of lists: what is longer names no experts, and is not made first
@@ -102,7 +102,10 @@ class Routing(_Said):
 
 
 class Place(_Said):
-    """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`."""
+    """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`.
+
+    `calls`: where a layer calls several modules itself that are one place here, their names under the layer, in that order.
+    """
 
     ranks: Annotated[list[_Rank], _PerExpert]
     scales: Annotated[list[float], _PerExpert]
@@ -114,6 +117,11 @@ class Place(_Said):
     sequence_axis: Literal[1, 2] = 1
     width: _Size | None = None
     rows: Annotated[list[_Rank], _PerExpert] | None = None
+    calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
+
+    def tensor(self, module: str, leaf: str) -> str:
+        """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight where `calls` are given."""
+        return f"{module_of(module) if self.calls else module}.{leaf}"
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here, an added bias aside."""
@@ -125,6 +133,7 @@ class MixtureConfig(_Said):
 
     format: int
     dense_type: str
+    variant: Annotated[str, Field(max_length=64)] = ""
     experts: list[str] = Field(min_length=1, max_length=2**12)
     routing: Routing
     places: dict[str, Place] = Field(min_length=1)
@@ -132,7 +141,7 @@ class MixtureConfig(_Said):
     @model_validator(mode="after")
     def _consistent(self) -> MixtureConfig:
         count = len(self.experts)
-        if self.dense_type not in {family.model_type for family in FAMILIES}:
+        if (self.dense_type, self.variant) not in {(family.model_type, family.variant) for family in FAMILIES}:
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
         routing = self.routing
         if routing.top_k is not None and routing.top_k > count:
@@ -164,7 +173,7 @@ class MixtureConfig(_Said):
     @cached_property
     def family(self) -> Family:
         """The row of the dense family."""
-        return next(row for row in FAMILIES if row.model_type == self.dense_type)
+        return next(row for row in FAMILIES if (row.model_type, row.variant) == (self.dense_type, self.variant))
 
     @property
     def without_vllm(self) -> str | None:
@@ -203,7 +212,7 @@ class MixtureConfig(_Said):
 
     def positions(self) -> tuple[RouterPosition, ...]:
         """Where the routers stand, in the order of `slots`."""
-        served: dict[str, list[tuple[int | None, str]]] = {}
+        served: dict[str, list[tuple[Layer | None, str]]] = {}
         for module, leader in self.leaders.items():
             served.setdefault(leader, []).append(split_layer(module))
         found = []
@@ -227,10 +236,12 @@ def readers(leader: str, family: Family, leaders: Mapping[str, str]) -> list[str
     else itself alone. `leaders` maps a place to the place of its router.
     """
     layer, path = split_layer(leader)
-    for alike in _READ_ALIKE if layer is not None else ():
-        paths = [family.parts[part] for part in PARTS if part in alike and part in family.parts]
-        if layer is not None and path in paths:
-            names = dict.fromkeys(in_layer(layer, each) for each in paths)
+    for alike in READ_ALIKE if layer is not None else ():
+        assert layer is not None
+        parts = family.stack_of(layer).parts
+        paths = [parts[part] for part in PARTS if part in alike and part in parts]
+        if path in paths:
+            names = dict.fromkeys(family.in_layer(layer, each) for each in paths)
             return [name for name in names if leaders.get(name) == leader]
     return [leader] if leader in leaders else []
 

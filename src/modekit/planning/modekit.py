@@ -19,15 +19,15 @@ from modekit.planning.plan import Factor, Piece, PlannedTensor, joined
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.families import Family
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
-from modekit.sources.names import EMBEDDING, split_layer, weight_of, within
+from modekit.sources.names import split_layer, weight_of
 
-_AUTO_MAP = {
-    "AutoConfig": "configuration_modekit.ModekitConfig",
-    "AutoModel": "modeling_modekit.ModekitModel",
-    "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM",
-}
+_CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
+_CAUSAL = {
+    "AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM",
+}  # fmt: skip
+_PAIR = {"AutoModelForSeq2SeqLM": "modekit_pairs.ModekitForSeq2SeqLM"}
 
 
 class ModekitLayout:
@@ -39,7 +39,7 @@ class ModekitLayout:
         self._count = len(recipe.experts)
         self._places = Places(recipe, sources, family)
         self.unties = self._places.unties
-        self.router_dtype = code_of(self._base.tensor(weight_of(EMBEDDING)))
+        self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
         self._check_router()
 
     def backbone_name(self, name: str) -> str | None:
@@ -47,7 +47,7 @@ class ModekitLayout:
         place = self._places.by_tensor.get(name)
         if place is None:
             return name
-        return f"{place.module}.base.{within(place.module, name)}" if self._places.keeps_base(place) else None
+        return f"{place.module}.base.{place.within(name)}" if self._places.keeps_base(place) else None
 
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which experts have their own."""
@@ -59,10 +59,10 @@ class ModekitLayout:
         if self.unties:
             config["tie_word_embeddings"] = False
         config |= {
-            "architectures": ["ModekitForCausalLM"],
+            "architectures": ["ModekitForSeq2SeqLM" if self._family.pair else "ModekitForCausalLM"],
             "model_type": "modekit",
             "dtype": DTYPE_NAMES[self.router_dtype],
-            "auto_map": dict(_AUTO_MAP),
+            "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL)},
             "modekit": self._said.as_written(),
         }
         return ModekitShape(config, self._recipe, where, self._said)
@@ -94,7 +94,7 @@ class ModekitLayout:
         for place in self._places:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
-                    name = f"{place.module}.experts.{number}.{within(place.module, ref.name)}"
+                    name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
                     piece = piece_of(self._sources, 1 + expert, ref)
                     yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
@@ -110,6 +110,7 @@ class ModekitLayout:
         return MixtureConfig(
             format=FORMAT, dense_type=self._family.model_type, experts=self._recipe.names,
             routing=routing_config(self._recipe), places={place.module: self._entry(place) for place in self._places},
+            **({"variant": self._family.variant} if self._family.variant else {}),
         )  # fmt: skip
 
     def _entry(self, place: PlannedPlace) -> Place:
@@ -124,6 +125,8 @@ class ModekitLayout:
             entry["scales"] = [self._places.scale(place, expert) for expert in range(self._count)]
         if self._recipe.mixture.router.scope == "feature" and self._recipe.mixture.method != "linear":
             entry["features"] = place.weight.shape[0]
+        if place.calls:
+            entry["calls"] = list(place.calls)
         layer, path = split_layer(place.module)
         if layer is not None and path in self._family.heads_first:
             entry["sequence_axis"] = 2

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from modekit.architecture import CODE_FILES
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, SourceError
 from modekit.files.typed import as_kind
 from modekit.planning.mixed_tensor import LowRankPart, MixedTensor, TensorPart
 from modekit.planning.mixture_config import MixtureConfig, Place, Routing
@@ -17,6 +17,8 @@ from modekit.planning.reroute import bases_that_differ, rerouted
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
+from modekit.sources.family import Family
+from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 
 _OWN = re.compile(r"\.experts\.\d+\.")
@@ -37,7 +39,6 @@ class ModekitShape(Shape):
     native_type = None
     channels = None
     gguf_apart = True
-    without_gguf = "it keeps adapters, or mixes more than whole FFNs"
 
     @classmethod
     def is_said_by(cls, native_type: str | None) -> bool:
@@ -60,7 +61,21 @@ class ModekitShape(Shape):
                 "config.json and modekit.json disagree", where=f"{where}: modekit.experts",
                 found=f"{len(said.experts)} experts of other names or in another order", remedy=BUILD_AGAIN,
             )  # fmt: skip
+        try:
+            check_values(config, where=where, pair=said.family.pair)
+        except SourceError as error:
+            raise CheckpointError(error.what, where=error.where, found=error.found, remedy=BUILD_AGAIN) from None
         return cls(config, recipe, where, said)
+
+    @property
+    def family(self) -> Family:
+        """As config.json names it."""
+        return self.mixture.family
+
+    @property
+    def without_gguf(self) -> str | None:
+        """Always something."""
+        return "it has an encoder" if self.mixture.family.pair else "it keeps adapters, or mixes more than whole FFNs"
 
     @property
     def also_runs_in(self) -> str:
@@ -122,7 +137,7 @@ class ModekitShape(Shape):
 
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every place has the tensors that the config promises, in shapes that fit together."""
-        check_sizes(self.config, tensors, self.where)
+        check_sizes(self.config, self.mixture.family, tensors, self.where)
         leaves = _leaves(tensors)
         for module, place in self.mixture.places.items():
             wrong = next(_missing_of(module, place, tensors, leaves.get(module, [])), None)
@@ -141,7 +156,7 @@ class ModekitShape(Shape):
                 kept = tensors.get(f"{module}.base.{leaf}")
                 shape = next(iter(own.values())).shape if kept is None else kept.shape
                 yield MixedTensor(
-                    f"{module}.{leaf}", shape, TensorPart(kept) if kept is not None else None,
+                    place.tensor(module, leaf), shape, TensorPart(kept) if kept is not None else None,
                     {expert: TensorPart(ref) for expert, ref in own.items()},
                     _low_rank(tensors, module, place) if leaf == "weight" else {},
                 )  # fmt: skip

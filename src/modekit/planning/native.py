@@ -14,7 +14,7 @@ from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Operation, Piece, PlannedTensor, joined, widened
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.families import Family
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native_row import Native

@@ -14,6 +14,7 @@ from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
+from modekit.sources.family import Family
 from modekit.sources.names import in_layer
 from modekit.sources.native import native_of
 from modekit.sources.native_row import Native
@@ -62,6 +63,11 @@ class NativeShape(Shape):
                     expected=f"1 to {most}, the number of experts", remedy=BUILD_AGAIN,
                 )  # fmt: skip
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense))
+
+    @property
+    def family(self) -> Family:
+        """That of which the native architecture makes mixtures."""
+        return self.native.family
 
     @property
     def native_type(self) -> str:
@@ -155,7 +161,7 @@ class NativeShape(Shape):
 
     def check(self, tensors: Tensors) -> None:
         """Every tensor of what is mixed must be there, in the shape that the others have."""
-        check_sizes(self.config, tensors, self.where)
+        check_sizes(self.config, self.native.family, tensors, self.where)
         native, layers = self.native, range(self._layers)
         for layer in layers:
             for name in self._names(layer):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from modekit.errors import UnsupportedError
+from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.families import PARTS, Family
+from modekit.sources.family import PARTS, Family
 from modekit.sources.model import ModelSource
 from modekit.sources.names import module_of, split_layer
 
@@ -33,14 +34,14 @@ class MixedParts:
         """Whether the FFN as a whole was meant, however finely it is mixed in the end."""
         return "mlp" in self._wanted()
 
-    def in_order(self) -> list[tuple[str, str]]:
+    def in_order(self, layer: Layer) -> list[tuple[str, str]]:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
-        wanted = self._wanted()
+        wanted, stack = self._wanted(), self._family.stack_of(layer)
         if "mlp" in wanted and self.splits_ffn:
             wanted = (wanted - {"mlp"}) | _FFN
-        chosen = {"mlp": self._family.mlp_module} if "mlp" in wanted else {}
+        chosen = {"mlp": stack.ffn} if "mlp" in wanted else {}
         for part in PARTS:
-            path = self._family.parts.get(part)
+            path = stack.parts.get(part)
             if part in wanted and path is not None and path not in chosen.values():
                 chosen[part] = path
         return sorted(chosen.items(), key=lambda entry: PARTS.index("gate" if entry[0] == "mlp" else entry[0]))
@@ -54,10 +55,12 @@ class MixedParts:
         wanted: set[str] = set()
         for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True):
             if isinstance(source, AdapterSource):
-                changed = {module_of(path) for layer, path in map(split_layer, source.changes) if layer is not None}
-                wanted |= {part for part, path in self._family.parts.items() if path in changed}
+                changed = {(layer, module_of(path)) for layer, path in map(split_layer, source.changes) if layer is not None}
+                paths = {(self._family.stack_of(layer).name, path) for layer, path in changed}
+                for stack in self._family.stacks:
+                    wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
             elif expert.lora_rank is not None:
-                wanted |= set(self._family.parts)
+                wanted |= set(self._family.all_parts)
             elif not expert.is_base:
                 wanted.add("mlp")
         if "mlp" in wanted and wanted & _FFN:
@@ -68,12 +71,12 @@ class MixedParts:
         modules = self._recipe.mixture.modules
         if not isinstance(modules, list):
             return
-        known = set(self._family.parts)
+        known = self._family.all_parts
         unknown = [part for part in modules if part != "mlp" and part not in known]
         if unknown:
             raise UnsupportedError(
                 f"'{self._family.model_type}' has no such part", where="mixture.modules", found=", ".join(unknown),
-                expected=", ".join(["mlp", *self._family.parts]), remedy="correct the list",
+                expected=", ".join(["mlp", *known]), remedy="correct the list",
             )  # fmt: skip
         for part in modules:
             path = self._family.parts.get(part)

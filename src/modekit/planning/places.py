@@ -20,24 +20,29 @@ from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
-from modekit.sources.families import Family
+from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.names import EMBEDDING, HEAD, in_layer, is_ignored, module_of, natural_key, weight_of
+from modekit.sources.names import EMBEDDING, HEAD, is_ignored, module_of, natural_key, weight_of
 
-ATTENTION = {"q", "k", "v", "o"}
-"""Parts that mix tokens; the others are the FFN's."""
+ATTENTION = {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}
+"""Parts that mix tokens, and what they are together; the others are the FFN's."""
+ATTENTION |= {f"cross_{part}": "cross-attention" for part in tuple(ATTENTION)}
 Kind = LowRank | str | int | None
 """What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
 
 
 @dataclass(frozen=True)
 class PlannedPlace:
-    """A module of the base, the tensors in it, and what each expert has there. Places of one group may share a router."""
+    """A module of the base, the tensors in it, and what each expert has there. Places of one group may share a router.
+
+    `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
+    """
 
     module: str
     group: str
     refs: tuple[TensorRef, ...]
     kinds: tuple[Kind, ...]
+    calls: tuple[str, ...] = ()
 
     @property
     def is_mixed(self) -> bool:
@@ -60,6 +65,15 @@ class PlannedPlace:
         return [kind.scale if isinstance(kind, LowRank) else 1.0 for kind in self.kinds]
 
     @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"{module_of(self.module) if self.calls else self.module}."
+
+    def within(self, tensor: str) -> str:
+        """A tensor's name inside the place; of a tied head, which bears the embedding's name, the last part."""
+        return tensor.removeprefix(self.prefix) if tensor.startswith(self.prefix) else tensor.rpartition(".")[2]
+
+    @property
     def weight(self) -> TensorRef:
         """Of the base's module."""
         return next(ref for ref in self.refs if ref.name == weight_of(self.module))
@@ -67,8 +81,25 @@ class PlannedPlace:
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
     """Of the modules of whole models or whole decoders, the one that a pass reaches first."""
-    ways = (EMBEDDING, in_layer(0, "input_layernorm"), in_layer(0, family.parts["q"]))
+    ways = (EMBEDDING, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts["q"]))
     return next(module for module in ways if module in modules)
+
+
+def _check_pair(recipe: Recipe, family: Family) -> None:
+    """Raise UnsupportedError for what no mixture with an encoder can be yet."""
+    if not family.pair:
+        return
+    where, mixture = "mixture", recipe.mixture
+    if mixture.is_whole:
+        raise UnsupportedError(
+            "whole models of a family with an encoder cannot be mixed yet", where=f"{where}.modules", found=mixture.modules,
+            remedy="mix the FFNs (modules: auto)",
+        )  # fmt: skip
+    if mixture.always_on is not None and mixture.always_on.apart:
+        raise UnsupportedError(
+            "a common expert that runs apart is for models without an encoder", where=f"{where}.always_on",
+            remedy="leave 'apart' out",
+        )  # fmt: skip
 
 
 class Places:
@@ -77,6 +108,7 @@ class Places:
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
         self._recipe, self._sources, self._family = recipe, sources, family
         self._base = sources[0]
+        _check_pair(recipe, family)
         self._count = len(recipe.experts)
         self._whole = recipe.mixture.is_whole
         self._shared = {EMBEDDING, HEAD} if recipe.mixture.modules == "decoder" else set()
@@ -89,7 +121,7 @@ class Places:
     @cached_property
     def by_tensor(self) -> dict[str, PlannedPlace]:
         """The place that a tensor of the base belongs to; a tied head that is untied here is found by its own name."""
-        found = {ref.name: place for place in self for ref in place.refs if ref.name.startswith(f"{place.module}.")}
+        found = {ref.name: place for place in self for ref in place.refs if ref.name.startswith(place.prefix)}
         head = next((place for place in self if place.module == HEAD), None)
         return {**found, weight_of(HEAD): head} if head is not None else found
 
@@ -121,7 +153,7 @@ class Places:
         if said is not None:
             return said
         if not any(ref.name == weight_of(place.module) for ref in place.refs):
-            return int(self._base.config["hidden_size"])  # a whole FFN
+            return self._family.hidden(self._base.config)  # a whole FFN
         shape = place.weight.shape
         return shape[1] if len(shape) == 2 else shape[0]
 
@@ -159,11 +191,12 @@ class Places:
         return first_to_run(modules, self._family)
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
-        for layer in self._recipe.mixture.mixed_layers(int(self._base.config["num_hidden_layers"])):
-            for part, path in self.parts.in_order():
-                module = in_layer(layer, path)
+        for layer in self._recipe.mixture.mixed_layers(self._family.sizes(self._base.config)):
+            for part, path in self.parts.in_order(layer):
+                module = self._family.in_layer(layer, path)
+                calls = self._family.stack_of(layer).ffn_calls if part == "mlp" else ()
                 if self._within(module):
-                    place = self._place(module, f"{layer} {'attention' if part in ATTENTION else 'ffn'}")
+                    place = self._place(module, f"{layer} {ATTENTION.get(part, 'ffn')}", calls)
                     if place.is_mixed:
                         yield place
 
@@ -182,11 +215,13 @@ class Places:
             modules.add(module_of(name))
         return sorted(modules, key=lambda module: (module != EMBEDDING, module == HEAD, natural_key(module)))
 
-    def _place(self, module: str, group: str = "all") -> PlannedPlace:
-        refs = tuple(ref for ref in self._within(module) if not is_ignored(ref.name))
+    def _place(self, module: str, group: str = "all", calls: tuple[str, ...] = ()) -> PlannedPlace:
+        modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
+        refs = tuple(ref for each in modules for ref in self._within(each) if not is_ignored(ref.name))
         if module == HEAD and self.unties:
             refs = (self._base.tensor(weight_of(EMBEDDING)),)
-        return PlannedPlace(module, group, refs, tuple(self._kind(expert, module, refs) for expert in range(self._count)))
+        kinds = tuple(self._kind(expert, module, refs) for expert in range(self._count))
+        return PlannedPlace(module, group, refs, kinds, calls)
 
     def _within(self, module: str) -> list[TensorRef]:
         """The base's tensors whose names begin with a module's, in its order."""

@@ -21,7 +21,7 @@ from modekit.planning.shape import Shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import Change
-from modekit.sources.families import Family
+from modekit.sources.family import Family
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 from modekit.weights.factor_size import working_bytes
 
@@ -211,12 +211,12 @@ class Plan:
     @property
     def layers(self) -> int:
         """L."""
-        return int(self.config["num_hidden_layers"])
+        return len(self.family.layers(self.config))
 
     @property
     def hidden(self) -> int:
         """Hidden size."""
-        return int(self.config["hidden_size"])
+        return self.family.hidden(self.config)
 
     @property
     def experts(self) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 from modekit.planning.mixture_config import MixtureConfig, Place, readers
 from modekit.planning.places import ATTENTION, first_to_run
 from modekit.planning.routing_config import gate_rows, needs_base, routing_config
+from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
-from modekit.sources.families import PARTS, Family
+from modekit.sources.family import PARTS, Family
 from modekit.sources.model import TensorRef
 from modekit.sources.names import split_layer
 
@@ -24,8 +25,8 @@ Tensors = Mapping[str, TensorRef]
 
 def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Mapping[str, Any], tensors: Tensors) -> MixtureConfig:
     """The same experts under the routing of another recipe; `config` is the checkpoint's."""
-    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
     router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
+    hidden, vocabulary = family.hidden(config), int(config["vocab_size"])
     leaders = _leaders(mixture.places, scope, family, whole=recipe.mixture.is_whole)
     changed = {}
     for module, place in mixture.places.items():
@@ -58,18 +59,19 @@ def _leaders(places: Iterable[str], scope: str, family: Family, *, whole: bool) 
     return {place: leaders[_sharers(place, *way, scope)] for place, way in ways.items()}
 
 
-def _way(place: str, family: Family) -> tuple[int, int]:
+def _way(place: str, family: Family) -> tuple[tuple[int, int], int]:
     """(layer, number of its first part in the order in which parts run) of a place."""
     layer, path = split_layer(place)
-    first = next((part for part in PARTS if family.parts.get(part) == path), "gate")  # a whole FFN runs where its gate would
     assert layer is not None, place
-    return layer, PARTS.index(first)
+    parts = family.stack_of(layer).parts
+    first = next((part for part in PARTS if parts.get(part) == path), "gate")  # a whole FFN runs where its gate would
+    return order_of(layer), PARTS.index(first)
 
 
-def _sharers(place: str, layer: int, part: int, scope: str) -> object:
+def _sharers(place: str, layer: tuple[int, int], part: int, scope: str) -> object:
     """What places that share a router have in common."""
     if scope == "layer":
-        return layer, PARTS[part] in ATTENTION
+        return layer, ATTENTION.get(PARTS[part])
     return scope if scope == "model" else place
 
 

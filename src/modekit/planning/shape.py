@@ -19,9 +19,11 @@ from modekit.planning.channels import Channels
 from modekit.planning.mixed_tensor import MixedTensor
 from modekit.planning.mixture_config import MixtureConfig, Routing
 from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.recipes.layers import stack_of
 from modekit.recipes.recipe import Recipe
+from modekit.sources.family import Family
 from modekit.sources.model import TensorRef
-from modekit.sources.names import EMBEDDING, layers_of
+from modekit.sources.names import layers_of
 
 BUILD_AGAIN = "build the mixture again"
 
@@ -33,17 +35,20 @@ def disagreement(where: str, found: object = None) -> CheckpointError:
     return CheckpointError("config.json and the weights disagree", where=where, found=found, remedy=BUILD_AGAIN)
 
 
-def check_sizes(config: Mapping[str, Any], tensors: Tensors, where: str) -> None:
+def check_sizes(config: Mapping[str, Any], family: Family, tensors: Tensors, where: str) -> None:
     """Raise CheckpointError unless the weights have the layers and the width of which config.json speaks.
 
     Before anything is made that is as large as it says.
     """
-    layers, width = layers_of(tensors), config["hidden_size"]
-    if config["num_hidden_layers"] > layers:
-        raise disagreement(f"{where}: num_hidden_layers", f"{config['num_hidden_layers']}, and weights of {layers} layers")
-    embedding = (ref.shape for name, ref in tensors.items() if name.startswith(f"{EMBEDDING}.") and name.endswith(".weight"))
-    if width not in {shape[-1] for shape in embedding if shape}:
-        raise disagreement(f"{where}: hidden_size", f"{width}, which is not the embedding's")
+    there = layers_of(tensors)
+    for stack in family.stacks:
+        layers = 1 + max((number for name, number in map(stack_of, there) if name == stack.name), default=-1)
+        if stack.size(config) > layers:
+            raise disagreement(f"{where}: {stack.count[0]}", f"{stack.size(config)}, and weights of {layers} layers")
+    width = family.hidden(config)
+    names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
+    if width not in {tensors[name].shape[-1] for name in names if tensors[name].shape}:
+        raise disagreement(f"{where}: {family.width}", f"{width}, which is not the embedding's")
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,11 @@ class Shape(ABC):
         cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
     ) -> Shape:
         """The shape of a finished checkpoint. Raises CheckpointError when config.json or the record does not say it."""
+
+    @property
+    @abstractmethod
+    def family(self) -> Family:
+        """The row of the dense family."""
 
     @property
     @abstractmethod

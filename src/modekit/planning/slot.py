@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modekit.recipes.layers import Layer
+
 
 @dataclass(frozen=True)
 class RouterSlot:
@@ -43,5 +45,5 @@ class RouterPosition:
     """
 
     name: str
-    layer: int | None
+    layer: Layer | None
     module: str

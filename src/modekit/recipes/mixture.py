@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from modekit.errors import RecipeError
 from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
 from modekit.recipes.fits import Fit
+from modekit.recipes.layers import Layer, check_layers, named_layers
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
 
-Part = Literal["mlp", "q", "k", "v", "o", "gate", "up", "down"]
+Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
 
 
@@ -56,7 +56,9 @@ class Mixture(Strict):
         "embedding and the head, which they share. all: everything.",
     )
     layers: list[int | str] | None = Field(
-        None, min_length=1, description="Layers that are mixed, such as [0, '4-11']; default all."
+        None,
+        min_length=1,
+        description="Layers that are mixed, such as [0, '4-11'], or [encoder, decoder.4-5] of a model that has both; default all.",
     )
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
@@ -154,9 +156,9 @@ class Mixture(Strict):
 
     def _problems_of_numbers(self) -> Iterator[str]:
         try:
-            _layer_ranges(self.layers or [])
-        except ValueError:
-            yield f"'layers' must be numbers or ranges such as '4-11' (found {self.layers})"
+            check_layers(self.layers or [])
+        except ValueError as error:
+            yield f"'layers' must be {error} (found {self.layers})"
         if self.weights is not None and not (
             min(self.weights.values(), default=0) >= 0 and 0 < sum(self.weights.values()) < math.inf
         ):
@@ -182,18 +184,9 @@ class Mixture(Strict):
         """Whether the router is fitted on statistics of text, which are kept."""
         return self.fit is not None and self.fit.keeps is not None
 
-    def mixed_layers(self, count: int) -> list[int]:
-        """The layers that are mixed, of `count`. Raises RecipeError for one that does not exist."""
-        if self.layers is None:
-            return list(range(count))
-        ranges = _layer_ranges(self.layers)
-        deepest = max(last for _, last in ranges)
-        if deepest >= count:
-            raise RecipeError(
-                "there is no such layer", where="mixture.layers", found=deepest, expected=f"0 to {count - 1}",
-                remedy="correct the layers",
-            )  # fmt: skip
-        return sorted({layer for first, last in ranges for layer in range(first, last + 1)})
+    def mixed_layers(self, sizes: Mapping[str, int]) -> list[Layer]:
+        """The layers that are mixed, of a model whose stacks have so many. Raises RecipeError for one that does not exist."""
+        return named_layers(self.layers, sizes)
 
     def beyond_native(self) -> list[str]:
         """What of this mixture only the modekit architecture can say."""
@@ -223,14 +216,3 @@ class Mixture(Strict):
         if isinstance(self.backbone, BackboneExpert) or self.backbone == BASE:
             return None
         return BackboneMerge.model_validate({"method": self.backbone})
-
-
-def _layer_ranges(layers: list[int | str]) -> list[tuple[int, int]]:
-    """(first, last) of each entry. Raises ValueError."""
-    ranges = []
-    for entry in layers:
-        first, dash, last = str(entry).partition("-")
-        ranges.append((int(first), int(last if dash else first)))
-        if not 0 <= ranges[-1][0] <= ranges[-1][1]:
-            raise ValueError
-    return ranges

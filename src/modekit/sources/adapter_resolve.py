@@ -217,10 +217,10 @@ class Resolution:
     def _refuse_unknown(self, ref: TensorRef, module: str) -> None:
         where = f"{self.where}: {ref.name}"
         layers, (layer, _) = layers_of(self._base_names), split_layer(module)
-        if layer is not None and layer >= layers:
+        if layer is not None and layer not in layers:
             raise MismatchError(
                 "the adapter has more layers than the base model", where=where, found=f"layer {layer}",
-                expected=f"{layers} layers", remedy="use an adapter that was trained on this base model",
+                expected=f"{len(layers)} layers", remedy="use an adapter that was trained on this base model",
             )  # fmt: skip
         raise MismatchError(
             "the adapter has a tensor for a part that the base model lacks", where=where, found=module,

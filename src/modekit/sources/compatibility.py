@@ -6,36 +6,48 @@ changes what a tensor means.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from modekit.errors import MismatchError, SourceError
-from modekit.sources.families import CONFIG_MUST_MATCH, Family
+from modekit.recipes.layers import Layer, layer_at, stack_of
+from modekit.sources.families import CONFIG_MUST_MATCH
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.model_config import check_values
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
+from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 
 
 def is_tied(source: ModelSource, family: Family) -> bool:
-    """Whether the head is the embedding."""
+    """Whether the head is the embedding. A T5 that has a head of its own says so by its weights alone."""
+    if family.model_type == "t5":
+        return weight_of(HEAD) not in source.tensors
     return bool(family.dense_config(source.config).get("tie_word_embeddings"))
 
 
 def own_names(source: ModelSource, family: Family) -> list[str]:
-    """Names of a model's tensors in its order, without buffers and without the copy of the embedding that is a tied head."""
-    tied = is_tied(source, family)
-    return [name for name in source.tensors if not is_ignored(name) and not (tied and name == weight_of(HEAD))]
+    """Names of a model's tensors in its order, without buffers and without copies of the embedding: a tied head, and what
+    encoder and decoder call it.
+    """
+    copies = {*family.copies, *([weight_of(HEAD)] if is_tied(source, family) else ())}
+    return [name for name in source.tensors if not is_ignored(name) and name not in copies]
 
 
-def check_sizes(source: ModelSource) -> None:
+def check_sizes(source: ModelSource, family: Family) -> None:
     """Raise SourceError when config.json lacks a size that every plan needs, or has more layers than there are weights for."""
-    where = f"{source.label} ({source.spec})"
-    check_values(source.config, where=where)
-    layers, there = int(source.config["num_hidden_layers"]), {layer for layer, _ in map(split_layer, source.tensors)} - {None}
-    if layers > len(there):  # before anything has an entry for each of them
-        lacking = next(layer for layer in range(len(there) + 1) if layer not in there)
-        raise SourceError(
-            "the weights have fewer layers than config.json says", where=f"{source.label}: {in_layer(lacking)}",
-            found=f"{len(there)} layers in {source.spec}", expected=f"num_hidden_layers {layers}",
-            remedy="check that the download is complete; correct config.json, or save the model again",
-        )  # fmt: skip
+    check_values(source.config, where=f"{source.label} ({source.spec})", pair=family.pair)
+    there = layers_of(source.tensors)
+    for stack in family.stacks:
+        count = stack.size(source.config)
+        own = {number for name, number in map(stack_of, there) if name == stack.name}
+        if count > len(own):  # before anything has an entry for each of them
+            lacking = next(number for number in range(len(own) + 1) if number not in own)
+            raise SourceError(
+                "the weights have fewer layers than config.json says",
+                where=f"{source.label}: {family.in_layer(layer_at(stack.name, lacking))}",
+                found=f"{len(own)} layers in {source.spec}", expected=f"{stack.count[0]} {count}",
+                remedy="check that the download is complete; correct config.json, or save the model again",
+            )  # fmt: skip
 
 
 def check_dtypes(source: ModelSource) -> None:
@@ -54,15 +66,14 @@ def check_dtypes(source: ModelSource) -> None:
             )  # fmt: skip
 
 
-def check_complete(source: ModelSource, family: Family, layers: int) -> None:
+def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError unless the model is whole.
 
     Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
     """
     _check_layers_alike(source, family, layers)
-    needed = {EMBEDDING: True, FINAL_NORM: family.norms_have_weights, HEAD: not is_tied(source, family)}
-    for module in (module for module, is_needed in needed.items() if is_needed):
-        source.tensor(weight_of(module))
+    for name in [*family.outside, *([] if is_tied(source, family) else [weight_of(HEAD)])]:
+        source.tensor(name)
     for name, shape in _configured_shapes(source, family, layers).items():
         if source.tensor(name).shape != shape:
             raise SourceError(
@@ -72,41 +83,52 @@ def check_complete(source: ModelSource, family: Family, layers: int) -> None:
             )  # fmt: skip
 
 
-def _check_layers_alike(source: ModelSource, family: Family, layers: int) -> None:
+def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    kinds = source.config.get("layer_types") or []
-    kinds = kinds if len(kinds) == layers else [""] * layers
-    found: list[set[str]] = [set() for _ in range(layers)]
+    said = source.config.get("layer_types") or []
+    kinds = {layer: said[place] if len(said) == len(layers) else stack_of(layer)[0] for place, layer in enumerate(layers)}
+    found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
         layer, path = split_layer(name)
         if layer is None or is_ignored(name):
             continue
-        if layer >= layers:
+        if layer not in found:
             raise SourceError(
                 "the weights have more layers than config.json says", where=f"{source.label} ({source.spec}): {name}",
-                expected=f"{layers} layers", remedy="correct config.json, or save the model again",
+                expected=_counted(layers), remedy="correct config.json, or save the model again",
             )  # fmt: skip
-        found[layer].add(path)
-    alike: dict[str, set[str]] = {kind: set(family.mlp.values()) for kind in kinds}
-    for names, kind in zip(found, kinds, strict=True):
-        alike[kind] |= names
-    for layer, kind in enumerate(kinds):
+        if path not in family.stack_of(layer).first:
+            found[layer].add(path)
+    alike: dict[str, set[str]] = {}
+    for layer, names in found.items():
+        alike.setdefault(kinds[layer], set(family.stack_of(layer).mlp.values())).update(names)
+    for layer, kind in kinds.items():
         for path in sorted(alike[kind] - found[layer]):
-            source.tensor(in_layer(layer, path))
+            source.tensor(family.in_layer(layer, path))
 
 
-def _configured_shapes(source: ModelSource, family: Family, layers: int) -> dict[str, tuple[int, ...]]:
+def _counted(layers: Sequence[Layer]) -> str:
+    """2 layers; 6 layers in the encoder, 2 layers in the decoder."""
+    counts = Counter(stack_of(layer)[0] for layer in layers)
+    return ", ".join(f"{count} layers" + (f" in the {name}" if name else "") for name, count in counts.items())
+
+
+def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
     """Name -> the shape that follows from config.json."""
-    hidden, expert_hidden = int(source.config["hidden_size"]), int(source.config["intermediate_size"])
-    shapes: dict[str, tuple[int, ...]] = {weight_of(EMBEDDING): (int(source.config["vocab_size"]), hidden)}
-    for layer in range(layers):
-        for part, path in family.mlp.items():
-            rows = expert_hidden * list(family.mlp.values()).count(path)  # gate and up in one module
-            shapes[in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
+    hidden = family.hidden(source.config)
+    shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (int(source.config["vocab_size"]), hidden)}
+    for layer in layers:
+        stack = family.stack_of(layer)
+        expert_hidden, paths = int(source.config[stack.ffn_width]), stack.mlp
+        for part, path in paths.items():
+            rows = expert_hidden * list(paths.values()).count(path)  # gate and up in one module
+            shapes[family.in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
+    if family.pair:
+        return shapes
     dense = family.dense_config(source.config)
     heads, head_dim = int(dense["num_key_value_heads"]), int(dense["head_dim"])
-    for layer in range(layers):
-        for name in (in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
+    for layer in layers:
+        for name in (family.in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
             if name in source.tensors:
                 shapes[name] = (heads * head_dim, hidden)
     return shapes
@@ -129,8 +151,8 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )  # fmt: skip
     ours, theirs = family.dense_config(base.config), family.dense_config(source.config)
-    keys = [*CONFIG_MUST_MATCH]
-    if ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
+    keys = [*CONFIG_MUST_MATCH, *family.must_match]
+    if not family.pair and ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
         keys.append("max_position_embeddings")  # these ropes depend on it
     for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):

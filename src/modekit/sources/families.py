@@ -1,94 +1,20 @@
-"""Dense families: where the parts of a decoder live and what its config.json leaves unsaid. One row of data each.
+"""Dense families of one stack, a decoder each: where its parts live and what its config.json leaves unsaid. A row of data each.
 
 A row that has a partner in `native.py` can be mixed in an architecture that other tools know; every row can be mixed in
-the modekit architecture, which replaces the named parts in the installed classes of the family.
+the modekit architecture, which replaces the named parts in the installed classes of the family. Families with an encoder are in
+pairs.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.sources.family import LINEAR, Config, Family, Stack
+from modekit.sources.pairs import PAIRS
 
-Config = Mapping[str, Any]
-
-PARTS = ("q", "k", "v", "o", "gate", "up", "down")
-"""Linear parts of a decoder layer in the order in which they run."""
-
-_LINEAR = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
-_FUSED_GATE_UP = {**_LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
+_FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
 _FUSED = {**_FUSED_GATE_UP, "q": "self_attn.qkv_proj", "k": "self_attn.qkv_proj", "v": "self_attn.qkv_proj"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One dense family.
-
-    Attributes:
-        model_type: `model_type` of its config.
-        parts: part -> module under the layer; parts that the family fuses share a module.
-        mlp_module: module of the whole FFN under the layer; its input is what the router of whole FFN experts reads.
-        heads_first: modules under the layer that see (B, heads, S, width) and not (B, S, ...).
-        head_dim: the default when config.json is silent; None means hidden / heads.
-        rope_theta: the default.
-        layer_types: the kind of attention per layer that the class takes when config.json is silent.
-        norms_have_weights: whether its norms do.
-        defaults: other defaults to write out.
-        without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
-    """
-
-    model_type: str
-    parts: Mapping[str, str] = field(default_factory=lambda: _LINEAR)
-    mlp_module: str = "mlp"
-    heads_first: tuple[str, ...] = ()
-    head_dim: int | None = None
-    rope_theta: float = 10_000.0
-    layer_types: Callable[[Config], list[str]] | None = None
-    norms_have_weights: bool = True
-    defaults: Config = field(default_factory=dict)
-    without_vllm: str = ""
-
-    @property
-    def mlp(self) -> dict[str, str]:
-        """Part of the FFN -> name under the layer of its weight: gate and up (F, D), down (D, F); fused ones are one."""
-        return {part: f"{self.parts[part]}.weight" for part in ("gate", "up", "down") if part in self.parts}
-
-    def dense_config(self, config: Config) -> dict[str, Any]:
-        """The dense config with every default written out and rope in one form."""
-        full: dict[str, Any] = {**self.defaults, **config}  # an explicit null is a setting, too
-        if full.get("num_key_value_heads") is None:
-            full["num_key_value_heads"] = full["num_attention_heads"]
-        if full.get("head_dim") is None:
-            full["head_dim"] = self.head_dim or int(full["hidden_size"]) // int(full["num_attention_heads"])
-        if full.get("use_sliding_window") is False:
-            full["sliding_window"] = None
-        if self.layer_types is not None and full.get("layer_types") is None:
-            full["layer_types"] = self.layer_types(full)
-        full["rope_parameters"] = rope_parameters(config, self.rope_theta)
-        full.pop("rope_theta", None)
-        full.pop("rope_scaling", None)
-        return full
-
-
-def rope_parameters(config: Config, default_theta: float) -> dict[str, Any]:
-    """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise SourceError(
-            "the rotary settings in config.json are not a mapping", found=given, expected="rope_type, rope_theta, ...",
-            remedy="download or save the model again",
-        )  # fmt: skip
-    rope = dict(given)
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
-    rope.setdefault("rope_type", "default")
-    rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
-    return rope
 
 
 def _windows_after(config: Config) -> list[str]:
@@ -121,7 +47,7 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
 _TOKENS_OF_LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "hidden_act": "silu"}
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
 
-FAMILIES: tuple[Family, ...] = (
+DECODERS: tuple[Family, ...] = (
     Family(
         model_type="llama",
         defaults={
@@ -219,7 +145,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_type="phi3",
-        parts=_FUSED,
+        stacks=(Stack(parts=_FUSED),),
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     ),
     Family(
@@ -245,13 +171,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_type="glm4",
-        parts=_FUSED_GATE_UP,
+        stacks=(Stack(parts=_FUSED_GATE_UP),),
         head_dim=128,
         defaults={"hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "attention_bias": True},
     ),
     Family(
         model_type="starcoder2",
-        parts={**{part: _LINEAR[part] for part in ("q", "k", "v", "o")}, "up": "mlp.c_fc", "down": "mlp.c_proj"},
+        stacks=(Stack(parts={**{part: LINEAR[part] for part in "qkvo"}, "up": "mlp.c_fc", "down": "mlp.c_proj"}),),
         defaults={"norm_epsilon": 1e-5, "tie_word_embeddings": True, "num_key_value_heads": 2, "use_bias": True},
     ),
     Family(
@@ -261,20 +187,28 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )  # fmt: skip
 
+FAMILIES: tuple[Family, ...] = (*DECODERS, *PAIRS)
+
 
 def family_of(config: Config, *, where: str) -> Family:
     """The row of a dense config. Raises UnsupportedError when there is none."""
     model_type = str(config.get("model_type"))
     for family in FAMILIES:
-        if family.model_type == model_type:
+        if family.model_type == model_type and family.is_variant(config):
             return family
     wraps = "text_config" in config
     raise UnsupportedError(
         f"models of the family '{model_type}' cannot be mixed"
         + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""), where=where,
-        expected=f"a family of {', '.join(sorted(row.model_type for row in FAMILIES))}",
+        expected=f"a family of {', '.join(sorted({row.model_type for row in FAMILIES}))}",
         remedy="choose a base model of one of these families",
     )  # fmt: skip
+
+
+def own_family(config: Config, other: Family) -> Family:
+    """The row of a dense config, or where there is none another one."""
+    of_type = (row for row in FAMILIES if row.model_type == config.get("model_type") and row.is_variant(config))
+    return next(of_type, other)
 
 
 CONFIG_MUST_MATCH = (

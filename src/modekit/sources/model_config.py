@@ -82,6 +82,43 @@ class _Values(BaseModel):
     rope_scaling: dict[str, Any] | None = None
 
 
+class _PairValues(BaseModel):
+    """The same of families with an encoder."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    d_model: Size
+    vocab_size: Size
+    decoder_vocab_size: Size | None = None
+    encoder_layers: Size | None = None
+    decoder_layers: Size | None = None
+    encoder_ffn_dim: Size | None = None
+    decoder_ffn_dim: Size | None = None
+    encoder_attention_heads: Size | None = None
+    decoder_attention_heads: Size | None = None
+    num_layers: Size | None = None
+    num_decoder_layers: Size | None = None
+    num_heads: Size | None = None
+    d_ff: Size | None = None
+    d_kv: Size | None = None
+    max_position_embeddings: Size | None = None
+    relative_attention_num_buckets: Size | None = None
+    relative_attention_max_distance: Size | None = None
+    feed_forward_proj: Word | None = None
+    activation_function: Word | None = None
+    layer_norm_epsilon: Number | None = None
+    scale_embedding: bool | None = None
+    share_encoder_decoder_embeddings: bool | None = None
+    tie_word_embeddings: bool | None = None
+
+
+_SIZES_OF_A_PAIR = (
+    ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
+    ("num_layers", "num_heads", "d_ff", "d_kv"),
+)
+"""Of which a config gives all of one kind: Bart's or T5's."""
+
+
 class _Rope(BaseModel):
     """Rotary settings, in one piece or per kind of layer."""
 
@@ -139,11 +176,15 @@ def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
             )  # fmt: skip
 
 
-def check_values(config: Mapping[str, Any], *, where: str) -> None:
+def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -> None:
     """Raise SourceError when a setting is missing that every plan needs, or has a value of another kind than its name says.
 
-    For configs of the families in families.py: others may call something else by these names.
+    For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
+    names.
     """
+    if pair:
+        _check_pair(config, where=where)
+        return
     try:
         _Values.model_validate(dict(config))
         for key in ("rope_parameters", "rope_scaling"):
@@ -153,12 +194,32 @@ def check_values(config: Mapping[str, Any], *, where: str) -> None:
             for part in ({name: each for name, each in rope.items() if name not in parts}, *parts.values()):
                 _Rope.model_validate(part)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
+        raise _unusable(config, error, where) from None
+
+
+def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
+    try:
+        _PairValues.model_validate(dict(config))
+    except ValidationError as error:
+        raise _unusable(config, error, where) from None
+    kind = min(_SIZES_OF_A_PAIR, key=lambda keys: sum(config.get(key) is None for key in keys))
+    lacking = next((key for key in kind if config.get(key) is None), None)
+    if lacking is not None:
+        raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=_SAVE_AGAIN)
+    if config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
-            f"config.json gives no usable {name[:64]}", where=f"{where}: config.json", found=config.get(name, first["input"]),
-            expected=first["msg"], remedy=_SAVE_AGAIN,
-        ) from None  # fmt: skip
+            "encoder and decoder have embeddings of their own, which no mixture of this family has yet", where=where,
+            found="share_encoder_decoder_embeddings: false", remedy="choose a base model that shares its embedding",
+        )  # fmt: skip
+
+
+def _unusable(config: Mapping[str, Any], error: ValidationError, where: str) -> SourceError:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    return SourceError(
+        f"config.json gives no usable {name[:64]}", where=f"{where}: config.json", found=config.get(name, first["input"]),
+        expected=first["msg"], remedy=_SAVE_AGAIN,
+    )  # fmt: skip
 
 
 def _is_plain(value: object) -> bool:

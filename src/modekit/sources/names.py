@@ -1,7 +1,8 @@
-"""How the tensors and modules of a decoder are called: layers, embedding, head. The one place that takes names apart.
+"""How the tensors and modules of a model are called: layers, embedding, head. The one place that takes names apart.
 
 A module is what a name says without its last part: `model.layers.3.mlp.up_proj.weight` lies in the module
-`model.layers.3.mlp.up_proj`, which is `mlp.up_proj` in layer 3.
+`model.layers.3.mlp.up_proj`, which is `mlp.up_proj` in layer 3. In a model with an encoder `model.encoder.layers.3.fc1` is `fc1`
+in layer `encoder.3`, and so is T5's `encoder.block.3.layer.1` with its blocks.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from modekit.recipes.layers import Layer, layer_at
+
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 FINAL_NORM = "model.norm"
 
 _LAYERS = "model.layers."
 _IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
+_IN_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.(?:layers|block)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
+_FIRST = re.compile(r"^(model\.)?(shared\.|embed_tokens)")
+_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
 
 
@@ -22,20 +28,24 @@ def in_layer(layer: int | str, path: str = "") -> str:
     return f"{_LAYERS}{layer}.{path}"
 
 
-def split_layer(name: str) -> tuple[int | None, str]:
+def split_layer(name: str) -> tuple[Layer | None, str]:
     """model.layers.3.mlp.up_proj -> 3, mlp.up_proj; outside of the layers None and the name itself."""
     match = _IN_LAYER.match(name)
-    return (int(match[1]), match[2]) if match is not None else (None, name)
+    if match is not None:
+        return int(match[1]), match[2]
+    match = _IN_STACK.match(name)
+    return (layer_at(match[1], int(match[2])), match[3]) if match is not None else (None, name)
 
 
 def in_decoder(name: str) -> bool:
     """Whether something of a model with an encoder is in its decoder."""
-    return name.removeprefix("model.").startswith("decoder.")
+    match = _STACK.match(name)
+    return match is not None and match[1] == "decoder"
 
 
-def layers_of(names: Iterable[str]) -> int:
-    """How many layers there are, by the deepest one that is named."""
-    return 1 + max((layer for layer, _ in map(split_layer, names) if layer is not None), default=-1)
+def layers_of(names: Iterable[str]) -> set[Layer]:
+    """The layers that are named."""
+    return {layer for layer, _ in map(split_layer, names) if layer is not None}
 
 
 def weight_of(module: str) -> str:
@@ -59,7 +69,8 @@ def is_ignored(tensor: str) -> bool:
 
 
 def natural_key(name: str) -> tuple[object, ...]:
-    """Sorts names as a model runs: embedding, layers by number (2 before 10), what comes after them."""
-    first = 0 if name.startswith(EMBEDDING) else 1 if name.startswith(_LAYERS) else 2
+    """Sorts names as a model runs: embedding, layers by number (2 before 10), an encoder's first, what comes after them."""
+    stack = _STACK.match(name)
+    first = 0 if _FIRST.match(name) else 1 if name.startswith(_LAYERS) else 4 if stack is None else 2 + (stack[1] == "decoder")
     parts = re.split(r"([0-9]{1,18})", name)  # odd ones are digits, few enough for a number of any length to be one
     return (first, *((0, int(part), "") if place % 2 else (1, 0, part) for place, part in enumerate(parts)))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from modekit.sources.families import FAMILIES, Config, Family
+from modekit.sources.families import FAMILIES
+from modekit.sources.family import Config, Family
 from modekit.sources.native_row import Constant, Native, Rule, Widening
 
 

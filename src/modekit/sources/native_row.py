@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modekit.sources.families import Config, Family
+from modekit.sources.family import Config, Family
 from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from modekit.sources.families import Config
+from modekit.sources.family import Config
 
 _LARGEST_HEAD = 2**16
 

@@ -17,7 +17,8 @@ from modekit.run import QUIET, Run
 from modekit.search.advise.findings import Finding, finding_of
 from modekit.sources.adapter import AdapterSource, open_adapter
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
-from modekit.sources.families import Family, family_of
+from modekit.sources.families import family_of, own_family
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
 from modekit.sources.open import model_folder
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
@@ -43,9 +44,9 @@ def open_models(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Models:
     base = open_source("base_model", recipe.base_model, folder, revision=recipe.revision, run=run)
     where = f"base_model ({base.spec})"
     family = family_of(base.config, where=where)
-    check_sizes(base)
+    check_sizes(base, family)
     check_dtypes(base)
-    check_complete(base, family, int(base.config["num_hidden_layers"]))
+    check_complete(base, family, family.layers(base.config))
     check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
     experts: dict[int, ModelSource] = {}
     findings: list[Finding] = []
@@ -75,7 +76,7 @@ def _open(expert: Expert, index: int, base: ModelSource, root: Path, run: Run) -
 
 def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family) -> Iterator[Finding]:
     """What a build would refuse; every check speaks for itself, so that one does not hide the next."""
-    layers = int(base.config["num_hidden_layers"])
+    layers = family.layers(base.config)
 
     def shapes() -> None:
         for ref in base.tensors.values():
@@ -83,7 +84,7 @@ def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family)
                 piece_of((base, source), 1, ref)
 
     of_full_models: list[Callable[[], object]] = [
-        lambda: check_sizes(source),
+        lambda: check_sizes(source, own_family(source.config, family)),
         lambda: check_dtypes(source),
         lambda: check_same_architecture(base, source, family),
         lambda: check_complete(source, family, layers),

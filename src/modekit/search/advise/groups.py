@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from modekit.sources.compatibility import own_names
-from modekit.sources.families import Family
+from modekit.sources.family import Family
 from modekit.sources.model import ModelSource
 from modekit.sources.names import EMBEDDING, HEAD, module_of, split_layer
 

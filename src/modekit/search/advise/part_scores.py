@@ -168,12 +168,12 @@ class _Scorer:
 
 def _cut(sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
     """Up to _BLOCKS runs of sequences with about as many tokens each, so that a document is mostly in one of them."""
-    total = sum(len(sequence.ids) for sequence in sequences)
+    total = sum(sequence.size for sequence in sequences)
     parts: list[list[TokenSequence]] = [[]]
     taken = 0
     for sequence in sequences:
         if parts[-1] and taken >= total * len(parts) / _BLOCKS:
             parts.append([])
         parts[-1].append(sequence)
-        taken += len(sequence.ids)
+        taken += sequence.size
     return [part for part in parts if part]

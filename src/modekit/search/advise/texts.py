@@ -51,7 +51,7 @@ def read_texts(
             continue
         chosen = own.select_of(text) if text is not None else []
         sequences = encode(tokenizer, chosen, max_tokens=tokens, sequence_length=SEQUENCE_LENGTH)
-        count = sum(len(sequence.ids) for sequence in sequences)
+        count = sum(sequence.size for sequence in sequences)
         if count < tokens / 2:
             findings.append(_too_little(expert.name, count, tokens))
         texts[place] = Text(sequences, {**text_record(chosen, count), "sequence_length": SEQUENCE_LENGTH}, fit)

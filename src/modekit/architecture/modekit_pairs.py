@@ -1,0 +1,155 @@
+"""Mixtures of models with an encoder: the installed classes of a family of pairs (translation models), with modules replaced.
+
+The encoder reads a source as a whole, once; the decoder writes its target token by token and reads the encoder's output. So
+routers that read hidden states decide per token of the text that their layer runs on, and their averages are of the whole
+source in the encoder and causal in the decoder. Routers that read token ids read the source alone, in either, and decide once:
+what is written is another language. The source's ids go with the encoder's output, so that they follow its sequences into beams.
+
+Shape legend: B batch, S tokens of the source.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_modekit import ModekitConfig, family_config
+from .modekit_flow import Flow
+from .modekit_router import places_of
+from .modeling_modekit import InBoth, asks_for_log, finish_pass, initialise, install, logged, start_pass
+
+_IDS = "source_ids"
+"""Entry of an encoder's output."""
+
+
+class _BeforeEncoder:
+    """Tells the routers what the source is. An object and no function, so that a copy of a model has one with its own flow."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        start_pass(self._flow, kwargs)
+        self._flow.encoding = True
+        self._flow.source_ids_BS, self._flow.source_mask_BS = self._flow.ids_BS, self._flow.mask_BS
+
+
+class _AfterEncoder:
+    """Lets the source's ids go with the output."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+        self._flow.encoding, self._flow.fresh = False, {}
+        if self._flow.source_ids_BS is not None and hasattr(output, "keys"):
+            output[_IDS] = self._flow.source_ids_BS
+
+
+class _BeforeDecoder:
+    """Tells the routers which tokens are pads, and where their averages stood."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        start_pass(self._flow, kwargs)
+
+
+class _AfterDecoder:
+    """Keeps the routers' averages beside the keys and values."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+        finish_pass(self._flow, output)
+
+
+class MixtureForSeq2SeqLM(InBoth):
+    """Mixed into a family's model for pairs: replaces the places in encoder and decoder."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        flow = self.base_model.flow = Flow(pair=True)
+        install(self, "", config, flow)  # type: ignore[arg-type]
+        encoder, decoder = self.get_encoder(), self.get_decoder()  # type: ignore[attr-defined]
+        encoder.register_forward_pre_hook(_BeforeEncoder(flow), with_kwargs=True)
+        encoder.register_forward_hook(_AfterEncoder(flow), with_kwargs=True)
+        decoder.register_forward_pre_hook(_BeforeDecoder(flow), with_kwargs=True)
+        decoder.register_forward_hook(_AfterDecoder(flow), with_kwargs=True)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
+        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back."""
+        self.base_model.flow.forced = places_of(expert, self.config.modekit["experts"])
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module)
+        super()._init_weights(module)  # type: ignore[misc]
+
+
+@functools.cache
+def pair_class(config_class: Any) -> Any:
+    """The model of the family that a config class (from `family_config`) descends from."""
+    dense_config = config_class.__mro__[1]
+    dense = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[dense_config]
+    members = {
+        "__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {},
+        "__qualname__": f"ModekitForSeq2SeqLM_{dense_config.model_type}", "forward": _forward_of(dense),
+        "_auto_class": "AutoModelForSeq2SeqLM",
+    }  # fmt: skip
+    return type("ModekitForSeq2SeqLM", (MixtureForSeq2SeqLM, dense), members)
+
+
+def _forward_of(dense: Any) -> Callable[..., Any]:
+    """A pass of the family's model; the source is what its encoder reads, or has read."""
+    arguments = list(inspect.signature(dense.forward).parameters)[1:]
+
+    @functools.wraps(dense.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flow, asked = self.base_model.flow, asks_for_log(self.config, kwargs)
+        with flow.one_pass():
+            given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+            encoded: Any = given.get("encoder_outputs")
+            carried = hasattr(encoded, "keys") and _IDS in encoded
+            flow.source_ids_BS = encoded[_IDS] if carried else given.get("input_ids")
+            flow.source_mask_BS = given.get("attention_mask")
+            run = functools.partial(dense.forward, self, *args, **kwargs)
+            return logged(flow, run) if asked else run()
+
+    return forward
+
+
+class ModekitForSeq2SeqLM:
+    """What AutoModelForSeq2SeqLM is given: opens as the model of the checkpoint's family."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """The family's model from a checkpoint folder or hub id."""
+        config = config if config is not None else ModekitConfig.from_pretrained(path)
+        return pair_class(config.__class__).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        return pair_class(config.__class__)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: the family's classes say where their code is."""
+
+
+def __getattr__(name: str) -> Any:
+    """The class of a family, which pickle looks for under its qualified name."""
+    kind, _, dense_type = name.partition("_")
+    if kind == "ModekitForSeq2SeqLM" and dense_type in CONFIG_MAPPING:
+        config_class: Any = family_config(dense_type)
+        return pair_class(config_class)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

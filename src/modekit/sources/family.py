@@ -1,0 +1,188 @@
+"""What a dense family is: where the parts of its layers live, and what its config.json leaves unsaid.
+
+Most families are one stack of layers, a decoder. Families of *pairs* have two, an encoder that reads a source and a decoder that
+writes its target; a layer of theirs is called by its stack, such as `encoder.3`. The rows are in families.py and pairs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modekit.errors import SourceError
+from modekit.recipes.layers import Layer, layer_at, stack_of
+from modekit.sources.names import EMBEDDING, FINAL_NORM
+
+Config = Mapping[str, Any]
+
+PARTS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down")
+"""Linear parts of a layer in the order in which they run; those of the attention to an encoder's output are `cross`."""
+READ_ALIKE = ({"q", "k", "v"}, {"cross_k", "cross_v"}, {"gate", "up"})
+"""Parts of a layer that read the same input."""
+
+LINEAR = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one kind, one after the other.
+
+    Attributes:
+        name: `encoder` or `decoder` of a pair, else empty.
+        layers: what the names of everything in its layers begin with.
+        count: key of config.json for their number; of those that are not there, the first that is counts.
+        parts: part -> module under the layer; parts that the family fuses share a module.
+        ffn: module of the whole FFN under the layer; its input is what the router of whole FFN experts reads.
+        ffn_calls: where the layer calls the FFN's modules itself and none holds them: their names, in the order in which it
+            does; `ffn` is the first of them, and stands for all.
+        ffn_width: key of config.json for F.
+        first: what the first layer alone has.
+        outside: tensors before and behind the layers that must be there, but for embedding and head.
+    """
+
+    name: str = ""
+    layers: str = "model.layers."
+    count: tuple[str, ...] = ("num_hidden_layers",)
+    parts: Mapping[str, str] = field(default_factory=lambda: LINEAR)
+    ffn: str = "mlp"
+    ffn_calls: tuple[str, ...] = ()
+    ffn_width: str = "intermediate_size"
+    first: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+
+    @property
+    def mlp(self) -> dict[str, str]:
+        """Part of the FFN -> name under the layer of its weight: gate and up (F, D), down (D, F); fused ones are one."""
+        return {part: f"{self.parts[part]}.weight" for part in ("gate", "up", "down") if part in self.parts}
+
+    def size(self, config: Config) -> int:
+        """How many layers config.json says there are."""
+        return int(next(config[key] for key in self.count if config.get(key) is not None))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One dense family.
+
+    Attributes:
+        model_type: `model_type` of its config.
+        stacks: its decoder, or its encoder and its decoder.
+        variant: of several rows with one `model_type`, which of them; the row for it says `is_variant`.
+        heads_first: modules under the layer that see (B, heads, S, width) and not (B, S, ...).
+        head_dim: the default when config.json is silent; None means hidden / heads.
+        rope_theta: the default; None for families without rotary embeddings.
+        layer_types: the kind of attention per layer that the class takes when config.json is silent.
+        norms_have_weights: whether its norms do.
+        defaults: other defaults to write out.
+        without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
+        width: key of config.json for the width of the residual stream.
+        embedding: the module of the tokens' embedding.
+        copies: tensors that files may hold besides the embedding and that are the same parameter.
+        must_match: keys of config.json, besides those of all families, in which experts must equal their base.
+    """
+
+    model_type: str
+    stacks: tuple[Stack, ...] = (Stack(),)
+    variant: str = ""
+    is_variant: Callable[[Config], bool] = lambda config: True
+    heads_first: tuple[str, ...] = ()
+    head_dim: int | None = None
+    rope_theta: float | None = 10_000.0
+    layer_types: Callable[[Config], list[str]] | None = None
+    norms_have_weights: bool = True
+    defaults: Config = field(default_factory=dict)
+    without_vllm: str = ""
+    width: str = "hidden_size"
+    embedding: str = EMBEDDING
+    copies: tuple[str, ...] = ()
+    must_match: tuple[str, ...] = ()
+
+    @property
+    def pair(self) -> bool:
+        """Whether it has an encoder, and a decoder that writes what the encoder's text becomes."""
+        return len(self.stacks) > 1
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """Of the decoder."""
+        return self.stacks[-1].parts
+
+    @property
+    def all_parts(self) -> list[str]:
+        """What any stack has, in the order in which parts run."""
+        return [part for part in PARTS if any(part in stack.parts for stack in self.stacks)]
+
+    @property
+    def mlp_module(self) -> str:
+        """Of the decoder."""
+        return self.stacks[-1].ffn
+
+    @property
+    def mlp(self) -> dict[str, str]:
+        """Of the decoder."""
+        return self.stacks[-1].mlp
+
+    @property
+    def outside(self) -> list[str]:
+        """Tensors outside of the layers that must be there, but for the head."""
+        own = [name for stack in self.stacks for name in stack.outside]
+        return [f"{self.embedding}.weight", *own, *([f"{FINAL_NORM}.weight"] if self.norms_have_weights and not self.pair else ())]
+
+    def hidden(self, config: Config) -> int:
+        """Width of the residual stream."""
+        return int(config[self.width])
+
+    def layers(self, config: Config) -> list[Layer]:
+        """All layers that config.json says there are, in the order in which they run."""
+        return [layer_at(stack.name, number) for stack in self.stacks for number in range(stack.size(config))]
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """Stack -> number of layers."""
+        return {stack.name: stack.size(config) for stack in self.stacks}
+
+    def stack_of(self, layer: Layer) -> Stack:
+        """The stack that a layer is in."""
+        name, _ = stack_of(layer)
+        return next((stack for stack in self.stacks if stack.name == name), self.stacks[-1])
+
+    def in_layer(self, layer: Layer, path: str = "") -> str:
+        """3, mlp.up_proj -> model.layers.3.mlp.up_proj; encoder.3, fc1 -> model.encoder.layers.3.fc1."""
+        return f"{self.stack_of(layer).layers}{stack_of(layer)[1]}.{path}"
+
+    def dense_config(self, config: Config) -> dict[str, Any]:
+        """The dense config with every default written out and rope in one form."""
+        full: dict[str, Any] = {**self.defaults, **config}  # an explicit null is a setting, too
+        if self.pair:
+            return full
+        if full.get("num_key_value_heads") is None:
+            full["num_key_value_heads"] = full["num_attention_heads"]
+        if full.get("head_dim") is None:
+            full["head_dim"] = self.head_dim or int(full["hidden_size"]) // int(full["num_attention_heads"])
+        if full.get("use_sliding_window") is False:
+            full["sliding_window"] = None
+        if self.layer_types is not None and full.get("layer_types") is None:
+            full["layer_types"] = self.layer_types(full)
+        full["rope_parameters"] = rope_parameters(config, self.rope_theta)
+        full.pop("rope_theta", None)
+        full.pop("rope_scaling", None)
+        return full
+
+
+def rope_parameters(config: Config, default_theta: float | None) -> dict[str, Any]:
+    """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise SourceError(
+            "the rotary settings in config.json are not a mapping", found=given, expected="rope_type, rope_theta, ...",
+            remedy="download or save the model again",
+        )  # fmt: skip
+    rope = dict(given)
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    rope.setdefault("rope_type", "default")
+    rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
+    return rope

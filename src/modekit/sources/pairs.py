@@ -1,0 +1,84 @@
+"""Dense families of pairs: an encoder reads a source, a decoder writes its target (translation models). A row of data each.
+
+All of them are mixed in the modekit architecture. In Bart and its like no module holds the FFN: the layer calls `fc1`, the
+activation and `fc2` itself, so that a mixture of whole FFNs puts all three into one (architecture/modekit_chain.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modekit.sources.family import Config, Family, Stack
+
+_WITHOUT_VLLM = "modekit's plug-in for vLLM serves models of one stack, and this one has an encoder"
+_SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
+_CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
+_TWO = {"up": "fc1", "down": "fc2"}
+_BART_KEYS = (
+    "d_model", "vocab_size", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim",
+    "encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding",
+    "max_position_embeddings", "share_encoder_decoder_embeddings", "decoder_vocab_size", "tie_word_embeddings",
+    "static_position_embeddings", "add_final_layer_norm", "normalize_before", "normalize_embedding",
+)  # fmt: skip
+
+
+def _bart(model_type: str, *outside: str) -> Family:
+    """A family whose layers are Bart's. `outside`: what encoder and decoder have besides their layers."""
+    stacks = tuple(
+        Stack(
+            name=name, layers=f"model.{name}.layers.", count=(f"{name}_layers",), ffn="fc1",
+            parts={**_SELF, **(_CROSS if name == "decoder" else {}), **_TWO}, ffn_width=f"{name}_ffn_dim",
+            ffn_calls=("fc1", "activation_fn", "fc2"), outside=tuple(f"model.{name}.{each}" for each in outside),
+        )
+        for name in ("encoder", "decoder")
+    )  # fmt: skip
+    return Family(
+        model_type, stacks, rope_theta=None, without_vllm=_WITHOUT_VLLM, width="d_model", embedding="model.shared",
+        defaults={"tie_word_embeddings": True},
+        copies=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"), must_match=_BART_KEYS,
+    )  # fmt: skip
+
+
+def _t5(gated: bool) -> Family:
+    """T5 as it was, with one matrix before the activation, or `gated` as from version 1.1 on (Flan-T5), with two."""
+    ffn = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if gated else {"up": "wi", "down": "wo"}
+    stacks = []
+    for name, place, count in (("encoder", 1, ("num_layers",)), ("decoder", 2, ("num_decoder_layers", "num_layers"))):
+        parts = {part: f"layer.0.SelfAttention.{part}" for part in "qkvo"}
+        if name == "decoder":
+            parts |= {f"cross_{part}": f"layer.1.EncDecAttention.{part}" for part in "qkvo"}
+        parts |= {part: f"layer.{place}.DenseReluDense.{each}" for part, each in ffn.items()}
+        stacks.append(Stack(
+            name=name, layers=f"{name}.block.", count=count, parts=parts, ffn=f"layer.{place}.DenseReluDense",
+            ffn_width="d_ff", first=("layer.0.SelfAttention.relative_attention_bias.weight",),
+            outside=(f"{name}.final_layer_norm.weight",),
+        ))  # fmt: skip
+    return Family(
+        "t5", tuple(stacks), variant="gated" if gated else "", is_variant=lambda config: _is_gated(config) == gated,
+        rope_theta=None, without_vllm=_WITHOUT_VLLM, width="d_model", embedding="shared",
+        defaults={"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6},
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        must_match=(
+            "d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj",
+            "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "tie_word_embeddings",
+        ),
+    )  # fmt: skip
+
+
+def _is_gated(config: Config) -> bool:
+    kind: Any = config.get("feed_forward_proj") or "relu"
+    return str(kind).startswith("gated")
+
+
+_LEARNED = "embed_positions.weight"
+_NORM_BEFORE = ("layernorm_embedding.weight", "layernorm_embedding.bias")
+_NORM_BEHIND = ("layer_norm.weight", "layer_norm.bias")
+
+PAIRS: tuple[Family, ...] = (
+    _bart("bart", _LEARNED, *_NORM_BEFORE),
+    _bart("mbart", _LEARNED, *_NORM_BEFORE, *_NORM_BEHIND),
+    _bart("marian"),
+    _bart("m2m_100", *_NORM_BEHIND),
+    _t5(gated=False),
+    _t5(gated=True),
+)
