@@ -8,7 +8,9 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
+from modekit.text.aligned import aligned_files, read_aligned
 from modekit.text.chat import Conversation
+from modekit.text.pairs import Pair, of_one_kind
 from modekit.text.records import TEXT_SUFFIXES, Record, read_file, read_hub
 from modekit.text.splits import digest_of
 
@@ -19,12 +21,14 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]
     """All documents of a domain, in an order that depends only on their text; exact duplicates once.
 
     Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
-    line ends; .jsonl and .parquet hold one document per record, text in `text` or a conversation in `messages`. Anything that
-    is no path is taken for a hub data set (split `train`).
+    line ends; .jsonl and .parquet hold one document per record, text in `text`, a conversation in `messages`, or a pair in
+    `source` and `target` or in `translation`. Two plain files named as one, `news.en+news.fr`, are a pair per line. Anything
+    that is no path is taken for a hub data set (split `train`).
 
-    Raises TextError when nothing is there, or it is empty or binary.
+    Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
-    documents = {digest_of(document): document for document in stream_documents(specs, root=root, where=where)}
+    read = of_one_kind(stream_documents(specs, root=root, where=where), where=where)
+    documents = {digest_of(document): document for document in read}
     if not documents:
         raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
     return [documents[key] for key in sorted(documents)]
@@ -46,31 +50,40 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
         for record in _read_spec(spec, root=root, where=where):
             document = record.document
             if document.strip():
-                yield record if isinstance(document, Conversation) else Record(document.strip(), record.id)
+                yield record if isinstance(document, Conversation | Pair) else Record(document.strip(), record.id)
 
 
 def is_local(spec: str, root: Path) -> bool:
-    """Whether a text is a file or folder, there or not, rather than a hub data set."""
-    return spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")) or locate(spec, root) is not None
+    """Whether a text is a file or folder, or two files joined by '+', there or not, rather than a hub data set."""
+    named = spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")) or "+" in spec  # no data set has one in its name
+    return named or locate(spec, root) is not None
 
 
 def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
     """Raise TextError when a text on disk is not there; nothing is read."""
     for spec in specs:
-        if is_local(spec, root) and locate(spec, root) is None:
-            raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
+        if is_local(spec, root) and _files_of(spec, root) is None:
+            remedy = "correct the paths: 'a+b' are two files with a line for a line" if "+" in spec else "correct the path"
+            raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
 
 
 def found_in(documents: Sequence[str], specs: Sequence[str], root: Path) -> str:
     """What `read_documents` found there, in words: 1 document in 1 file."""
-    paths = [locate(spec, root) for spec in specs]
-    files = sum(len(_files_in(path)) for path in paths if path is not None)
-    counts = [(files, "file"), (paths.count(None), "data set")]
+    found = [_files_of(spec, root) for spec in specs]
+    counts = [(sum(len(files) for files in found if files is not None), "file"), (found.count(None), "data set")]
     return f"{_counted(len(documents), 'document')} in " + " and ".join(_counted(*each) for each in counts if each[0])
 
 
 def _counted(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _files_of(spec: str, root: Path) -> list[Path] | None:
+    """The files that a text is read from; None of what is not on disk."""
+    path, both = locate(spec, root), aligned_files(spec, root)
+    if path is None:
+        return None if both is None else list(both)
+    return _files_in(path)
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -89,15 +102,18 @@ def _files_in(path: Path) -> list[Path]:
 def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
     total = 0
-    for path in (locate(spec, root) for spec in specs):
-        for file in _files_in(path) if path is not None else ():
+    for files in (_files_of(spec, root) for spec in specs):
+        for file in files or ():
             with suppress(OSError):
                 total += file.stat().st_size
     return total
 
 
 def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[Record]:
-    path = locate(spec, root)
+    path, both = locate(spec, root), aligned_files(spec, root)
+    if both is not None:
+        yield from map(Record, read_aligned(*both, where=where))
+        return
     if path is None:
         check_present([spec], root=root, where=where)
         yield from read_hub(spec, where=where)

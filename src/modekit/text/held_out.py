@@ -37,6 +37,7 @@ from pathlib import Path
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.documents import found_in, read_documents
+from modekit.text.pairs import of_one_kind
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
@@ -91,7 +92,7 @@ def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
     """
     where = f"experts[{place}] '{expert.name}': text"
     text = read_text(expert.text, root=root, where=where) if expert.text else DomainText((), where, None)
-    documents = [*(expert.prompts or []), *text.fit()]
+    documents = list(of_one_kind([*(expert.prompts or []), *text.fit()], where=where))
     if not documents:
         raise text.nothing_left("no document is left for the fit after the held-out split")
     return documents

@@ -1,22 +1,25 @@
-"""What lies in a text file or a hub data set: plain text, one record per line, or a column of a table."""
+"""What lies in a text file or a hub data set: plain text, one record per line, or columns of a table."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
-from modekit.text.chat import conversation_of
+from modekit.text.chat import Conversation, conversation_of
+from modekit.text.pairs import SOURCE, TARGET, TRANSLATION, Pair, pair_of
 from modekit.text.passages import passages
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
 _BATCH = 1_000  # rows in memory at once
 _COLUMNS = ("text", "messages")  # of a table
+_PAIR_COLUMNS = (SOURCE, TARGET, TRANSLATION)  # read where it has none of those: `source` alone often says where text is from
 _ID = "id"
 _ROWS = 2**20  # of a table, more only as far as its file is larger: a row of nothing takes no room there, but time
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
@@ -28,6 +31,13 @@ class Record:
 
     document: str
     id: str | None = None
+
+
+def data_of(document: str) -> dict[str, Any]:
+    """A document as the data of a record that gives it back."""
+    if isinstance(document, Conversation):
+        return {"messages": list(document.messages)}
+    return {SOURCE: document.source, TARGET: document.target} if isinstance(document, Pair) else {"text": document}
 
 
 def decode(data: bytes, *, where: str) -> str:
@@ -57,7 +67,7 @@ def read_file(file: Path, *, where: str) -> Iterator[Record]:
             yield from _read_lines(file, where=place)
             return
         with open_regular(file) as stream:
-            text = _plain(stream.readall(), where=place)
+            text = plain_text(stream.readall(), where=place)
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
     yield from map(Record, passages(text))
@@ -67,12 +77,13 @@ def _read_lines(file: Path, *, where: str) -> Iterator[Record]:
     """A record per line, of which one is in memory. Raises OSError, TextError."""
     with open_regular(file) as stream:
         for number, data in enumerate(io.BufferedReader(stream), 1):  # cut at \n alone, not at U+2028 inside a record
-            line = _plain(data, where=where)
+            line = plain_text(data, where=where)
             if line.strip():
                 yield _record(line, where=f"{where}:{number}")
 
 
-def _plain(data: bytes, *, where: str) -> str:
+def plain_text(data: bytes, *, where: str) -> str:
+    """UTF-8 as text. Raises TextError for anything else, and for NUL characters, which no text has."""
     text = decode(data, where=where)
     if "\x00" in text:
         raise TextError("the text holds NUL characters (binary file?)", where=where, remedy="give plain text")
@@ -81,20 +92,23 @@ def _plain(data: bytes, *, where: str) -> str:
 
 def _record(line: str, *, where: str) -> Record:
     try:
-        record = _record_of(json.loads(line))
+        record = _record_of(json.loads(line), where=where)
     except (ValueError, RecursionError):
         record = None
     if record is None:
         raise TextError(
-            "not a JSON record with a string in 'text' or a conversation in 'messages'", where=where, found=line[:60],
-            expected='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
+            "not a JSON record with a string in 'text', a conversation in 'messages' or a pair of texts", where=where,
+            found=line[:60],
+            expected='{"text": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]}, {"source": "...", "target": '
+            '"..."} or {"translation": {"en": "...", "fr": "..."}}',
             remedy="correct or remove the line",
         )  # fmt: skip
     return record
 
 
-def _record_of(record: object) -> Record | None:
-    document = _document_of(record)
+def _record_of(record: object, *, where: str) -> Record | None:
+    """None for what is no record of any kind. Raises TextError for a pair of which a side is empty."""
+    document = _document_of(record, where)
     return None if document is None or not isinstance(record, dict) else Record(document, _id_of(record.get(_ID)))
 
 
@@ -105,14 +119,15 @@ def _id_of(value: object) -> str | None:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 
-def _document_of(record: object) -> str | None:
-    """The text of a record, or else its conversation; None when it has neither."""
+def _document_of(record: object, where: str) -> str | None:
+    """The text of a record, or else its conversation, or else its pair; None when it has none of them."""
     if not isinstance(record, dict):
         return None
     text = record.get("text")
     if isinstance(text, str):
         return text.encode("utf-8", "replace").decode()  # an escaped half of a surrogate pair is no character
-    return conversation_of(record.get("messages"))
+    conversation = conversation_of(record.get("messages"))
+    return pair_of(record, where=where) if conversation is None else conversation
 
 
 def _read_parquet(file: Path, *, where: str) -> Iterator[Record]:
@@ -124,18 +139,30 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[Record]:
         with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
             if table.metadata.num_rows > _ROWS + 8 * file.stat().st_size:
                 raise ValueError(f"{table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
-            columns = [name for name in (*_COLUMNS, _ID) if name in table.schema_arrow.names]
-            if not set(columns) & set(_COLUMNS):
-                columns = [_COLUMNS[0]]
-            for batch in table.iter_batches(_BATCH, columns=columns):
-                found = map(_record_of, batch.select(columns).to_pylist())
-                yield from (record for record in found if record is not None)
+            columns = _columns_of(table.schema_arrow.names)
+            batches = table.iter_batches(_BATCH, columns=columns)
+            rows = (data for batch in batches for data in batch.select(columns).to_pylist())
+            for number, data in enumerate(rows, 1):
+                record = _record_of(data, where=f"{where}: row {number}")
+                if record is not None:
+                    yield record
+    except TextError:
+        raise
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
-            "the parquet file has no readable column 'text' or 'messages'", where=where,
+            "the parquet file has no readable column 'text' or 'messages', nor pairs", where=where,
             found=(str(error) or type(error).__name__)[:300],
-            remedy="save the documents as strings in a column named 'text', or conversations in 'messages'",
+            remedy="save the documents as strings in a column named 'text', conversations in 'messages', or pairs of strings "
+            "in 'source' and 'target'",
         ) from None  # fmt: skip
+
+
+def _columns_of(names: Sequence[str]) -> list[str]:
+    """What is read of a table with these columns."""
+    alone = [name for name in _COLUMNS if name in names]
+    pairs = [name for name in _PAIR_COLUMNS if name in names]
+    whole = pairs if TRANSLATION in pairs or len(pairs) == 2 else []
+    return [*(alone or whole or _COLUMNS[:1]), *([_ID] if _ID in names else [])]
 
 
 def read_hub(spec: str, *, where: str) -> Iterator[Record]:
@@ -148,10 +175,12 @@ def read_hub(spec: str, *, where: str) -> Iterator[Record]:
             remedy="correct the path, or pip install 'modekit[data]' for hub data sets",
         ) from None  # fmt: skip
     try:
-        for data in islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS):
-            record = _record_of(data)
+        for row, data in enumerate(islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS), 1):
+            record = _record_of(data, where=f"{where}: {spec}: row {row}")
             if record is not None:
                 yield record
+    except TextError:
+        raise
     except Exception as error:  # network, missing data set, missing split: the library raises many kinds
         raise TextError(
             "no such file or folder, and no hub data set that can be reached", where=where,

@@ -1,6 +1,6 @@
 """Documents -> token sequences -> padded batches.
 
-Shape legend: B batch, S sequence.
+Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P predicted tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modekit.text.chat import ChatTemplate, Conversation, needed_template
+from modekit.text.pairs import Pair, both_kinds, of_one_kind
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _LONG = 2**20  # characters: a document that has no more is tokenised whole
 _PAST = 256  # tokens: where a text is cut changes none that stands so far before
+_NO_LABEL = -100  # where nothing is predicted, as losses of torch and transformers have it
 _THIN = 64  # characters: text with more of them per token, read so far, is not read on for tokens that may never come
 
 
@@ -25,20 +27,68 @@ class TokenSequence:
     """A piece of one document: token ids, and the bytes of text that its second to last token cover.
 
     `start`: tokens before the first one that says something of the document, in a chat those of the template and system.
+    `target`: of a pair the tokens that are predicted, with the end token, whose bytes are counted; `ids` are the source's.
     """
 
     ids: tuple[int, ...]
     scored_bytes: int
     start: int = 0
+    target: tuple[int, ...] = ()
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are predicted: all but the first, of a pair those of the target."""
+        return len(self.target) if self.target else len(self.ids) - 1
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are altogether."""
+        return len(self.ids) + len(self.target)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids (B, S) int64 and the mask of real tokens (B, S) bool; `rows` are places in the input."""
+    """Right-padded token ids (B, S) int64 and the mask of real tokens (B, S) bool; `rows` are places in the input.
+
+    `target`: of pairs the labels (B, T) int64, -100 behind their end; None for plain text.
+    """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     rows: tuple[int, ...]
+    target: torch.Tensor | None = None
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """What is predicted (B, P) int64, -100 where nothing is: the next tokens, P = S - 1, or those of the target, P = T."""
+        if self.target is not None:
+            return self.target
+        return self.input_ids[:, 1:].masked_fill(~self.mask[:, 1:], _NO_LABEL)
+
+    @property
+    def target_mask(self) -> torch.Tensor:
+        """Real tokens of the targets (B, T) bool; (B, 0) for plain text."""
+        return self.mask[:, :0] if self.target is None else self.target != _NO_LABEL
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens altogether."""
+        return int(self.mask.sum()) + int(self.target_mask.sum())
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.labels != _NO_LABEL).sum())
+
+    def share(self, place: int, count: int) -> Batch:
+        """Every `count`-th row from `place` on."""
+        target = None if self.target is None else self.target[place::count]
+        return Batch(self.input_ids[place::count], self.mask[place::count], self.rows[place::count], target)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        target = None if self.target is None else self.target.to(device)
+        return Batch(self.input_ids.to(device), self.mask.to(device), self.rows, target)
 
 
 def encode(
@@ -54,11 +104,21 @@ def encode(
     A document is never joined to another. Pieces of a single token are dropped (nothing in them can be predicted), and
     so is what is left of a document when it is shorter than `shortest_rest`. A conversation is written by the tokenizer's chat
     template; TextError when there is none, or it does not take the messages.
+
+    A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
+    no longer fits into `max_tokens`. TextError where pairs and other text come together.
     """
     sequences: list[TokenSequence] = []
     template: ChatTemplate | None = None
     total = 0
-    for document in documents:
+    for document in of_one_kind(documents):
+        if isinstance(document, Pair):
+            pair = _encoded(tokenizer, document, sequence_length)
+            total += 0 if pair is None else pair.size
+            if total > max_tokens:
+                break
+            sequences += [] if pair is None else [pair]
+            continue
         opening = 0
         if isinstance(document, Conversation):
             template = template or needed_template(tokenizer, "messages")
@@ -81,6 +141,17 @@ def encode(
         if total >= max_tokens - 1:
             break
     return sequences
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, pair: Pair, longest: int) -> TokenSequence | None:
+    """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
+    if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
+        return None
+    ids: list[int] = tokenizer(pair.source, verbose=False)["input_ids"]
+    target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
+    if not 0 < min(len(ids), len(target)) <= max(len(ids), len(target)) <= longest:
+        return None
+    return TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
 
 
 def _tokenise(
@@ -110,17 +181,35 @@ def _tokenise(
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
-    """Batches of about `tokens` padded tokens; sequences of similar length share one, so that little is padding."""
+    """Batches of about `tokens` padded tokens, of sources and targets together; sequences of similar length share one, so that
+    little is padding.
+    """
+    order = sorted(range(len(sequences)), key=lambda row: (-sequences[row].size, row))
+    start = 0
+    while start < len(order):
+        rows, ids, target = [order[start]], len(sequences[order[start]].ids), len(sequences[order[start]].target)
+        for row in (order[place] for place in range(start + 1, len(order))):
+            longer = max(ids, len(sequences[row].ids)), max(target, len(sequences[row].target))
+            if sum(longer) * (len(rows) + 1) > tokens:
+                break
+            ids, target = longer
+            rows.append(row)
+        start += len(rows)
+        yield _padded(sequences, rows, (ids, target), pad_id)
+
+
+def _padded(sequences: Sequence[TokenSequence], rows: Sequence[int], lengths: tuple[int, int], pad_id: int) -> Batch:
+    """A batch of some sequences, of which no ids and no targets are longer than `lengths`."""
     import torch
 
-    order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row].ids), row))
-    while order:
-        longest = len(sequences[order[0]].ids)
-        rows, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
-        input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for place, row in enumerate(rows):
-            ids = sequences[row].ids
-            input_ids[place, : len(ids)] = torch.tensor(ids)
-            mask[place, : len(ids)] = True
-        yield Batch(input_ids, mask, tuple(rows))
+    input_ids = torch.full((len(rows), lengths[0]), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), lengths[0]), dtype=torch.bool)
+    labels = torch.full((len(rows), lengths[1]), _NO_LABEL, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids, target = sequences[row].ids, sequences[row].target
+        input_ids[place, : len(ids)] = torch.tensor(ids)
+        mask[place, : len(ids)] = True
+        labels[place, : len(target)] = torch.tensor(target, dtype=torch.int64)
+    if any(bool(sequences[row].target) != bool(lengths[1]) for row in rows):
+        raise both_kinds()
+    return Batch(input_ids, mask, tuple(rows), labels if lengths[1] else None)

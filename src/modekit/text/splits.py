@@ -18,6 +18,7 @@ from typing import Any, Literal
 from modekit.errors import TextError
 from modekit.files.read import LARGE, UNREADABLE, read_text
 from modekit.text.chat import Conversation
+from modekit.text.pairs import Pair
 
 Split = Literal["fit", "select", "report"]
 HeldOutSplit = Literal["select", "report"]
@@ -61,7 +62,9 @@ def documents_of_split(documents: Iterable[str], split: Split) -> list[str]:
 
 
 def text_record(documents: Sequence[str], tokens: int) -> dict[str, Any]:
-    """What a result remembers of a text: how much, and a digest of the documents it used (conversations with their roles)."""
-    said = (document.said if isinstance(document, Conversation) else document for document in documents)
+    """What a result remembers of a text: how much, and a digest of the documents it used (conversations with their roles, pairs
+    with their sides).
+    """
+    said = (document.said if isinstance(document, Conversation | Pair) else document for document in documents)
     together = hashlib.sha256("".join(map(digest_of, said)).encode()).hexdigest()
     return {"documents": len(documents), "tokens": tokens, "sha256": together}

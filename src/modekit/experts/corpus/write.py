@@ -20,8 +20,7 @@ from modekit.experts.corpus.count import Counted, Key, Reader, key_of, key_of_id
 from modekit.experts.corpus.settings import WHERE
 from modekit.files.read import open_regular
 from modekit.files.write import appearing, create, remove, temporary_in
-from modekit.text.chat import Conversation
-from modekit.text.records import Record
+from modekit.text.records import Record, data_of
 
 _BUFFER = 2**16
 _NAMELESS = "\U0010ffff"  # sorts behind every id
@@ -75,9 +74,7 @@ def _spooled(counted: Counted, reader: Reader, wanted: set[Key], stream: io.Buff
 
 def _line(record: Record, document: Key) -> bytes:
     """A record as `text/records.py` reads it; without an id of its own it is called by its hash."""
-    said = record.document
-    text = {"messages": list(said.messages)} if isinstance(said, Conversation) else {"text": said}
-    return (json.dumps({"id": record.id or document.hex(), **text}, ensure_ascii=False) + "\n").encode()
+    return (json.dumps({"id": record.id or document.hex(), **data_of(record.document)}, ensure_ascii=False) + "\n").encode()
 
 
 def _by_unit(counted: Counted, wanted: set[Key], lines: Mapping[Key, _Line]) -> dict[Key, list[_Line]]:

@@ -32,7 +32,7 @@ from modekit.search.discover.names import name_of, words_about
 from modekit.search.discover.serves import ASKED, Serving, check_tokenizer
 from modekit.search.discover.settings import DiscoverSettings, check_settings
 from modekit.search.discover.stream import Sample, Stream
-from modekit.text.chat import Conversation
+from modekit.text.records import data_of
 
 _TOGETHER = 512  # documents that are put to groups at once
 _BUFFER = 2**16
@@ -162,5 +162,4 @@ def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
 
 def _line(document: str) -> bytes:
     """A record as `text/records.py` reads it."""
-    record = {"messages": list(document.messages)} if isinstance(document, Conversation) else {"text": document}
-    return (json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    return (json.dumps(data_of(document), ensure_ascii=False, sort_keys=True) + "\n").encode()

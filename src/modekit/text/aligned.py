@@ -1,0 +1,55 @@
+"""Parallel text in two plain files, a pair per line: `news.en+news.fr`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from modekit.errors import TextError
+from modekit.files.read import open_regular
+from modekit.recipes.paths import locate
+from modekit.text.pairs import Pair, whole_pair
+from modekit.text.records import plain_text
+
+
+def aligned_files(spec: str, root: Path) -> tuple[Path, Path] | None:
+    """The two files that `news.en+news.fr` names, source and target; None where it is the name of something, or no two files.
+
+    A file may have a '+' in its name: the one that joins two files is the one with a file on either side.
+    """
+    if "+" not in spec or locate(spec, root) is not None:
+        return None
+    for place in (place for place, sign in enumerate(spec) if sign == "+"):
+        sides = [locate(side, root) if side else None for side in (spec[:place], spec[place + 1 :])]
+        source, target = (side if side is not None and side.is_file() else None for side in sides)
+        if source is not None and target is not None:
+            return source, target
+    return None
+
+
+def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
+    """A pair per line of two files; a line that is empty in both is none.
+
+    Raises TextError when one has more lines than the other, a line is empty in one alone, or they cannot be read.
+    """
+    counts = [0, 0]
+    try:
+        with open_regular(source) as first, open_regular(target) as second:
+            lines = zip_longest(io.BufferedReader(first), io.BufferedReader(second))  # cut at \n alone, not at U+2028
+            for number, both in enumerate(lines, 1):
+                counts = [counts[side] + (line is not None) for side, line in enumerate(both)]
+                if counts[0] == counts[1]:
+                    places = (f"{where}: {file.name}:{number}" for file in (source, target))
+                    sides = [plain_text(line, where=place) for line, place in zip(both, places, strict=True)]
+                    if any(side.strip() for side in sides):
+                        yield whole_pair(sides[0], sides[1], where=f"{where}: line {number} of {source.name} and {target.name}")
+    except OSError as error:
+        raise TextError("the text cannot be read", where=where, found=error.strerror, remedy="make it readable") from None
+    if counts[0] != counts[1]:
+        raise TextError(
+            "two files of parallel text have different numbers of lines", where=where,
+            found=f"{source.name}: {counts[0]:,} lines, {target.name}: {counts[1]:,} lines", expected="a line for a line",
+            remedy="align the files: line 1 of one is the translation of line 1 of the other",
+        )  # fmt: skip

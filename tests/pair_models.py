@@ -1,0 +1,60 @@
+"""Tiny random models with an encoder, one of each family, and pairs that they read with the test tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import processors
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from conftest import VOCAB, character_tokenizer
+from modekit.text.pairs import Pair
+
+_BART: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "dropout": 0.0,
+}  # fmt: skip
+PAIR_FAMILIES: dict[str, dict[str, Any]] = {
+    "bart": _BART,
+    "mbart": _BART,
+    "marian": {**_BART, "decoder_start_token_id": 0, "decoder_vocab_size": VOCAB},
+    "m2m_100": _BART,
+    "t5": {
+        "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "pad_token_id": 0, "eos_token_id": 2,
+        "decoder_start_token_id": 0, "dropout_rate": 0.0,
+    },
+}  # fmt: skip
+"""Model type -> sizes."""
+
+
+def pair_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A small random model, whose weights are so large that every token matters."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**PAIR_FAMILIES[model_type], **overrides})
+    model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name and "shared" not in name:
+                parameter.mul_(3.0)
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """The test tokenizer, with an end token behind every text."""
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def pairs(count: int) -> list[Pair]:
+    """Words, and the same words in capitals; all different, of different lengths."""
+    words = ["fever", "artery", "lesion", "dose", "nerve", "renal", "tumour", "pulse"]
+    said = (" ".join(words[(number + place) % 8] for place in range(1 + number % 4)) for number in range(count))
+    return [Pair(f"{number} {text}", f"{text.upper()} {number % 7}") for number, text in enumerate(said)]

@@ -1,0 +1,169 @@
+"""Pairs: read from records and aligned files, told from plain text, encoded whole, and put into batches."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from modekit.errors import TextError
+from modekit.recipes.recipe import Expert
+from modekit.text.documents import bytes_of_text, check_present, found_in, is_local, read_documents
+from modekit.text.held_out import fit_documents
+from modekit.text.pairs import Pair, pair_of
+from modekit.text.records import data_of
+from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.text.splits import digest_of, text_record
+from pair_models import pair_tokenizer, pairs
+
+SAID = [("good day", "bonjour"), ("one, two", "un, deux"), ("where?", "où ?")]
+PAIRS = [Pair(*sides) for sides in SAID]
+
+
+def read(root: Path, *specs: str) -> list[str]:
+    return read_documents(specs, root=root, where="text")
+
+
+def write_lines(path: Path, lines: list[Any]) -> None:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+
+
+def test_a_pair_is_both_sides() -> None:
+    pair = Pair("good day", "bonjour")
+    assert str(pair) == "good day\nbonjour" and (pair.source, pair.target) == SAID[0]
+    again = pickle.loads(pickle.dumps(pair))
+    assert isinstance(again, Pair) and (again.source, again.target) == SAID[0]
+    one, other = Pair("good\nday", "bonjour"), Pair("good", "day\nbonjour")
+    assert digest_of(other) == digest_of(one) and other.said != one.said
+    assert len({text_record([each], 1)["sha256"] for each in (one, other, str(one))}) == 3
+    assert data_of(pair) == {"source": "good day", "target": "bonjour"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"source": "a", "target": 1}, {"source": "a"}, {"translation": {"en": "a"}}, {"translation": ["a", "b"]}, ["a", "b"],
+        {"translation": {"en": "a", "fr": "b", "de": "c"}}, {"translation": {"en": "a", "fr": None}}, {},
+    ],
+)  # fmt: skip
+def test_what_is_no_pair(record: object) -> None:
+    assert pair_of(record) is None
+
+
+def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"source": f" {source} ", "target": target, "id": 7} for source, target in SAID])
+    write_lines(tmp_path / "b.jsonl", [{"translation": {"en": source, "fr": target}} for source, target in SAID])
+    sides = {"source": [source for source, _ in SAID], "target": [target for _, target in SAID]}
+    parquet.write_table(pa.table(sides), tmp_path / "c.parquet")
+    parquet.write_table(pa.table({"translation": [{"en": s, "fr": t} for s, t in SAID]}), tmp_path / "d.parquet")
+    (tmp_path / "news.en").write_text("".join(f"{source}\r\n" for source, _ in SAID))
+    (tmp_path / "news.fr").write_text("\n".join(target for _, target in SAID))
+    found = [read(tmp_path, spec) for spec in ("a.jsonl", "b.jsonl", "c.parquet", "d.parquet", "news.en+news.fr")]
+    assert all(documents == found[0] and all(isinstance(each, Pair) for each in documents) for documents in found)
+    assert sorted(map(str, found[0])) == sorted(map(str, PAIRS))
+    assert len(read(tmp_path, "a.jsonl", "news.en+news.fr")) == 3
+
+
+def test_text_counts_before_a_source_that_says_where_it_is_from(tmp_path: Path) -> None:
+    record = {"text": "plain", "source": "the web", "target": "nobody"}
+    write_lines(tmp_path / "a.jsonl", [record])
+    parquet.write_table(pa.table({key: [value] for key, value in record.items()}), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        (document,) = read(tmp_path, name)
+        assert document == "plain" and not isinstance(document, Pair)
+
+
+def test_an_empty_side_is_an_error_that_says_where(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"source": "a", "target": "b"}, {"source": "c", "target": " "}])
+    with pytest.raises(TextError, match=r"empty target[\s\S]*a\.jsonl:2"):
+        read(tmp_path, "a.jsonl")
+    parquet.write_table(pa.table({"source": ["a", ""], "target": ["b", "c"]}), tmp_path / "b.parquet")
+    with pytest.raises(TextError, match=r"empty source[\s\S]*b\.parquet: row 2"):
+        read(tmp_path, "b.parquet")
+    write_lines(tmp_path / "x", ["a", "", "c"])
+    write_lines(tmp_path / "y", ["b", "", " "])
+    with pytest.raises(TextError, match=r"empty target[\s\S]*line 3 of x and y"):
+        read(tmp_path, "x+y")
+
+
+def test_files_that_are_not_aligned(tmp_path: Path) -> None:
+    write_lines(tmp_path / "x", ["a", "b", "c"])
+    write_lines(tmp_path / "y", ["d", "e"])
+    with pytest.raises(TextError, match=r"x: 3 lines, y: 2 lines"):
+        read(tmp_path, "x+y")
+    (tmp_path / "z").write_bytes(b"a\n\xff\nc\n")
+    with pytest.raises(TextError, match=r"not UTF-8[\s\S]*z:2"):
+        read(tmp_path, "x+z")
+
+
+def test_a_plus_in_a_name(tmp_path: Path) -> None:
+    write_lines(tmp_path / "c++.en", ["a"])
+    write_lines(tmp_path / "c++.fr", ["b"])
+    assert read(tmp_path, "c++.en+c++.fr") == [Pair("a", "b")]
+    write_lines(tmp_path / "c++.en+c++.fr", ["whole"])
+    with pytest.raises(TextError, match="kind of text file is not known"):  # a file of that whole name is that file
+        read(tmp_path, "c++.en+c++.fr")
+
+
+def test_two_files_as_one_are_local(tmp_path: Path) -> None:
+    write_lines(tmp_path / "x", ["a"])
+    write_lines(tmp_path / "y", ["bc"])
+    assert is_local("x+y", tmp_path) and is_local("x+gone", tmp_path) and not is_local("user/data", tmp_path)
+    check_present(["x+y"], root=tmp_path, where="text")
+    for gone in ("x+gone", "gone+y", "x+", "./x+gone"):
+        with pytest.raises(TextError, match="does not exist"):
+            check_present([gone], root=tmp_path, where="text")
+    assert found_in(read(tmp_path, "x+y"), ["x+y"], tmp_path) == "1 document in 2 files"
+    assert bytes_of_text(["x+y"], tmp_path) == 5
+
+
+def test_one_domain_has_pairs_or_plain_text(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"source": "a", "target": "b"}, {"text": "c"}])
+    with pytest.raises(TextError, match=r"pairs and plain text[\s\S]*here"):
+        read_documents(["a.jsonl"], root=tmp_path, where="here")
+    with pytest.raises(TextError, match="pairs and plain text"):
+        encode(pair_tokenizer(), [*PAIRS, "plain"], max_tokens=100, sequence_length=64)
+    with pytest.raises(TextError, match="pairs and plain text"):
+        list(make_batches([TokenSequence((1, 2), 0), TokenSequence((1, 2), 0, target=(3,))]))
+    write_lines(tmp_path / "b.jsonl", [{"source": f"{number}", "target": "b"} for number in range(20)])
+    with pytest.raises(TextError, match="pairs and plain text"):
+        fit_documents(Expert(name="one", model="x", text=["b.jsonl"], prompts=["a question"]), tmp_path, 0)
+
+
+def test_encode_keeps_pairs_whole() -> None:
+    tokenizer = pair_tokenizer()
+    found = encode(tokenizer, [Pair("abc", "de"), Pair("a" * 20, "b"), Pair("a", "bé")], max_tokens=100, sequence_length=10)
+    assert [(len(each.ids), len(each.target)) for each in found] == [(4, 3), (2, 3)]
+    assert [each.target[-1] for each in found] == [tokenizer.eos_token_id] * 2
+    assert [(each.size, each.scored, each.scored_bytes) for each in found] == [(7, 3, 2), (5, 3, 3)]
+    assert encode(tokenizer, [Pair("abc", "de"), Pair("a", "bc")], max_tokens=11, sequence_length=10) == found[:1]
+    plain = TokenSequence((1, 2, 3), 2)
+    assert (plain.size, plain.scored) == (3, 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 200, 10_000])
+def test_batches_hold_every_pair_once(tokens: int) -> None:
+    sequences = encode(pair_tokenizer(), pairs(40), max_tokens=10_000, sequence_length=64)
+    seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for batch in make_batches(sequences, tokens=tokens, pad_id=5):
+        assert batch.target is not None
+        assert len(batch.rows) == 1 or batch.input_ids.numel() + batch.target.numel() <= tokens
+        assert batch.tokens == sum(sequences[row].size for row in batch.rows)
+        assert batch.scored == sum(sequences[row].scored for row in batch.rows)
+        for place, row in enumerate(batch.rows):
+            ids, target = batch.input_ids[place][batch.mask[place]], batch.target[place][batch.target_mask[place]]
+            seen[row] = tuple(ids.tolist()), tuple(target.tolist())
+            assert (batch.target[place][~batch.target_mask[place]] == -100).all()
+    assert seen == {row: (sequence.ids, sequence.target) for row, sequence in enumerate(sequences)}
+
+
+def test_the_labels_of_plain_text_are_its_next_tokens() -> None:
+    (batch,) = make_batches([TokenSequence((4, 5, 6), 0), TokenSequence((7, 8), 0)])
+    assert batch.target is None and torch.equal(batch.labels, torch.tensor([[5, 6], [8, -100]]))
+    assert (batch.tokens, batch.scored) == (5, 3)
