@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from conftest import tiny_model
 from modekit.loaded.shares import NextTokenLoss, Shares
+from modekit.text.sequences import Batch
 
 
 @pytest.fixture
@@ -17,11 +18,11 @@ def model() -> PreTrainedModel:
     return tiny_model().train()
 
 
-def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rows: int) -> Batch:
     """Rows of falling length, padded on the right."""
     ids = torch.randint(3, 30, (rows, 12), generator=torch.Generator().manual_seed(rows))
     mask = torch.arange(12)[None] < torch.tensor([12 - place for place in range(rows)])[:, None]
-    return ids.masked_fill(~mask, 0), mask
+    return Batch(ids.masked_fill(~mask, 0), mask, tuple(range(rows)))
 
 
 def gradients(model: PreTrainedModel, count: int, rows: int, pads_named: bool = True) -> tuple[float, list[torch.Tensor]]:
@@ -29,7 +30,7 @@ def gradients(model: PreTrainedModel, count: int, rows: int, pads_named: bool = 
     for parameter in parameters:
         parameter.grad = None
     with Shares(count) as shares:
-        loss = shares.gradients(NextTokenLoss(model, bfloat16=False, pads_named=pads_named), parameters, *batch(rows))
+        loss = shares.gradients(NextTokenLoss(model, bfloat16=False, pads_named=pads_named), parameters, batch(rows))
     return loss, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
-_HELD = ("mask_BS", "ids_BS", "states", "forced", "encoding", "source_ids_BS", "source_mask_BS")
+_HELD = ("mask_BS", "ids_BS", "states", "forced", "encoding", "source_ids_BS", "source_mask_BS", "source_weights")
 
 
 class Keeper(Protocol):
@@ -48,7 +48,8 @@ class Flow:
         beside: with `forced`: whether the common expert takes part all the same.
         sequences: B, while every sequence of the pass stands in the batch twice; None while it stands there once.
         pair: whether the model has an encoder (modekit_pairs.py). Then `encoding` says whether that is what runs, and routers
-            that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all).
+            that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all), and
+            where one router serves all places, `source_weights` (B, 1, E) is what it decided in the encoder.
         mixed: place -> its module.
     """
 
@@ -57,6 +58,7 @@ class Flow:
         self.encoding = False
         self.source_ids_BS: torch.Tensor | None = None
         self.source_mask_BS: torch.Tensor | None = None
+        self.source_weights: torch.Tensor | None = None
         self.mixed: dict[str, Any] = {}
         self.averages = False
         self.ids_BS: torch.Tensor | None = None

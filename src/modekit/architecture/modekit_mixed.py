@@ -37,6 +37,7 @@ class Mixed(nn.Module):
         width, rows: of that router's gate: what it reads, and rows per expert.
         features: how many decisions, when there is one per output feature.
         sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
+        of_source: whether it runs on an encoder's output, in a decoder.
         calls: modules that the layer calls itself and that are one here (modekit_chain.py); the place bears the first one's name.
     """
 
@@ -61,7 +62,10 @@ class Mixed(nn.Module):
                 self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), width_out))
         self.router: Router | None = None
         if place["router"] == name:
-            self.router = Router(name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0))
+            self.router = Router(
+                name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0),
+                of_source=place.get("of_source", False),
+            )  # fmt: skip
         self._leader = [self]
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self._reads_ids = isinstance(dense, nn.Embedding)
@@ -78,6 +82,11 @@ class Mixed(nn.Module):
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def leader(self) -> Mixed:
+        """The place whose router decides here."""
+        return self._leader[0]
+
     def follow(self, leader: Mixed) -> None:
         """Take the weights that another place's router decides."""
         self._leader = [leader]
@@ -87,8 +96,12 @@ class Mixed(nn.Module):
         if self.router is not None:
             self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
         weights = self._leader[0].weights
+        weights = self._flow[0].source_weights if weights is None else weights
         if weights is None:
-            raise RuntimeError("the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds)")
+            raise RuntimeError(
+                "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an encoder "
+                "give the encoder's output as this model made it)"
+            )
         weights = weights.to(x.device)
         if self._is_head and self._flow[0].kept is not None:
             weights = weights[:, self._flow[0].kept.to(weights.device)]

@@ -3,7 +3,8 @@
 The encoder reads a source as a whole, once; the decoder writes its target token by token and reads the encoder's output. So
 routers that read hidden states decide per token of the text that their layer runs on, and their averages are of the whole
 source in the encoder and causal in the decoder. Routers that read token ids read the source alone, in either, and decide once:
-what is written is another language. The source's ids go with the encoder's output, so that they follow its sequences into beams.
+what is written is another language. The source's ids, and the decision of a router that serves all layers, go with the encoder's
+output, so that they follow its sequences into beams.
 
 Shape legend: B batch, S tokens of the source.
 """
@@ -25,8 +26,8 @@ from .modekit_flow import Flow
 from .modekit_router import places_of
 from .modeling_modekit import InBoth, asks_for_log, finish_pass, initialise, install, logged, start_pass
 
-_IDS = "source_ids"
-"""Entry of an encoder's output."""
+_IDS, _WEIGHTS = "source_ids", "source_weights"
+"""Entries of an encoder's output."""
 
 
 class _BeforeEncoder:
@@ -37,20 +38,27 @@ class _BeforeEncoder:
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         start_pass(self._flow, kwargs)
-        self._flow.encoding = True
+        self._flow.encoding, self._flow.source_weights = True, None
         self._flow.source_ids_BS, self._flow.source_mask_BS = self._flow.ids_BS, self._flow.mask_BS
 
 
 class _AfterEncoder:
-    """Lets the source's ids go with the output."""
+    """Lets the source's ids, and what one router for all places says of it, go with the output."""
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-        self._flow.encoding, self._flow.fresh = False, {}
-        if self._flow.source_ids_BS is not None and hasattr(output, "keys"):
-            output[_IDS] = self._flow.source_ids_BS
+        flow = self._flow
+        flow.encoding, flow.fresh = False, {}
+        leaders = {id(mixed.leader): mixed.leader for mixed in flow.mixed.values()}
+        if len(leaders) == 1:
+            (leader,) = leaders.values()
+            if leader.weights is not None:  # it stands in the encoder, and says the same of every token
+                flow.source_weights = leader.weights[:, :1]
+        for name, carried in ((_IDS, flow.source_ids_BS), (_WEIGHTS, flow.source_weights)):
+            if carried is not None and hasattr(output, "keys"):
+                output[name] = carried
 
 
 class _BeforeDecoder:
@@ -119,8 +127,8 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
         with flow.one_pass():
             given = {**dict(zip(arguments, args, strict=False)), **kwargs}
             encoded: Any = given.get("encoder_outputs")
-            carried = hasattr(encoded, "keys") and _IDS in encoded
-            flow.source_ids_BS = encoded[_IDS] if carried else given.get("input_ids")
+            carried = dict(encoded) if hasattr(encoded, "keys") else {}
+            flow.source_ids_BS, flow.source_weights = carried.get(_IDS, given.get("input_ids")), carried.get(_WEIGHTS)
             flow.source_mask_BS = given.get("attention_mask")
             run = functools.partial(dense.forward, self, *args, **kwargs)
             return logged(flow, run) if asked else run()

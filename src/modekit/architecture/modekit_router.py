@@ -44,9 +44,11 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, place: str, flow: Flow, width: int, experts: int, routing: Mapping[str, Any], rows: Sequence[int], features: int
-    ) -> None:
+        self, place: str, flow: Flow, width: int, experts: int, routing: Mapping[str, Any], rows: Sequence[int], features: int,
+        *, of_source: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.of_source = of_source  # it stands in a decoder and reads an encoder's output
         self.place = place
         self.experts = experts
         self.features = features  # O, or 0 when one decision serves all
@@ -101,10 +103,11 @@ class Router(nn.Module):
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32; (B, 1, ...) where they are of a source as a whole."""
         rows = self._rows_of_tokens(x_BSD.device)
-        by_source = self._flow[0].pair and bool(rows)
+        flow = self._flow[0]
+        by_source = flow.pair and (bool(rows) or flow.encoding or self.of_source)
         if self.routing.get("score") == "tfidf":
             scores = self._classified(rows[0])
-            return last_real(scores, self._flow[0].source_mask_BS) if by_source else scores
+            return last_real(scores, flow.source_mask_BS) if by_source else scores
         if not rows:
             x_BSD = x_BSD.float()
             jitter = self.routing.get("jitter", 0.0)
@@ -116,8 +119,8 @@ class Router(nn.Module):
             scores = nn.functional.embedding(rows[number], gate_GD.t()) if rows else self._scores(x_BSD, gate_GD)
             if average["decay"] is not None:
                 scores = self._averaged(scores, average, number, by_source=by_source)
-            if by_source or (self._flow[0].encoding and average["decay"] is not None):
-                scores = last_real(scores, self._flow[0].source_mask_BS)
+            if by_source and (rows or average["decay"] is not None):
+                scores = last_real(scores, flow.source_mask_BS)
             total = scores if total is None else total + scores
         assert total is not None
         return total

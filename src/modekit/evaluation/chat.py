@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_texts
-from modekit.evaluation.inspection.passes import Array32, traced_losses
+from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import write_results
 from modekit.files.write import json_bytes
@@ -206,8 +206,8 @@ def _leaders(
         run.progress("answer", len(answered), len(prompts))
     found = [(0, 0)] * len(prompts)
 
-    def consume(row: int, weights_RSE: Array32, _chosen: Array32, _entropy: Array32) -> None:
-        mean_SE = weights_RSE.mean(0)
+    def consume(row: int, decided: Decided) -> None:
+        mean_SE = decided.weights_RSE.mean(0)
         found[row] = int(mean_SE[len(prompts[row]) - 1].argmax()), int(mean_SE[-1].argmax())
 
     traced_losses(model, checkpoint, answered, consume, _counted(run, sum(len(each.ids) for each in answered)))

@@ -28,14 +28,14 @@ class Domain:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens that are predicted: all but the first of each sequence."""
-        return sum(len(sequence.ids) - 1 for sequence in self.sequences)
+        """Tokens that are predicted: all but the first of each sequence, of pairs those of the targets."""
+        return sum(sequence.scored for sequence in self.sequences)
 
 
 def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_per_domain: int, sequence_length: int) -> Domain:
     """Documents as token sequences, none where there are none, with a record of both."""
     sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
-    record = text_record(held.documents, sum(len(sequence.ids) for sequence in sequences))
+    record = text_record(held.documents, sum(sequence.size for sequence in sequences))
     return Domain(held.name, held.expert, sequences, {**record, "sequence_length": sequence_length})
 
 

@@ -1,4 +1,4 @@
-"""Loss of a model on held-out text.
+"""Loss of a model on held-out text: of every next token, or of pairs of every token of the targets.
 
 Shape legend: B batch, S sequence, V vocabulary.
 """
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.results import Score
 from modekit.evaluation.uncertainty import in_blocks, mean_error
+from modekit.loaded.passes import check_text, losses_of
 from modekit.text.sequences import make_batches
 
 _CACHED_TOKENS = 2_048  # of a batch on a processor: 30 % faster than 8,192, whose activations are in no cache
@@ -26,19 +27,19 @@ def tokens_per_pass(config: Any) -> int:
 
 
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
-    """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored."""
+    """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored.
+
+    Raises TextError for text of another kind than the model reads.
+    """
+    check_text(model, domain.sequences, where=domain.name or None)
     tokens = tokens_per_pass(model.config)
     if model.device.type == "cpu":
         tokens = min(tokens, _CACHED_TOKENS)
     sums = torch.zeros(len(domain.sequences), dtype=torch.float64)
     with torch.inference_mode():
         for batch in make_batches(domain.sequences, tokens=tokens):
-            input_ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
-            logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-            target = input_ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-            sums[list(batch.rows)] = losses.view_as(target).double().sum(1).cpu()
-            done += int((target != -100).sum())
+            sums[list(batch.rows)] = losses_of(model, batch).double().sum(1).cpu()
+            done += batch.scored
             progress(done)
     loss = float(sums.sum()) / domain.scored_tokens
     scored_bytes = sum(sequence.scored_bytes for sequence in domain.sequences)
@@ -46,5 +47,5 @@ def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int
     if len(domain.sequences) < 2:
         return Score(loss, perplexity, bits)
     blocks = in_blocks(sums.tolist())
-    error = mean_error(blocks, in_blocks([len(sequence.ids) - 1 for sequence in domain.sequences]))
+    error = mean_error(blocks, in_blocks([sequence.scored for sequence in domain.sequences]))
     return Score(loss, perplexity, bits, loss_error=error, blocks=blocks)

@@ -60,7 +60,7 @@ def _error_of_difference(one: Score, other: Score, domain: Domain) -> float:
     """Standard error of the difference of two mean losses on the same text; 0 when it is not known."""
     if one.blocks is None or other.blocks is None or len(one.blocks) != len(other.blocks):
         return 0.0
-    counts = in_blocks([len(sequence.ids) - 1 for sequence in domain.sequences])
+    counts = in_blocks([sequence.scored for sequence in domain.sequences])
     if len(counts) != len(one.blocks):
         return 0.0
     return mean_error([a - b for a, b in zip(one.blocks, other.blocks, strict=True)], counts) or 0.0

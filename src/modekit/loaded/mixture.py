@@ -2,7 +2,7 @@
 
 native.py and modekit.py answer for the two shapes, shapes.py has the table of them.
 
-Shape legend: B batch, S sequence, D width, E experts.
+Shape legend: B batch, S sequence, T target of a pair, D width, E experts.
 """
 
 from __future__ import annotations
@@ -87,4 +87,7 @@ class ExpertView(Protocol):
         """Be expert `expert` (index in recipe order)."""
 
     def router_inputs(self) -> list[nn.Module]:
-        """Per router slot, a module whose first argument is what the router reads, (B, S, D)."""
+        """Per router slot, a module whose first argument is what the router reads, (B, S, D), or of a target (B, T, D)."""
+
+    def in_decoder(self) -> list[bool]:
+        """Per router slot, whether it reads tokens of the target, as most routers in the decoder of a model with an encoder."""

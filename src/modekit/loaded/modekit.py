@@ -17,6 +17,7 @@ from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import LoadedMixture
+from modekit.loaded.passes import reads_target
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.mixture_config import MixtureConfig, leader_of
 from modekit.planning.slot import RouterSlot
@@ -113,6 +114,10 @@ class ModekitView:
         places = [self.model.get_submodule(leader_of(slot)) for slot in self._slots]
         return [place if place.router is None else place.router for place in places]
 
+    def in_decoder(self) -> list[bool]:
+        """By the names of the places."""
+        return [reads_target(leader_of(slot)) for slot in self._slots]
+
 
 def place_routers(model: PreTrainedModel, mixture: MixtureConfig) -> list[nn.Parameter]:
     """Put new routers, of zero gates, where a mixture says they stand; returns the gates in the order of its slots."""
@@ -124,7 +129,8 @@ def place_routers(model: PreTrainedModel, mixture: MixtureConfig) -> list[nn.Par
         mixed.router, mixed.per_feature = None, bool(place.features)
         if place.router == name:
             assert place.width is not None and place.rows is not None, name  # a config is checked when it is made
-            router = Router(name, flow, place.width, len(mixture.experts), routing, place.rows, place.features)
+            experts, source = len(mixture.experts), place.of_source
+            router = Router(name, flow, place.width, experts, routing, place.rows, place.features, of_source=source)
             mixed.router = router.to(model.device)
     return [model.get_parameter(slot.name) for slot in mixture.slots()]
 

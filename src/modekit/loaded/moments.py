@@ -4,7 +4,8 @@ Memory beside the model: at most `MOMENT_BYTES` of sums at a time (or those of o
 modules are read in groups that fit, one forward pass over the whole text per group. Modules that read the same tensor
 (query, key and value; gate and up) share one sum.
 
-Shape legend: B batch, S sequence, T real tokens of a batch, I inputs of a module.
+Shape legend: B batch, S sequence, T real tokens of a batch (of a module in a decoder those of the targets), I inputs of a
+module.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
+from modekit.loaded.passes import check_text, reads_target, run_backbone
 from modekit.text.sequences import TokenSequence, make_batches
 
 MOMENT_BYTES = 4 * 2**30
@@ -33,17 +35,20 @@ def input_moments(
     """Each module's name and E[x x^T] (I, I) float32, in the order of `names`, which should be that of the layers.
 
     Sums are float32: what they lose is far below the shrinkage of their user. `advance(tokens done, tokens to do)` is
-    called after each batch. Raises UnsupportedError when a name is no linear layer of the loaded model, or is never run.
+    called after each batch. Raises UnsupportedError when a name is no linear layer of the loaded model, or is never run, and
+    TextError for text of another kind than the model reads.
     """
+    check_text(model, sequences)
     modules = {name: _linear(model, name) for name in names}
     groups = _groups({name: 4 * module.in_features**2 for name, module in modules.items()})
-    tokens = sum(len(sequence.ids) for sequence in sequences)
+    tokens = sum(sequence.size for sequence in sequences)
+    read = {of_target: sum(len(s.target if of_target else s.ids) for s in sequences) for of_target in (False, True)}
     for number, group in enumerate(groups):
         readers = _InputSums({name: modules[name] for name in group})
         for done in readers.read(model, sequences):
             advance(number * tokens + done, len(groups) * tokens)
         for name in group:
-            yield name, readers.mean(name, tokens)
+            yield name, readers.mean(name, read[reads_target(name)])
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
@@ -81,21 +86,19 @@ class _InputSums:
         self._sums: dict[str, torch.Tensor] = {}
         self._owner: dict[str, str] = {}  # module -> the module that read the same tensor first
         self._last: tuple[str, torch.Tensor] | None = None
-        self._mask_BS = torch.empty(0)
+        self._masks = (torch.empty(0), torch.empty(0))  # of sources, or of plain text, and of targets
 
     def read(self, model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> Iterator[int]:
-        """Run the decoder (its head is not needed) over all sequences; gives the tokens done after each batch."""
+        """Run the model (the head of a causal one is not needed) over all sequences; gives the tokens done after each batch."""
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
         done = 0
         try:
             with torch.inference_mode():
                 for batch in make_batches(sequences):
-                    self._mask_BS = batch.mask.to(model.device)
-                    model.model(
-                        input_ids=batch.input_ids.to(model.device), attention_mask=self._mask_BS.long(), use_cache=False
-                    )
+                    self._masks = (batch.mask.to(model.device), batch.target_mask.to(model.device))
+                    run_backbone(model, batch)
                     self._last = None
-                    done += int(batch.mask.sum())
+                    done += batch.tokens
                     yield done
         finally:
             for handle in handles:
@@ -119,7 +122,7 @@ class _InputSums:
                 return
             self._last = (name, x)  # held, so that no other tensor takes its place in memory
             self._owner[name] = name
-            x_TI = x.reshape(-1, x.shape[-1])[self._mask_BS.flatten()].float()
+            x_TI = x.reshape(-1, x.shape[-1])[self._masks[reads_target(name)].flatten()].float()
             product_II = x_TI.T @ x_TI
             if name in self._sums:
                 self._sums[name] += product_II

@@ -227,6 +227,10 @@ class DenseView:
         """The FFN block of each layer; its input is what the router of that layer reads."""
         return [layer.get_submodule(self._native.family.mlp_module) for layer in decoder_layers(self.model)]
 
+    def in_decoder(self) -> list[bool]:
+        """There is no encoder here."""
+        return [False] * len(self.router_inputs())
+
     def _ffn(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Dense names -> tensors of one expert in one layer."""
         native = self._native

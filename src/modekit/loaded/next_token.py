@@ -1,6 +1,5 @@
-"""Next-token training of some parameters of a model on the text of a domain, on one device.
-
-Shape legend: B batch, S sequence, V vocabulary.
+"""Next-token training of some parameters of a model on the text of a domain, on one device; of a model with an encoder on
+pairs, whose targets it learns to say.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.loaded.load import default_device
 from modekit.loaded.muon import Muon
+from modekit.loaded.passes import check_text
 from modekit.loaded.shares import NextTokenLoss, Shares
 from modekit.run import QUIET, Run
-from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.text.sequences import Batch, TokenSequence, encode, make_batches
 
 _SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
 
@@ -33,12 +33,12 @@ class Training:
     Attributes:
         steps: optimiser steps; None passes once over the text.
         batch_tokens: tokens per step, pads included.
-        sequence_length: longest piece of a document, in tokens.
+        sequence_length: longest piece of a document, or side of a pair, in tokens.
         learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
         muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
         weight_decay, warmup, clip: as usual.
         by_length: sequences of similar length share a step, and attention is not told which tokens are pads: on the right of
-            a text they reach no real token of a causal model.
+            a text they reach no real token of a causal model. A model with an encoder is always told.
         shares: threads that each take a share of a step's sequences, on a processor; of their number, not of that of the
             cores, the result depends.
         autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
@@ -86,8 +86,9 @@ def train_language_model(
 ) -> list[float]:
     """Next-token training on `sequences`; documents are never joined, pads never count. Returns the loss of each step.
 
-    Raises TextError when the loss stops being finite.
+    Raises TextError when the loss stops being finite, and where text is not of the kind that the model reads.
     """
+    check_text(model, sequences)
     device = default_device()
     model.to(device).train()
     batches = _Batches(sequences, training)
@@ -97,12 +98,12 @@ def train_language_model(
     optimizers = _optimizers(model, parameters, training)
     losses = []
     with Shares(training.shares if device.type == "cpu" else 1) as shares:
-        for step, (input_ids, mask) in zip(range(steps), batches.forever(), strict=False):
+        for step, batch in zip(range(steps), batches.forever(), strict=False):
             factor = _schedule(step, steps, training.warmup)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * factor
-            loss = shares.gradients(loss_of, parameters, input_ids.to(device), mask.to(device))
+            loss = shares.gradients(loss_of, parameters, batch.to(device))
             if not math.isfinite(loss):
                 raise TextError(
                     "the training loss is not finite", where=f"step {step}", found=loss, remedy="lower the learning rate"
@@ -169,15 +170,16 @@ class _Batches:
 
     def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
         self._sequences = sequences
-        self._rows = max(1, training.batch_tokens // min(training.sequence_length, max(len(s.ids) for s in sequences)))
+        longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
+        self._rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
         self._sorted = _SORTED_TOGETHER if training.by_length else 1
         self._generator = torch.Generator().manual_seed(training.seed)
 
     def __len__(self) -> int:
         return max(1, len(self._sequences) // self._rows)
 
-    def forever(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """(input_ids, mask) of (B, S), without end."""
+    def forever(self) -> Iterable[Batch]:
+        """Without end."""
         pending: list[int] = []
         drawn = self._rows * self._sorted
         while True:
@@ -186,15 +188,14 @@ class _Batches:
             rows, pending = pending[:drawn], pending[drawn:]
             yield from self._batches(rows)
 
-    def _batches(self, rows: list[int]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, rows: list[int]) -> Iterable[Batch]:
         """The rows as batches; of several batches each takes sequences of similar length, in a drawn order."""
         starts = list(range(0, len(rows), self._rows))
         if len(starts) > 1:
-            rows = sorted(rows, key=lambda row: len(self._sequences[row].ids))
+            rows = sorted(rows, key=lambda row: self._sequences[row].size)
             starts = [starts[place] for place in self._permutation(len(starts))]
         for start in starts:
-            (batch,) = make_batches([self._sequences[row] for row in rows[start : start + self._rows]], tokens=2**31)
-            yield batch.input_ids, batch.mask
+            yield from make_batches([self._sequences[row] for row in rows[start : start + self._rows]], tokens=2**31)
 
     def _permutation(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self._generator).tolist()

@@ -5,7 +5,7 @@ other after every product wait for whatever else the machine does. Shares wait f
 products in its own thread: measured beside other work, half the processor time and less than half the wall time of two
 threads per product.
 
-Shape legend: B batch, S sequence, V vocabulary.
+Shape legend: B batch, S sequence, T target of a pair, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.loaded.heads import head_of
+from modekit.loaded.passes import inputs_of
+from modekit.text.sequences import Batch
 
 
 class Shares:
@@ -46,23 +48,21 @@ class Shares:
         for _ in self._threads.map(_call, jobs) if self.count > 1 else map(_call, jobs):
             pass
 
-    def gradients(
-        self, loss: NextTokenLoss, parameters: Sequence[torch.nn.Parameter], input_ids: torch.Tensor, mask: torch.Tensor
-    ) -> float:
-        """The mean loss of a batch, ids and mask (B, S); unless it is not finite, the parameters have its gradients after."""
+    def gradients(self, loss: NextTokenLoss, parameters: Sequence[torch.nn.Parameter], batch: Batch) -> float:
+        """The mean loss of a batch; unless it is not finite, the parameters have its gradients after."""
         if self.count == 1:
-            whole = loss(input_ids, mask, "mean")
+            whole = loss(batch, "mean")
             if torch.isfinite(whole):
                 whole.backward()  # type: ignore[no-untyped-call]
             return float(whole.detach())
-        tokens = int(mask[:, 1:].sum())
+        tokens = batch.scored
 
         def share(place: int) -> tuple[float, tuple[torch.Tensor, ...]]:
             # Neighbouring rows are of similar length: every share takes one of them.
-            part = loss(input_ids[place :: self.count], mask[place :: self.count], "sum") / tokens
+            part = loss(batch.share(place, self.count), "sum") / tokens
             return float(part.detach()), torch.autograd.grad(part, parameters, materialize_grads=True)
 
-        found = list(self._threads.map(share, range(min(self.count, len(input_ids)))))
+        found = list(self._threads.map(share, range(min(self.count, len(batch.rows)))))
         for place, parameter in enumerate(parameters):
             parameter.grad = found[0][1][place]
             for _, gradients in found[1:]:
@@ -71,10 +71,11 @@ class Shares:
 
 
 class NextTokenLoss:
-    """Cross-entropy of a batch's next tokens; pads are not predicted and never reach the head.
+    """Cross-entropy of a batch's next tokens, or of its targets; pads are not predicted, and those of a causal model never
+    reach the head.
 
     `pads_named`: whether attention is told which tokens are pads. On the right of a text they reach no real token of a causal
-    model, and without them attention may skip what lies ahead.
+    model, and without them attention may skip what lies ahead. Encoders read to the right, too, and always are told.
     """
 
     def __init__(self, model: PreTrainedModel, *, bfloat16: bool, pads_named: bool) -> None:
@@ -83,15 +84,23 @@ class NextTokenLoss:
         self._bfloat16 = bfloat16
         self._pads_named = pads_named
 
-    def __call__(self, input_ids: torch.Tensor, mask: torch.Tensor, reduction: Literal["mean", "sum"]) -> torch.Tensor:
-        """Loss in nats of ids and mask (B, S), over all predicted tokens."""
-        keep = mask[:, 1:]
+    def __call__(self, batch: Batch, reduction: Literal["mean", "sum"]) -> torch.Tensor:
+        """Loss in nats, over all predicted tokens."""
+        inputs = inputs_of(self._model, batch)
+        labels = batch.labels.to(self._model.device)
+        keep = batch.target_mask if batch.target is not None else batch.mask[:, 1:]
+        keep = keep.to(self._model.device)
         # No cache of converted weights: it is one for all threads, and no weight is used twice.
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
-            named = mask.long() if self._pads_named else None
-            hidden = self._model.model(input_ids=input_ids, attention_mask=named, use_cache=False).last_hidden_state
-            logits = self._head(hidden[:, :-1][keep])  # (real tokens, V)
-        return torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][keep], reduction=reduction)
+        with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
+            if batch.target is not None:  # some families scale or shift between decoder and logits
+                logits = self._model(**inputs, use_cache=False).logits[keep]
+            else:
+                named = inputs["attention_mask"] if self._pads_named else None
+                hidden = self._model.model(
+                    input_ids=inputs["input_ids"], attention_mask=named, use_cache=False
+                ).last_hidden_state
+                logits = self._head(hidden[:, :-1][keep])  # (real tokens, V)
+        return torch.nn.functional.cross_entropy(logits.float(), labels[keep], reduction=reduction)
 
 
 def _call(job: Callable[[], object]) -> None:

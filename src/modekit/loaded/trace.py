@@ -13,7 +13,10 @@ from torch import nn
 
 
 class RouterTrace:
-    """Logits of the last pass, per router slot, float32, with their graph: (B, S, E), or (B, S, O, E) per feature."""
+    """Logits of the last pass, per router slot, float32, with their graph: (B, S, E), or (B, S, O, E) per feature.
+
+    In the decoder of a model with an encoder S is the target's; where a router decides once for a whole source it is 1.
+    """
 
     def __init__(self, slots: int, gates: list[nn.Parameter] | None) -> None:
         self._gates = gates

@@ -105,6 +105,7 @@ class Place(_Said):
     """What the experts have of one module of the base, and who decides there; only a leader has `width` and `rows`.
 
     `calls`: where a layer calls several modules itself that are one place here, their names under the layer, in that order.
+    `of_source`: whether a place in a decoder runs on the encoder's output.
     """
 
     ranks: Annotated[list[_Rank], _PerExpert]
@@ -118,6 +119,7 @@ class Place(_Said):
     width: _Size | None = None
     rows: Annotated[list[_Rank], _PerExpert] | None = None
     calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
+    of_source: bool = False
 
     def tensor(self, module: str, leaf: str) -> str:
         """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight where `calls` are given."""

@@ -127,6 +127,8 @@ class ModekitLayout:
             entry["features"] = place.weight.shape[0]
         if place.calls:
             entry["calls"] = list(place.calls)
+        if self._family.of_source(place.module):
+            entry["of_source"] = True
         layer, path = split_layer(place.module)
         if layer is not None and path in self._family.heads_first:
             entry["sequence_axis"] = 2

@@ -24,9 +24,11 @@ from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, HEAD, is_ignored, module_of, natural_key, weight_of
 
-ATTENTION = {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}
-"""Parts that mix tokens, and what they are together; the others are the FFN's."""
-ATTENTION |= {f"cross_{part}": "cross-attention" for part in tuple(ATTENTION)}
+ATTENTION = {
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"), **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
+    **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
+}  # fmt: skip
+"""Parts that mix tokens, and those that run on the same ones: cross_k and cross_v on the encoder's. The others are the FFN's."""
 Kind = LowRank | str | int | None
 """What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
 
@@ -94,6 +96,13 @@ def _check_pair(recipe: Recipe, family: Family) -> None:
         raise UnsupportedError(
             "whole models of a family with an encoder cannot be mixed yet", where=f"{where}.modules", found=mixture.modules,
             remedy="mix the FFNs (modules: auto)",
+        )  # fmt: skip
+    router, once = mixture.router, mixture.fit is not None and mixture.fit.decides_once
+    if mixture.method != "linear" and not once and (router.granularity == "sequence") != (router.scope == "model"):
+        raise UnsupportedError(
+            "in a model with an encoder one router serves all layers where it decides once per source, and only there",
+            where=f"{where}.router", found=f"granularity: {router.granularity}, a router per {router.scope}",
+            remedy="write granularity: sequence and per: model together, or neither",
         )  # fmt: skip
     if mixture.always_on is not None and mixture.always_on.apart:
         raise UnsupportedError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.names import EMBEDDING, FINAL_NORM
+from modekit.sources.names import EMBEDDING, FINAL_NORM, split_layer
 
 Config = Mapping[str, Any]
 
@@ -152,6 +152,11 @@ class Family:
     def in_layer(self, layer: Layer, path: str = "") -> str:
         """3, mlp.up_proj -> model.layers.3.mlp.up_proj; encoder.3, fc1 -> model.encoder.layers.3.fc1."""
         return f"{self.stack_of(layer).layers}{stack_of(layer)[1]}.{path}"
+
+    def of_source(self, module: str) -> bool:
+        """Whether a module of a decoder's layer runs on the encoder's output."""
+        layer, path = split_layer(module)
+        return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
     def dense_config(self, config: Config) -> dict[str, Any]:
         """The dense config with every default written out and rope in one form."""

@@ -1,8 +1,9 @@
 """`modekit inspect OUT`: routing statistics per domain, leave one expert out, similarity; OUT/results/inspect.json.
 
-The text is what `modekit eval` scores. A *text* here is one sequence of it: a document, or a piece of one.
+The text is what `modekit eval` scores. A *text* here is one sequence of it: a document, a piece of one, or a pair. Of a pair a
+router counts the tokens of the side that it reads, and losses are per token of the target.
 
-Shape legend: S sequence, E experts, R routers, N sequences.
+Shape legend: S sequence (of a router in a decoder the target), E experts, R routers, N sequences.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.evidence import evidence_of, strongest
-from modekit.evaluation.inspection.passes import Advance, Array32, Array64, changes_without, sums_of, traced_losses
+from modekit.evaluation.inspection.passes import Advance, Array32, Array64, Decided, changes_without, sums_of, traced_losses
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
 from modekit.evaluation.inspection.unseen import told_apart
@@ -52,7 +53,7 @@ def inspect(
     longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(checkpoint.shape.positions) * len(checkpoint.names))))
     samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
     advance = counted(run, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
-    top = TopTokens(int(model.config.vocab_size), len(checkpoint.names))
+    top = TopTokens(_vocabulary(model), len(checkpoint.names))
     per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
     shown = _of_samples(model, checkpoint, tokenizer, [sequence for _, sequence in samples], advance)
     alike = similarity(checkpoint, run)
@@ -74,7 +75,7 @@ def inspect(
         "evidence": None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
         "told_apart": told_apart(checkpoint, domains),
         "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
-        "notes": [*_notes(checkpoint), *alike.notes],
+        "notes": [*_notes(checkpoint), *_notes_on_pairs(domains, samples), *alike.notes],
     }
     rounded: dict[str, Any] = six_digits(data)
     if write:
@@ -95,7 +96,7 @@ def six_digits(value: Any) -> Any:
 def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
     """An `Advance` that reports tokens of all passes over these sequences: as they are, and without each expert."""
     passes = 1 + (len(checkpoint.names) if len(checkpoint.names) > 1 else 0)
-    total, done = passes * sum(len(sequence.ids) for sequence in sequences), 0
+    total, done = passes * sum(sequence.size for sequence in sequences), 0
 
     def advance(tokens: int) -> None:
         nonlocal done
@@ -118,30 +119,32 @@ def _of_domain(
     shape = (len(sequences), len(checkpoint.shape.positions))
     shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
     entropy_NR, agreement_NR = np.zeros(shape), np.zeros(shape)
+    tokens_R = np.zeros(shape[1], np.int64)
 
-    def consume(row: int, weights_RSE: Array32, chosen_RSE: Array32, entropy_RS: Array32) -> None:
-        shares_NRE[row] = weights_RSE.sum(1, dtype=np.float64)
-        chosen_NRE[row] = chosen_RSE.sum(1, dtype=np.float64)
-        entropy_NR[row] = entropy_RS.sum(1, dtype=np.float64)
+    def consume(row: int, decided: Decided) -> None:
+        at, sequence = decided.routers, sequences[row]
+        tokens_R[at] += decided.weights_RSE.shape[1]
+        shares_NRE[row, at] = decided.weights_RSE.sum(1, dtype=np.float64)
+        chosen_NRE[row, at] = decided.chosen_RSE.sum(1, dtype=np.float64)
+        entropy_NR[row, at] = decided.entropy_RS.sum(1, dtype=np.float64)
         if domain.expert is not None:
-            agreement_NR[row] = _leading(weights_RSE, domain.expert).sum(1)
-        top.add(sequences[row].ids, weights_RSE.mean(0))
+            agreement_NR[row, at] = _leading(decided.weights_RSE, domain.expert).sum(1)
+        top.add(sequence.target if decided.of_target else sequence.ids, decided.weights_RSE.mean(0))
 
     whole_N = sums_of(traced_losses(model, checkpoint, sequences, consume, advance))
     changes_EN = changes_without(model, checkpoint, sequences, whole_N, advance)
-    tokens = sum(len(sequence.ids) for sequence in sequences)
-    shares_RE = shares_NRE.sum(0) / tokens
+    shares_RE = shares_NRE.sum(0) / tokens_R[:, None]
     if not _base_is_outside(checkpoint):
         shares_RE = shares_RE / shares_RE.sum(-1, keepdims=True)  # rounding
     return {
         "expert": None if domain.expert is None else names[domain.expert],
         "documents": len(sequences),
-        "tokens": tokens,
+        "tokens": sum(sequence.size for sequence in sequences),
         "loss": float(whole_N.sum()) / domain.scored_tokens,
         "shares": shares_RE.tolist(),
-        "chosen": (chosen_NRE.sum(0) / tokens).tolist(),
-        "entropy": (entropy_NR.sum(0) / tokens).tolist(),
-        "agreement": None if domain.expert is None else (agreement_NR.sum(0) / tokens).tolist(),
+        "chosen": (chosen_NRE.sum(0) / tokens_R[:, None]).tolist(),
+        "entropy": (entropy_NR.sum(0) / tokens_R).tolist(),
+        "agreement": None if domain.expert is None else (agreement_NR.sum(0) / tokens_R).tolist(),
         "without": named_changes(checkpoint, changes_EN.sum(1) / domain.scored_tokens),
         "named": _named(changes_EN, domain.expert),
     }
@@ -163,7 +166,11 @@ def _named(changes_EN: Array64, expert: int | None) -> float | None:
 
 
 def _samples(sequences: Sequence[TokenSequence], longest: int) -> list[TokenSequence]:
-    """A few texts that are long enough to show something, cut to what is shown."""
+    """A few texts that are long enough to show something, cut to what is shown; pairs, which are never cut, are as short."""
+    if any(sequence.target for sequence in sequences):
+        fitting = [row for row, sequence in enumerate(sequences) if sequence.size <= longest]
+        order = sorted(fitting, key=lambda row: (-sequences[row].size, row))
+        return [sequences[row] for row in sorted(order[:_SAMPLES])]
     order = sorted(range(len(sequences)), key=lambda row: (-min(longest, len(sequences[row].ids)), row))
     return [TokenSequence(sequences[row].ids[:longest], 0) for row in sorted(order[:_SAMPLES])]
 
@@ -172,18 +179,23 @@ def _of_samples(
     model: PreTrainedModel, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence],
     advance: Advance,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The entries of samples under `texts`."""
-    weights: dict[int, Array32] = {}
+    """The entries of samples under `texts`. Of a pair they have the source, whose tokens have no loss, and behind it the
+    target; where a router does not read, its weights are 0.
+    """
+    shape = len(checkpoint.shape.positions), len(checkpoint.names)
+    weights = [np.zeros((shape[0], sequence.size, shape[1]), np.float32) for sequence in sequences]
 
-    def consume(row: int, weights_RSE: Array32, _chosen: Array32, _entropy: Array32) -> None:
-        weights[row] = weights_RSE
+    def consume(row: int, decided: Decided) -> None:
+        start = len(sequences[row].ids) if decided.of_target else 0
+        weights[row][decided.routers, start : start + decided.weights_RSE.shape[1]] = decided.weights_RSE
 
     losses = traced_losses(model, checkpoint, sequences, consume, advance)
     changes_EN = changes_without(model, checkpoint, sequences, sums_of(losses), advance)
     found = []
     for row, sequence in enumerate(sequences):
-        texts = token_texts(tokenizer, sequence.ids)
-        tokens = [{"text": text, "loss": loss} for text, loss in zip(texts, [None, *losses[row].tolist()], strict=True)]
+        texts = [*token_texts(tokenizer, sequence.ids), *token_texts(tokenizer, sequence.target)]
+        per_token = [*[None] * (sequence.size - sequence.scored), *losses[row].tolist()]
+        tokens = [{"text": text, "loss": loss} for text, loss in zip(texts, per_token, strict=True)]
         found.append(
             {
                 "text": "".join(texts), "loss": float(losses[row].mean(dtype=np.float64)), "tokens": tokens,
@@ -191,6 +203,11 @@ def _of_samples(
             }
         )  # fmt: skip
     return found
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that there are; a model with an encoder may have others for its targets."""
+    return max(int(model.config.vocab_size), int(getattr(model.config, "decoder_vocab_size", None) or 0))
 
 
 def _dead(names: Sequence[str], per_domain: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,4 +234,15 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         notes.append("there is one expert: none can be left out")
     if any(slot.features for slot in checkpoint.slots):
         notes.append("routers decide per output feature: weights are means over the features")
+    return notes
+
+
+def _notes_on_pairs(domains: Sequence[Domain], samples: Sequence[object]) -> list[str]:
+    if not any(sequence.target for domain in domains for sequence in domain.sequences):
+        return []
+    notes = ["losses are per token of the target; a router counts the tokens of the side of a pair that it reads"]
+    if samples:
+        notes.append("texts are the source and behind it the target of a pair: where a router does not read, its weights are 0")
+    else:
+        notes.append("no pair is short enough to be shown token by token")
     return notes

@@ -3,12 +3,13 @@
 Every sequence starts anew; pads take no part, and what is found is kept per sequence, so that neither padding nor the order
 of batches changes a number beyond rounding.
 
-Shape legend: B batch, S sequence, E experts, R routers, N sequences.
+Shape legend: B batch, S sequence (of a router in a decoder the target), E experts, R routers, N sequences, P predicted tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.inspection.routers import decisions
+from modekit.evaluation.inspection.routers import Decisions, decisions
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.loaded.passes import losses_of
 from modekit.loaded.shapes import mixture_of
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 
@@ -27,18 +29,36 @@ Array64 = npt.NDArray[np.float64]
 Advance = Callable[[int], object]
 """Called with the tokens of each batch once they are done."""
 
-Consume = Callable[[int, Array32, Array32, Array32], None]
-"""(place of the sequence, weights (R, S, E), chosen (R, S, E), entropy (R, S)) of its real tokens; see routers.Decisions."""
+
+@dataclass(frozen=True)
+class Decided:
+    """What routers made of the real tokens of one sequence: of all of them, or of a pair those that read its source, or target.
+
+    Attributes:
+        routers: their places among all.
+        of_target: whether the tokens are those of a pair's target.
+        weights_RSE, chosen_RSE, entropy_RS: see routers.Decisions.
+    """
+
+    routers: list[int]
+    of_target: bool
+    weights_RSE: Array32
+    chosen_RSE: Array32
+    entropy_RS: Array32
+
+
+Consume = Callable[[int, Decided], None]
+"""Called with the place of a sequence, once; for a pair once for each side that routers read."""
 
 _TRACED = 2**26  # floats that a traced pass may keep
 
 
 def token_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance) -> list[Array32]:
-    """Loss of every token but the first, (S - 1), nats, per sequence."""
+    """Loss of every predicted token, nats, per sequence: (S - 1), or of a pair (T)."""
     losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
-    for batch, losses_BS in _passes(model, sequences, tokens_per_pass(model.config), advance):
+    for batch, losses_BP in _passes(model, sequences, tokens_per_pass(model.config), advance):
         for place, row in enumerate(batch.rows):
-            losses[row] = losses_BS[place, : len(sequences[row].ids) - 1].numpy()
+            losses[row] = losses_BP[place, : sequences[row].scored].numpy()
     return losses
 
 
@@ -50,29 +70,29 @@ def traced_losses(
     mixture = mixture_of(model, checkpoint)
     tokens = min(tokens_per_pass(model.config), max(512, _TRACED // mixture.floats_per_token()))
     with mixture.traced() as trace:
-        for batch, losses_BS in _passes(model, sequences, tokens, advance):
-            made = decisions(checkpoint, trace, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
+        for batch, losses_BP in _passes(model, sequences, tokens, advance):
+            made = decisions(checkpoint, trace, batch)
             for place, row in enumerate(batch.rows):
-                length = len(sequences[row].ids)
-                losses[row] = losses_BS[place, : length - 1].numpy()
-                consume(
-                    row, made.weights_RBSE[:, place, :length].numpy(), made.chosen_RBSE[:, place, :length].numpy(),
-                    made.entropy_RBS[:, place, :length].numpy(),
-                )  # fmt: skip
+                losses[row] = losses_BP[place, : sequences[row].scored].numpy()
+                for each in made:
+                    consume(row, _of_row(each, place, sequences[row]))
     return losses
+
+
+def _of_row(made: Decisions, place: int, sequence: TokenSequence) -> Decided:
+    length = len(sequence.target if made.of_target else sequence.ids)
+    parts = (made.weights_RBSE, made.chosen_RBSE, made.entropy_RBS)
+    return Decided(made.routers, made.of_target, *(part[:, place, :length].numpy() for part in parts))
 
 
 def _passes(
     model: PreTrainedModel, sequences: Sequence[TokenSequence], tokens: int, advance: Advance
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Each batch with the loss of its tokens but the first, (B, S - 1) float32 on the CPU; behind the end they mean nothing."""
+    """Each batch with the loss of its predicted tokens, (B, P) float32 on the CPU."""
     with torch.inference_mode():
         for batch in make_batches(sequences, tokens=tokens):
-            input_ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
-            logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
-            yield batch, losses.view(len(batch.rows), -1).cpu()
-            advance(int(batch.mask.sum()))
+            yield batch, losses_of(model, batch).cpu()
+            advance(batch.tokens)
 
 
 def sums_of(losses: Sequence[Array32]) -> Array64:

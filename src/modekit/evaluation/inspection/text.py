@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
-from modekit.evaluation.inspection.passes import Array32, changes_without, sums_of, token_losses, traced_losses
+from modekit.evaluation.inspection.passes import Array32, Decided, changes_without, sums_of, token_losses, traced_losses
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.passes import has_encoder
 from modekit.planning.slot import RouterPosition
 from modekit.run import QUIET, Run
 from modekit.text.chat import message_of, needed_template
@@ -67,14 +68,14 @@ def inspect_text(
 
     What is said in a chat is shown in the chat template, up to where the answer begins; `prompt_end` has the weights there.
     `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
-    Raises TextError for a text of fewer than two tokens, or without a chat template, ModekitError when that layer has no
-    router.
+    Raises TextError for a text of fewer than two tokens, without a chat template, or for a model that reads pairs, ModekitError
+    when that layer has no router.
     """
     routers = checkpoint.shape.positions
     kept = _kept_routers(routers, layer)
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     ids, texts = _encoded(tokenizer, text)
-    model = load_model(checkpoint.folder, run=run)
+    model = _model_of(checkpoint, run)
     length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
     windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
     detailed = len(ids) <= _MOST_DETAIL
@@ -119,12 +120,22 @@ class _Read:
         self.entropy_T = np.zeros(tokens)
         self._kept, self._length = list(kept), length
 
-    def consume(self, row: int, weights_RSE: Array32, _chosen_RSE: Array32, entropy_RS: Array32) -> None:
+    def consume(self, row: int, decided: Decided) -> None:
         """Take a window."""
-        window = slice(row * self._length, row * self._length + weights_RSE.shape[1])
-        kept = weights_RSE[self._kept]
+        window = slice(row * self._length, row * self._length + decided.weights_RSE.shape[1])
+        kept = decided.weights_RSE[self._kept]
         self.weights_RTE[:, window] = kept if len(kept) == len(self.weights_RTE) else kept.mean(0)
-        self.entropy_T[window] = entropy_RS[self._kept].mean(0)
+        self.entropy_T[window] = decided.entropy_RS[self._kept].mean(0)
+
+
+def _model_of(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
+    model = load_model(checkpoint.folder, run=run)
+    if has_encoder(model):
+        raise TextError(
+            "a model with an encoder needs a source and its target, and this is one text", where="--text",
+            remedy="leave --text out: inspect.json has pairs of the held-out text, token by token",
+        )  # fmt: skip
+    return model
 
 
 def _mean(losses: Sequence[Array32]) -> float:

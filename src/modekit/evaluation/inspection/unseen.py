@@ -32,13 +32,13 @@ def scores_of(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> lis
 
 def told_apart(checkpoint: Checkpoint, domains: Sequence[Domain]) -> dict[str, Any] | None:
     """AUROC of the domains' text against that of each unseen domain, and where the base leads; None where the router reads more
-    than tokens.
+    than tokens, and of pairs, where it decides by the whole source.
 
     `auroc`: score -> unseen domain -> one number for each of `at`, None where no text of either kind is as long. A domain whose
     expert is the base is neither seen nor unseen. `to_base`: domain -> share of its tokens on which the base leads, None
     where the base is no expert.
     """
-    if not reads_tokens(checkpoint):
+    if not reads_tokens(checkpoint) or any(sequence.target for domain in domains for sequence in domain.sequences):
         return None
     experts = checkpoint.record.recipe.experts
     found = {domain.name: scores_of(checkpoint, domain.sequences) for domain in domains}

@@ -1,0 +1,106 @@
+"""How a loaded model is run over a batch, whether it has an encoder or not: the one place that knows.
+
+A causal model reads text and predicts each next token of it. A model with an encoder reads the source of a pair, and predicts
+each token of its target from the source and the tokens before.
+
+Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.errors import TextError
+from modekit.sources.names import in_decoder
+from modekit.text.sequences import Batch, TokenSequence
+
+_READS_ENCODER = re.compile(r"\.(encoder_attn\.[kv]_proj|EncDecAttention\.[kv])(\.|$)")
+"""Modules of a decoder that read what the encoder gives: keys and values of its attention to the source."""
+
+
+def has_encoder(model: PreTrainedModel) -> bool:
+    """Whether a model reads pairs: source and target."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def reads_target(name: str) -> bool:
+    """Whether a module of this name reads something of every token of a target, (B, T, D), as most of a decoder; else it
+    reads text, or the source of a pair, (B, S, D).
+    """
+    return in_decoder(name) and _READS_ENCODER.search(name) is None
+
+
+def check_text(model: PreTrainedModel, texts: Iterable[TokenSequence], *, where: str | None = None) -> None:
+    """Raise TextError where a model with an encoder is to read plain text, or another one pairs."""
+    needs = has_encoder(model)
+    if any(bool(text.target) != needs for text in texts):
+        raise _another_kind(needs, where)
+
+
+def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """What the model is given, on its device: input_ids and attention_mask (B, S) int64; for pairs also decoder_input_ids, what
+    stands before each token of the target, and decoder_attention_mask (B, T) int64.
+
+    Raises TextError as `check_text`.
+    """
+    if (batch.target is not None) != has_encoder(model):
+        raise _another_kind(has_encoder(model), None)
+    given = batch.to(model.device)
+    inputs = {"input_ids": given.input_ids, "attention_mask": given.mask.long()}
+    if given.target is None:
+        return inputs
+    before = _before(model, given.target)
+    return {**inputs, "decoder_input_ids": before, "decoder_attention_mask": given.target_mask.long()}
+
+
+def run_backbone(model: PreTrainedModel, batch: Batch) -> Any:
+    """A pass for those who want what modules read on the way: of a causal model without its head, which costs a third of a
+    small model's pass.
+    """
+    runs = model if has_encoder(model) else model.model
+    return runs(**inputs_of(model, batch), use_cache=False)
+
+
+def losses_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Loss of every predicted token, (B, P) float32 in nats, on the model's device; 0 where nothing is predicted."""
+    logits = model(**inputs_of(model, batch), use_cache=False).logits
+    if batch.target is None:
+        logits = logits[:, :-1]
+    labels = batch.labels.to(logits.device)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return losses.view_as(labels)
+
+
+def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, T) moved by one place, behind what the model's decoder starts with.
+
+    Families say it themselves: mBART starts with the language that stands at a label's end. M2M100 does as Bart, and has no
+    method for it.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        moved: torch.Tensor = shift(labels=labels)
+        return moved
+    config = model.config
+    moved = labels.masked_fill(labels < 0, config.pad_token_id).roll(1, dims=1)
+    moved[:, 0] = config.decoder_start_token_id
+    return moved
+
+
+def _another_kind(needs_pairs: bool, where: str | None) -> TextError:
+    if needs_pairs:
+        return TextError(
+            "a model with an encoder needs pairs of source and target, and this is plain text", where=where,
+            expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
+            "or two files with a line for a line: news.en+news.fr",
+            remedy="give parallel text",
+        )  # fmt: skip
+    return TextError(
+        "a model without an encoder reads plain text, and these are pairs of source and target", where=where,
+        remedy="give plain text, or write source and target of each pair into one text",
+    )  # fmt: skip

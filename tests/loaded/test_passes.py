@@ -1,0 +1,126 @@
+"""Models with an encoder over pairs: every family's own loss, whatever stands beside a pair in its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from conftest import tiny_model
+from modekit.errors import TextError
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.inspection.passes import token_losses
+from modekit.evaluation.loss import score_domain
+from modekit.loaded.moments import input_moments
+from modekit.loaded.next_token import Training, train_language_model
+from modekit.loaded.passes import inputs_of, losses_of, reads_target
+from modekit.loaded.shares import NextTokenLoss, Shares
+from modekit.text.sequences import TokenSequence, encode, make_batches
+from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer, pairs
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[TokenSequence]:
+    found = encode(pair_tokenizer(), pairs(12), max_tokens=10_000, sequence_length=64)
+    assert len(found) == 12 and len({len(each.ids) for each in found}) > 3
+    return found
+
+
+def own_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> list[float]:
+    """What the model itself says of each pair alone, per token of its target."""
+    with torch.inference_mode():
+        return [
+            float(model(input_ids=torch.tensor([each.ids]), labels=torch.tensor([each.target])).loss) for each in sequences
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PAIR_FAMILIES)
+def test_the_loss_is_the_model_s_own(family: str, sequences: list[TokenSequence]) -> None:
+    model = pair_model(family)
+    own, tokens = own_losses(model, sequences), [each.scored for each in sequences]
+    found = token_losses(model, sequences, lambda _: None)
+    assert [len(each) for each in found] == tokens
+    np.testing.assert_allclose([each.mean() for each in found], own, rtol=1e-5)
+    score = score_domain(model, Domain("d", 0, sequences, {}), lambda _: None)
+    assert score.loss == pytest.approx(np.average(own, weights=tokens), rel=1e-5)
+    bits = sum(loss * count for loss, count in zip(own, tokens, strict=True)) / np.log(2)
+    assert score.bits_per_byte == pytest.approx(bits / sum(each.scored_bytes for each in sequences), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", PAIR_FAMILIES)
+def test_padding_changes_nothing(family: str, sequences: list[TokenSequence]) -> None:
+    model = pair_model(family)
+    alone = {row: losses_of(model, batch)[0] for batch in make_batches(sequences, tokens=1) for row in batch.rows}
+    for batch in make_batches(sequences, pad_id=9):
+        losses = losses_of(model, batch)
+        for place, row in enumerate(batch.rows):
+            length = sequences[row].scored
+            torch.testing.assert_close(losses[place, :length], alone[row], atol=1e-5, rtol=1e-5)
+            assert not losses[place, length:].any()
+
+
+@pytest.mark.parametrize("family", PAIR_FAMILIES)
+def test_the_decoder_reads_what_stands_before_each_label(family: str) -> None:
+    (batch,) = make_batches([TokenSequence((5, 2), 0, target=(6, 7, 2)), TokenSequence((5, 8, 2), 0, target=(9, 2))])
+    model = pair_model(family)
+    inputs = inputs_of(model, batch)
+    start = 2 if family in ("bart", "mbart", "m2m_100") else 0  # mBART's is the last label
+    by_row = dict(zip(batch.rows, inputs["decoder_input_ids"].tolist(), strict=True))
+    assert by_row[0] == [start, 6, 7] and by_row[1][:2] == [start, 9]
+    assert torch.equal(inputs["decoder_attention_mask"].bool(), batch.target_mask)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_training_learns_pairs_and_shares_have_the_gradients_of_the_whole(family: str, sequences: list[TokenSequence]) -> None:
+    model = pair_model(family).train()
+    (batch,) = make_batches(sequences, tokens=10_000)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses, gradients = [], []
+    for count in (1, 3):
+        for parameter in parameters:
+            parameter.grad = None
+        with Shares(count) as shares:
+            losses.append(shares.gradients(NextTokenLoss(model, bfloat16=False, pads_named=False), parameters, batch))
+        gradients.append([torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in parameters])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+    training = Training(steps=40, batch_tokens=200, sequence_length=64, learning_rate=3e-3, by_length=True)
+    found = train_language_model(model, parameters, sequences, training)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+    assert np.mean(own_losses(model, sequences)) < 0.8 * losses[0]
+
+
+def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSequence]) -> None:
+    plain = [TokenSequence((5, 6, 7), 2)]
+    for model, text, what in (
+        (pair_model("bart"), plain, "needs pairs"), (tiny_model(), sequences, "reads plain text"),
+    ):  # fmt: skip
+        with pytest.raises(TextError, match=what):
+            score_domain(model, Domain("d", 0, text, {}), lambda _: None)
+        with pytest.raises(TextError, match=what):
+            train_language_model(model, list(model.parameters()), text, Training(steps=1))
+        with pytest.raises(TextError, match=what):
+            next(iter(inputs_of(model, batch) for batch in make_batches(text)))
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_moments_are_of_the_side_that_a_layer_reads(family: str, sequences: list[TokenSequence]) -> None:
+    model = pair_model(family)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _module, args, name=name: seen[name].append(args[0][0]))
+        for name in names
+    ]
+    own_losses(model, sequences)
+    for handle in handles:
+        handle.remove()
+    for name, moment in input_moments(model, names, sequences):
+        x_TI = torch.cat(seen[name])
+        assert len(x_TI) == sum(len(each.target if reads_target(name) else each.ids) for each in sequences)
+        np.testing.assert_allclose(moment, (x_TI.T @ x_TI / len(x_TI)).detach().numpy(), atol=1e-4, rtol=1e-3)
+    assert {reads_target(name) for name in names} == {True, False}
