@@ -1,6 +1,9 @@
 """What routers really read: the input of every router, averaged as its gate takes it, pads excluded, summed in blocks.
 
-Shape legend: B batch, S sequence, D width of what a gate takes (its parts side by side), T real tokens of a batch, N kept.
+Of a pair a router reads one side: in the encoder the source, all of which it sees at once, and in the decoder the target.
+
+Shape legend: B batch, S sequence (in a decoder the target), D width of what a gate takes (its parts side by side), T real
+tokens of a batch, N kept.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from torch import nn
 
 from modekit.architecture.modekit_router import causal_average
 from modekit.loaded.mixture import ExpertView
+from modekit.loaded.passes import check_text, has_encoder, run_backbone
 from modekit.processes import ALONE, Processes, processes
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 from modekit.text.sequences import TokenSequence, make_batches
@@ -27,7 +31,9 @@ def to_float16(x: torch.Tensor) -> torch.Tensor:
 
 
 Consume = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""(slot, x (T, D), places (T,)): the real tokens of a batch, and their places in the order of the sequences."""
+"""(slot, x (T, D), places (T,)): the real tokens of a batch, and their places in the order of the sequences, of the sources'
+tokens alone, or the targets'.
+"""
 
 
 class _Sums:
@@ -83,40 +89,53 @@ def capture_domain(
     `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding. Under a launcher every
     process runs its share of the sequences, and what they found is added up.
     """
-    shared = processes()
-    total = sum(len(sequence.ids) for sequence in sequences)
-    kept = min(keep_tokens, total)
-    places = torch.linspace(0, total - 1, kept, dtype=torch.float64).round().long() if kept else torch.empty(0).long()
+    shared, sides = processes(), view.in_decoder()
+    check_text(view.model, [*sequences, *negatives])
+    totals = _totals(sequences)
+    kept = [_evenly(total, keep_tokens) for total in totals]
     sums: list[dict[int, _Sums]] = [{} for _ in reads]
 
     def consume(number: int, slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
         if slot not in sums[number]:
-            sums[number][slot] = _Sums(x_TD.shape[1], places)
+            sums[number][slot] = _Sums(x_TD.shape[1], kept[sides[slot]])
         sums[number][slot].add(x_TD, places_T)
 
     _run_with_inputs(view, sequences, reads, consume, advance, shared)
     for found in sums:
         for slot, width in enumerate(shared.agree([len(found[slot].sum_D) for slot in sorted(found)])):
-            found.setdefault(slot, _Sums(width, places)).add_up(shared)  # a process may have had no sequence
+            found.setdefault(slot, _Sums(width, kept[sides[slot]])).add_up(shared)  # a process may have had no sequence
     negative = [{slot: torch.zeros_like(each.sum_D) for slot, each in found.items()} for found in sums]
     if negatives:
-        count = sum(len(sequence.ids) for sequence in negatives)
+        counts = _totals(negatives)
 
         def consume_negative(number: int, slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
-            negative[number][slot] += x_TD.sum(0, dtype=torch.float64).cpu() / count
+            negative[number][slot] += x_TD.sum(0, dtype=torch.float64).cpu() / counts[sides[slot]]
 
         _run_with_inputs(view, negatives, reads, consume_negative, lambda _: None)
     return [
         DomainStatistics(
-            total,
+            sum(totals),
             tuple(
                 SlotStatistics(found[slot].sum_D, found[slot].outer_DD, negative[number][slot], found[slot].sample_ND)
                 for slot in sorted(found)
             ),
             dict(read.source),
+            tuple(totals[sides[slot]] for slot in sorted(found)) if totals[True] else (),
         )
         for number, (read, found) in enumerate(zip(reads, sums, strict=True))
     ]
+
+
+def _totals(sequences: Sequence[TokenSequence]) -> tuple[int, int]:
+    """Tokens of all sources, or plain text, and of all targets."""
+    sources, targets = _sizes(sequences)
+    return sum(sources), sum(targets)
+
+
+def _evenly(total: int, most: int) -> torch.Tensor:
+    """Places of the tokens that are kept of so many."""
+    kept = min(most, total)
+    return torch.linspace(0, total - 1, kept, dtype=torch.float64).round().long() if kept else torch.empty(0).long()
 
 
 def run_with_inputs(
@@ -142,47 +161,76 @@ def _run_with_inputs(
 ) -> None:
     """The same for several ways to read; `consume` is told which."""
     # By length, so that the shares cost the same.
-    mine = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row].ids), row))[shared.rank :: shared.count]
-    starts = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)]).cumsum(0)
-    mask: torch.Tensor | None = None
-    whole = False  # no pads in the batch: nothing to pick out
-    places_T: torch.Tensor | None = None
+    mine = sorted(range(len(sequences)), key=lambda row: (-sequences[row].size, row))[shared.rank :: shared.count]
+    starts = [torch.tensor([0, *sizes]).cumsum(0) for sizes in _sizes(sequences)]
+    sides, encodes = view.in_decoder(), has_encoder(view.model)
+    real: tuple[_Real, ...] = ()
 
     def hook(slot: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert mask is not None and places_T is not None
+            own, taken = real[sides[slot]], args[0].detach().float()
+            mask_BS = own.mask_BS.to(taken.device)
             for number, each in enumerate(reads):
-                x_BSD = averaged(args[0].detach().float(), mask.to(args[0].device), each.averages, each.prefix)
-                consume(number, slot, x_BSD.flatten(0, 1) if whole else x_BSD[mask], places_T)
+                at_once = encodes and not sides[slot]
+                x_BSD = averaged(taken, mask_BS, each.averages, each.prefix, at_once=at_once)
+                consume(number, slot, x_BSD.flatten(0, 1) if own.unpadded else x_BSD[mask_BS], own.places_T)
 
         return read
 
     handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(view.router_inputs())]
-    device = view.model.device
     try:
         with torch.inference_mode():
             for batch in make_batches([sequences[row] for row in mine]):
-                mask, whole = batch.mask.to(device), bool(batch.mask.all())
-                within = torch.arange(batch.mask.shape[1])
-                places_T = (starts[torch.tensor([mine[row] for row in batch.rows])][:, None] + within)[batch.mask]
-                # Only the decoder runs: the head's logits are not needed, and cost a third of a small model's pass.
-                view.model.model(input_ids=batch.input_ids.to(device), attention_mask=mask.long(), use_cache=False)
-                advance(int(batch.mask.sum()))
+                rows = torch.tensor([mine[row] for row in batch.rows])
+                masks = (batch.mask, batch.target_mask)
+                real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))
+                run_backbone(view.model, batch)
+                advance(batch.tokens)
     finally:
         for handle in handles:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class _Real:
+    """Real tokens of one side of a batch: their mask (B, S) on the model's device, whether there are no pads to leave out, and
+    the tokens' places (T,) among those of all sequences.
+    """
+
+    mask_BS: torch.Tensor
+    unpadded: bool
+    places_T: torch.Tensor
+
+    @classmethod
+    def of(cls, mask_BS: torch.Tensor, starts_B: torch.Tensor, device: torch.device) -> _Real:
+        """Of rows whose first tokens have these places."""
+        places_T = (starts_B[:, None] + torch.arange(mask_BS.shape[1]))[mask_BS]
+        return cls(mask_BS.to(device), bool(mask_BS.all()), places_T)
+
+
+def _sizes(sequences: Sequence[TokenSequence]) -> tuple[list[int], list[int]]:
+    """Tokens of every source, or plain text, and of every target."""
+    return [len(sequence.ids) for sequence in sequences], [len(sequence.target) for sequence in sequences]
+
+
 def averaged(
-    x_BSD: torch.Tensor, mask_BS: torch.Tensor, averages: Sequence[Mapping[str, Any]], prefix: int | None
+    x_BSD: torch.Tensor,
+    mask_BS: torch.Tensor,
+    averages: Sequence[Mapping[str, Any]],
+    prefix: int | None,
+    *,
+    at_once: bool = False,
 ) -> torch.Tensor:
     """What a gate takes: the causal averages of x side by side, (B, S, J D). A gate is linear, so that averaging what it
     reads, as here, is averaging what it says, as the router does.
+
+    `at_once`: as in an encoder, which sees a source as a whole: every token has the averages that the last one has.
     """
-    parts = [
-        x_BSD
-        if average["decay"] is None
-        else causal_average(x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=prefix)[0]
-        for average in averages
-    ]
+    parts = []
+    for average in averages:
+        part = x_BSD
+        if average["decay"] is not None:
+            part, _ = causal_average(x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=prefix)
+            part = part[:, -1:].expand_as(x_BSD) if at_once else part  # pads behind a text change nothing
+        parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

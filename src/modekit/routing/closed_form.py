@@ -81,7 +81,7 @@ def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
 
 def _second_moment(slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
     """Mean over domains of the mean of x x^T, (D, D) float64."""
-    return torch.stack([domain.slots[slot].outer_DD / domain.tokens for domain in domains]).mean(0)
+    return torch.stack([domain.slots[slot].outer_DD / domain.count(slot) for domain in domains]).mean(0)
 
 
 def _shrunk(matrix_DD: torch.Tensor, l2: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""N-grams of a domain, counted: what an n-gram router is made from.
+"""N-grams of a domain, counted: what an n-gram router is made from. Of pairs those of the sources.
 
 Counts add up: they are kept per domain, with a sample of documents on which the temperature is chosen.
 
@@ -102,7 +102,7 @@ def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: R
         sequences = encode(tokenizer, [document], max_tokens=_MOST_TOKENS - tokens, sequence_length=settings.sequence_length)
         if sequences:
             yield sequences
-        found, tokens = found + len(sequences), tokens + sum(len(sequence.ids) for sequence in sequences)
+        found, tokens = found + len(sequences), tokens + sum(sequence.size for sequence in sequences)
     for chat in read_chats(tokenizer, documents, expert, settings, found, most=tokens // (SHARE - 1)):
         yield [chat]
 

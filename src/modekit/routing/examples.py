@@ -21,6 +21,7 @@ from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, Conversation, chat_template_of
+from modekit.text.pairs import Pair
 from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
@@ -55,8 +56,10 @@ def read_chats(
 ) -> list[TokenSequence]:  # fmt: skip
     """So many short questions cut from documents and, for the base, as much small talk, of at most `most` tokens together.
 
-    None where the router does not know chats. Raises TextError as `read_examples`.
+    None where the router does not know chats, and of pairs. Raises TextError as `read_examples`.
     """
+    if any(isinstance(document, Pair) for document in documents):
+        return []
     template, count = template_for(tokenizer, settings), min(count, _MOST_CHATS)
     if template is None:
         return []
@@ -167,7 +170,7 @@ def _first(sequences: Iterable[TokenSequence], most: int) -> Iterator[TokenSeque
     """As many as have no more than `most` tokens together."""
     total = 0
     for sequence in sequences:
-        total += len(sequence.ids)
+        total += sequence.size
         if total > most:
             return
         yield sequence

@@ -39,7 +39,7 @@ def learned_gates(fitting: Fitting) -> FittedRouter:
     ]
     for place, expert in enumerate(recipe.experts):
         check_length(place, expert, sequences[place])
-    counts = [sum(len(sequence.ids) for sequence in own) for own in sequences]
+    counts = [sum(sequence.size for sequence in own) for own in sequences]
     gates = _train_gates(fitting, sequences)
     text = {
         name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)

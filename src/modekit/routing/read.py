@@ -87,7 +87,7 @@ class Reader:
 
     def expect(self, domains: Sequence[DomainToRead]) -> None:
         """Say beforehand what will be read one by one, so that progress is that of all of it."""
-        self._total = sum(len(sequence.ids) for domain in domains for sequence in domain.sequences)
+        self._total = sum(sequence.size for domain in domains for sequence in domain.sequences)
 
     def look_at(self, place: int, expert: Expert) -> DomainToRead:
         """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.
@@ -109,7 +109,7 @@ class Reader:
             raise without_text(error, kept and kept.source.get("how"), how) from None
         sequences = read_examples(self._tokenizer, documents, expert, self._settings, most=self._settings.tokens_per_domain)
         check_length(place, expert, sequences)
-        source = {"text": text_record(documents, sum(len(sequence.ids) for sequence in sequences)), "how": how}
+        source = {"text": text_record(documents, sum(sequence.size for sequence in sequences)), "how": how}
         domain = DomainToRead(place, expert.name, path, kept, known=True)
         if processes().agree(kept is not None and kept.source == source):
             return domain
@@ -137,7 +137,7 @@ class Reader:
         """Read one domain's text once for readers that differ in how they average, and keep what each of them wants."""
         domains = [domain for _, domain in others]
         first = domains[0]
-        total = self._total or sum(len(sequence.ids) for sequence in first.sequences)
+        total = self._total or sum(sequence.size for sequence in first.sequences)
         done = self._done if self._total else 0
 
         def advance(count: int) -> None:

@@ -42,14 +42,16 @@ class DomainStatistics:
     """Of one domain, for every router.
 
     Attributes:
-        tokens: how many x were seen; pads never count.
+        tokens: how many x were seen, of pairs on both sides; pads never count.
         slots: statistics in the order of the checkpoint's routers.
         source: what they were made from: settings and a digest of the text.
+        counts: of pairs, how many x each router saw, which reads one side; empty where all saw all.
     """
 
     tokens: int
     slots: tuple[SlotStatistics, ...]
     source: dict[str, Any]
+    counts: tuple[int, ...] = ()
 
     def is_of(self, widths: Sequence[int]) -> bool:
         """Whether they are of gates that take so much, one after the other."""
@@ -57,7 +59,11 @@ class DomainStatistics:
 
     def mean_D(self, slot: int) -> torch.Tensor:
         """Mean of x, float64. This is X'Y of the domain's column, per token."""
-        return self.slots[slot].sum_D / self.tokens
+        return self.slots[slot].sum_D / self.count(slot)
+
+    def count(self, slot: int) -> int:
+        """How many x a router saw."""
+        return self.counts[slot] if self.counts else self.tokens
 
     def save(self, path: Path) -> None:
         """Write atomically. X'X is symmetric: only its upper triangle is kept, in float32."""
@@ -68,7 +74,8 @@ class DomainStatistics:
             tensors[f"{number}.outer_upper"] = slot.outer_DD[rows, columns].float()
             tensors[f"{number}.negative"] = slot.negative_D
             tensors[f"{number}.sample"] = slot.sample_ND
-        save_kept(path, tensors, {"tokens": self.tokens, "slots": len(self.slots), "source": self.source})
+        counts = {"counts": self.counts} if self.counts else {}
+        save_kept(path, tensors, {"tokens": self.tokens, "slots": len(self.slots), "source": self.source, **counts})
 
 
 def load_statistics(path: Path) -> DomainStatistics | None:
@@ -80,6 +87,8 @@ def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
     if "slots" not in about:  # of an n-gram router
         return None
     said = as_kind(about, _About)
+    if said.counts and len(said.counts) != said.slots:
+        raise ValueError("counts of other routers")
     slots = []
     for number in range(said.slots):
         sum_D = checked(get(f"{number}.sum"), (None,))
@@ -91,10 +100,11 @@ def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
         outer_DD[columns, rows] = upper
         negative_D = checked(get(f"{number}.negative"), (width,))
         slots.append(SlotStatistics(sum_D, outer_DD, negative_D, checked(get(f"{number}.sample"), (None, width))))
-    return DomainStatistics(said.tokens, tuple(slots), said.source)
+    return DomainStatistics(said.tokens, tuple(slots), said.source, said.counts)
 
 
 class _About(BaseModel):
     tokens: Annotated[Count, Field(ge=1)]
     slots: Count
     source: dict[str, Any]
+    counts: tuple[Annotated[Count, Field(ge=1)], ...] = ()

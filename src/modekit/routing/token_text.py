@@ -1,4 +1,4 @@
-"""The tokens of a domain's text, kept: what a table of evidence is trained on.
+"""The tokens of a domain's text, of pairs those of the sources, kept: what a table of evidence is trained on.
 
 They are the text itself in another spelling: whoever may not keep the text may not keep these. With them a domain is added
 later without the others' text, and the fit is the one that all of it together gives.
