@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import VOCAB, character_tokenizer
+from conftest import DOMAINS, VOCAB, Workshop, character_tokenizer
 from modekit.text.pairs import Pair
+from modekit.text.records import data_of
 
 _BART: dict[str, Any] = {
     "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -58,3 +61,16 @@ def pairs(count: int) -> list[Pair]:
     words = ["fever", "artery", "lesion", "dose", "nerve", "renal", "tumour", "pulse"]
     said = (" ".join(words[(number + place) % 8] for place in range(1 + number % 4)) for number in range(count))
     return [Pair(f"{number} {text}", f"{text.upper()} {number % 7}") for number, text in enumerate(said)]
+
+
+def make_pair_workshop(root: Path, model_type: str) -> Workshop:
+    """Base and one expert per domain, random and different in every tensor, with pairs of each domain."""
+    for seed, name in enumerate(("base", *DOMAINS)):
+        pair_model(model_type, seed=seed).save_pretrained(root / name)
+        pair_tokenizer().save_pretrained(root / name)
+    experts = []
+    for place, name in enumerate(DOMAINS):
+        lines = [json.dumps(data_of(Pair(f"{name} {pair.source}", f"{pair.target} {place}"))) for pair in pairs(60)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+        experts.append({"name": name, "model": f"./{name}", "text": f"./{name}.jsonl"})
+    return Workshop(root, {"base_model": "./base", "experts": experts})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from modekit.loaded.next_token import Training
 from modekit.routing.refit import refit
 from modekit.text.documents import read_documents
 from modekit.text.held_out import fit_documents
-from modekit.text.sequences import encode, make_batches
+from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import digest_of, split_of
 
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -204,7 +203,7 @@ def test_given_weights_weigh_the_experts_and_leave_no_oracle(workshop: Workshop)
 
 def test_batches_of_any_size_score_the_same() -> None:
     model = tiny_model()
-    sequences: Any = [type("S", (), {"ids": tuple(range(3, 3 + n)), "scored_bytes": n})() for n in (5, 17, 30, 2)]
+    sequences = [TokenSequence(tuple(range(3, 3 + n)), n) for n in (5, 17, 30, 2)]
     domain = Domain("x", None, sequences, {})
     expected = score_domain(model, domain, lambda _: None).loss
     total = 0.0
