@@ -41,7 +41,7 @@ from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
-from modekit.sources.families import FAMILIES
+from modekit.sources.families import DECODERS
 from modekit.sources.family import Family
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 from refusal import run_python, tree
@@ -70,8 +70,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "seed_oss": {"head_dim": 8},
 }  # fmt: skip
 NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses
-TYPES = [family.model_type for family in FAMILIES]
-BY_TYPE = {family.model_type: family for family in FAMILIES}
+TYPES = [family.model_type for family in DECODERS]
+BY_TYPE = {family.model_type: family for family in DECODERS}
 PROMPTS = ["fever artery lesion", "licence clause party", "def return self", "salt pepper onion"]
 
 BASE, ONE, TWO, ALIKE = {"model": "base"}, {"model": "./one"}, {"model": "./two"}, {"model": "./base"}

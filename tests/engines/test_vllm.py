@@ -20,7 +20,7 @@ from engines.test_gguf import RUNS as IN_LLAMA
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.serve import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.sources.families import FAMILIES
+from modekit.sources.families import DECODERS
 from modekit.sources.family import Family
 from modekit.sources.native import NATIVES
 
@@ -177,7 +177,7 @@ def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if not family.without_vllm], ids=lambda family: family.model_type
+    "family", [family for family in DECODERS if not family.without_vllm], ids=lambda family: family.model_type
 )
 def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family) -> None:
     dense = family.model_type

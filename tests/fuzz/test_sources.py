@@ -31,7 +31,7 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover
 from modekit.search.discover.settings import DiscoverSettings
-from modekit.sources.families import FAMILIES
+from modekit.sources.families import DECODERS
 from modekit.sources.model import open_source, read_header
 from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
@@ -197,7 +197,7 @@ def fuzz_configs(root: Path, recipe: dict[str, Any]) -> Target:
 def fuzz_families(root: Path, recipe: dict[str, Any]) -> Target:
     """A config of every family, as native and as modekit mixture."""
     configs = {}
-    for family in FAMILIES:
+    for family in DECODERS:
         write_headers(root / family.model_type, family.model_type, head_dim=8)
         configs[family.model_type] = json.loads((root / family.model_type / "config.json").read_text())
     kinds = st.sampled_from(sorted(configs))

@@ -235,12 +235,15 @@ def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: 
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type + family.variant)
 def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
     """A config.json that is silent means the dense class's default; the table must know the same one."""
     silent = AutoConfig.for_model(family.model_type)
     for key, value in family.defaults.items():
         assert getattr(silent, key) == value, key
+    if family.pair:
+        assert silent.is_encoder_decoder
+        return
     if family.head_dim is not None:
         assert silent.head_dim == family.head_dim
     else:

@@ -37,8 +37,8 @@ class _BeforeEncoder:
         self._flow = flow
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start_pass(self._flow, kwargs)
         self._flow.encoding, self._flow.source_weights = True, None
+        start_pass(self._flow, kwargs)
         self._flow.source_ids_BS, self._flow.source_mask_BS = self._flow.ids_BS, self._flow.mask_BS
 
 

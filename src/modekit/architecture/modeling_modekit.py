@@ -292,6 +292,8 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
         raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
     if not flow.averages or flow.keeper is not None or (flow.forced is not None and not flow.solo):
         return
+    if flow.source_weights is not None:  # the one router has decided, in the encoder
+        return
     if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")
     if filled and not flow.states:

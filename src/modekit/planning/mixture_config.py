@@ -162,6 +162,10 @@ class MixtureConfig(_Said):
         if routing.unseen is not None and routing.unseen >= count:
             raise ValueError(f"routing.unseen: there are only {count} experts")
         for module, place in self.places.items():
+            layer, path = split_layer(module)
+            stack = None if layer is None else self.family.stack_of(layer)
+            if place.calls and (stack is None or (path, tuple(place.calls)) != (stack.ffn, stack.ffn_calls)):
+                raise ValueError(f"places.{module}: its layer does not call {', '.join(place.calls)} one after the other")
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")

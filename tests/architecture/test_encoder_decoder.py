@@ -1,0 +1,413 @@
+"""Mixtures of models with an encoder against their experts by themselves, and against a reference that is written down here.
+
+The reference is the base model of transformers with hooks before its FFNs: a loop over the experts' own, in full.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from conftest import VOCAB, save, tiny_model
+from modekit.architecture.modekit_router import causal_average, select
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import CheckpointError, MismatchError, ModekitError, RecipeError, UnsupportedError
+from modekit.loaded.load import load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.sources.families import family_of
+from modekit.sources.family import Family
+from pair_models import pair_model, pair_tokenizer
+from refusal import run_python
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KINDS: dict[str, dict[str, Any]] = {
+    "bart": {"encoder_layers": 3},
+    "mbart": {},
+    "marian": {"scale_embedding": True},
+    "m2m_100": {"decoder_layers": 3, "encoder_ffn_dim": 40},
+    "t5": {},
+    "t5 gated": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+NAMES = ("one", "two", "three")
+ADAPTED = {"t5": ["q", "v", "wi", "wo"], "t5 gated": ["k", "wi_0", "wo"]}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with a base, three full models and two adapters of one kind, and the same in memory."""
+
+    kind: str
+    root: Path
+    made: dict[str, PreTrainedModel]
+
+    @property
+    def family(self) -> Family:
+        """Its row."""
+        return family_of(self.made["base"].config.to_dict(), where="test")
+
+    def build(self, mixture: dict[str, Any], *experts: dict[str, Any]) -> Path:
+        """A mixture of the full models, or of others."""
+        said = experts or tuple({"name": name, "model": f"./{name}"} for name in NAMES)
+        recipe = parse_recipe({"base_model": "./base", "experts": list(said), "mixture": mixture}, where="test")
+        out = self.root / "out"
+        build(make_plan(recipe, self.root), out, overwrite=True)
+        return out
+
+
+def random_gates(top_k: int = 2, **router: Any) -> dict[str, Any]:
+    """Routing by gates that were drawn."""
+    return {"method": "routing", "top_k": top_k, "router": {"fit": "random", "seed": 3, **router}}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Of every kind."""
+    kind = str(request.param)
+    model_type, root = kind.split()[0], tmp_path_factory.mktemp("pairs")
+    made = {"base": pair_model(model_type, 0, **KINDS[kind])}
+    for seed, name in enumerate(NAMES, 1):
+        made[name] = copy.deepcopy(made["base"])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter_name, parameter in made[name].named_parameters():
+                if any(part in parameter_name for part in ("fc1", "fc2", "DenseReluDense")):
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+    pair_tokenizer().save_pretrained(root / "base")
+    for name, targets in (("small", ADAPTED.get(kind, ["q_proj", "v_proj", "fc1", "fc2"])), ("wide", "all-linear")):
+        torch.manual_seed(len(name))
+        config = LoraConfig(r=len(name), lora_alpha=8, target_modules=targets, task_type="SEQ_2_SEQ_LM")
+        adapted = get_peft_model(copy.deepcopy(made["base"]), config)
+        with torch.no_grad():
+            for parameter_name, parameter in adapted.named_parameters():
+                if "lora" in parameter_name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.2)
+        adapted.save_pretrained(root / name)
+    return Bench(kind, root, made)
+
+
+def inputs(pads: str = "right") -> dict[str, torch.Tensor]:
+    """Three sources of different lengths and what is written of their targets."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, VOCAB, (3, 9), generator=draw)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((9, 6, 3)):
+        real = ids[row, :length].clone()
+        ids[row], mask[row] = 0, 0
+        place = slice(0, length) if pads == "right" else slice(9 - length, 9)
+        ids[row, place], mask[row, place] = real, 1
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, VOCAB, (3, 5), generator=draw)}
+
+
+def logits_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, T, V)."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**said).logits
+    return logits
+
+
+def written(model: Any, said: dict[str, torch.Tensor], **how: Any) -> torch.Tensor:
+    """What generate makes of the sources."""
+    source = {name: said[name] for name in ("input_ids", "attention_mask")}
+    ids: torch.Tensor = model.generate(**source, max_new_tokens=7, eos_token_id=None, forced_eos_token_id=None, **how)
+    return ids
+
+
+# --- promise 2: one expert alone
+
+
+@pytest.mark.parametrize("scope", [{}, {"fit": "random"}])
+def test_an_expert_alone_is_its_own_model_bit_for_bit(bench: Bench, scope: dict[str, Any]) -> None:
+    model = load_model(bench.build(random_gates(**scope)))
+    for name in NAMES:
+        model.use_expert(name)
+        for pads in ("right", "left"):
+            assert torch.equal(logits_of(model, inputs(pads)), logits_of(bench.made[name], inputs(pads))), (name, pads)
+        for how in ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0}):
+            assert torch.equal(written(model, inputs(), **how), written(bench.made[name], inputs(), **how)), (name, how)
+
+
+def test_every_sequence_may_have_its_own_expert(bench: Bench) -> None:
+    model = load_model(bench.build(random_gates()))
+    model.use_expert(["two", "three", "one"])
+    said = inputs()
+    together, beams = logits_of(model, said), written(model, said, num_beams=2)
+    for row, name in enumerate(("two", "three", "one")):
+        torch.testing.assert_close(together[row], logits_of(bench.made[name], said)[row], atol=1e-5, rtol=1e-5)
+        assert torch.equal(beams[row], written(bench.made[name], said, num_beams=2)[row])
+
+
+def test_an_adapter_alone_is_peft_s_model(bench: Bench) -> None:
+    model = load_model(bench.build(random_gates(), {"name": "small", "adapter": "./small"}, {"name": "wide", "adapter": "./wide"}))
+    for name in ("small", "wide"):
+        own = PeftModel.from_pretrained(copy.deepcopy(bench.made["base"]), bench.root / name).eval()
+        model.use_expert(name)
+        expected = logits_of(own, inputs())
+        torch.testing.assert_close(logits_of(model, inputs()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+        assert torch.equal(written(model, inputs(), num_beams=2), written(own, inputs(), num_beams=2))
+
+
+# --- promise 1: what routers mix
+
+
+@contextmanager
+def reference(bench: Bench, out: Path, routing: dict[str, Any]) -> Iterator[PreTrainedModel]:
+    """The base whose FFNs are sums over the experts' own, by the gates of a checkpoint; averages are of the whole source."""
+    checkpoint = open_checkpoint(out)
+    model = copy.deepcopy(bench.made["base"])
+    gates = {slot.name.removesuffix(".router.gate"): gate for slot, gate in zip(checkpoint.slots, checkpoint.gates(), strict=True)}
+    said = inputs()
+    for place, gate in gates.items():
+        layer = model.get_submodule(place.rpartition(".")[0])
+        parts = [bench.made[name].get_submodule(place.rpartition(".")[0]) for name in NAMES]
+        _mix(layer, parts, place.rpartition(".")[2], torch.tensor(gate), routing, said, encoder=".decoder." not in f".{place}")
+    yield model
+
+
+def _mix(
+    layer: nn.Module, experts: list[nn.Module], leaf: str, gate: torch.Tensor, routing: dict[str, Any],
+    said: dict[str, torch.Tensor], *, encoder: bool,
+) -> None:  # fmt: skip
+    def ffn(own: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if leaf == "fc1":
+            return own.fc2(own.activation_fn(own.fc1(x)))  # type: ignore[operator]
+        return own.get_submodule(leaf)(x)
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        scores = nn.functional.linear(x, gate.float())
+        if routing.get("decay"):
+            mask = said["attention_mask"].float() if encoder else torch.ones(x.shape[:2])
+            scores, _ = causal_average(scores, mask, routing["decay"], None)
+            if encoder:  # the mean of all real tokens, for each of them
+                scores = scores[:, -1:].expand(-1, x.shape[1], -1)
+        weights = select(scores, {"method": "routing", "top_k": 2})
+        return sum(weights[..., e, None] * ffn(own, x) for e, own in enumerate(experts))  # type: ignore[return-value]
+
+    class Ffn(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return mixed(x)
+
+    setattr(layer, leaf, Ffn())
+    if leaf == "fc1":
+        layer.activation_fn, layer.fc2 = nn.Identity(), nn.Identity()
+
+
+@pytest.mark.parametrize("granularity", ["token", "context"])
+def test_logits_are_those_of_the_reference(bench: Bench, granularity: str) -> None:
+    router = {} if granularity == "token" else {"granularity": granularity}
+    out = bench.build(random_gates(**router))
+    averages = open_checkpoint(out).shape.routing.averages
+    if len(averages) > 1:
+        pytest.skip("the reference has one average")
+    with reference(bench, out, {"decay": averages[0].decay}) as model:
+        torch.testing.assert_close(logits_of(load_model(out), inputs()), logits_of(model, inputs()), atol=2e-5, rtol=2e-5)
+
+
+# --- promises 4 to 6: pads, caches, beams, copies
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "context": {"granularity": "context"},
+    "once per source": {"granularity": "sequence", "per": "model"},
+    "per projection": {"per": "projection"},
+}
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_pads_and_company_change_nothing(bench: Bench, router: str) -> None:
+    model = load_model(bench.build(random_gates(**ROUTERS[router])))
+    right, left = logits_of(model, inputs("right")), logits_of(model, inputs("left"))
+    near = 1e-5 * float(right.abs().max())
+    if bench.kind.startswith("t5"):  # the others have positions that pads on the left move
+        torch.testing.assert_close(left, right, atol=near, rtol=1e-4)
+    said = inputs()
+    for row, length in enumerate((9, 6, 3)):
+        alone = {name: value[row : row + 1] for name, value in said.items()}
+        alone = {**alone, "input_ids": alone["input_ids"][:, :length], "attention_mask": alone["attention_mask"][:, :length]}
+        torch.testing.assert_close(logits_of(model, alone)[0], right[row], atol=near, rtol=1e-4)
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_what_is_written_token_by_token_is_what_one_pass_says(bench: Bench, router: str) -> None:
+    """Greedy: every token is the likeliest of a pass over all of them. Beams: scores are those of a pass over each."""
+    model, said = load_model(bench.build(random_gates(**ROUTERS[router]))), inputs()
+    ids = written(model, said, do_sample=False)
+    logits = logits_of(model, {**said, "decoder_input_ids": ids[:, :-1]})
+    assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 2:])
+    found = written(model, said, num_beams=4, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
+    logits = logits_of(model, {**said, "decoder_input_ids": found.sequences[:, :-1]})
+    chosen = logits.log_softmax(-1).gather(-1, found.sequences[:, 1:, None])[..., 0].sum(1)
+    torch.testing.assert_close(found.sequences_scores, chosen, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_is_a_mixture_of_its_own_and_pickles(bench: Bench) -> None:
+    model = load_model(bench.build(random_gates(granularity="sequence", per="model")))
+    before = logits_of(model, inputs())
+    other = copy.deepcopy(model)
+    other.use_expert("one")
+    assert torch.equal(logits_of(other, inputs()), logits_of(bench.made["one"], inputs()))
+    assert torch.equal(logits_of(model, inputs()), before)
+    stream = io.BytesIO()
+    pickle.dump(model, stream)
+    again = pickle.loads(stream.getvalue())
+    assert torch.equal(logits_of(again, inputs()), before)
+
+
+def test_gradients_with_checkpointing_are_those_without(bench: Bench) -> None:
+    out, found = bench.build(random_gates(granularity="context")), []
+    for checkpointing in (False, True):
+        model = load_model(out).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model(**inputs(), use_cache=False).logits.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("router.gate" in name for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-5 * float(gradient.abs().max()), rtol=1e-4, msg=name)
+
+
+def test_it_is_proven_and_saved_again_as_it_was(bench: Bench, tmp_path: Path) -> None:
+    out = bench.build(random_gates())
+    assert is_proven(verify(open_checkpoint(out)))
+    model = load_model(out)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(logits_of(again, inputs()), logits_of(model, inputs()))
+
+
+def test_it_opens_without_modekit(bench: Bench, tmp_path: Path) -> None:
+    out = bench.build(random_gates())
+    expected = logits_of(load_model(out), inputs())
+    torch.save({"inputs": inputs(), "logits": expected}, tmp_path / "expected.pt")
+    run_python(
+        f"""
+        import sys
+        sys.modules["modekit"] = None
+        import torch
+        from transformers import AutoModelForSeq2SeqLM
+        said = torch.load({str(tmp_path / "expected.pt")!r})
+        model = AutoModelForSeq2SeqLM.from_pretrained({str(out)!r}, trust_remote_code=True).eval()
+        with torch.inference_mode():
+            assert torch.equal(model(**said["inputs"]).logits, said["logits"])
+        """
+    )
+
+
+# --- what cannot be
+
+
+def planned(root: Path, mixture: dict[str, Any], *experts: str) -> None:
+    """A plan of full models."""
+    said = [{"name": f"e{place}", "model": f"./{name}"} for place, name in enumerate(experts)]
+    make_plan(parse_recipe({"base_model": "./base", "experts": said, "mixture": mixture}, where="test"), root)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Bart, and what is none."""
+    root = tmp_path_factory.mktemp("refused")
+    for name, model in (
+        ("base", pair_model("bart")), ("one", pair_model("bart", 1)), ("marian", pair_model("marian")),
+        ("wide", pair_model("bart", encoder_ffn_dim=64)), ("deep", pair_model("bart", decoder_layers=3)),
+    ):  # fmt: skip
+        model.save_pretrained(root / name)
+    save(tiny_model(), root / "causal")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("mixture", "expert", "kind", "says"),
+    [
+        ({}, "causal", MismatchError, "another family"),
+        ({}, "marian", MismatchError, "another family"),
+        ({}, "wide", MismatchError, "encoder_ffn_dim"),
+        ({}, "deep", MismatchError, "tensors that the base model lacks"),
+        ({"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}, "one",
+         UnsupportedError, "whole models"),
+        ({"router": {"fit": "random", "per": "model"}}, "one", UnsupportedError, "once per source"),
+        ({"layers": [1], "router": {"fit": "random"}}, "one", RecipeError, "names neither"),
+        ({"layers": ["decoder.7"], "router": {"fit": "random"}}, "one", RecipeError, "no such layer"),
+    ],
+)
+def test_what_cannot_be_mixed_is_one_clear_error(
+    folders: Path, mixture: dict[str, Any], expert: str, kind: type[ModekitError], says: str
+) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        planned(folders, {"router": {"fit": "random"}, **mixture}, "one", expert)
+    assert caught.value.remedy
+
+
+def test_a_translation_model_among_causal_ones_is_refused(folders: Path) -> None:
+    recipe = {"base_model": "./causal", "experts": [{"name": "a", "model": "./one"}, {"name": "b", "model": "base"}],
+              "mixture": {"router": {"fit": "random"}}}  # fmt: skip
+    with pytest.raises(ModekitError, match="another family"):
+        make_plan(parse_recipe(recipe, where="test"), folders)
+
+
+@pytest.mark.parametrize(
+    ("said", "mixed"),
+    [
+        (["encoder"], {"encoder.0", "encoder.1"}),
+        (["decoder.1"], {"decoder.1"}),
+        (["encoder.0-1", "decoder.0"], {"encoder.0", "encoder.1", "decoder.0"}),
+    ],
+)
+def test_layers_are_named_with_their_stack(folders: Path, said: list[str], mixed: set[str]) -> None:
+    mixture = {"layers": said, "router": {"fit": "random"}}
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    plan = make_plan(parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture}, where="test"), folders)
+    found = {slot.name.removeprefix("model.").replace(".layers", "").rpartition(".fc1")[0] for slot in plan.slots}
+    assert found == mixed
+
+
+Damage = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda config: config["modekit"]["places"]["model.encoder.layers.0.fc1"].update(calls=["fc1", "nothing"]),
+        lambda config: config["modekit"].update(dense_type="marian2"),
+        lambda config: config["modekit"].update(variant="gated"),
+        lambda config: config.update(encoder_layers=10**9),
+        lambda config: config.update(d_model="wide"),
+        lambda config: config.pop("decoder_ffn_dim"),
+    ],
+)
+def test_a_damaged_config_is_a_checkpoint_error(folders: Path, tmp_path: Path, damage: Damage) -> None:
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
+    out = tmp_path / "out"
+    build(make_plan(recipe, folders), out)
+    config = json.loads((out / "config.json").read_text())
+    damage(config)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        _ = open_checkpoint(out).tensors
+
+
+def test_a_causal_class_does_not_open_it(folders: Path, tmp_path: Path) -> None:
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
+    build(make_plan(recipe, folders), tmp_path / "out")
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
