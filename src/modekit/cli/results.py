@@ -18,6 +18,7 @@ from modekit.cli.printing.mixtures import print_results, print_summary
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.cli.tasks import TaskOptions, score_tasks
+from modekit.cli.translate import TranslationOptions, score_translations
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -39,24 +40,37 @@ class HeldOutOptions:
         return {"--tokens": self.tokens, "--sequence-length": self.sequence_length}
 
 
+@dataclass(frozen=True)
+class WritingOptions(TranslationOptions, ChatOptions):
+    """What models write: answers in chats, translations."""
+
+
 @app.command(name="eval")
 @grouped
 def evaluate(
     checkpoint: OutFolder,
     held_out: HeldOutOptions,
     of_tasks: TaskOptions,
-    of_chat: ChatOptions,
+    written: WritingOptions,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score base, experts, weight average, oracle and mixture on held-out text, or on --tasks; or, with --chat, who leads."""
-    if of_chat.chat:
+    """Score base, experts, weight average, oracle and mixture on held-out text, on --tasks, or what they --translate; or, with
+    --chat, who leads.
+    """
+    if written.translate:
+        others = {**held_out.of_text(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks(), "--chat": written.chat or None}
+        refuse_without_effect("--translate scores translations", {**others, **written.beside_chat()})
+        score_translations(checkpoint, written, Run(trust_remote_code), as_json=as_json)
+        return
+    refuse_without_effect("it belongs to --translate", written.beside_translate())
+    if written.chat:
         refuse_without_effect(
             "--chat asks questions", {**held_out.of_text(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()}
         )
-        score_chat(checkpoint, of_chat, as_json=as_json, trust_remote_code=trust_remote_code)
+        score_chat(checkpoint, written, as_json=as_json, trust_remote_code=trust_remote_code)
         return
-    refuse_without_effect("it belongs to --chat", of_chat.beside_chat())
+    refuse_without_effect("it belongs to --chat", written.beside_chat())
     if of_tasks.tasks is not None:
         refuse_without_effect("--tasks scores no text", held_out.of_text())
         score_tasks(checkpoint, of_tasks, as_json=as_json, trust_remote_code=trust_remote_code)

@@ -1,0 +1,49 @@
+"""BLEU and chrF as sacrebleu computes them: what is said here of them is what it says."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modekit.errors import ModekitError
+from modekit.files.typed import Number
+
+
+@dataclass(frozen=True)
+class TranslationScore:
+    """Of a model on a domain, both between 0 and 100: of the whole corpus, not means over its sentences."""
+
+    bleu: Number
+    chrf: Number
+
+
+def require_sacrebleu() -> None:
+    """Raise ModekitError when the extra is not installed."""
+    try:
+        importlib.import_module("sacrebleu.metrics")
+    except ImportError as error:
+        raise ModekitError(
+            "translations are scored by sacrebleu, which is not installed", where="modekit eval --translate", found=error,
+            expected="sacrebleu 2.4 or later", remedy="pip install 'modekit[translation]'",
+        ) from None  # fmt: skip
+
+
+class Scorer:
+    """sacrebleu's BLEU and chrF with its own defaults. `signatures` say which they are, as papers quote them."""
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics import BLEU, CHRF
+
+        self._bleu, self._chrf = BLEU(force=True), CHRF()  # force: no warning of text that looks tokenized
+        self.signatures: dict[str, str] = {}
+
+    def corpus(self, texts: Sequence[str], references: Sequence[str]) -> TranslationScore:
+        """Of translations against one reference each."""
+        found = [metric.corpus_score(list(texts), [list(references)]) for metric in (self._bleu, self._chrf)]
+        self.signatures = {"bleu": str(self._bleu.get_signature()), "chrf": str(self._chrf.get_signature())}
+        return TranslationScore(*(float(each.score) for each in found))
+
+    def sentence_chrf(self, text: str, reference: str) -> float:
+        """Of one translation, between 0 and 100."""
+        return float(self._chrf.sentence_score(text, [reference]).score)
