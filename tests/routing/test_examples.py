@@ -16,6 +16,7 @@ from modekit.recipes.router import Router
 from modekit.routing.counts import count_domain
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate, Conversation
+from modekit.text.pairs import Pair
 from modekit.text.sequences import encode
 from modekit.text.small_talk import SMALL_TALK
 
@@ -88,6 +89,18 @@ def test_conversations_are_not_cut() -> None:
     talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
     assert list(cut_chats(TEMPLATE, [talk], 5)) == []
     assert [each.start for each in read_examples(TOKENIZER, [talk] * 2, LAW, LEXICAL, most=1_000)] == [11, 11]
+
+
+def test_of_pairs_the_sources_are_read_and_no_chats_are_cut() -> None:
+    pairs = [Pair(document, "what it says") for document in DOCUMENTS]
+    for expert in (LAW, BASE):
+        found = read_examples(TOKENIZER, pairs, expert, LEXICAL, most=100_000)
+        assert len(found) == len(pairs) and all(each.target and not each.start for each in found)
+        assert sum(each.size for each in read_examples(TOKENIZER, pairs, expert, LEXICAL, most=200)) <= 200
+    settings = Router(fit="ngram", buckets=64)
+    counted = count_domain(TOKENIZER, pairs, LAW, settings, {}, where="text")
+    plain = count_domain(TOKENIZER, DOCUMENTS, LAW, Router(fit="ngram", buckets=64, chat=False), {}, where="text")
+    assert torch.equal(counted.counts_H, plain.counts_H)
 
 
 def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
