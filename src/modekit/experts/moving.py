@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modekit.errors import UnsupportedError
 from modekit.files.write import remove
 from modekit.loaded.load import without_bars
+from modekit.loaded.passes import has_encoder
 from modekit.sources.families import family_of
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 
@@ -45,7 +46,7 @@ def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
     """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         adapted = get_peft_model(model, config)

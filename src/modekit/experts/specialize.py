@@ -90,7 +90,7 @@ def specialize(
             "base_model": base.name,
             **({"rank": rank} if train == "lora" else {}),
             "training": {**dataclasses.asdict(training), "steps": len(losses)},
-            "text": text_record(fit, sum(len(sequence.ids) for sequence in sequences)),
+            "text": text_record(fit, sum(sequence.size for sequence in sequences)),
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "held_out_loss": {"before": before, "after": after},
         }

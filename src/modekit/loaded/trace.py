@@ -24,9 +24,14 @@ class RouterTrace:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Logits in the order of the slots, of the routers that have run."""
+        return (logits for _, logits in self.by_slot())
+
+    def by_slot(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same with the number of each slot."""
         for slot, said in enumerate(self.said):
             if said is not None:
-                yield said if self._gates is None else nn.functional.linear(said.float(), _whole(self._gates[slot]).float())
+                gate = None if self._gates is None else self._gates[slot]
+                yield slot, said if gate is None else nn.functional.linear(said.float(), _whole(gate).float())
 
 
 def _whole(gate: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LONG = 2**20  # characters: a document that has no more is tokenised whole
 _PAST = 256  # tokens: where a text is cut changes none that stands so far before
-_NO_LABEL = -100  # where nothing is predicted, as losses of torch and transformers have it
+NO_LABEL = -100  # where nothing is predicted, as losses of torch and transformers have it
 _THIN = 64  # characters: text with more of them per token, read so far, is not read on for tokens that may never come
 
 
@@ -63,12 +63,12 @@ class Batch:
         """What is predicted (B, P) int64, -100 where nothing is: the next tokens, P = S - 1, or those of the target, P = T."""
         if self.target is not None:
             return self.target
-        return self.input_ids[:, 1:].masked_fill(~self.mask[:, 1:], _NO_LABEL)
+        return self.input_ids[:, 1:].masked_fill(~self.mask[:, 1:], NO_LABEL)
 
     @property
     def target_mask(self) -> torch.Tensor:
         """Real tokens of the targets (B, T) bool; (B, 0) for plain text."""
-        return self.mask[:, :0] if self.target is None else self.target != _NO_LABEL
+        return self.mask[:, :0] if self.target is None else self.target != NO_LABEL
 
     @property
     def tokens(self) -> int:
@@ -78,7 +78,7 @@ class Batch:
     @property
     def scored(self) -> int:
         """How many tokens are predicted."""
-        return int((self.labels != _NO_LABEL).sum())
+        return int((self.labels != NO_LABEL).sum())
 
     def share(self, place: int, count: int) -> Batch:
         """Every `count`-th row from `place` on."""
@@ -204,7 +204,7 @@ def _padded(sequences: Sequence[TokenSequence], rows: Sequence[int], lengths: tu
 
     input_ids = torch.full((len(rows), lengths[0]), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), lengths[0]), dtype=torch.bool)
-    labels = torch.full((len(rows), lengths[1]), _NO_LABEL, dtype=torch.int64)
+    labels = torch.full((len(rows), lengths[1]), NO_LABEL, dtype=torch.int64)
     for place, row in enumerate(rows):
         ids, target = sequences[row].ids, sequences[row].target
         input_ids[place, : len(ids)] = torch.tensor(ids)

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from modekit.text.sequences import TokenSequence
+from modekit.text.sequences import NO_LABEL, TokenSequence
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
 
@@ -30,11 +30,11 @@ class Corpus:
     @property
     def tokens(self) -> int:
         """Tokens, each once."""
-        return sum(len(sequence.ids) for sequence in self.sequences)
+        return sum(sequence.size for sequence in self.sequences)
 
     @cached_property
     def starts(self) -> torch.Tensor:
-        """Where each sequence begins among the tokens of all, and where the last one ends."""
+        """Where each sequence begins among the tokens of all, and where the last one ends; of pairs, among those of sources."""
         return torch.tensor([0, *(len(sequence.ids) for sequence in self.sequences)]).cumsum(0)
 
 
@@ -87,10 +87,10 @@ def plan_parts(
     planned: list[Part] = []
     for draws in _draw_steps(corpora, settings, steps, experts):
         sequences = {draw: corpora[draw.corpus].sequences[draw.sequence] for draw in draws}
-        targets = sum(len(sequences[draw].ids) - 1 for draw in draws)
-        lengths = [len(sequences[draw].ids) for draw in draws]
+        targets = sum(sequences[draw].scored for draw in draws)
+        lengths = [sequences[draw].size for draw in draws]
         rows = _packed(draws, lengths, settings.sequence_length) if pack else [[draw] for draw in draws]
-        sizes = [sum(len(sequences[draw].ids) for draw in row) for row in rows]
+        sizes = [sum(sequences[draw].size for draw in row) for row in rows]
         planned += [Part(dealt, targets, draws[0].label) for dealt in _deal(rows, sizes, parts)]
     return planned
 
@@ -112,7 +112,7 @@ def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, 
             if not pending[corpus]:
                 pending[corpus] = torch.randperm(len(corpora[corpus].sequences), generator=generator).tolist()
             sequence = pending[corpus].pop()
-            size = len(corpora[corpus].sequences[sequence].ids)
+            size = corpora[corpus].sequences[sequence].size
             if draws and tokens + size > settings.batch_tokens * 1.1:  # the next step begins with it
                 pending[corpus].append(sequence)
                 break
@@ -169,7 +169,8 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Each item: input_ids (B, S) int64; real (B, S) bool; position_ids (B, S) int64, from 0 for every sequence; labels (B, S)
     int64, the expert that the router is to take, GENERIC for none; corpus and position (B, S) int64, where each token stands in
-    the corpora; targets, how many tokens the whole step predicts; expert, the label of the step's first sequence.
+    the corpora; targets, how many tokens the whole step predicts; expert, the label of the step's first sequence. Of pairs, one
+    per row, all this is of the source, and target (B, T) int64 has what is to be written, -100 behind its end.
     """
 
     def __init__(self, corpora: Sequence[Corpus], parts: Sequence[Part], pad_id: int) -> None:
@@ -206,7 +207,16 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 item["position"][number, here] = torch.arange(first, first + len(ids))
                 start += len(ids)
             item["position_ids"][number, start:] = torch.arange(length - start)  # pads are a sequence of their own
-        return item
+        return item | self._target(rows)
+
+    def _target(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        if not any(sequence.target for corpus in self._corpora for sequence in corpus.sequences[:1]):
+            return {}
+        targets = [self._corpora[row[0].corpus].sequences[row[0].sequence].target if row else () for row in rows]
+        made = torch.full((len(rows), max(1, *map(len, targets))), NO_LABEL)
+        for number, target in enumerate(targets):
+            made[number, : len(target)] = torch.tensor(target)
+        return {"target": made}
 
     def describe(self, number: int) -> str:
         """Domains of a part for messages."""

@@ -93,7 +93,7 @@ def train_cheap(
     routing = checkpoint.shape.routing
     averages, prefix = [average.as_written() for average in routing.averages], routing.prefix
     bytes_per_token = 2 * sum(width * len(averages) for width in widths)
-    total = sum(corpus.tokens for corpus in corpora) + sum(len(s.ids) for texts in select.values() for s in texts)
+    total = sum(corpus.tokens for corpus in corpora) + sum(s.size for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
     keeper = Keeper(expert_view(checkpoint, run=run), averages, prefix, slots, keep)
     kept = keeper.read({corpus.expert: corpus.sequences for corpus in corpora}, "read", run)
@@ -111,6 +111,11 @@ def train_cheap(
 
 
 def _refuse_other_scores(checkpoint: Checkpoint) -> None:
+    if checkpoint.shape.family.pair:
+        raise TrainingError(
+            "a cheap training reads text of one model without an encoder", where="speed",
+            remedy="train it end to end (without --cheap)",
+        )  # fmt: skip
     if checkpoint.shape.routing.score != "linear" or any(slot.features for slot in checkpoint.slots):
         raise TrainingError(
             "a cheap training needs routers with one linear gate", where="speed",

@@ -43,6 +43,11 @@ def train_end_to_end(
     per_step = accumulate * processes().count
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
     distills = bool(DISTILLS & set(settings.losses))
+    if distills and checkpoint.shape.family.pair:
+        raise TrainingError(
+            "models with an encoder are not distilled yet", where="losses", found=", ".join(DISTILLS & set(settings.losses)),
+            remedy="train them on text alone",
+        )  # fmt: skip
     teachers = make_teachers(checkpoint, corpora, folder, request.teacher, run=run) if distills else []
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
@@ -73,7 +78,7 @@ def _trainable(request: Request, run: Run) -> Trainable:
 def _read(request: Request, parts: Sequence[Part]) -> int:
     """Tokens in some parts."""
     corpora = request.corpora
-    return sum(len(corpora[draw.corpus].sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
+    return sum(corpora[draw.corpus].sequences[draw.sequence].size for part in parts for row in part.rows for draw in row)
 
 
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
@@ -101,13 +106,15 @@ def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     """Whether rows hold several documents. Raises TrainingError where they must not."""
     averaging = checkpoint.shape.routing.reads_averages
     running = any("linear" in kind or "conv" in kind for kind in checkpoint.config.get("layer_types") or [])
-    if settings.pack and (averaging or running):
+    pair = checkpoint.shape.family.pair
+    if settings.pack and (averaging or running or pair):
         what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"
+        what = "models with an encoder" if pair else what
         raise TrainingError(
             f"{what} read a row from its beginning, so that it can hold one document only", where="pack",
             remedy="leave pack away",
         )  # fmt: skip
-    return not (averaging or running) if settings.pack is None else settings.pack
+    return not (averaging or running or pair) if settings.pack is None else settings.pack
 
 
 def in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:

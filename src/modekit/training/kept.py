@@ -36,7 +36,7 @@ class Keeper:
 
     def read(self, texts: Mapping[int, Sequence[TokenSequence]], stage: str, run: Run) -> list[Kept]:
         """One forward pass over text by the index of its expert; what is kept, per gate."""
-        whole = sum(len(sequence.ids) for sequences in texts.values() for sequence in sequences)
+        whole = sum(sequence.size for sequences in texts.values() for sequence in sequences)
         done = 0
 
         def advance(tokens: int) -> None:

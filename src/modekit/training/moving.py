@@ -7,7 +7,7 @@ are in none.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.load import decoder_layers
 from modekit.loaded.shapes import mixture_of
+from modekit.planning.places import ATTENTION
+from modekit.sources.family import Stack
 from modekit.training.settings import Group
 
 _PARTS: tuple[Group, ...] = ("routers", "experts", "attention", "mlp", "embeddings", "head", "norms")
@@ -44,6 +45,15 @@ class Moving:
         return list(dict.fromkeys(name for group in wanted for name in self.groups[group]))
 
 
+def _of_pairs(layer: nn.Module, stack: Stack) -> Iterator[tuple[Group, nn.Module]]:
+    """FFN and attention of a layer of a model with an encoder, by the names that its family gives them."""
+    for path in dict.fromkeys([stack.ffn, *stack.ffn_calls]):
+        if isinstance(getattr(layer, path.partition(".")[0], None), nn.Module):
+            yield "mlp", layer.get_submodule(path)
+    for path in dict.fromkeys(stack.parts[part].rpartition(".")[0] for part in ATTENTION if part in stack.parts):
+        yield "attention", layer.get_submodule(path)
+
+
 def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
     """All groups of a mixture as transformers loads it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -62,10 +72,16 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     take("embeddings", embeddings.parameters())
     take("head", head.parameters())
-    for layer in decoder_layers(model):
-        block = mixture.ffn(layer)
+    family = checkpoint.shape.family
+    for layer in family.layers(checkpoint.config):
+        module = model.get_submodule(family.in_layer(layer).removesuffix("."))
+        if family.pair:
+            for group, parts in _of_pairs(module, family.stack_of(layer)):
+                take(group, parts.parameters())
+            continue
+        block = mixture.ffn(module)
         take("mlp", block.parameters())  # what is left of it without the experts
-        for child in layer.children():  # what mixes tokens has parts of its own; norms have not
+        for child in module.children():  # what mixes tokens has parts of its own; norms have not
             inner = child.base if isinstance(child, Mixed) else child
             if child is not block and inner is not None and next(inner.children(), None) is not None:
                 take("attention", inner.parameters())

@@ -7,14 +7,17 @@ Shape legend: B rows, S sequence, N predicted tokens, T real tokens, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.passes import inputs_of, losses_of, reads_target
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.trace import RouterTrace
+from modekit.text.sequences import NO_LABEL, Batch
 from modekit.training.losses import (
     DIVERGENCES,
     distillation,
@@ -73,20 +76,19 @@ class Objective(TrainedModule):
     def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss of a batch from `Batches`: its share of the step's, times `factor`.
 
-        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real).
+        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real, target of pairs).
         """
+        batch = Batch(item["input_ids"], item["real"], (), item.get("target"))
         if score:
-            logits = self.mixture(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
-            keep = item["real"][:, 1:]
-            return {"loss": language_model(logits[:, :-1][keep], item["input_ids"][:, 1:][keep])}
+            return {"loss": losses_of(self.mixture, batch).sum()}
         mixture = mixture_of(self.mixture, self._checkpoint)
         wanted = OF_ROUTERS & self.settings.losses.keys()
         own = mixture.on_own_text(int(item["expert"])) if self.settings.is_joint else nullcontext()
         with own, mixture.traced() if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
-            apart = {"position_ids": item["position_ids"]} if self._packed else {"attention_mask": item["real"].long()}
-            logits = self.mixture(input_ids=item["input_ids"], use_cache=False, **apart).logits
-            losses = self._losses(logits, item, trace or ())
+            apart = {"input_ids": batch.input_ids, "position_ids": item["position_ids"]}
+            logits = self.mixture(**(apart if self._packed else inputs_of(self.mixture, batch)), use_cache=False).logits
+            losses = self._losses(logits, item, trace)
         weights = self._weights(losses)
         targets = item["targets"].to(logits.device)
         for name, value in losses.items():
@@ -95,19 +97,23 @@ class Objective(TrainedModule):
         return {"loss": total * (factor / targets)}
 
     def _losses(
-        self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: Iterable[torch.Tensor]
+        self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: RouterTrace | None
     ) -> dict[str, torch.Tensor]:
-        real, positions = item["real"], item["position_ids"]
-        predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
-        logits_NV = logits[:, :-1][predicted]
+        real, positions, target = item["real"], item["position_ids"], item.get("target")
+        if target is None:
+            predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
+            logits_NV, wanted_N = logits[:, :-1][predicted], item["input_ids"][:, 1:][predicted]
+        else:
+            predicted = target != NO_LABEL
+            logits_NV, wanted_N = logits[predicted], target[predicted]
         losses: dict[str, torch.Tensor] = {}
         names = self.settings.losses
         if "lm" in names:
-            losses["lm"] = language_model(logits_NV, item["input_ids"][:, 1:][predicted])
+            losses["lm"] = language_model(logits_NV, wanted_N)
         for name in (name for name in DIVERGENCES if name in names):
             losses[name] = self._distillation(name, logits_NV, predicted, item)
-        if OF_ROUTERS & names.keys():
-            self._add_router_losses(losses, real, item["labels"], trace)
+        if trace is not None:
+            self._add_router_losses(losses, item, trace)
         return losses
 
     def _distillation(
@@ -131,19 +137,19 @@ class Objective(TrainedModule):
         return total
 
     def _add_router_losses(
-        self, losses: dict[str, torch.Tensor], real: torch.Tensor, labels: torch.Tensor, trace: Iterable[torch.Tensor]
+        self, losses: dict[str, torch.Tensor], item: Mapping[str, torch.Tensor], trace: RouterTrace
     ) -> None:
         names = self.settings.losses
-        said = [logits.reshape(*real.shape, -1, logits.shape[-1]) for logits in trace]  # (B, S, features or 1, E)
-        for logits in said:
-            mask = real.to(logits.device)
-            logits_TFE = logits[mask]
+        said = list(trace.by_slot())
+        for slot, logits in said:
+            mask, labels = self._of_slot(slot, logits, item)
+            logits_TFE = logits.reshape(*mask.shape, -1, logits.shape[-1])[mask]  # (T, features or 1, E)
             features = logits_TFE.shape[1]
             logits_TE = logits_TFE.flatten(0, 1)
             share = 1.0 / (features * len(said))
             values: dict[str, torch.Tensor] = {}
             if "label" in names:
-                labels_T = labels.to(logits.device)[mask].repeat_interleave(features)
+                labels_T = labels[mask].repeat_interleave(features)
                 values["label"] = domain_label(logits_TE, labels_T, self._base)
             if "balance" in names:
                 values["balance"] = load_balance(logits_TE, self._top_k)
@@ -153,6 +159,19 @@ class Objective(TrainedModule):
                 values["z"] = z_loss(logits_TE)
             for name, value in values.items():
                 losses[name] = losses.get(name, torch.zeros((), device=value.device)) + value * share
+
+    def _of_slot(
+        self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which decisions of a router count, and their labels, (B, decisions): of a source's tokens or a target's, or the one
+        for all.
+        """
+        real, labels, target = item["real"], item["labels"], item.get("target")
+        if target is not None and reads_target(self._checkpoint.slots[slot].name):
+            real, labels = target != NO_LABEL, labels[:, :1].expand(target.shape)
+        if target is not None and logits.shape[1] == 1:
+            real, labels = real[:, :1], labels[:, :1]
+        return real.to(logits.device), labels.to(logits.device)
 
     def _weights(self, losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""

@@ -130,7 +130,9 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
     def _score(self, text: Domain) -> float:
         total = 0.0
         for batch in make_batches(text.sequences, tokens=tokens_per_pass(self._objective.config)):
-            item = {"input_ids": batch.input_ids.to(self.args.device), "real": batch.mask.to(self.args.device)}
+            given = batch.to(self.args.device)
+            item = {"input_ids": given.input_ids, "real": given.mask}
+            item |= {} if given.target is None else {"target": given.target}
             total += float(self.model(score=True, **item)["loss"])
         return total / text.scored_tokens
 

@@ -1,0 +1,141 @@
+"""Training mixtures and specialists of models with an encoder, over pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from conftest import Workshop
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import TextError, TrainingError
+from modekit.experts.specialize import specialize
+from modekit.loaded.load import load_model
+from modekit.loaded.next_token import Training
+from modekit.loaded.passes import losses_of
+from modekit.loaded.shapes import mixture_of
+from modekit.run import QUIET
+from modekit.text.sequences import make_batches
+from modekit.training.batches import Batches, plan_parts
+from modekit.training.losses import domain_label
+from modekit.training.moving import moving_of
+from modekit.training.objective import Objective
+from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.texts import read_texts
+from modekit.training.train import train
+from pair_models import make_pair_workshop
+from refusal import borrow
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", params=["bart", "t5"])
+def pair_workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_pair_workshop(tmp_path_factory.mktemp("pairs"), request.param)
+
+
+def settings(**said: Any) -> TrainSettings:
+    return train_settings(
+        {"what": ["all"], "steps": 4, "batch_tokens": 256, "sequence_length": 64, "learning_rate": 1e-2,
+         "backbone_learning_rate": 1e-3, "select_tokens": 256, "evaluate_every": 2, **said}, where="test",
+    )  # fmt: skip
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "token": {"fit": "random"},
+    "once": {"fit": "random", "granularity": "sequence", "per": "model"},
+}
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_a_training_lowers_the_held_out_loss_and_is_written(pair_workshop: Workshop, tmp_path: Path, router: str) -> None:
+    out = borrow(pair_workshop, tmp_path).build(mixture={"top_k": 2, "router": ROUTERS[router]})
+    before = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    trained = train(open_checkpoint(out), settings(losses={"lm": 1.0, "label": 0.1, "balance": 0.01, "z": 0.001}))
+    assert trained.improved and trained.failed is None
+    after = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert is_proven(verify(open_checkpoint(out)))
+    assert torch.isfinite(load_model(out)(input_ids=torch.arange(4, 9)[None], decoder_input_ids=torch.arange(4)[None]).logits).all()
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_losses_of_a_step_are_those_of_its_pairs(pair_workshop: Workshop, tmp_path: Path, router: str) -> None:
+    """The language model's loss per target token, and the label's loss over the decisions of every router."""
+    mixture = {"method": "gating", "router": ROUTERS[router]}
+    checkpoint = open_checkpoint(borrow(pair_workshop, tmp_path).build(mixture=mixture))
+    wanted = settings(losses={"lm": 1.0, "label": 0.5}, steps=1)
+    corpora = [text.corpus for text in read_texts(checkpoint, wanted, {}, tmp_path, run=QUIET)]
+    parts = plan_parts(corpora, wanted, steps=1, experts=3, parts=1, pack=False)
+    item = Batches(corpora, parts, pad_id=0)[0]
+    model = load_model(checkpoint.folder)
+    objective = Objective(model, checkpoint, wanted, teachers=[], train_top_k=None, packed=False)
+    with torch.no_grad():
+        found = float(objective(**item)["loss"])
+        draws = [draw for row in parts[0].rows for draw in row]
+        lm, label = 0.0, 0.0
+        for draw in draws:
+            (batch,) = make_batches([corpora[draw.corpus].sequences[draw.sequence]])
+            with mixture_of(model, checkpoint).traced() as trace:
+                lm += float(losses_of(model, batch).sum())
+            for slot, logits in trace.by_slot():
+                flat = logits.flatten(0, 1)
+                label += float(domain_label(flat, torch.full((len(flat),), draw.label), None))
+    tokens = sum(corpora[draw.corpus].sequences[draw.sequence].scored for draw in draws)
+    assert int(item["targets"]) == tokens
+    total = wanted.losses["lm"] * lm + wanted.losses["label"] * label / len(checkpoint.slots)
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_every_parameter_is_in_the_group_that_its_family_says(pair_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(borrow(pair_workshop, tmp_path).build(mixture={"top_k": 1, "router": {"fit": "random"}}))
+    model = load_model(checkpoint.folder)
+    groups = moving_of(model, checkpoint).groups
+    named = dict(model.named_parameters())
+    assert sorted(name for group, names in groups.items() if group != "head" for name in names) == sorted(named)
+    assert all("router.gate" in name for name in groups["routers"])
+    assert groups["experts"] and all(".experts." in name for name in groups["experts"])
+    assert all("norm" in name or "embed_positions" in name for name in groups["norms"])
+    attention = ("self_attn", "encoder_attn", "SelfAttention", "EncDecAttention")
+    assert groups["attention"] and all(any(part in name for part in attention) for name in groups["attention"])
+    assert groups["head"] == groups["embeddings"]
+
+
+@pytest.mark.parametrize("what", ["mlp", "lora", "full"])
+def test_specialists_of_pairs(pair_workshop: Workshop, tmp_path: Path, what: Any) -> None:
+    text = pair_workshop.recipe["experts"][0]["text"]
+    training = Training(steps=12, batch_tokens=256, sequence_length=64, learning_rate=5e-3)
+    base_folder = pair_workshop.root / "base"
+    said = specialize(base_folder, tmp_path / "new", [text], root=pair_workshop.root, train=what, training=training)
+    assert said["held_out_loss"]["after"] < said["held_out_loss"]["before"]
+    base = AutoModelForSeq2SeqLM.from_pretrained(base_folder)
+    if what == "lora":
+        assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+        PeftModel.from_pretrained(base, tmp_path / "new")
+        return
+    other = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
+    moved = {name for name, p in other.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    ffn = {name for name, p in base.named_parameters() if p.ndim == 2 and any(f in name for f in ("fc1", "fc2", "DenseReluDense"))}
+    assert moved == ffn if what == "mlp" else moved > ffn
+
+
+def test_what_cannot_be_trained_is_said(pair_workshop: Workshop, tmp_path: Path) -> None:
+    shop = borrow(pair_workshop, tmp_path)
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 2, "router": {"fit": "random"}}))
+    cheap = train_settings({"speed": "cheap", "what": ["routers"], "sequence_length": 64}, where="test")
+    distilled = settings(losses={"lm": 1.0, "forward_kl": 1.0})
+    for said, match in ((distilled, "distilled"), (settings(pack=True), "encoder"), (cheap, "encoder")):
+        with pytest.raises(TrainingError, match=match):
+            train(checkpoint, said)
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"text": f"one text of many {number}"}) + "\n" for number in range(80)))
+    with pytest.raises(TextError, match="needs pairs"):
+        specialize(pair_workshop.root / "base", tmp_path / "no", [str(plain)], root=tmp_path, training=Training(steps=1))
+    assert not (tmp_path / "no").exists()
