@@ -155,7 +155,9 @@ def test_every_sequence_may_have_its_own_expert(bench: Bench) -> None:
 
 
 def test_an_adapter_alone_is_peft_s_model(bench: Bench) -> None:
-    model = load_model(bench.build(random_gates(), {"name": "small", "adapter": "./small"}, {"name": "wide", "adapter": "./wide"}))
+    model = load_model(
+        bench.build(random_gates(), {"name": "small", "adapter": "./small"}, {"name": "wide", "adapter": "./wide"})
+    )
     for name in ("small", "wide"):
         own = PeftModel.from_pretrained(copy.deepcopy(bench.made["base"]), bench.root / name).eval()
         model.use_expert(name)
@@ -172,7 +174,9 @@ def reference(bench: Bench, out: Path, routing: dict[str, Any]) -> Iterator[PreT
     """The base whose FFNs are sums over the experts' own, by the gates of a checkpoint; averages are of the whole source."""
     checkpoint = open_checkpoint(out)
     model = copy.deepcopy(bench.made["base"])
-    gates = {slot.name.removesuffix(".router.gate"): gate for slot, gate in zip(checkpoint.slots, checkpoint.gates(), strict=True)}
+    gates = {
+        slot.name.removesuffix(".router.gate"): gate for slot, gate in zip(checkpoint.slots, checkpoint.gates(), strict=True)
+    }
     said = inputs()
     for place, gate in gates.items():
         layer = model.get_submodule(place.rpartition(".")[0])
@@ -341,8 +345,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, "marian", MismatchError, "another family"),
         ({}, "wide", MismatchError, "encoder_ffn_dim"),
         ({}, "deep", MismatchError, "tensors that the base model lacks"),
-        ({"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}, "one",
-         UnsupportedError, "whole models"),
+        (
+            {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}},
+            "one",
+            UnsupportedError,
+            "whole models",
+        ),
         ({"router": {"fit": "random", "per": "model"}}, "one", UnsupportedError, "once per source"),
         ({"layers": [1], "router": {"fit": "random"}}, "one", RecipeError, "names neither"),
         ({"layers": ["decoder.7"], "router": {"fit": "random"}}, "one", RecipeError, "no such layer"),

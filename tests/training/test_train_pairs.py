@@ -63,7 +63,9 @@ def test_a_training_lowers_the_held_out_loss_and_is_written(pair_workshop: Works
     after = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
     assert is_proven(verify(open_checkpoint(out)))
-    assert torch.isfinite(load_model(out)(input_ids=torch.arange(4, 9)[None], decoder_input_ids=torch.arange(4)[None]).logits).all()
+    assert torch.isfinite(
+        load_model(out)(input_ids=torch.arange(4, 9)[None], decoder_input_ids=torch.arange(4)[None]).logits
+    ).all()
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
@@ -85,7 +87,7 @@ def test_losses_of_a_step_are_those_of_its_pairs(pair_workshop: Workshop, tmp_pa
             (batch,) = make_batches([corpora[draw.corpus].sequences[draw.sequence]])
             with mixture_of(model, checkpoint).traced() as trace:
                 lm += float(losses_of(model, batch).sum())
-            for slot, logits in trace.by_slot():
+            for logits in trace:
                 flat = logits.flatten(0, 1)
                 label += float(domain_label(flat, torch.full((len(flat),), draw.label), None))
     tokens = sum(corpora[draw.corpus].sequences[draw.sequence].scored for draw in draws)
@@ -122,7 +124,9 @@ def test_specialists_of_pairs(pair_workshop: Workshop, tmp_path: Path, what: Any
         return
     other = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
     moved = {name for name, p in other.named_parameters() if not torch.equal(p, base.get_parameter(name))}
-    ffn = {name for name, p in base.named_parameters() if p.ndim == 2 and any(f in name for f in ("fc1", "fc2", "DenseReluDense"))}
+    ffn = {
+        name for name, p in base.named_parameters() if p.ndim == 2 and any(f in name for f in ("fc1", "fc2", "DenseReluDense"))
+    }
     assert moved == ffn if what == "mlp" else moved > ffn
 
 

@@ -38,7 +38,7 @@ class Mixed(nn.Module):
         features: how many decisions, when there is one per output feature.
         sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
         of_source: whether it runs on an encoder's output, in a decoder.
-        calls: modules that the layer calls itself and that are one here (modekit_chain.py); the place bears the first one's name.
+        calls: modules that the layer calls itself and that are one here (modekit_chain.py); the place has the first one's name.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class Mixed(nn.Module):
         weights = self._flow[0].source_weights if weights is None else weights
         if weights is None:
             raise RuntimeError(
-                "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an encoder "
-                "give the encoder's output as this model made it)"
+                "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an "
+                "encoder give the encoder's output as this model made it)"
             )
         weights = weights.to(x.device)
         if self._is_head and self._flow[0].kept is not None:

@@ -2,9 +2,9 @@
 
 The encoder reads a source as a whole, once; the decoder writes its target token by token and reads the encoder's output. So
 routers that read hidden states decide per token of the text that their layer runs on, and their averages are of the whole
-source in the encoder and causal in the decoder. Routers that read token ids read the source alone, in either, and decide once:
-what is written is another language. The source's ids, and the decision of a router that serves all layers, go with the encoder's
-output, so that they follow its sequences into beams.
+source in the encoder and causal in the decoder. Routers that read token ids read the source alone, in either, and decide
+once: what is written is another language. The source's ids, and the decision of a router that serves all layers, go with the
+encoder's output, so that they follow its sequences into beams.
 
 Shape legend: B batch, S tokens of the source.
 """

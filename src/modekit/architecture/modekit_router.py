@@ -151,7 +151,7 @@ class Router(nn.Module):
         ids_BS = flow.source_ids_BS if flow.pair else flow.ids_BS
         if ids_BS is None and flow.pair:
             raise ValueError(
-                "this mixture's router reads the source's token ids: give input_ids, or the encoder's output as this model made it"
+                "this mixture's router reads the source's ids: give input_ids, or the encoder's output as this model made it"
             )
         if ids_BS is None:
             raise ValueError("this mixture's router reads token ids: give input_ids, not inputs_embeds")
@@ -182,9 +182,7 @@ class Router(nn.Module):
         scores, flow.fresh[key] = classify(rows_BS, flow.mask_BS, flow.states.get(key), prefix, self.gate.float())
         return scores
 
-    def _averaged(
-        self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool
-    ) -> torch.Tensor:
+    def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
         prefix, add_up = self.routing.get("prefix"), average.get("sum", False)
         if flow.keeper is not None:

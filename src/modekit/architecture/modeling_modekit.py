@@ -29,7 +29,6 @@ from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 
-
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
 

@@ -46,7 +46,9 @@ def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
     """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if has_encoder(model) else "CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         adapted = get_peft_model(model, config)

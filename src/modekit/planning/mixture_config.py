@@ -122,7 +122,7 @@ class Place(_Said):
     of_source: bool = False
 
     def tensor(self, module: str, leaf: str) -> str:
-        """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight where `calls` are given."""
+        """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight with `calls`."""
         return f"{module_of(module) if self.calls else module}.{leaf}"
 
     def has(self, expert: int) -> bool:

@@ -58,7 +58,7 @@ class Mixture(Strict):
     layers: list[int | str] | None = Field(
         None,
         min_length=1,
-        description="Layers that are mixed, such as [0, '4-11'], or [encoder, decoder.4-5] of a model that has both; default all.",
+        description="Layers that are mixed, such as [0, '4-11']; of a model that has both [encoder, decoder.4-5]; default all.",
     )
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")

@@ -1,7 +1,7 @@
 """What a dense family is: where the parts of its layers live, and what its config.json leaves unsaid.
 
-Most families are one stack of layers, a decoder. Families of *pairs* have two, an encoder that reads a source and a decoder that
-writes its target; a layer of theirs is called by its stack, such as `encoder.3`. The rows are in families.py and pairs.py.
+Most families are one stack of layers, a decoder. Families of *pairs* have two, an encoder that reads a source and a decoder
+that writes its target; a layer of theirs is called by its stack, such as `encoder.3`. The rows: families.py and pairs.py.
 """
 
 from __future__ import annotations
@@ -130,7 +130,11 @@ class Family:
     def outside(self) -> list[str]:
         """Tensors outside of the layers that must be there, but for the head."""
         own = [name for stack in self.stacks for name in stack.outside]
-        return [f"{self.embedding}.weight", *own, *([f"{FINAL_NORM}.weight"] if self.norms_have_weights and not self.pair else ())]
+        return [
+            f"{self.embedding}.weight",
+            *own,
+            *([f"{FINAL_NORM}.weight"] if self.norms_have_weights and not self.pair else ()),
+        ]
 
     def hidden(self, config: Config) -> int:
         """Width of the residual stream."""

@@ -113,7 +113,14 @@ class _PairValues(BaseModel):
 
 
 _SIZES_OF_A_PAIR = (
-    ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
+    (
+        "encoder_layers",
+        "decoder_layers",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+    ),
     ("num_layers", "num_heads", "d_ff", "d_kv"),
 )
 """Of which a config gives all of one kind: Bart's or T5's."""

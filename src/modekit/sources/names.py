@@ -1,8 +1,8 @@
 """How the tensors and modules of a model are called: layers, embedding, head. The one place that takes names apart.
 
 A module is what a name says without its last part: `model.layers.3.mlp.up_proj.weight` lies in the module
-`model.layers.3.mlp.up_proj`, which is `mlp.up_proj` in layer 3. In a model with an encoder `model.encoder.layers.3.fc1` is `fc1`
-in layer `encoder.3`, and so is T5's `encoder.block.3.layer.1` with its blocks.
+`model.layers.3.mlp.up_proj`, which is `mlp.up_proj` in layer 3. In a model with an encoder `model.encoder.layers.3.fc1` is
+`fc1` in layer `encoder.3`; T5 calls its layers blocks.
 """
 
 from __future__ import annotations

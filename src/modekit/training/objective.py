@@ -136,9 +136,7 @@ class Objective(TrainedModule):
                 total = total + distillation(name, logits_NV[rows], wanted, self.settings.temperature)
         return total
 
-    def _add_router_losses(
-        self, losses: dict[str, torch.Tensor], item: Mapping[str, torch.Tensor], trace: RouterTrace
-    ) -> None:
+    def _add_router_losses(self, losses: dict[str, torch.Tensor], item: Mapping[str, torch.Tensor], trace: RouterTrace) -> None:
         names = self.settings.losses
         said = list(trace.by_slot())
         for slot, logits in said:
@@ -160,9 +158,7 @@ class Objective(TrainedModule):
             for name, value in values.items():
                 losses[name] = losses.get(name, torch.zeros((), device=value.device)) + value * share
 
-    def _of_slot(
-        self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of_slot(self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Which decisions of a router count, and their labels, (B, decisions): of a source's tokens or a target's, or the one
         for all.
         """
