@@ -27,11 +27,14 @@ from modekit.report.result_files import (
     find_search,
     find_tasks,
     find_training,
+    find_translations,
 )
 from modekit.report.routing import routing_of, samples_of
+from modekit.report.translation_file import Translations
 
 _Each = TypeVar("_Each")
 _VARIANTS = 12  # of a search that are shown for their loss alone
+_CHARACTERS = 400_000  # of translations that are shown as examples, all together
 _POINTS = 400  # of a curve; more are thinned
 
 
@@ -42,6 +45,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
     inspection = find_inspection(checkpoint, missing)
     trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
     chat, search = find_chat(checkpoint, missing), find_search(checkpoint, missing)
+    translation = find_translations(checkpoint, missing)
     sources = sources_of(checkpoint)
     content: dict[str, Any] = rounded(
         {
@@ -56,6 +60,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "training": _training(checkpoint, trained),
             "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
             "chat": chat.model_dump() if chat is not None and chat.rows else None,
+            "translation": _translation(translation) if translation is not None and translation.rows else None,
             "search": _search(search) if search is not None else None,
             "members": _members(checkpoint),
             "provenance": _provenance(checkpoint, results),
@@ -158,6 +163,16 @@ def _best(losses: Sequence[tuple[str, float]]) -> str | None:
 def _mean_error(errors: Sequence[float | None]) -> float | None:
     known = [error for error in errors if error is not None]
     return math.sqrt(sum(error * error for error in known)) / len(known) if known and len(known) == len(errors) else None
+
+
+def _translation(found: Translations) -> dict[str, Any]:
+    """The table, and the examples of each domain; texts are cut where there are so many that a page has no room for them."""
+    room = _CHARACTERS // (5 * len(found.examples) or 1)  # of a text: an example has five
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for example in found.examples:
+        texts = {name: text if len(text) <= room else f"{text[:room]}…" for name, text in example if isinstance(text, str)}
+        examples.setdefault(example.domain, []).append({**example.model_dump(), **texts, "domain": example.domain})
+    return {**found.model_dump(), "examples": examples}
 
 
 def _search(search: Search) -> dict[str, Any]:

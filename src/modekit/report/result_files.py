@@ -19,9 +19,10 @@ from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read
 from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
 from modekit.files.typed import Count, Number, problem_in, shortened
 from modekit.report.inspection_file import Data, Inspection
+from modekit.report.translation_file import Translations
 
 INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
-TASKS_FILE, CHAT_FILE, SEARCH_FILE = "tasks.json", "chat.json", "tune.json"
+TASKS_FILE, CHAT_FILE, SEARCH_FILE, TRANSLATE_FILE = "tasks.json", "chat.json", "tune.json", "translate.json"
 
 _Read = TypeVar("_Read")
 
@@ -165,6 +166,17 @@ def find_chat(checkpoint: Checkpoint, problems: list[str]) -> Chat | None:
         problems.append(_of_another(CHAT_FILE, "modekit eval --chat"))
         return None
     return chat
+
+
+def find_translations(checkpoint: Checkpoint, problems: list[str]) -> Translations | None:
+    """What the mixture writes of held-out sources, when that was asked."""
+    if not os.path.lexists(_path(checkpoint, TRANSLATE_FILE)):
+        return None
+    found = _parse(checkpoint, TRANSLATE_FILE, "modekit eval --translate", Translations.model_validate, problems)
+    if found is not None and found.checkpoint != checkpoint.identity:
+        problems.append(_of_another(TRANSLATE_FILE, "modekit eval --translate"))
+        return None
+    return found
 
 
 def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:

@@ -216,13 +216,13 @@ def _against_base(
     scorer: Scorer, domains: Sequence[_Domain], rows: Sequence[_Row]
 ) -> tuple[dict[str, Compared], list[TranslationExample]]:
     """Per domain how often the mixture is better and worse than the base, and examples of both."""
-    by_kind = {row.kind: row for row in rows if row.kind != "expert"}
+    by_kind: dict[str, _Row] = {row.kind: row for row in rows if row.kind != "expert"}
     if "base" not in by_kind:
         return {}, []
     counted: dict[str, Compared] = {}
     examples: list[TranslationExample] = []
     for domain in domains:
-        texts = {name: by_kind[kind].written[domain.name].texts for name, kind in (("base", "base"), ("mixture", "mixture"))}
+        texts = {each: by_kind[each].written[domain.name].texts for each in ("base", "mixture")}
         if "oracle" in by_kind and domain.name in by_kind["oracle"].written:
             texts["own"] = by_kind["oracle"].written[domain.name].texts
         counted[domain.name], found = compared(scorer, domain.name, domain.pairs, texts)

@@ -33,7 +33,8 @@ class Scorer:
     """sacrebleu's BLEU and chrF with its own defaults. `signatures` say which they are, as papers quote them."""
 
     def __init__(self) -> None:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
 
         self._bleu, self._chrf = BLEU(force=True), CHRF()  # force: no warning of text that looks tokenized
         self.signatures: dict[str, str] = {}

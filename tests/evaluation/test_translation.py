@@ -1,0 +1,313 @@
+"""`modekit eval --translate`: what is written, how it is scored, what is shown, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+from tokenizers import decoders, processors
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from command_line import ended, modekit
+from conftest import Workshop
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import MismatchError, ModekitError, TextError
+from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.translation.decoding import Decoding, first_token, set_decoding, translated
+from modekit.evaluation.translation.evaluate import evaluate_translation
+from modekit.evaluation.translation.examples import compared
+from modekit.evaluation.translation.results import TranslationResults
+from modekit.evaluation.translation.scores import Scorer, TranslationScore
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.report.content import make_content
+from modekit.report.page import FORMATS, make_page
+from modekit.text.pairs import Pair
+from modekit.text.sequences import encode
+from pair_models import pair_model, pair_tokenizer, pairs
+
+EXPERTS = ("news", "law", "songs")
+SCRIPT = "<script>alert(1)</script> **x** | y"
+SHORT = Decoding(beams=2, batch=3, max_new_tokens=8)
+
+
+def write_pairs(path: Path, number: int, *, unseen: bool = False) -> None:
+    said = [Pair(f"{SCRIPT} {number}", f"{SCRIPT} OUT"), *pairs(3)] if unseen else pairs(24)
+    lines = [json.dumps({"source": f"{number} {pair.source}", "target": f"{number} {pair.target}"}) for pair in said]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def tokenizer_of() -> PreTrainedTokenizerFast:
+    """The pairs' tokenizer, that writes characters without blanks between them."""
+    tokenizer = pair_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def writer(model_type: str, seed: int) -> PreTrainedModel:
+    """A random model that does not say one token for ever, whose sources matter, and that ends sometimes."""
+    model = pair_model(model_type, seed, tie_word_embeddings=False, decoder_start_token_id=1)
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) * 0.5)
+        head[2] *= 1.5
+        for name, parameter in model.named_parameters():
+            if ("encoder_attn" in name or "EncDecAttention" in name) and parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+def make_shop(root: Path, model_type: str = "t5") -> Workshop:
+    """Base and three experts, each with pairs, one domain without an expert, and settings that would sample."""
+    for seed, name in enumerate(("base", *EXPERTS)):
+        model = writer(model_type, seed)
+        model.save_pretrained(root / name)
+        GenerationConfig(
+            do_sample=True, min_length=5, num_beams=4, no_repeat_ngram_size=1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+            decoder_start_token_id=model.config.decoder_start_token_id, bad_words_ids=[[5]],
+        ).save_pretrained(root / name)  # fmt: skip
+        tokenizer_of().save_pretrained(root / name)
+        write_pairs(root / f"{name}.jsonl", seed, unseen=name == "base")
+    experts = [{"name": name, "model": f"./{name}"} for name in EXPERTS]
+    experts[-1]["text"] = "./songs.jsonl"
+    return Workshop(root, {
+        "base_model": "./base", "experts": experts,
+        "eval": {"news": "./news.jsonl", "law": "./law.jsonl", "mail": "./base.jsonl"},
+        "mixture": {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 1}},
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_shop(tmp_path_factory.mktemp("translate"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shop: Workshop) -> Checkpoint:
+    return open_checkpoint(shop.build("OUT"))
+
+
+@pytest.fixture(scope="module")
+def results(checkpoint: Checkpoint) -> TranslationResults:
+    return evaluate_translation(checkpoint, pairs=5, decoding=SHORT)
+
+
+def by_hand(checkpoint: Checkpoint, domain: str, expert: int | None, base: Path | None = None) -> tuple[list[str], list[str]]:
+    """Translations one by one with `generate` itself, and their references."""
+    model, tokenizer = load_model(base or checkpoint.folder), load_tokenizer(checkpoint.folder)
+    if expert is not None:
+        model.use_expert(expert)
+    (held,) = (each for each in held_out_texts(checkpoint) if each.name == domain)
+    texts, references = [], []
+    for pair in held.documents[:5]:
+        ids = torch.tensor([tokenizer(pair.source)["input_ids"]])
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=2, max_new_tokens=8, min_length=0,
+            no_repeat_ngram_size=0,
+        )  # fmt: skip
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True).strip())
+        references.append(pair.target)
+    return texts, references
+
+
+def test_scores_are_those_of_sacrebleu(checkpoint: Checkpoint, shop: Workshop, results: TranslationResults) -> None:
+    wanted = [("base", "news", None, shop.root / "base"), ("law", "mail", 1, None), ("mixture", "law", None, None)]
+    for name, domain, expert, base in wanted:
+        texts, references = by_hand(checkpoint, domain, expert, base)
+        bleu, chrf = BLEU(), CHRF()
+        expected = TranslationScore(bleu.corpus_score(texts, [references]).score, chrf.corpus_score(texts, [references]).score)
+        assert results.row(name).scores[domain] == expected, name
+        shown = {getattr(each, name, None) for each in results.examples if each.domain == domain}
+        assert shown <= {*texts, None}, name
+        assert results.signatures == {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
+    assert len({json.dumps(row["domains"]["law"]) for row in results.as_data()["rows"]}) > 3  # every row is another model
+    near = ["the court hears both of the parties today", "nobody signed that deed"]
+    said = ["the court hears both parties of the claim today", "nobody has signed that deed"]
+    score = Scorer().corpus(near, said)
+    assert score.bleu == BLEU().corpus_score(near, [said]).score > 20 and score.chrf == CHRF().corpus_score(near, [said]).score
+
+
+def test_the_oracle_is_every_domains_own_expert(checkpoint: Checkpoint, results: TranslationResults) -> None:
+    oracle = results.row("oracle")
+    assert set(oracle.scores) == set(EXPERTS) == set(results.domains) and results.unseen == ["mail"]
+    for name in EXPERTS:
+        assert oracle.scores[name] == results.row(name).scores[name]
+    assert 0 < oracle.tokens < sum(results.row(name).tokens for name in EXPERTS)
+    assert [row.name for row in results.rows] == ["base", *EXPERTS, "oracle", "mixture"]
+    mixture = results.row("mixture")
+    assert (mixture.total_parameters, mixture.active_parameters) == (
+        checkpoint.parameters.total, checkpoint.parameters.active
+    )  # fmt: skip
+    assert results.row("base").total_parameters == results.row("law").active_parameters == checkpoint.parameters.dense
+
+
+def test_a_mean_is_of_the_domains_that_have_an_expert(results: TranslationResults) -> None:
+    row = results.row("mixture")
+    mean = row.mean(results.domains)
+    assert mean is not None and mean.chrf == sum(row.scores[name].chrf for name in EXPERTS) / 3
+    assert mean.bleu == sum(row.scores[name].bleu for name in EXPERTS) / 3
+    assert results.row("oracle").mean([*EXPERTS, "mail"]) is None and row.mean([]) is None
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5", "m2m_100"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_neither_batch_nor_padding_changes_a_translation(model_type: str, beams: int) -> None:
+    model, tokenizer = writer(model_type, 3), tokenizer_of()
+    set_decoding(model, Decoding(beams, 1, 12), None)
+    read = encode(tokenizer, pairs(9), max_tokens=10_000, sequence_length=512)
+    assert len({len(each.ids) for each in read}) > 3
+    alone = [translated(model, tokenizer, [each], 1) for each in read]
+    assert len({each.texts[0] for each in alone}) > 3
+    for batch in (1, 4, 9):
+        found = translated(model, tokenizer, read, batch)
+        assert list(found.texts) == [each.texts[0] for each in alone]
+        assert (found.tokens, found.cut) == (sum(each.tokens for each in alone), sum(each.cut for each in alone))
+        assert found.seconds > 0
+
+
+def test_a_models_own_settings_are_left_aside_but_for_its_tokens() -> None:
+    model = pair_model("marian")
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=9.0, min_length=9, num_beams=4, bad_words_ids=[[4]], forced_eos_token_id=2, max_length=3,
+        pad_token_id=0, eos_token_id=[2, 3], decoder_start_token_id=0, length_penalty=5.0,
+    )  # fmt: skip
+    assert set_decoding(model, Decoding(1, 16, 7), 6)
+    settings = model.generation_config
+    assert settings.bad_words_ids == [[4]] and settings.eos_token_id == [2, 3] and settings.forced_eos_token_id == 2
+    assert (settings.do_sample, settings.num_beams, settings.max_new_tokens, settings.min_length) == (False, 1, 7, 0)
+    assert settings.length_penalty == 1.0 and settings.temperature is None and settings.forced_bos_token_id == 6
+    written = translated(model, tokenizer_of(), encode(tokenizer_of(), pairs(2), max_tokens=999, sequence_length=99), 2)
+    assert all(each for each in written.texts) and written.cut == 2
+    assert not set_decoding(model, Decoding(), 8) and model.generation_config.forced_bos_token_id == 6
+
+
+def test_a_language_that_begins_every_target_begins_every_translation() -> None:
+    tokenizer = tokenizer_of()
+    read = encode(tokenizer, pairs(4), max_tokens=999, sequence_length=99)
+    assert first_token(tokenizer, read) is None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("</s>", 2), ("<s>", 1)]
+    )
+    begins = first_token(tokenizer, encode(tokenizer, pairs(4), max_tokens=999, sequence_length=99))
+    model = pair_model("m2m_100")
+    assert begins == 1 and set_decoding(model, Decoding(1, 2, 4), begins)
+    ids = model.generate(input_ids=torch.tensor([[7, 8, 2]]), generation_config=model.generation_config)
+    assert ids[0, 1] == 1
+
+
+def test_examples_are_the_best_gain_and_the_worst_loss() -> None:
+    said = [Pair(f"s{number}", "abcdefgh") for number in range(7)]
+    base = ["abcdefgh", "abcdefgh", "abcd", "abcd", "abcd", "abcdefgh", "xyz"]
+    mixture = ["abcdefgh", "abcdefgx", "abcdefgh", "abcdefg", "abcd", "abcdxxxx", "wxyz"]
+    counted, found = compared(Scorer(), "law", said, {"base": base, "mixture": mixture})
+    assert (counted.better, counted.worse, counted.same) == (2, 2, 3)
+    assert [each.source for each in found] == ["s2", "s3", "s5"] and found[0].gain > found[1].gain > 0 > found[2].gain
+    assert all(each.gain == each.mixture_chrf - each.base_chrf and each.own is None for each in found)
+    only_better = compared(Scorer(), "law", said, {"base": ["abcd"] * 7, "mixture": ["abcdefgh"] * 7})[1]
+    assert [each.source for each in only_better] == ["s0", "s1", "s2"]
+    assert compared(Scorer(), "law", said, {"base": base, "mixture": base})[1] == []
+
+
+def test_what_is_written_is_what_was_found(checkpoint: Checkpoint, results: TranslationResults) -> None:
+    said = json.loads((checkpoint.folder / "results" / "translate.json").read_text())
+    assert said == json.loads(json.dumps(results.as_data())) and said["checkpoint"] == checkpoint.identity
+    assert said["settings"]["beams"] == 2 and said["text"]["mail"]["documents"] == 4
+    assert {each["domain"] for each in said["examples"]} <= {*EXPERTS, "mail"} and said["examples"]
+    table = (checkpoint.folder / "results" / "translate.md").read_text()
+    said_first = "BLEU / chrF of held-out sources, translated with 2 beams, at most 8 tokens each."
+    assert table.startswith(f"{said_first}\n\n| model | news |")
+    assert "<script>" not in table and "limit of 8 tokens" in table and "pairs: news 5, law 5, songs" in table
+
+
+def test_it_comes_out_the_same_again(checkpoint: Checkpoint, results: TranslationResults) -> None:
+    again = evaluate_translation(checkpoint, pairs=5, decoding=SHORT, write=False)
+    assert [row.scores for row in again.rows] == [row.scores for row in results.rows]
+    assert again.examples == results.examples and again.differences == results.differences
+
+
+def test_the_page_shows_the_examples_and_runs_nothing_of_them(checkpoint: Checkpoint, results: TranslationResults) -> None:
+    file = checkpoint.folder / "results" / "translate.json"
+    kept = file.read_text()
+    data = json.loads(kept)
+    texts = {"source": SCRIPT, "reference": SCRIPT, "base": "<img src=x onerror=alert(1)>", "mixture": SCRIPT, "own": None}
+    data["examples"] = [{"domain": "mail", **texts, "base_chrf": 10.0, "mixture_chrf": 25.5, "gain": 15.5}]
+    try:
+        file.write_text(json.dumps(data))
+        content = make_content(checkpoint)
+        page = make_page(content)
+        assert 'id="translation"' in page and "&lt;script&gt;alert(1)&lt;/script&gt; **x** | y" in page
+        assert "<script>alert" not in page and "<img" not in page and FORMATS["points"](15.5) == "+15.5"
+        assert content["translation"]["examples"]["mail"][0]["gain"] == 15.5
+        file.write_text(json.dumps({**data, "checkpoint": {"recipe_digest": "0"}}))
+        content = make_content(checkpoint)
+        assert content["translation"] is None and any("translate.json is of another" in line for line in content["missing"])
+        for damage in ("{", "[]", json.dumps({**data, "rows": [{"name": 3}]}), json.dumps({**data, "examples": [3]})):
+            file.write_text(damage)
+            content = make_content(checkpoint)
+            assert content["translation"] is None and any("translate.json is damaged" in line for line in content["missing"])
+    finally:
+        file.write_text(kept)
+    assert make_content(checkpoint)["translation"]["rows"][0]["name"] == "base"
+    file.unlink()
+    try:
+        assert "translate" not in str(make_content(checkpoint)["missing"]) and make_page(make_content(checkpoint))
+    finally:
+        file.write_text(kept)
+
+
+def test_without_its_base_a_mixture_is_scored_alone(tmp_path: Path) -> None:
+    shop = make_shop(tmp_path, "marian")
+    checkpoint = open_checkpoint(shop.build("OUT"))
+    shutil.rmtree(shop.root / "base")
+    found = evaluate_translation(checkpoint, pairs=2, decoding=Decoding(1, 2, 4))
+    assert found.rows[0].name == "news" and not found.examples and not found.differences
+    assert any("base left out" in note for note in found.notes)
+
+
+def test_pairs_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    shop = make_shop(tmp_path, "bart")
+    long = [{"source": "a" * 200, "target": "b"}, {"source": "a", "target": "b"}]
+    (tmp_path / "base.jsonl").write_text("\n".join(map(json.dumps, long)))
+    checkpoint = open_checkpoint(shop.build("OUT"))
+    found = evaluate_translation(checkpoint, pairs=2, decoding=Decoding(1, 2, 999))
+    assert found.settings["max_new_tokens"] == 128 and found.text["mail"]["documents"] == 1
+    assert any("mail: 1 pairs left out" in note for note in found.notes)
+    (tmp_path / "base.jsonl").write_text(json.dumps(long[0]))
+    with pytest.raises(TextError, match="no held-out pair fits into the model"):
+        evaluate_translation(checkpoint, pairs=2)
+
+
+def test_what_is_refused(shop: Workshop, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"text": f"plain {number}"}) for number in range(9)))
+    plain = open_checkpoint(shop.build("PLAIN", eval={"mail": str(tmp_path / "plain.jsonl"), "law": "./law.jsonl"}))
+    with pytest.raises(TextError, match="must be pairs of source and target"):
+        evaluate_translation(plain)
+    bare: list[dict[str, Any]] = [{"name": name, "model": f"./{name}"} for name in EXPERTS]
+    with pytest.raises(TextError, match="there is no text to evaluate on"):
+        evaluate_translation(open_checkpoint(shop.build("BARE", experts=bare, eval={})))
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(ModekitError, match=r"pip install 'modekit\[translation\]'"):
+        evaluate_translation(checkpoint)
+
+
+def test_a_mixture_without_an_encoder_translates_nothing(small_workshop: Workshop) -> None:
+    with pytest.raises(MismatchError, match="only a model with an encoder translates"):
+        evaluate_translation(open_checkpoint(small_workshop.build("NO-ENCODER")))
+
+
+def test_the_command_line(checkpoint: Checkpoint) -> None:
+    folder = str(checkpoint.folder)
+    options = ("--translate", "--pairs", "2", "--max-new-tokens", "4", "--batch", "2")
+    shown = modekit("eval", folder, *options)
+    assert "translated greedily, at most 4 tokens" in shown and "oracle" in shown and "nrefs:1" in shown
+    assert "translate.json, translate.md" in shown
+    data = json.loads(modekit("eval", folder, *options, "--beams", "2", "--json"))
+    assert data["settings"]["beams"] == 2 and data["settings"]["pairs"] == 2 and len(data["rows"]) == 6
+    for wrong in (("--beams", "2"), *(("--translate", *more) for more in (("--tokens", "99"), ("--chat",), ("--tasks", "x")))):
+        code, _, said = ended("eval", folder, *wrong)
+        assert code == 2 and "the setting has no effect" in said, wrong
