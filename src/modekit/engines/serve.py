@@ -90,8 +90,9 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
             return name, "; ".join(refused) or "it fits"
         refused.append(f"not {name}: {reason}")
     raise UnsupportedError(
-        "no engine here can serve the mixture", where=str(checkpoint.folder), found="; ".join(refused), remedy=INSTALL
-    )
+        "no engine here can serve the mixture", where=str(checkpoint.folder), found="; ".join(refused),
+        remedy="call it in Python (docs/translation.md)" if checkpoint.shape.family.pair else INSTALL,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -175,6 +176,8 @@ def _cores() -> int:
 
 
 def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.shape.family.pair:
+        return "`transformers serve` opens causal models alone, and this one has an encoder: call generate in Python"
     from transformers.utils.import_utils import is_serve_available
 
     return None if is_serve_available() else f"transformers[serving] is not installed ({INSTALL})"

@@ -187,7 +187,8 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) ->
         yield "top_k 1: the chosen expert's weight is always 1, so the router gets no gradient if trained later"
     if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens":
+    pair = family_of(sources[0].config, where="base_model").pair
+    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not pair:
         yield (
             "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
             "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"

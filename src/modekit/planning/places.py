@@ -28,7 +28,7 @@ ATTENTION = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"), **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
     **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
 }  # fmt: skip
-"""Parts that mix tokens -> what those are that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
+"""Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
 Kind = LowRank | str | int | None
 """What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
 

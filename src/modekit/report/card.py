@@ -191,18 +191,22 @@ def _decides(checkpoint: Checkpoint) -> str:
 
 def _use(checkpoint: Checkpoint) -> str:
     name = json.dumps(checkpoint.folder.name)
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    pair = checkpoint.shape.family.pair
+    auto_class = "AutoModelForSeq2SeqLM" if pair else "AutoModelForCausalLM"
+    lines = [f"from transformers import {auto_class}, AutoTokenizer"]
     if not checkpoint.shape.plain:
         lines = ["import modekit  # or, without it: from_pretrained(..., trust_remote_code=True)", *lines]
     lines += [
         "", f"folder = {name}  # or this model's name on the hub",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)", "model = AutoModelForCausalLM.from_pretrained(folder)",
-        *(_ASKED if chat_template(checkpoint.folder) else _CONTINUED), "print(tokenizer.decode(output[0]))",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)", f"model = {auto_class}.from_pretrained(folder)",
+        *(_TRANSLATED if pair else _ASKED if chat_template(checkpoint.folder) else _CONTINUED),
+        f"print(tokenizer.decode(output[0]{', skip_special_tokens=True' if pair else ''}))",
     ]  # fmt: skip
     return _fenced("\n".join(lines), "python")
 
 
 _CONTINUED = ('inputs = tokenizer("The", return_tensors="pt")', "output = model.generate(**inputs, max_new_tokens=20)")
+_TRANSLATED = ('inputs = tokenizer("What is to be translated", return_tensors="pt")', "output = model.generate(**inputs)")
 _ASKED = (
     'messages = [{"role": "user", "content": "What can you tell me about your field?"}]',
     'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',

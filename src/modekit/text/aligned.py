@@ -9,24 +9,18 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
-from modekit.recipes.paths import locate
+from modekit.recipes.paths import locate, sides_of
 from modekit.text.pairs import Pair, whole_pair
 from modekit.text.records import plain_text
 
 
 def aligned_files(spec: str, root: Path) -> tuple[Path, Path] | None:
-    """The two files that `news.en+news.fr` names, source and target; None where it is the name of something, or no two files.
-
-    A file may have a '+' in its name: the one that joins two files is the one with a file on either side.
-    """
-    if "+" not in spec or locate(spec, root) is not None:
+    """The two files that `news.en+news.fr` names, source and target; None where it is the name of something, or no two files."""
+    sides = sides_of(spec, root)
+    if sides is None:
         return None
-    for place in (place for place, sign in enumerate(spec) if sign == "+"):
-        sides = [locate(side, root) if side else None for side in (spec[:place], spec[place + 1 :])]
-        source, target = (side if side is not None and side.is_file() else None for side in sides)
-        if source is not None and target is not None:
-            return source, target
-    return None
+    source, target = (locate(side, root) for side in sides)
+    return None if source is None or target is None else (source, target)
 
 
 def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
