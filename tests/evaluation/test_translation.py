@@ -65,7 +65,8 @@ def writer(model_type: str, seed: int) -> PreTrainedModel:
 def make_shop(root: Path, model_type: str = "t5") -> Workshop:
     """Base and three experts, each with pairs, one domain without an expert, and settings that would sample."""
     for seed, name in enumerate(("base", *EXPERTS)):
-        model = writer(model_type, seed)
+        # Files of Bart and its like hold one embedding for source and target alone where the head is the same, too.
+        model = writer(model_type, seed) if model_type == "t5" else pair_model(model_type, seed)
         model.save_pretrained(root / name)
         GenerationConfig(
             do_sample=True, min_length=5, num_beams=4, no_repeat_ngram_size=1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
