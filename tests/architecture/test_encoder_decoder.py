@@ -38,6 +38,7 @@ from refusal import run_python
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS: dict[str, dict[str, Any]] = {
     "bart": {"encoder_layers": 3},
+    "bart untied": {"tie_word_embeddings": False},
     "mbart": {},
     "marian": {"scale_embedding": True},
     "m2m_100": {"decoder_layers": 3, "encoder_ffn_dim": 40},

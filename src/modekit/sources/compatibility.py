@@ -18,18 +18,22 @@ from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 
 
+_T5 = "t5"  # whose class shares the embedding whatever config.json says
+
+
 def is_tied(source: ModelSource, family: Family) -> bool:
     """Whether the head is the embedding. A T5 that has a head of its own says so by its weights alone."""
-    if family.model_type == "t5":
+    if family.model_type == _T5:
         return weight_of(HEAD) not in source.tensors
     return bool(family.dense_config(source.config).get("tie_word_embeddings"))
 
 
 def own_names(source: ModelSource, family: Family) -> list[str]:
     """Names of a model's tensors in its order, without buffers and without copies of the embedding: a tied head, and what
-    encoder and decoder call it.
+    encoder and decoder call it, who else have embeddings of their own.
     """
-    copies = {*family.copies, *([weight_of(HEAD)] if is_tied(source, family) else ())}
+    tied = is_tied(source, family)
+    copies = {*(family.copies if tied or family.model_type == _T5 else ()), *([weight_of(HEAD)] if tied else ())}
     return [name for name in source.tensors if not is_ignored(name) and name not in copies]
 
 
