@@ -19,7 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adapter_folders import UP, write_adapter
 from chatting import word_tokenizer
@@ -31,12 +31,13 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover
 from modekit.search.discover.settings import DiscoverSettings
-from modekit.sources.families import DECODERS
+from modekit.sources.families import FAMILIES
 from modekit.sources.model import open_source, read_header
 from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
 from modekit.text.sequences import TokenSequence, encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
+from pair_models import PAIR_FAMILIES
 
 RANDOM = {"router": {"fit": "random"}}
 MOST_TEXT = 20_000
@@ -50,15 +51,16 @@ TARGETS = [
 
 def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
     """A model of zeros without their room on disk: config, header, and a file of that length."""
+    pair = model_type in PAIR_FAMILIES
+    sizes = PAIR_FAMILIES[model_type] if pair else SMALL
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **{**SMALL, **overrides}), dtype=torch.float32
-        )
+        kind = AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM
+        model = kind.from_config(AutoConfig.for_model(model_type, **{**sizes, **overrides}), dtype=torch.float32)
     header: dict[str, Any] = {}
     position = 0
     skipped = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
-        if name not in skipped:
+        if name not in skipped and not name.endswith("coder.embed_tokens.weight"):
             stop = position + tensor.numel() * 4
             header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, stop]}
             position = stop
@@ -197,8 +199,9 @@ def fuzz_configs(root: Path, recipe: dict[str, Any]) -> Target:
 def fuzz_families(root: Path, recipe: dict[str, Any]) -> Target:
     """A config of every family, as native and as modekit mixture."""
     configs = {}
-    for family in DECODERS:
-        write_headers(root / family.model_type, family.model_type, head_dim=8)
+    for family in FAMILIES:
+        if not family.variant:
+            write_headers(root / family.model_type, family.model_type, **({} if family.pair else {"head_dim": 8}))
         configs[family.model_type] = json.loads((root / family.model_type / "config.json").read_text())
     kinds = st.sampled_from(sorted(configs))
     strategy = kinds.flatmap(
@@ -320,7 +323,10 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
     """Records and plain text, read and cut into sequences."""
     tokenizer = word_tokenizer()
     said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
-    records = [hostile_json({"text": "some words", "meta": {"id": 1}}), hostile_json({"messages": said, "id": 1})]
+    records = [
+        hostile_json({"text": "some words", "meta": {"id": 1}}), hostile_json({"messages": said, "id": 1}),
+        hostile_json({"source": "some words", "target": "andere"}), hostile_json({"translation": {"en": "words", "de": "Worte"}}),
+    ]  # fmt: skip
     lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
     text = lines.map("\n".join)
 
