@@ -1,0 +1,78 @@
+"""The tables of translation.md: mean and largest deviation over the seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from chat import spread
+
+COLUMNS = ("right", "wrong", "none", "unseen, no label", "unseen, a label")
+Scores = Mapping[str, Any]
+"""What is known of one seed."""
+
+
+def tables(part: str, seeds: Sequence[Scores]) -> None:
+    """Of one part, nothing where no seed has any."""
+    if not seeds:
+        return
+    print(f"\n## {part}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; {seeds[0]['signatures']}\n")
+    names = [name for name in dict.fromkeys(name for seed in seeds for name in seed) if name.count(" | ") >= 3]
+    for beams in (False, True):
+        rows = [name for name in names if name.endswith("| beams") == beams and not name.endswith("| losses")]
+        if rows:
+            print("\n" + ("By beams" if beams else "Greedily") + ": BLEU / chrF\n")
+            _matrix(rows, seeds)
+    with_losses = [name for name in names if name.endswith("| losses")]
+    if with_losses:
+        print("\nLosses\n")
+        _losses(with_losses, seeds)
+    _by_domain([name for name in names if not name.endswith(("| losses", "| beams"))], seeds)
+
+
+def _matrix(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
+    header = ["model", "domain", "randomised", "generic", *COLUMNS, "tokens/s", "total", "active"]
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    for name in rows:
+        found = [seed[name] for seed in seeds if name in seed]
+        cells = name.split(" | ")[:4]
+        for column in COLUMNS:
+            scores = [[mean(each, column, key) for each in found if column in each] for key in ("bleu", "chrf")]
+            cells.append(" / ".join(spread(values, 1) for values in scores) if scores[0] else "")
+        cells.append(f"{statistics.fmean(each['tokens per second'] for each in found):,.0f}")
+        cells += [f"{statistics.fmean(each[size] for each in found) / 1e6:.2f}M" for size in ("total", "active")]
+        print(f"| {' | '.join(cells)} |")
+
+
+def _losses(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
+    domains = list(seeds[0][rows[0]]["closed"])
+    print(
+        f"| mixture | gap closed | {' | '.join(domains)} | loss: base | own expert | mixture |\n{'|---' * (len(domains) + 5)}|"
+    )
+    for name in rows:
+        found = [seed[name] for seed in seeds if name in seed]
+        cells = [spread([statistics.fmean(each["closed"].values()) for each in found], 3)]
+        cells += [spread([each["closed"][domain] for each in found]) for domain in domains]
+        for row in ("base", "oracle", "mixture"):
+            cells.append(spread([statistics.fmean(each["losses"][row][domain] for domain in domains) for each in found]))
+        says = name.split(" | ")
+        print(f"| {says[0]}, randomised: {says[2]}, generic: {says[3]} | {' | '.join(cells)} |")
+
+
+def _by_domain(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
+    """BLEU of every domain under its right label, else under none."""
+    first = seeds[0][rows[0]]
+    domains = [*first["none"], *first["unseen, no label"]]
+    print("\nBLEU by domain, under the right label where there is one\n")
+    print(f"| | {' | '.join(domains)} |\n{'|---' * (len(domains) + 1)}|")
+    for name in rows:
+        found = [seed[name] for seed in seeds if name in seed]
+        merged = [{**each.get("right", each["none"]), **each["unseen, no label"]} for each in found]
+        cells = [spread([each[domain]["bleu"] for each in merged], 1) for domain in domains]
+        print(f"| {name.replace(' | ', ', ')} | {' | '.join(cells)} |")
+
+
+def mean(row: Mapping[str, Any], column: str, key: str) -> float:
+    """Over the domains of a column."""
+    return statistics.fmean(each[key] for each in row[column].values())
