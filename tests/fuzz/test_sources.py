@@ -325,7 +325,8 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
     said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
     records = [
         hostile_json({"text": "some words", "meta": {"id": 1}}), hostile_json({"messages": said, "id": 1}),
-        hostile_json({"source": "some words", "target": "andere"}), hostile_json({"translation": {"en": "words", "de": "Worte"}}),
+        hostile_json({"source": "some words", "target": "andere"}),
+        hostile_json({"translation": {"en": "words", "de": "Worte"}}),
     ]  # fmt: skip
     lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
     text = lines.map("\n".join)

@@ -17,7 +17,6 @@ from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 
-
 _T5 = "t5"  # whose class shares the embedding whatever config.json says
 
 

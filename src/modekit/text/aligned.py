@@ -15,7 +15,7 @@ from modekit.text.records import plain_text
 
 
 def aligned_files(spec: str, root: Path) -> tuple[Path, Path] | None:
-    """The two files that `news.en+news.fr` names, source and target; None where it is the name of something, or no two files."""
+    """The two files that `news.en+news.fr` names, source and target; None where it names something itself, or no two files."""
     sides = sides_of(spec, root)
     if sides is None:
         return None
