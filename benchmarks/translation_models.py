@@ -184,12 +184,16 @@ class Maker:
         out = self.folder / name
         if out.exists():
             return open_checkpoint(out)
+
+        def says(path: Path) -> str:
+            return "base" if path.name == base else f"./{path.name}"
+
         recipe = {
             "base_model": f"./{base}",
             "experts": [
                 {
                     "name": domain,
-                    "adapter" if (path / "adapter_config.json").exists() else "model": f"./{path.name}",
+                    "adapter" if (path / "adapter_config.json").exists() else "model": says(path),
                     "text": str(texts[domain]),
                 }
                 for domain, path in experts.items()

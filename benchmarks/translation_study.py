@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import translation_text
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.translation.decoding import Decoding, Written, set_decoding, together, translated
 from modekit.evaluation.translation.scores import Scorer
 from modekit.loaded.load import load_model
@@ -21,6 +21,7 @@ from modekit.loaded.next_token import Training
 from modekit.loaded.shapes import mixture_of
 from modekit.text.pairs import Pair
 from modekit.text.sequences import encode
+from routers import mean_losses
 from translation_models import (
     Maker,
     Mode,
@@ -48,9 +49,9 @@ SIZES = {
     ),
     "real": Size(
         256, 128, 0.1,
-        _MUON.with_(steps=1_200, batch_tokens=3_000, sequence_length=96),
-        _MUON.with_(steps=150, batch_tokens=3_000, sequence_length=96),
-        Training(steps=150, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
+        _MUON.with_(steps=1_000, batch_tokens=3_000, sequence_length=96),
+        _MUON.with_(steps=160, batch_tokens=3_000, sequence_length=96),
+        Training(steps=160, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
     ),
 }  # fmt: skip
 HELD_OUT = {"synthetic": 150, "real": 150}
@@ -170,14 +171,14 @@ def of_adapters(checkpoint: Checkpoint, base: Path) -> tuple[Way, tuple[int, int
     return lambda label: way(label) if label is not None else plain(label), sizes
 
 
-def losses(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Losses by row and domain, and the share of the oracle's gap that is closed."""
-    found = evaluate(checkpoint, tokens_per_domain=20_000, sequence_length=128, write=False)
-    rows = {row.name: {name: score.loss for name, score in row.scores.items()} for row in found.rows}
-    rows = {name: row for name, row in rows.items() if name in ("base", "oracle", "mixture", "average")}
-    closed = {
-        name: (rows["base"][name] - rows["mixture"][name]) / (rows["base"][name] - rows["oracle"][name])
-        for name in found.domains
-        if name != GENERIC
-    }
+def losses(checkpoint: Checkpoint, base: Path) -> dict[str, Any]:
+    """Losses of base, own experts and mixture by domain, and the share of the own expert's gap that the mixture closes."""
+    domains = held_out_domains(checkpoint, tokens_per_domain=8_192, sequence_length=128)
+    model, own = load_model(checkpoint.folder), {}
+    for domain in domains:
+        if domain.expert is not None and domain.name != GENERIC:
+            with mixture_of(model, checkpoint).forced(domain.expert):
+                own |= mean_losses(model, [domain])
+    rows = {"base": mean_losses(load_model(base), domains), "own": own, "mixture": mean_losses(model, domains)}
+    closed = {name: (rows["base"][name] - rows["mixture"][name]) / (rows["base"][name] - found) for name, found in own.items()}
     return {"losses": rows, "closed": closed}

@@ -54,7 +54,7 @@ def _losses(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
         found = [seed[name] for seed in seeds if name in seed]
         cells = [spread([statistics.fmean(each["closed"].values()) for each in found], 3)]
         cells += [spread([each["closed"][domain] for each in found]) for domain in domains]
-        for row in ("base", "oracle", "mixture"):
+        for row in ("base", "own", "mixture"):
             cells.append(spread([statistics.fmean(each["losses"][row][domain] for domain in domains) for each in found]))
         says = name.split(" | ")
         print(f"| {says[0]}, randomised: {says[2]}, generic: {says[3]} | {' | '.join(cells)} |")

@@ -22,6 +22,7 @@ from modekit.sources.families import FAMILIES, family_of
 from modekit.sources.family import Family
 from modekit.sources.native import NATIVES, choose_native
 from modekit.sources.native_row import Native
+from modekit.text.sequences import Batch
 from rounding import assert_close
 
 LLAMA3_ROPE = {
@@ -168,7 +169,9 @@ def test_weights_are_those_that_the_layers_use(family_case: tuple[Path, str], id
         block.register_forward_hook(lambda _m, args, y: seen.append((args[0], y)))
     with torch.inference_mode(), mixture_of(mixture, checkpoint).traced() as trace:
         mixture(input_ids=ids)
-        weights_LBSE = decisions(checkpoint, trace, (ids.shape[0], ids.shape[1])).weights_RBSE
+        batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), (0, 1))
+        (said,) = decisions(checkpoint, trace, batch)
+        weights_LBSE = said.weights_RBSE
     view = DenseView(checkpoint)
     expected = [torch.zeros_like(y) for _, y in seen]
     for expert in range(3):

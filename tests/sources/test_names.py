@@ -7,6 +7,7 @@ import pytest
 from modekit.sources.names import (
     EMBEDDING,
     HEAD,
+    in_decoder,
     in_layer,
     is_ignored,
     layers_of,
@@ -14,7 +15,6 @@ from modekit.sources.names import (
     natural_key,
     split_layer,
     weight_of,
-    within,
 )
 
 
@@ -41,15 +41,26 @@ def test_names_sort_as_the_model_runs() -> None:
     assert sorted(mixed_up, key=natural_key) == names
 
 
-def test_layers_are_counted_by_the_deepest() -> None:
-    assert layers_of([weight_of(HEAD)]) == 0
-    assert layers_of([in_layer(0, "a.weight"), in_layer(11, "a.weight"), weight_of(HEAD)]) == 12
+def test_layers_are_those_that_are_named() -> None:
+    assert layers_of([weight_of(HEAD)]) == set()
+    assert layers_of([in_layer(0, "a.weight"), in_layer(11, "a.weight"), weight_of(HEAD)]) == {0, 11}
+    assert layers_of(["model.encoder.layers.3.fc1.weight", "decoder.block.0.layer.1.x", "shared.weight"]) == {
+        "encoder.3", "decoder.0",
+    }  # fmt: skip
+
+
+def test_names_of_two_stacks_are_taken_apart_and_sorted_as_they_run() -> None:
+    assert split_layer("model.encoder.layers.12.fc1.weight") == ("encoder.12", "fc1.weight")
+    assert split_layer("decoder.block.0.layer.1.EncDecAttention.q") == ("decoder.0", "layer.1.EncDecAttention.q")
+    assert split_layer("model.encoder.embed_positions.weight")[0] is None
+    layers = ["model.encoder.layers.2.fc1", "model.encoder.layers.10.fc1", "model.decoder.layers.0.fc1"]
+    names = ["model.shared", *layers, "lm_head"]
+    assert sorted(names[::-1], key=natural_key) == names
+    assert [in_decoder(name) for name in names] == [False, False, False, True, False]
 
 
 def test_a_module_is_the_name_without_its_last_part() -> None:
-    assert module_of(weight_of(HEAD)) == HEAD and within(HEAD, weight_of(HEAD)) == "weight"
-    assert within(in_layer(1, "mlp"), in_layer(1, "mlp.up_proj.weight")) == "up_proj.weight"
-    assert within(HEAD, weight_of(EMBEDDING)) == "weight"  # a tied head bears the embedding's name
+    assert module_of(weight_of(HEAD)) == HEAD
 
 
 def test_old_buffers_are_ignored() -> None:

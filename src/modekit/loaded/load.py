@@ -22,7 +22,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.native import leaves_out
-from modekit.sources.pairs import PAIRS
+from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.tokenizer import check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
@@ -130,10 +130,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
 def auto_class(folder: Path) -> Any:
     """The class of transformers that opens a model folder. Raises SourceError when its config.json cannot be read."""
     config = read_config(folder, where=str(folder))
-    said = config.get("modekit") if config["model_type"] == "modekit" else {}
-    dense = said.get("dense_type") if isinstance(said, dict) else None
-    pairs = {family.model_type for family in PAIRS}
-    return AutoModelForSeq2SeqLM if {dense, config["model_type"]} & pairs else AutoModelForCausalLM
+    pair = config["model_type"] in {family.model_type for family in PAIRS}
+    mixture = config["model_type"] == "modekit" and config.get("architectures") == [PAIR_CLASS]
+    return AutoModelForSeq2SeqLM if pair or mixture else AutoModelForCausalLM
 
 
 def said_by(error: BaseException) -> str:

@@ -22,12 +22,13 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
+from modekit.sources.pairs import PAIR_CLASS
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {
     "AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM",
 }  # fmt: skip
-_PAIR = {"AutoModelForSeq2SeqLM": "modekit_pairs.ModekitForSeq2SeqLM"}
+_PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
 class ModekitLayout:
@@ -59,7 +60,7 @@ class ModekitLayout:
         if self.unties:
             config["tie_word_embeddings"] = False
         config |= {
-            "architectures": ["ModekitForSeq2SeqLM" if self._family.pair else "ModekitForCausalLM"],
+            "architectures": [PAIR_CLASS if self._family.pair else "ModekitForCausalLM"],
             "model_type": "modekit",
             "dtype": DTYPE_NAMES[self.router_dtype],
             "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL)},

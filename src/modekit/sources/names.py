@@ -58,11 +58,6 @@ def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def within(module: str, tensor: str) -> str:
-    """A tensor's name inside its module; of a tied head, which bears the embedding's name, the last part."""
-    return tensor.removeprefix(f"{module}.") if tensor.startswith(f"{module}.") else tensor.rpartition(".")[2]
-
-
 def is_ignored(tensor: str) -> bool:
     """Whether a tensor is a buffer that old versions of transformers saved and every model computes for itself."""
     return _IGNORED.search(tensor) is not None

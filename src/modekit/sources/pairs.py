@@ -10,6 +10,8 @@ from typing import Any
 
 from modekit.sources.family import Config, Family, Stack
 
+PAIR_CLASS = "ModekitForSeq2SeqLM"
+"""What config.json of a mixture of one of them calls its class."""
 _WITHOUT_VLLM = "modekit's plug-in for vLLM serves models of one stack, and this one has an encoder"
 _SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
 _CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
