@@ -18,7 +18,7 @@ FINAL_NORM = "model.norm"
 _LAYERS = "model.layers."
 _IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.(?:layers|block)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
-_FIRST = re.compile(r"^(model\.)?(shared\.|embed_tokens)")
+_FIRST = re.compile(r"^(model\.)?(shared|embed_tokens)(\.|$)")
 _STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
 
