@@ -154,7 +154,8 @@ def built(study: Study, generic: bool, routers: Mapping[str, dict[str, Any]], *,
             known |= {"total": checkpoint.parameters.total, "active in top-2": checkpoint.parameters.active}
         row = row_of(f"mixture, {name}", NO_DOMAIN, says, generic)
         keep_row(study, row, partial(of_mixture, checkpoint, gate=False), labels=False)
-        study.keep(f"{row} | losses", partial(losses, checkpoint, study.made.folder / base))
+        if generic and not randomised:
+            study.keep(f"{row} | losses", partial(losses, checkpoint, study.made.folder / base))
         if name == "lexical, top-1":
             row = row_of(f"mixture, {name}", GATE, says, generic)
             keep_row(study, row, partial(of_mixture, checkpoint, gate=True), labels=True)

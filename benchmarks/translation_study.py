@@ -35,7 +35,7 @@ from translation_models import (
 )  # fmt: skip
 from translation_text import GENERIC, Corpus
 
-P, SHARE = 0.5, 0.3
+P, SHARE = 0.3, 0.3
 """Probability that a label is drawn anew, and share of generic text."""
 COLUMNS = ("right", "wrong", "none", "unseen, no label", "unseen, a label")
 BEAMS = 4
@@ -43,9 +43,9 @@ _MUON = Training(learning_rate=3e-3, muon_learning_rate=0.02, warmup=0.1, by_len
 SIZES = {
     "synthetic": Size(
         256, 48, 0.0,
-        _MUON.with_(steps=350, batch_tokens=1_600, sequence_length=40),
-        _MUON.with_(steps=80, batch_tokens=1_600, sequence_length=40, muon_learning_rate=0.01),
-        Training(steps=80, batch_tokens=1_600, sequence_length=40, learning_rate=1e-2, by_length=True),
+        _MUON.with_(steps=400, batch_tokens=1_600, sequence_length=40),
+        _MUON.with_(steps=60, batch_tokens=1_600, sequence_length=40, muon_learning_rate=0.01),
+        Training(steps=60, batch_tokens=1_600, sequence_length=40, learning_rate=1e-2, by_length=True),
     ),
     "real": Size(
         256, 128, 0.1,
@@ -54,7 +54,7 @@ SIZES = {
         Training(steps=160, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
     ),
 }  # fmt: skip
-HELD_OUT = {"synthetic": 150, "real": 150}
+HELD_OUT = {"synthetic": 100, "real": 150}
 Way = Callable[[str | None], tuple[PreTrainedModel, bool, Any]]
 """Label -> the model that translates under it, whether it reads the label's token, and a context that is open meanwhile."""
 

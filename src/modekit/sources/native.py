@@ -269,6 +269,8 @@ def native_of(native_type: str, model_type: str) -> Native:
 
 
 _WITHOUT_PARTNER = {
+    "m2m_100": "NLLB-MoE in transformers runs no more than its first two experts",
+    "t5": "Switch Transformers multiply what an expert says by its router's probability, which is never 1",
     "gemma": "GeGLU experts",
     "gemma2": "GeGLU experts and sandwich norms",
     "gemma3_text": "GeGLU experts and sandwich norms",
