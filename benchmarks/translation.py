@@ -88,16 +88,14 @@ def real(study: Study) -> None:
     start = made.dense("base-no", mixed, study.size.training)
     keep_row(study, row_of("base", NO_DOMAIN, "no", True), lambda: of_dense(start, False), labels=False)
     built(study, True, ROUTERS)
-    built(study, True, {"lexical, top-1": LEXICAL}, randomised=True)
     adapters(study, True, randomised=False)
     after = study.size.training.with_(steps=steps * len(study.fit))
-    for generic in (True, False):
-        for domain, randomised in ((NO_DOMAIN, "no"), (TAG, "no"), (TAG, "uniform")):
-            dense(study, "base, trained on", domain, randomised, generic, of="base-no", training=after)
-    for wide in ("wide, total", "wide, active in top-2"):
-        ffn, name = width(study, wide), f"{wide.replace(', ', '-').replace(' ', '-')}-start"
-        made.dense(name, mixed, study.size.training, ffn=ffn)
-        dense(study, f"{wide}, trained on", NO_DOMAIN, "no", True, of=name, training=after)
+    for domain, randomised in ((NO_DOMAIN, "no"), (TAG, "no"), (TAG, "uniform")):
+        dense(study, "base, trained on", domain, randomised, True, of="base-no", training=after)
+    built(study, True, {"lexical, top-1": LEXICAL}, randomised=True)
+    dense(study, "base, trained on", NO_DOMAIN, "no", False, of="base-no", training=after)
+    made.dense("wide-start", mixed, study.size.training, ffn=width(study, "wide, total"))
+    dense(study, "wide, total, trained on", NO_DOMAIN, "no", True, of="wide-start", training=after)
 
 
 def dense(

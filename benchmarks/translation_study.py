@@ -48,10 +48,10 @@ SIZES = {
         Training(steps=60, batch_tokens=1_600, sequence_length=40, learning_rate=1e-2, by_length=True),
     ),
     "real": Size(
-        256, 128, 0.1,
+        256, 128, 0.0,
         _MUON.with_(steps=1_000, batch_tokens=3_000, sequence_length=96),
-        _MUON.with_(steps=160, batch_tokens=3_000, sequence_length=96),
-        Training(steps=160, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
+        _MUON.with_(steps=200, batch_tokens=3_000, sequence_length=96),
+        Training(steps=200, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
     ),
 }  # fmt: skip
 HELD_OUT = {"synthetic": 100, "real": 150}
