@@ -10,7 +10,7 @@ from modekit.errors import RecipeError
 Layer = int | str
 """A number; of a model with an encoder `encoder.` or `decoder.` and a number."""
 STACKS = ("encoder", "decoder")
-_ENTRY = re.compile(r"(?:(encoder|decoder)(?:\.|$))?(?:(\d{1,9})(?:-(\d{1,9}))?)?")
+_ENTRY = re.compile(r"(?:(encoder|decoder)(?:\.|$))?(?:(\d+)(?:-(\d+))?)?", re.ASCII)
 _EXPECTED = "numbers or ranges such as '4-11', of a model with an encoder 'encoder', 'encoder.4' or 'decoder.4-11'"
 
 
