@@ -29,6 +29,8 @@ LEXICAL: dict[str, Any] = {"top_k": 1, "router": {"fit": "lexical"}}
 ROUTERS: dict[str, dict[str, Any]] = {
     "lexical, top-1": LEXICAL,
     "lexical, top-2": {**LEXICAL, "top_k": 2},
+    "lexical of tokens and pairs, top-1": {"top_k": 1, "router": {"fit": "lexical", "orders": [1, 2]}},
+    "lexical of tokens and pairs, top-2": {"top_k": 2, "router": {"fit": "lexical", "orders": [1, 2]}},
     "lexical, unseen: base": {**LEXICAL, "unseen": "base"},
     "n-gram, top-1": {"top_k": 1, "router": {"fit": "ngram"}},
 }
