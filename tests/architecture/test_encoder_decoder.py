@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -26,12 +28,23 @@ from modekit.architecture.modekit_router import causal_average, select
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import CheckpointError, MismatchError, ModekitError, RecipeError, UnsupportedError
+from modekit.errors import (
+    CheckpointError,
+    MismatchError,
+    ModekitError,
+    RecipeError,
+    SourceError,
+    TextError,
+    UnsupportedError,
+)
 from modekit.loaded.load import load_model
+from modekit.loaded.passes import inputs_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
+from modekit.text.pairs import Pair
+from modekit.text.sequences import encode, make_batches
 from pair_models import pair_model, pair_tokenizer
 from refusal import run_python
 
@@ -263,6 +276,49 @@ def test_what_is_written_token_by_token_is_what_one_pass_says(bench: Bench, rout
     torch.testing.assert_close(found.sequences_scores, chosen, atol=1e-4, rtol=1e-4)
 
 
+ONE_SIDED: dict[str, dict[str, Any]] = {
+    "encoder alone": {"layers": ["encoder"], "router": {"granularity": "context"}},
+    "keys and values": {"modules": ["cross_k", "cross_v"], "router": {"granularity": "context"}},
+    "decoder alone": {"layers": ["decoder"], "router": {"granularity": "context"}},
+    "cross-attention": {"modules": ["cross_q", "cross_k", "cross_v", "cross_o"], "router": {"granularity": "context"}},
+}
+
+
+@pytest.mark.parametrize("where", list(ONE_SIDED))
+def test_routers_on_one_side_alone_write_what_one_pass_says(bench: Bench, where: str) -> None:
+    said = ONE_SIDED[where]
+    mixture = {**random_gates(**said["router"]), **{key: value for key, value in said.items() if key != "router"}}
+    experts = () if "modules" not in said else ({"name": "small", "adapter": "./wide"}, {"name": "still", "model": "base"})
+    model = load_model(bench.build(mixture, *experts))
+    ids = written(model, inputs(), do_sample=False)
+    logits = logits_of(model, {**inputs(), "decoder_input_ids": ids[:, :-1]})
+    assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 2:])
+
+
+def test_threads_take_turns(bench: Bench) -> None:
+    """What one thread writes is not what another one's source says: generate runs the encoder by itself."""
+    model = load_model(bench.build(random_gates(granularity="sequence", per="model")))
+    sources = [{name: value[row : row + 1] for name, value in inputs("left").items()} for row in range(3)]
+    alone = [written(model, source) for source in sources]
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(4):
+            found = threads.map(lambda source: written(model, source), sources)
+            assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+
+
+def test_an_encoder_that_is_called_by_itself_says_the_same(bench: Bench) -> None:
+    """With arguments by place or by name; its output is gone on from."""
+    model, said = load_model(bench.build(random_gates(granularity="sequence", per="model"))), inputs()
+    expected = logits_of(model, said)
+    with torch.inference_mode():
+        encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
+        rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
+        torch.testing.assert_close(model(encoder_outputs=encoded, **rest).logits, expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="as this model made it"):
+            model(encoder_outputs=(encoded.last_hidden_state,), **rest)
+        assert torch.equal(logits_of(model, said), expected)  # what was refused left nothing behind
+
+
 def test_a_copy_is_a_mixture_of_its_own_and_pickles(bench: Bench) -> None:
     model = load_model(bench.build(random_gates(granularity="sequence", per="model")))
     before = logits_of(model, inputs())
@@ -353,6 +409,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "whole models",
         ),
         ({"router": {"fit": "random", "per": "model"}}, "one", UnsupportedError, "once per source"),
+        (
+            {"layers": ["decoder"], "router": {"fit": "random", "granularity": "sequence", "per": "model"}},
+            "one",
+            UnsupportedError,
+            "must stand in the encoder",
+        ),
         ({"layers": [1], "router": {"fit": "random"}}, "one", RecipeError, "names neither"),
         ({"layers": ["decoder.7"], "router": {"fit": "random"}}, "one", RecipeError, "no such layer"),
     ],
@@ -363,6 +425,61 @@ def test_what_cannot_be_mixed_is_one_clear_error(
     with pytest.raises(kind, match=says) as caught:
         planned(folders, {"router": {"fit": "random"}, **mixture}, "one", expert)
     assert caught.value.remedy
+
+
+OLDER: dict[str, list[str]] = {
+    "bart": ["activation_function", "scale_embedding", "max_position_embeddings", "tie_word_embeddings"],
+    "marian": ["decoder_vocab_size", "share_encoder_decoder_embeddings"],
+    "m2m_100": ["activation_function", "scale_embedding"],
+    "t5": ["num_decoder_layers", "relative_attention_max_distance", "tie_word_embeddings"],
+}
+
+
+@pytest.mark.parametrize("model_type", list(OLDER))
+def test_a_base_whose_config_is_older_than_its_experts(tmp_path: Path, model_type: str) -> None:
+    """What older versions of transformers left unsaid is what its classes take; what they saved besides is no part of it."""
+    long = {} if model_type == "t5" else {"max_position_embeddings": 1024}
+    far = {"relative_attention_max_distance": 128} if model_type == "t5" else {}
+    for seed, name in enumerate(("base", "one")):
+        pair_model(model_type, seed, **long, **far).save_pretrained(tmp_path / name)
+    path = tmp_path / "base" / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in OLDER[model_type]}
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors.pop("final_logits_bias", None)
+    embedding = tensors.get("model.shared.weight", tensors.get("shared.weight"))
+    prefix = "" if model_type == "t5" else "model."
+    tensors |= {f"{prefix}{stack}.embed_tokens.weight": embedding.clone() for stack in ("encoder", "decoder")}
+    if model_type == "t5":
+        name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        tensors[name] = tensors[name.replace("layer.1.EncDec", "layer.0.Self")].clone()
+    else:
+        tensors |= {"model.encoder.version": torch.ones(1), "lm_head.weight": embedding.clone()}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": random_gates()}, where="test")
+    build(make_plan(recipe, tmp_path), tmp_path / "out")
+    model, own = load_model(tmp_path / "out"), load_model(tmp_path / "base")
+    model.use_expert("still")
+    assert torch.equal(logits_of(model, inputs()), logits_of(own, inputs()))
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_a_config_without_the_tokens_that_a_decoder_begins_with(tmp_path: Path, model_type: str) -> None:
+    model = pair_model(model_type)
+    batch = next(make_batches(encode(pair_tokenizer(), [Pair("one", "two")], max_tokens=99, sequence_length=64)))
+    for key in ("decoder_start_token_id", "pad_token_id"):
+        before = getattr(model.config, key)
+        setattr(model.config, key, None)
+        with pytest.raises(SourceError, match=key):
+            inputs_of(model, batch)
+        setattr(model.config, key, before)
+
+
+def test_a_pair_that_is_longer_than_the_model(tmp_path: Path) -> None:
+    batch = next(make_batches(encode(pair_tokenizer(), [Pair("a" * 200, "b")], max_tokens=999, sequence_length=400)))
+    with pytest.raises(TextError, match="more tokens than the model has positions"):
+        inputs_of(pair_model("bart"), batch)
 
 
 def test_a_translation_model_among_causal_ones_is_refused(folders: Path) -> None:

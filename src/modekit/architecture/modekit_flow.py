@@ -88,6 +88,16 @@ class Flow:
         """Held during a forward pass: two threads take turns, since a pass leaves its decisions in the modules."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
+    def begin(self) -> None:
+        """The same for a part of a model that others call by itself, until `end`; the thread that holds it may begin again."""
+        if not torch.compiler.is_compiling():
+            self._lock.acquire()
+
+    def end(self) -> None:
+        """Let others take their turn."""
+        if not torch.compiler.is_compiling():
+            self._lock.release()
+
     @property
     def streams(self) -> int:
         """How often every sequence stands in a pass's batch."""

@@ -97,6 +97,9 @@ class Mixed(nn.Module):
             self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
         weights = self._leader[0].weights
         weights = self._flow[0].source_weights if weights is None else weights
+        leader = self._leader[0].router
+        if weights is None and leader is not None and leader.decides_by_ids:
+            weights = self._leader[0].weights = leader(x)  # it reads no module's input, and need not wait for its own
         if weights is None:
             raise RuntimeError(
                 "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an "
@@ -108,6 +111,8 @@ class Mixed(nn.Module):
         elif weights.shape[1] == 1:  # one decision for all tokens, or one token
             weights = weights.expand(-1, x.shape[self.sequence_axis], *weights.shape[2:])
         elif weights.shape[1] != x.shape[self.sequence_axis]:  # the head reads only the last tokens when generating
+            if self._flow[0].pair:
+                raise RuntimeError("a router that reads one side of a pair cannot decide token by token for the other")
             weights = weights[:, -x.shape[self.sequence_axis] :]
         if self.sequence_axis == 2:
             weights = weights[:, None]

@@ -31,14 +31,18 @@ _IDS, _WEIGHTS = "source_ids", "source_weights"
 
 
 class _BeforeEncoder:
-    """Tells the routers what the source is. An object and no function, so that a copy of a model has one with its own flow."""
+    """Tells the routers what the source is. An object and no function, so that a copy of a model has one with its own flow.
+
+    Passes of one thread at a time: `generate` calls the encoder by itself.
+    """
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
 
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._flow.begin()
         self._flow.encoding, self._flow.source_weights = True, None
-        start_pass(self._flow, kwargs)
+        start_pass(self._flow, _given(module, args, kwargs))
         self._flow.source_ids_BS, self._flow.source_mask_BS = self._flow.ids_BS, self._flow.mask_BS
 
 
@@ -50,7 +54,15 @@ class _AfterEncoder:
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         flow = self._flow
-        flow.encoding, flow.fresh = False, {}
+        try:
+            flow.encoding, flow.fresh = False, {}
+            if output is not None:
+                self._carry(output)
+        finally:
+            flow.end()
+
+    def _carry(self, output: Any) -> None:
+        flow = self._flow
         leaders = {id(mixed.leader): mixed.leader for mixed in flow.mixed.values()}
         if len(leaders) == 1:
             (leader,) = leaders.values()
@@ -67,8 +79,9 @@ class _BeforeDecoder:
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
 
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start_pass(self._flow, kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._flow.begin()
+        start_pass(self._flow, _given(module, args, kwargs))
 
 
 class _AfterDecoder:
@@ -78,7 +91,17 @@ class _AfterDecoder:
         self._flow = flow
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-        finish_pass(self._flow, output)
+        try:
+            if output is not None:
+                finish_pass(self._flow, output)
+        finally:
+            self._flow.end()
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All that a module was called with, by name."""
+    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 class MixtureForSeq2SeqLM(InBoth):
@@ -90,9 +113,9 @@ class MixtureForSeq2SeqLM(InBoth):
         install(self, "", config, flow)  # type: ignore[arg-type]
         encoder, decoder = self.get_encoder(), self.get_decoder()  # type: ignore[attr-defined]
         encoder.register_forward_pre_hook(_BeforeEncoder(flow), with_kwargs=True)
-        encoder.register_forward_hook(_AfterEncoder(flow), with_kwargs=True)
+        encoder.register_forward_hook(_AfterEncoder(flow), with_kwargs=True, always_call=True)
         decoder.register_forward_pre_hook(_BeforeDecoder(flow), with_kwargs=True)
-        decoder.register_forward_hook(_AfterDecoder(flow), with_kwargs=True)
+        decoder.register_forward_hook(_AfterDecoder(flow), with_kwargs=True, always_call=True)
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:

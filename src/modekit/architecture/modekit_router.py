@@ -49,6 +49,7 @@ class Router(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.of_source = of_source  # it stands in a decoder and reads an encoder's output
+        self.reads_target = flow.pair and place.removeprefix("model.").startswith("decoder.") and not of_source
         self.place = place
         self.experts = experts
         self.features = features  # O, or 0 when one decision serves all
@@ -79,7 +80,8 @@ class Router(nn.Module):
 
     def _weights(self, x_BSD: torch.Tensor) -> torch.Tensor:
         flow = self._flow[0]
-        shape = (*x_BSD.shape[:2], *([self.features] if self.features else []), self.experts)
+        length = 1 if self.decides_by_ids else x_BSD.shape[1]
+        shape = (len(x_BSD), length, *([self.features] if self.features else []), self.experts)
         if flow.forced is not None and not flow.solo:
             return one_hot(flow.forced, shape, x_BSD.device)
         if self.routing["method"] == "linear":
@@ -99,6 +101,11 @@ class Router(nn.Module):
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
         return select(logits, self.routing, flow.left_out)
+
+    @property
+    def decides_by_ids(self) -> bool:
+        """Whether it decides once, by the ids of a source, whatever module it stands at."""
+        return self._flow[0].pair and self.routing.get("score") in _READ_IDS and self.routing["method"] != "linear"
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32; (B, 1, ...) where they are of a source as a whole."""

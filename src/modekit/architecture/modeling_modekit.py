@@ -289,9 +289,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and int(cache.get_seq_length())
     if filled and getattr(cache, "streams", 1) != flow.streams:
         raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
-    if not flow.averages or flow.keeper is not None or (flow.forced is not None and not flow.solo):
-        return
-    if flow.source_weights is not None:  # the one router has decided, in the encoder
+    if not _averages(flow) or flow.keeper is not None or (flow.forced is not None and not flow.solo):
         return
     if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")
@@ -302,6 +300,14 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
         )
     if _is_packed(flow, kwargs):
         raise ValueError("context and sequence routers read one sequence per row; give packed sequences as rows with padding")
+
+
+def _averages(flow: Flow) -> bool:
+    """Whether an average of what runs now is taken; in a decoder beside an encoder only some routers read what it writes."""
+    if not flow.pair or flow.encoding:
+        return flow.averages
+    routers = (mixed.router for mixed in flow.mixed.values())
+    return flow.averages and any(router is not None and router.reads_target for router in routers)
 
 
 def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modekit.errors import TextError
+from modekit.errors import SourceError, TextError
 from modekit.sources.names import in_decoder
 from modekit.text.sequences import Batch, TokenSequence
 
@@ -50,6 +50,7 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     """
     if (batch.target is not None) != has_encoder(model):
         raise _another_kind(has_encoder(model), None)
+    _check_length(model, batch)
     given = batch.to(model.device)
     inputs = {"input_ids": given.input_ids, "attention_mask": given.mask.long()}
     if given.target is None:
@@ -76,12 +77,31 @@ def losses_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return losses.view_as(labels)
 
 
+def _check_length(model: PreTrainedModel, batch: Batch) -> None:
+    """Raise TextError where a side of a pair has more tokens than the model has positions."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if batch.target is None or most is None:
+        return
+    longest = max(batch.input_ids.shape[1], batch.target.shape[1])
+    if longest > most:
+        raise TextError(
+            "a side of a pair has more tokens than the model has positions", found=longest, expected=f"at most {most}",
+            remedy=f"ask for a sequence_length of {most} (in a recipe under mixture.router), which leaves longer pairs out",
+        )  # fmt: skip
+
+
 def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     """Labels (B, T) moved by one place, behind what the model's decoder starts with.
 
     Families say it themselves: mBART starts with the language that stands at a label's end. M2M100 does as Bart, and has no
     method for it.
     """
+    for key in ("decoder_start_token_id", "pad_token_id"):
+        if model.config.model_type != "mbart" and getattr(model.config, key, None) is None:
+            raise SourceError(
+                f"the model's config.json says no {key}, with which its decoder begins", where=str(model.config.name_or_path),
+                remedy="write it into config.json, as generation_config.json or the model's page has it",
+            )  # fmt: skip
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         moved: torch.Tensor = shift(labels=labels)

@@ -22,7 +22,7 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.names import EMBEDDING, HEAD, is_ignored, module_of, natural_key, weight_of
+from modekit.sources.names import EMBEDDING, HEAD, in_decoder, is_ignored, module_of, natural_key, weight_of
 
 ATTENTION = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"), **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
@@ -187,7 +187,19 @@ class Places:
                 "no expert differs from the base in what is mixed", where="mixture.modules",
                 remedy="mix other modules or layers, or add an expert that is not 'base'",
             )  # fmt: skip
+        self._check_reader(places[0].module)
         return places
+
+    def _check_reader(self, first: str) -> None:
+        """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
+        mixture = self._recipe.mixture
+        once = mixture.fit is not None and mixture.router.scope == "model" and mixture.router.row.reads != "tokens"
+        if self._family.pair and once and in_decoder(first):
+            raise UnsupportedError(
+                "one router for all layers decides by the source, and must stand in the encoder", where="mixture.router.per",
+                found=f"the first place that is mixed is {first}",
+                remedy="mix a part of the encoder, too, leave 'per' out, or choose fit: lexical",
+            )  # fmt: skip
 
     def _of_everything(self) -> Iterable[PlannedPlace]:
         """What runs first has the router, whether experts have a module of their own there or not."""

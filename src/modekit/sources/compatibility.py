@@ -33,7 +33,8 @@ def own_names(source: ModelSource, family: Family) -> list[str]:
     """
     tied = is_tied(source, family)
     copies = {*(family.copies if tied or family.model_type == _T5 else ()), *([weight_of(HEAD)] if tied else ())}
-    return [name for name in source.tensors if not is_ignored(name) and name not in copies]
+    left_out = {*copies, *family.computed}
+    return [name for name in source.tensors if not is_ignored(name) and name not in left_out]
 
 
 def check_sizes(source: ModelSource, family: Family) -> None:
@@ -146,7 +147,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             "the expert is of another family than the base model", where=where, found=theirs_type,
             expected=family.model_type, remedy="use experts fine-tuned from this base model",
         )  # fmt: skip
-    extra = sorted(name for name in own_names(source, family) if name not in base.tensors)
+    extra = sorted(name for name in own_names(source, family) if name not in base.tensors and name not in family.optional)
     if extra:
         raise MismatchError(
             "the expert has tensors that the base model lacks, and they would be lost", where=f"{source.label} ({source.spec})",

@@ -82,6 +82,9 @@ class Family:
         width: key of config.json for the width of the residual stream.
         embedding: the module of the tokens' embedding.
         copies: tensors that files may hold besides the embedding and that are the same parameter.
+        computed: tensors that files may hold and that every model computes for itself.
+        optional: tensors that an expert may have and its base may lack, where they are zero.
+        same_as: key of config.json -> the key whose value it has where it says none.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
     """
 
@@ -99,6 +102,9 @@ class Family:
     width: str = "hidden_size"
     embedding: str = EMBEDDING
     copies: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    same_as: Mapping[str, str] = field(default_factory=dict)
     must_match: tuple[str, ...] = ()
 
     @property
@@ -166,7 +172,7 @@ class Family:
         """The dense config with every default written out and rope in one form."""
         full: dict[str, Any] = {**self.defaults, **config}  # an explicit null is a setting, too
         if self.pair:
-            return full
+            return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
         if full.get("num_key_value_heads") is None:
             full["num_key_value_heads"] = full["num_attention_heads"]
         if full.get("head_dim") is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -101,7 +101,8 @@ class _PairValues(BaseModel):
     num_heads: Size | None = None
     d_ff: Size | None = None
     d_kv: Size | None = None
-    max_position_embeddings: Size | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**20)] | None = None  # some compute as many sines and cosines
+    is_encoder_decoder: Literal[True] = True
     relative_attention_num_buckets: Size | None = None
     relative_attention_max_distance: Size | None = None
     feed_forward_proj: Word | None = None

@@ -20,7 +20,10 @@ _IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.(?:layers|block)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _FIRST = re.compile(r"^(model\.)?(shared|embed_tokens)(\.|$)")
 _STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
-_IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
+_IGNORED = re.compile(
+    r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias|^model\.(en|de)coder\.version"
+    r"|EncDecAttention\.relative_attention_bias\.weight)$"
+)
 
 
 def in_layer(layer: int | str, path: str = "") -> str:

@@ -20,12 +20,13 @@ _BART_KEYS = (
     "d_model", "vocab_size", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim",
     "encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding",
     "max_position_embeddings", "share_encoder_decoder_embeddings", "decoder_vocab_size", "tie_word_embeddings",
-    "static_position_embeddings", "add_final_layer_norm", "normalize_before", "normalize_embedding",
 )  # fmt: skip
+_LEARNED = "embed_positions.weight"
+_SINUSOIDS = tuple(f"model.{stack}coder.embed_positions.{name}" for stack in ("en", "de") for name in ("weight", "weights"))
 
 
-def _bart(model_type: str, *outside: str) -> Family:
-    """A family whose layers are Bart's. `outside`: what encoder and decoder have besides their layers."""
+def _bart(model_type: str, *outside: str, **says: Any) -> Family:
+    """A family whose layers are Bart's. `outside`: what encoder and decoder have besides them; `says`: other defaults."""
     stacks = tuple(
         Stack(
             name=name, layers=f"model.{name}.layers.", count=(f"{name}_layers",), ffn="fc1",
@@ -36,8 +37,13 @@ def _bart(model_type: str, *outside: str) -> Family:
     )  # fmt: skip
     return Family(
         model_type, stacks, rope_theta=None, without_vllm=_WITHOUT_VLLM, width="d_model", embedding="model.shared",
-        defaults={"tie_word_embeddings": True},
+        defaults={
+            "tie_word_embeddings": True, "activation_function": "gelu", "scale_embedding": False,
+            "max_position_embeddings": 1024, **says,
+        },
         copies=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"), must_match=_BART_KEYS,
+        computed=() if _LEARNED in outside else _SINUSOIDS, optional=("final_logits_bias",),
+        same_as={"decoder_vocab_size": "vocab_size"},
     )  # fmt: skip
 
 
@@ -58,7 +64,11 @@ def _t5(gated: bool) -> Family:
     return Family(
         "t5", tuple(stacks), variant="gated" if gated else "", is_variant=lambda config: _is_gated(config) == gated,
         rope_theta=None, without_vllm=_WITHOUT_VLLM, width="d_model", embedding="shared",
-        defaults={"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6},
+        defaults={
+            "feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128, "tie_word_embeddings": True,
+        },
+        same_as={"num_decoder_layers": "num_layers"},
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         must_match=(
             "d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj",
@@ -72,15 +82,14 @@ def _is_gated(config: Config) -> bool:
     return str(kind).startswith("gated")
 
 
-_LEARNED = "embed_positions.weight"
 _NORM_BEFORE = ("layernorm_embedding.weight", "layernorm_embedding.bias")
 _NORM_BEHIND = ("layer_norm.weight", "layer_norm.bias")
 
 PAIRS: tuple[Family, ...] = (
     _bart("bart", _LEARNED, *_NORM_BEFORE),
     _bart("mbart", _LEARNED, *_NORM_BEFORE, *_NORM_BEHIND),
-    _bart("marian"),
-    _bart("m2m_100", *_NORM_BEHIND),
+    _bart("marian", share_encoder_decoder_embeddings=True),
+    _bart("m2m_100", *_NORM_BEHIND, activation_function="relu", scale_embedding=True),
     _t5(gated=False),
     _t5(gated=True),
 )

@@ -52,7 +52,7 @@ def _sides(record: object) -> tuple[str, str] | None:
     translation = record.get(TRANSLATION)
     said = [record.get(SOURCE), record.get(TARGET)]
     if isinstance(translation, Mapping) and not all(isinstance(side, str) for side in said):
-        said = list(translation.values())
+        said = [side for side in translation.values() if side is not None]
     texts = [side.encode("utf-8", "replace").decode() for side in said if isinstance(side, str)]
     return (texts[0], texts[1]) if len(texts) == len(said) == 2 else None
 
