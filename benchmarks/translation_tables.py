@@ -47,9 +47,8 @@ def _matrix(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
 
 def _losses(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
     domains = list(seeds[0][rows[0]]["closed"])
-    print(
-        f"| mixture | gap closed | {' | '.join(domains)} | loss: base | own expert | mixture |\n{'|---' * (len(domains) + 5)}|"
-    )
+    header = ["mixture", "of the mean gap", "mean of the shares", *domains, "loss: base", "own expert", "mixture"]
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
     for name in rows:
         found = [seed[name] for seed in seeds if name in seed]
         cells = [spread([_of_the_mean(each["losses"], domains) for each in found], 3)]
