@@ -122,11 +122,12 @@ def run_seed(base: Path, texts: Mapping[str, Path], folder: Path) -> dict[str, d
             timed[f"{count} experts, top-{top_k}"] = model
     print(json.dumps({"base": base_losses, "own": own}), flush=True)
     timed["base"] = load_model(base)
-    seconds_of = per_token(timed)
-    for name, row in rows.items():
-        four = f"4 experts, {name.partition(', ')[2]}"
-        row["time per token over 4 experts"] = ratio(seconds_of[name], seconds_of[four])
-        row["over the base"] = ratio(seconds_of[name], seconds_of["base"])
+    for what, texts_of_all in (("text", longest(domains)), ("drawn", [drawn()])):
+        seconds_of = per_token(timed, texts_of_all)
+        for name, row in rows.items():
+            four = f"4 experts, {name.partition(', ')[2]}"
+            row[f"{what}: time over 4 experts"] = ratio(seconds_of[name], seconds_of[four])
+            row[f"{what}: over the base"] = ratio(seconds_of[name], seconds_of["base"])
     return dict(reversed(rows.items()))
 
 
@@ -135,12 +136,22 @@ def ratio(some: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(some, others, strict=True))
 
 
-def per_token(models: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Seconds of a forward pass of 512 tokens of every model, in turns."""
-    ids_BS = torch.randint(3, 3_000, (1, 512), generator=torch.Generator().manual_seed(0))
+def longest(domains: Sequence[Domain]) -> list[torch.Tensor]:
+    """The longest held-out document (1, S) of each of the domains that all mixtures have an expert for."""
+    texts = [max((each.ids for each in domain.sequences), key=len) for domain in domains[: COUNTS[0]]]
+    return [torch.tensor([ids]) for ids in texts]
+
+
+def drawn() -> torch.Tensor:
+    """512 tokens (1, S) of no text, which go to as many experts as there are."""
+    return torch.randint(3, 3_000, (1, 512), generator=torch.Generator().manual_seed(0))
+
+
+def per_token(models: Mapping[str, Any], texts: Sequence[torch.Tensor]) -> dict[str, list[float]]:
+    """Seconds of a forward pass of every model over some texts, in turns, text by text and round by round."""
     found: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
-        for _ in range(ROUNDS):
+        for ids_BS in [ids for _ in range(ROUNDS) for ids in texts]:
             for name, model in models.items():
                 model(input_ids=ids_BS, use_cache=False)  # its own weights are in the cache as far as they fit
                 started = time.perf_counter()
