@@ -233,6 +233,16 @@ def test_a_base_that_cannot_be_made_is_an_error(copied: Callable[[str], Path], k
         expert_view(open_checkpoint(folder))
 
 
+def test_a_model_whose_name_no_path_can_have(copied: Callable[[str], Path]) -> None:
+    """What is written for other people names models by what the record calls them."""
+    folder = copied("modekit")
+    record = json.loads((folder / "modekit.json").read_text())
+    record["sources"][1]["spec"] = "\0"
+    (folder / "modekit.json").write_text(json.dumps(record))
+    for command in ("card", "verify"):
+        assert "NUL" in refuse(command, folder)
+
+
 # The router
 
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, as_kind
+from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
@@ -44,7 +44,7 @@ class SourceRecord(_Record):
     """A model that the mixture was made from; `folder` is relative to the checkpoint."""
 
     label: str
-    spec: str
+    spec: Spec
     revision: str | None
     folder: RelativePath
     files: dict[PlainName, FileRecord]

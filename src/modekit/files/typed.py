@@ -38,6 +38,12 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must be no text with a NUL, which no path has")
+    return text
+
+
 def _relative(path: str) -> str:
     if "\0" in path or len(path) > 4_096 or Path(path).is_absolute() or PureWindowsPath(path).drive:
         raise ValueError("must be a path relative to the folder that the file lies in")
@@ -48,6 +54,8 @@ Label = Annotated[str, StringConstraints(max_length=300), AfterValidator(_one_li
 """What a table calls something."""
 PlainName = Annotated[str, AfterValidator(_plain_name)]
 RelativePath = Annotated[str, AfterValidator(_relative)]
+Spec = Annotated[str, StringConstraints(max_length=4_096), AfterValidator(_no_nul)]
+"""A path or hub id, as somebody wrote it."""
 
 
 def read_as(path: Path, kind: type[_Kind], limit: int = SMALL) -> _Kind:

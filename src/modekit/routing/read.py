@@ -52,10 +52,9 @@ def check_length(place: int, expert: Expert, sequences: Sequence[TokenSequence])
     """Raise TextError when there is nothing to read."""
     if not sequences:
         raise TextError(
-            "no document has two tokens or more, or every pair has a side that is longer than sequence_length",
-            where=f"experts[{place}] '{expert.name}'",
-            remedy="give more text, or pairs that are shorter",
-        )
+            "the text is shorter than two tokens, or every pair of it longer than sequence_length",
+            where=f"experts[{place}] '{expert.name}'", remedy="give more text, or a larger sequence_length",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
