@@ -100,6 +100,8 @@ class _AfterDecoder:
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All that a module was called with, by name."""
+    if not args:  # as transformers calls it, token by token
+        return kwargs
     names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

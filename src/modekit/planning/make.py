@@ -79,7 +79,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
     notes = [
-        *_notes(recipe, sources, mixed), *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
+        *_notes(recipe, sources, family, mixed), *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
         *lost_changes(recipe, sources, mixed), *layout.notes(),
     ]  # fmt: skip
     return Plan(
@@ -182,13 +182,12 @@ class _Giver:
         return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
 
 
-def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], mixed: set[str]) -> Iterable[str]:
+def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, mixed: set[str]) -> Iterable[str]:
     if recipe.mixture.method == "routing" and recipe.top_k == 1:
         yield "top_k 1: the chosen expert's weight is always 1, so the router gets no gradient if trained later"
     if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    pair = family_of(sources[0].config, where="base_model").pair
-    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not pair:
+    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not family.pair:
         yield (
             "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
             "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"

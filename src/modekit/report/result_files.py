@@ -124,6 +124,9 @@ class Trained(Data):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
+_Asked = TypeVar("_Asked", Tasks, Chat, Translations)
+
+
 def find_results(checkpoint: Checkpoint, problems: list[str]) -> Results | None:
     """The table of `modekit eval`; what is wrong with it goes to `problems`."""
     results = _read(RESULTS_FILE, "modekit eval", lambda: read_results(checkpoint), problems)
@@ -148,35 +151,17 @@ def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection |
 
 def find_tasks(checkpoint: Checkpoint, problems: list[str]) -> Tasks | None:
     """What the mixture is worth on tasks, when that was asked."""
-    if not os.path.lexists(_path(checkpoint, TASKS_FILE)):
-        return None
-    tasks = _parse(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks.model_validate, problems)
-    if tasks is not None and tasks.checkpoint not in (None, checkpoint.identity):
-        problems.append(_of_another(TASKS_FILE, "modekit eval --tasks"))
-        return None
-    return tasks
+    return _asked(checkpoint, TASKS_FILE, "modekit eval --tasks", Tasks, problems)
 
 
 def find_chat(checkpoint: Checkpoint, problems: list[str]) -> Chat | None:
     """Who leads in chats, when that was asked."""
-    if not os.path.lexists(_path(checkpoint, CHAT_FILE)):
-        return None
-    chat = _parse(checkpoint, CHAT_FILE, "modekit eval --chat", Chat.model_validate, problems)
-    if chat is not None and chat.checkpoint != checkpoint.identity:
-        problems.append(_of_another(CHAT_FILE, "modekit eval --chat"))
-        return None
-    return chat
+    return _asked(checkpoint, CHAT_FILE, "modekit eval --chat", Chat, problems)
 
 
 def find_translations(checkpoint: Checkpoint, problems: list[str]) -> Translations | None:
     """What the mixture writes of held-out sources, when that was asked."""
-    if not os.path.lexists(_path(checkpoint, TRANSLATE_FILE)):
-        return None
-    found = _parse(checkpoint, TRANSLATE_FILE, "modekit eval --translate", Translations.model_validate, problems)
-    if found is not None and found.checkpoint != checkpoint.identity:
-        problems.append(_of_another(TRANSLATE_FILE, "modekit eval --translate"))
-        return None
-    return found
+    return _asked(checkpoint, TRANSLATE_FILE, "modekit eval --translate", Translations, problems)
 
 
 def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
@@ -208,6 +193,17 @@ def find_training(checkpoint: Checkpoint, problems: list[str]) -> Trained | None
     if trained is None and len(problems) == before:
         problems.append(f"{TRAIN_FILE} is of another training, so its curve is left out")
     return trained
+
+
+def _asked(checkpoint: Checkpoint, file: str, command: str, kind: type[_Asked], problems: list[str]) -> _Asked | None:
+    """What a command left that not everybody calls; None, and no word of it, where nobody did."""
+    if not os.path.lexists(_path(checkpoint, file)):
+        return None
+    found = _parse(checkpoint, file, command, kind.model_validate, problems)
+    if found is not None and found.checkpoint not in (None, checkpoint.identity):
+        problems.append(_of_another(file, command))
+        return None
+    return found
 
 
 def _path(checkpoint: Checkpoint, file: str) -> Path:

@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 
 def print_results(results: Results) -> None:
     """Draw the table of an evaluation."""
-    header, body = results.table(between="\n")
-    table = Table(header[0], [title.replace(" ", "\n") for title in header[1:]])
-    for name, *cells in body:
-        table.add(name, *cells, style="bold green" if name == "mixture" else "")
+    table = table_of_models(*results.table(between="\n"))
     place = "after /" if out.soft_wrap else "below"
     out.print(f"Held-out loss in nats per token, perplexity {place}; gap closed: 1 = as good as each domain's own expert.")
     out.print(table)
     print_notes(results.notes)
+
+
+def table_of_models(header: Sequence[str], body: Iterable[Sequence[str]]) -> Table:
+    """A row per model, the mixture's stands out."""
+    table = Table(header[0], [title.replace(" ", "\n") for title in header[1:]])
+    for name, *cells in body:
+        table.add(name, *cells, style="bold green" if name == "mixture" else "")
+    return table
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.mixtures import print_notes, table_of_models
 from modekit.cli.printing.table import Table
 
 if TYPE_CHECKING:
@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 def print_translations(results: TranslationResults) -> None:
     """Draw a row per model: BLEU and chrF, speed and parameters; then how often the mixture is better than the base."""
-    header, body = results.table(between="\n")
-    table = Table(header[0], [title.replace(" ", "\n") for title in header[1:]])
-    for name, *cells in body:
-        table.add(name, *cells, style="bold green" if name == "mixture" else "")
+    table = table_of_models(*results.table(between="\n"))
     out.print(results.said())
     out.print(table)
     if results.differences:
