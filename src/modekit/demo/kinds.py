@@ -41,6 +41,8 @@ MIXTURES: dict[Experts, dict[str, dict[str, Any]]] = {
         "routing": {"mixture": _ROUTING},
         "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
         "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
+        "lexical": {"mixture": {**_ROUTING, "router": {"fit": "lexical"}}},
+        "lexical-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical"}}},
         "routing folded": {"mixture": _ROUTING, **_FOLDED},
         "routing folded average": {"mixture": {**_ROUTING, "backbone": "average"}, **_FOLDED},
     },
@@ -83,7 +85,7 @@ _REAL_TRAINING = Training(
 REAL = Size(
     0,
     _REAL_TRAINING,
-    _REAL_TRAINING.with_(learning_rate=1e-3),
+    _REAL_TRAINING.with_(learning_rate=1e-3, batch_tokens=1_024),
     2_048,
     2_048,
     without=("linear", "noisy", "ridge", "routing folded", "routing folded average"),  # minutes each; the average has a row
