@@ -21,7 +21,8 @@ import torch
 
 from modekit.text.pairs import Pair
 from translation_models import labelled, match_width, tagged
-from translation_study import BEAMS, P, Study, Way, losses, of_adapters, of_dense, of_mixture
+from translation_sparse import trained, untrained
+from translation_study import BEAMS, P, Study, Way, losses, of_adapters, of_dense, of_loaded, of_mixture
 from translation_tables import tables
 from translation_text import GENERIC
 
@@ -80,6 +81,10 @@ def synthetic(study: Study) -> None:
         dense(study, "wide, total", TAG, randomised, True)
     dense(study, "wide, total", NO_DOMAIN, "no", True)
     dense(study, "wide, active in top-2", NO_DOMAIN, "no", True)
+    dense(study, "wide, active in top-2", TAG, "no", True)
+    for domain, randomised in ((NO_DOMAIN, "no"), (TAG, "no"), (TAG, "uniform")):
+        sparse(study, domain, randomised)
+    sparse(study, NO_DOMAIN, "no", interval=2)
 
 
 def real(study: Study) -> None:
@@ -98,6 +103,7 @@ def real(study: Study) -> None:
     dense(study, "base, trained on", NO_DOMAIN, "no", False, of="base-no", training=after)
     made.dense("wide-start", mixed, study.size.training, ffn=width(study, "wide, total"))
     dense(study, "wide, total, trained on", NO_DOMAIN, "no", True, of="wide-start", training=after)
+    sparse(study, NO_DOMAIN, "no", before=(mixed, study.size.training), training=after)
 
 
 def dense(
@@ -114,6 +120,21 @@ def dense(
         return of_dense(study.made.dense(name, pairs, training or study.size.training, ffn=ffn, of=of), tag)
 
     keep_row(study, row_of(model, domain, randomised, generic), way, labels=tag)
+
+
+def sparse(
+    study: Study, domain: str, randomised: str, *, interval: int = 1, before: Any = None, training: Any = None
+) -> None:
+    """A row of a mixture that is trained from nothing, as the dense models are."""
+    tag, model = domain == TAG, f"sparse from nothing, {'' if interval == 1 else f'every {interval}nd layer, '}top-2"
+
+    def way() -> tuple[Way, tuple[int, int]]:
+        checkpoint = untrained(study.made, f"sparse-{interval}", dict(study.corpus.seen), interval)
+        pairs = study.pairs(tag=tag, p=0.0 if randomised == "no" else P)
+        stages = [*([before] if before else []), (pairs, training or study.size.training)]
+        return of_loaded(trained(study.made, checkpoint, stages), checkpoint, tag)
+
+    keep_row(study, row_of(model, domain, randomised, True), way, labels=tag)
 
 
 def width(study: Study, model: str) -> int:

@@ -152,6 +152,11 @@ def of_dense(folder: Path, tag: bool) -> tuple[Way, tuple[int, int]]:
     return lambda _label: (model, tag, nullcontext()), (count(model), count(model))
 
 
+def of_loaded(model: PreTrainedModel, checkpoint: Checkpoint, tag: bool) -> tuple[Way, tuple[int, int]]:
+    """A mixture in memory that is routed as it will."""
+    return lambda _label: (model, tag, nullcontext()), (checkpoint.parameters.total, checkpoint.parameters.active)
+
+
 def of_mixture(checkpoint: Checkpoint, *, gate: bool, tag: bool = False) -> tuple[Way, tuple[int, int]]:
     """A mixture that is routed, by the label where there is one and it steers the gate."""
     model, places = load_model(checkpoint.folder), {name: place for place, name in enumerate(checkpoint.names)}

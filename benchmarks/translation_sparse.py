@@ -1,0 +1,109 @@
+"""Sparse mixtures that are trained from nothing, for translation.py: every expert begins with FFNs of its own, each token runs
+through the two likeliest, no capacity drops any, and a loss keeps the experts' loads even (alpha of arXiv 2101.03961, Eq. 4).
+
+Shape legend: B batch, S sequence or target, E experts, N real tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.load import load_model, without_bars
+from modekit.loaded.next_token import Training, train_language_model
+from modekit.loaded.shapes import mixture_of
+from modekit.loaded.trace import RouterTrace
+from modekit.sources.names import in_decoder
+from modekit.text.pairs import Pair
+from modekit.text.sequences import encode
+from modekit.training.losses import load_balance
+from translation_models import LAYERS, Maker, new_model
+
+TOP_K, BALANCE = 2, 0.01
+
+
+class Beside(torch.autograd.Function):
+    """Logits as they are; in the pass back a second loss gets the gradient 1 beside that of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BSV: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """The logits; `loss` is a number."""
+        return logits_BSV.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BSV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of both."""
+        return gradient_BSV, torch.ones((), device=gradient_BSV.device)
+
+
+def untrained(made: Maker, name: str, texts: dict[str, Path], interval: int) -> Checkpoint:
+    """As many experts as domains, which have their FFNs from other seeds than the base; in every `interval`-th layer."""
+    base = new_model(made.tokenizer, made.size, ffn=made.size.ffn, seed=made.seed)
+    _save(made, base, f"{name}-start")
+    experts = {}
+    for place, domain in enumerate(texts):
+        other = new_model(made.tokenizer, made.size, ffn=made.size.ffn, seed=1000 * (made.seed + 1) + place)
+        ffn = {key: value for key, value in other.state_dict().items() if ".fc1." in key or ".fc2." in key}
+        expert = new_model(made.tokenizer, made.size, ffn=made.size.ffn, seed=made.seed)
+        expert.load_state_dict({**expert.state_dict(), **ffn})
+        experts[domain] = _save(made, expert, f"{name}-start-{domain}")
+    layers = [f"{side}.{layer}" for side in ("encoder", "decoder") for layer in range(interval - 1, LAYERS, interval)]
+    mixture = {"top_k": TOP_K, "router": {"fit": "random", "seed": made.seed}, "layers": layers}
+    return made.mixture(f"{name}-untrained", f"{name}-start", experts, texts, {}, mixture)
+
+
+def trained(made: Maker, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]]) -> PreTrainedModel:
+    """The mixture after one training behind the other, of everything in it."""
+    model = load_model(checkpoint.folder)
+    mixture = mixture_of(model, checkpoint)
+    mixture.prepare_training()
+    constants = {id(parameter) for parameter in mixture.constants()}
+    moving = [parameter for parameter in model.parameters() if id(parameter) not in constants]
+    for parameter in moving:
+        parameter.requires_grad_(True)
+    with balanced(model, checkpoint):
+        for pairs, training in stages:
+            longest = training.sequence_length
+            sequences = encode(made.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
+            train_language_model(model, moving, sequences, training.with_(seed=made.seed))
+    return model
+
+
+@contextmanager
+def balanced(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[None]:
+    """While open, BALANCE times the mean load balance of the routers is a loss beside that of the text."""
+    with mixture_of(model, checkpoint).traced() as trace:
+
+        def add(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
+            output.logits = Beside.apply(output.logits, BALANCE * balance_of(trace, checkpoint, given))
+            return output
+
+        hook = model.register_forward_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def balance_of(trace: RouterTrace, checkpoint: Checkpoint, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Load balance over real tokens, mean over routers: 1 where loads are even."""
+    found = []
+    for slot, logits_BSE in trace.by_slot():
+        side = "decoder_attention_mask" if in_decoder(checkpoint.slots[slot].name) else "attention_mask"
+        logits_NE = logits_BSE[given[side].bool()]
+        found.append(load_balance(logits_NE, TOP_K) / len(logits_NE))
+    return torch.stack(found).mean()
+
+
+def _save(made: Maker, model: PreTrainedModel, name: str) -> Path:
+    out = made.folder / name
+    with without_bars():
+        model.save_pretrained(out)
+    made.tokenizer.save_pretrained(out)
+    return out
