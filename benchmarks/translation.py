@@ -122,9 +122,7 @@ def dense(
     keep_row(study, row_of(model, domain, randomised, generic), way, labels=tag)
 
 
-def sparse(
-    study: Study, domain: str, randomised: str, *, interval: int = 1, before: Any = None, training: Any = None
-) -> None:
+def sparse(study: Study, domain: str, randomised: str, *, interval: int = 1, before: Any = None, training: Any = None) -> None:
     """A row of a mixture that is trained from nothing, as the dense models are."""
     tag, model = domain == TAG, f"sparse from nothing, {'' if interval == 1 else f'every {interval}nd layer, '}top-2"
 
