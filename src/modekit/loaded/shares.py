@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from modekit.loaded.heads import head_of
 from modekit.loaded.passes import inputs_of
-from modekit.text.sequences import Batch
+from modekit.text.sequences import NO_LABEL, Batch
 
 
 class Shares:
@@ -88,8 +88,7 @@ class NextTokenLoss:
         """Loss in nats, over all predicted tokens."""
         inputs = inputs_of(self._model, batch)
         labels = batch.labels.to(self._model.device)
-        keep = batch.target_mask if batch.target is not None else batch.mask[:, 1:]
-        keep = keep.to(self._model.device)
+        keep = labels != NO_LABEL
         # No cache of converted weights: it is one for all threads, and no weight is used twice.
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
             if batch.target is not None:  # some families scale or shift between decoder and logits

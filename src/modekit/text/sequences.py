@@ -6,11 +6,12 @@ Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from modekit.text.chat import ChatTemplate, Conversation, needed_template
 from modekit.text.pairs import Pair, both_kinds, of_one_kind
+from modekit.text.tags import leading_tag
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +29,36 @@ class TokenSequence:
 
     `start`: tokens before the first one that says something of the document, in a chat those of the template and system.
     `target`: of a pair the tokens that are predicted, with the end token, whose bytes are counted; `ids` are the source's.
+    `tag`: where among `ids` a domain's tag stands, if there is one. It is read and never predicted: what counts is what
+    would count without it.
     """
 
     ids: tuple[int, ...]
     scored_bytes: int
     start: int = 0
     target: tuple[int, ...] = ()
+    tag: int | None = None
+
+    @property
+    def places(self) -> int:
+        """How many tokens stand where a model says the next one: all but the first, of a pair those of the target."""
+        return len(self.target) if self.target else len(self.ids) - 1
+
+    @property
+    def silent(self) -> int | None:
+        """The one of `ids` that is not predicted besides the first: a tag, or the token behind one that is the first."""
+        return None if self.tag is None or self.target else max(self.tag, 1)
 
     @property
     def scored(self) -> int:
-        """How many tokens are predicted: all but the first, of a pair those of the target."""
-        return len(self.target) if self.target else len(self.ids) - 1
+        """How many tokens are predicted: of `places` all but the silent one."""
+        return self.places - (self.silent is not None)
+
+    def with_tag(self, tag: int | None) -> TokenSequence:
+        """The same with another tag, a token id, in the place of its own; None takes it out."""
+        assert self.tag is not None
+        ids = (*self.ids[: self.tag], *(() if tag is None else (tag,)), *self.ids[self.tag + 1 :])
+        return replace(self, ids=ids, tag=None if tag is None else self.tag)
 
     @property
     def size(self) -> int:
@@ -50,20 +70,23 @@ class TokenSequence:
 class Batch:
     """Right-padded token ids (B, S) int64 and the mask of real tokens (B, S) bool; `rows` are places in the input.
 
-    `target`: of pairs the labels (B, T) int64, -100 behind their end; None for plain text.
+    `target`: of pairs the labels (B, T) int64, -100 behind their end; None for plain text. `silent`: tokens (B, S) bool that are
+    not predicted on account of tags; None without tags.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     rows: tuple[int, ...]
     target: torch.Tensor | None = None
+    silent: torch.Tensor | None = None
 
     @property
     def labels(self) -> torch.Tensor:
         """What is predicted (B, P) int64, -100 where nothing is: the next tokens, P = S - 1, or those of the target, P = T."""
         if self.target is not None:
             return self.target
-        return self.input_ids[:, 1:].masked_fill(~self.mask[:, 1:], NO_LABEL)
+        counts = self.mask if self.silent is None else self.mask & ~self.silent
+        return self.input_ids[:, 1:].masked_fill(~counts[:, 1:], NO_LABEL)
 
     @property
     def target_mask(self) -> torch.Tensor:
@@ -83,12 +106,14 @@ class Batch:
     def share(self, place: int, count: int) -> Batch:
         """Every `count`-th row from `place` on."""
         target = None if self.target is None else self.target[place::count]
-        return Batch(self.input_ids[place::count], self.mask[place::count], self.rows[place::count], target)
+        silent = None if self.silent is None else self.silent[place::count]
+        return Batch(self.input_ids[place::count], self.mask[place::count], self.rows[place::count], target, silent)
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         target = None if self.target is None else self.target.to(device)
-        return Batch(self.input_ids.to(device), self.mask.to(device), self.rows, target)
+        silent = None if self.silent is None else self.silent.to(device)
+        return Batch(self.input_ids.to(device), self.mask.to(device), self.rows, target, silent)
 
 
 def encode(
@@ -107,6 +132,8 @@ def encode(
 
     A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
     no longer fits into `max_tokens`. TextError where pairs and other text come together.
+
+    Where a document begins with a tag that the tokenizer knows (text/tags.py), every piece of it does.
     """
     sequences: list[TokenSequence] = []
     template: ChatTemplate | None = None
@@ -119,28 +146,59 @@ def encode(
                 break
             sequences += [] if pair is None else [pair]
             continue
-        opening = 0
         if isinstance(document, Conversation):
             template = template or needed_template(tokenizer, "messages")
-            opening, written = template.opening(document.messages), template.text(document.messages)
-            ids, offsets = _tokenise(tokenizer, written, max_tokens - total, whole=True)
-            document = written
+            text = template.text(document.messages)
+            ids, offsets = _tokenise(tokenizer, text, max_tokens - total, whole=True)
+            written = _Written(text, ids, offsets, template.opening(document.messages))
         else:
-            ids, offsets = _tokenise(tokenizer, document, max_tokens - total)
-        for start in range(0, len(ids), sequence_length):
-            stop = min(start + sequence_length, len(ids), start + max_tokens - total)
+            written = _Written(document, *_tokenise(tokenizer, document, max_tokens - total)).without(
+                leading_tag(tokenizer, document)
+            )
+        longest = sequence_length - len(written.tag)
+        for start in range(0, len(written.ids), longest):
+            stop = min(start + longest, len(written.ids), start + max_tokens - total - len(written.tag))
             if stop - start < (shortest_rest if start else 2):
                 continue
-            if offsets is None:
-                scored = len(tokenizer.decode(ids[start + 1 : stop]).encode())
-            else:
-                end = max(offset[1] for offset in offsets[start + 1 : stop])  # special tokens have (0, 0)
-                scored = len(document[offsets[start + 1][0] : end].encode())
-            sequences.append(TokenSequence(tuple(ids[start:stop]), scored, min(max(0, opening - start), stop - start - 1)))
-            total += stop - start
+            sequences.append(written.piece(tokenizer, start, stop))
+            total += sequences[-1].size
         if total >= max_tokens - 1:
             break
     return sequences
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A document as tokens, and where they stand in `text`, if the tokenizer is fast; `opening` as `start` of TokenSequence.
+
+    `tag`: the tag that was taken out of `ids`, if there was one; `before`: how many tokens stood before it.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    opening: int = 0
+    tag: tuple[int, ...] = ()
+    before: int = 0
+
+    def without(self, tag: int | None) -> _Written:
+        """The same, its tag taken out."""
+        if tag is None or tag not in self.ids:
+            return self
+        place = self.ids.index(tag)
+        offsets = None if self.offsets is None else [*self.offsets[:place], *self.offsets[place + 1 :]]
+        return replace(self, ids=[*self.ids[:place], *self.ids[place + 1 :]], offsets=offsets, tag=(tag,), before=place)
+
+    def piece(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: int) -> TokenSequence:
+        """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
+        if self.offsets is None:
+            scored = len(tokenizer.decode(self.ids[start + 1 : stop]).encode())
+        else:
+            end = max(offset[1] for offset in self.offsets[start + 1 : stop])  # special tokens have (0, 0)
+            scored = len(self.text[self.offsets[start + 1][0] : end].encode())
+        opening, place = min(max(0, self.opening - start), stop - start - 1), 0 if start else self.before
+        ids = (*self.ids[start : start + place], *self.tag, *self.ids[start + place : stop])
+        return TokenSequence(ids, scored, opening, tag=place if self.tag else None)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, pair: Pair, longest: int) -> TokenSequence | None:
@@ -151,7 +209,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, pair: Pair, longest: int) -> To
     target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
     if not 0 < min(len(ids), len(target)) <= max(len(ids), len(target)) <= longest:
         return None
-    return TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
+    tag = leading_tag(tokenizer, pair.source)
+    place = ids.index(tag) if tag in ids else None
+    return TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target), tag=place)
 
 
 def _tokenise(
@@ -205,11 +265,14 @@ def _padded(sequences: Sequence[TokenSequence], rows: Sequence[int], lengths: tu
     input_ids = torch.full((len(rows), lengths[0]), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), lengths[0]), dtype=torch.bool)
     labels = torch.full((len(rows), lengths[1]), NO_LABEL, dtype=torch.int64)
+    silent = torch.zeros_like(mask) if any(sequences[row].silent is not None for row in rows) else None
     for place, row in enumerate(rows):
         ids, target = sequences[row].ids, sequences[row].target
         input_ids[place, : len(ids)] = torch.tensor(ids)
         mask[place, : len(ids)] = True
         labels[place, : len(target)] = torch.tensor(target, dtype=torch.int64)
+        if silent is not None and sequences[row].silent is not None:
+            silent[place, sequences[row].silent] = True
     if any(bool(sequences[row].target) != bool(lengths[1]) for row in rows):
         raise both_kinds()
-    return Batch(input_ids, mask, tuple(rows), labels if lengths[1] else None)
+    return Batch(input_ids, mask, tuple(rows), labels if lengths[1] else None, silent)

@@ -1,19 +1,24 @@
 """Tags: one reserved token per domain, written before a text, that tells a model which domain the text is of.
 
 The label of a text is the name of a domain; a tag is how a model reads a label (arXiv 2407.01126 takes it as its baseline).
+What a tag does to the tokens of a text, and that it is read and never predicted, is in sequences.py.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from modekit.errors import SourceError, TextError
 from modekit.text.chat import Conversation
 from modekit.text.pairs import Pair
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
 _OPENS, _CLOSES = "<domain:", ">"
+_SAMPLE = "Some text, of which a tag changes nothing"
 
 
 def tag_of(label: str) -> str:
@@ -28,6 +33,12 @@ def labels_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(token[len(_OPENS) : -len(_CLOSES)] for token in found)
 
 
+def tag_ids(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> tuple[int, ...]:
+    """The tags of labels that `labels_of` names, as token ids."""
+    added: dict[str, int] = tokenizer.get_added_vocab()
+    return tuple(added[tag_of(label)] for label in labels)
+
+
 def tagged(document: str, label: str | None) -> str:
     """A document with the tag of a label before it, of a pair before its source; as it is without a label.
 
@@ -38,3 +49,63 @@ def tagged(document: str, label: str | None) -> str:
     if isinstance(document, Pair):
         return Pair(f"{tag_of(label)} {document.source}", document.target)
     return f"{tag_of(label)} {document}"
+
+
+def all_tagged(documents: Iterable[str], label: str, *, where: str) -> list[str]:
+    """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one."""
+    found = list(documents)
+    if any(isinstance(document, Conversation) for document in found):
+        raise TextError(
+            "a conversation has no place for a tag: its template decides what stands first", where=where,
+            expected="text, or pairs", remedy="leave --tags away, or give the conversations as text",
+        )  # fmt: skip
+    return [tagged(document, label) for document in found]
+
+
+def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:
+    """The token id of the tag that a document, or a source, begins with; None where it begins with none that is known."""
+    if not document.startswith(_OPENS):
+        return None
+    token, sign, _ = document.partition(_CLOSES)
+    found: int | None = tokenizer.convert_tokens_to_ids(token + sign)
+    return None if found is None or found == tokenizer.unk_token_id else found
+
+
+def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where: str) -> tuple[int, ...]:
+    """Give the tokenizer a reserved token for every label that it has none for; ids of the new ones, in order.
+
+    No text is ever cut into a part of one, and what follows one is cut as it would be without it, where the tokenizer can do
+    that. Raises SourceError where it cannot keep a tag whole.
+    """
+    from transformers import AddedToken
+
+    known, made = set(labels_of(tokenizer)), []
+    for label in labels:
+        if label in known:
+            continue
+        forms = [AddedToken(tag_of(label), special=True, normalized=False, rstrip=rstrip) for rstrip in (False, True)]
+        fits = [form for form in forms if _changes_nothing(tokenizer, form)]
+        tokenizer.add_tokens([(fits or forms)[0]], special_tokens=True)
+        made.append(tag_of(label))
+        _check_whole(tokenizer, tag_of(label), where)
+    return tuple(tokenizer.get_added_vocab()[tag] for tag in made)
+
+
+def _changes_nothing(tokenizer: PreTrainedTokenizerBase, tag: AddedToken) -> bool:
+    """Whether a text is cut into the same tokens with a tag before it, written so, as without."""
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([tag], special_tokens=True)
+    found = other.get_added_vocab().get(tag.content)
+    ids: list[int] = other(f"{tag.content} {_SAMPLE}")["input_ids"]
+    alone: list[int] = other(_SAMPLE)["input_ids"]
+    return [each for each in ids if each != found] == alone
+
+
+def _check_whole(tokenizer: PreTrainedTokenizerBase, tag: str, where: str) -> None:
+    found = tokenizer.get_added_vocab().get(tag)
+    ids: list[int] = tokenizer(f"{tag} {_SAMPLE}")["input_ids"]
+    if found is None or ids.count(found) != 1:
+        raise SourceError(
+            "the tokenizer has no place for a tag: it does not keep an added token whole", where=where,
+            found=f"{tag} is read as {ids[:8]}", remedy="use a base with another tokenizer, or leave --tags away",
+        )  # fmt: skip

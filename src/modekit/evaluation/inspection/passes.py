@@ -54,11 +54,11 @@ _TRACED = 2**26  # floats that a traced pass may keep
 
 
 def token_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance) -> list[Array32]:
-    """Loss of every predicted token, nats, per sequence: (S - 1), or of a pair (T)."""
+    """Loss of every predicted token, nats, per sequence: (S - 1), 0 where a tag is not; or of a pair (T)."""
     losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
     for batch, losses_BP in _passes(model, sequences, tokens_per_pass(model.config), advance):
         for place, row in enumerate(batch.rows):
-            losses[row] = losses_BP[place, : sequences[row].scored].numpy()
+            losses[row] = losses_BP[place, : sequences[row].places].numpy()
     return losses
 
 
@@ -73,7 +73,7 @@ def traced_losses(
         for batch, losses_BP in _passes(model, sequences, tokens, advance):
             made = decisions(checkpoint, trace, batch)
             for place, row in enumerate(batch.rows):
-                losses[row] = losses_BP[place, : sequences[row].scored].numpy()
+                losses[row] = losses_BP[place, : sequences[row].places].numpy()
                 for each in made:
                     consume(row, _of_row(each, place, sequences[row]))
     return losses
