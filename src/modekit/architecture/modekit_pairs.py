@@ -121,8 +121,8 @@ class MixtureForSeq2SeqLM(InBoth):
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back."""
-        self.base_model.flow.forced = places_of(expert, self.config.modekit["experts"])
+        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
+        self.base_model.flow.forced = places_of(expert, self.config.modekit)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)

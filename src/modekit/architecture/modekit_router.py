@@ -338,18 +338,23 @@ def one_hot(forced: int | torch.Tensor, shape: tuple[int, ...], device: torch.de
     return (torch.arange(shape[-1], device=device) == places).float().expand(shape)
 
 
-def places_of(expert: str | int | Sequence[str | int] | torch.Tensor | None, names: Sequence[str]) -> int | torch.Tensor | None:
-    """Places of experts that are given by name or place, one for all or one per sequence. Raises ValueError."""
+def places_of(
+    expert: str | int | Sequence[str | int] | torch.Tensor | None, said: Mapping[str, Any]
+) -> int | torch.Tensor | None:
+    """Places of experts that are given by name, label or place, one for all or one per sequence; `said` is the config's
+    `modekit`. Raises ValueError.
+    """
     if expert is None:
         return None
+    names, labels = said["experts"], said.get("labels", {})
     if isinstance(expert, str):
-        places: int | torch.Tensor = names.index(expert) if expert in names else -1
+        places: int | torch.Tensor = names.index(expert) if expert in names else labels.get(expert, -1)
     elif isinstance(expert, (list, tuple)):
-        places = torch.tensor([int(places_of(each, names)) for each in expert])  # type: ignore[arg-type]
+        places = torch.tensor([int(places_of(each, said)) for each in expert])  # type: ignore[arg-type]
     else:
         places = expert  # type: ignore[assignment]
     flat = torch.as_tensor(places).flatten()
     whole = not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
     if not whole or not all(0 <= place < len(names) for place in flat.tolist()):
-        raise ValueError(f"there is no expert {expert!r}; there are {', '.join(names)} (or places from 0)")
+        raise ValueError(f"there is no expert {expert!r}; there are {', '.join([*names, *labels])} (or places from 0)")
     return places

@@ -90,11 +90,11 @@ class MixtureModel(InBoth):
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back.
+        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back.
 
         Raises ValueError for an expert that is not there.
         """
-        self.flow.forced = places_of(expert, self.config.modekit["experts"])
+        self.flow.forced = places_of(expert, self.config.modekit)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -112,7 +112,7 @@ class MixtureForCausalLM(InBoth):
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name or place, or to one per sequence (B,); None gives the routers back."""
+        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
         self.base_model.use_expert(expert)
 
     def prepare_inputs_for_generation(

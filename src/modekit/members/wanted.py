@@ -144,6 +144,9 @@ def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
     if new_name in data.get("eval", {}):
         raise RecipeError("the recipe's eval has a domain of this name", where=f"eval.{new_name}", remedy="choose another name")
     data["experts"][number]["name"] = new_name
+    labels = [label for label in data["experts"][number].pop("labels", None) or () if label != new_name]
+    if labels:
+        data["experts"][number]["labels"] = labels
     mixture = data.get("mixture", {})
     if mixture.get("weights"):
         mixture["weights"] = {new_name if key == name else key: value for key, value in mixture["weights"].items()}

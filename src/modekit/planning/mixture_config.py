@@ -131,12 +131,16 @@ class Place(_Said):
 
 
 class MixtureConfig(_Said):
-    """`config["modekit"]`: the experts, how they are routed, and module -> what they have there."""
+    """`config["modekit"]`: the experts, how they are routed, and module -> what they have there.
+
+    `labels`: other names under which a text's expert is known -> its place.
+    """
 
     format: int
     dense_type: str
     variant: Annotated[str, Field(max_length=64)] = ""
     experts: list[str] = Field(min_length=1, max_length=2**12)
+    labels: Annotated[dict[Annotated[str, Field(max_length=64)], _Index], Field(max_length=2**18)] = {}
     routing: Routing
     places: dict[str, Place] = Field(min_length=1)
 
@@ -145,6 +149,8 @@ class MixtureConfig(_Said):
         count = len(self.experts)
         if (self.dense_type, self.variant) not in {(family.model_type, family.variant) for family in FAMILIES}:
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
+        if any(place >= count or label in self.experts for label, place in self.labels.items()):
+            raise ValueError(f"labels are other names of {count} experts")
         routing = self.routing
         if routing.top_k is not None and routing.top_k > count:
             raise ValueError(f"routing.top_k: there are only {count} experts")

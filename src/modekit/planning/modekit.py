@@ -112,6 +112,7 @@ class ModekitLayout:
             format=FORMAT, dense_type=self._family.model_type, experts=self._recipe.names,
             routing=routing_config(self._recipe), places={place.module: self._entry(place) for place in self._places},
             **({"variant": self._family.variant} if self._family.variant else {}),
+            **({"labels": self._recipe.other_labels} if self._recipe.other_labels else {}),
         )  # fmt: skip
 
     def _entry(self, place: PlannedPlace) -> Place:

@@ -61,6 +61,11 @@ class ModekitShape(Shape):
                 "config.json and modekit.json disagree", where=f"{where}: modekit.experts",
                 found=f"{len(said.experts)} experts of other names or in another order", remedy=BUILD_AGAIN,
             )  # fmt: skip
+        if said.labels != recipe.other_labels:
+            raise CheckpointError(
+                "config.json and modekit.json disagree", where=f"{where}: modekit.labels",
+                found=f"{len(said.labels)} other labels, or of other experts", remedy=BUILD_AGAIN,
+            )  # fmt: skip
         try:
             check_values(config, where=where, pair=said.family.pair)
         except SourceError as error:

@@ -22,6 +22,7 @@ DType = Literal["float32", "bfloat16", "float16", "source"]
 
 _TAKEN = (BASE, "oracle", "mixture")
 _MOST_EXPERTS = 1024  # an expert is a tensor or more in every layer of the plan, whatever lies on disk
+_MOST_LABELS = 256  # of an expert
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,6 +37,8 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
+    later: ClassVar[tuple[str, ...]] = ("labels",)
+
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
     adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter (LoRA, IA3) of the base.")
@@ -48,6 +51,9 @@ class Expert(Strict):
     )
     negative_prompts: list[str] | None = Field(
         None, min_length=1, description="Texts this expert should not take; centroid fit only."
+    )
+    labels: list[Name] | None = Field(
+        None, min_length=1, max_length=_MOST_LABELS, description="Other names under which texts of the domain are known."
     )
 
     @model_validator(mode="after")
@@ -139,6 +145,7 @@ class Recipe(Strict):
     def _consistent(self) -> Recipe:
         problems = [
             *self._problems_of_names(),
+            *self._problems_of_labels(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
             *self._problems_of_channels(),
             *self._problems_of_low_rank(),
@@ -165,6 +172,18 @@ class Recipe(Strict):
                 "mixture.unseen: the base is not in the list of experts; add it with text of no domain, "
                 "such as {name: general, model: base, text: ./general.jsonl}"
             )
+
+    def _problems_of_labels(self) -> Iterator[str]:
+        known = {name: f"the name of expert '{name}'" for name in self.names}
+        for expert in self.experts:
+            for label in expert.labels or ():
+                if label == expert.name:
+                    yield f"experts '{label}': the expert's own name is a label of it in any case; remove it from 'labels'"
+                elif label in _TAKEN:
+                    yield f"experts '{expert.name}': '{label}' cannot be a label, as it names a model; remove it"
+                elif label in known:
+                    yield f"experts '{expert.name}': the label '{label}' is {known[label]} already; a label leads to one expert"
+                known.setdefault(label, f"a label of expert '{expert.name}'")
 
     def _problems_of_native(self) -> Iterator[str]:
         for expert in self.experts:
@@ -214,6 +233,15 @@ class Recipe(Strict):
     def names(self) -> list[str]:
         """Names of the experts in recipe order."""
         return [expert.name for expert in self.experts]
+
+    @property
+    def other_labels(self) -> dict[str, int]:
+        """Label -> place of its expert, without the experts' own names."""
+        return {label: place for place, expert in enumerate(self.experts) for label in expert.labels or ()}
+
+    def expert_of(self, label: str) -> int | None:
+        """Place of the expert that a label leads to: by its name, else by its other labels; None where there is none."""
+        return self.names.index(label) if label in self.names else self.other_labels.get(label)
 
     @property
     def top_k(self) -> int:

@@ -1,0 +1,54 @@
+"""Other labels of an expert: which are taken, whose text they are, and that recipes without them stay what they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from modekit.errors import RecipeError
+from modekit.recipes.edit import as_written
+from modekit.recipes.read import parse_recipe
+
+DIGEST = "6a9388f8f42f16ad837c9bc97d74a8253edf1a51ad554c647b533fd169bf028d"
+"""Of `recipe()`, as the version before labels computed it."""
+
+
+def recipe(law: list[str] | None = None, code: list[str] | None = None) -> dict[str, Any]:
+    experts: list[dict[str, Any]] = [
+        {"name": "law", "model": "./law", "text": "./law.txt", "labels": law},
+        {"name": "code", "adapter": "./code", "labels": code},
+    ]
+    said = [{key: value for key, value in expert.items() if value is not None} for expert in experts]
+    return {"base_model": "./base", "experts": said, "mixture": {"router": {"fit": "random"}}}
+
+
+def test_a_label_leads_to_its_expert() -> None:
+    read = parse_recipe(recipe(["court", "contracts"], ["python"]))
+    assert read.other_labels == {"court": 0, "contracts": 0, "python": 1}
+    assert [read.expert_of(label) for label in ("law", "court", "code", "python", "mail")] == [0, 0, 1, 1, None]
+    assert parse_recipe(as_written(read)) == read
+
+
+def test_recipes_without_labels_have_the_digest_that_they_had() -> None:
+    assert parse_recipe(recipe()).digest() == DIGEST
+    assert parse_recipe(recipe(["court"])).digest() != DIGEST
+    assert "labels" not in str(parse_recipe(recipe()).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("law", "code", "said"),
+    [
+        (["court"], ["court"], "the label 'court' is a label of expert 'law' already"),
+        (["code"], None, "the label 'code' is the name of expert 'code' already"),
+        (["court", "court"], None, "the label 'court' is a label of expert 'law' already"),
+        (["law"], None, "the expert's own name is a label of it in any case"),
+        (None, ["base"], "'base' cannot be a label"),
+        (["two words"], None, "should match pattern"),
+        ([], None, "at least 1 item"),
+    ],
+)
+def test_a_label_that_leads_nowhere_is_one_clear_error(law: list[str] | None, code: list[str] | None, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(recipe(law, code))
+    assert said in str(caught.value) and str(caught.value).count("\n  - ") == 1
