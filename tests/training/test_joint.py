@@ -163,7 +163,9 @@ def test_forcing_an_expert_leaves_the_common_one_out_and_teaching_does_not(works
     [
         ({"what": ["routers", "experts"]}, {}, "asks no router"),
         ({"losses": {"lm": 1.0, "balance": 0.1}}, {}, "asks no router"),
-        ({"randomise": 0.1, "losses": {"lm": 1.0, "distill": 1.0}}, {}, "remove randomise"),
+        ({"randomise": 0.1}, {}, "leaves a step's text to no expert"),
+        ({"randomise": 0.1, "randomise_to": "generic"}, {}, "leaves a step's text to no expert"),
+        ({"randomise_to": "all"}, {}, "randomise_to"),
         ({"teacher": "base"}, {}, "teacher"),
         ({"train_top_k": 2}, {}, "train_top_k"),
         ({"generic": ["text/law.jsonl"]}, {}, "no expert of its own"),

@@ -59,8 +59,21 @@ class SettingOptions:
         typer.Option(help="Held-out tokens per domain on which states are compared (default 8192; no more than --tokens)."),
     ] = None
     generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, to keep the way back to the base.")] = None
+    generic_share: Annotated[float | None, typer.Option(help="Its share of the tokens (default 0.1).")] = None
+    tags: Annotated[
+        bool, typer.Option("--tags", help="Read every text with its domain's tag, of a mixture that knows tags.")
+    ] = False
     randomise: Annotated[
-        float | None, typer.Option(help="Probability of a wrong or missing label (domain randomisation; label, distill).")
+        float | None,
+        typer.Option(
+            help="Probability that a label is drawn anew (domain randomisation; with label, distill, --tags or --regime joint)."
+        ),
+    ] = None
+    randomise_to: Annotated[
+        str | None,
+        typer.Option(
+            help="What it becomes: half (default; none or another, in equal parts), all (its own, too), others, generic (none)."
+        ),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None
 
@@ -69,7 +82,7 @@ class SettingOptions:
         from modekit.training.settings import WEIGHTS, losses_said
 
         losses = losses_said(self.loss, WEIGHTS, where="--loss") if self.loss else None
-        given = {**vars(self), "loss": losses, "cheap": "cheap" if self.cheap else None}
+        given = {**vars(self), "loss": losses, "cheap": "cheap" if self.cheap else None, "tags": self.tags or None}
         return {_RENAMED.get(name, name): value for name, value in given.items() if value is not None}
 
 

@@ -70,8 +70,8 @@ class TokenSequence:
 class Batch:
     """Right-padded token ids (B, S) int64 and the mask of real tokens (B, S) bool; `rows` are places in the input.
 
-    `target`: of pairs the labels (B, T) int64, -100 behind their end; None for plain text. `silent`: tokens (B, S) bool that are
-    not predicted on account of tags; None without tags.
+    `target`: of pairs the labels (B, T) int64, -100 behind their end; None for plain text. `silent`: tokens (B, S) bool that
+    tags keep from being predicted; None without tags.
     """
 
     input_ids: torch.Tensor

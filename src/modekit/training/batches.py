@@ -16,16 +16,20 @@ import torch
 
 from modekit.text.sequences import NO_LABEL, TokenSequence
 from modekit.training.losses import GENERIC
-from modekit.training.settings import TrainSettings
+from modekit.training.settings import RandomiseTo, TrainSettings
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text of one domain in sequences; `expert` is the index of its own expert, GENERIC for text of no domain."""
+    """Text of one domain in sequences; `expert` is the index of its own expert, GENERIC for text of no domain.
+
+    `tags`: token ids of the tags of all experts, where text is read with them: then sequences have their own domain's.
+    """
 
     name: str
     expert: int
     sequences: Sequence[TokenSequence]
+    tags: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -36,6 +40,13 @@ class Corpus:
     def starts(self) -> torch.Tensor:
         """Where each sequence begins among the tokens of all, and where the last one ends; of pairs, among those of sources."""
         return torch.tensor([0, *(len(sequence.ids) for sequence in self.sequences)]).cumsum(0)
+
+    def read_as(self, number: int, label: int) -> TokenSequence:
+        """One sequence as it is read under a label: with that expert's tag in the place of its own, GENERIC without one."""
+        sequence = self.sequences[number]
+        if not self.tags or label == self.expert or sequence.tag is None:
+            return sequence
+        return sequence.with_tag(None if label == GENERIC else self.tags[label])
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,9 @@ def plan_parts(
 
 
 def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, experts: int) -> Iterator[list[Draw]]:
-    """Sequences of each step: the corpus that lags its share most comes next, or has the whole step in a joint training."""
+    """Sequences of each step: the corpus that lags its share most comes next; in a joint training it has the whole step, under
+    one label.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     wanted = shares(corpora, settings)
     pending: list[list[int]] = [[] for _ in corpora]
@@ -104,7 +117,7 @@ def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, 
     for _ in range(steps):
         draws: list[Draw] = []
         tokens = 0
-        corpus: int | None = None
+        corpus = label = None
         while tokens < settings.batch_tokens:
             total = sum(read) + 1
             if corpus is None or not settings.is_joint:
@@ -116,20 +129,24 @@ def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, 
             if draws and tokens + size > settings.batch_tokens * 1.1:  # the next step begins with it
                 pending[corpus].append(sequence)
                 break
-            draws.append(Draw(corpus, sequence, _label(corpora[corpus].expert, settings.randomise, experts, generator)))
+            if label is None or not settings.is_joint:
+                label = drawn_label(corpora[corpus].expert, settings.randomise, settings.randomise_to, experts, generator)
+            draws.append(Draw(corpus, sequence, label))
             read[corpus] += size
             tokens += size
         yield draws
 
 
-def _label(expert: int, randomise: float, experts: int, generator: torch.Generator) -> int:
-    """The domain's own expert; with probability `randomise` none, or another, half and half."""
+def drawn_label(expert: int, randomise: float, to: RandomiseTo, experts: int, generator: torch.Generator) -> int:
+    """The domain's own expert; with probability `randomise` another, or none (GENERIC), as `to` says."""
     if randomise == 0 or expert == GENERIC:
         return expert
     chance, which = torch.rand(2, generator=generator).tolist()
     if chance >= randomise:
         return expert
-    if chance < randomise / 2 or experts == 1:
+    if to == "all":
+        return int(which * experts)
+    if to == "generic" or experts == 1 or (to == "half" and chance < randomise / 2):
         return GENERIC
     return (expert + 1 + int(which * (experts - 1))) % experts
 
@@ -170,7 +187,8 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Each item: input_ids (B, S) int64; real (B, S) bool; position_ids (B, S) int64, from 0 for every sequence; labels (B, S)
     int64, the expert that the router is to take, GENERIC for none; corpus and position (B, S) int64, where each token stands in
     the corpora; targets, how many tokens the whole step predicts; expert, the label of the step's first sequence. Of pairs, one
-    per row, all this is of the source, and target (B, T) int64 has what is to be written, -100 behind its end.
+    per row, all this is of the source, and target (B, T) int64 has what is to be written, -100 behind its end. Where text
+    is read with tags, silent (B, S) bool has the tokens that these keep from being predicted.
     """
 
     def __init__(self, corpora: Sequence[Corpus], parts: Sequence[Part], pad_id: int) -> None:
@@ -192,19 +210,22 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "position_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, GENERIC),
             "corpus": torch.zeros(shape, dtype=torch.int64), "position": torch.zeros(shape, dtype=torch.int64),
             "targets": torch.tensor(part.step_targets), "expert": torch.tensor(part.expert),
+            **({"silent": torch.zeros(shape, dtype=torch.bool)} if any(corpus.tags for corpus in self._corpora) else {}),
         }  # fmt: skip
         for number, row in enumerate(rows):
             start = 0
             for draw in row:
-                ids = self._ids(draw)
+                sequence, places = self._read(draw)
+                ids = sequence.ids
                 here = slice(start, start + len(ids))
-                first = self._starts[draw.corpus][draw.sequence]
                 item["input_ids"][number, here] = torch.tensor(ids)
                 item["real"][number, here] = True
                 item["position_ids"][number, here] = torch.arange(len(ids))
                 item["labels"][number, here] = draw.label
                 item["corpus"][number, here] = draw.corpus
-                item["position"][number, here] = torch.arange(first, first + len(ids))
+                item["position"][number, here] = places
+                if sequence.silent is not None:
+                    item["silent"][number, start + sequence.silent] = True
                 start += len(ids)
             item["position_ids"][number, start:] = torch.arange(length - start)  # pads are a sequence of their own
         return item | self._target(rows)
@@ -228,4 +249,13 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return ", ".join(f"{count} of {name}" for name, count in counts.items())
 
     def _ids(self, draw: Draw) -> tuple[int, ...]:
-        return self._corpora[draw.corpus].sequences[draw.sequence].ids
+        return self._corpora[draw.corpus].read_as(draw.sequence, draw.label).ids
+
+    def _read(self, draw: Draw) -> tuple[TokenSequence, torch.Tensor]:
+        """A sequence under its label, and where its tokens stand in the corpus: the place of a tag that was taken out is none."""
+        corpus, first = self._corpora[draw.corpus], self._starts[draw.corpus][draw.sequence]
+        own, read = corpus.sequences[draw.sequence], corpus.read_as(draw.sequence, draw.label)
+        places = torch.arange(first, first + len(own.ids))
+        if own.tag is not None and read.tag is None:
+            places = torch.cat([places[: own.tag], places[own.tag + 1 :]])
+        return read, places

@@ -76,9 +76,9 @@ class Objective(TrainedModule):
     def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss of a batch from `Batches`: its share of the step's, times `factor`.
 
-        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real, target of pairs).
+        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real, target of pairs, silent).
         """
-        batch = Batch(item["input_ids"], item["real"], (), item.get("target"))
+        batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
         if score:
             return {"loss": losses_of(self.mixture, batch).sum()}
         mixture = mixture_of(self.mixture, self._checkpoint)
@@ -102,6 +102,8 @@ class Objective(TrainedModule):
         real, positions, target = item["real"], item["position_ids"], item.get("target")
         if target is None:
             predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
+            if "silent" in item:
+                predicted &= ~item["silent"][:, 1:]
             logits_NV, wanted_N = logits[:, :-1][predicted], item["input_ids"][:, 1:][predicted]
         else:
             predicted = target != NO_LABEL

@@ -60,6 +60,10 @@ class Request:
             )  # fmt: skip
         if settings.is_joint:
             self._check_joint()
+        if settings.randomise > 0 and settings.randomise_to == "others" and len(checkpoint.names) == 1:
+            raise TrainingError(
+                "there is no other label", where="randomise_to", found="one expert", remedy="write randomise_to: generic"
+            )
         silent = silent_domains(checkpoint, self.texts)
         if silent and (settings.speed == "cheap" or "label" in settings.losses):
             raise TrainingError(
@@ -82,6 +86,12 @@ class Request:
             raise TrainingError(
                 "text of no domain has no expert of its own here", where="generic", found="regime: joint",
                 remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
+            )  # fmt: skip
+        if self.settings.takes_labels_away and not shape.routing.runs_common:
+            raise TrainingError(
+                "a label that is taken away leaves a step's text to no expert here", where="randomise_to",
+                found=f"{self.settings.randomise_to}, regime: joint", expected="all or others, which name an expert",
+                remedy="write one of these, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
             )  # fmt: skip
 
 

@@ -27,6 +27,9 @@ Loss = Literal[
 ]  # fmt: skip
 """See training/losses.py."""
 
+RandomiseTo = Literal["half", "all", "others", "generic"]
+"""What a label becomes that is drawn anew: half of them none, half another; any, its own among them; another; none."""
+
 WEIGHTS: dict[Loss, float] = {
     "lm": 1.0,
     "distill": 1.0,
@@ -79,7 +82,11 @@ class TrainSettings(BaseModel):
             1 / mix_temperature.
         generic: text of no domain, which teaches the way back to the base (files or folders).
         generic_share: its share of the tokens.
-        randomise: probability that a sequence is labelled with a wrong domain or none (domain randomisation).
+        randomise: probability that the label of a sequence is drawn anew (domain randomisation, arXiv:2407.01126); with
+            `joint` that of a step, whose expert it decides.
+        randomise_to: what it becomes: `half` of them none and half another domain's, `all` any domain's, its own among them,
+            `others` another domain's, `generic` none.
+        tags: read every sequence with the tag of its label, whether that was drawn anew or not.
         pack: several documents per row, each seeing only itself; None packs where the routers allow it.
         share: of the fit documents of every domain, picked by hash.
         select_tokens: held-out tokens per domain (select split) on which states are compared.
@@ -116,6 +123,8 @@ class TrainSettings(BaseModel):
     generic: list[str] = []
     generic_share: float = Field(0.1, gt=0, lt=1)
     randomise: float = Field(0.0, ge=0, lt=1)
+    randomise_to: RandomiseTo = "half"
+    tags: bool = False
     pack: bool | None = None
     share: float = Field(1.0, gt=0, le=1)
     select_tokens: int = Field(8_192, ge=_FEWEST_SELECT_TOKENS)
@@ -140,7 +149,8 @@ class TrainSettings(BaseModel):
             "adaptive": self.adaptive and not ("lm" in self.losses and DISTILLS & set(self.losses)),
             "mix_temperature": self.mix != "temperature",
             "generic_share": not self.generic,
-            "randomise": self.randomise > 0 and not _READS_LABEL & set(self.losses),
+            "randomise": self.randomise > 0 and not self._reads_label,
+            "randomise_to": self.randomise == 0,
             "learning_rate": not {"routers", "all"} & set(self.what) or self.is_joint,
             "train_top_k": self.is_joint,
             "backbone_learning_rate": set(self.what) == {"routers"},
@@ -149,7 +159,8 @@ class TrainSettings(BaseModel):
         }
         if self.speed == "cheap":
             only_full = (
-                "lora", "losses", "accumulate", "clip", "train_top_k", "generic", "randomise", "pack", "checkpointing",
+                "lora", "losses", "accumulate", "clip", "train_top_k", "generic", "randomise", "pack",
+                "checkpointing", "randomise_to",
                 "warmup", "batch_tokens", "evaluate_every", "precision", "regime", "teacher",
             )  # fmt: skip
             dead |= dict.fromkeys(only_full, True)
@@ -173,8 +184,15 @@ class TrainSettings(BaseModel):
         of_routers = OF_ROUTERS & set(self.losses)
         if "routers" in self.what or of_routers:
             raise ValueError("regime: joint asks no router, so that none learns: remove what and losses of routers")
-        if self.randomise:
-            raise ValueError("regime: joint goes by the domain of a text: remove randomise")
+
+    @property
+    def takes_labels_away(self) -> bool:
+        """Whether text of a domain may come to have no label."""
+        return self.randomise > 0 and self.randomise_to in ("half", "generic")
+
+    @property
+    def _reads_label(self) -> bool:
+        return self.tags or self.is_joint or bool(_READS_LABEL & set(self.losses))
 
     @property
     def is_joint(self) -> bool:

@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import TextError
+from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
+from modekit.text.tags import all_tagged, labels_of, tag_ids
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
@@ -66,18 +67,49 @@ def read_texts(
         )
     if settings.generic:
         given.append((GENERIC_NAME, GENERIC, read_text(settings.generic, root=root, where="generic")))
-    tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    return [_in_sequences(name, expert, text, own.select_of(text), tokenizer, settings) for name, expert, text in given]
+    reader = _Reader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
+    return [_in_sequences(name, expert, text, own.select_of(text), reader) for name, expert, text in given]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How text is read: by which tokenizer, and with the tags of which experts, if with any."""
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: TrainSettings
+    tags: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], settings: TrainSettings) -> _Reader:
+        """Raises TrainingError where tags are asked for and an expert has none."""
+        if not settings.tags:
+            return cls(tokenizer, settings, ())
+        known = labels_of(tokenizer)
+        without = [name for name in names if name not in known]
+        if without:
+            raise TrainingError(
+                f"the mixture's tokenizer has no tag for {', '.join(without)}", where="tags",
+                found=f"tags for {', '.join(known)}" if known else "no tags at all",
+                expected="a tag for the name of every expert",
+                remedy="leave it out, or mix experts of a base that knows tags: modekit specialize --tags",
+            )  # fmt: skip
+        return cls(tokenizer, settings, tag_ids(tokenizer, names))
+
+    def encode(self, documents: Sequence[str], name: str, expert: int, **bounds: int) -> list[TokenSequence]:
+        """Documents as sequences, those of a domain with its tag."""
+        if self.tags and expert != GENERIC:
+            documents = all_tagged(documents, name, where=f"text of {name}")
+        return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
 
 
 def _in_sequences(
-    name: str, expert: int, text: DomainText, select: Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: TrainSettings
-) -> Text:
+    name: str, expert: int, text: DomainText, select: Sequence[str], reader: _Reader
+) -> Text:  # fmt: skip
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
+    settings = reader.settings
     fit = [document for document in text.fit() if _is_in_share(document, settings.share)]
-    length = settings.sequence_length
-    sequences = encode(tokenizer, fit, max_tokens=2**62, sequence_length=length, shortest_rest=length // _SHORTEST)
-    held_out = encode(tokenizer, select, max_tokens=settings.select_tokens, sequence_length=length)
+    sequences = reader.encode(fit, name, expert, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)
+    held_out = reader.encode(select, name, expert, max_tokens=settings.select_tokens)
     for found, what in ((sequences, "training"), (held_out, "comparing states")):
         if not found:
             raise text.nothing_left(
@@ -85,7 +117,7 @@ def _in_sequences(
                 expected="eight in ten are trained on, one in ten is for comparing, one in ten for the tables",
                 remedy=MORE if settings.share == 1.0 else f"{MORE}; or raise share",
             )
-    corpus = Corpus(name, expert, sequences)
+    corpus = Corpus(name, expert, sequences, reader.tags if expert != GENERIC else ())
     return Text(corpus, held_out, list(map(mark_of, fit)), list(map(mark_of, select)), text_record(fit, corpus.tokens))
 
 

@@ -133,6 +133,7 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
             given = batch.to(self.args.device)
             item = {"input_ids": given.input_ids, "real": given.mask}
             item |= {} if given.target is None else {"target": given.target}
+            item |= {} if given.silent is None else {"silent": given.silent}
             total += float(self.model(score=True, **item)["loss"])
         return total / text.scored_tokens
 
