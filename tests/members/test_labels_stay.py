@@ -1,0 +1,109 @@
+"""Other labels of experts in a finished mixture: plain transformers takes them, and they stay right as experts come and go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from adapter_folders import lora, write_adapter
+from conftest import Workshop, make_workshop
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import CheckpointError, RecipeError
+from modekit.members.change import write_change
+from modekit.members.wanted import NewExpert, adding, removing, renaming, replacing
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+
+LABELS = {"law": ["court", "contracts"], "code": ["python"]}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = make_workshop(tmp_path_factory.mktemp("labels"), num_hidden_layers=1)
+    write_adapter(
+        made.root / "adapter", lora("mlp.up_proj", 48, 32, 2, layers=1), target_modules=["up_proj"], r=2, lora_alpha=8
+    )
+    return made
+
+
+def recipe(labels: dict[str, list[str]], output: str = "modekit") -> dict[str, Any]:
+    experts = [{"name": name, "model": f"./{name}"} for name in ("medicine", "law", "code")]
+    for expert in experts:
+        expert |= {"labels": labels[expert["name"]]} if expert["name"] in labels else {}  # type: ignore[dict-item]
+    return {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}, "output": {"format": output}}
+
+
+def built(shop: Workshop, out: Path, labels: dict[str, list[str]], output: str = "modekit") -> Checkpoint:
+    return build(make_plan(parse_recipe(recipe(labels, output)), shop.root), out)
+
+
+def test_plain_transformers_takes_a_label(shop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shop, tmp_path / "OUT", LABELS)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    ids = torch.arange(4, 24).reshape(2, 10)
+
+    def logits(expert: Any) -> torch.Tensor:
+        model.use_expert(expert)
+        with torch.inference_mode():
+            found: torch.Tensor = model(input_ids=ids).logits
+        return found
+
+    assert torch.equal(logits("court"), logits("law")) and torch.equal(logits("contracts"), logits(1))
+    assert not torch.equal(logits("python"), logits("court"))
+    assert torch.equal(logits(["court", "python"]), logits([1, 2]))
+    with pytest.raises(ValueError, match="there is no expert 'mail'; there are medicine, law, code, contracts, court, python"):
+        model.use_expert("mail")
+    assert is_proven(verify(checkpoint))
+
+
+def test_without_labels_config_and_record_say_nothing_of_them(shop: Workshop, tmp_path: Path) -> None:
+    for output in ("modekit", "native"):
+        folder = built(shop, tmp_path / output, {}, output).folder
+        assert not any('"labels":' in (folder / name).read_text() for name in ("config.json", "modekit.json"))
+        assert open_checkpoint(folder).record.recipe.other_labels == {}
+    native = built(shop, tmp_path / "labelled", LABELS, "native")
+    assert native.record.recipe.expert_of("court") == 1 and is_proven(verify(native, reload=False))
+
+
+def test_labels_go_with_their_experts(shop: Workshop, tmp_path: Path) -> None:
+    before = built(shop, tmp_path / "OUT", LABELS)
+
+    def said(checkpoint: Checkpoint) -> dict[str, int]:
+        found: dict[str, int] = json.loads((checkpoint.folder / "config.json").read_text())["modekit"].get("labels", {})
+        assert found == open_checkpoint(checkpoint.folder).record.recipe.other_labels
+        return found
+
+    renamed = write_change(before, renaming(before, "law", "court"), tmp_path / "renamed")
+    assert said(renamed) == {"contracts": 1, "python": 2} and renamed.names[1] == "court"
+    again = write_change(renamed, renaming(renamed, "court", "law"), tmp_path / "again")
+    wanted = built(shop, tmp_path / "wanted", {"law": ["contracts"], "code": ["python"]})
+    assert (again.folder / "config.json").read_bytes() == (wanted.folder / "config.json").read_bytes()
+    assert again.record.recipe_digest == wanted.record.recipe_digest
+    removed = write_change(before, removing(before, "medicine"), tmp_path / "removed")
+    assert said(removed) == {"court": 0, "contracts": 0, "python": 1}
+    replaced = write_change(before, replacing(before, "law", NewExpert({"model": "./medicine"}, shop.root)), tmp_path / "new")
+    assert said(replaced) == said(before)
+    more = NewExpert({"adapter": "./adapter", "labels": ["letters"]}, shop.root)
+    added = write_change(before, adding(before, "mail", more), tmp_path / "added")
+    assert said(added) == {**said(before), "letters": 3}
+    assert all(is_proven(verify(each, reload=False)) for each in (renamed, removed, replaced, added))
+    for change in (lambda: renaming(before, "code", "court"), lambda: adding(before, "contracts", more)):
+        with pytest.raises(RecipeError, match="already; a label leads to one expert"):
+            change()
+
+
+@pytest.mark.parametrize("labels", [{"court": 2}, {"court": 1, "contracts": 1}, {"law": 1}, {"court": 9}, {"court": "law"}])
+def test_labels_of_other_experts_are_damage(shop: Workshop, tmp_path: Path, labels: dict[str, Any]) -> None:
+    folder = built(shop, tmp_path / "OUT", LABELS).folder
+    config = json.loads((folder / "config.json").read_text())
+    config["modekit"]["labels"] = labels
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"disagree|does not say what is mixed"):
+        open_checkpoint(folder)
