@@ -1,13 +1,14 @@
 """What it costs that an expert comes or goes: bytes and seconds against a build, at many experts.
 
-    python benchmarks/members.py [--experts 16] [--rounds 3] [--layers 30] [--fits random lexical] [--resident] [--folder DIR]
+    python benchmarks/members.py [--experts 16] [--rounds 3] [--shape smollm2|tinyllama] [--layers 30] [--fits random lexical]
+                                 [--resident] [--folder DIR]
     python benchmarks/members.py --demo demo [--tokens 20000]
 
-Makes a base and experts of SmolLM2-135M's shape (bf16, random values, the demo's tokenizer; 30 layers) and text for each, then
-in turn, round by round, as processes of their own: a build of all experts but one, a build of all, `modekit add` of the last
-one to the former, and `modekit remove` of it again; with a random router (weights alone) and with a lexical one. Prints seconds
-(median and range), the bytes that were written (files that are no links), and whether the mixture that an expert was added to
-is, file by file, the one that was built with it. All with --no-fsync and --no-measure.
+Makes a base and experts of SmolLM2-135M's or TinyLlama's widths (bf16, random values, the demo's tokenizer) and text for each,
+then in turn, round by round, as processes of their own: a build of all experts but one, a build of all, `modekit add` of the
+last one to the former, and `modekit remove` of it again; with a random router (weights alone) and with a lexical one. Prints
+seconds (median and range), the bytes that were written (files that are no links), and whether the mixture that an expert was
+added to is, file by file, the one that was built with it. All with --no-fsync and --no-measure.
 
 With --demo: the folder of `modekit demo`; each of its four experts in turn is the one that comes to the lexical mixture of the
 other three, and the loss on their domains is compared before and after (report split).
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -42,31 +44,44 @@ from modekit.members.change import write_change
 from modekit.members.wanted import removing
 from modekit.text.documents import read_documents
 
-HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 576, 1536, 9, 3, 3_072
+VOCABULARY = 3_072
 
 
-def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
-    """Tensor -> shape of a Llama of SmolLM2's widths, tied."""
-    size = HIDDEN // HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+class Shape(NamedTuple):
+    """Widths of a Llama."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+
+
+SHAPES = {"smollm2": Shape(576, 1_536, 9, 3), "tinyllama": Shape(2_048, 5_632, 32, 4)}
+
+
+def shapes_of(shape: Shape, layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensor -> shape of a Llama whose embeddings are tied."""
+    hidden, ffn, narrow = shape.hidden, shape.ffn, shape.kv_heads * shape.hidden // shape.heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in ("q", "o")}
-        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (KV_HEADS * size, HIDDEN) for name in ("k", "v")}
-        shapes |= {f"{prefix}mlp.{name}_proj.weight": (FFN, HIDDEN) for name in ("gate", "up")}
-        shapes |= {f"{prefix}mlp.down_proj.weight": (HIDDEN, FFN)}
-        shapes |= {f"{prefix}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in ("q", "o")}
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (narrow, hidden) for name in ("k", "v")}
+        shapes |= {f"{prefix}mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        shapes |= {f"{prefix}mlp.down_proj.weight": (hidden, ffn)}
+        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
     return shapes
 
 
-def make_models(folder: Path, names: list[str], layers: int) -> None:
+def make_models(folder: Path, names: list[str], shape: Shape, layers: int) -> None:
     """Base and experts, random in every tensor."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
-        "intermediate_size": FFN, "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn, "num_hidden_layers": layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
         "tie_word_embeddings": True, "dtype": "bfloat16",
     }  # fmt: skip
-    entries = [(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in shapes_of(layers).items()]
+    entries = [(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in shapes_of(shape, layers).items()]
     header = safetensors_header(entries)
     for seed, name in enumerate(names):
         random = np.random.default_rng(seed)
@@ -213,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--fits", nargs="*", default=["random", "lexical"])
     parser.add_argument("--resident", action="store_true")
@@ -225,9 +241,9 @@ def main() -> None:
         return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="modekit-members-"))
     names = [f"domain{number}" for number in range(args.experts + 1)]
-    make_models(folder, ["base", *names], args.layers)
+    make_models(folder, ["base", *names], SHAPES[args.shape], args.layers)
     make_texts(folder, names)
-    own = sum(2 * int(np.prod(shape)) for name, shape in shapes_of(args.layers).items() if ".mlp." in name)
+    own = sum(2 * int(np.prod(shape)) for name, shape in shapes_of(SHAPES[args.shape], args.layers).items() if ".mlp." in name)
     print(f"one expert's own bytes: {own / 1e6:.1f} MB")
     for fit in args.fits:
         run(folder, names, fit, args.rounds)
