@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.distillation import TeacherOptions
+from modekit.cli.labels import LabelOptions
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
@@ -47,16 +48,22 @@ class SpecializeOptions:
 def specialize(
     base: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    text: Annotated[list[str], typer.Option(help="Text of the domain; may be given several times.")],
+    text: Annotated[
+        list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; may be given several times.")
+    ],
     options: SpecializeOptions,
+    labelled: LabelOptions,
     taught: TeacherOptions,
 ) -> None:
-    """Fine-tune a base model on one domain so that it mixes well; with --teacher, distil another model into it."""
+    """Fine-tune a base model on one domain so that it mixes well, or on several that it reads with their tags; with --teacher,
+    distil another model into it.
+    """
     from modekit.experts.specialize import checked_choice, specialize
     from modekit.loaded.next_token import Training
     from modekit.sources.open import model_folder
 
     taught.check()
+    labelled.check(taught.teacher)
     train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
     training = Training(
         steps=options.steps, learning_rate=rate, batch_tokens=options.batch_tokens, sequence_length=options.sequence_length,
@@ -72,8 +79,8 @@ def specialize(
             record = distill(asked, resolved(output), overwrite=options.overwrite, run=run)
         else:
             record = specialize(
-                folder, resolved(output), text, root=Path.cwd(), train=train, rank=rank, training=training,
-                overwrite=options.overwrite, run=run,
+                folder, resolved(output), labelled.texts(text), root=Path.cwd(), train=train, rank=rank, training=training,
+                generic=labelled.of_no_domain(), overwrite=options.overwrite, run=run,
             )  # fmt: skip
     print_specialist(output, record)
 

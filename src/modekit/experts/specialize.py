@@ -9,24 +9,27 @@ full    everything moves, as in most models one finds; what moved outside the FF
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from modekit.errors import ModekitError
-from modekit.evaluation.domains import Domain
+from transformers import PreTrainedModel
+
+from modekit.errors import ModekitError, SourceError
 from modekit.evaluation.loss import score_domain
-from modekit.experts.moving import What, adapter, weights
+from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
+from modekit.experts.moving import Trainable, What, adapter, weights
+from modekit.experts.tag_rows import add_rows, with_rows
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import disk_errors, write_file, write_json
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.next_token import Training, train_language_model, training_sequences
+from modekit.loaded.next_token import Training, train_language_model
 from modekit.run import QUIET, Run
-from modekit.sources.model import SPECIALIST_FILE, open_source
-from modekit.text.held_out import read_text
-from modekit.text.sequences import TokenSequence, encode
+from modekit.sources.model import SPECIALIST_FILE, ModelSource, open_source
+from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
+from modekit.text.tags import add_tags
 
 RANK = 16
 """Of an adapter, when nothing is said."""
@@ -50,18 +53,20 @@ def checked_choice(train: str, rank: int | None, learning_rate: float | None) ->
 def specialize(
     base: Path,
     out: Path,
-    texts: Sequence[str],
+    texts: Sequence[str] | Labelled,
     *,
     root: Path,
     train: What = "mlp",
     rank: int = RANK,
     training: Training | None = None,
+    generic: Generic | None = None,
     overwrite: bool = False,
     run: Run = QUIET,
 ) -> dict[str, Any]:
     """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
 
-    `rank` is that of the adapter, and so is its alpha: scale 1.
+    `rank` is that of the adapter, and so is its alpha: scale 1. `texts` with labels are read with their tags (labelled.py): the
+    tokenizer gets those that it does not have, and the model rows for them, which move whatever else does.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Returns what specialist.json in OUT
     says: text, settings, and held-out loss before and after. Raises TextError, SourceError, OutputError.
@@ -69,48 +74,80 @@ def specialize(
     training = training or Training()
     refuse_existing(out, replaced_by(overwrite), sources=(base,))
     source = open_source("BASE", str(base), base, run=run)
-    tokenizer = load_tokenizer(base, run=run)
-    fit, sequences, held_out = read_training_text(texts, root, tokenizer, training)
+    reading = Reading(load_tokenizer(base, run=run), root, training)
+    new = _new_tags(texts, reading, train)
+    material = read_material(texts, generic, reading)
+    sequences: Sequence[TokenSequence] = material.sequences
+    if isinstance(texts, Labelled) and texts.randomise:
+        sequences, training = drawn_anew(material, texts, reading)
     model = load_model(base, run=run)
-    parameters, save = adapter(model, base, rank) if train == "lora" else weights(model, train, source)
-    domain = Domain("held-out", None, held_out, {})
-    before = score_domain(model, domain, lambda _: None).loss if held_out else None
+    parameters, save = _trainable(model, source, (train, rank), new)
+    before = _losses(model, material)
     with staging(
         out,
-        f"specialize {training} {train} {rank} {text_record(fit, 0)} {[str(file) for file in source.files]}",
+        f"specialize {training} {train} {rank} {text_record(material.fit, 0)} {[str(file) for file in source.files]}"
+        f"{material.record or ''}",
         "adapter" if train == "lora" else "model",
         sources=(base,),
         replace=replaced_by(overwrite),
         sync=run.sync,
     ) as stage:
         losses = train_language_model(model, parameters, sequences, training, run=run)
-        after = score_domain(model, domain, lambda _: None).loss if held_out else None
         record = {
             "specialist": train,
             "base_model": base.name,
             **({"rank": rank} if train == "lora" else {}),
             "training": {**dataclasses.asdict(training), "steps": len(losses)},
-            "text": text_record(fit, sum(sequence.size for sequence in sequences)),
+            "text": text_record(material.fit, material.tokens),
+            **material.record,
             "training_loss": {"first": losses[0], "last": losses[-1]},
-            "held_out_loss": {"before": before, "after": after},
+            **_held_out(before, _losses(model, material)),
         }
         with disk_errors(stage.folder):
             save(stage.folder)
         if train != "lora":
-            tokenizer.save_pretrained(stage.folder)
-        write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in fit).encode())
+            reading.tokenizer.save_pretrained(stage.folder)
+        write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in material.fit).encode())
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record
 
 
-def read_training_text(
-    texts: Sequence[str], root: Path, tokenizer: Any, training: Training
-) -> tuple[list[str], list[TokenSequence], list[TokenSequence]]:
-    """Documents to train on, the same as sequences, and sequences that are held out. Raises TextError when nothing is left."""
-    text = read_text(texts, root=root, where="--text")
-    fit = text.fit()
-    sequences = training_sequences(tokenizer, fit, training)
-    if not sequences:
-        raise text.nothing_left("no document is left for training after the held-out split")
-    held_out = encode(tokenizer, text.report(), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length)
-    return fit, sequences, held_out
+def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What) -> tuple[int, ...]:
+    """Give the tokenizer the tags that are asked for; ids of those that it did not have. Raises SourceError for an adapter, in
+    which they could not be kept.
+    """
+    if not isinstance(texts, Labelled):
+        return ()
+    new = add_tags(reading.tokenizer, texts.texts, where="BASE")
+    if new and train == "lora":
+        raise SourceError(
+            "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer",
+            where="--tags --train lora", found=f"{len(new)} tags that BASE does not have",
+            expected="a base that knows them", remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
+        )  # fmt: skip
+    return new
+
+
+def _trainable(model: PreTrainedModel, source: ModelSource, asked: tuple[What, int], new: Sequence[int]) -> Trainable:
+    """What moves, by the kind of training and the rank of an adapter, and rows of new tokens."""
+    train, rank = asked
+    if train == "lora":
+        return adapter(model, source.folder, rank)
+    if new:
+        add_rows(model, new)
+    moving = weights(model, train, source)
+    return with_rows(model, moving, new) if new else moving
+
+
+def _losses(model: PreTrainedModel, material: Material) -> dict[str, float]:
+    """Held-out loss by domain, of those that have held-out text."""
+    return {each.name: score_domain(model, each, lambda _: None).loss for each in material.held_out if each.sequences}
+
+
+def _held_out(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+    """What the record says of losses: their mean over the domains, and each where there are several."""
+    mean = {
+        when: sum(losses.values()) / len(losses) if losses else None for when, losses in (("before", before), ("after", after))
+    }
+    each = {name: {"before": loss, "after": after[name]} for name, loss in before.items()}
+    return {"held_out_loss": mean, **({"held_out_loss_by_label": each} if len(each) > 1 else {})}

@@ -75,6 +75,11 @@ def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[s
     )  # fmt: skip
 
 
+def steps_of_one_pass(sequences: Sequence[TokenSequence], training: Training) -> int:
+    """Steps after which every sequence was read once."""
+    return len(_Batches(sequences, training))
+
+
 def train_language_model(
     model: PreTrainedModel,
     parameters: Sequence[torch.nn.Parameter],

@@ -252,7 +252,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self._corpora[draw.corpus].read_as(draw.sequence, draw.label).ids
 
     def _read(self, draw: Draw) -> tuple[TokenSequence, torch.Tensor]:
-        """A sequence under its label, and where its tokens stand in the corpus: the place of a tag that was taken out is none."""
+        """A sequence under its label, and where its tokens stand in the corpus, less the place of a tag taken out."""
         corpus, first = self._corpora[draw.corpus], self._starts[draw.corpus][draw.sequence]
         own, read = corpus.sequences[draw.sequence], corpus.read_as(draw.sequence, draw.label)
         places = torch.arange(first, first + len(own.ids))

@@ -15,7 +15,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from modekit.experts.specialize import read_training_text
+from modekit.experts.labelled import Reading, read_domain
 from modekit.loaded.next_token import Training
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Corpus, Draw, Part, plan_parts
@@ -68,9 +68,9 @@ def read_texts(
     held_out: list[TokenSequence] = []
     sizes: list[int] = []
     for together in [list(texts)] if mix is None else [[text] for text in texts]:
-        documents, of_these, of_others = read_training_text(together, root, tokenizer, training)
+        documents, of_these, of_others = read_domain(None, together, Reading(tokenizer, root, training))
         fit += documents
         sequences += of_these
-        held_out += of_others
+        held_out += of_others.sequences
         sizes.append(len(of_these))
     return Texts(fit, sequences, held_out, tuple(sizes))

@@ -1,0 +1,109 @@
+"""Options of `specialize` that say how labels of several domains, and text of none, are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from modekit.cli.options import texts_by_domain
+from modekit.cli.shell import refuse_without_effect
+from modekit.errors import ModekitError
+
+if TYPE_CHECKING:
+    from modekit.experts.labelled import Generic, Labelled
+    from modekit.training.settings import RandomiseTo
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # as the name of an expert
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """What is read of a text besides what it says."""
+
+    tags: Annotated[
+        bool,
+        typer.Option(
+            "--tags",
+            help="Each --text is label=FILE and read with a reserved token for its label, which BASE gets if it has none.",
+        ),
+    ] = False
+    randomise: Annotated[
+        float | None, typer.Option(help="Probability that a text is read under a label drawn anew (--tags; default 0).")
+    ] = None
+    randomise_to: Annotated[
+        str | None,
+        typer.Option(
+            help="What such a label becomes: all (default; its own, too), others, generic (none), half (none or another)."
+        ),
+    ] = None
+    generic: Annotated[
+        list[str] | None, typer.Option(help="Text of no domain, read without a tag; may be given several times.")
+    ] = None
+    generic_share: Annotated[float | None, typer.Option(help="Its share of the tokens that are read (default 0.3).")] = None
+
+    def check(self, teacher: str | None) -> None:
+        """Raise ModekitError for an option that changes nothing, or a number that is none."""
+        if teacher is not None:
+            refuse_without_effect(
+                "a training without --teacher", {"--tags": self.tags or None, "--generic": self.generic or None}
+            )
+        if not self.tags:
+            refuse_without_effect("texts with labels (--tags)", {"--randomise": self.randomise})
+        if not self.randomise:
+            refuse_without_effect("a probability above 0 (--randomise)", {"--randomise-to": self.randomise_to})
+        if not self.generic:
+            refuse_without_effect("text of no domain (--generic FILE)", {"--generic-share": self.generic_share})
+        if self.randomise is not None and not 0 <= self.randomise < 1:
+            raise ModekitError(
+                "not a probability", where="--randomise", found=self.randomise, expected="at least 0, and below 1",
+                remedy="correct it",
+            )  # fmt: skip
+        if self.generic_share is not None and not 0 < self.generic_share < 1:
+            raise ModekitError(
+                "not a share", where="--generic-share", found=self.generic_share, expected="above 0, and below 1",
+                remedy="correct it",
+            )  # fmt: skip
+
+    def texts(self, text: list[str]) -> Sequence[str] | Labelled:
+        """What --text says, by label where it has labels. Raises ModekitError for a label that is none, or twice."""
+        if not self.tags:
+            return text
+        from modekit.experts.labelled import Labelled
+
+        return Labelled(self._by_label(text), self.randomise or 0.0, self._randomise_to())
+
+    def of_no_domain(self) -> Generic | None:
+        """What --generic says."""
+        if not self.generic:
+            return None
+        from modekit.experts.labelled import SHARE, Generic
+
+        return Generic(self.generic, SHARE if self.generic_share is None else self.generic_share)
+
+    def _randomise_to(self) -> RandomiseTo:
+        if self.randomise_to not in (None, "all", "others", "generic", "half"):
+            raise ModekitError(
+                "unknown choice", where="--randomise-to", found=self.randomise_to, expected="all, others, generic or half",
+                remedy="write one of them",
+            )  # fmt: skip
+        return cast("RandomiseTo", self.randomise_to or "all")
+
+    @staticmethod
+    def _by_label(text: list[str]) -> dict[str, list[str]]:
+        found = texts_by_domain(text)
+        for label, specs in found.items():
+            if not _LABEL.fullmatch(label):
+                raise ModekitError(
+                    "a label that no expert could have as its name", where="--text", found=label[:80],
+                    expected="letters, digits, '_', '.' and '-', 64 at most", remedy="write --text law=FILE",
+                )  # fmt: skip
+            if len(specs) > 1:
+                raise ModekitError(
+                    "a label is given twice", where=f"--text {label}=...", found=", ".join(specs),
+                    remedy="put its texts into one folder, or leave one out",
+                )  # fmt: skip
+        return found

@@ -1,0 +1,196 @@
+"""What an expert is made of: text of one domain, or of several that are read with their tags, and text of no domain besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modekit.errors import TextError
+from modekit.evaluation.domains import Domain
+from modekit.loaded.next_token import Training, steps_of_one_pass, training_sequences
+from modekit.text.held_out import read_text
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import text_record
+from modekit.text.tags import all_tagged, labels_of, tag_ids
+from modekit.training.batches import drawn_label
+from modekit.training.losses import GENERIC
+from modekit.training.settings import RandomiseTo
+
+SHARE = 0.3
+"""Of generic text, when nothing is said."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts by label, each of which is read with the tag of its label.
+
+    `randomise`: probability that a sequence is read under a label that was drawn anew, in training alone and every time that it
+    is read; `randomise_to` says which (training/settings.py), among all labels that the tokenizer has a tag for.
+    """
+
+    texts: Mapping[str, Sequence[str]]
+    randomise: float = 0.0
+    randomise_to: RandomiseTo = "all"
+
+
+@dataclass(frozen=True)
+class Generic:
+    """Text of no domain, read without a tag, and its share of the tokens."""
+
+    texts: Sequence[str]
+    share: float = SHARE
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read: by which tokenizer, from where, and how long and fast."""
+
+    tokenizer: PreTrainedTokenizerBase
+    root: Path
+    training: Training
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an expert is made of.
+
+    Attributes:
+        fit: documents that it is trained on.
+        sequences: what is read in training, as often as it stands here.
+        held_out: what the loss is shown on, per label; one domain of no name without labels.
+        tokens: of `sequences`, each once.
+        record: what specialist.json says of labels and generic text.
+    """
+
+    fit: list[str]
+    sequences: Sequence[TokenSequence]
+    held_out: list[Domain]
+    tokens: int
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
+    """Read the fit split of all texts, and what is held out of those of a domain.
+
+    Raises TextError where one has nothing left, or is to have a tag and is a conversation.
+    """
+    named = texts.texts if isinstance(texts, Labelled) else {None: texts}
+    fit: list[str] = []
+    sequences: list[TokenSequence] = []
+    held_out: list[Domain] = []
+    for label, specs in named.items():
+        documents, of_these, domain = read_domain(label, specs, reading)
+        fit += documents
+        sequences += of_these
+        held_out.append(domain)
+    record: dict[str, Any] = {}
+    if isinstance(texts, Labelled):
+        drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
+        record["labels"] = {"tags": list(texts.texts), **drawn}
+    if generic is not None:
+        documents, of_these, _ = read_domain(None, generic.texts, reading, where="--generic")
+        added = generic_share(sequences, of_these, generic.share, reading.training.seed)
+        tokens = sum(sequence.size for sequence in added)
+        share = tokens / (tokens + sum(sequence.size for sequence in sequences))
+        record["generic"] = {**text_record(documents, tokens), "share": share}
+        fit, sequences = fit + documents, sequences + added
+    tokens = sum(sequence.size for sequence in sequences)
+    return Material(fit, sequences, held_out, tokens, record)
+
+
+def read_domain(
+    label: str | None, specs: Sequence[str], reading: Reading, where: str = "--text"
+) -> tuple[list[str], list[TokenSequence], Domain]:
+    """Documents to train on, the same as sequences, and sequences that are held out; with the tag of a label, if there is one.
+
+    Raises TextError when nothing is left.
+    """
+    where = where if label is None else f"{where} {label}=..."
+    text = read_text(specs, root=reading.root, where=where)
+    fit, report, training = text.fit(), text.report(), reading.training
+
+    def written(documents: list[str]) -> list[str]:
+        return documents if label is None else all_tagged(documents, label, where=where)
+
+    sequences = training_sequences(reading.tokenizer, written(fit), training)
+    if not sequences:
+        raise text.nothing_left("no document is left for training after the held-out split")
+    held_out = encode(
+        reading.tokenizer, written(report), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length
+    )
+    return fit, sequences, Domain(label or "held-out", None, held_out, {})
+
+
+def generic_share(
+    domains: Sequence[TokenSequence], generic: Sequence[TokenSequence], share: float, seed: int
+) -> list[TokenSequence]:
+    """So many sequences of no domain that they have a share of all tokens, as near as whole sequences come to it.
+
+    They are repeated or left out for it, in an order drawn from the seed.
+    """
+    wanted = sum(sequence.size for sequence in domains) * share / (1.0 - share)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[TokenSequence] = []
+    pending: list[int] = []
+    tokens = 0
+    while True:
+        pending = pending or torch.randperm(len(generic), generator=generator).tolist()
+        following = generic[pending.pop()]
+        if found and tokens + following.size / 2 > wanted:
+            return found
+        found.append(following)
+        tokens += following.size
+
+
+class Drawn(Sequence[TokenSequence]):
+    """Sequences with their tags, several times over, each under a label that was drawn for this time of reading it."""
+
+    def __init__(
+        self, sequences: Sequence[TokenSequence], tokenizer: PreTrainedTokenizerBase, asked: Labelled, seed: int, times: int
+    ) -> None:
+        self._sequences = sequences
+        self._tags = tag_ids(tokenizer, labels_of(tokenizer))
+        own = [GENERIC if each.tag is None else self._tags.index(each.ids[each.tag]) for each in sequences]
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = [
+            drawn_label(label, asked.randomise, asked.randomise_to, len(self._tags), generator)
+            for _ in range(times)
+            for label in own
+        ]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenSequence: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TokenSequence]: ...
+    def __getitem__(self, place: int | slice) -> TokenSequence | list[TokenSequence]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        sequence, label = self._sequences[place % len(self._sequences)], self.labels[place]
+        if sequence.tag is None or (label != GENERIC and self._tags[label] == sequence.ids[sequence.tag]):
+            return sequence
+        return sequence.with_tag(None if label == GENERIC else self._tags[label])
+
+
+def drawn_anew(material: Material, asked: Labelled, reading: Reading) -> tuple[Sequence[TokenSequence], Training]:
+    """What is read where labels are drawn anew, and the training with as many steps as it has without that.
+
+    Every time that a sequence is read it has a label of its own drawing. Raises TextError where there is no other label.
+    """
+    training = reading.training
+    if asked.randomise_to == "others" and len(labels_of(reading.tokenizer)) == 1:
+        raise TextError(
+            "there is no other label", where="--randomise-to", found="others, and one label", remedy="write generic"
+        )
+    one_pass = steps_of_one_pass(material.sequences, training)
+    steps = training.steps or one_pass
+    times = -(-steps // one_pass) + 1
+    drawn = Drawn(material.sequences, reading.tokenizer, asked, training.seed, times)
+    return drawn, training.with_(steps=steps)
