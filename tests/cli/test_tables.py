@@ -18,13 +18,16 @@ import modekit.cli.printing.discovery as discovery
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
 import modekit.cli.printing.tasks as tasks
+import modekit.cli.printing.translation as translation
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.figures import three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
+from modekit.demo.translation import TranslatedRow, TranslatedTable
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
+from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
@@ -49,7 +52,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (advice, data, discovery, inspection, mixtures, tasks):
+        for module in (advice, data, discovery, inspection, mixtures, tasks, translation):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -140,6 +143,16 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
     figures = {"mean_loss": 3.0, "mean_loss_spread": 0.1, "gap_closed": 0.9, "gap_closed_spread": 0.1}
     figures |= {"unseen_against_base": None, "unseen_against_base_spread": None}
     check_whole(shown, [*NAMES, "3.000 ± 0.100"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
+    figures |= {"bleu": 23.456, "bleu_spread": 0.2, "unseen_bleu": 12.04, "unseen_bleu_spread": 1.0}
+    check_whole(shown, [*NAMES, "23.5 ± 0.2", "12.0 ± 1.0"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
+
+
+def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
+    score = TranslationScore(23.456, 37.04)
+    rows = [TranslatedRow(name, dict.fromkeys([*NAMES, "far"], score)) for name in NAMES]
+    found = TranslatedTable(rows, NAMES, ["far"], {"bleu": "nrefs:1|case:mixed"})
+    check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], translation.print_translated, found)
+    assert found.table()[1][0] == [NAMES[0], *["23.5 / 37.0"] * (len(NAMES) + 2)]
 
 
 def test_tasks(shown: Callable[..., str]) -> None:

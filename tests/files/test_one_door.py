@@ -21,6 +21,7 @@ ALLOWED = {
     ("experts/distill/distill.py", "save_pretrained"): "into a staged folder",
     ("demo/models.py", "save_pretrained"): "into a staged folder",
     ("demo/modular.py", "save_pretrained"): "into a staged folder",
+    ("demo/translation.py", "save_pretrained"): "into a staged folder",
     ("experts/corpus/tokenizer.py", "save_pretrained"): "into a staged folder",
     ("search/tune/study.py", "truncate"): "the log of a search, in OUT.tuning",
     ("report/plots.py", "savefig"): "into memory",

@@ -15,6 +15,7 @@ from modekit.cli.chat import ChatOptions, score_chat
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_results, print_summary
+from modekit.cli.printing.translation import print_translated
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.cli.tasks import TaskOptions, score_tasks
@@ -105,12 +106,18 @@ class DemoKind:
         bool,
         typer.Option("--modular", help="Students of one teacher for three languages and Python, put together in four ways."),
     ] = False
+    translation: Annotated[
+        bool,
+        typer.Option("--translation", help="Models that translate messages of programs, mixed; scored by loss, BLEU and chrF."),
+    ] = False
     real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False
 
     def what(self) -> What:
-        """The kind. Raises ModekitError for two at once, and for students of a model that is not trained here."""
-        kinds: dict[str, What] = {"full": "full", "adapters": "lora", "modular": "modular"}
+        """The kind. Raises ModekitError for two at once, and for another base where the demo trains its own."""
+        kinds: dict[str, What] = {
+            "full": "full", "adapters": "lora", "modular": "modular", "translation": "translation",
+        }  # fmt: skip
         asked = [name for name in kinds if getattr(self, name)]
         if len(asked) > 1:
             raise ModekitError(
@@ -118,10 +125,12 @@ class DemoKind:
                 where=", ".join(f"--{name}" for name in asked),
                 remedy="give one of these options",
             )
-        if self.modular and self.real:
-            raise ModekitError(
-                "the students' teacher is trained by the demo itself", where="--modular, --real", remedy="give one of the two"
-            )
+        own = {"modular": "the students' teacher", "translation": "the base that translates"}
+        for name in asked if self.real else ():
+            if name in own:
+                raise ModekitError(
+                    f"{own[name]} is trained by the demo itself", where=f"--{name}, --real", remedy="give one of the two"
+                )
         return kinds[asked[0]] if asked else "mlp"
 
 
@@ -145,6 +154,8 @@ def demo(
     for seed in results.per_seed:
         out.print(Text(f"seed {seed}", style="bold"))
         print_results(results.merged(seed))
+        if seed in results.translated:
+            print_translated(results.translated[seed])
     if seeds > 1:
         print_summary(results.summary())
     said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {output}"

@@ -17,27 +17,31 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modekit.demo.kinds import QUICK, REAL, SMALL, Size, What
+from modekit.demo.kinds import PAIRS, QUICK, QUICK_PAIRS, REAL, SMALL, Kind, Size, What
 from modekit.demo.modular import BRIEF, TEXTS, WHOLE, Budget, run_modular_seed
-from modekit.demo.seed import run_seed
+from modekit.demo.pairs import unpack_pairs
+from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_text
+from modekit.demo.translation import TranslatedTable, translated_table
 from modekit.errors import OutputError
 from modekit.evaluation.gaps import gaps_of, with_gaps
 from modekit.evaluation.results import Results, Row
+from modekit.evaluation.translation.scores import TranslationScore, require_sacrebleu
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
 
 
 @dataclass(frozen=True)
 class DemoResults:
-    """Results per seed, and the names of the mixtures in order."""
+    """Results per seed, and the names of the mixtures in order; what they write, where that was scored."""
 
     per_seed: Mapping[int, Mapping[str, Results]]
     seconds: float
+    translated: Mapping[int, TranslatedTable] = field(default_factory=dict)
 
     def merged(self, seed: int) -> Results:
         """One table of a seed: the dense rows and the oracle once, then every mixture under its name."""
@@ -55,39 +59,57 @@ class DemoResults:
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
+        translated = {str(seed): table.as_data() for seed, table in self.translated.items()}
         return {
             "seeds": {str(seed): self.merged(seed).as_data() for seed in self.per_seed},
+            **({"translated": translated} if translated else {}),
             "summary": self.summary(),
         }
 
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """Per row: mean over the seeds and largest deviation from it, of mean loss, gap closed and unseen loss."""
+        """Per row: mean over the seeds and largest deviation from it, of mean loss, gap closed and unseen loss, and of BLEU
+        where translations were scored.
+        """
         tables = [self.merged(seed) for seed in self.per_seed]
+        domains, unseen = tables[0].domains, tables[0].unseen
         summary: dict[str, dict[str, float | None]] = {}
         for row in tables[0].rows:
             rows = [table.row(row.name) for table in tables]
-            domains, unseen = tables[0].domains, tables[0].unseen
             figures = {
                 "mean_loss": [each.mean_loss(domains) for each in rows],
                 "gap_closed": [each.mean_gap(domains) for each in rows],
                 "unseen_against_base": [
-                    each.scores[unseen[0]].loss / table.row("base").scores[unseen[0]].loss
-                    if unseen and unseen[0] in each.scores else None
+                    _share(each.mean_loss(unseen), table.row("base").mean_loss(unseen))
                     for each, table in zip(rows, tables, strict=True)
                 ],
             }  # fmt: skip
+            if self.translated:
+                written = [table.row(row.name) for table in self.translated.values() if row.name in table.names()]
+                figures["bleu"] = [_bleu(each.mean(domains)) for each in written]
+                figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
             summary[row.name] = {}
             for name, values in figures.items():
-                known = [value for value in values if value is not None]
-                mean = statistics.fmean(known) if known else None
-                summary[row.name][name] = mean
-                summary[row.name][name + "_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
+                summary[row.name] |= _mean_and_spread(name, values)
         return summary
+
+
+def _share(value: float | None, of: float | None) -> float | None:
+    return None if value is None or of is None else value / of
+
+
+def _bleu(score: TranslationScore | None) -> float | None:
+    return None if score is None else score.bleu
+
+
+def _mean_and_spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    mean = statistics.fmean(known) if known else None
+    return {name: mean, name + "_spread": max(abs(v - mean) for v in known) if mean is not None else None}
 
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
     """Where a kind of demo lies when nothing else is said: demo, demo-full, ..."""
-    kinds = {"mlp": [], "full": ["full"], "lora": ["adapters"], "modular": ["modular"]}[what]
+    kinds = [] if what == "mlp" else ["adapters" if what == "lora" else what]
     return Path("-".join(["demo", *kinds, *(["real"] if real else []), *(["quick"] if quick else [])]))
 
 
@@ -96,27 +118,51 @@ def run_demo(
 ) -> DemoResults:
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
-    size = (BRIEF if quick else WHOLE) if what == "modular" else QUICK if quick else REAL if real else SMALL
+    if what == "translation":
+        require_sacrebleu("modekit demo --translation")
+    size = size_of(what, real=real, quick=quick)
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
-    texts = unpack_text(out / "text", TEXTS) if what == "modular" else unpack_text(out / "text")
-    per_seed = {seed: _seed(out / f"seed{seed}", texts, seed, (what, real, size), run) for seed in seeds}
-    results = DemoResults(per_seed, time.monotonic() - started)
-    folder = out / "results"
-    make_folder(folder)
-    write_json(folder / "demo.json", results.as_data())
-    parts = [f"## Seed {seed}\n\n{results.merged(seed).markdown()}" for seed in per_seed]
-    write_file(folder / "demo.md", "\n".join(parts).encode())
+    texts = _unpack(out / "text", what)
+    per_seed: dict[int, dict[str, Results]] = {}
+    translated: dict[int, TranslatedTable] = {}
+    for seed in seeds:
+        folder = out / f"seed{seed}"
+        if isinstance(size, Budget) or what == "modular":
+            assert isinstance(size, Budget)
+            per_seed[seed] = run_modular_seed(folder, texts, seed, size, run)
+        else:
+            per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)
+        if what == "translation":
+            translated[seed] = translated_table({name: folder_of_mixture(folder, name) for name in per_seed[seed]})
+    results = DemoResults(per_seed, time.monotonic() - started, translated)
+    _write(out / "results", results)
     return results
 
 
-def _seed(
-    folder: Path, texts: Mapping[str, Path], seed: int, kind: tuple[What, bool, Size | Budget], run: Run
-) -> dict[str, Results]:  # fmt: skip
-    what, real, size = kind
-    if what == "modular" or isinstance(size, Budget):
-        assert isinstance(size, Budget)
-        return run_modular_seed(folder, texts, seed, size, run)
-    return run_seed(folder, texts, seed, what, real, size, run)
+def size_of(what: What, *, real: bool, quick: bool) -> Size | Budget:
+    """How much work a kind of demo does."""
+    if what == "modular":
+        return BRIEF if quick else WHOLE
+    if what == "translation":
+        return QUICK_PAIRS if quick else PAIRS
+    return QUICK if quick else REAL if real else SMALL
+
+
+def _unpack(folder: Path, what: What) -> dict[str, Path]:
+    if what == "translation":
+        return unpack_pairs(folder)
+    return unpack_text(folder, TEXTS) if what == "modular" else unpack_text(folder)
+
+
+def _write(folder: Path, results: DemoResults) -> None:
+    make_folder(folder)
+    write_json(folder / "demo.json", results.as_data())
+    parts = []
+    for seed in results.per_seed:
+        parts.append(f"## Seed {seed}\n\n{results.merged(seed).markdown()}")
+        if seed in results.translated:
+            parts.append(results.translated[seed].markdown())
+    write_file(folder / "demo.md", "\n".join(parts).encode())
 
 
 def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:

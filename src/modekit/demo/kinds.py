@@ -1,4 +1,4 @@
-"""Kinds of demo: what its experts are, how they are mixed, and how much work it does."""
+"""Kinds of demo: what its text is and what its experts are, how they are mixed, and how much work it does."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH
+from modekit.demo.pairs import PAIRED, UNSEEN_PAIRED
+from modekit.demo.text import DOMAINS, UNSEEN
 from modekit.loaded.next_token import Training
 
 Experts = Literal["mlp", "full", "lora"]
 """What is trained of an expert."""
-What = Experts | Literal["modular"]
+Specialists = Experts | Literal["translation"]
+"""Kinds whose experts are fine-tunes of one base (seed.py); translation: FFNs of a model with an encoder, which reads pairs."""
+What = Specialists | Literal["modular"]
 """modular: students of one teacher (modular.py)."""
 
 _ROUTING = {"method": "routing", "top_k": 2}
 _FOLDED = {"output": {"format": "native"}}
-MIXTURES: dict[Experts, dict[str, dict[str, Any]]] = {
+MIXTURES: dict[Specialists, dict[str, dict[str, Any]]] = {
     "mlp": {
         "linear": {"mixture": {"method": "linear"}},
         "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random"}}},
@@ -46,6 +50,13 @@ MIXTURES: dict[Experts, dict[str, dict[str, Any]]] = {
         "routing folded": {"mixture": _ROUTING, **_FOLDED},
         "routing folded average": {"mixture": {**_ROUTING, "backbone": "average"}, **_FOLDED},
     },
+    "translation": {
+        "lexical": {"mixture": {**_ROUTING, "router": {"fit": "lexical"}}},
+        "lexical-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical"}}},
+        "bigrams": {"mixture": {**_ROUTING, "router": {"fit": "lexical", "orders": [1, 2]}}},
+        "bigrams-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical", "orders": [1, 2]}}},
+        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
+    },
 }  # fmt: skip
 """What the experts are -> name -> what the recipe says. `routing` is what a recipe gets that says nothing about the router;
 what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
@@ -65,6 +76,52 @@ class Size:
     fit_tokens: int
     eval_tokens: int
     without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairSize(Size):
+    """Of pairs: so many of each domain are translated."""
+
+    translated: int = 200
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of demo whose experts are fine-tunes of one base."""
+
+    what: Specialists
+    size: Size
+    real: bool = False
+
+    @property
+    def translates(self) -> bool:
+        """Whether its text is pairs, and what models write is scored."""
+        return self.what == "translation"
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Which have an expert."""
+        return PAIRED if self.translates else DOMAINS
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Domains that no model is trained on."""
+        return UNSEEN_PAIRED if self.translates else (UNSEEN,)
+
+    @property
+    def trains(self) -> Experts:
+        """What is trained of an expert."""
+        return "mlp" if self.what == "translation" else self.what
+
+    @property
+    def training(self) -> Training:
+        """Of an expert."""
+        return self.size.lora_training if self.what == "lora" else self.size.expert_training
+
+    @property
+    def mixtures(self) -> dict[str, dict[str, Any]]:
+        """Name -> what the recipe says."""
+        return {name: says for name, says in MIXTURES[self.what].items() if name not in self.size.without}
 
 
 _TRAINING = Training(
@@ -90,3 +147,11 @@ REAL = Size(
     2_048,
     without=("linear", "noisy", "ridge", "routing folded", "routing folded average"),  # minutes each; the average has a row
 )
+_PAIRS = Training(
+    steps=120, batch_tokens=3_000, sequence_length=96, learning_rate=3e-3, muon_learning_rate=0.02, warmup=0.1,
+    weight_decay=0.05, by_length=True, autocast=True,
+)  # fmt: skip
+PAIRS = PairSize(base_steps=800, expert_training=_PAIRS, lora_training=_PAIRS, fit_tokens=131_072, eval_tokens=16_384)
+QUICK_PAIRS = PairSize(
+    8, _PAIRS.with_(steps=2), _PAIRS.with_(steps=2), 2_048, 1_024, without=("bigrams", "bigrams-top-1"), translated=4
+)  # fmt: skip

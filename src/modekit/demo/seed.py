@@ -14,9 +14,9 @@ import yaml
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.demo.kinds import MIXTURES, REFITTED, Experts, Size
-from modekit.demo.models import SEQUENCE_LENGTH, make_base, make_real_base
-from modekit.demo.text import DOMAINS, UNSEEN
+from modekit.demo.kinds import REFITTED, Experts, Kind, PairSize
+from modekit.demo.models import make_base, make_real_base
+from modekit.demo.translation import make_pair_base, translate_once
 from modekit.demo.workers import Task, Workers
 from modekit.errors import CheckpointError
 from modekit.evaluation.evaluate import evaluate
@@ -33,21 +33,21 @@ from modekit.routing.refit import refit
 from modekit.run import Progress, Run
 
 
-def run_seed(
-    folder: Path, texts: Mapping[str, Path], seed: int, what: Experts, real: bool, size: Size, run: Run
-) -> dict[str, Results]:
+def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run: Run) -> dict[str, Results]:
     """Make what is not there yet, and return the table of every mixture by its name."""
     base = folder / "base"
-    if not base.exists() and real:
+    if not base.exists() and kind.real:
         make_real_base(base, run)
+    elif not base.exists() and kind.translates:
+        make_pair_base(base, texts, steps=kind.size.base_steps, seed=seed, run=run)
     elif not base.exists():
-        make_base(base, dict(texts), steps=size.base_steps, seed=seed, run=run)
-    count, torch_threads = _side_by_side(real)
+        make_base(base, dict(texts), steps=kind.size.base_steps, seed=seed, run=run)
+    count, torch_threads = _side_by_side(kind.real)
     with Workers(count, torch_threads, run.progress) as workers:
-        for _ in workers.run(_trainings(folder, texts, seed, what, size)):
+        for _ in workers.run(_trainings(folder, texts, seed, kind)):
             pass
-        wanted = {name: says for name, says in MIXTURES[what].items() if name not in size.without}
-        return _tables(folder, {name: _recipe(what, says, texts, size) for name, says in wanted.items()}, size, workers)
+        recipes = {name: _recipe(kind, says, texts) for name, says in kind.mixtures.items()}
+        return _tables(folder, recipes, kind, workers)
 
 
 def _side_by_side(real: bool) -> tuple[int, int]:
@@ -56,13 +56,13 @@ def _side_by_side(real: bool) -> tuple[int, int]:
     return (1, threads) if real or threads == 1 or torch.cuda.is_available() else (2, threads // 2)
 
 
-def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, what: Experts, size: Size) -> Iterator[Task]:
+def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -> Iterator[Task]:
     """The experts that are not there yet."""
-    for place, name in enumerate(DOMAINS):
+    for place, name in enumerate(kind.domains):
         if not (folder / name).exists():
-            training = (size.lora_training if what == "lora" else size.expert_training).with_(seed=1000 * seed + place)
+            training = kind.training.with_(seed=1000 * seed + place)
             yield Task(
-                name, partial(_train_expert, folder, name, text=texts[name], what=what, training=training)
+                name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training)
             )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, trainin
     )  # fmt: skip
 
 
-def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], size: Size, workers: Workers) -> dict[str, Results]:
+def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, workers: Workers) -> dict[str, Results]:
     """Build and score every mixture, two at a time.
 
     The first is scored while others read text: all later ones take its rows of base and experts over. Those that read text are
@@ -86,14 +86,14 @@ def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], size: Size, wor
     ended: set[str] = set()
 
     def tasks() -> Iterator[Task | None]:
-        yield _scoring(folder, first, recipes[first], size, None)
+        yield _scoring(folder, first, recipes[first], kind, None)
         for name in reading:
             yield Task(name, partial(_build_alone, folder, name, recipes[name]))
         for name in sorted(others, key=reading.__contains__):
             needed = {first, REFITTED.get(name, name)}.intersection([first, *reading])
             while not needed <= ended:
                 yield None
-            yield _scoring(folder, name, recipes[name], size, _all_rows(found))
+            yield _scoring(folder, name, recipes[name], kind, _all_rows(found))
 
     for name, table in workers.run(tasks()):
         ended.add(name)
@@ -102,8 +102,8 @@ def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], size: Size, wor
     return {name: found[name] for name in recipes}
 
 
-def _scoring(folder: Path, name: str, recipe: dict[str, Any], size: Size, known: Results | None) -> Task:
-    return Task(name, partial(_score, folder, name, recipe, tokens=size.eval_tokens, known=known))
+def _scoring(folder: Path, name: str, recipe: dict[str, Any], kind: Kind, known: Results | None) -> Task:
+    return Task(name, partial(_score, folder, name, recipe, kind=kind, known=known))
 
 
 def _all_rows(found: Mapping[str, Results]) -> Results:
@@ -113,41 +113,48 @@ def _all_rows(found: Mapping[str, Results]) -> Results:
 
 
 def _score(
-    folder: Path, name: str, recipe: dict[str, Any], *, tokens: int, known: Results | None, progress: Progress
+    folder: Path, name: str, recipe: dict[str, Any], *, kind: Kind, known: Results | None, progress: Progress
 ) -> Results:
     checkpoint = _built(folder, name, recipe, progress)
-    return evaluate(
-        checkpoint, tokens_per_domain=tokens, sequence_length=SEQUENCE_LENGTH, known=known,
-        run=Run(progress=lambda _stage, done, total: progress(f"{name}: score", done, total)),
+    run = Run(progress=lambda stage, done, total: progress(f"{name}: {stage.partition(' ')[0].rstrip(':')}", done, total))
+    results = evaluate(
+        checkpoint, tokens_per_domain=kind.size.eval_tokens, sequence_length=kind.training.sequence_length, known=known, run=run
     )  # fmt: skip
+    if isinstance(kind.size, PairSize):
+        translate_once(checkpoint, kind.size.translated, run)
+    return results
 
 
 def _build_alone(folder: Path, name: str, recipe: dict[str, Any], *, progress: Progress) -> None:
     _built(folder, name, recipe, progress)
 
 
-def _recipe(what: Experts, says: dict[str, Any], texts: Mapping[str, Path], size: Size) -> dict[str, Any]:
+def _recipe(kind: Kind, says: dict[str, Any], texts: Mapping[str, Path]) -> dict[str, Any]:
     mixture = dict(says["mixture"])
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))
+        tokens = kind.size.fit_tokens
         if "tokens_per_domain" in FITS[router.get("fit", DEFAULT_FIT)].settings:
             router.update(
-                tokens_per_domain=size.fit_tokens, keep_tokens=min(size.fit_tokens, 16_384), sequence_length=SEQUENCE_LENGTH
+                tokens_per_domain=tokens, keep_tokens=min(tokens, 16_384), sequence_length=kind.training.sequence_length
             )
         mixture["router"] = router
-    kind = "adapter" if what == "lora" else "model"
+    model = "adapter" if kind.trains == "lora" else "model"
+    files = {name: f"../text/{texts[name].name}" for name in (*kind.domains, *kind.unseen)}
+    # Nothing of a demo is chosen by the select split. Few pairs are held out: both splits of them are shown.
+    shown = files if kind.translates else {name: files[name] for name in kind.unseen}
     return {
         "base_model": "./base",
-        "experts": [{"name": domain, kind: f"./{domain}", "text": f"../text/{texts[domain].name}"} for domain in DOMAINS],
+        "experts": [{"name": domain, model: f"./{domain}", "text": files[domain]} for domain in kind.domains],
         "mixture": mixture,
         "output": says.get("output", {}),
-        "eval": {UNSEEN: f"../text/{texts[UNSEEN].name}"},
+        "eval": shown,
     }
 
 
 def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) -> Checkpoint:
     """The mixture's checkpoint: the one that is there, another one's with its router fitted anew, or a new one."""
-    out = _folder_of(folder, name)
+    out = folder_of_mixture(folder, name)
     write_file(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
     parsed = parse_recipe(recipe, where=name)
 
@@ -161,7 +168,7 @@ def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) 
     except CheckpointError:
         pass
     if name in REFITTED:
-        return _refitted(_folder_of(folder, REFITTED[name]), out, recipe["mixture"], report)
+        return _refitted(folder_of_mixture(folder, REFITTED[name]), out, recipe["mixture"], report)
     return build(make_plan(parsed, folder), out, overwrite=True, run=Run(progress=report))
 
 
@@ -173,5 +180,6 @@ def _refitted(source: Path, out: Path, mixture: dict[str, Any], progress: Progre
     return refit(open_checkpoint(out), mixture, run=Run(progress=progress))
 
 
-def _folder_of(folder: Path, name: str) -> Path:
+def folder_of_mixture(folder: Path, name: str) -> Path:
+    """Where a mixture of a seed lies."""
     return folder / name.replace(" ", "-")

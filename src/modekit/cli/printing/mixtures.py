@@ -101,12 +101,16 @@ def print_training(folder: Path, training: TrainedMixture) -> None:
 
 def print_summary(summary: dict[str, dict[str, float | None]]) -> None:
     """Draw the means over the seeds of a demo."""
-    table = Table("model", ["mean loss", "gap closed", "unseen / base"])
+    titles = {"mean_loss": "mean loss", "gap_closed": "gap closed", "unseen_against_base": "unseen / base"}
+    if any("bleu" in figures for figures in summary.values()):
+        titles |= {"bleu": "BLEU", "unseen_bleu": "BLEU,\nunseen"}
+    table = Table("model", list(titles.values()))
     for name, figures in summary.items():
-        cells = [
-            "-" if figures[key] is None else f"{figures[key]:.3f} ± {figures[key + '_spread']:.3f}"
-            for key in ("mean_loss", "gap_closed", "unseen_against_base")
-        ]
+        cells = []
+        for key in titles:
+            digits = 1 if "bleu" in key else 3
+            value, spread = figures.get(key), figures.get(f"{key}_spread")
+            cells.append("-" if value is None else f"{value:.{digits}f} ± {spread:.{digits}f}")
         table.add(name, *cells)
     out.print("Over the seeds: mean and largest deviation.")
     out.print(table)

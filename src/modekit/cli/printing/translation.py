@@ -11,6 +11,7 @@ from modekit.cli.printing.mixtures import print_notes, table_of_models
 from modekit.cli.printing.table import Table
 
 if TYPE_CHECKING:
+    from modekit.demo.translation import TranslatedTable
     from modekit.evaluation.translation.results import TranslationResults
 
 
@@ -28,3 +29,11 @@ def print_translations(results: TranslationResults) -> None:
     for metric, signature in results.signatures.items():
         out.print(Text(f"{metric}: {signature}", style="dim"))
     print_notes(results.notes)
+
+
+def print_translated(found: TranslatedTable) -> None:
+    """Draw BLEU and chrF of all models of a demo's seed."""
+    out.print("BLEU / chrF of held-out pairs, translated greedily.")
+    out.print(table_of_models(*found.table(between="\n")))
+    for metric, signature in found.signatures.items():
+        out.print(Text(f"{metric}: {signature}", style="dim"))

@@ -18,13 +18,13 @@ class TranslationScore:
     chrf: Number
 
 
-def require_sacrebleu() -> None:
-    """Raise ModekitError when the extra is not installed."""
+def require_sacrebleu(where: str = "modekit eval --translate") -> None:
+    """Raise ModekitError when the extra is not installed; `where` says what needs it."""
     try:
         importlib.import_module("sacrebleu.metrics")
     except ImportError as error:
         raise ModekitError(
-            "translations are scored by sacrebleu, which is not installed", where="modekit eval --translate", found=error,
+            "translations are scored by sacrebleu, which is not installed", where=where, found=error,
             expected="sacrebleu 2.4 or later", remedy="pip install 'modekit[translation]'",
         ) from None  # fmt: skip
 

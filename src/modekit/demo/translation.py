@@ -1,0 +1,156 @@
+"""What `modekit demo --translation` adds: a small Bart that reads pairs as the base, and what mixtures of it write.
+
+* DEMO/text/<domain>.jsonl: pairs, English and French (pairs.py)
+* DEMO/seed0/<mixture>/results: BLEU and chrF in translate.json, and in report.html with examples side by side
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import processors
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.demo.pairs import PAIRED
+from modekit.demo.text import GENERAL
+from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.translation.evaluate import evaluate_translation
+from modekit.evaluation.translation.scores import TranslationScore
+from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.files.staging import staging
+from modekit.loaded.load import without_bars
+from modekit.loaded.next_token import Training, train_language_model, training_sequences
+from modekit.report.result_files import find_translations
+from modekit.report.translation_file import Translations
+from modekit.report.write import write_report
+from modekit.run import Run
+from modekit.text.documents import read_documents
+from modekit.text.pairs import Pair
+from modekit.text.splits import documents_of_split
+
+VOCABULARY = 2_000
+DOMAIN_SHARE = 0.25  # of each domain's pairs that the base is trained on, too: it knows the domains' words, and little more
+ARCHITECTURE: dict[str, Any] = {
+    "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+BASE_TRAINING = Training(
+    batch_tokens=6_000, sequence_length=96, learning_rate=5e-3, muon_learning_rate=0.02, warmup=0.1, weight_decay=0.05,
+    by_length=True, autocast=True,
+)  # fmt: skip
+_DROPOUT = 0.2  # of the base, whose pairs are read many times; fine-tunes have none, which would be drawn without a seed
+
+
+def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, run: Run) -> None:
+    """Train tokenizer and base on the fit split of general pairs and a share of every domain's, and write the folder."""
+    fit = {
+        name: documents_of_split(read_documents([str(texts[name])], root=texts[name].parent, where=name), "fit")
+        for name in (*PAIRED, GENERAL)
+    }
+    tokenizer = pair_tokenizer(fit)
+    mixed = [*fit[GENERAL], *(pair for name in PAIRED for pair in fit[name][: int(DOMAIN_SHARE * len(fit[name]))])]
+    training = BASE_TRAINING.with_(steps=steps, seed=seed)
+    torch.manual_seed(seed)
+    model = BartForConditionalGeneration(BartConfig(
+        **{**ARCHITECTURE, "dropout": _DROPOUT}, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id,
+    ))  # fmt: skip
+    with staging(out, f"demo base of pairs {seed} {steps}", "model") as stage:
+        sequences = training_sequences(tokenizer, mixed, training)
+        train_language_model(model, list(model.parameters()), sequences, training, run=run, stage="train base")
+        model.config.dropout = ARCHITECTURE["dropout"]
+        with without_bars():
+            model.save_pretrained(stage.folder)
+        tokenizer.save_pretrained(stage.folder)
+
+
+def pair_tokenizer(documents: Mapping[str, Sequence[str]]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of both sides that ends every text with </s>."""
+    pairs = [pair for each in documents.values() for pair in each if isinstance(pair, Pair)]
+    tokenizer = byte_level_bpe((side for pair in pairs for side in (pair.source, pair.target)), VOCABULARY)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def translate_once(checkpoint: Checkpoint, pairs: int, run: Run) -> None:
+    """Score what a mixture writes, unless that is there, and draw the page that shows it beside what the base writes."""
+    if find_translations(checkpoint, []) is None:
+        evaluate_translation(checkpoint, pairs=pairs, run=run)
+        write_report(checkpoint)
+
+
+@dataclass(frozen=True)
+class TranslatedRow:
+    """One model: scores by domain."""
+
+    name: str
+    scores: Mapping[str, TranslationScore]
+
+    def mean(self, domains: Sequence[str]) -> TranslationScore | None:
+        """Over so many domains; None where one was not translated."""
+        found = [self.scores[domain] for domain in domains if domain in self.scores]
+        if not found or len(found) < len(domains):
+            return None
+        return TranslationScore(sum(s.bleu for s in found) / len(found), sum(s.chrf for s in found) / len(found))
+
+
+@dataclass(frozen=True)
+class TranslatedTable:
+    """What all models of a seed wrote; `signatures` say what sacrebleu computed."""
+
+    rows: Sequence[TranslatedRow]
+    domains: Sequence[str]
+    unseen: Sequence[str]
+    signatures: Mapping[str, str]
+
+    def names(self) -> list[str]:
+        """Of the rows, in their order."""
+        return [row.name for row in self.rows]
+
+    def row(self, name: str) -> TranslatedRow:
+        """A row by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
+        """Header and cells: BLEU and chrF per domain, their mean, unseen domains; `between` separates the two figures."""
+        header = ["model", *self.domains, "mean", *(f"{name}{between}unseen" for name in self.unseen)]
+        body = []
+        for row in self.rows:
+            scores = [*map(row.scores.get, self.domains), row.mean(self.domains), *map(row.scores.get, self.unseen)]
+            body.append([row.name, *("-" if each is None else f"{each.bleu:.1f}{between}{each.chrf:.1f}" for each in scores)])
+        return header, body
+
+    def markdown(self) -> str:
+        """For demo.md."""
+        said = [f"* {name}: {signature}" for name, signature in self.signatures.items()]
+        return "\n".join(["BLEU / chrF of held-out pairs.", "", markdown_table(*self.table()), "", *said]) + "\n"
+
+
+def translated_table(folders: Mapping[str, Path]) -> TranslatedTable:
+    """One table of the mixtures of a seed, by name: base, experts and oracle once, then every mixture under its name."""
+    found: dict[str, Translations] = {}
+    for name, folder in folders.items():
+        of_one = find_translations(open_checkpoint(folder), [])
+        assert of_one is not None  # `translate_once` has written it
+        found[name] = of_one
+    first = next(iter(found.values()))
+    rows = [(row.name, row) for row in first.rows if row.kind != "mixture"]
+    rows += [(name, row) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
+    return TranslatedTable(
+        [TranslatedRow(name, {domain: TranslationScore(each.bleu, each.chrf) for domain, each in row.domains.items()})
+         for name, row in rows],
+        first.domains, first.unseen, first.signatures.model_dump(),
+    )  # fmt: skip
