@@ -89,7 +89,7 @@ class DemoResults:
                 figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
             summary[row.name] = {}
             for name, values in figures.items():
-                summary[row.name] |= _mean_and_spread(name, values)
+                summary[row.name] |= _mean_and_deviation(name, values)
         return summary
 
 
@@ -101,7 +101,7 @@ def _bleu(score: TranslationScore | None) -> float | None:
     return None if score is None else score.bleu
 
 
-def _mean_and_spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
     known = [value for value in values if value is not None]
     mean = statistics.fmean(known) if known else None
     return {name: mean, name + "_spread": max(abs(v - mean) for v in known) if mean is not None else None}

@@ -109,8 +109,8 @@ def print_summary(summary: dict[str, dict[str, float | None]]) -> None:
         cells = []
         for key in titles:
             digits = 1 if "bleu" in key else 3
-            value, spread = figures.get(key), figures.get(f"{key}_spread")
-            cells.append("-" if value is None else f"{value:.{digits}f} ± {spread:.{digits}f}")
+            value, deviation = figures.get(key), figures.get(f"{key}_spread")
+            cells.append("-" if value is None else f"{value:.{digits}f} ± {deviation:.{digits}f}")
         table.add(name, *cells)
     out.print("Over the seeds: mean and largest deviation.")
     out.print(table)
