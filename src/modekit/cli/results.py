@@ -19,6 +19,7 @@ from modekit.cli.printing.translation import print_translated
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.cli.tasks import TaskOptions, score_tasks
+from modekit.cli.told import ToldOptions
 from modekit.cli.translate import TranslationOptions, score_translations
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeldOutOptions:
-    """How much held-out text is scored."""
+class HeldOutOptions(ToldOptions):
+    """How much held-out text is scored, and which labels of it are told."""
 
     tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None
     sequence_length: Annotated[
@@ -39,6 +40,10 @@ class HeldOutOptions:
     def of_text(self) -> dict[str, object]:
         """Those that mean nothing without text."""
         return {"--tokens": self.tokens, "--sequence-length": self.sequence_length}
+
+    def of_scores(self) -> dict[str, object]:
+        """Those that mean nothing where no text is scored."""
+        return {**self.of_text(), **self.of_labels()}
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,18 @@ def evaluate(
     if written.translate:
         others = {**held_out.of_text(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks(), "--chat": written.chat or None}
         refuse_without_effect("--translate scores translations", {**others, **written.beside_chat()})
-        score_translations(checkpoint, written, Run(trust_remote_code), as_json=as_json)
+        score_translations(checkpoint, written, held_out.asked(), Run(trust_remote_code), as_json=as_json)
         return
     refuse_without_effect("it belongs to --translate", written.beside_translate())
     if written.chat:
         refuse_without_effect(
-            "--chat asks questions", {**held_out.of_text(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()}
+            "--chat asks questions", {**held_out.of_scores(), "--tasks": of_tasks.tasks, **of_tasks.beside_tasks()}
         )
         score_chat(checkpoint, written, as_json=as_json, trust_remote_code=trust_remote_code)
         return
     refuse_without_effect("it belongs to --chat", written.beside_chat())
     if of_tasks.tasks is not None:
-        refuse_without_effect("--tasks scores no text", held_out.of_text())
+        refuse_without_effect("--tasks scores no text", held_out.of_scores())
         score_tasks(checkpoint, of_tasks, as_json=as_json, trust_remote_code=trust_remote_code)
         return
     refuse_without_effect("it belongs to --tasks", of_tasks.beside_tasks())
@@ -84,7 +89,7 @@ def evaluate(
     with drawn_progress() as progress:
         results = evaluate(
             open_checkpoint(resolved(checkpoint)), tokens_per_domain=held_out.tokens or 20_000,
-            sequence_length=held_out.sequence_length or 512,
+            sequence_length=held_out.sequence_length or 512, labels=held_out.asked(),
             run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:

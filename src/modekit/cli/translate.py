@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -15,6 +15,9 @@ from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import resolved
 from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.evaluation.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class TranslationOptions:
         }  # fmt: skip
 
 
-def score_translations(checkpoint: Path, options: TranslationOptions, run: Run, *, as_json: bool) -> None:
+def score_translations(
+    checkpoint: Path, options: TranslationOptions, labels: Labels | None, run: Run, *, as_json: bool
+) -> None:
     """Translate, score and draw the table."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.cli.printing.translation import print_translations
@@ -49,7 +54,7 @@ def score_translations(checkpoint: Path, options: TranslationOptions, run: Run, 
     decoding = Decoding(options.beams or 1, options.batch or 16, options.max_new_tokens or 256)
     with drawn_progress() as progress:
         results = evaluate_translation(
-            open_checkpoint(resolved(checkpoint)), pairs=options.pairs or 200, decoding=decoding,
+            open_checkpoint(resolved(checkpoint)), pairs=options.pairs or 200, decoding=decoding, labels=labels,
             run=replace(run, progress=progress),
         )  # fmt: skip
     if as_json:

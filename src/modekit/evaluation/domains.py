@@ -12,6 +12,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
+from modekit.text.chat import Conversation
 from modekit.text.held_out import HeldOutText, RecipeTexts
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import HeldOutSplit, text_record
@@ -19,12 +20,15 @@ from modekit.text.splits import HeldOutSplit, text_record
 
 @dataclass(frozen=True)
 class Domain:
-    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain."""
+    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `chats`: whether there
+    are conversations in it.
+    """
 
     name: str
     expert: int | None
     sequences: Sequence[TokenSequence]
     record: Mapping[str, Any]
+    chats: bool = False
 
     @property
     def scored_tokens(self) -> int:
@@ -36,7 +40,8 @@ def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_p
     """Documents as token sequences, none where there are none, with a record of both."""
     sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
     record = text_record(held.documents, sum(sequence.size for sequence in sequences))
-    return Domain(held.name, held.expert, sequences, {**record, "sequence_length": sequence_length})
+    chats = any(isinstance(document, Conversation) for document in held.documents)
+    return Domain(held.name, held.expert, sequences, {**record, "sequence_length": sequence_length}, chats)
 
 
 def recipe_texts(checkpoint: Checkpoint) -> RecipeTexts:

@@ -16,12 +16,14 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.gaps import SMALLEST_GAP, gaps_of, with_gaps
 from modekit.evaluation.identity import row_identity
-from modekit.evaluation.jobs import Job, row_jobs
+from modekit.evaluation.jobs import Job, label_jobs, row_jobs
+from modekit.evaluation.labels import Labels, check_labels, longest_with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.notes import notes_of
+from modekit.evaluation.notes import label_notes, notes_of
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.results_folder import read_results, write_table
 from modekit.files.read import UNREADABLE
+from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 
 
@@ -33,20 +35,28 @@ def evaluate(
     run: Run = QUIET,
     known: Results | None = None,
     seen: Collection[str] = (),
+    labels: Labels | None = None,
     write: bool = True,
 ) -> Results:
     """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
 
-    Documents whose digests are `seen` are left out, as those that something was set or trained by always are.
+    Documents whose digests are `seen` are left out, as those that something was set or trained by always are. With `labels` the
+    mixture that is told a label of every text has rows, too.
 
     Rows of `known` (by default the checkpoint's own earlier results) that ran the same weights on the same tokens are
-    taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded.
+    taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded, MismatchError
+    for labels that it cannot be told.
     """
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
+    if labels is not None:
+        check_labels(checkpoint, labels, tokenizer)
+        sequence_length = longest_with_tag(sequence_length, checkpoint.config) if labels.by == "tag" else sequence_length
     domains = held_out_domains(
         checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen,
         run=run,
     )  # fmt: skip
     jobs, notes = row_jobs(checkpoint, run=run)
+    jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, run=run)
     rows = _run(jobs, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
     gaps = gaps_of(rows, [domain.name for domain in domains])
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
@@ -54,6 +64,7 @@ def evaluate(
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
     rows = with_gaps(rows, gaps)
     notes += notes_of(rows, domains, SMALLEST_GAP)
+    notes += [] if labels is None else label_notes(labels, rows, domains, checkpoint.record.recipe)
     results = Results(
         rows,
         [domain.name for domain in domains if domain.expert is not None],
@@ -77,13 +88,14 @@ def _run(jobs: Sequence[Job], domains: Sequence[Domain], known: Sequence[Row], r
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
         for domain in domains:
-            if job.kind != "oracle" or domain.expert is not None:
+            text = job.text(domain)
+            if text is not None:
                 score = earlier.get((identity, domain.name))
                 if score is None or (score.blocks is None and len(domain.sequences) > 1):
                     model = model if model is not None else job.load()
-                    with job.within(model, domain):
-                        score = score_domain(model, domain, partial(run.progress, f"score {job.name}", total=total), done)
-                scores[domain.name] = score
+                    with job.within(model, text):
+                        score = score_domain(model, text, partial(run.progress, f"score {job.name}", total=total), done)
+                scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
         rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.identity import mixture_identities, source_hashes
+from modekit.evaluation.labels import Labels, experts_told, no_place_for_a_tag, tags_told, with_tag
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_expert
 from modekit.loaded.load import load_model
@@ -20,6 +21,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
 from modekit.run import Run
 from modekit.sources.adapter import is_adapter
+from modekit.text.tags import labels_of
 
 ALONE = "without the base beside it"
 """Row of a mixture whose base runs apart (always_on): what its experts are worth without it."""
@@ -29,7 +31,8 @@ ALONE = "without the base beside it"
 class Job:
     """A row to run: how many parameters it has, what it is made from, and the model.
 
-    `within` is open while a domain is scored: the oracle is another model in each.
+    `text` is what is read of a domain, None where it is not scored; `within` is open while that is scored: the oracle is
+    another model in each domain.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Job:
     active: int
     identity: str
     load: Callable[[], PreTrainedModel]
+    text: Callable[[Domain], Domain | None] = lambda domain: domain
     within: Callable[[PreTrainedModel, Domain], AbstractContextManager[None]] = lambda _model, _domain: nullcontext()
 
 
@@ -83,11 +87,65 @@ def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], run: Run) -> It
     if checkpoint.record.recipe.mixture.weights is None:
         yield Job(
             "oracle", "oracle", total, active, f"oracle {carried}", load,
-            lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
+            text=lambda domain: None if domain.expert is None else domain,
+            within=lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
         )  # fmt: skip
     yield Job("mixture", "mixture", total, active, f"{carried} {decided}", load)
     if checkpoint.shape.routing.runs_common:
         yield Job(
             ALONE, "mixture", total, active, f"alone {carried} {decided}", load,
-            lambda model, _domain: mixture_of(model, checkpoint).without_common(),
+            within=lambda model, _domain: mixture_of(model, checkpoint).without_common(),
         )  # fmt: skip
+
+
+def label_jobs(
+    checkpoint: Checkpoint, labels: Labels, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, *, run: Run
+) -> list[Job]:
+    """Jobs of the mixture that is told a label of every text and, by tag, of the base, where it is still there.
+
+    A row without labels is the model as it is, by the same identity. Raises TextError for conversations under tags.
+    """
+    recipe, known = checkpoint.record.recipe, labels_of(tokenizer)
+    plain = _untold_jobs(checkpoint, run)
+    seen = {domain.name: domain.expert for domain in domains}
+    chats = next((domain.name for domain in domains if domain.chats), None)
+    if labels.by == "tag" and chats is not None:
+        raise no_place_for_a_tag(chats)
+    jobs = []
+    for model, told in labels.rows():
+        places = experts_told(told, seen, recipe)
+        if model not in plain or not places:
+            continue
+        job = replace(plain[model], name=labels.row(model, told), kind="label")
+        if told != "none" and labels.by == "gate":
+            job = _by_gate(checkpoint, job, places)
+        elif told != "none":
+            job = _by_tag(job, tags_told(places, recipe, known), tokenizer)
+        jobs.append(job)
+    return jobs
+
+
+def _untold_jobs(checkpoint: Checkpoint, run: Run) -> dict[str, Job]:
+    """Mixture and base as they are, by name."""
+    jobs, _ = row_jobs(checkpoint, run=run)
+    return {job.name: job for job in jobs if job.name in (BASE, "mixture")}
+
+
+def _by_gate(checkpoint: Checkpoint, job: Job, places: Mapping[str, int | None]) -> Job:
+    """All weight on the expert whose label a domain is told; what the router would say is no part of the row."""
+    carried, _ = mixture_identities(checkpoint, source_hashes(checkpoint))
+    return replace(
+        job, identity=f"told {dict(places)} {carried}", text=lambda domain: domain if domain.name in places else None,
+        within=lambda model, domain: mixture_of(model, checkpoint).forced(places[domain.name] or 0),
+    )  # fmt: skip
+
+
+def _by_tag(job: Job, tags: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase) -> Job:
+    """The tag of a label before every text."""
+
+    def text(domain: Domain) -> Domain | None:
+        if domain.name not in tags:
+            return None
+        return replace(domain, sequences=with_tag(tokenizer, domain.sequences, tags[domain.name]))
+
+    return replace(job, identity=f"tagged {dict(tags)} {job.identity}", text=text)

@@ -5,17 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from modekit.evaluation.labels import Labels, Told, notes_of_labels, worth_of_labels
 from modekit.evaluation.uncertainty import in_blocks, mean_error
 from modekit.recipes.strict import BASE
 
 if TYPE_CHECKING:
     from modekit.evaluation.domains import Domain
     from modekit.evaluation.results import Row, Score
+    from modekit.recipes.recipe import Recipe
 
 
 def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> list[str]:
     """Notes on scored rows, one sentence each. Differences of loss below `least` (nats per token) mean nothing."""
     return [*_without_errors(rows, domains), *_beaten(rows, domains, least)]
+
+
+def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], recipe: Recipe) -> list[str]:
+    """Notes on rows that were told labels: which, and what they are worth."""
+    own = [domain.name for domain in domains if domain.expert is not None]
+    losses = {row.name: row.mean_loss(own) for row in rows}
+    gains: dict[tuple[str, Told], str] = {}
+    for model, told in labels.rows():
+        with_label, without = losses.get(labels.row(model, told)), losses.get(model)
+        if told != "none" and with_label is not None and without is not None:
+            gains[model, told] = f"{(without - with_label) * (1 if told == 'right' else -1):.3f} nats per token"
+    seen = {domain.name: domain.expert for domain in domains}
+    return [*notes_of_labels(labels, seen, recipe), *worth_of_labels(labels, gains)]
 
 
 def _without_errors(rows: Sequence[Row], domains: Sequence[Domain]) -> Iterator[str]:

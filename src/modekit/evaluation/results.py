@@ -11,7 +11,8 @@ from pydantic import BaseModel, model_validator
 from modekit.evaluation.markdown import markdown_table
 from modekit.files.typed import Count, Label, Number, as_kind
 
-Kind = Literal["base", "expert", "average", "oracle", "mixture"]
+Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
+"""Of a row; `label`: the mixture, or the base, that was told a label of every text."""
 MOST_CELLS = 2**18
 """Of a table that is read from a file: more than anybody measures."""
 

@@ -108,11 +108,13 @@ class ModekitLayout:
 
     @cached_property
     def _said(self) -> MixtureConfig:
+        labels = self._recipe.other_labels
+        optional: dict[str, Any] = {"variant": self._family.variant} if self._family.variant else {}
+        optional |= {"labels": labels} if labels else {}
         return MixtureConfig(
             format=FORMAT, dense_type=self._family.model_type, experts=self._recipe.names,
             routing=routing_config(self._recipe), places={place.module: self._entry(place) for place in self._places},
-            **({"variant": self._family.variant} if self._family.variant else {}),
-            **({"labels": self._recipe.other_labels} if self._recipe.other_labels else {}),
+            **optional,
         )  # fmt: skip
 
     def _entry(self, place: PlannedPlace) -> Place:

@@ -1,7 +1,7 @@
 """`modekit eval OUT --translate`: what base, experts, oracle and mixture write of held-out sources, scored by sacrebleu.
 
 Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it; the oracle has,
-in each domain, what the domain's own expert wrote.
+in each domain, what the domain's own expert wrote, and the mixture that is told a label by its gate what the label's wrote.
 
     OUT/results/translate.json, translate.md    BLEU and chrF per domain, speed, and where mixture and base differ most
 """
@@ -18,6 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.labels import (
+    Labels,
+    Told,
+    check_labels,
+    experts_told,
+    longest_with_tag,
+    notes_of_labels,
+    tags_told,
+    with_tag,
+    worth_of_labels,
+)
 from modekit.evaluation.results import Kind
 from modekit.evaluation.results_folder import write_results
 from modekit.evaluation.translation.decoding import Decoding, Written, first_token, set_decoding, together, translated
@@ -33,6 +44,7 @@ from modekit.text.held_out import HeldOutText
 from modekit.text.pairs import Pair
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
+from modekit.text.tags import labels_of
 
 TRANSLATE_FILE = "translate.json"
 ORACLE, MIXTURE = "oracle", "mixture"
@@ -55,20 +67,22 @@ class _Domain:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row before it is scored."""
+    """A row before it is scored; `model`: what it is of, by name, where it was told labels."""
 
     name: str
     kind: Kind
     written: Mapping[str, Written]
+    model: str = ""
 
 
 def evaluate_translation(
-    checkpoint: Checkpoint, *, pairs: int = 200, decoding: Decoding | None = None, run: Run = QUIET, write: bool = True
-) -> TranslationResults:
+    checkpoint: Checkpoint, *, pairs: int = 200, decoding: Decoding | None = None, labels: Labels | None = None,
+    run: Run = QUIET, write: bool = True,
+) -> TranslationResults:  # fmt: skip
     """Translate so many pairs per domain and, with `write`, write OUT/results/translate.json and translate.md.
 
-    Raises MismatchError for a mixture without an encoder, ModekitError without sacrebleu, TextError when a domain has no
-    held-out pairs or none that fits into the model, SourceError when a model cannot be loaded.
+    Raises MismatchError for a mixture without an encoder, or labels that it cannot be told, ModekitError without sacrebleu,
+    TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded.
     """
     _check_encoder(checkpoint)
     require_sacrebleu()
@@ -76,12 +90,17 @@ def evaluate_translation(
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     positions: Any = checkpoint.config.get("max_position_embeddings")
     longest = min(_LONGEST, positions or _LONGEST)
+    if labels is not None:
+        check_labels(checkpoint, labels, tokenizer)
+        longest = longest_with_tag(longest, checkpoint.config) if labels.by == "tag" else longest
     domains = [_domain(held, tokenizer, pairs, longest, notes) for held in held_out_texts(checkpoint)]
     decoding = decoding or Decoding()
     if positions is not None and decoding.max_new_tokens > positions:
         decoding = replace(decoding, max_new_tokens=positions)
-    rows = _Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows()
+    rows = _Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows(labels)
     results = _results(checkpoint, domains, rows, {**vars(decoding), "pairs": pairs, "machine": _machine()}, notes)
+    if labels is not None:
+        results = replace(results, notes=[*results.notes, *_label_notes(labels, results, domains, checkpoint)])
     if write:
         write_results(checkpoint, {TRANSLATE_FILE: json_bytes(results.as_data()), "translate.md": results.markdown().encode()})
     return results
@@ -135,34 +154,67 @@ class _Translator:
         self._decoding, self._run, self._notes = decoding, run, notes
         self._begins = first_token(tokenizer, (pair for domain in domains for pair in domain.encoded))
         self._folds_weights = checkpoint.record.recipe.mixture.weights is not None
-        passes = 2 + (0 if self._folds_weights else len(checkpoint.names))
-        self._done, self._total = 0, passes * sum(len(domain.pairs) for domain in domains)
+        self._own = {domain.name: domain.expert for domain in domains}
+        self._done = self._total = 0
 
-    def rows(self) -> list[_Row]:
+    def rows(self, labels: Labels | None) -> list[_Row]:
         """In the order of the table."""
-        return [*self._base(), *self._mixtures()]
+        passes = 2 + (0 if self._folds_weights else len(self._checkpoint.names))
+        if labels is not None and labels.by == "tag":  # by gate nothing is written anew
+            passes += sum(told != "none" for _, told in labels.rows())
+        self._total = passes * sum(len(domain.pairs) for domain in self._domains)
+        told = labels or Labels(told=())
+        base = list(self._base(told))
+        return [*base[:1], *self._mixtures(told), *base[1:]]
 
-    def _base(self) -> Iterator[_Row]:
+    def _base(self, labels: Labels) -> Iterator[_Row]:
         folder = self._checkpoint.source_folder(self._checkpoint.record.sources[0])
         if folder.is_dir():
-            yield self._row(self._ready(load_model(folder, run=self._run)), BASE, "base")
+            model = self._ready(load_model(folder, run=self._run))
+            plain = self._row(model, BASE, "base")
+            yield from (plain, *self._told_by_tag(model, plain, labels))
         else:
             self._notes.append("base left out, and so the comparison with it: it is no longer where the recipe found it")
 
-    def _mixtures(self) -> Iterator[_Row]:
+    def _mixtures(self, labels: Labels) -> Iterator[_Row]:
         checkpoint = self._checkpoint
         model = self._ready(load_model(checkpoint.folder, run=self._run))
+        experts: list[_Row] = []
         if self._folds_weights:
             self._notes.append("experts and oracle left out: given weights are folded into the experts: none is whole")
         else:
-            experts = []
             for place, name in enumerate(checkpoint.names):
                 with mixture_of(model, checkpoint).forced(place):
                     experts.append(self._row(model, name, "expert"))
                 yield experts[-1]
             own = {each.name: experts[each.expert].written[each.name] for each in self._domains if each.expert is not None}
             yield _Row(ORACLE, "oracle", own)
-        yield self._row(model, MIXTURE, "mixture")
+        mixture = self._row(model, MIXTURE, "mixture")
+        yield from (mixture, *self._told_by_gate(experts, mixture, labels), *self._told_by_tag(model, mixture, labels))
+
+    def _told_by_gate(self, experts: Sequence[_Row], mixture: _Row, labels: Labels) -> Iterator[_Row]:
+        """All weight on the expert whose label a domain is told: what that has written already."""
+        for told in labels.told if labels.by == "gate" else ():
+            places = experts_told(told, self._own, self._checkpoint.record.recipe)
+            written = {name: (mixture if at is None else experts[at]).written[name] for name, at in places.items()}
+            if written:
+                yield _Row(labels.row(MIXTURE, told), "label", written, MIXTURE)
+
+    def _told_by_tag(self, model: PreTrainedModel, plain: _Row, labels: Labels) -> Iterator[_Row]:
+        """The tag of a label before every source; without one what the model wrote of it as it is."""
+        recipe, known = self._checkpoint.record.recipe, labels_of(self._tokenizer)
+        for told in labels.told if labels.by == "tag" else ():
+            places = experts_told(told, self._own, recipe)
+            if not places:
+                continue
+            name, tags = labels.row(plain.name, told), tags_told(places, recipe, known)
+            sources = {
+                each.name: with_tag(self._tokenizer, each.encoded, tags[each.name])
+                for each in self._domains
+                if each.name in tags
+            }
+            row = plain if told == "none" else self._row(model, name, "label", sources)
+            yield replace(row, name=name, kind="label", model=plain.name)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that writes as is asked, and has written something: what is slow the first time is not measured."""
@@ -174,15 +226,20 @@ class _Translator:
             self._notes.append(f"{begun}, as the tokenizer begins targets: the model's generation_config.json forces none")
         return model
 
-    def _row(self, model: PreTrainedModel, name: str, kind: Kind) -> _Row:
+    def _row(
+        self, model: PreTrainedModel, name: str, kind: Kind, sources: Mapping[str, Sequence[TokenSequence]] | None = None
+    ) -> _Row:
+        """A row of what a model writes of `sources` by domain, of every domain's as they are where none are given."""
+        read = {domain.name: domain.encoded for domain in self._domains} if sources is None else sources
+
         def advance(count: int) -> None:
             self._done += count
             self._run.progress(f"translate: {name}", self._done, self._total)
 
         batch = self._decoding.batch
-        return _Row(name, kind, {
-            domain.name: translated(model, self._tokenizer, domain.encoded, batch, advance) for domain in self._domains
-        })  # fmt: skip
+        return _Row(
+            name, kind, {domain: translated(model, self._tokenizer, each, batch, advance) for domain, each in read.items()}
+        )
 
 
 def _results(
@@ -208,7 +265,8 @@ def _scored(checkpoint: Checkpoint, row: _Row, domains: Sequence[_Domain], score
         if domain.name in row.written
     }
     sizes, every = checkpoint.parameters, together(row.written.values())
-    total, active = (sizes.dense, sizes.dense) if row.kind in ("base", "expert") else (sizes.total, sizes.active)
+    dense = row.kind in ("base", "expert") or row.model == BASE
+    total, active = (sizes.dense, sizes.dense) if dense else (sizes.total, sizes.active)
     return TranslationRow(row.name, row.kind, total, active, scores, every.tokens, every.seconds, every.cut)
 
 
@@ -239,7 +297,23 @@ def _notes(domains: Sequence[_Domain], rows: Sequence[TranslationRow], settings:
     yield f"tokens per second were measured on this machine ({settings['machine']}), {settings['batch']} sources at a time"
     cut = [f"{row.name} {row.cut}" for row in rows if row.cut and row.kind != "oracle"]
     if cut:
-        yield f"translations that ended at the limit of {settings['max_new_tokens']} tokens: {', '.join(cut)}"
+        yield f"translations that ended at the limit of {settings['max_new_tokens']} tokens: {'; '.join(cut)}"
+
+
+def _label_notes(
+    labels: Labels, results: TranslationResults, domains: Sequence[_Domain], checkpoint: Checkpoint
+) -> Iterator[str]:
+    """Which labels were told, and what they are worth."""
+    means = {row.name: row.mean(results.domains) for row in results.rows}
+    gains: dict[tuple[str, Told], str] = {}
+    for model, told in labels.rows():
+        with_label, without = means.get(labels.row(model, told)), means.get(model)
+        if told != "none" and with_label is not None and without is not None:
+            sign = 1 if told == "right" else -1
+            bleu, chrf = (sign * (getattr(with_label, name) - getattr(without, name)) for name in ("bleu", "chrf"))
+            gains[model, told] = f"{bleu:.1f} BLEU and {chrf:.1f} chrF"
+    yield from notes_of_labels(labels, {each.name: each.expert for each in domains}, checkpoint.record.recipe)
+    yield from worth_of_labels(labels, gains)
 
 
 def _machine() -> str:

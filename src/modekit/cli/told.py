@@ -1,0 +1,50 @@
+"""Labels at test time: the options of `modekit eval` that say which are told, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from modekit.errors import ModekitError
+
+if TYPE_CHECKING:
+    from modekit.evaluation.labels import Labels
+
+_ALL = "all"
+
+
+@dataclass(frozen=True)
+class ToldOptions:
+    """Which labels a mixture is told of the texts, and how."""
+
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="right,wrong,none", help="Also score the mixture that is told labels: some of right, wrong, none, or all."
+        ),
+    ] = None
+    by: Annotated[
+        Literal["gate", "tag"] | None,
+        typer.Option(help="How labels are told: gate (default), all weight on the expert, or tag, its token before the text."),
+    ] = None
+
+    def of_labels(self) -> dict[str, object]:
+        """The options by name."""
+        return {"--labels": self.labels, "--by": self.by}
+
+    def asked(self) -> Labels | None:
+        """What is asked for: all labels where only the way is given; None without either. Raises ModekitError."""
+        from modekit.evaluation.labels import TOLD, Labels
+
+        if self.labels is None and self.by is None:
+            return None
+        given = (self.labels or _ALL).split(",")
+        wanted = [*TOLD] if given == [_ALL] else [each.strip() for each in given]
+        if not set(wanted) <= set(TOLD) or len(set(wanted)) < len(wanted):
+            raise ModekitError(
+                "no such labels", where="--labels", found=self.labels, expected=f"some of {', '.join(TOLD)}, each once, or all",
+                remedy="write --labels right,wrong",
+            )  # fmt: skip
+        return Labels(self.by or "gate", tuple(told for told in TOLD if told in wanted))

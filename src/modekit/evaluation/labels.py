@@ -1,0 +1,150 @@
+"""Labels at test time: which label every text is told by, and what a model reads then (arXiv 2407.01126).
+
+    right   the label of the domain's own expert; of an unseen domain that of the expert that knows its name, else none
+    wrong   that of the expert behind the right one, the first behind the last; unseen domains without a right one have those
+            of the experts in turn
+    none    no label
+
+A label is told by `gate`, where all weight is its expert's, or by `tag`, the reserved token of text/tags.py before the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from modekit.errors import MismatchError, TextError
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.tags import labels_of, tag_ids, tag_of, tagged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from modekit.checkpoint.checkpoint import Checkpoint
+
+By = Literal["gate", "tag"]
+Told = Literal["right", "wrong", "none"]
+TOLD: tuple[Told, ...] = get_args(Told)
+_WORDS: Mapping[By, str] = {"gate": "label", "tag": "tag"}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels are told, in the order of the rows, and how."""
+
+    by: By = "gate"
+    told: tuple[Told, ...] = TOLD
+
+    def row(self, model: str, told: Told) -> str:
+        """Name of a model's row under such labels: "mixture, right label", "base, no tag"."""
+        return f"{model}, {'no' if told == 'none' else told} {_WORDS[self.by]}"
+
+    def rows(self) -> list[tuple[str, Told]]:
+        """The models that are told, each with every kind of label."""
+        models = ("mixture", BASE) if self.by == "tag" else ("mixture",)
+        return [(model, told) for model in models for told in self.told]
+
+
+def experts_told(told: Told, domains: Mapping[str, int | None], recipe: Recipe) -> dict[str, int | None]:
+    """Domain -> place of the expert whose label it is told; None: no label. A domain that has no such label is left out.
+
+    `domains`: name -> place of its own expert, None for an unseen one.
+    """
+    if told == "none":
+        return dict.fromkeys(domains)
+    experts = len(recipe.names)
+    right = {name: recipe.expert_of(name) if own is None else own for name, own in domains.items()}
+    if told == "right":
+        return {name: place for name, place in right.items() if place is not None}
+    strangers = [name for name, place in right.items() if place is None]
+    wrong = {name: strangers.index(name) % experts if place is None else (place + 1) % experts for name, place in right.items()}
+    return {name: place for name, place in wrong.items() if place != right[name]}  # of a single expert no label is wrong
+
+
+def tags_told(places: Mapping[str, int | None], recipe: Recipe, known: Sequence[str]) -> dict[str, str | None]:
+    """Domain -> the label whose tag stands before its text: its own name, where that leads to the expert told and has a tag
+    (`known`), else the expert's.
+    """
+    found: dict[str, str | None] = {}
+    for name, place in places.items():
+        own = place is not None and name in known and recipe.expert_of(name) == place
+        found[name] = None if place is None else name if own else recipe.names[place]
+    return found
+
+
+def check_labels(checkpoint: Checkpoint, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise MismatchError when a mixture cannot be told labels so."""
+    recipe = checkpoint.record.recipe
+    if labels.by == "gate" and recipe.mixture.weights is not None:
+        raise MismatchError(
+            "a label cannot be told by the gate: no expert is whole in this mixture", where=f"{checkpoint.folder}: --labels",
+            found="mixture.weights, which are folded into the experts", remedy="leave --labels out, or build without weights",
+        )  # fmt: skip
+    missing = [name for name in recipe.names if name not in labels_of(tokenizer)] if labels.by == "tag" else []
+    if missing:
+        raise MismatchError(
+            "a label cannot be told by a tag: the tokenizer has none for it", where=f"{checkpoint.folder}: --by tag",
+            found=f"no tag for {', '.join(missing)}", expected=f"a token for every expert, such as {tag_of(missing[0])}",
+            remedy="make base and experts with `modekit specialize --tags` and build again, or take --by gate",
+        )  # fmt: skip
+
+
+def longest_with_tag(sequence_length: int, config: Mapping[str, Any]) -> int:
+    """How long a text may be so that a tag before it fits into the model's positions, too."""
+    positions: int | None = config.get("max_position_embeddings")
+    return sequence_length if positions is None else max(2, min(sequence_length, positions - 1))
+
+
+def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence], label: str | None) -> list[TokenSequence]:
+    """The same sequences, each with a label's tag where the tokenizer writes it; what is predicted stays. None: as they are."""
+    if label is None:
+        return list(sequences)
+    (tag,) = tag_ids(tokenizer, [label])
+    (sample,) = encode(tokenizer, [tagged("a text", label)], max_tokens=64, sequence_length=64)
+    opening = sample.ids[: sample.tag or 0]  # special tokens, which later pieces of a document do not have
+    found = []
+    for each in sequences:
+        place = len(opening) if each.ids[: len(opening)] == opening else 0
+        ids = (*each.ids[:place], tag, *each.ids[place:])
+        found.append(TokenSequence(ids, each.scored_bytes, each.start, each.target, place))
+    return found
+
+
+def no_place_for_a_tag(domain: str) -> TextError:
+    """The error for conversations under `--by tag`."""
+    return TextError(
+        "a conversation has no place for a tag: its template decides what stands first", where=domain,
+        expected="text, or pairs", remedy="take --by gate",
+    )  # fmt: skip
+
+
+def notes_of_labels(labels: Labels, domains: Mapping[str, int | None], recipe: Recipe) -> Iterator[str]:
+    """What has to be said of the labels that were told."""
+    if "right" in labels.told:
+        right = experts_told("right", domains, recipe)
+        mapped = [
+            f"{name} is {recipe.names[right[name] or 0]}'s" for name, own in domains.items() if own is None and name in right
+        ]
+        without = [name for name in domains if name not in right]
+        said = [*([", ".join(mapped)] if mapped else []), *([f"{', '.join(without)}: none"] if without else [])]
+        if said:
+            yield f"right {_WORDS[labels.by]}s of unseen domains: {'; '.join(said)}"
+    if "wrong" in labels.told:
+        wrong = experts_told("wrong", domains, recipe)
+        said = [f"{name} was told {recipe.names[place or 0]}" for name, place in wrong.items()]
+        if said:
+            yield f"wrong {_WORDS[labels.by]}s, the next expert's: {', '.join(said)}"
+
+
+def worth_of_labels(labels: Labels, gains: Mapping[tuple[str, Told], str]) -> Iterator[str]:
+    """What a right label gains over none and a wrong one costs, in one line per model; `gains` are said in words."""
+    for model in dict.fromkeys(model for model, _ in gains):
+        parts = [
+            f"a {told} one {'gains' if told == 'right' else 'costs'} {gains[model, told]}"
+            for told in ("right", "wrong")
+            if (model, told) in gains
+        ]
+        yield f"{model}, a {_WORDS[labels.by]} against none, mean over the domains: {', '.join(parts)}"

@@ -1,0 +1,241 @@
+"""Labels at test time: what a label is worth by gate and by tag, against passes that are run by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modekit.evaluation.jobs as jobs_module
+from command_line import ended, modekit
+from conftest import DOMAINS, Workshop
+from labelled import LABEL, STRANGER, make_labelled, of_adapters
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import MismatchError, TextError
+from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.labels import Labels, experts_told, tags_told, with_tag
+from modekit.evaluation.loss import score_domain
+from modekit.evaluation.results import Results, Score, results_from_data
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.shapes import mixture_of
+from modekit.recipes.read import parse_recipe
+from modekit.text.sequences import encode
+from modekit.text.tags import labels_of, tagged
+
+SIZES: dict[str, Any] = {"tokens_per_domain": 250, "sequence_length": 40}
+ROWS = ["mixture, right label", "mixture, wrong label", "mixture, no label"]
+TAG_ROWS = [f"{model}, {told} tag" for model in ("mixture", "base") for told in ("right", "wrong", "no")]
+RIGHT = {"medicine": 0, "law": 1, "code": 2, LABEL: 1}
+WRONG = {"medicine": 1, "law": 2, "code": 0, LABEL: 2, STRANGER: 0}
+KINDS: dict[str, dict[str, Any]] = {
+    "native": {"output": {"format": "native"}},
+    "whole models": {"mixture": {"modules": "all", "top_k": 1, "router": {"fit": "ngram", "buckets": 64}}},
+    "adapters": {"output": {"format": "modekit"}},
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_labelled(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def scored(request: pytest.FixtureRequest, shop: Workshop) -> tuple[Checkpoint, Results]:
+    changes = dict(KINDS[request.param])
+    if request.param == "adapters":
+        changes["experts"] = of_adapters(shop)
+    checkpoint = open_checkpoint(shop.build(request.param.replace(" ", "-"), **changes))
+    return checkpoint, evaluate(checkpoint, **SIZES, labels=Labels())
+
+
+def by_hand(checkpoint: Checkpoint, domain: Domain, expert: int | None) -> Score:
+    model = load_model(checkpoint.folder)
+    if expert is None:
+        return score_domain(model, domain, lambda _: None)
+    with mixture_of(model, checkpoint).forced(expert):
+        return score_domain(model, domain, lambda _: None)
+
+
+def same(first: Score, second: Score) -> bool:
+    """Bit for bit, but for what is made of it and other rows."""
+    return (first.loss, first.blocks, first.bits_per_byte) == (second.loss, second.blocks, second.bits_per_byte)
+
+
+def test_by_gate_a_label_is_a_forced_pass(scored: tuple[Checkpoint, Results]) -> None:
+    checkpoint, results = scored
+    domains = {domain.name: domain for domain in held_out_domains(checkpoint, **SIZES)}
+    assert [row.name for row in results.rows if row.kind == "label"] == ROWS
+    for told, places in (("right", RIGHT), ("wrong", WRONG)):
+        row = results.row(f"mixture, {told} label")
+        assert set(row.scores) == set(places)  # what nobody knows has no right label
+        for name, place in places.items():
+            assert same(row.scores[name], by_hand(checkpoint, domains[name], place)), (told, name)
+            assert row.scores[name].loss != results.row("mixture").scores[name].loss or "whole" in checkpoint.folder.name
+    for name in DOMAINS:
+        assert results.row(ROWS[0]).scores[name] == results.row("oracle").scores[name]
+        assert results.row(ROWS[0]).scores[name].loss != results.row(ROWS[1]).scores[name].loss
+    none = results.row(ROWS[2])
+    assert (none.scores, none.identity) == (results.row("mixture").scores, results.row("mixture").identity)
+    assert same(none.scores[STRANGER], by_hand(checkpoint, domains[STRANGER], None))
+
+
+def test_what_a_label_is_worth_is_said_in_a_line(scored: tuple[Checkpoint, Results]) -> None:
+    _, results = scored
+    none, right, wrong = (sum(results.row(name).scores[each].loss for each in DOMAINS) / 3 for name in ("mixture", *ROWS[:2]))
+    said = f"a right one gains {none - right:.3f} nats per token, a wrong one costs {wrong - none:.3f} nats per token"
+    assert [note for note in results.notes if said in note] == [f"mixture, a label against none, mean over the domains: {said}"]
+    assert f"right labels of unseen domains: {LABEL} is law's; {STRANGER}: none" in results.notes
+    assert any(
+        f"law was told code, code was told medicine, {LABEL} was told code, {STRANGER} was told" in n for n in results.notes
+    )
+
+
+def test_rows_are_taken_over_but_never_for_another_label(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(shop.build("CACHED", output={"format": "native"}))
+    first = evaluate(checkpoint, **SIZES, labels=Labels(told=("wrong",)))
+    assert [row.name for row in first.rows[-2:]] == ["mixture", "mixture, wrong label"]
+    loaded: list[Path] = []
+    real = jobs_module.load_model
+    monkeypatch.setattr(jobs_module, "load_model", lambda folder, **k: (loaded.append(folder), real(folder, **k))[1])
+    second = evaluate(checkpoint, **SIZES, labels=Labels())
+    assert loaded == [checkpoint.folder]  # for the right label alone: without one it is the mixture
+    assert second.row("mixture, wrong label") == first.rows[-1]
+    assert len({row.identity for row in second.rows}) == len(second.rows) - 1
+    assert evaluate(checkpoint, **SIZES, labels=Labels()).rows == second.rows and len(loaded) == 1
+    assert belongs_to(second, checkpoint)
+    assert results_from_data(json.loads(json.dumps(second.as_data()))).rows == second.rows
+    # Under another label "court" is another expert's text, and what was run for law's is not taken.
+    experts = [{key: value for key, value in each.items() if key != "labels"} for each in shop.recipe["experts"]]
+    experts[2]["labels"] = [LABEL]
+    other = open_checkpoint(shop.build("CACHED-TOO", output={"format": "native"}, experts=experts))
+    third = evaluate(other, **SIZES, labels=Labels(told=("right",)), known=second)
+    assert third.row("mixture, right label").scores["law"] == second.row("mixture, right label").scores["law"]
+    assert third.row("mixture, right label").scores[LABEL] != second.row("mixture, right label").scores[LABEL]
+
+
+def test_by_gate_a_label_changes_the_routes_and_of_adapters_what_is_said_under_it(shop: Workshop) -> None:
+    checkpoint = open_checkpoint(shop.build("ROUTES", experts=of_adapters(shop)))
+    model: Any = load_model(checkpoint.folder)
+    ids = torch.arange(4, 24).reshape(2, 10)
+
+    def said(*labels: str | None) -> torch.Tensor:
+        model.use_expert(None if labels[0] is None else list(labels))
+        with torch.inference_mode():
+            logits: torch.Tensor = model(input_ids=ids).logits
+        return logits
+
+    plain, law, mixed = said(None), said("law", "law"), said("law", "medicine")
+    assert not torch.equal(plain, law) and torch.equal(said(LABEL, LABEL), law)
+    assert torch.allclose(mixed[0], law[0], atol=1e-5) and not torch.allclose(mixed[1], law[1], atol=1e-3)
+    assert torch.equal(said(None), plain)
+    flow, weights = model.base_model.flow, {}
+    for label in ("law", "medicine"):
+        said(label, label)
+        weights[label] = [each.leader.weights for each in flow.mixed.values()]
+        assert all(bool((each[..., DOMAINS.index(label)] == 1).all()) for each in weights[label])
+    medicine = said("medicine", "medicine")
+    for each in flow.mixed.values():  # another adapter for law: ranks are 2 each, side by side
+        with torch.no_grad():
+            each.lora_B[:, 2:4] *= -1
+    assert torch.equal(said("medicine", "medicine"), medicine) and not torch.equal(said("law", "law"), law)
+
+
+@pytest.mark.parametrize("kind", ["native", "adapters"])
+def test_by_tag_the_token_of_a_label_stands_before_the_text(shop: Workshop, kind: str) -> None:
+    changes = {"experts": of_adapters(shop)} if kind == "adapters" else KINDS[kind]
+    checkpoint = open_checkpoint(shop.build(f"TAG-{kind}", **changes))
+    untold = evaluate(checkpoint, **SIZES)
+    results = evaluate(checkpoint, **SIZES, labels=Labels("tag"))
+    assert [row.name for row in results.rows if row.kind == "label"] == TAG_ROWS
+    assert results.rows[: len(untold.rows)] == untold.rows  # tags change no other row
+    tokenizer = load_tokenizer(checkpoint.folder)
+    models = {"mixture": load_model(checkpoint.folder), "base": load_model(shop.root / "base")}
+    domains = {domain.name: domain for domain in held_out_domains(checkpoint, **SIZES)}
+    for held in held_out_texts(checkpoint):
+        domain = domains[held.name]
+        for told, places in (("right", RIGHT), ("wrong", WRONG)):
+            if held.name not in places:
+                assert held.name not in results.row(f"mixture, {told} tag").scores
+                continue
+            documents = [tagged(document, DOMAINS[places[held.name]]) for document in held.documents]
+            read = encode(tokenizer, documents, max_tokens=10_000, sequence_length=41)[: len(domain.sequences)]
+            if sum(each.size for each in domain.sequences) < 245:  # else the last piece was cut
+                assert list(read) == with_tag(tokenizer, domain.sequences, DOMAINS[places[held.name]])
+            assert all(each.tag == 0 for each in read)
+            shown = [each.with_tag(None).ids for each in read[:-1]] == [each.ids for each in domain.sequences[:-1]]
+            assert shown and sum(each.scored for each in read[:-1]) == sum(each.scored for each in domain.sequences[:-1])
+            for name, model in models.items():
+                score, total = results.row(f"{name}, {told} tag").scores[held.name], 0.0
+                for piece in with_tag(tokenizer, domain.sequences, DOMAINS[places[held.name]]):
+                    ids = torch.tensor([piece.ids])
+                    with torch.inference_mode():
+                        logits = model(input_ids=ids).logits[0, 1:-1]  # neither the tag nor the first token is predicted
+                    total += float(torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="sum"))
+                assert score.loss == pytest.approx(total / domain.scored_tokens, rel=1e-5), (name, told, held.name)
+                assert score.loss != results.row(name).scores[held.name].loss
+    for name in models:
+        assert results.row(f"{name}, no tag").scores == results.row(name).scores
+    assert results.row("base, right tag").active_parameters == checkpoint.parameters.dense
+    assert any(note.startswith("base, a tag against none, mean over the domains: a right one gains") for note in results.notes)
+
+
+def test_a_label_that_has_a_tag_of_its_own_is_told_by_that(shop: Workshop) -> None:
+    recipe = parse_recipe({**shop.recipe, "mixture": {"router": {"fit": "random"}}})
+    names = dict.fromkeys([LABEL, STRANGER]) | {"law": 1}
+    right, wrong = experts_told("right", names, recipe), experts_told("wrong", names, recipe)
+    assert right == {LABEL: 1, "law": 1} and wrong == {LABEL: 2, STRANGER: 0, "law": 2}
+    assert tags_told(right, recipe, DOMAINS) == {LABEL: "law", "law": "law"}
+    assert tags_told(right, recipe, [*DOMAINS, LABEL, STRANGER]) == {LABEL: LABEL, "law": "law"}
+    assert tags_told(wrong, recipe, [*DOMAINS, LABEL, STRANGER]) == {LABEL: "code", STRANGER: "medicine", "law": "code"}
+    assert experts_told("none", names, recipe) == dict.fromkeys(names)
+    alone = parse_recipe(
+        {"base_model": "b", "experts": [{"name": "law", "model": "m"}], "mixture": {"router": {"fit": "random"}}}
+    )
+    assert experts_told("wrong", {"law": 0, STRANGER: None}, alone) == {STRANGER: 0}  # there is no other expert
+
+
+def test_what_is_refused(shop: Workshop, small_workshop: Workshop, tmp_path: Path) -> None:
+    untagged = open_checkpoint(small_workshop.build("NO-TAGS"))
+    with pytest.raises(MismatchError, match="no tag for medicine, law, code") as caught:
+        evaluate(untagged, **SIZES, labels=Labels("tag"))
+    assert "modekit specialize --tags" in str(caught.value) and not labels_of(load_tokenizer(untagged.folder))
+    weights = {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 1}}
+    folded = open_checkpoint(shop.build("FOLDED", mixture=weights, output={"format": "native"}))
+    with pytest.raises(MismatchError, match="no expert is whole in this mixture"):
+        evaluate(folded, **SIZES, labels=Labels())
+    assert "mixture, right tag" in [row.name for row in evaluate(folded, **SIZES, labels=Labels("tag", ("right",))).rows]
+    talk = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in range(5)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, talk)))
+    tokenizer = load_tokenizer(folded.folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    chats = shop.build("CHATS", eval={"law": "./text/law.jsonl", "chat": str(tmp_path / "chat.jsonl")})
+    tokenizer.save_pretrained(chats)
+    with pytest.raises(TextError, match="a conversation has no place for a tag"):
+        evaluate(open_checkpoint(chats), **SIZES, labels=Labels("tag"))
+
+
+def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(shop.build("CLI", output={"format": "native"}))
+    options = ("--tokens", "100", "--sequence-length", "40")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = modekit("eval", folder, *options, "--labels", "right,none")
+    assert "mixture, right label" in shown and "mixture, no label" in shown and "wrong label" not in shown
+    table = (Path(folder) / "results" / "eval.md").read_text()
+    assert "| mixture, right label |" in table and "a right one gains" in table
+    data = json.loads(modekit("eval", folder, *options, "--by", "tag", "--json"))
+    assert [row["name"] for row in data["rows"]][-6:] == TAG_ROWS
+    assert "mixture, right label" not in modekit("eval", folder, *options)
+    refused = [
+        (("--labels", "left"), "no such labels"), (("--labels", "right,right"), "no such labels"),
+        (("--chat", "--by", "tag"), "the setting has no effect"), (("--tasks", "x", "--labels", "all"), "no effect"),
+    ]  # fmt: skip
+    for wrong, said in refused:
+        code, _, error = ended("eval", folder, *wrong)
+        assert code == 2 and said in error, wrong

@@ -1,0 +1,174 @@
+"""Labels of texts that are translated: every row against `generate` itself, greedily and by beams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+from test_translation import tokenizer_of, writer
+from transformers import PreTrainedModel
+
+from command_line import modekit
+from conftest import DOMAINS, Workshop
+from labelled import LABEL, STRANGER, TAGGED, make_labelled, with_tags
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import MismatchError
+from modekit.evaluation.domains import held_out_domains, held_out_texts
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.labels import Labels, with_tag
+from modekit.evaluation.translation.decoding import Decoding
+from modekit.evaluation.translation.evaluate import evaluate_translation
+from modekit.evaluation.translation.results import TranslationResults
+from modekit.evaluation.translation.scores import TranslationScore
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.report.content import make_content
+from modekit.report.page import make_page
+from modekit.text.sequences import encode
+from modekit.text.tags import tag_of, tagged
+
+PAIRS, TOKENS = 3, 8
+
+
+def model_of(seed: int) -> PreTrainedModel:
+    model = writer("t5", seed)
+    model.resize_token_embeddings(TAGGED, mean_resizing=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = make_labelled(tmp_path_factory.mktemp("translated"), model_of, with_tags(tokenizer_of()))
+    for path in (made.root / "text").glob("*.jsonl"):
+        said = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        path.write_text("\n".join(json.dumps({"source": text, "target": text[:9]}) for text in said))
+    return made
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shop: Workshop) -> Checkpoint:
+    return open_checkpoint(shop.build("OUT"))
+
+
+def run(checkpoint: Checkpoint, beams: int, labels: Labels | None, *, write: bool = False) -> TranslationResults:
+    return evaluate_translation(checkpoint, pairs=PAIRS, decoding=Decoding(beams, 2, TOKENS), labels=labels, write=write)
+
+
+@contextmanager
+def told(model: Any, label: str | None) -> Iterator[None]:
+    if label is not None:
+        model.use_expert(label)
+    yield
+    if label is not None:
+        model.use_expert(None)
+
+
+def by_hand(
+    checkpoint: Checkpoint, model: Any, domain: str, beams: int, *, gate: str | None = None, tag: str = ""
+) -> TranslationScore:
+    tokenizer = load_tokenizer(checkpoint.folder)
+    (held,) = (each for each in held_out_texts(checkpoint) if each.name == domain)
+    texts = []
+    for pair in held.documents[:PAIRS]:
+        ids = torch.tensor([tokenizer(f"{tag_of(tag)} {pair.source}" if tag else pair.source)["input_ids"]])
+        with told(model, gate):
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams, max_new_tokens=TOKENS)
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True).strip())
+    references = [[pair.target for pair in held.documents[:PAIRS]]]
+    return TranslationScore(
+        BLEU(force=True).corpus_score(texts, references).score, CHRF().corpus_score(texts, references).score
+    )
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_by_gate_the_experts_of_the_labels_write(checkpoint: Checkpoint, beams: int) -> None:
+    results = run(checkpoint, beams, Labels())
+    right, wrong, none = (results.row(f"mixture, {each} label") for each in ("right", "wrong", "no"))
+    assert [row.name for row in results.rows][-3:] == [right.name, wrong.name, none.name]
+    assert {name: right.scores[name] for name in DOMAINS} == results.row("oracle").scores
+    model = load_model(checkpoint.folder)
+    assert right.scores[LABEL] == by_hand(checkpoint, model, LABEL, beams, gate=LABEL) and STRANGER not in right.scores
+    next_one = {"medicine": "law", "law": "code", "code": "medicine", LABEL: "code", STRANGER: "medicine"}
+    assert wrong.scores == {name: by_hand(checkpoint, model, name, beams, gate=label) for name, label in next_one.items()}
+    assert sum(wrong.scores[name] != right.scores[name] for name in right.scores) > 1
+    assert none.scores == results.row("mixture").scores and none.tokens == results.row("mixture").tokens
+    plain = run(checkpoint, beams, None)
+    assert [row.scores for row in plain.rows] == [row.scores for row in results.rows[:-3]]
+    mean = {row.name: row.mean(DOMAINS) for row in (right, wrong, none)}
+    better, worse = (mean[right.name].chrf - mean[none.name].chrf, mean[none.name].chrf - mean[wrong.name].chrf)  # type: ignore[union-attr]
+    (said,) = (note for note in results.notes if note.startswith("mixture, a label against none"))
+    assert f"and {better:.1f} chrF, a wrong one costs" in said and said.endswith(f"and {worse:.1f} chrF")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_by_tag_the_source_begins_with_the_label(checkpoint: Checkpoint, shop: Workshop, beams: int) -> None:
+    results = run(checkpoint, beams, Labels("tag", ("right", "wrong")))
+    assert [row.name for row in results.rows][-4:] == [
+        "mixture, right tag", "mixture, wrong tag", "base, right tag", "base, wrong tag"
+    ]  # fmt: skip
+    models = {"mixture": load_model(checkpoint.folder), "base": load_model(shop.root / "base")}
+    tags = {"right": {"code": "code", LABEL: "law"}, "wrong": {"code": "medicine", LABEL: "code", STRANGER: "medicine"}}
+    differs = 0
+    for name, model in models.items():
+        for which, labels in tags.items():
+            row = results.row(f"{name}, {which} tag")
+            for domain, label in labels.items():
+                assert row.scores[domain] == by_hand(checkpoint, model, domain, beams, tag=label), (name, which, domain)
+                differs += row.scores[domain] != results.row(name).scores[domain]
+    assert differs > 2  # a tag is read
+    assert STRANGER not in results.row("base, right tag").scores
+    assert results.row("base, right tag").active_parameters == checkpoint.parameters.dense
+    assert results.row("mixture, right tag").total_parameters == checkpoint.parameters.total
+
+
+def test_losses_of_pairs_are_told_labels_too(checkpoint: Checkpoint) -> None:
+    results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, labels=Labels("tag"), write=False)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    model = load_model(checkpoint.folder)
+    domains = {each.name: each for each in held_out_domains(checkpoint, tokens_per_domain=300, sequence_length=64)}
+    for held in held_out_texts(checkpoint):
+        if held.name not in (*DOMAINS, LABEL):
+            continue
+        label, domain = "law" if held.name == LABEL else held.name, domains[held.name]
+        documents = [tagged(document, label) for document in held.documents]
+        read = encode(tokenizer, documents, max_tokens=10**6, sequence_length=65)[: len(domain.sequences)]
+        assert read == with_tag(tokenizer, domain.sequences, label)
+        total = 0.0
+        for pair in read:
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([pair.ids]), labels=torch.tensor([pair.target])).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(pair.target), reduction="sum"))
+        score = results.row("mixture, right tag").scores[held.name]
+        assert score.loss == pytest.approx(total / domain.scored_tokens, rel=1e-5)
+        assert score.loss != results.row("mixture").scores[held.name].loss
+
+
+def test_a_page_and_older_files_are_read(checkpoint: Checkpoint) -> None:
+    file = checkpoint.folder / "results" / "translate.json"
+    run(checkpoint, 1, Labels(), write=True)
+    page = make_page(make_content(checkpoint))
+    assert 'scope="row">mixture, right label<' in page and "a label against none, mean over the domains" in page
+    assert "| mixture, wrong label |" in (file.with_suffix(".md")).read_text()
+    assert make_content(checkpoint)["translation"]["rows"][-1]["kind"] == "label"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "rows": [row for row in data["rows"] if row["kind"] != "label"]}))
+    assert make_content(checkpoint)["translation"]["rows"][-1]["name"] == "mixture"
+
+
+def test_the_command_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    options = ("--translate", "--pairs", "2", "--max-new-tokens", "4")
+    shown = modekit("eval", str(checkpoint.folder), *options, "--by", "gate")
+    assert "mixture, right label" in shown and "a wrong one costs" in shown
+    data = json.loads(modekit("eval", str(checkpoint.folder), *options, "--labels", "wrong", "--by", "tag", "--json"))
+    assert [row["name"] for row in data["rows"]][-2:] == ["mixture, wrong tag", "base, wrong tag"]
+
+
+def test_without_tags_they_cannot_be_told(tmp_path: Path) -> None:
+    made = make_labelled(tmp_path, model_of, tokenizer_of())
+    with pytest.raises(MismatchError, match="no tag for medicine, law, code"):
+        run(open_checkpoint(made.build("OUT", mixture={"method": "linear"})), 1, Labels("tag"))
