@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from modekit.text.chat import ChatTemplate, Conversation, needed_template
 from modekit.text.pairs import Pair, both_kinds, of_one_kind
-from modekit.text.tags import leading_tag
+from modekit.text.tags import after_tag, leading_tag
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,8 @@ def encode(
 class _Written:
     """A document as tokens, and where they stand in `text`, if the tokenizer is fast; `opening` as `start` of TokenSequence.
 
-    `tag`: the tag that was taken out of `ids`, if there was one; `before`: how many tokens stood before it.
+    `tag`: the tag that was taken out of `ids`, if there was one; `before`: how many tokens stood before it; `begins`: where the
+    text behind it begins.
     """
 
     text: str
@@ -180,6 +181,7 @@ class _Written:
     opening: int = 0
     tag: tuple[int, ...] = ()
     before: int = 0
+    begins: int = 0
 
     def without(self, tag: int | None) -> _Written:
         """The same, its tag taken out."""
@@ -187,7 +189,8 @@ class _Written:
             return self
         place = self.ids.index(tag)
         offsets = None if self.offsets is None else [*self.offsets[:place], *self.offsets[place + 1 :]]
-        return replace(self, ids=[*self.ids[:place], *self.ids[place + 1 :]], offsets=offsets, tag=(tag,), before=place)
+        ids, begins = [*self.ids[:place], *self.ids[place + 1 :]], after_tag(self.text)
+        return replace(self, ids=ids, offsets=offsets, tag=(tag,), before=place, begins=begins)
 
     def piece(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: int) -> TokenSequence:
         """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
@@ -195,7 +198,7 @@ class _Written:
             scored = len(tokenizer.decode(self.ids[start + 1 : stop]).encode())
         else:
             end = max(offset[1] for offset in self.offsets[start + 1 : stop])  # special tokens have (0, 0)
-            scored = len(self.text[self.offsets[start + 1][0] : end].encode())
+            scored = len(self.text[max(self.begins, self.offsets[start + 1][0]) : end].encode())
         opening, place = min(max(0, self.opening - start), stop - start - 1), 0 if start else self.before
         ids = (*self.ids[start : start + place], *self.tag, *self.ids[start + place : stop])
         return TokenSequence(ids, scored, opening, tag=place if self.tag else None)

@@ -71,6 +71,12 @@ def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None
     return None if found is None or found == tokenizer.unk_token_id else found
 
 
+def after_tag(document: str) -> int:
+    """Where the text behind a leading tag begins: the space that `tagged` writes is not of it."""
+    end = document.index(_CLOSES) + 1
+    return end + (document[end : end + 1] == " ")
+
+
 def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where: str) -> tuple[int, ...]:
     """Give the tokenizer a reserved token for every label that it has none for; ids of the new ones, in order.
 

@@ -1,0 +1,416 @@
+"""`specialize --tags`: one model for several domains, each read with a reserved token; labels drawn anew; text of no domain."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from command_line import modekit
+from conftest import character_tokenizer, save, tiny_model, write_text
+from modekit.errors import SourceError, TextError
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
+from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
+from modekit.experts.specialize import specialize
+from modekit.loaded.load import load_model
+from modekit.loaded.next_token import Training
+from modekit.text.pairs import Pair
+from modekit.text.records import data_of
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of, tagged
+from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer
+from refusal import refuse
+
+TRAINING = Training(steps=6, batch_tokens=256, sequence_length=64, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small bases, tied and not, with text of three domains; pairs of two domains, of the same sources."""
+    root = tmp_path_factory.mktemp("tags")
+    save(tiny_model(num_hidden_layers=1), root / "untied")
+    save(tiny_model(num_hidden_layers=1, tie_word_embeddings=True), root / "tied")
+    write_text(root / "text")
+    return root
+
+
+def labelled(root: Path, *labels: str, **drawn: Any) -> Labelled:
+    return Labelled({label: [str(root / "text" / f"{label}.jsonl")] for label in labels}, **drawn)
+
+
+def run(root: Path, base: str, out: Path, texts: Labelled, **options: Any) -> dict[str, Any]:
+    return specialize(root / base, out, texts, root=root, **{"training": TRAINING, **options})
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# Tokens.
+
+
+def byte_tokenizer(prefix: str, *, spaced: bool) -> PreTrainedTokenizerFast:
+    """Pieces of bytes with a token before every text, or none; `spaced`: a text begins with a space of its own."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["Some text about fever and other text", "some dose, of the text"], trainer)
+    made.post_processor = processors.TemplateProcessing(single=f"{prefix} $A".strip(), special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with their space before them, as sentencepiece has them; the first word has one, too."""
+    words = ["▁Some", "▁fever", "▁dose", "▁text", "▁of", "Some", "fever", "▁", "▁some", ",", "▁which"]
+    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "characters": character_tokenizer,
+    "bytes": lambda: byte_tokenizer("", spaced=False),
+    "bytes, begun": lambda: byte_tokenizer("<s>", spaced=False),
+    "bytes, spaced": lambda: byte_tokenizer("<s>", spaced=True),
+    "sentencepiece": metaspace_tokenizer,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tag_is_one_token_that_is_read_and_changes_no_other(kind: str, tmp_path: Path) -> None:
+    """As transformers reads it from the files: what is predicted of a text, and its bytes, are what they are without a tag."""
+    tokenizer = TOKENIZERS[kind]()
+    before = len(tokenizer)
+    (law,) = add_tags(tokenizer, ["law"], where="test")
+    assert law == before and add_tags(tokenizer, ["law"], where="test") == ()
+    assert add_tags(tokenizer, ["law", "med-1.x"], where="test") == (before + 1,)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert labels_of(again) == ("law", "med-1.x") and tag_ids(again, ["med-1.x", "law"]) == (before + 1, before)
+    assert again(f"fever{tag_of('law')}dose")["input_ids"].count(law) == 1
+    text = "fever dose, of text, " * 9 + "some"
+    plain = encode(again, [text], max_tokens=999, sequence_length=16)
+    with_tag = encode(again, [tagged(text, "law")], max_tokens=999, sequence_length=17)
+    assert len(plain) > 2 and [each.with_tag(None).ids for each in with_tag] == [each.ids for each in plain]
+    assert [each.ids[each.tag] for each in with_tag] == [law] * len(plain)
+    assert [each.scored for each in with_tag] == [each.scored for each in plain]
+    assert [each.scored_bytes for each in with_tag] == [each.scored_bytes for each in plain]
+    assert again(tagged(text, "law"))["input_ids"][:17] == list(with_tag[0].ids)
+
+
+def test_a_tag_is_not_predicted(shop: Path) -> None:
+    """The loss is the sum over the tokens that are predicted without the tag, given it; computed here by hand."""
+    for tokenizer in (character_tokenizer(), begun_tokenizer()):
+        model = tiny_model(num_hidden_layers=1)
+        add_tags(tokenizer, ["law"], where="test")
+        model.resize_token_embeddings(len(tokenizer))
+        (sequence,) = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
+        ids = list(sequence.ids)
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        scored = range(
+            2, len(ids)
+        )  # of [tag, first, ...] as of [<s>, tag, first, ...], less the first that has nothing before it
+        wanted = -sum(float(logits[place - 1, ids[place]]) for place in scored) / len(scored)
+        found = score_domain(model, Domain("law", None, [sequence, TokenSequence((5, 6, 7), 2)][:1], {}), lambda _: None).loss
+        assert found == pytest.approx(wanted, rel=1e-5)
+        padded = [sequence, encode(tokenizer, ["deeds"], max_tokens=99, sequence_length=40)[0]]
+        both = score_domain(model, Domain("law", None, padded, {}), lambda _: None).loss
+        alone = score_domain(model, Domain("law", None, padded[1:], {}), lambda _: None).loss
+        assert both == pytest.approx(
+            (found * len(scored) + alone * padded[1].scored) / (len(scored) + padded[1].scored), rel=1e-5
+        )
+
+
+def begun_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def test_a_tokenizer_that_keeps_no_token_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = character_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "add_tokens", lambda *_, **__: 0)
+    with pytest.raises(SourceError, match="no place for a tag"):
+        add_tags(tokenizer, ["law"], where="BASE")
+
+
+# Models.
+
+
+@pytest.mark.parametrize("train", ["mlp", "full"])
+@pytest.mark.parametrize("base", ["tied", "untied"])
+def test_new_rows_move_and_plain_transformers_loads_them(shop: Path, tmp_path: Path, base: str, train: Any) -> None:
+    training = TRAINING.with_(weight_decay=0.5)
+    record = run(shop, base, tmp_path / "OUT", labelled(shop, "law", "code"), train=train, training=training)
+    before, after = weights_of(shop / base), weights_of(tmp_path / "OUT")
+    assert before.keys() == after.keys()
+    rows = after["model.embed_tokens.weight"]
+    mean = before["model.embed_tokens.weight"].mean(0)
+    assert len(rows) == 98 and json.loads((tmp_path / "OUT" / "config.json").read_text())["vocab_size"] == 98
+    assert not torch.equal(rows[96], rows[97]) and not torch.allclose(rows[96], mean, atol=1e-4)
+    if train == "mlp":
+        changed = {name for name in before if not torch.equal(before[name], after[name][:96])}
+        assert changed == {name for name in before if ".mlp." in name}
+        if base == "untied":
+            assert torch.allclose(after["lm_head.weight"][96:], before["lm_head.weight"].mean(0), atol=1e-6)
+    assert record["labels"] == {"tags": ["law", "code"]}
+    losses = record["held_out_loss_by_label"]
+    assert losses.keys() == {"law", "code"} and all(each["after"] < each["before"] for each in losses.values())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "OUT")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "OUT")
+    with torch.inference_mode():
+        logits = [model(**tokenizer(f"{tag_of(label)} a deed", return_tensors="pt")).logits for label in ("law", "code")]
+    assert not torch.allclose(*logits)
+
+
+def test_new_rows_begin_so_that_they_take_next_to_nothing(shop: Path, tmp_path: Path) -> None:
+    """After no step worth the name: what the base says of a text, less one part in the vocabulary at most for each tag."""
+    training = TRAINING.with_(steps=1, learning_rate=1e-9)
+    for base in ("tied", "untied"):
+        run(shop, base, tmp_path / base, labelled(shop, "law", "code"), training=training)
+        ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            old = load_model(shop / base)(ids).logits.log_softmax(-1)
+            new = load_model(tmp_path / base)(ids).logits.log_softmax(-1)
+        assert (new[..., 96:].exp() <= 1 / 97).all()
+        assert torch.allclose(new[..., :96].softmax(-1), old.softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", PAIR_FAMILIES)
+def test_models_with_an_encoder_get_rows_too(tmp_path: Path, family: str) -> None:
+    texts = write_pairs(tmp_path, 60)
+    pair_model(family).save_pretrained(tmp_path / "base")
+    pair_tokenizer().save_pretrained(tmp_path / "base")
+    record = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, training=TRAINING)
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    old, new = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name) for name in ("base", "OUT"))
+    rows = new.get_input_embeddings().weight
+    assert torch.equal(rows[:96], old.get_input_embeddings().weight) and len(rows) == 98
+    assert not torch.equal(rows[96], rows[97])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "OUT")
+    assert labels_of(tokenizer) == ("loud", "numbered")
+    new.generate(**tokenizer([f"{tag_of('loud')} 3 dose"], return_tensors="pt"), max_new_tokens=4)
+
+
+def write_pairs(folder: Path, count: int) -> dict[str, list[str]]:
+    """The same sources under two labels: one wants their letters in capitals, the other as numbers."""
+    draw = random.Random(1)
+    sources = ["".join(draw.choice("abcdef") for _ in range(4)) for _ in range(count)]
+    wanted = {
+        "loud": [source.upper() for source in sources],
+        "numbered": ["".join(str(ord(each) - 97) for each in source) for source in sources],
+    }
+    for label, targets in wanted.items():
+        records = (json.dumps(data_of(Pair(*sides))) for sides in zip(sources, targets, strict=True))
+        (folder / f"{label}.jsonl").write_text("\n".join(records))
+    return {label: [str(folder / f"{label}.jsonl")] for label in wanted}
+
+
+def test_a_tag_decides_how_a_source_is_translated(tmp_path: Path) -> None:
+    """The label alone says which of two targets is wanted: with the right tag less loss than with the wrong one, by far."""
+    texts = write_pairs(tmp_path, 400)
+    torch.manual_seed(0)
+    sizes = {**PAIR_FAMILIES["bart"], "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.2}
+    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes)).save_pretrained(tmp_path / "base")
+    pair_tokenizer().save_pretrained(tmp_path / "base")
+    training = Training(steps=50, batch_tokens=512, sequence_length=16, learning_rate=1e-2)
+    record = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, train="full", training=training)
+    model, tokenizer = load_model(tmp_path / "OUT"), AutoTokenizer.from_pretrained(tmp_path / "OUT")
+    held_out = read_material(Labelled(texts), None, Reading(tokenizer, tmp_path, training)).held_out
+    ids = dict(zip(("loud", "numbered"), tag_ids(tokenizer, ("loud", "numbered")), strict=True))
+    right, none = 0.0, 0.0
+    for domain, other in zip(held_out, ("numbered", "loud"), strict=True):
+        assert record["held_out_loss_by_label"][domain.name]["after"] == pytest.approx(loss_of(model, domain), rel=1e-4)
+        wrong = Domain(domain.name, None, [each.with_tag(ids[other]) for each in domain.sequences], {})
+        right += loss_of(model, domain)
+        none += loss_of(model, Domain(domain.name, None, [each.with_tag(None) for each in domain.sequences], {}))
+        assert loss_of(model, domain) + 1.0 < loss_of(model, wrong)
+    assert right + 0.2 < none
+
+
+def loss_of(model: Any, domain: Domain) -> float:
+    return score_domain(model, domain, lambda _: None).loss
+
+
+def test_a_base_with_tags_is_made_a_specialist_of_one_domain(shop: Path, tmp_path: Path) -> None:
+    """By any kind of training: its tokenizer and its rows stay as they are but where all moves."""
+    run(shop, "tied", tmp_path / "base", labelled(shop, "law", "code"))
+    for train in ("mlp", "lora", "full"):
+        out = tmp_path / train
+        record = run(tmp_path, "base", out, labelled(shop, "law"), train=train)
+        assert record["labels"] == {"tags": ["law"]} and "held_out_loss_by_label" not in record
+        if train == "mlp":
+            old, new = weights_of(tmp_path / "base"), weights_of(out)
+            assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+            assert labels_of(AutoTokenizer.from_pretrained(out)) == ("law", "code")
+        if train == "lora":
+            assert (out / "adapter_config.json").exists() and not (out / "tokenizer.json").exists()
+
+
+# Labels that are drawn anew, and text of no domain.
+
+
+@pytest.mark.parametrize("to", ["all", "others", "generic", "half"])
+def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None:
+    tokenizer = character_tokenizer()
+    add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
+    documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
+    sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
+    drawn = Drawn(sequences, tokenizer, Labelled({}, 0.25, to), 3, 100)
+    own = [number % 2 for number in range(500)] * 100
+    assert len(drawn) == 50_000 and len(drawn.labels) == 50_000
+    found = Counter(("own" if label == mine else label) for label, mine in zip(drawn.labels, own, strict=True))
+    rates = {each: count / 50_000 for each, count in found.items()}
+    wanted: Mapping[Any, float] = {
+        "all": {"own": 0.75 + 0.25 / 4, 0: 0.25 / 8, 1: 0.25 / 8, 2: 0.25 / 4, 3: 0.25 / 4},
+        "others": {"own": 0.75, 0: 0.25 / 6, 1: 0.25 / 6, 2: 0.25 / 3, 3: 0.25 / 3},
+        "generic": {"own": 0.75, -1: 0.25},
+        "half": {"own": 0.75, -1: 0.125, 0: 0.125 / 6, 1: 0.125 / 6, 2: 0.125 / 3, 3: 0.125 / 3},
+    }[to]
+    assert rates == pytest.approx(wanted, abs=0.01)
+    assert drawn.labels[:500] != drawn.labels[500:1000]
+    ids = tag_ids(tokenizer, "abcd")
+    for place in range(0, 50_000, 997):
+        read, sequence, label = drawn[place], sequences[place % 500], drawn.labels[place]
+        rest = tuple(each for each in read.ids if each not in ids)
+        assert rest == sequence.with_tag(None).ids and read.scored == sequence.scored
+        assert [each for each in read.ids if each in ids] == ([] if label == -1 else [ids[label]])
+
+
+def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(shop: Path, tmp_path: Path) -> None:
+    """A probability of 0 gives the bytes of none at all; held-out loss before any training is the same in all of them."""
+    both = ("law", "code")
+    plain = run(shop, "tied", tmp_path / "plain", labelled(shop, *both))
+    zero = run(shop, "tied", tmp_path / "zero", labelled(shop, *both, randomise=0.0, randomise_to="generic"))
+    drawn = run(shop, "tied", tmp_path / "drawn", labelled(shop, *both, randomise=0.5))
+    again = run(shop, "tied", tmp_path / "again", labelled(shop, *both, randomise=0.5))
+    for name in ("model.safetensors", "specialist.json", "tokenizer.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "zero" / name).read_bytes()
+        assert (tmp_path / "drawn" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert plain == zero and drawn == again
+    assert drawn["labels"] == {"tags": ["law", "code"], "randomise": 0.5, "randomise_to": "all"}
+    assert drawn["held_out_loss"]["before"] == plain["held_out_loss"]["before"]
+    assert drawn["training_loss"] != plain["training_loss"]
+    assert drawn["training"]["steps"] == plain["training"]["steps"] == 6
+
+
+def test_drawing_reads_no_more_than_one_pass_does(shop: Path) -> None:
+    tokenizer = character_tokenizer()
+    add_tags(tokenizer, ["law"], where="test")
+    asked, training = labelled(shop, "law", randomise=0.5), Training(batch_tokens=256, sequence_length=64)
+    reading = Reading(tokenizer, shop, training)
+    material = read_material(asked, None, reading)
+    _, made = drawn_anew(material, asked, reading)
+    assert made.steps == len(material.sequences) // (256 // max(len(each.ids) for each in material.sequences))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.8])
+def test_generic_text_is_repeated_or_left_out_for_its_share(share: float) -> None:
+    draw = random.Random(0)
+    domains, generic = (
+        [TokenSequence(tuple([mark] * draw.randint(4, 40)), 1) for _ in range(count)] for mark, count in ((5, 1000), (6, 300))
+    )
+    added = generic_share(domains, generic, share, seed=1)
+    tokens = [sum(each.size for each in group) for group in (added, domains)]
+    assert tokens[0] / sum(tokens) == pytest.approx(share, abs=0.01)
+    counts = Counter(id(each) for each in added)
+    assert max(counts.values()) - min(counts.get(id(each), 0) for each in generic) <= 1
+    assert added == generic_share(domains, generic, share, seed=1) != generic_share(domains, generic, share, seed=2)
+
+
+def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None:
+    generic = Generic([str(shop / "text" / "medicine.jsonl")], 0.4)
+    tokenizer = character_tokenizer()
+    add_tags(tokenizer, ["law"], where="test")
+    material = read_material(labelled(shop, "law"), generic, Reading(tokenizer, shop, TRAINING))
+    without = sum(each.size for each in material.sequences if each.tag is None)
+    assert without / material.tokens == pytest.approx(0.4, abs=0.01) == material.record["generic"]["share"]
+    record = run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), generic=generic)
+    assert record["generic"] == material.record["generic"] and record["text"]["documents"] == len(material.fit)
+    plain = specialize(
+        shop / "tied", tmp_path / "plain", [str(shop / "text" / "law.jsonl")], root=shop, training=TRAINING, generic=generic
+    )
+    assert plain["generic"]["share"] == pytest.approx(0.4, abs=0.01) and "labels" not in plain
+
+
+# What is refused.
+
+
+def test_an_adapter_has_no_place_for_new_tags(shop: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no place for new tags"):
+        run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), train="lora")
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_what_has_no_place_for_a_tag_is_refused(shop: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": f"say {number}"}]}) + "\n" for number in range(40))
+    )
+    with pytest.raises(TextError, match="a conversation has no place for a tag"):
+        run(shop, "tied", tmp_path / "OUT", Labelled({"law": [str(tmp_path / "chat.jsonl")]}))
+    with pytest.raises(TextError, match="no other label"):
+        run(shop, "tied", tmp_path / "OUT", labelled(shop, "law", randomise=0.1, randomise_to="others"))
+    assert not (tmp_path / "OUT").exists()
+
+
+LAW = ("--text", "law=text/law.jsonl", "--tags")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--text", "text/law.jsonl", "--tags"), "not domain=FILE"),
+        ((*LAW, "--text", "law=text/code.jsonl"), "a label is given twice"),
+        (("--text", "a label=text/law.jsonl", "--tags"), "a label that no expert could have"),
+        ((*LAW, "--randomise", "1"), "not a probability"),
+        ((*LAW, "--randomise", "-0.1"), "not a probability"),
+        ((*LAW, "--randomise", "0.1", "--randomise-to", "mine"), "unknown choice"),
+        ((*LAW, "--randomise-to", "others"), "no effect"),
+        ((*LAW, "--generic-share", "0.2"), "no effect"),
+        ((*LAW, "--generic", "text/code.jsonl", "--generic-share", "1"), "not a share"),
+        (("--text", "text/law.jsonl", "--randomise", "0.1"), "no effect"),
+        ((*LAW, "--teacher", "untied"), "no effect"),
+    ],
+)  # fmt: skip
+def test_options_that_are_wrong_or_dead_are_refused(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(shop)
+    assert words in refuse("specialize", "tied", "NO", *arguments)
+    assert not (shop / "NO").exists()
+
+
+def test_the_command_line_trains_with_tags_and_a_name_with_a_sign_is_a_file_without_them(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shop)
+    few = ("--steps", "1", "--sequence-length", "32")
+    modekit(
+        "specialize", "tied", str(tmp_path / "OUT"), "--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl", "--tags",
+        "--randomise", "0.2", "--randomise-to", "others", "--generic", "text/medicine.jsonl", "--generic-share", "0.25", *few,
+    )  # fmt: skip
+    record = json.loads((tmp_path / "OUT" / "specialist.json").read_text())
+    assert record["labels"] == {"tags": ["law", "code"], "randomise": 0.2, "randomise_to": "others"}
+    assert record["generic"]["share"] == pytest.approx(0.25, abs=0.01)
+    (tmp_path / "law=one.jsonl").write_bytes((shop / "text" / "law.jsonl").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    modekit("specialize", str(shop / "tied"), "PLAIN", "--text", "law=one.jsonl", *few)
+    record = json.loads((tmp_path / "PLAIN" / "specialist.json").read_text())
+    assert "labels" not in record and record["text"]["documents"] == 48
