@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,16 @@ def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> li
 
 def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], recipe: Recipe) -> list[str]:
     """Notes on rows that were told labels: which, and what they are worth."""
-    own = [domain.name for domain in domains if domain.expert is not None]
-    losses = {row.name: row.mean_loss(own) for row in rows}
+    own, named = [domain for domain in domains if domain.expert is not None], {row.name: row for row in rows}
     gains: dict[tuple[str, Told], str] = {}
     for model, told in labels.rows():
-        with_label, without = losses.get(labels.row(model, told)), losses.get(model)
-        if told != "none" and with_label is not None and without is not None:
-            gains[model, told] = f"{(without - with_label) * (1 if told == 'right' else -1):.3f} nats per token"
+        with_label, without = named.get(labels.row(model, told)), named.get(model)
+        if told != "none" and with_label and without and all(_of(with_label, domain) for domain in own):
+            scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
+            gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)
+            error = math.sqrt(sum(_error_of_difference(*each) ** 2 for each in scores)) / len(own)
+            said = f"{gain if told == 'right' else -gain:.3f}" + (f" ± {error:.3f}" if error else "")
+            gains[model, told] = f"{said} nats per token"
     seen = {domain.name: domain.expert for domain in domains}
     return [*notes_of_labels(labels, seen, recipe), *worth_of_labels(labels, gains)]
 
