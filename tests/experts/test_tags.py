@@ -311,14 +311,17 @@ def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(sho
     assert drawn["training"]["steps"] == plain["training"]["steps"] == 6
 
 
-def test_drawing_reads_no_more_than_one_pass_does(shop: Path) -> None:
+def test_drawing_reads_every_text_as_often_as_without(shop: Path) -> None:
     tokenizer = character_tokenizer()
     add_tags(tokenizer, ["law"], where="test")
     asked, training = labelled(shop, "law", randomise=0.5), Training(batch_tokens=256, sequence_length=64)
     reading = Reading(tokenizer, shop, training)
     material = read_material(asked, None, reading)
-    _, made = drawn_anew(material, asked, reading)
-    assert made.steps == len(material.sequences) // (256 // max(len(each.ids) for each in material.sequences))
+    drawn, made = drawn_anew(material, asked, reading)
+    per_step = 256 // max(len(each.ids) for each in material.sequences)
+    assert made.steps == len(material.sequences) // per_step and len(drawn) == len(material.sequences)
+    drawn, made = drawn_anew(material, asked, Reading(tokenizer, shop, training.with_(steps=3 * made.steps)))
+    assert made.steps * per_step <= len(drawn) == 3 * len(material.sequences)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.8])

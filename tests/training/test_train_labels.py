@@ -269,6 +269,16 @@ def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:
     assert train(checkpoint, said, evaluate_tokens=None).improved
 
 
+def test_the_table_shows_the_mixture_with_the_right_tag_too(tagged_workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(tagged_workshop.build("table", mixture=ROUTED))
+    done = train(checkpoint, settings(tags=True, what=["all"]), evaluate_tokens=300)
+    assert done.results is not None
+    names = [row.name for row in done.results.rows]
+    assert names.count("mixture before") == names.count("mixture") == names.count("base, right tag") == 1
+    before, after = (done.results.row(f"mixture, right tag{when}").scores["law"].loss for when in (" before", ""))
+    assert after < before
+
+
 def test_a_cheap_training_reads_tags_too(tagged_workshop: Workshop) -> None:
     checkpoint = open_checkpoint(tagged_workshop.build("cheap", mixture=ROUTED))
     said = train_settings(

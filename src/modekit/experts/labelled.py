@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
-from modekit.loaded.next_token import Training, steps_of_one_pass, training_sequences
+from modekit.loaded.next_token import Training, sequences_per_step, training_sequences
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
@@ -155,7 +155,8 @@ class Drawn(Sequence[TokenSequence]):
     ) -> None:
         self._sequences = sequences
         self._tags = tag_ids(tokenizer, labels_of(tokenizer))
-        own = [GENERIC if each.tag is None else self._tags.index(each.ids[each.tag]) for each in sequences]
+        places = {tag: place for place, tag in enumerate(self._tags)}
+        own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
         generator = torch.Generator().manual_seed(seed)
         self.labels = [
             drawn_label(label, asked.randomise, asked.randomise_to, len(self._tags), generator)
@@ -189,8 +190,8 @@ def drawn_anew(material: Material, asked: Labelled, reading: Reading) -> tuple[S
         raise TextError(
             "there is no other label", where="--randomise-to", found="others, and one label", remedy="write generic"
         )
-    one_pass = steps_of_one_pass(material.sequences, training)
-    steps = training.steps or one_pass
-    times = -(-steps // one_pass) + 1
+    count, per_step = len(material.sequences), sequences_per_step(material.sequences, training)
+    steps = training.steps or max(1, count // per_step)
+    times = -(-steps * per_step // count)
     drawn = Drawn(material.sequences, reading.tokenizer, asked, training.seed, times)
     return drawn, training.with_(steps=steps)

@@ -75,9 +75,9 @@ def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[s
     )  # fmt: skip
 
 
-def steps_of_one_pass(sequences: Sequence[TokenSequence], training: Training) -> int:
-    """Steps after which every sequence was read once."""
-    return len(_Batches(sequences, training))
+def sequences_per_step(sequences: Sequence[TokenSequence], training: Training) -> int:
+    """How many of some sequences a step reads."""
+    return _Batches(sequences, training).rows
 
 
 def train_language_model(
@@ -176,17 +176,17 @@ class _Batches:
     def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
         self._sequences = sequences
         longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
-        self._rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
+        self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
         self._sorted = _SORTED_TOGETHER if training.by_length else 1
         self._generator = torch.Generator().manual_seed(training.seed)
 
     def __len__(self) -> int:
-        return max(1, len(self._sequences) // self._rows)
+        return max(1, len(self._sequences) // self.rows)
 
     def forever(self) -> Iterable[Batch]:
         """Without end."""
         pending: list[int] = []
-        drawn = self._rows * self._sorted
+        drawn = self.rows * self._sorted
         while True:
             while len(pending) < drawn:
                 pending += self._permutation(len(self._sequences))
@@ -195,12 +195,12 @@ class _Batches:
 
     def _batches(self, rows: list[int]) -> Iterable[Batch]:
         """The rows as batches; of several batches each takes sequences of similar length, in a drawn order."""
-        starts = list(range(0, len(rows), self._rows))
+        starts = list(range(0, len(rows), self.rows))
         if len(starts) > 1:
             rows = sorted(rows, key=lambda row: self._sequences[row].size)
             starts = [starts[place] for place in self._permutation(len(starts))]
         for start in starts:
-            yield from make_batches([self._sequences[row] for row in rows[start : start + self._rows]], tokens=2**31)
+            yield from make_batches([self._sequences[row] for row in rows[start : start + self.rows]], tokens=2**31)
 
     def _permutation(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self._generator).tolist()

@@ -14,7 +14,8 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import TrainingRecord
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.results import Results, results_from_data
+from modekit.evaluation.labels import Labels
+from modekit.evaluation.results import Results, Row, results_from_data
 from modekit.evaluation.results_folder import write_results
 from modekit.files.read import LARGE, read_bytes
 from modekit.files.write import disk_errors, files_below, json_bytes, remove
@@ -137,18 +138,23 @@ def _evaluate(
         return evaluate(
             checkpoint, tokens_per_domain=request.evaluate_tokens, run=run, known=before,
             seen={*request.trained_on, *request.selected_by}, write=write,
+            labels=Labels("tag", ("right",)) if request.settings.tags else None,
         )  # fmt: skip
     except TextError:
         return None
 
 
 def _compared(before: Results, after: Results) -> Results:
-    """One table: the models that did not change once, oracle and mixture before and after."""
-    rows = [row if row.kind != "mixture" else row.renamed("mixture before") for row in before.rows]
+    """One table: the models that did not change once, oracle and mixture, with a tag and without, before and after."""
+
+    def moves(row: Row) -> bool:
+        return row.kind == "mixture" or (row.kind == "label" and row.name.startswith("mixture"))
+
+    rows = [row.renamed(f"{row.name} before") if moves(row) else row for row in before.rows]
     oracle = next((row.identity for row in before.rows if row.kind == "oracle"), None)
     for row in after.rows:
-        if row.kind == "mixture" or (row.kind == "oracle" and row.identity != oracle):
-            rows.append(row if row.kind == "mixture" else row.renamed("oracle after"))
+        if moves(row) or (row.kind == "oracle" and row.identity != oracle):
+            rows.append(row if moves(row) else row.renamed("oracle after"))
     return Results(rows, after.domains, after.unseen, after.text, after.notes)
 
 

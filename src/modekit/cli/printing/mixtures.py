@@ -51,6 +51,10 @@ def print_specialist(output: Path, record: Mapping[str, Any]) -> None:
     if kl is not None and kl["before"] is not None:
         said += f", KL to the teacher {kl['before']:.3f} -> {kl['after']:.3f} (over {kl['over']})"
     out.print(Text.assemble((str(output), "bold"), said))
+    labels = record.get("held_out_loss_by_label", {})
+    if labels:
+        each = (f"{name} {losses['before']:.3f} -> {losses['after']:.3f}" for name, losses in labels.items())
+        out.print(Text(f"with their tags: {', '.join(each)}"))
     if kl is not None:
         weight = record["cross_entropy_weight"]
         out.print(
