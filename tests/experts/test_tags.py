@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
-from modekit.errors import SourceError, TextError
+from modekit.errors import SourceError, TextError, TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
@@ -157,8 +157,7 @@ def test_a_tokenizer_that_keeps_no_token_whole_is_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("train", ["mlp", "full"])
 @pytest.mark.parametrize("base", ["tied", "untied"])
 def test_new_rows_move_and_plain_transformers_loads_them(shop: Path, tmp_path: Path, base: str, train: Any) -> None:
-    training = TRAINING.with_(weight_decay=0.5)
-    record = run(shop, base, tmp_path / "OUT", labelled(shop, "law", "code"), train=train, training=training)
+    record = run(shop, base, tmp_path / "OUT", labelled(shop, "law", "code"), train=train)
     before, after = weights_of(shop / base), weights_of(tmp_path / "OUT")
     assert before.keys() == after.keys()
     rows = after["model.embed_tokens.weight"]
@@ -175,6 +174,10 @@ def test_new_rows_move_and_plain_transformers_loads_them(shop: Path, tmp_path: P
     assert losses.keys() == {"law", "code"} and all(each["after"] < each["before"] for each in losses.values())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "OUT")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "OUT")
+    for domain in read_material(labelled(shop, "law", "code"), None, Reading(tokenizer, shop, TRAINING)).held_out:
+        assert losses[domain.name]["after"] == pytest.approx(
+            loss_of(model, domain), rel=1e-6
+        )  # what was trained is what is saved
     with torch.inference_mode():
         logits = [model(**tokenizer(f"{tag_of(label)} a deed", return_tensors="pt")).logits for label in ("law", "code")]
     assert not torch.allclose(*logits)
@@ -359,6 +362,8 @@ def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None
 def test_an_adapter_has_no_place_for_new_tags(shop: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no place for new tags"):
         run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), train="lora")
+    with pytest.raises(TrainingError, match="weights that decay"):
+        run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), training=TRAINING.with_(weight_decay=0.1))
     assert not (tmp_path / "OUT").exists()
 
 

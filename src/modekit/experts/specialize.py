@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 
 from transformers import PreTrainedModel
 
-from modekit.errors import ModekitError, SourceError
+from modekit.errors import ModekitError, SourceError, TrainingError
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
 from modekit.experts.moving import Trainable, What, adapter, weights
@@ -114,11 +114,16 @@ def specialize(
 
 def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What) -> tuple[int, ...]:
     """Give the tokenizer the tags that are asked for; ids of those that it did not have. Raises SourceError for an adapter, in
-    which they could not be kept.
+    which they could not be kept, TrainingError where rows could not stay.
     """
     if not isinstance(texts, Labelled):
         return ()
     new = add_tags(reading.tokenizer, texts.texts, where="BASE")
+    if new and train == "mlp" and reading.training.weight_decay:
+        raise TrainingError(
+            "weights that decay would move rows of the embedding that are to stay", where="weight_decay, new tags, --train mlp",
+            found=reading.training.weight_decay, expected="0", remedy="leave it out, or use --train full",
+        )  # fmt: skip
     if new and train == "lora":
         raise SourceError(
             "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer",

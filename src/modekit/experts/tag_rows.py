@@ -33,7 +33,7 @@ def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
 def with_rows(model: PreTrainedModel, moving: Trainable, ids: Sequence[int]) -> Trainable:
     """The same, and the embedding's rows of some tokens besides; its other rows are saved as they are now, bit for bit.
 
-    The gradient of the others is zero, and what an optimiser makes of that (weight decay) is taken back.
+    The gradient of the others is zero, which AdamW makes nothing of unless weights decay.
     """
     parameters, save = moving
     embedding: torch.nn.Parameter = model.get_input_embeddings().weight
