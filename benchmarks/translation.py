@@ -43,7 +43,7 @@ def row_of(model: str, domain: str, randomised: str, generic: bool) -> str:
 
 
 def keep_row(study: Study, row: str, open_way: Callable[[], tuple[Way, tuple[int, int]]], *, labels: bool) -> None:
-    """Scores of a row: greedy, and by beams where it is a main row."""
+    """Scores of a row: greedy, and by beams where it is a main row; losses."""
 
     def scored(beams: int) -> dict[str, Any]:
         way, sizes = open_way()
@@ -52,6 +52,7 @@ def keep_row(study: Study, row: str, open_way: Callable[[], tuple[Way, tuple[int
     study.keep(row, partial(scored, 1))
     if row in MAIN:
         study.keep(f"{row} | beams", partial(scored, BEAMS))
+    study.keep(f"{row} | by column", lambda: study.losses(open_way()[0], labels=labels))
 
 
 NO_DOMAIN, TAG, GATE, ADAPTER = "no domain", "tag", "gate", "adapter"
@@ -130,7 +131,8 @@ def sparse(study: Study, domain: str, randomised: str, *, interval: int = 1, bef
         checkpoint = untrained(study.made, f"sparse-{interval}", dict(study.corpus.seen), interval)
         pairs = study.pairs(tag=tag, p=0.0 if randomised == "no" else P)
         stages = [*([before] if before else []), (pairs, training or study.size.training)]
-        return of_loaded(trained(study.made, checkpoint, stages), checkpoint, tag)
+        name = f"sparse-{interval}-{domain}-{randomised}".replace(" ", "-")
+        return of_loaded(trained(study.made, name, checkpoint, stages), checkpoint, tag)
 
     keep_row(study, row_of(model, domain, randomised, True), way, labels=tag)
 

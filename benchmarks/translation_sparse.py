@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -58,9 +59,14 @@ def untrained(made: Maker, name: str, texts: dict[str, Path], interval: int) -> 
     return made.mixture(f"{name}-untrained", f"{name}-start", experts, texts, {}, mixture)
 
 
-def trained(made: Maker, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]]) -> PreTrainedModel:
-    """The mixture after one training behind the other, of everything in it."""
-    model = load_model(checkpoint.folder)
+def trained(
+    made: Maker, name: str, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]]
+) -> PreTrainedModel:  # fmt: skip
+    """The mixture after one training behind the other, of everything in it; made once."""
+    model, kept = load_model(checkpoint.folder), made.folder / f"{name}.safetensors"
+    if kept.exists():
+        model.load_state_dict(load_file(kept), strict=False)  # tied ones stand there once
+        return model
     mixture = mixture_of(model, checkpoint)
     mixture.prepare_training()
     constants = {id(parameter) for parameter in mixture.constants()}
@@ -72,6 +78,7 @@ def trained(made: Maker, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable
             longest = training.sequence_length
             sequences = encode(made.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
             train_language_model(model, moving, sequences, training.with_(seed=made.seed))
+    save_file({key: value.clone() for key, value in model.named_parameters()}, kept)
     return model
 
 

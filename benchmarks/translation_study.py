@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 import translation_text
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.loss import score_domain
 from modekit.evaluation.translation.decoding import Decoding, Written, set_decoding, together, translated
 from modekit.evaluation.translation.scores import Scorer
 from modekit.loaded.load import load_model
@@ -37,7 +38,6 @@ from translation_text import GENERIC, Corpus
 
 P, SHARE = 0.3, 0.3
 """Probability that a label is drawn anew, and share of generic text."""
-COLUMNS = ("right", "wrong", "none", "unseen, no label", "unseen, a label")
 BEAMS = 4
 _MUON = Training(learning_rate=3e-3, muon_learning_rate=0.02, warmup=0.1, by_length=True)
 SIZES = {
@@ -109,27 +109,45 @@ class Study:
         with context:
             return translated(model, self.made.tokenizer, encoded, 50)
 
-    def matrix(self, way: Way, *, labels: bool, sizes: tuple[int, int], beams: int = 1) -> dict[str, Any]:
-        """Scores by column and domain, tokens per second, total and active parameters."""
-        scorer, seen, unseen = Scorer(), list(self.corpus.seen), list(self.corpus.unseen)
-        following = dict(zip(seen, [*seen[1:], seen[0]], strict=True))
-        wanted: dict[str, Mapping[str, str | None]] = {
+    def loss(self, way: Way, domain: str, label: str | None) -> float:
+        """Nats per token of a domain's held-out targets."""
+        model, reads_tag, context = way(label)
+        some = [tagged(pair, label if reads_tag else None) for pair in self.held_out[domain]]
+        encoded = encode(self.made.tokenizer, some, max_tokens=10**9, sequence_length=self.size.positions)
+        with context:
+            return score_domain(model, Domain(domain, None, encoded, {}), lambda _: None).loss
+
+    def asked(self, *, labels: bool) -> dict[str, Mapping[str, str | None]]:
+        """Column -> domain -> the label that is told; without `labels` the columns that tell none."""
+        seen, unseen = list(self.corpus.seen), list(self.corpus.unseen)
+        every: dict[str, Mapping[str, str | None]] = {
             "right": {each: each for each in seen},
-            "wrong": dict(following),
+            "wrong": dict(zip(seen, [*seen[1:], seen[0]], strict=True)),
             "none": dict.fromkeys(seen),
             "unseen, no label": dict.fromkeys(unseen),
             "unseen, a label": dict(zip(unseen, seen, strict=False)),
         }
+        return {column: asked for column, asked in every.items() if labels or column in ("none", "unseen, no label")}
+
+    def losses(self, way: Way, *, labels: bool) -> dict[str, dict[str, float]]:
+        """Column -> domain -> loss."""
+        return {
+            column: {domain: self.loss(way, domain, label) for domain, label in asked.items()}
+            for column, asked in self.asked(labels=labels).items()
+        }
+
+    def matrix(self, way: Way, *, labels: bool, sizes: tuple[int, int], beams: int = 1) -> dict[str, Any]:
+        """Scores by column and domain, tokens per second, total and active parameters."""
+        scorer = Scorer()
         columns: dict[str, Any] = {}
         written = []
-        for column, asked in wanted.items():
-            if labels or column in ("none", "unseen, no label"):
-                said = {domain: self.write(way, domain, label, beams) for domain, label in asked.items()}
-                columns[column] = {
-                    domain: vars(scorer.corpus(each.texts, [pair.target for pair in self.held_out[domain]]))
-                    for domain, each in said.items()
-                }
-                written += said.values()
+        for column, asked in self.asked(labels=labels).items():
+            said = {domain: self.write(way, domain, label, beams) for domain, label in asked.items()}
+            columns[column] = {
+                domain: vars(scorer.corpus(each.texts, [pair.target for pair in self.held_out[domain]]))
+                for domain, each in said.items()
+            }
+            written += said.values()
         every = together(written)
         self.scores.setdefault("signatures", scorer.signatures)
         return {

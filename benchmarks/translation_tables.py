@@ -9,6 +9,7 @@ from typing import Any
 from chat import spread
 
 COLUMNS = ("right", "wrong", "none", "unseen, no label", "unseen, a label")
+LOSSES = ("| losses", "| by column")
 Scores = Mapping[str, Any]
 """What is known of one seed."""
 
@@ -20,7 +21,7 @@ def tables(part: str, seeds: Sequence[Scores]) -> None:
     print(f"\n## {part}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; {seeds[0]['signatures']}\n")
     names = [name for name in dict.fromkeys(name for seed in seeds for name in seed) if name.count(" | ") >= 3]
     for beams in (False, True):
-        rows = [name for name in names if name.endswith("| beams") == beams and not name.endswith("| losses")]
+        rows = [name for name in names if name.endswith("| beams") == beams and not name.endswith(LOSSES)]
         if rows:
             print("\n" + ("By beams" if beams else "Greedily") + ": BLEU / chrF\n")
             _matrix(rows, seeds)
@@ -28,7 +29,9 @@ def tables(part: str, seeds: Sequence[Scores]) -> None:
     if with_losses:
         print("\nLosses\n")
         _losses(with_losses, seeds)
-    _by_domain([name for name in names if not name.endswith(("| losses", "| beams"))], seeds)
+    print("\nLosses by column, nats per token\n")
+    _by_column([name for name in names if name.endswith("| by column")], seeds)
+    _by_domain([name for name in names if not name.endswith((*LOSSES, "| beams"))], seeds)
 
 
 def _matrix(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
@@ -58,6 +61,15 @@ def _losses(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
             cells.append(spread([statistics.fmean(each["losses"][row][domain] for domain in domains) for each in found]))
         says = name.split(" | ")
         print(f"| {says[0]}, randomised: {says[2]}, generic: {says[3]} | {' | '.join(cells)} |")
+
+
+def _by_column(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
+    header = ["model", "domain", "randomised", "generic", *COLUMNS]
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    for name in rows:
+        found = [seed[name] for seed in seeds if name in seed]
+        means = [[statistics.fmean(each[column].values()) for each in found if column in each] for column in COLUMNS]
+        print(f"| {' | '.join([*name.split(' | ')[:4], *(spread(values) if values else '' for values in means)])} |")
 
 
 def _of_the_mean(losses: Mapping[str, Mapping[str, float]], domains: Sequence[str]) -> float:
