@@ -312,3 +312,15 @@ def test_the_command_line(checkpoint: Checkpoint) -> None:
     for wrong in (("--beams", "2"), *(("--translate", *more) for more in (("--tokens", "99"), ("--chat",), ("--tasks", "x")))):
         code, _, said = ended("eval", folder, *wrong)
         assert code == 2 and "the setting has no effect" in said, wrong
+
+
+def test_the_page_goes_through_the_domains_as_the_table_does_and_says_on_what_the_router_decides(
+    checkpoint: Checkpoint, results: TranslationResults
+) -> None:
+    page = make_page(make_content(checkpoint))
+    section = page[page.index('id="translation"') :]
+    places = [section.index(f"<h4>{name}") for name in (*results.domains, *results.unseen)]
+    assert places == sorted(places) and section.count(" (unseen)</h4>") == len(results.unseen)
+    shown = {example.domain for example in results.examples}
+    assert section.count(">own expert</th>") == len(shown & set(results.domains)) < len(shown)
+    assert " per token, " in page  # a router of hidden states: what it says of a source is not all that it decides

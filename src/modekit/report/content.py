@@ -92,12 +92,24 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
         "top_p": recipe.mixture.top_p,
         "router": "fixed weights" if linear else recipe.mixture.router.said,
         "granularity": "none" if linear else recipe.mixture.router.granularity,
+        "chosen_per": _chosen_per(checkpoint),
         "status": record.router.status,
         "backbone": backbone_label(recipe),
         "layers": checkpoint.layers,
         "dtype": str(checkpoint.config["dtype"]),
         "trainings": len(record.training),
     }
+
+
+def _chosen_per(checkpoint: Checkpoint) -> str:
+    """What a router decides on at once."""
+    mixture, pair = checkpoint.record.recipe.mixture, checkpoint.shape.family.pair
+    if mixture.fit is None:
+        return "none"
+    whole = mixture.router.granularity == "sequence" or mixture.fit.stays
+    if pair and (whole or mixture.fit.decides_once):
+        return "source"
+    return "text" if whole else "token"
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
