@@ -22,6 +22,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
 from modekit.experts.specialize import specialize
+from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.text.pairs import Pair
@@ -194,6 +195,27 @@ def test_new_rows_begin_so_that_they_take_next_to_nothing(shop: Path, tmp_path: 
             new = load_model(tmp_path / base)(ids).logits.log_softmax(-1)
         assert (new[..., 96:].exp() <= 1 / 97).all()
         assert torch.allclose(new[..., :96].softmax(-1), old.softmax(-1), atol=1e-5)
+
+
+def test_a_bias_of_the_head_begins_as_the_others(tmp_path: Path) -> None:
+    """Every logit far below 0: a bias of 0 would take all of the probability."""
+    model = pair_model("bart")
+    model.final_logits_bias = torch.full((1, 96), -60.0)
+    add_rows(model, (96, 97))
+    ids = torch.arange(4, 12)[None]
+    with torch.inference_mode():
+        found = model(input_ids=ids, decoder_input_ids=ids).logits.softmax(-1)
+    assert found.shape[-1] == 98 and (found[..., 96:] <= 1 / 97).all()
+
+
+def test_rows_that_nothing_used_yet_are_taken_first() -> None:
+    """As in models whose embedding is padded to a round number: it does not grow, and what was there stays."""
+    model = tiny_model(num_hidden_layers=1, vocab_size=128)
+    before = model.get_input_embeddings().weight.detach().clone()
+    add_rows(model, (96, 97))
+    after = model.get_input_embeddings().weight
+    assert after.shape == (128, 32) and torch.allclose(after[96:98], before[:96].mean(0), atol=1e-7)
+    assert torch.equal(after[:96], before[:96]) and torch.equal(after[98:], before[98:])
 
 
 @pytest.mark.parametrize("family", PAIR_FAMILIES)
