@@ -38,6 +38,7 @@ from modekit.search.discover.settings import DiscoverSettings
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
 WIDTHS = (60, 80, 200)
+TOLD = "mixture, right label"
 
 
 @pytest.fixture
@@ -85,11 +86,12 @@ def check_whole(shown: Callable[..., str], cells: list[str], drawing: Callable[.
 def results() -> Results:
     scores = {name: Score(10.1234 + place, 123456.7 + place, 1.0) for place, name in enumerate(NAMES)}
     rows = [Row(name, "expert", 123_456_789_000, 98_765_432_100, scores, "x") for name in ["base", *NAMES, "mixture"]]
+    rows.append(Row(TOLD, "label", 123_456_789_000, 98_765_432_100, {name: scores[name] for name in NAMES[:7]}, "x"))
     return Results(rows, NAMES[:7], NAMES[7:], {}, ["a note " * 20])
 
 
 def test_eval(shown: Callable[..., str]) -> None:
-    cells = [*NAMES, "10.123", "17.123", "123456.7", "123463.7", "13.123", "123.46B", "98.77B", "mixture"]
+    cells = [*NAMES, "10.123", "17.123", "123456.7", "123463.7", "13.123", "123.46B", "98.77B", "mixture", TOLD]
     check_whole(shown, cells, mixtures.print_results, results())
     assert "10.123 / 123456.7" in shown(None, mixtures.print_results, results())
 

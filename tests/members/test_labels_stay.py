@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapter_folders import lora, write_adapter
+from command_line import modekit
 from conftest import Workshop, make_workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -20,6 +21,7 @@ from modekit.members.change import write_change
 from modekit.members.wanted import NewExpert, adding, removing, renaming, replacing
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from refusal import refuse
 
 LABELS = {"law": ["court", "contracts"], "code": ["python"]}
 
@@ -97,6 +99,14 @@ def test_labels_go_with_their_experts(shop: Workshop, tmp_path: Path) -> None:
     for change in (lambda: renaming(before, "code", "court"), lambda: adding(before, "contracts", more)):
         with pytest.raises(RecipeError, match="already; a label leads to one expert"):
             change()
+
+
+def test_an_expert_that_comes_brings_labels(shop: Workshop, tmp_path: Path) -> None:
+    out = str(built(shop, tmp_path / "OUT", LABELS).folder)
+    options = ("add", out, "--name", "mail", "--adapter", str(shop.root / "adapter"), "--no-measure", "--no-fsync")
+    assert "'court' is a label of expert 'law' already" in refuse(*options, "--label", "court")
+    modekit(*options, "--label", "letters", "--label", "post")
+    assert open_checkpoint(tmp_path / "OUT").shape.mixture.labels["post"] == 3
 
 
 @pytest.mark.parametrize("labels", [{"court": 2}, {"court": 1, "contracts": 1}, {"law": 1}, {"court": 9}, {"court": "law"}])

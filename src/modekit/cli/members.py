@@ -41,6 +41,10 @@ class ModelOptions:
     as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name under which texts of its domain are known; may be given several times."),
+    ] = None
 
     def new(self, weight: float | None = None) -> NewExpert:
         """As the change takes it. Raises ModekitError."""
@@ -52,7 +56,7 @@ class ModelOptions:
             )
         said = {
             "model": self.model, "adapter": self.adapter, "text": self.text, "as": self.as_, "rank": self.rank,
-            "revision": self.revision,
+            "revision": self.revision, "labels": self.label,
         }  # fmt: skip
         return NewExpert({key: value for key, value in said.items() if value is not None}, Path.cwd(), weight)
 
