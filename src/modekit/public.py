@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from modekit.building.verify import Check
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.evaluation.labels import By, Told
     from modekit.evaluation.results import Results
     from modekit.planning.plan import Plan
     from modekit.recipes.recipe import Recipe
@@ -139,14 +140,22 @@ def train(
     return move(_opened(checkpoint), asked, texts=texts, out=None if out is None else Path(out), run=run)
 
 
-def evaluate(checkpoint: Folder, *, tokens: int = 20_000, sequence_length: int = 512, run: Run = QUIET) -> Results:
+def evaluate(
+    checkpoint: Folder, *, tokens: int = 20_000, sequence_length: int = 512, labels: Sequence[Told] = (), by: By = "gate",
+    run: Run = QUIET,
+) -> Results:  # fmt: skip
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
 
-    `tokens` are read per domain, in sequences of at most `sequence_length`. Raises TextError or SourceError.
+    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none: the mixture
+    that is told such labels, by the gate or by tags, has rows, too. Raises TextError, SourceError, or MismatchError for labels.
     """
     from modekit.evaluation.evaluate import evaluate as score
+    from modekit.evaluation.labels import Labels
 
-    return score(_opened(checkpoint), tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
+    return score(
+        _opened(checkpoint), tokens_per_domain=tokens, sequence_length=sequence_length,
+        labels=Labels(by, tuple(labels)) if labels else None, run=run,
+    )  # fmt: skip
 
 
 def verify(checkpoint: Folder, *, run: Run = QUIET) -> list[Check]:

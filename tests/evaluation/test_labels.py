@@ -17,8 +17,9 @@ from byte_level import byte_tokenizer
 from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, character_tokenizer
 from labelled import LABEL, STRANGER, make_labelled, of_adapters, with_tags
+from modekit import public
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import MismatchError, TextError
+from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.identity import belongs_to
@@ -248,6 +249,16 @@ def test_what_is_refused(shop: Workshop, small_workshop: Workshop, tmp_path: Pat
     tokenizer.save_pretrained(chats)
     with pytest.raises(TextError, match="a conversation has no place for a tag"):
         evaluate(open_checkpoint(chats), **SIZES, labels=Labels("tag"))
+
+
+def test_from_python(shop: Workshop) -> None:
+    folder = shop.build("PYTHON", output={"format": "native"})
+    rows = [row.name for row in public.evaluate(folder, tokens=100, labels=("right",), by="tag").rows]
+    assert rows[-2:] == ["mixture, right tag", "base, right tag"]
+    assert [row.kind for row in public.evaluate(folder, tokens=100).rows][-1] == "mixture"
+    for wrong in ({"labels": ("left",)}, {"labels": ("none", "none")}, {"labels": ("none",), "by": "ear"}):
+        with pytest.raises(ModekitError, match="no such"):
+            public.evaluate(folder, tokens=100, **wrong)  # type: ignore[arg-type]
 
 
 def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

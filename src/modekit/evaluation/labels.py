@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from modekit.errors import MismatchError, TextError
+from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.text.sequences import TokenSequence, encode
@@ -33,10 +33,21 @@ _WORDS: Mapping[By, str] = {"gate": "label", "tag": "tag"}
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labels are told, in the order of the rows, and how."""
+    """Which labels are told, in the order of the rows, and how. Raises ModekitError for others than there are."""
 
     by: By = "gate"
     told: tuple[Told, ...] = TOLD
+
+    def __post_init__(self) -> None:
+        if not set(self.told) <= set(TOLD) or len(set(self.told)) < len(self.told):
+            raise ModekitError(
+                "no such labels", where="labels", found=", ".join(map(str, self.told)),
+                expected=f"some of {', '.join(TOLD)}, each once, or all", remedy="write right,wrong",
+            )  # fmt: skip
+        if self.by not in get_args(By):
+            raise ModekitError(
+                "no such way to tell a label", where="by", found=self.by, expected="gate or tag", remedy="name one"
+            )
 
     def row(self, model: str, told: Told) -> str:
         """Name of a model's row under such labels: "mixture, right label", "base, no tag"."""
