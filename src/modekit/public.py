@@ -146,8 +146,8 @@ def evaluate(
 ) -> Results:  # fmt: skip
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
 
-    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none: the mixture
-    that is told such labels, by the gate or by tags, has rows, too. Raises TextError, SourceError, or MismatchError for labels.
+    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none: the
+    mixture that is told such, by the gate or by tags, has rows, too. Raises TextError, SourceError, or MismatchError for labels.
     """
     from modekit.evaluation.evaluate import evaluate as score
     from modekit.evaluation.labels import Labels
