@@ -147,7 +147,7 @@ def evaluate(
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
 
     `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none: the
-    mixture that is told such, by the gate or by tags, has rows, too. Raises TextError, SourceError, or MismatchError for labels.
+    mixture that is told such, by the gate or by tags, has rows, too. Raises TextError, SourceError, or MismatchError.
     """
     from modekit.evaluation.evaluate import evaluate as score
     from modekit.evaluation.labels import Labels
