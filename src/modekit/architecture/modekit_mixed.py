@@ -93,19 +93,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
-        if self.router is not None:
-            self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
-        weights = self._leader[0].weights
-        weights = self._flow[0].source_weights if weights is None else weights
-        leader = self._leader[0].router
-        if weights is None and leader is not None and leader.decides_by_ids:
-            weights = self._leader[0].weights = leader(x)  # it reads no module's input, and need not wait for its own
-        if weights is None:
-            raise RuntimeError(
-                "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an "
-                "encoder give the encoder's output as this model made it)"
-            )
-        weights = weights.to(x.device)
+        weights = self._decided(x).to(x.device)
         if self._is_head and self._flow[0].kept is not None:
             weights = weights[:, self._flow[0].kept.to(weights.device)]
         elif weights.shape[1] == 1:  # one decision for all tokens, or one token
@@ -123,6 +111,25 @@ class Mixed(nn.Module):
             weight = weights[..., expert] if self.per_feature else weights[..., expert, None]
             y = y + weight.to(y.dtype) * (self.lora_bias[row].to(y.dtype) * self.scales[expert])
         return y
+
+    def _decided(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights of the experts here, (B, S, E), or (B, 1, E) for all tokens; a router that this place has decides now.
+
+        Raises RuntimeError when it has not run.
+        """
+        flow, leader = self._flow[0], self._leader[0].router
+        if self.router is not None and not self.router.has_decided:
+            self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
+        weights = self._leader[0].weights
+        weights = flow.source_weights if weights is None else weights
+        if weights is None and leader is not None and leader.decides_by_ids:  # it reads no module's input, and need not wait
+            weights = self._leader[0].weights = leader(x if flow.source_ids_BS is None else flow.source_ids_BS)
+        if weights is None:
+            raise RuntimeError(
+                "the router of this place has not run (with modules: all it reads input_ids, not inputs_embeds; with an "
+                "encoder give the encoder's output as this model made it)"
+            )
+        return weights
 
     def _whole_parts(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the base's module and the experts' own modules give."""

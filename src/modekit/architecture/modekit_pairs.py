@@ -21,10 +21,11 @@ from torch import nn
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .configuration_modekit import ModekitConfig, family_config
+from .configuration_modekit import family_config
 from .modekit_flow import Flow
 from .modekit_router import places_of
-from .modeling_modekit import InBoth, asks_for_log, finish_pass, initialise, install, logged, start_pass
+from .modekit_whole import connect, own_head
+from .modeling_modekit import InBoth, ModekitModel, asks_for_log, finish_pass, initialise, install, logged, start_pass
 
 _IDS, _WEIGHTS = "source_ids", "source_weights"
 """Entries of an encoder's output."""
@@ -112,7 +113,10 @@ class MixtureForSeq2SeqLM(InBoth):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         flow = self.base_model.flow = Flow(pair=True)
+        if "lm_head" in config.modekit["places"]:
+            own_head(self)
         install(self, "", config, flow)  # type: ignore[arg-type]
+        connect(self, flow.mixed)
         encoder, decoder = self.get_encoder(), self.get_decoder()  # type: ignore[attr-defined]
         encoder.register_forward_pre_hook(_BeforeEncoder(flow), with_kwargs=True)
         encoder.register_forward_hook(_AfterEncoder(flow), with_kwargs=True, always_call=True)
@@ -161,22 +165,12 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
     return forward
 
 
-class ModekitForSeq2SeqLM:
+class ModekitForSeq2SeqLM(ModekitModel):
     """What AutoModelForSeq2SeqLM is given: opens as the model of the checkpoint's family."""
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """The family's model from a checkpoint folder or hub id."""
-        config = config if config is not None else ModekitConfig.from_pretrained(path)
-        return pair_class(config.__class__).from_pretrained(path, *args, config=config, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        return pair_class(config.__class__)._from_config(config, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: the family's classes say where their code is."""
+    def _class_for(cls, config_class: Any) -> Any:
+        return pair_class(config_class)
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,8 @@ class Router(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.of_source = of_source  # it stands in a decoder and reads an encoder's output
-        self.reads_target = flow.pair and place.removeprefix("model.").startswith("decoder.") and not of_source
+        self.in_decoder = place.removeprefix("model.").startswith("decoder.")
+        self.reads_target = flow.pair and self.in_decoder and not of_source
         self.place = place
         self.experts = experts
         self.features = features  # O, or 0 when one decision serves all
@@ -101,6 +102,11 @@ class Router(nn.Module):
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
         return select(logits, self.routing, flow.left_out)
+
+    @property
+    def has_decided(self) -> bool:
+        """Whether it decides while the encoder runs, and that is over: one embedding may serve the decoder, too."""
+        return self._flow[0].pair and not self._flow[0].encoding and not self.in_decoder
 
     @property
     def decides_by_ids(self) -> bool:

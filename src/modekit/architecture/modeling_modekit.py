@@ -28,6 +28,7 @@ from .modekit_flow import Flow
 from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
+from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
@@ -69,7 +70,8 @@ class InBoth:
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As the family does; refused where experts have embeddings of their own."""
-        if any(isinstance(module, Mixed) for module in (self.get_input_embeddings(), self.get_output_embeddings())):  # type: ignore[attr-defined]
+        ends = (self.get_input_embeddings(), self.get_output_embeddings())  # type: ignore[attr-defined]
+        if any(isinstance(module, Mixed | SharedEmbedding) for module in ends):
             raise NotImplementedError("this mixture's experts have embeddings of their own: resize the models it is built from")
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
@@ -144,7 +146,7 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow, 
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
             dense = Chain(owner, calls) if calls else getattr(owner, leaf)
-            module = Mixed(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
+            module = KINDS.get(leaf, Mixed)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
             put_in_place(owner, calls or [leaf], module)
             flow.mixed[name] = module
             here.append(name)
@@ -162,6 +164,8 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.lora_B)
         if module.biased:
             nn.init.zeros_(module.lora_bias)
+    if isinstance(module, BiasedHead):
+        nn.init.zeros_(module.final_logits_bias)
 
 
 @functools.cache
@@ -343,11 +347,15 @@ class ModekitModel:
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """The family's model from a checkpoint folder or hub id."""
         config = config if config is not None else ModekitConfig.from_pretrained(path)
-        return family_classes(config.__class__)[cls._place].from_pretrained(path, *args, config=config, **kwargs)
+        return cls._class_for(config.__class__).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        return family_classes(config.__class__)[cls._place]._from_config(config, **kwargs)
+        return cls._class_for(config.__class__)._from_config(config, **kwargs)
+
+    @classmethod
+    def _class_for(cls, config_class: Any) -> Any:
+        return family_classes(config_class)[cls._place]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

@@ -17,7 +17,7 @@ from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
-from modekit.sources.names import HEAD, module_of, natural_key, split_layer
+from modekit.sources.names import HEAD, LOGITS_BIAS, module_of, natural_key, split_layer
 
 FORMAT = 1
 MOST_AVERAGES = 256
@@ -123,6 +123,8 @@ class Place(_Said):
 
     def tensor(self, module: str, leaf: str) -> str:
         """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight with `calls`."""
+        if leaf == LOGITS_BIAS:
+            return leaf
         return f"{module_of(module) if self.calls else module}.{leaf}"
 
     def has(self, expert: int) -> bool:

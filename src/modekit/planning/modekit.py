@@ -57,7 +57,7 @@ class ModekitLayout:
     def shape(self, where: str) -> ModekitShape:
         """The base's config.json with what is mixed where under `modekit`."""
         config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
-        if self.unties:
+        if self.unties and not self._family.shares:  # whose class takes it for something else
             config["tie_word_embeddings"] = False
         config |= {
             "architectures": [PAIR_CLASS if self._family.pair else "ModekitForCausalLM"],

@@ -12,17 +12,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, takewhile
 
-from modekit.errors import UnsupportedError
+from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
 from modekit.planning.pieces import low_rank, rows_of, touched
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.compatibility import is_tied
+from modekit.sources.compatibility import is_tied, own_names
 from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.names import EMBEDDING, HEAD, in_decoder, is_ignored, module_of, natural_key, weight_of
+from modekit.sources.names import (
+    EMBEDDING,
+    HEAD,
+    LOGITS_BIAS,
+    POSITIONS,
+    in_decoder,
+    is_ignored,
+    module_of,
+    natural_key,
+    weight_of,
+)
 
 ATTENTION = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"), **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
@@ -83,7 +93,7 @@ class PlannedPlace:
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
     """Of the modules of whole models or whole decoders, the one that a pass reaches first."""
-    ways = (EMBEDDING, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts["q"]))
+    ways = (*family.entrances, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts["q"]))
     return next(module for module in ways if module in modules)
 
 
@@ -92,10 +102,11 @@ def _check_pair(recipe: Recipe, family: Family) -> None:
     if not family.pair:
         return
     where, mixture = "mixture", recipe.mixture
-    if mixture.is_whole:
+    if mixture.modules == "decoder":
         raise UnsupportedError(
-            "whole models of a family with an encoder cannot be mixed yet", where=f"{where}.modules", found=mixture.modules,
-            remedy="mix the FFNs (modules: auto)",
+            "modules: decoder is for models that are a decoder alone, and this one has an encoder", where=f"{where}.modules",
+            found=mixture.modules, expected="all: experts are whole models; auto, or a list of parts",
+            remedy="write modules: all, or layers: [decoder] with modules: auto",
         )  # fmt: skip
     router, once = mixture.router, mixture.fit is not None and mixture.fit.decides_once
     if mixture.method != "linear" and not once and (router.granularity == "sequence") != (router.scope == "model"):
@@ -132,7 +143,8 @@ class Places:
         """The place that a tensor of the base belongs to; a tied head that is untied here is found by its own name."""
         found = {ref.name: place for place in self for ref in place.refs if ref.name.startswith(place.prefix)}
         head = next((place for place in self if place.module == HEAD), None)
-        return {**found, weight_of(HEAD): head} if head is not None else found
+        own = dict.fromkeys((weight_of(HEAD), LOGITS_BIAS), head) if head is not None else {}
+        return {**found, **own}
 
     @cached_property
     def leaders(self) -> dict[str, str]:
@@ -141,7 +153,7 @@ class Places:
 
     def keeps_base(self, place: PlannedPlace) -> bool:
         """Whether the base's module stays beside what the experts have."""
-        return needs_base(self._recipe, place.module, place.own)
+        return needs_base(self._recipe, self._family, place.module, place.own)
 
     def added_bias(self, place: PlannedPlace, expert: int) -> TensorRef | None:
         """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in."""
@@ -223,9 +235,12 @@ class Places:
 
     def _all_modules(self) -> list[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
-        modules = {EMBEDDING, HEAD}
-        for name, ref in self._base.tensors.items():
-            if is_ignored(name):
+        self._check_bias()
+        embedding = self._family.embedding
+        modules = {embedding, HEAD}
+        for name in own_names(self._base, self._family):
+            ref = self._base.tensors[name]
+            if name == LOGITS_BIAS:  # with the head
                 continue
             if name.rpartition(".")[2] not in {"weight", "bias"} or len(ref.shape) > 2:
                 raise UnsupportedError(
@@ -234,13 +249,26 @@ class Places:
                     remedy="name the parts to mix under mixture.modules",
                 )  # fmt: skip
             modules.add(module_of(name))
-        return sorted(modules, key=lambda module: (module != EMBEDDING, module == HEAD, natural_key(module)))
+        if any(module in modules for module in self._family.entrances if module != embedding):  # which runs in its place
+            modules.remove(embedding)
+        return sorted(modules, key=lambda module: (module != embedding, module == HEAD, natural_key(module)))
+
+    def _check_bias(self) -> None:
+        """Raise MismatchError where an expert adds a bias to its logits and the base has none that it could stand beside."""
+        for source in self._sources[1:]:
+            if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
+                raise MismatchError(
+                    f"the expert has a {LOGITS_BIAS} and the base model none", where=f"{source.label} ({source.spec})",
+                    remedy="open the base model with transformers and save it again, which writes one of zeros",
+                )  # fmt: skip
 
     def _place(self, module: str, group: str = "all", calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
         refs = tuple(ref for each in modules for ref in self._within(each) if not is_ignored(ref.name))
         if module == HEAD and self.unties:
-            refs = (self._base.tensor(weight_of(EMBEDDING)),)
+            refs = (self._base.tensor(weight_of(self._family.embedding)),)
+        if module == HEAD and LOGITS_BIAS in self._base.tensors:
+            refs = (*refs, self._base.tensor(LOGITS_BIAS))
         kinds = tuple(self._kind(expert, module, refs) for expert in range(self._count))
         return PlannedPlace(module, group, refs, kinds, calls)
 
@@ -272,9 +300,14 @@ class Places:
             return change or "own"
         if said.lora_rank is None:
             return "own"
-        if weight is None or len(weight.shape) != 2 or module in {EMBEDDING, HEAD}:
+        if weight is None or len(weight.shape) != 2 or self._is_looked_up(module):
             return None
         return min(said.lora_rank, *weight.shape)
+
+    def _is_looked_up(self, module: str) -> bool:
+        """Whether a module is no linear map that could be kept low-rank: an embedding, positions; or the head."""
+        embeddings = {self._family.embedding, *map(module_of, self._family.copies)}
+        return module in {HEAD, *embeddings} or module.rpartition(".")[2] in POSITIONS
 
     def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
         """What an expert's adapter does to the weight of a place, if that is a low-rank change."""

@@ -45,7 +45,11 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Mapping[str, Any], 
 
 def bases_that_differ(mixture: MixtureConfig, recipe: Recipe) -> list[str]:
     """The places where a plan of the recipe has the base's module and the checkpoint has not, or the reverse."""
-    return [module for module, place in mixture.places.items() if place.base != needs_base(recipe, module, place.own)]
+    return [
+        module
+        for module, place in mixture.places.items()
+        if place.base != needs_base(recipe, mixture.family, module, place.own)
+    ]
 
 
 def _leaders(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:

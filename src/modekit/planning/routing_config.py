@@ -10,7 +10,7 @@ from modekit.planning.mixture_config import AlwaysOn, Average, Ngram, Routing
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
-from modekit.sources.names import EMBEDDING
+from modekit.sources.family import Family
 
 
 def routing_config(recipe: Recipe) -> Routing:
@@ -49,11 +49,11 @@ def gate_rows(router: Router, ranks: list[int]) -> list[int]:
     return [router.row.rows(rank) for rank in ranks]
 
 
-def needs_base(recipe: Recipe, module: str, own: Sequence[int]) -> bool:
+def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:
     """Whether the base's module stays at a place where the experts `own` have their own."""
     mixture = recipe.mixture
     # The router reads the base's embedding, unless it reads the tokens themselves.
-    reads_it = module == EMBEDDING and mixture.fit is not None and mixture.fit.reads != "tokens"
+    reads_it = module in family.entrances and mixture.fit is not None and mixture.fit.reads != "tokens"
     outside = mixture.always_on is not None and mixture.always_on.expert == BASE
     return len(own) < len(recipe.experts) or outside or reads_it
 

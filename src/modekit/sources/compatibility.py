@@ -17,12 +17,10 @@ from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 
-_T5 = "t5"  # whose class shares the embedding whatever config.json says
-
 
 def is_tied(source: ModelSource, family: Family) -> bool:
     """Whether the head is the embedding. A T5 that has a head of its own says so by its weights alone."""
-    if family.model_type == _T5:
+    if family.shares:
         return weight_of(HEAD) not in source.tensors
     return bool(family.dense_config(source.config).get("tie_word_embeddings"))
 
@@ -32,7 +30,7 @@ def own_names(source: ModelSource, family: Family) -> list[str]:
     encoder and decoder call it, who else have embeddings of their own.
     """
     tied = is_tied(source, family)
-    copies = {*(family.copies if tied or family.model_type == _T5 else ()), *([weight_of(HEAD)] if tied else ())}
+    copies = {*(family.copies if tied or family.shares else ()), *([weight_of(HEAD)] if tied else ())}
     left_out = {*copies, *family.computed}
     return [name for name in source.tensors if not is_ignored(name) and name not in left_out]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.names import EMBEDDING, FINAL_NORM, split_layer
+from modekit.sources.names import EMBEDDING, FINAL_NORM, module_of, split_layer
 
 Config = Mapping[str, Any]
 
@@ -82,6 +82,7 @@ class Family:
         width: key of config.json for the width of the residual stream.
         embedding: the module of the tokens' embedding.
         copies: tensors that files may hold besides the embedding and that are the same parameter.
+        shares: whether they are so whatever config.json says of tying, and the head has weights of its own or is the embedding.
         computed: tensors that files may hold and that every model computes for itself.
         optional: tensors that an expert may have and its base may lack, where they are zero.
         same_as: key of config.json -> the key whose value it has where it says none.
@@ -102,6 +103,7 @@ class Family:
     width: str = "hidden_size"
     embedding: str = EMBEDDING
     copies: tuple[str, ...] = ()
+    shares: bool = False
     computed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     same_as: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +143,11 @@ class Family:
             *own,
             *([f"{FINAL_NORM}.weight"] if self.norms_have_weights and not self.pair else ()),
         ]
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        """Modules that may be the first to run: an encoder's own embedding where it has one, else the one that all share."""
+        return (*(module_of(name) for name in self.copies[:1]), self.embedding)
 
     def hidden(self, config: Config) -> int:
         """Width of the residual stream."""

@@ -14,6 +14,10 @@ from modekit.recipes.layers import Layer, layer_at
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 FINAL_NORM = "model.norm"
+LOGITS_BIAS = "final_logits_bias"
+"""A tensor, and no module, that some models with an encoder add to what the head says."""
+POSITIONS = ("embed_positions", "relative_attention_bias")
+"""Last parts of modules that hold learned positions: embeddings, and no linear maps."""
 
 _LAYERS = "model.layers."
 _IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)

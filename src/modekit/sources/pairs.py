@@ -69,7 +69,7 @@ def _t5(gated: bool) -> Family:
             "relative_attention_max_distance": 128, "tie_word_embeddings": True,
         },
         same_as={"num_decoder_layers": "num_layers"},
-        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), shares=True,
         must_match=(
             "d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj",
             "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "tie_word_embeddings",

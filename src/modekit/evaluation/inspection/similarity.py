@@ -22,7 +22,7 @@ from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef, open_source
-from modekit.sources.names import EMBEDDING, HEAD, module_of, weight_of
+from modekit.sources.names import HEAD, module_of, weight_of
 from modekit.weights.numeric import as_array, to_float32
 from modekit.weights.stored import Stored
 
@@ -124,7 +124,7 @@ def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
     def found(mixed: MixedTensor) -> MixedTensor:
         if mixed.base is not None or mixed.holds_changes:
             return mixed
-        tied = weight_of(EMBEDDING) if module_of(mixed.name) == HEAD else mixed.name
+        tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
         ref = tensors.get(mixed.name, tensors.get(tied))
         return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 

@@ -1,0 +1,426 @@
+"""Whole models with an encoder as experts: all that they hold goes by expert, and one alone is its own model bit for bit.
+
+The reference of fixed weights is the weight average: with one input, every module is linear in its own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import textwrap
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+
+from conftest import VOCAB, Workshop
+from modekit.architecture.modekit_mixed import Mixed
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import MismatchError, UnsupportedError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect
+from modekit.loaded.experts import average_of
+from modekit.loaded.load import load_model
+from modekit.members.change import write_change
+from modekit.members.wanted import NewExpert, adding, removing
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.routing.refit import refit
+from modekit.sources.compatibility import own_names
+from modekit.sources.contents import OpenFiles
+from modekit.sources.families import family_of
+from modekit.sources.model import open_source
+from modekit.weights.stored import same_bytes
+from pair_models import make_pair_workshop, pair_model, pair_tokenizer
+from refusal import borrow, run_python
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KINDS: dict[str, dict[str, Any]] = {
+    "bart": {"encoder_layers": 3},
+    "bart untied": {"tie_word_embeddings": False},
+    "mbart": {"scale_embedding": True},
+    "marian": {"scale_embedding": True},
+    "m2m_100": {"decoder_layers": 3, "encoder_ffn_dim": 40},
+    "t5": {},
+    "t5 gated": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+NAMES = ("one", "two", "three")
+ONCE = {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}
+SEARCHES: tuple[dict[str, Any], ...] = (
+    {}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with a base, three full models that differ from it in every tensor, and two adapters; the same in memory."""
+
+    kind: str
+    root: Path
+    made: dict[str, PreTrainedModel]
+
+    def build(self, mixture: dict[str, Any], *experts: dict[str, Any]) -> Path:
+        """A mixture of the full models, or of others."""
+        said = experts or tuple({"name": name, "model": f"./{name}"} for name in NAMES)
+        mixture = {"method": "routing", "top_k": 1, "modules": "all", **mixture}
+        recipe = parse_recipe({"base_model": "./base", "experts": list(said), "mixture": mixture}, where="test")
+        build(make_plan(recipe, self.root), self.root / "out", overwrite=True)
+        return self.root / "out"
+
+    def mixture(self) -> Any:
+        """One that decides once per source, by what it reads."""
+        return load_model(self.build({"router": ONCE}))
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Of every kind."""
+    kind = str(request.param)
+    root = tmp_path_factory.mktemp("whole")
+    made = {name: pair_model(kind.split()[0], seed, **KINDS[kind]) for seed, name in enumerate(("base", *NAMES))}
+    for model in made.values():
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in ("shared", "embed", "relative")) and parameter.requires_grad:
+                    parameter.normal_(std=0.4)
+            if hasattr(model, "final_logits_bias"):
+                model.final_logits_bias.normal_()
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+    pair_tokenizer().save_pretrained(root / "base")
+    loaded = {name: load_model(root / name) for name in made}  # what a file does not hold is what transformers makes of it
+    for name, targets in (("small", ["q", "v"] if kind.startswith("t5") else ["q_proj", "fc1"]), ("wide", "all-linear")):
+        torch.manual_seed(len(name))
+        config = LoraConfig(r=len(name), lora_alpha=8, target_modules=targets, task_type="SEQ_2_SEQ_LM")
+        adapted = get_peft_model(copy.deepcopy(loaded["base"]), config)
+        with torch.no_grad():
+            for parameter_name, parameter in adapted.named_parameters():
+                if "lora" in parameter_name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.2)
+        adapted.save_pretrained(str(root / name))
+    return Bench(kind, root, loaded)
+
+
+def inputs(pads: str = "right") -> dict[str, torch.Tensor]:
+    """Four sources of different lengths and what is written of their targets."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, VOCAB, (4, 9), generator=draw)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((9, 6, 3, 5)):
+        real = ids[row, :length].clone()
+        ids[row], mask[row] = 0, 0
+        place = slice(0, length) if pads == "right" else slice(9 - length, 9)
+        ids[row, place], mask[row, place] = real, 1
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, VOCAB, (4, 5), generator=draw)}
+
+
+def logits_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**said).logits
+    return logits
+
+
+def written(model: Any, said: dict[str, torch.Tensor], **how: Any) -> torch.Tensor:
+    source = {name: said[name] for name in ("input_ids", "attention_mask")}
+    ids: torch.Tensor = model.generate(**source, max_new_tokens=7, eos_token_id=None, forced_eos_token_id=None, **how)
+    return ids
+
+
+# --- one expert alone, and several in one batch
+
+
+@pytest.mark.parametrize("router", [ONCE, {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model", "prefix": 2}])
+def test_an_expert_alone_is_its_own_model_bit_for_bit(bench: Bench, router: dict[str, Any]) -> None:
+    out = bench.build(
+        {"router": router}, *({"name": name, "model": f"./{name}"} for name in NAMES), {"name": "still", "model": "base"}
+    )
+    model = load_model(out)
+    for name in (*NAMES, "still"):
+        own = bench.made["base" if name == "still" else name]
+        model.use_expert(name)
+        for pads in ("right", "left"):
+            assert torch.equal(logits_of(model, inputs(pads)), logits_of(own, inputs(pads))), (name, pads)
+            for how in SEARCHES:
+                assert torch.equal(written(model, inputs(pads), **how), written(own, inputs(pads), **how)), (name, pads, how)
+
+
+def test_a_batch_of_several_experts_is_each_alone(bench: Bench) -> None:
+    model, said, names = bench.mixture(), inputs(), ["two", "three", "one", "two"]
+    model.use_expert(names)
+    together, beams = logits_of(model, said), written(model, said, num_beams=3)
+    for row, name in enumerate(names):
+        expected = logits_of(bench.made[name], said)[row]
+        torch.testing.assert_close(together[row], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+        assert torch.equal(beams[row], written(bench.made[name], said, num_beams=3)[row])
+
+
+def test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all(bench: Bench) -> None:
+    """The decision is read from the logits that the model gives; what follows it is the expert's own writing."""
+    model, said = bench.mixture(), inputs()
+    with torch.inference_mode():
+        places = model(**said, output_router_logits=True).router_logits[0][:, 0].argmax(-1).tolist()
+    assert len(set(places)) > 1, "all sources go to one expert: this test would see nothing"
+    logits = logits_of(model, said)
+    for row, place in enumerate(places):
+        own = bench.made[NAMES[place]]
+        expected = logits_of(own, said)[row]
+        torch.testing.assert_close(logits[row], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+        alone = {name: value[row : row + 1] for name, value in said.items()}
+        for how in SEARCHES[:3]:
+            assert torch.equal(written(model, said, **how)[row], written(own, said, **how)[row]), how
+            assert torch.equal(written(model, alone, **how), written(own, alone, **how)), how
+
+
+def test_all_that_a_model_holds_goes_by_expert(bench: Bench) -> None:
+    """Every tensor of every expert is in the mixture, bit for bit, and none of the base is there that nothing reads."""
+    checkpoint = open_checkpoint(bench.build({"router": ONCE}))
+    family = family_of(bench.made["base"].config.to_dict(), where="test")
+    unread = f"{family.embedding}.weight" if bench.kind == "bart untied" else None
+    with OpenFiles() as opened:
+        for place, name in enumerate(NAMES):
+            source = open_source("expert", name, bench.root / name)
+            for tensor in own_names(source, family):
+                module, leaf = ("lm_head", tensor) if tensor == "final_logits_bias" else tensor.rsplit(".", 1)
+                if tensor != unread:
+                    assert same_bytes(opened, checkpoint.tensors[f"{module}.experts.{place}.{leaf}"], source.tensors[tensor])
+            head = source.tensors.get("lm_head.weight", source.tensors[f"{family.embedding}.weight"])
+            assert same_bytes(opened, checkpoint.tensors[f"lm_head.experts.{place}.weight"], head)
+    others = {name for name in checkpoint.tensors if ".experts." not in name}
+    entrance = "model.encoder.embed_tokens" if bench.kind == "bart untied" else family.embedding
+    assert others - {unread} == {f"{entrance}.base.weight", f"{entrance}.router.gate"}
+
+
+def test_experts_that_are_not_used_are_not_read(bench: Bench) -> None:
+    model, said = bench.mixture(), inputs()
+    expected = logits_of(bench.made["two"], said)
+    model.use_expert("two")
+    read: list[nn.Module] = []
+    for mixed in (module for module in model.modules() if isinstance(module, Mixed)):
+        for place, module in zip(mixed.own, mixed.experts, strict=True):
+            if place != NAMES.index("two"):
+                module.register_forward_pre_hook(lambda module, _: read.append(module))
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data.fill_(float("nan"))
+    assert torch.equal(logits_of(model, said), expected)
+    assert torch.equal(written(model, said, num_beams=3), written(bench.made["two"], said, num_beams=3))
+    assert not read
+
+
+# --- several experts at once
+
+
+def test_fixed_weights_are_the_weight_average(bench: Bench) -> None:
+    model = load_model(bench.build({"method": "linear", "top_k": None}))
+    average = average_of([partial(copy.deepcopy, bench.made[name]) for name in NAMES])
+    for pads in ("right", "left"):
+        expected = logits_of(average, inputs(pads))
+        torch.testing.assert_close(logits_of(model, inputs(pads)), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
+    assert torch.equal(written(model, inputs(), num_beams=3), written(average, inputs(), num_beams=3))
+
+
+def test_adapters_are_peft_s_models(bench: Bench) -> None:
+    """They stay low-rank; a full model among them is whole."""
+    said = [{"name": name, "adapter": f"./{name}"} for name in ("small", "wide")]
+    out = bench.build({"router": ONCE}, *said, {"name": "one", "model": "./one"})
+    assert is_proven(verify(open_checkpoint(out)))
+    model = load_model(out)
+    for name in ("small", "wide"):
+        own = PeftModel.from_pretrained(copy.deepcopy(bench.made["base"]), bench.root / name).eval()
+        model.use_expert(name)
+        expected = logits_of(own, inputs())
+        torch.testing.assert_close(logits_of(model, inputs()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+    model.use_expert("one")
+    assert torch.equal(logits_of(model, inputs()), logits_of(bench.made["one"], inputs()))
+
+
+def test_full_models_as_low_rank_changes_of_whole_models(bench: Bench) -> None:
+    """Embeddings and positions are no linear maps: they stay the base's."""
+    said = [{"name": name, "model": f"./{name}", "as": "lora", "rank": 4} for name in NAMES[:2]]
+    out = bench.build({"router": ONCE}, *said)
+    places = open_checkpoint(out).shape.mixture.places
+    assert all(place.ranks == [4, 4] or not any(place.ranks) for place in places.values())
+    assert not any(
+        any(place.ranks) for name, place in places.items() if "embed" in name or "shared" in name or "relative" in name
+    )
+    assert torch.isfinite(logits_of(load_model(out), inputs())).all()
+
+
+# --- as any other mixture
+
+
+def test_it_is_proven_saved_copied_and_pickled(bench: Bench, tmp_path: Path) -> None:
+    out = bench.build({"router": ONCE})
+    assert is_proven(verify(open_checkpoint(out)))
+    model = load_model(out)
+    expected = logits_of(model, inputs())
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(logits_of(again, inputs()), expected)
+    other = copy.deepcopy(model)
+    other.use_expert("one")
+    assert torch.equal(logits_of(other, inputs()), logits_of(bench.made["one"], inputs()))
+    assert torch.equal(logits_of(model, inputs()), expected)
+    stream = io.BytesIO()
+    pickle.dump(model, stream)
+    assert torch.equal(logits_of(pickle.loads(stream.getvalue()), inputs()), expected)
+    with pytest.raises(NotImplementedError, match="embeddings of their own"):
+        model.resize_token_embeddings(VOCAB + 8)
+
+
+def test_it_opens_without_modekit(bench: Bench, tmp_path: Path) -> None:
+    out = bench.build({"router": ONCE})
+    torch.save({"inputs": inputs(), "logits": logits_of(load_model(out), inputs())}, tmp_path / "expected.pt")
+    done = run_python(
+        textwrap.dedent(f"""
+        import sys
+        sys.modules["modekit"] = None
+        import torch
+        from transformers import AutoModelForSeq2SeqLM
+        said = torch.load({str(tmp_path / "expected.pt")!r})
+        model = AutoModelForSeq2SeqLM.from_pretrained({str(out)!r}, trust_remote_code=True).eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(model(**said["inputs"]).logits, said["logits"], atol=1e-4, rtol=1e-4)
+        """)
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_reach_every_expert_and_the_router_with_checkpointing_or_without(bench: Bench) -> None:
+    out, found = bench.build({"method": "gating", "top_k": None, "router": ONCE}), []
+    for checkpointing in (False, True):
+        model = load_model(out).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model(**inputs(), use_cache=False).logits.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    still = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - found[0].keys()
+    assert found[0].keys() == found[1].keys()
+    assert still <= {"model.shared.weight"} and any(name.endswith("router.gate") for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(
+            gradient, found[1][name], atol=1e-5 * float(gradient.abs().max()) + 1e-12, rtol=1e-4, msg=name
+        )
+
+
+def test_the_output_of_another_encoder_is_refused(bench: Bench) -> None:
+    model, said = bench.mixture(), inputs()
+    with torch.inference_mode():
+        encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
+        rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
+        assert torch.equal(model(encoder_outputs=encoded, **rest).logits, logits_of(model, said))
+        with pytest.raises(RuntimeError, match="as this model made it"):
+            model(encoder_outputs=(encoded.last_hidden_state,), **rest)
+
+
+# --- routers that are fitted, and what is done with a mixture
+
+
+@pytest.fixture(scope="module", params=["bart", "t5"])
+def pair_workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_pair_workshop(tmp_path_factory.mktemp("pairs"), request.param)
+
+
+SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 64}
+FITS: dict[str, dict[str, Any]] = {
+    "ngram": {"fit": "ngram", "buckets": 512},
+    "lexical": {"fit": "lexical"},
+    "classifier": {"fit": "classifier", "prefix": 16},
+    "classifier of hidden states": {"fit": "classifier", "features": "hidden", "prefix": 16, **SMALL},
+    "logistic": {"fit": "logistic", "granularity": "sequence", "per": "model", **SMALL},
+}
+
+
+@pytest.mark.parametrize("fit", list(FITS))
+def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop, tmp_path: Path, fit: str) -> None:
+    """Those that read tokens tell these domains apart; others may err, and what is written is still one model's own."""
+    shop = borrow(pair_workshop, tmp_path)
+    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS[fit]})
+    checkpoint = open_checkpoint(out)
+    assert is_proven(verify(checkpoint))
+    model, names = load_model(out), checkpoint.names
+    said = dict(pair_tokenizer()([f"{name} 3 fever artery" for name in names], return_tensors="pt", padding=True))
+    said = {name: said[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        logits = model(**said, decoder_input_ids=said["input_ids"], output_router_logits=True).router_logits[0]
+    chosen = [names[place] for place in logits[:, 0].argmax(-1).tolist()]
+    by_tokens = checkpoint.record.recipe.mixture.router.row.reads == "tokens"
+    assert chosen == names or not by_tokens
+    found = written(model, said, num_beams=3)
+    for row, name in enumerate(chosen):
+        assert torch.equal(found[row], written(load_model(pair_workshop.root / name), said, num_beams=3)[row]), name
+    rows = {row.name: row for row in evaluate(checkpoint, **SMALL).rows}
+    for domain, score in rows["oracle"].scores.items():
+        assert score.loss == pytest.approx(rows[domain].scores[domain].loss, rel=1e-4)
+        assert score.loss == pytest.approx(rows["mixture"].scores[domain].loss, rel=1e-4) or not by_tokens
+    assert not any("no longer where" in note for note in inspect(checkpoint, **SMALL)["notes"])
+
+
+def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:
+    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]}
+    whole = borrow(pair_workshop, tmp_path)
+    every = whole.build("ALL", mixture=mixture)
+    two = whole.build("TWO", mixture=mixture, experts=whole.recipe["experts"][:2])
+    last = whole.recipe["experts"][2]
+    checkpoint = open_checkpoint(two)
+    new = NewExpert({"model": last["model"], "text": [last["text"]]}, tmp_path)
+    write_change(checkpoint, adding(checkpoint, last["name"], new), tmp_path / "THREE")
+    assert contents(tmp_path / "THREE") == contents(every)
+    checkpoint = open_checkpoint(tmp_path / "THREE")
+    write_change(checkpoint, removing(checkpoint, last["name"]), tmp_path / "AGAIN")
+    assert contents(tmp_path / "AGAIN") == contents(two)
+    assert is_proven(verify(open_checkpoint(tmp_path / "AGAIN")))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(out.glob("*"))
+        if path.suffix == ".safetensors" or path.name == "config.json"
+    }
+
+
+def test_its_router_is_fitted_anew(pair_workshop: Workshop, tmp_path: Path) -> None:
+    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]}
+    out = borrow(pair_workshop, tmp_path).build(mixture=mixture)
+    refit(open_checkpoint(out), {"router": {"fit": "lexical"}})
+    assert is_proven(verify(open_checkpoint(out)))
+
+
+# --- what cannot be
+
+
+def test_what_cannot_be_is_one_clear_error(bench: Bench) -> None:
+    with pytest.raises(UnsupportedError, match="modules: decoder is for models that are a decoder alone"):
+        bench.build({"modules": "decoder", "router": ONCE})
+
+
+def test_a_bias_of_the_logits_that_the_base_lacks_is_not_lost(tmp_path: Path) -> None:
+    """Older files lack it, where it is zero."""
+    for seed, name in enumerate(("base", "one", "two")):
+        pair_model("marian", seed).save_pretrained(tmp_path / name)
+    mixture = {"modules": "all", "top_k": 1, "router": ONCE}
+    experts = [{"name": name, "model": f"./{name}"} for name in ("one", "two")]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture}, where="test")
+    for name in ("base", "one", "two"):
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        del tensors["final_logits_bias"]
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        if name == "base":
+            with pytest.raises(MismatchError, match="has a final_logits_bias and the base model none"):
+                make_plan(recipe, tmp_path)
+    build(make_plan(recipe, tmp_path), tmp_path / "out")
+    assert is_proven(verify(open_checkpoint(tmp_path / "out")))
+    model = load_model(tmp_path / "out")
+    model.use_expert("two")
+    assert torch.equal(logits_of(model, inputs()), logits_of(load_model(tmp_path / "two"), inputs()))
