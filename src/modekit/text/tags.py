@@ -15,7 +15,7 @@ from modekit.text.chat import Conversation
 from modekit.text.pairs import Pair
 
 if TYPE_CHECKING:
-    from transformers import AddedToken, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _OPENS, _CLOSES = "<domain:", ">"
 _SAMPLE = "Some text, of which a tag changes nothing"
@@ -85,26 +85,32 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where
     """
     from transformers import AddedToken
 
-    known, made = set(labels_of(tokenizer)), []
-    for label in labels:
-        if label in known:
-            continue
-        forms = [AddedToken(tag_of(label), special=True, normalized=False, rstrip=rstrip) for rstrip in (False, True)]
-        fits = [form for form in forms if _changes_nothing(tokenizer, form)]
-        tokenizer.add_tokens([(fits or forms)[0]], special_tokens=True)
-        made.append(tag_of(label))
-        _check_whole(tokenizer, tag_of(label), where)
-    return tuple(tokenizer.get_added_vocab()[tag] for tag in made)
+    known = set(labels_of(tokenizer))
+    new = [tag_of(label) for label in dict.fromkeys(labels) if label not in known]
+    if new:
+        strips = _strips(tokenizer)
+        tokenizer.add_tokens(
+            [AddedToken(tag, special=True, normalized=False, rstrip=strips) for tag in new], special_tokens=True
+        )
+    for tag in new:
+        _check_whole(tokenizer, tag, where)
+    return tuple(tokenizer.get_added_vocab()[tag] for tag in new)
 
 
-def _changes_nothing(tokenizer: PreTrainedTokenizerBase, tag: AddedToken) -> bool:
-    """Whether a text is cut into the same tokens with a tag before it, written so, as without."""
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens([tag], special_tokens=True)
-    found = other.get_added_vocab().get(tag.content)
-    ids: list[int] = other(f"{tag.content} {_SAMPLE}")["input_ids"]
-    alone: list[int] = other(_SAMPLE)["input_ids"]
-    return [each for each in ids if each != found] == alone
+def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tags are to take the space behind them along: where a text is cut so as it is without one, and only so."""
+    from transformers import AddedToken
+
+    alone: list[int] = tokenizer(_SAMPLE)["input_ids"]
+    for strips in (False, True):
+        other = copy.deepcopy(tokenizer)
+        tag = tag_of("any")
+        other.add_tokens([AddedToken(tag, special=True, normalized=False, rstrip=strips)], special_tokens=True)
+        found = other.get_added_vocab().get(tag)
+        ids: list[int] = other(f"{tag} {_SAMPLE}")["input_ids"]
+        if [each for each in ids if each != found] == alone:
+            return strips
+    return False
 
 
 def _check_whole(tokenizer: PreTrainedTokenizerBase, tag: str, where: str) -> None:
