@@ -187,8 +187,8 @@ class Router(Strict):
         if self.row.fading is not None:
             adds_up = {"sum": True} if self.row.adds_up else {}
             return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decays]
+        if self.granularity == "sequence" or (self.row.stays and self.row.reads != "tokens"):
+            return [{"decay": 1.0}]
         if self.granularity == "token":
             return [{"decay": None}]
-        if self.granularity == "sequence" or self.row.stays:
-            return [{"decay": 1.0}]
         return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]
