@@ -34,6 +34,7 @@ from modekit.routing.fit import fit_router
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
+from modekit.text.directions import Directions
 from modekit.text.documents import is_local
 from modekit.text.held_out import fit_documents
 
@@ -91,10 +92,11 @@ def _check_text(plan: Plan, before: Before | None) -> None:
 
     That of experts with kept statistics may be gone.
     """
+    directions = Directions()
     for number, expert in enumerate(plan.recipe.experts):
         known = before is not None and expert.name in before.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
-            fit_documents(expert, plan.root, number)
+            directions.add(fit_documents(expert, plan.root, number), where=f"experts[{number}] '{expert.name}': text")
 
 
 def _content(file: Path) -> bytes:

@@ -36,6 +36,7 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
+from modekit.text.directions import Directions, check_pairs
 from modekit.text.documents import found_in, read_documents
 from modekit.text.pairs import of_one_kind
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
@@ -80,8 +81,9 @@ class HeldOutText:
 
 
 def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
-    """The text that files, folders and data sets give together. Raises TextError when there is none."""
+    """The text that files, folders and data sets give together. Raises TextError when there is none, or its pairs are none."""
     documents = read_documents(specs, root=root, where=where)
+    check_pairs(documents, where=where)
     return DomainText(documents, where, found_in(documents, specs, root))
 
 
@@ -107,12 +109,14 @@ class RecipeTexts:
     """The texts of a recipe, each read once, and what has been made from them so far.
 
     `models` are the folders of base and experts, `mixture` is that of the mixture where there is one. All methods raise
-    TextError when a text cannot be read; a domain of which no document is left is still there, without documents.
+    TextError when a text cannot be read, or its pairs go another way than those of another; a domain of which no document is
+    left is still there, without documents.
     """
 
     def __init__(self, recipe: Recipe, root: Path, *, models: Sequence[Path] = (), mixture: Path | None = None) -> None:
         self._recipe, self._root = recipe, root
         self._read: dict[str, DomainText] = {}
+        self._directions = Directions()
         folders = [*models, *([mixture] if mixture is not None else [])]
         trained = {digest for folder in folders for digest in digests_in(folder / TRAINED_FILE)}
         prompts = (p for expert in recipe.experts for p in [*(expert.prompts or []), *(expert.negative_prompts or [])])
@@ -166,7 +170,9 @@ class RecipeTexts:
 
     def _text(self, specs: Sequence[str], where: str) -> DomainText:
         if where not in self._read:
-            self._read[where] = read_text(specs, root=self._root, where=where)
+            text = read_text(specs, root=self._root, where=where)
+            self._directions.add(text.documents, where=where)
+            self._read[where] = text
         return self._read[where]
 
 
