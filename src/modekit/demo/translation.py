@@ -20,6 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.pairs import PAIRED
 from modekit.demo.text import GENERAL
 from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.byte_level import byte_level_bpe
@@ -36,6 +37,7 @@ from modekit.text.splits import documents_of_split
 
 VOCABULARY = 2_000
 DOMAIN_SHARE = 0.25  # of each domain's pairs that the base is trained on, too: it knows the domains' words, and little more
+_DECODING = Decoding(batch=64, max_new_tokens=96)
 ARCHITECTURE: dict[str, Any] = {
     "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0,
@@ -84,7 +86,7 @@ def pair_tokenizer(documents: Mapping[str, Sequence[str]]) -> PreTrainedTokenize
 def translate_once(checkpoint: Checkpoint, pairs: int, run: Run) -> None:
     """Score what a mixture writes, unless that is there, and draw the page that shows it beside what the base writes."""
     if find_translations(checkpoint, []) is None:
-        evaluate_translation(checkpoint, pairs=pairs, run=run)
+        evaluate_translation(checkpoint, pairs=pairs, decoding=_DECODING, run=run)
         write_report(checkpoint)
 
 
