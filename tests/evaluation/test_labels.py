@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 import modekit.evaluation.jobs as jobs_module
 from byte_level import byte_tokenizer
 from command_line import ended, modekit
-from conftest import DOMAINS, Workshop, character_tokenizer
+from conftest import DOMAINS, Workshop, character_tokenizer, save, tiny_model, write_text
 from labelled import LABEL, STRANGER, make_labelled, of_adapters, with_tags
 from modekit import public
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +26,10 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.labels import Labels, experts_told, tags_told, with_tag
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Score, results_from_data
+from modekit.experts.labelled import Labelled
+from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.next_token import Training
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.read import parse_recipe
 from modekit.report.content import make_content
@@ -192,6 +195,21 @@ def test_by_tag_the_token_of_a_label_stands_before_the_text(shop: Workshop, kind
         assert results.row(f"{name}, no tag").scores == results.row(name).scores
     assert results.row("base, right tag").active_parameters == checkpoint.parameters.dense
     assert any(note.startswith("base, a tag against none, mean over the domains: a right one gains") for note in results.notes)
+
+
+def test_what_was_trained_with_tags_is_better_with_the_right_ones(tmp_path: Path) -> None:
+    """From `specialize --tags` to the table: copies of one base that reads tags."""
+    save(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    texts = Labelled({name: [str(path)] for name, path in write_text(tmp_path / "text").items()})
+    training = Training(steps=60, batch_tokens=512, sequence_length=64, learning_rate=1e-2)
+    specialize(tmp_path / "plain", tmp_path / "base", texts, root=tmp_path, train="full", training=training)
+    experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    shop = Workshop(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}})
+    results = evaluate(open_checkpoint(shop.build("OUT")), tokens_per_domain=300, labels=Labels("tag"))
+    losses = {row.name: row.mean_loss(DOMAINS) or 0 for row in results.rows}
+    for model in ("base", "mixture"):
+        right, wrong, none = (losses[f"{model}, {told} tag"] for told in ("right", "wrong", "no"))
+        assert right < min(wrong, none) - 0.03, losses
 
 
 def test_a_label_that_has_a_tag_of_its_own_is_told_by_that(shop: Workshop) -> None:
