@@ -276,6 +276,17 @@ def test_what_is_written_token_by_token_is_what_one_pass_says(bench: Bench, rout
     torch.testing.assert_close(found.sequences_scores, chosen, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_a_static_cache_writes_the_same(bench: Bench, router: str) -> None:
+    """Generate makes 4-D masks for it, and routers still know which tokens are pads."""
+    model, said = load_model(bench.build(random_gates(**ROUTERS[router]))), inputs()
+    before = torch.tensor([[2, 5, 6], [2, 7, 8], [2, 0, 9]])
+    begun = {"decoder_input_ids": before, "decoder_attention_mask": (before > 0).long()}
+    for how in ({}, {"num_beams": 2}, {"num_beams": 2, **begun}):
+        expected = written(model, said, do_sample=False, **how)
+        assert torch.equal(written(model, said, do_sample=False, cache_implementation="static", **how), expected), how
+
+
 ONE_SIDED: dict[str, dict[str, Any]] = {
     "encoder alone": {"layers": ["encoder"], "router": {"granularity": "context"}},
     "keys and values": {"modules": ["cross_k", "cross_v"], "router": {"granularity": "context"}},

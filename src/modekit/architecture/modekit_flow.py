@@ -50,6 +50,7 @@ class Flow:
         pair: whether the model has an encoder (modekit_pairs.py). Then `encoding` says whether that is what runs, and routers
             that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all), and
             where one router serves all places, `source_weights` (B, 1, E) is what it decided in the encoder.
+            `told` holds what generate says of the target besides its arguments.
         mixed: place -> its module.
     """
 
@@ -59,6 +60,7 @@ class Flow:
         self.source_ids_BS: torch.Tensor | None = None
         self.source_mask_BS: torch.Tensor | None = None
         self.source_weights: torch.Tensor | None = None
+        self.told: dict[str, Any] = {}
         self.mixed: dict[str, Any] = {}
         self.averages = False
         self.ids_BS: torch.Tensor | None = None

@@ -25,7 +25,7 @@ from .configuration_modekit import family_config
 from .modekit_flow import Flow
 from .modekit_router import places_of
 from .modekit_whole import connect, own_head
-from .modeling_modekit import InBoth, ModekitModel, asks_for_log, finish_pass, initialise, install, logged, start_pass
+from .modeling_modekit import PADDING, InBoth, ModekitModel, asks_for_log, finish_pass, initialise, install, logged, start_pass
 
 _IDS, _WEIGHTS = "source_ids", "source_weights"
 """Entries of an encoder's output."""
@@ -82,7 +82,7 @@ class _BeforeDecoder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._flow.begin()
-        start_pass(self._flow, _given(module, args, kwargs))
+        start_pass(self._flow, {**_given(module, args, kwargs), **self._flow.told})
 
 
 class _AfterDecoder:
@@ -128,6 +128,13 @@ class MixtureForSeq2SeqLM(InBoth):
         """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
         self.base_model.flow.forced = places_of(expert, self.config.modekit)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family does; the routers see which tokens are pads even where it makes a 4-D mask of it (a static cache)."""
+        inputs, mask = super().prepare_inputs_for_generation(*args, **kwargs), kwargs.get("decoder_attention_mask")  # type: ignore[misc]
+        if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            inputs[PADDING] = mask
+        return inputs
+
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
         super()._init_weights(module)  # type: ignore[misc]
@@ -159,6 +166,7 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
             carried = dict(encoded) if hasattr(encoded, "keys") else {}
             flow.source_ids_BS, flow.source_weights = carried.get(_IDS, given.get("input_ids")), carried.get(_WEIGHTS)
             flow.source_mask_BS = given.get("attention_mask")
+            flow.told = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
             run = functools.partial(dense.forward, self, *args, **kwargs)
             return logged(flow, run) if asked else run()
 

@@ -128,7 +128,7 @@ class MixtureForCausalLM(InBoth):
             *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         if attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
-            inputs[_PADDING] = attention_mask
+            inputs[PADDING] = attention_mask
         return inputs
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -196,7 +196,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         def run() -> Any:
             given = {**dict(zip(arguments, args, strict=False)), **kwargs}
             start_pass(flow, given)
-            kwargs.pop(_PADDING, None)
+            kwargs.pop(PADDING, None)
             if flow.streams == 2:
                 return run_twice(given)
             output = dense_model.forward(self, *args, **kwargs)
@@ -206,7 +206,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         def run_twice(given: dict[str, Any]) -> Any:
             sequences = flow.sequences = sequences_of(given)
             try:
-                doubled = {name: twice(value, sequences) for name, value in given.items() if name != _PADDING}
+                doubled = {name: twice(value, sequences) for name, value in given.items() if name != PADDING}
                 output = dense_model.forward(self, **doubled)
                 finish_pass(flow, output)
                 return averaged(output, sequences, flow.common)
@@ -244,7 +244,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
-_PADDING = "routers_attention_mask"
+PADDING = "routers_attention_mask"
 """Argument of a pass that generate makes: the 2-D mask of the tokens (None: no pads), whatever attention is given."""
 
 
@@ -285,7 +285,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     flow.ids_BS = tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     given = kwargs.get("attention_mask")
-    mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(_PADDING)
+    mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(PADDING)
     flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
@@ -295,7 +295,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
         raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
     if not _averages(flow) or flow.keeper is not None or (flow.forced is not None and not flow.solo):
         return
-    if given is not None and mask is None and _PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
+    if given is not None and mask is None and PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")
     if filled and not flow.states:
         raise ValueError(
