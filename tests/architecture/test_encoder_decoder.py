@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import pickle
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -499,6 +500,83 @@ def test_a_translation_model_among_causal_ones_is_refused(folders: Path) -> None
               "mixture": {"router": {"fit": "random"}}}  # fmt: skip
     with pytest.raises(ModekitError, match="another family"):
         make_plan(parse_recipe(recipe, where="test"), folders)
+
+
+def test_a_causal_model_among_translation_models_is_refused_by_name(folders: Path) -> None:
+    with pytest.raises(MismatchError, match=r"another family[\s\S]*e1[\s\S]*causal"):
+        planned(folders, {"router": {"fit": "random"}}, "one", "causal")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "values"),
+    [
+        ("config.json", "forced_bos_token_id", (5, 7)),
+        ("config.json", "decoder_start_token_id", (2, 7)),
+        ("generation_config.json", "forced_bos_token_id", (5, 7)),
+        ("tokenizer_config.json", "tgt_lang", ("fr_XX", "de_DE")),
+    ],
+)
+def test_models_that_write_other_languages_are_refused(
+    folders: Path, tmp_path: Path, file: str, key: str, values: tuple[object, object]
+) -> None:
+    """One that says nothing is taken to be as the others."""
+    for name in ("base", "one", "two"):
+        shutil.copytree(folders / ("one" if name == "two" else name), tmp_path / name)
+    for name, value in zip(("one", "two"), values, strict=True):
+        path = tmp_path / name / file
+        said = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**said, key: value}))
+    mixture = {"router": {"fit": "random"}}
+    with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*{file}: {key}") as caught:
+        planned(tmp_path, mixture, "one", "two")
+    assert str(values[0]) in str(caught.value.expected) or str(values[1]) in str(caught.value.expected)
+    path = tmp_path / "two" / file
+    said = {**json.loads(path.read_text())}
+    del said[key]
+    path.write_text(json.dumps(said))
+    planned(tmp_path, mixture, "one", "two")
+
+
+def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path) -> None:
+    """As opus-mt of two directions: the same architecture and size, other tokens."""
+    for name in ("base", "one", "two"):
+        shutil.copytree(folders / ("one" if name == "two" else name), tmp_path / name)
+        (tmp_path / name / "vocab.json").write_text(json.dumps({"</s>": 0, "a": 1, "b" if name != "two" else "ü": 2}))
+    with pytest.raises(MismatchError, match="tokenizer differs from the base model's in 2 tokens"):
+        planned(tmp_path, {"router": {"fit": "random"}}, "one", "two")
+
+
+def test_all_files_of_a_tokenizer_go_along(folders: Path, tmp_path: Path) -> None:
+    for name in ("base", "one"):
+        shutil.copytree(folders / name, tmp_path / name)
+    files = {"source.spm", "target.spm", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "target_vocab.json"}
+    for name in files:
+        (tmp_path / "base" / name).write_text("{}")
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
+    build(make_plan(recipe, tmp_path), tmp_path / "out")
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("whose", ["base", "one"])
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_embeddings_that_are_to_be_one_and_are_not(tmp_path: Path, model_type: str, whose: str) -> None:
+    """Transformers keeps both: what it computes with is not what config.json says. The same values under several names pass."""
+    for seed, name in enumerate(("base", "one")):
+        pair_model(model_type, seed).save_pretrained(tmp_path / name)
+    tensors = load_file(tmp_path / whose / "model.safetensors")
+    prefix = "" if model_type == "t5" else "model."
+    embedding, copied = tensors[f"{prefix}shared.weight"], f"{prefix}encoder.embed_tokens.weight"
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
+    save_file({**tensors, copied: embedding.clone()}, tmp_path / whose / "model.safetensors", {"format": "pt"})
+    build(make_plan(recipe, tmp_path), tmp_path / "out")
+    before = logits_of(load_model(tmp_path / whose), inputs())
+    save_file({**tensors, copied: embedding + 1.0}, tmp_path / whose / "model.safetensors", {"format": "pt"})
+    assert not torch.equal(logits_of(load_model(tmp_path / whose), inputs()), before)
+    with pytest.raises(SourceError, match=f"two embeddings that are to be one[\\s\\S]*{copied}"):
+        build(make_plan(recipe, tmp_path), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

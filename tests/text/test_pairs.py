@@ -92,6 +92,32 @@ def test_an_empty_side_is_an_error_that_says_where(tmp_path: Path) -> None:
         read(tmp_path, "x+y")
 
 
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"source": ["a", "b"], "target": ["c", None]}, r"empty target[\s\S]*row 2"),
+        ({"source": [None, "b"], "target": ["c", "d"]}, r"empty source[\s\S]*row 1"),
+        ({"translation": [{"en": "a", "fr": "b"}, {"en": None, "fr": "d"}]}, r"empty source[\s\S]*row 2"),
+        ({"translation": [{"en": "a", "fr": "b"}, {"en": "c", "fr": None}]}, r"empty target[\s\S]*row 2"),
+        ({"translation": [{"en": "a", "fr": "b"}, {"en": "c", "fr": "  "}]}, r"empty target[\s\S]*row 2"),
+    ],
+)
+def test_a_side_that_a_table_lacks_is_no_row_to_skip(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(TextError, match=says):
+        read(tmp_path, "a.parquet")
+    rows = [{name: values[row] for name, values in columns.items()} for row in range(2)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(TextError, match=says.replace("row ", "a.jsonl:")):
+        read(tmp_path, "a.jsonl")
+
+
+def test_of_several_languages_the_two_that_are_there(tmp_path: Path) -> None:
+    rows = [{"en": "a", "fr": "b", "de": None}, {"en": None, "fr": "c", "de": "d"}]
+    parquet.write_table(pa.table({"translation": rows}), tmp_path / "a.parquet")
+    assert sorted(read(tmp_path, "a.parquet")) == [Pair("a", "b"), Pair("c", "d")]
+
+
 def test_files_that_are_not_aligned(tmp_path: Path) -> None:
     write_lines(tmp_path / "x", ["a", "b", "c"])
     write_lines(tmp_path / "y", ["d", "e"])

@@ -33,10 +33,13 @@ from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.run import QUIET, Run
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
 from modekit.text.directions import Directions
 from modekit.text.documents import is_local
 from modekit.text.held_out import fit_documents
+from modekit.weights.stored import same_bytes
 
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
@@ -59,6 +62,7 @@ def build(
     """
     if plan.recipe.mixture.needs_text:
         _check_text(plan, before)
+    _check_copies(plan, before)
     in_place = before is not None and before.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
@@ -97,6 +101,26 @@ def _check_text(plan: Plan, before: Before | None) -> None:
         known = before is not None and expert.name in before.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
             directions.add(fit_documents(expert, plan.root, number), where=f"experts[{number}] '{expert.name}': text")
+
+
+def _check_copies(plan: Plan, before: Before | None) -> None:
+    """Raise SourceError where a model's file holds a head, or an encoder's embedding, that is to be its one embedding and is
+    not: transformers keeps both then, whatever the config says.
+    """
+    known = before.sources if before is not None else {}
+    new = [each for each in dict.fromkeys(plan.sources) if each not in known and not isinstance(each, AdapterSource)]
+    with OpenFiles() as opened:
+        for source in new:
+            for name, embedding in copies_of(source, plan.family).items():
+                ours, theirs = source.tensor(embedding), source.tensor(name)
+                if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape) or not same_bytes(opened, ours, theirs):
+                    raise SourceError(
+                        "a model's files hold two embeddings that are to be one",
+                        where=f"{source.label} ({source.spec}): {name}",
+                        found=f"other values than {embedding}", expected="the same values, or no such tensor",
+                        remedy="give a model that shares its embedding; where they are meant to differ, its config.json must "
+                        "say tie_word_embeddings: false (which T5 does not know)",
+                    )  # fmt: skip
 
 
 def _content(file: Path) -> bytes:

@@ -29,6 +29,7 @@ from modekit.sources.compatibility import (
     check_complete,
     check_dtypes,
     check_same_architecture,
+    check_same_target,
     check_sizes,
     own_names,
 )
@@ -149,6 +150,8 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
     for source in dict.fromkeys(sources[1:]):
         if source is not base:
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+    if family.pair:
+        check_same_target(sources)
     if recipe.mixture.fit is not None:
         check_library(recipe.mixture.fit)
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):

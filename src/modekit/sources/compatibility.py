@@ -7,9 +7,11 @@ changes what a tensor means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from modekit.errors import MismatchError, SourceError
+from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.families import CONFIG_MUST_MATCH
 from modekit.sources.family import Family
@@ -33,6 +35,12 @@ def own_names(source: ModelSource, family: Family) -> list[str]:
     copies = {*(family.copies if tied or family.shares else ()), *([weight_of(HEAD)] if tied else ())}
     left_out = {*copies, *family.computed}
     return [name for name in source.tensors if not is_ignored(name) and name not in left_out]
+
+
+def copies_of(source: ModelSource, family: Family) -> dict[str, str]:
+    """Tensors in a model's files that are taken to be its embedding under other names -> the embedding's name."""
+    left_out = {*family.copies, weight_of(HEAD)} - {*own_names(source, family)}
+    return {name: weight_of(family.embedding) for name in source.tensors if name in left_out}
 
 
 def check_sizes(source: ModelSource, family: Family) -> None:
@@ -162,6 +170,42 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
                 f"the expert's {key} differs from the base model's", where=where, found=theirs.get(key),
                 expected=ours.get(key), remedy="use experts fine-tuned from this base model without changing its architecture",
             )  # fmt: skip
+
+
+def check_same_target(sources: Sequence[ModelSource]) -> None:
+    """Raise MismatchError where models that write a target were made for other languages: they begin it with another token.
+
+    What a model's files leave unsaid is taken to be as the others have it.
+    """
+    for file, keys in _OF_THE_TARGET.items():
+        said: dict[str, tuple[ModelSource, Any]] = {}
+        for source in dict.fromkeys(sources):
+            config = _read_beside(source, file)
+            for key in (key for key in keys if config.get(key) is not None):
+                first, value = said.setdefault(key, (source, config[key]))
+                if value != config[key]:
+                    raise MismatchError(
+                        "two models begin what they write with another token: they were made for other languages",
+                        where=f"{source.label} ({source.spec}): {file}: {key}", found=config[key],
+                        expected=f"{value}, as {first.label} ({first.spec}) has it",
+                        remedy="use experts that write the same language, or correct the file if only it differs",
+                    )  # fmt: skip
+
+
+_OF_THE_TARGET = {
+    "config.json": ("decoder_start_token_id", "forced_bos_token_id"),
+    "generation_config.json": ("decoder_start_token_id", "forced_bos_token_id"),
+    "tokenizer_config.json": ("tgt_lang", "target_lang"),
+}
+
+
+def _read_beside(source: ModelSource, file: str) -> Mapping[str, Any]:
+    """A file in a model's folder; empty where it is not there. An adapter has no config of a model."""
+    try:
+        found: Any = read_json(source.folder / file, LARGE)
+    except UNREADABLE:  # whoever uses it says so
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _plain(value: object) -> object:

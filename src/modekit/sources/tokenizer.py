@@ -13,7 +13,9 @@ from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model",
 )  # fmt: skip
+"""Also those of Marian, of mBART and M2M100 (NLLB), and of T5."""
 
 
 def check_tokenizer_files(folder: Path, *, where: str) -> None:

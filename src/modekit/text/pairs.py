@@ -47,13 +47,16 @@ def pair_of(record: object, *, where: str = "text") -> Pair | None:
 
 
 def _sides(record: object) -> tuple[str, str] | None:
+    """Both sides; one that is null, as tables have it where nothing was said, is empty."""
     if not isinstance(record, Mapping):
         return None
+    said: list[object] = [record[SOURCE], record[TARGET]] if SOURCE in record and TARGET in record else []
     translation = record.get(TRANSLATION)
-    said = [record.get(SOURCE), record.get(TARGET)]
-    if isinstance(translation, Mapping) and not all(isinstance(side, str) for side in said):
-        said = [side for side in translation.values() if side is not None]
-    texts = [side.encode("utf-8", "replace").decode() for side in said if isinstance(side, str)]
+    if isinstance(translation, Mapping) and not (said and all(isinstance(side, str) for side in said)):
+        said = list(translation.values())
+        if len(said) > 2:  # of several languages, the two that are there
+            said = [side for side in said if side is not None]
+    texts = ["" if side is None else side.encode("utf-8", "replace").decode() for side in said if isinstance(side, str | None)]
     return (texts[0], texts[1]) if len(texts) == len(said) == 2 else None
 
 
