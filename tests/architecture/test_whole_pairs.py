@@ -243,6 +243,37 @@ def test_adapters_are_peft_s_models(bench: Bench) -> None:
     assert torch.equal(logits_of(model, inputs()), logits_of(bench.made["one"], inputs()))
 
 
+WHOLE_PARTS = {"bart untied": ["lm_head", "relative_attention_bias"], "t5": ["relative_attention_bias"]}
+
+
+def test_adapters_that_bring_modules_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    """Heads, embeddings, positions; where head and embedding are one, no tied model is such an adapter's."""
+    base, attention = bench.made["base"], "q" if bench.kind.startswith("t5") else "q_proj"
+    for saved in ("lm_head", "shared"):
+        config = LoraConfig(r=2, target_modules=[attention], modules_to_save=[saved], task_type="SEQ_2_SEQ_LM")
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(str(tmp_path / saved))
+        if bench.kind != "bart untied":
+            with pytest.raises(UnsupportedError, match="changes the embedding or the head, which are one tensor"):
+                bench.build(
+                    {"router": ONCE}, {"name": "own", "adapter": str(tmp_path / saved)}, {"name": "one", "model": "./one"}
+                )
+    if bench.kind not in WHOLE_PARTS:
+        return
+    config = LoraConfig(r=2, target_modules=[attention], modules_to_save=WHOLE_PARTS[bench.kind], task_type="SEQ_2_SEQ_LM")
+    adapted = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    adapted.save_pretrained(str(tmp_path / "own"))
+    own = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "own").eval()
+    out = bench.build({"router": ONCE}, {"name": "own", "adapter": str(tmp_path / "own")}, {"name": "one", "model": "./one"})
+    model = load_model(out)
+    model.use_expert("own")
+    expected = logits_of(own, inputs())
+    torch.testing.assert_close(logits_of(model, inputs()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+
+
 def test_full_models_as_low_rank_changes_of_whole_models(bench: Bench) -> None:
     """Embeddings and positions are no linear maps: they stay the base's."""
     said = [{"name": name, "model": f"./{name}", "as": "lora", "rank": 4} for name in NAMES[:2]]

@@ -26,9 +26,9 @@ from modekit.sources.names import (
     EMBEDDING,
     HEAD,
     LOGITS_BIAS,
-    POSITIONS,
     in_decoder,
     is_ignored,
+    is_looked_up,
     module_of,
     natural_key,
     weight_of,
@@ -300,14 +300,9 @@ class Places:
             return change or "own"
         if said.lora_rank is None:
             return "own"
-        if weight is None or len(weight.shape) != 2 or self._is_looked_up(module):
+        if weight is None or len(weight.shape) != 2 or module == HEAD or is_looked_up(module):
             return None
         return min(said.lora_rank, *weight.shape)
-
-    def _is_looked_up(self, module: str) -> bool:
-        """Whether a module is no linear map that could be kept low-rank: an embedding, positions; or the head."""
-        embeddings = {self._family.embedding, *map(module_of, self._family.copies)}
-        return module in {HEAD, *embeddings} or module.rpartition(".")[2] in POSITIONS
 
     def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
         """What an expert's adapter does to the weight of a place, if that is a low-rank change."""

@@ -25,7 +25,7 @@ from modekit.sources.adapter_config import (
 )
 from modekit.sources.adapter_resolve import Resolution
 from modekit.sources.model import ModelSource, TensorRef, read_header
-from modekit.sources.names import EMBEDDING, module_of
+from modekit.sources.names import is_looked_up, module_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -198,7 +198,7 @@ class _Rules:
     ) -> LowRank:
         settings = self.resolved.settings
         assert isinstance(settings, LoraSettings)
-        is_embedding = module == EMBEDDING
+        is_embedding = is_looked_up(module)
         rank, (inputs, outputs) = settings.rank(module), shape if is_embedding else shape[::-1]
         names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         expected: dict[str, tuple[int, ...]] = {names[0]: (rank, inputs), names[1]: (outputs, rank)}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
-from modekit.sources.names import EMBEDDING, HEAD
+from modekit.sources.names import HEAD, is_looked_up
 from modekit.sources.patterns import Patterns
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,7 +67,7 @@ class Settings(BaseModel):
         if self._excludes(module):
             return False
         if self.takes_all_linear:
-            return module not in {EMBEDDING, HEAD}
+            return module != HEAD and not is_looked_up(module)
         if isinstance(self.target_modules, str):
             return self._patterns.fullmatch(self.target_modules, module)
         return module in self.target_modules or (_ends_with(module, self.target_modules) and self._is_in_layers(module))

@@ -20,7 +20,7 @@ from modekit.sources.adapter_config import (
     shortened,
 )
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import EMBEDDING, HEAD, layers_of, module_of, split_layer, weight_of
+from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -63,6 +63,10 @@ class Resolution:
     @cached_property
     def _is_tied(self) -> bool:
         return bool(self.base.config.get("tie_word_embeddings")) or weight_of(HEAD) not in self.base.tensors
+
+    @cached_property
+    def _embedding(self) -> str:
+        return embedding_in(self.base.tensors)
 
     @cached_property
     def _base_names(self) -> frozenset[str]:
@@ -112,7 +116,7 @@ class Resolution:
             if match is None:
                 continue
             module = match["module"]
-            if self._is_tied and module in {EMBEDDING, HEAD}:
+            if self._is_tied and module in {self._embedding, HEAD}:
                 self._refuse_tied(ref)
             if module not in self._base_modules and module not in self._fused_modules:
                 self._refuse_unknown(ref, module)
@@ -130,7 +134,7 @@ class Resolution:
                 continue
             module, _, last = name.rpartition(".")
             own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
-            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(EMBEDDING), weight_of(HEAD)}
+            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(HEAD)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
             if not is_tied and f"{own}.{last}" not in self._base_names:
@@ -161,7 +165,7 @@ class Resolution:
         found = dict(self.whole)
         if self._is_tied and weight_of(HEAD) in found:
             head = found.pop(weight_of(HEAD))  # one parameter with the embedding, saved under both names
-            found.setdefault(weight_of(EMBEDDING), head)
+            found.setdefault(weight_of(self._embedding), head)
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
             if ref.shape != expected:
@@ -173,7 +177,7 @@ class Resolution:
         members = self.members(module)
         weights = {f"{member}.weight": self.base.tensors[f"{member}.weight"] for member in members}
         for name, ref in weights.items():
-            if len(ref.shape) != 2 or (self.is_ia3 and module == EMBEDDING):
+            if len(ref.shape) != 2 or (self.is_ia3 and is_looked_up(module)):
                 raise UnsupportedError(
                     "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
                     where=f"{self.where}: {name}", found=f"shape {list(ref.shape)}", expected="a 2-D weight",
@@ -211,7 +215,7 @@ class Resolution:
             "the adapter changes the embedding or the head, which are one tensor in this base model",
             where=f"{self.where}: {ref.name}", found="tied embeddings in the base model",
             remedy="untie the base model first (save it with tie_word_embeddings: false), or train the adapter without "
-            "embed_tokens and lm_head",
+            "embeddings and lm_head",
         )  # fmt: skip
 
     def _refuse_unknown(self, ref: TensorRef, module: str) -> None:

@@ -70,6 +70,16 @@ def is_ignored(tensor: str) -> bool:
     return _IGNORED.search(tensor) is not None
 
 
+def is_looked_up(module: str) -> bool:
+    """Whether a module is an embedding, of tokens or positions, and no linear map."""
+    return _FIRST.match(module) is not None or module.rpartition(".")[2] in ("embed_tokens", *POSITIONS)
+
+
+def embedding_in(tensors: Iterable[str]) -> str:
+    """The module of the embedding that all of a model shares, by the names of its tensors."""
+    return next((module_of(name) for name in tensors if _FIRST.match(name)), EMBEDDING)
+
+
 def natural_key(name: str) -> tuple[object, ...]:
     """Sorts names as a model runs: embedding, layers by number (2 before 10), an encoder's first, what comes after them."""
     stack = _STACK.match(name)
