@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from modekit.errors import TextError
 from modekit.text.pairs import Pair
 
-_PAIRS = 120  # looked at of a text, whose order is that of hashes
+_PAIRS = 250  # looked at of a text, whose order is that of hashes
 _CHARACTERS = 150  # of a side
 _FEWEST = 30  # pairs: fewer say nothing
 _SHORTEST = 30  # threes of both sides of a pair together: shorter ones say nothing
@@ -33,7 +33,8 @@ _KINDS = 20_000  # of threes, about, that a language has
 _TOLD = 0.9  # share of the sources that begin alike
 _MOST_WORDS = 5
 
-_Side = list[str]
+_Side = Counter[str]
+"""How often a text has which three characters."""
 
 
 def check_pairs(documents: Sequence[str], *, where: str) -> None:
@@ -49,7 +50,7 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
             expected="a source and its translation", remedy="remove the pairs that are not translated",
         )  # fmt: skip
     sides = [(pair, _threes(pair.source), _threes(pair.target)) for pair in pairs]
-    long = [each for each in sides if len(each[1]) + len(each[2]) >= _SHORTEST]
+    long = [each for each in sides if each[1].total() + each[2].total() >= _SHORTEST]
     if len(long) < _FEWEST:
         return
     turned, gains = _turned([(source, target) for _, source, target in long])
@@ -83,16 +84,39 @@ class Directions:
         self._known.append(text)
 
 
+class _Language:
+    """How likely texts are by the characters of others."""
+
+    def __init__(self, sides: Iterable[_Side]) -> None:
+        self.counts: _Side = Counter()
+        for side in sides:
+            self.counts.update(side)
+        self._total = self.counts.total() + _SMOOTHING * _KINDS
+        self._logs = {three: math.log(number + _SMOOTHING) for three, number in self.counts.items()}
+        self._of_none = math.log(_SMOOTHING)
+
+    def likelihood(self, side: _Side) -> float:
+        """In nats."""
+        logs, of_none = self._logs, self._of_none
+        return sum(number * logs.get(three, of_none) for three, number in side.items()) - side.total() * math.log(self._total)
+
+    def without(self, side: _Side) -> float:
+        """Of a side that is among those of which this was made, as if it were not."""
+        counts, size = self.counts, side.total()
+        logs = sum(number * math.log(counts[three] - number + _SMOOTHING) for three, number in side.items())
+        return logs - size * math.log(self._total - size)
+
+
 class _Text:
-    """A sample of a text's pairs, and how often its sides have which three characters."""
+    """A sample of a text's pairs, as two languages."""
 
     def __init__(self, where: str, pairs: Sequence[Pair]) -> None:
         self.where = where
         self.sources = [pair.source for pair in pairs]
         sides = [(_threes(pair.source), _threes(pair.target)) for pair in pairs]
-        self.source, self.target = _counts(side for side, _ in sides), _counts(side for _, side in sides)
-        gains = [_gain(*pair, self.source, self.target) for pair in sides if sum(map(len, pair)) >= _SHORTEST]
-        self.apart = _median(gains) if len(gains) >= _FEWEST else 0.0
+        self.source, self.target = _Language(side for side, _ in sides), _Language(side for _, side in sides)
+        long = [pair for pair in sides if sum(side.total() for side in pair) >= _SHORTEST]
+        self.apart = _median([_gain(*pair, self.source, self.target) for pair in long]) if len(long) >= _FEWEST else 0.0
 
 
 def _check_between(known: _Text, text: _Text) -> None:
@@ -123,7 +147,7 @@ def _turned(sides: Sequence[tuple[_Side, _Side]]) -> tuple[list[bool], list[floa
     gains: list[float] = []
     for _ in range(_ROUNDS):
         pairs = [(target, source) if turn else (source, target) for (source, target), turn in zip(sides, turned, strict=True)]
-        sources, targets = _counts(side for side, _ in pairs), _counts(side for _, side in pairs)
+        sources, targets = _Language(side for side, _ in pairs), _Language(side for _, side in pairs)
         gains = [_gain(*pair, sources, targets) for pair in pairs]
         wrong = [gain < 0 for gain in gains]
         if sum(wrong) * 50 <= len(wrong):
@@ -134,28 +158,18 @@ def _turned(sides: Sequence[tuple[_Side, _Side]]) -> tuple[list[bool], list[floa
     return turned, gains
 
 
-def _gain(source: _Side, target: _Side, sources: Counter[str], targets: Counter[str]) -> float:
-    """By how many nats per three characters a pair is likelier as it is than with its sides swapped; its characters are in
-    the counts, and are left out.
-    """
-    as_it_is = _likelihood(source, sources, Counter(source)) + _likelihood(target, targets, Counter(target))
-    swapped = _likelihood(source, targets, Counter()) + _likelihood(target, sources, Counter())
-    return (as_it_is - swapped) / max(1, len(source) + len(target))
-
-
-def _likelihood(side: _Side, counts: Counter[str], left_out: Counter[str]) -> float:
-    total = math.log(counts.total() - left_out.total() + _SMOOTHING * _KINDS)
-    return sum(math.log(counts[three] - left_out[three] + _SMOOTHING) - total for three in side)
-
-
-def _nearer(text: Counter[str], one: Counter[str], other: Counter[str]) -> float:
-    """By how many nats per three characters a text is likelier by one's counts than by the other's."""
-    totals = math.log(one.total() + _SMOOTHING * _KINDS) - math.log(other.total() + _SMOOTHING * _KINDS)
-    gains = (
-        number * (math.log(one[three] + _SMOOTHING) - math.log(other[three] + _SMOOTHING) - totals)
-        for three, number in text.items()
+def _gain(source: _Side, target: _Side, sources: _Language, targets: _Language) -> float:
+    """By how many nats per three characters a pair is likelier as it is than with its sides swapped, by the other pairs."""
+    as_it_is, swapped = (
+        sources.without(source) + targets.without(target),
+        targets.likelihood(source) + sources.likelihood(target),
     )
-    return sum(gains) / max(1, text.total())
+    return (as_it_is - swapped) / max(1, source.total() + target.total())
+
+
+def _nearer(text: _Language, one: _Language, other: _Language) -> float:
+    """By how many nats per three characters a text is likelier by one than by the other."""
+    return (one.likelihood(text.counts) - other.likelihood(text.counts)) / max(1, text.counts.total())
 
 
 def _told_apart(some: Sequence[str], others: Sequence[str]) -> bool:
@@ -179,11 +193,7 @@ def _sample(documents: Sequence[str]) -> Iterator[Pair]:
 
 def _threes(side: str) -> _Side:
     text = f" {' '.join(side[:_CHARACTERS].lower().split())} "
-    return [text[place : place + 3] for place in range(len(text) - 2)]
-
-
-def _counts(sides: Iterator[_Side]) -> Counter[str]:
-    return Counter(three for side in sides for three in side)
+    return Counter(text[place : place + 3] for place in range(len(text) - 2))
 
 
 def _median(values: Sequence[float]) -> float:
