@@ -108,7 +108,7 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
     table = run_demo(tmp_path / "demo", quick=True, what="lora", run=Run(progress=silent)).merged(0)
     assert [row.name for row in table.rows] == [
         "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing",
-        "context", "ngram",
+        "context", "ngram", "lexical", "lexical-top-1",
         "routing folded", "routing folded average",
     ]  # fmt: skip
     for name in DOMAINS:  # low-rank experts are carried whole; folded into FFNs they leave their attention behind
