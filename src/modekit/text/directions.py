@@ -164,7 +164,7 @@ def _gain(source: _Side, target: _Side, sources: _Language, targets: _Language) 
         sources.without(source) + targets.without(target),
         targets.likelihood(source) + sources.likelihood(target),
     )
-    return (as_it_is - swapped) / max(1, source.total() + target.total())
+    return (as_it_is - other_way) / max(1, source.total() + target.total())
 
 
 def _nearer(text: _Language, one: _Language, other: _Language) -> float:
