@@ -160,10 +160,8 @@ def _turned(sides: Sequence[tuple[_Side, _Side]]) -> tuple[list[bool], list[floa
 
 def _gain(source: _Side, target: _Side, sources: _Language, targets: _Language) -> float:
     """By how many nats per three characters a pair is likelier as it is than with its sides swapped, by the other pairs."""
-    as_it_is, swapped = (
-        sources.without(source) + targets.without(target),
-        targets.likelihood(source) + sources.likelihood(target),
-    )
+    as_it_is = sources.without(source) + targets.without(target)
+    other_way = targets.likelihood(source) + sources.likelihood(target)
     return (as_it_is - other_way) / max(1, source.total() + target.total())
 
 
