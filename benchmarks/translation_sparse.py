@@ -73,7 +73,7 @@ def trained(
     moving = [parameter for parameter in model.parameters() if id(parameter) not in constants]
     for parameter in moving:
         parameter.requires_grad_(True)
-    with balanced(model, checkpoint):
+    with balanced(model, checkpoint, moving):
         for pairs, training in stages:
             longest = training.sequence_length
             sequences = encode(made.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
@@ -83,12 +83,15 @@ def trained(
 
 
 @contextmanager
-def balanced(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[None]:
-    """While open, BALANCE times the mean load balance of the routers is a loss beside that of the text."""
+def balanced(model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While open, BALANCE times the mean load balance of the routers is a loss beside that of the text; what no token of a
+    batch runs through has a gradient, too, of zeros.
+    """
     with mixture_of(model, checkpoint).traced() as trace:
 
         def add(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
-            output.logits = Beside.apply(output.logits, BALANCE * balance_of(trace, checkpoint, given))
+            nothing = torch.stack([each.sum() for each in moving]).sum() * 0.0
+            output.logits = Beside.apply(output.logits, BALANCE * balance_of(trace, checkpoint, given) + nothing)
             return output
 
         hook = model.register_forward_hook(add, with_kwargs=True)
