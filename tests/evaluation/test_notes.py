@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.notes import notes_of
+from modekit.evaluation.labels import Labels
+from modekit.evaluation.notes import label_notes, notes_of
 from modekit.evaluation.results import Row, Score
+from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Recipe
 from modekit.text.sequences import TokenSequence
 
 
@@ -42,3 +49,31 @@ def test_errors_that_cannot_be_told_are_said_to_be_missing() -> None:
     assert "no standard errors for general" in note and "single sequence" in note
     (note,) = notes_of([row("base", 3.6), row("mixture", 3.6, gap=0.5)], [domain("general")], 1e-3)
     assert "no standard error of the gap closed for general" in note
+
+
+def recipe_of(*names: str) -> Recipe:
+    experts = [{"name": name, "model": f"./{name}"} for name in names]
+    return parse_recipe({"base_model": "b", "experts": experts, "mixture": {"router": {"fit": "random"}}})
+
+
+def told_row(name: str, losses: dict[str, float], *, jitter: float = 0.0, without: tuple[str, ...] = ()) -> Row:
+    """Rows as `row` makes them, of several domains; of those `without` blocks nothing is known but the loss."""
+    scores = {
+        each: Score(loss, 1.0, 1.0, blocks=None if each in without else row(name, loss, jitter).scores["general"].blocks)
+        for each, loss in losses.items()
+    }
+    return Row(name, "label" if "label" in name else "mixture", 1, 1, scores, "")
+
+
+@pytest.mark.parametrize("unknown", [(), ("law",), ("general", "law")])
+def test_what_a_label_is_worth_has_an_error_only_where_all_domains_have_one(unknown: tuple[str, ...]) -> None:
+    domains = [domain("general", 0), domain("law", 1, sequences=1 if "law" in unknown else 4)]
+    losses = {"general": 3.0, "law": 2.0}
+    rows = [
+        told_row("mixture", losses, jitter=0.3, without=unknown),
+        told_row("mixture, right label", {key: value - 0.5 for key, value in losses.items()}, without=unknown),
+    ]
+    said = label_notes(Labels("gate", ("right",)), rows, domains, recipe_of("general", "law"))[-1]
+    # The jackknife of means that differ by 0.5 +- 0.3 in turn, over four blocks, and of the mean of two such domains.
+    error = math.sqrt(3 / 4 * 4 * (0.3 / 3) ** 2) / math.sqrt(2)
+    assert said.endswith(f"a right one gains 0.500{'' if unknown else f' ± {error:.3f}'} nats per token")

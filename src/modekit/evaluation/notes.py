@@ -30,8 +30,10 @@ def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], 
         if told != "none" and with_label and without and all(_of(with_label, domain) for domain in own):
             scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
             gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)
-            error = math.sqrt(sum(_error_of_difference(*each) ** 2 for each in scores)) / len(own)
-            said = f"{gain if told == 'right' else -gain:.3f}" + (f" ± {error:.3f}" if error else "")
+            errors = [error for each in scores if (error := _error_of_difference(*each)) is not None]
+            known = len(errors) == len(own)  # of a mean without one of them nothing is known
+            error = math.sqrt(sum(error**2 for error in errors)) / len(own) if known else None
+            said = f"{gain if told == 'right' else -gain:.3f}" + ("" if error is None else f" ± {error:.3f}")
             gains[model, told] = f"{said} nats per token"
     seen = {domain.name: domain.expert for domain in domains}
     return [*notes_of_labels(labels, seen, recipe), *worth_of_labels(labels, gains)]
@@ -66,7 +68,7 @@ def _beaten(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> Ite
         if best is None:
             continue
         mine, other = own.scores[domain.name], best.scores[domain.name]
-        if mine.loss - other.loss > max(least, 2 * _error_of_difference(mine, other, domain)):
+        if mine.loss - other.loss > max(least, 2 * (_error_of_difference(mine, other, domain) or 0.0)):
             who = "the base model, which is its expert," if own.kind == "base" else "its own expert"
             yield f"{domain.name}: {who} has {mine.loss:.3f} on its text, worse than {best.name} with {other.loss:.3f}"
 
@@ -75,11 +77,11 @@ def _of(row: Row, domain: Domain) -> Score | None:
     return row.scores.get(domain.name)
 
 
-def _error_of_difference(one: Score, other: Score, domain: Domain) -> float:
-    """Standard error of the difference of two mean losses on the same text; 0 when it is not known."""
+def _error_of_difference(one: Score, other: Score, domain: Domain) -> float | None:
+    """Standard error of the difference of two mean losses on the same text; None when it is not known."""
     if one.blocks is None or other.blocks is None or len(one.blocks) != len(other.blocks):
-        return 0.0
+        return None
     counts = in_blocks([sequence.scored for sequence in domain.sequences])
     if len(counts) != len(one.blocks):
-        return 0.0
-    return mean_error([a - b for a, b in zip(one.blocks, other.blocks, strict=True)], counts) or 0.0
+        return None
+    return mean_error([a - b for a, b in zip(one.blocks, other.blocks, strict=True)], counts)
