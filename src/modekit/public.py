@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from modekit.run import QUIET, Run
 
@@ -141,20 +141,21 @@ def train(
 
 
 def evaluate(
-    checkpoint: Folder, *, tokens: int = 20_000, sequence_length: int = 512, labels: Sequence[Told] = (), by: By = "gate",
-    run: Run = QUIET,
+    checkpoint: Folder, *, tokens: int = 20_000, sequence_length: int = 512,
+    labels: Sequence[Told] | Literal["all"] | None = None, by: By | None = None, run: Run = QUIET,
 ) -> Results:  # fmt: skip
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
 
-    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none: the
-    mixture that is told such, by the gate or by tags, has rows, too. Raises TextError, SourceError, or MismatchError.
+    `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none, or "all",
+    as where only `by` is given: the mixture that is told such, by the gate or by tags, has rows, too. Raises TextError,
+    SourceError, or MismatchError.
     """
     from modekit.evaluation.evaluate import evaluate as score
-    from modekit.evaluation.labels import Labels
+    from modekit.evaluation.labels import labels_asked
 
     return score(
         _opened(checkpoint), tokens_per_domain=tokens, sequence_length=sequence_length,
-        labels=Labels(by, tuple(labels)) if labels else None, run=run,
+        labels=labels_asked(labels, by), run=run,
     )  # fmt: skip
 
 

@@ -274,6 +274,9 @@ def test_from_python(shop: Workshop) -> None:
     rows = [row.name for row in public.evaluate(folder, tokens=100, labels=("right",), by="tag").rows]
     assert rows[-2:] == ["mixture, right tag", "base, right tag"]
     assert [row.kind for row in public.evaluate(folder, tokens=100).rows][-1] == "mixture"
+    assert [row.kind for row in public.evaluate(folder, tokens=100, labels=()).rows][-1] == "mixture"
+    assert [row.name for row in public.evaluate(folder, tokens=100, by="tag").rows][-6:] == TAG_ROWS
+    assert [row.name for row in public.evaluate(folder, tokens=100, labels="all").rows][-3:] == ROWS
     for wrong in ({"labels": ("left",)}, {"labels": ("none", "none")}, {"labels": ("none",), "by": "ear"}):
         with pytest.raises(ModekitError, match="no such"):
             public.evaluate(folder, tokens=100, **wrong)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,9 +32,6 @@ class ToldOptions:
 
     def asked(self) -> Labels | None:
         """What is asked for: all labels where only the way is given; None without either. Raises ModekitError."""
-        from modekit.evaluation.labels import TOLD, Labels
+        from modekit.evaluation.labels import labels_asked
 
-        if self.labels is None and self.by is None:
-            return None
-        said: Any = TOLD if self.labels in (None, "all") else [each.strip() for each in str(self.labels).split(",")]
-        return Labels(self.by or "gate", tuple(said))
+        return labels_asked(self.labels, self.by)

@@ -59,6 +59,17 @@ class Labels:
         return [(model, told) for model in models for told in self.told]
 
 
+def labels_asked(labels: str | Sequence[str] | None, by: By | None) -> Labels | None:
+    """What is asked for: "all", some of right, wrong and none (or with commas between), all where only the way is given.
+
+    None without either. Raises ModekitError.
+    """
+    said: Any = [each.strip() for each in labels.split(",")] if isinstance(labels, str) else labels
+    if not said and by is None:
+        return None
+    return Labels(by or "gate", tuple(said) if said and list(said) != ["all"] else TOLD)
+
+
 def experts_told(told: Told, domains: Mapping[str, int | None], recipe: Recipe) -> dict[str, int | None]:
     """Domain -> place of the expert whose label it is told; None: no label. A domain that has no such label is left out.
 
