@@ -19,6 +19,7 @@ from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
 from modekit.errors import SourceError, TextError, TrainingError
 from modekit.evaluation.domains import Domain
+from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
 from modekit.experts.specialize import specialize
@@ -107,12 +108,38 @@ def test_a_tag_is_one_token_that_is_read_and_changes_no_other(kind: str, tmp_pat
     assert again(f"fever{tag_of('law')}dose")["input_ids"].count(law) == 1
     text = "fever dose, of text, " * 9 + "some"
     plain = encode(again, [text], max_tokens=999, sequence_length=16)
-    with_tag = encode(again, [tagged(text, "law")], max_tokens=999, sequence_length=17)
-    assert len(plain) > 2 and [each.with_tag(None).ids for each in with_tag] == [each.ids for each in plain]
-    assert [each.ids[each.tag] for each in with_tag] == [law] * len(plain)
-    assert [each.scored for each in with_tag] == [each.scored for each in plain]
-    assert [each.scored_bytes for each in with_tag] == [each.scored_bytes for each in plain]
-    assert again(tagged(text, "law"))["input_ids"][:17] == list(with_tag[0].ids)
+    told = encode(again, [tagged(text, "law")], max_tokens=999, sequence_length=17)
+    assert len(plain) > 2 and [each.with_tag(None).ids for each in told] == [each.ids for each in plain]
+    assert [each.ids[each.tag] for each in told] == [law] * len(plain)
+    assert [each.scored for each in told] == [each.scored for each in plain]
+    assert [each.scored_bytes for each in told] == [each.scored_bytes for each in plain]
+    assert again(tagged(text, "law"))["input_ids"][:17] == list(told[0].ids)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_white_space_that_a_text_begins_with_stays_behind_a_tag(kind: str) -> None:
+    """What is trained on, what `eval --by tag` reads, and the text without a tag: the same tokens, also of a source."""
+    tokenizer = TOKENIZERS[kind]()
+    (law,) = add_tags(tokenizer, ["law"], where="test")
+    for text in ("\n    some text, of fever", "    Some text, dose", "\tdose of text", "  some fever"):
+        (plain,) = encode(tokenizer, [text], max_tokens=999, sequence_length=99)
+        (trained,) = encode(tokenizer, [tagged(text, "law")], max_tokens=999, sequence_length=99)
+        assert [trained] == with_tag(tokenizer, [plain], "law") and trained.with_tag(None) == plain
+        place = int(kind in ("bytes, begun", "bytes, spaced"))  # those write <s> first
+        assert trained.tag == place and trained.ids[place] == law
+        pair = Pair(text, "a dose")
+        (plain,) = encode(tokenizer, [pair], max_tokens=999, sequence_length=99)
+        (trained,) = encode(tokenizer, [tagged(pair, "law")], max_tokens=999, sequence_length=99)
+        assert [trained] == with_tag(tokenizer, [plain], "law") and trained.with_tag(None) == plain
+
+
+def test_a_tag_has_its_place_where_a_tokenizer_makes_one_token_of_a_text() -> None:
+    made = Tokenizer(models.BPE(vocab={"<unk>": 0, "x": 1, "y": 2}, merges=[], unk_token="<unk>", fuse_unk=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    add_tags(tokenizer, ["law"], where="test")
+    plain = encode(tokenizer, ["xyxy"], max_tokens=99, sequence_length=9)
+    assert [each.ids for each in with_tag(tokenizer, plain, "law")] == [(3, 1, 2, 1, 2)]
+    assert encode(tokenizer, [tagged("xyxy", "law")], max_tokens=99, sequence_length=9) == with_tag(tokenizer, plain, "law")
 
 
 def test_a_tag_is_not_predicted(shop: Path) -> None:

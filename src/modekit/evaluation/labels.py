@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
-from modekit.text.sequences import TokenSequence, encode
-from modekit.text.tags import labels_of, tag_ids, tag_of, tagged
+from modekit.text.sequences import TokenSequence
+from modekit.text.tags import labels_of, opening_ids, place_of_tag, tag_ids, tag_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,18 +121,14 @@ def longest_with_tag(sequence_length: int, config: Mapping[str, Any]) -> int:
 
 
 def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence], label: str | None) -> list[TokenSequence]:
-    """The same sequences, each with a label's tag where the tokenizer writes it; what is predicted stays. None: as they are."""
+    """The same sequences, each with a label's tag where `encode` puts it, in place of one that it has; None: without any.
+
+    What is predicted stays.
+    """
     if label is None:
-        return list(sequences)
-    (tag,) = tag_ids(tokenizer, [label])
-    (sample,) = encode(tokenizer, [tagged("a text", label)], max_tokens=64, sequence_length=64)
-    opening = sample.ids[: sample.tag or 0]  # special tokens, which later pieces of a document do not have
-    found = []
-    for each in sequences:
-        place = len(opening) if each.ids[: len(opening)] == opening else 0
-        ids = (*each.ids[:place], tag, *each.ids[place:])
-        found.append(TokenSequence(ids, each.scored_bytes, each.start, each.target, place))
-    return found
+        return [each.with_tag(None) for each in sequences]
+    (tag,), opening = tag_ids(tokenizer, [label]), opening_ids(tokenizer)
+    return [each.with_tag(tag, place_of_tag(opening, each.ids)) for each in sequences]
 
 
 def no_place_for_a_tag(domain: str) -> TextError:

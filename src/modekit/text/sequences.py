@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from modekit.text.chat import ChatTemplate, Conversation, needed_template
 from modekit.text.pairs import Pair, both_kinds, of_one_kind
-from modekit.text.tags import after_tag, leading_tag
+from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +54,12 @@ class TokenSequence:
         """How many tokens are predicted: of `places` all but the silent one."""
         return self.places - (self.silent is not None)
 
-    def with_tag(self, tag: int | None) -> TokenSequence:
-        """The same with another tag, a token id, in the place of its own; None takes it out."""
-        assert self.tag is not None
-        ids = (*self.ids[: self.tag], *(() if tag is None else (tag,)), *self.ids[self.tag + 1 :])
-        return replace(self, ids=ids, tag=None if tag is None else self.tag)
+    def with_tag(self, tag: int | None, place: int = 0) -> TokenSequence:
+        """The same with a tag, a token id, in the place of its own, if it has one, else at `place`; None takes it out."""
+        place = place if self.tag is None else self.tag
+        behind = self.ids[place + (self.tag is not None) :]
+        ids = (*self.ids[:place], *(() if tag is None else (tag,)), *behind)
+        return replace(self, ids=ids, tag=None if tag is None else place)
 
     @property
     def size(self) -> int:
@@ -133,7 +134,8 @@ def encode(
     A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
     no longer fits into `max_tokens`. TextError where pairs and other text come together.
 
-    Where a document begins with a tag that the tokenizer knows (text/tags.py), every piece of it does.
+    Where a document begins with a tag that the tokenizer knows (text/tags.py), every piece of it does: the text behind it is
+    written as it would be without it, and the tag put before.
     """
     sequences: list[TokenSequence] = []
     template: ChatTemplate | None = None
@@ -152,12 +154,13 @@ def encode(
             ids, offsets = _tokenise(tokenizer, text, max_tokens - total, whole=True)
             written = _Written(text, ids, offsets, template.opening(document.messages))
         else:
-            written = _Written(document, *_tokenise(tokenizer, document, max_tokens - total)).without(
-                leading_tag(tokenizer, document)
-            )
-        longest = sequence_length - len(written.tag)
+            tag = _Tag.of(tokenizer, document)
+            text = without_tag(document) if tag else document
+            written = _Written(text, *_tokenise(tokenizer, text, max_tokens - total), tag=tag)
+        room = int(written.tag is not None)
+        longest = sequence_length - room
         for start in range(0, len(written.ids), longest):
-            stop = min(start + longest, len(written.ids), start + max_tokens - total - len(written.tag))
+            stop = min(start + longest, len(written.ids), start + max_tokens - total - room)
             if stop - start < (shortest_rest if start else 2):
                 continue
             sequences.append(written.piece(tokenizer, start, stop))
@@ -168,29 +171,35 @@ def encode(
 
 
 @dataclass(frozen=True)
+class _Tag:
+    """The tag that a document begins with, and the special tokens that it stands behind."""
+
+    token: int
+    opening: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, document: str) -> _Tag | None:
+        """None where a document, or a source, begins with none that is known."""
+        token = leading_tag(tokenizer, document)
+        return None if token is None else cls(token, opening_ids(tokenizer))
+
+    def before(self, sequence: TokenSequence) -> TokenSequence:
+        """A sequence with the tag."""
+        return sequence.with_tag(self.token, place_of_tag(self.opening, sequence.ids))
+
+
+@dataclass(frozen=True)
 class _Written:
     """A document as tokens, and where they stand in `text`, if the tokenizer is fast; `opening` as `start` of TokenSequence.
 
-    `tag`: the tag that was taken out of `ids`, if there was one; `before`: how many tokens stood before it; `begins`: where the
-    text behind it begins.
+    `tag`: the tag that the document began with, if there was one: it is not in `text`.
     """
 
     text: str
     ids: list[int]
     offsets: list[tuple[int, int]] | None
     opening: int = 0
-    tag: tuple[int, ...] = ()
-    before: int = 0
-    begins: int = 0
-
-    def without(self, tag: int | None) -> _Written:
-        """The same, its tag taken out."""
-        if tag is None or tag not in self.ids:
-            return self
-        place = self.ids.index(tag)
-        offsets = None if self.offsets is None else [*self.offsets[:place], *self.offsets[place + 1 :]]
-        ids, begins = [*self.ids[:place], *self.ids[place + 1 :]], after_tag(self.text)
-        return replace(self, ids=ids, offsets=offsets, tag=(tag,), before=place, begins=begins)
+    tag: _Tag | None = None
 
     def piece(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: int) -> TokenSequence:
         """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
@@ -198,23 +207,23 @@ class _Written:
             scored = len(tokenizer.decode(self.ids[start + 1 : stop]).encode())
         else:
             end = max(offset[1] for offset in self.offsets[start + 1 : stop])  # special tokens have (0, 0)
-            scored = len(self.text[max(self.begins, self.offsets[start + 1][0]) : end].encode())
-        opening, place = min(max(0, self.opening - start), stop - start - 1), 0 if start else self.before
-        ids = (*self.ids[start : start + place], *self.tag, *self.ids[start + place : stop])
-        return TokenSequence(ids, scored, opening, tag=place if self.tag else None)
+            scored = len(self.text[self.offsets[start + 1][0] : end].encode())
+        opening = min(max(0, self.opening - start), stop - start - 1)
+        sequence = TokenSequence(tuple(self.ids[start:stop]), scored, opening)
+        return sequence if self.tag is None else self.tag.before(sequence)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, pair: Pair, longest: int) -> TokenSequence | None:
     """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
     if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
         return None
-    ids: list[int] = tokenizer(pair.source, verbose=False)["input_ids"]
+    tag = _Tag.of(tokenizer, pair.source)
+    ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
     target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
-    if not 0 < min(len(ids), len(target)) <= max(len(ids), len(target)) <= longest:
+    if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
         return None
-    tag = leading_tag(tokenizer, pair.source)
-    place = ids.index(tag) if tag in ids else None
-    return TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target), tag=place)
+    sequence = TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
+    return sequence if tag is None else tag.before(sequence)
 
 
 def _tokenise(

@@ -7,7 +7,7 @@ What a tag does to the tokens of a text, and that it is read and never predicted
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
@@ -71,17 +71,32 @@ def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None
     return None if found is None or found == tokenizer.unk_token_id else found
 
 
-def after_tag(document: str) -> int:
-    """Where the text behind a leading tag begins: the space that `tagged` writes is not of it."""
-    end = document.index(_CLOSES) + 1
-    return end + (document[end : end + 1] == " ")
+def without_tag(document: str) -> str:
+    """The text behind a leading tag: of the white space before it the one space that `tagged` writes is taken away."""
+    return document.partition(_CLOSES)[2].removeprefix(" ")
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Special tokens that the tokenizer begins every text with."""
+    whole: list[int] = tokenizer(_SAMPLE)["input_ids"]
+    alone: list[int] = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    for place in range(len(whole) - len(alone) + 1):
+        if whole[place : place + len(alone)] == alone:
+            return tuple(whole[:place])
+    return ()
+
+
+def place_of_tag(opening: tuple[int, ...], ids: Sequence[int]) -> int:
+    """Where a tag stands among tokens: behind those that open a text, which later pieces of a document do not begin with."""
+    return len(opening) if tuple(ids[: len(opening)]) == opening else 0
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where: str) -> tuple[int, ...]:
     """Give the tokenizer a reserved token for every label that it has none for; ids of the new ones, in order.
 
-    No text is ever cut into a part of one, and what follows one is cut as it would be without it, where the tokenizer can do
-    that. Raises SourceError where it cannot keep a tag whole.
+    No text is ever cut into a part of one. Where a tag and a space are written by hand before a text that begins with no white
+    space, what follows is cut as it would be without them, where the tokenizer can do that; what modekit reads never depends
+    on it (sequences.py). Raises SourceError where the tokenizer cannot keep a tag whole.
     """
     from transformers import AddedToken
 
