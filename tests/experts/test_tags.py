@@ -142,6 +142,22 @@ def test_a_tag_has_its_place_where_a_tokenizer_makes_one_token_of_a_text() -> No
     assert encode(tokenizer, [tagged("xyxy", "law")], max_tokens=99, sequence_length=9) == with_tag(tokenizer, plain, "law")
 
 
+def test_a_tag_that_a_text_has_already_is_replaced_or_taken_out_and_never_doubled(shop: Path, tmp_path: Path) -> None:
+    for tokenizer in (character_tokenizer(), begun_tokenizer()):
+        law, code = add_tags(tokenizer, ["law", "code"], where="test")
+        own = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
+        plain = encode(tokenizer, ["of a deed"], max_tokens=99, sequence_length=40)
+        assert with_tag(tokenizer, own, "code") == with_tag(tokenizer, plain, "code")
+        assert [code in each.ids and law not in each.ids for each in with_tag(tokenizer, own, "code")] == [True]
+        assert with_tag(tokenizer, own, None) == plain == with_tag(tokenizer, plain, None)
+    texts = write_pairs(tmp_path, 20)
+    (tmp_path / "plain.jsonl").write_text("".join(f'{{"text": "<domain:loud> a deed {number}"}}\n' for number in range(40)))
+    for path in (tmp_path / "plain.jsonl", *map(Path, texts["numbered"])):
+        path.write_text(path.read_text().replace('"source": "', '"source": "<domain:loud> '))
+        with pytest.raises(TextError, match="begins with a tag already"):
+            run(shop, "tied", tmp_path / "OUT", Labelled({"loud": [str(path)]}))
+
+
 def test_a_tag_is_not_predicted(shop: Path) -> None:
     """The loss is the sum over the tokens that are predicted without the tag, given it; computed here by hand."""
     for tokenizer in (character_tokenizer(), begun_tokenizer()):

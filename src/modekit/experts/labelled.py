@@ -115,7 +115,7 @@ def read_domain(
     fit, report, training = text.fit(), text.report(), reading.training
 
     def written(documents: list[str]) -> list[str]:
-        return documents if label is None else all_tagged(documents, label, where=where)
+        return documents if label is None else all_tagged(reading.tokenizer, documents, label, where=where)
 
     sequences = training_sequences(reading.tokenizer, written(fit), training)
     if not sequences:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
+from modekit.files.typed import shortened
 from modekit.text.chat import Conversation
 from modekit.text.pairs import Pair
 
@@ -51,14 +52,23 @@ def tagged(document: str, label: str | None) -> str:
     return f"{tag_of(label)} {document}"
 
 
-def all_tagged(documents: Iterable[str], label: str, *, where: str) -> list[str]:
-    """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one."""
+def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], label: str, *, where: str) -> list[str]:
+    """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one, and for text that
+    begins with a tag already: two could say different things.
+    """
     found = list(documents)
     if any(isinstance(document, Conversation) for document in found):
         raise TextError(
             "a conversation has no place for a tag: its template decides what stands first", where=where,
             expected="text, or pairs", remedy="leave --tags away, or give the conversations as text",
         )  # fmt: skip
+    for document in found:
+        source = document.source if isinstance(document, Pair) else document
+        if leading_tag(tokenizer, source) is not None:
+            raise TextError(
+                "a text begins with a tag already", where=where, found=shortened(source), expected="text without its tag",
+                remedy=f"take the tags out of the text: {tag_of(label)} is put before it",
+            )  # fmt: skip
     return [tagged(document, label) for document in found]
 
 

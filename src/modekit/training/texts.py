@@ -98,7 +98,7 @@ class _Reader:
     def encode(self, documents: Sequence[str], name: str, expert: int, **bounds: int) -> list[TokenSequence]:
         """Documents as sequences, those of a domain with its tag."""
         if self.tags and expert != GENERIC:
-            documents = all_tagged(documents, name, where=f"text of {name}")
+            documents = all_tagged(self.tokenizer, documents, name, where=f"text of {name}")
         return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
 
 
