@@ -188,7 +188,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     int64, the expert that the router is to take, GENERIC for none; corpus and position (B, S) int64, where each token stands in
     the corpora; targets, how many tokens the whole step predicts; expert, the label of the step's first sequence. Of pairs, one
     per row, all this is of the source, and target (B, T) int64 has what is to be written, -100 behind its end. Where text
-    is read with tags, silent (B, S) bool has the tokens that these keep from being predicted.
+    has tags, whether they are asked for or stand in it, silent (B, S) bool has the tokens that these keep from being predicted.
     """
 
     def __init__(self, corpora: Sequence[Corpus], parts: Sequence[Part], pad_id: int) -> None:
@@ -196,6 +196,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self._parts = parts
         self._pad_id = pad_id
         self._starts = [corpus.starts.tolist() for corpus in corpora]
+        self._has_silent = any(sequence.silent is not None for corpus in corpora for sequence in corpus.sequences)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -210,7 +211,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "position_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, GENERIC),
             "corpus": torch.zeros(shape, dtype=torch.int64), "position": torch.zeros(shape, dtype=torch.int64),
             "targets": torch.tensor(part.step_targets), "expert": torch.tensor(part.expert),
-            **({"silent": torch.zeros(shape, dtype=torch.bool)} if any(corpus.tags for corpus in self._corpora) else {}),
+            **({"silent": torch.zeros(shape, dtype=torch.bool)} if self._has_silent else {}),
         }  # fmt: skip
         for number, row in enumerate(rows):
             start = 0
