@@ -39,7 +39,8 @@ def _matrix(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
     print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
     for name in rows:
         found = [seed[name] for seed in seeds if name in seed]
-        cells = name.split(" | ")[:4]
+        model, *says = name.split(" | ")[:4]
+        cells = [f"{model}{_of_how_many(found, seeds)}", *says]
         for column in COLUMNS:
             scores = [[mean(each, column, key) for each in found if column in each] for key in ("bleu", "chrf")]
             cells.append(" / ".join(spread(values, 1) for values in scores) if scores[0] else "")
@@ -60,7 +61,13 @@ def _losses(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
         for row in ("base", "own", "mixture"):
             cells.append(spread([statistics.fmean(each["losses"][row][domain] for domain in domains) for each in found]))
         says = name.split(" | ")
-        print(f"| {says[0]}, randomised: {says[2]}, generic: {says[3]} | {' | '.join(cells)} |")
+        many = _of_how_many(found, seeds)
+        print(f"| {says[0]}{many}, randomised: {says[2]}, generic: {says[3]} | {' | '.join(cells)} |")
+
+
+def _of_how_many(found: Sequence[Any], seeds: Sequence[Any]) -> str:
+    """What a row says that not all seeds have."""
+    return "" if len(found) == len(seeds) else f" ({len(found)} of {len(seeds)} seeds)"
 
 
 def _by_column(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
@@ -69,7 +76,9 @@ def _by_column(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
     for name in rows:
         found = [seed[name] for seed in seeds if name in seed]
         means = [[statistics.fmean(each[column].values()) for each in found if column in each] for column in COLUMNS]
-        print(f"| {' | '.join([*name.split(' | ')[:4], *(spread(values) if values else '' for values in means)])} |")
+        model, *says = name.split(" | ")[:4]
+        cells = [spread(values) if values else "" for values in means]
+        print(f"| {' | '.join([f'{model}{_of_how_many(found, seeds)}', *says, *cells])} |")
 
 
 def _of_the_mean(losses: Mapping[str, Mapping[str, float]], domains: Sequence[str]) -> float:
@@ -88,7 +97,7 @@ def _by_domain(rows: Sequence[str], seeds: Sequence[Scores]) -> None:
         found = [seed[name] for seed in seeds if name in seed]
         merged = [{**each.get("right", each["none"]), **each["unseen, no label"]} for each in found]
         cells = [spread([each[domain]["bleu"] for each in merged], 1) for domain in domains]
-        print(f"| {name.replace(' | ', ', ')} | {' | '.join(cells)} |")
+        print(f"| {name.replace(' | ', ', ')}{_of_how_many(found, seeds)} | {' | '.join(cells)} |")
 
 
 def mean(row: Mapping[str, Any], column: str, key: str) -> float:
