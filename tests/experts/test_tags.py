@@ -382,7 +382,7 @@ def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(sho
 def test_drawing_reads_every_text_as_often_as_without(shop: Path) -> None:
     tokenizer = character_tokenizer()
     add_tags(tokenizer, ["law"], where="test")
-    asked, training = labelled(shop, "law", randomise=0.5), Training(batch_tokens=256, sequence_length=64)
+    asked, training = labelled(shop, "law", randomise=0.5, randomise_to="half"), Training(batch_tokens=256, sequence_length=64)
     reading = Reading(tokenizer, shop, training)
     material = read_material(asked, None, reading)
     drawn, made = drawn_anew(material, asked, reading)
@@ -438,8 +438,9 @@ def test_what_has_no_place_for_a_tag_is_refused(shop: Path, tmp_path: Path) -> N
     )
     with pytest.raises(TextError, match="a conversation has no place for a tag"):
         run(shop, "tied", tmp_path / "OUT", Labelled({"law": [str(tmp_path / "chat.jsonl")]}))
-    with pytest.raises(TextError, match="no other label"):
-        run(shop, "tied", tmp_path / "OUT", labelled(shop, "law", randomise=0.1, randomise_to="others"))
+    for to in ("all", "others"):
+        with pytest.raises(TextError, match="no other label"):
+            run(shop, "tied", tmp_path / "OUT", labelled(shop, "law", randomise=0.1, randomise_to=to))
     assert not (tmp_path / "OUT").exists()
 
 

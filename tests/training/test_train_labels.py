@@ -125,6 +125,7 @@ def test_options_are_settings() -> None:
         ({"randomise": 0.2, "randomise_to": "all"}, "without effect here: randomise"),
         ({"randomise": 0.2, "tags": True, "randomise_to": "mine"}, "randomise_to"),
         ({"randomise": 1.0, "tags": True}, "randomise"),
+        ({"randomise": 0.2, "losses": {"lm": 1.0, "distill": 0.1}, "teacher": "x"}, "effect here: randomise; .* add .* tags, "),
         ({"generic_share": 0.2}, "without effect here: generic_share"),
         ({"speed": "cheap", "tags": True, "randomise": 0.1}, "without effect here: randomise"),
     ],
@@ -322,13 +323,19 @@ def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: 
         train(checkpoint, settings(tags=True), texts={"law": [str(chats)]})
 
 
-def test_one_expert_has_no_other_label(tagged_workshop: Workshop) -> None:
+def test_a_label_counts_where_something_reads_it() -> None:
+    for said in ({"losses": {"distill": 1.0}}, {"losses": {"label": 1.0, "distill": 1.0}, "teacher": "x"}, {"tags": True}):
+        assert train_settings({**said, "randomise": 0.2}, where="test").randomise == 0.2
+
+
+@pytest.mark.parametrize("to", ["all", "others"])
+def test_one_expert_has_no_other_label(tagged_workshop: Workshop, to: str) -> None:
     experts = tagged_workshop.recipe["experts"][:1]
     checkpoint = open_checkpoint(
         tagged_workshop.build("alone", experts=experts, mixture={"top_k": 1, "router": {"fit": "random"}})
     )
     with pytest.raises(TrainingError, match="no other label"):
-        train(checkpoint, settings(what=["experts"], tags=True, randomise=0.1, randomise_to="others"))
+        train(checkpoint, settings(what=["experts"], tags=True, randomise=0.1, randomise_to=to))
 
 
 # Labels that decide the expert.

@@ -186,10 +186,11 @@ def drawn_anew(material: Material, asked: Labelled, reading: Reading) -> tuple[S
     Every time that a sequence is read it has a label of its own drawing. Raises TextError where there is no other label.
     """
     training = reading.training
-    if asked.randomise_to == "others" and len(labels_of(reading.tokenizer)) == 1:
+    if asked.randomise_to in ("all", "others") and len(labels_of(reading.tokenizer)) == 1:
         raise TextError(
-            "there is no other label", where="--randomise-to", found="others, and one label", remedy="write generic"
-        )
+            "there is no other label", where="--randomise-to", found=f"{asked.randomise_to}, and one label",
+            remedy="write generic",
+        )  # fmt: skip
     count, per_step = len(material.sequences), sequences_per_step(material.sequences, training)
     steps = training.steps or max(1, count // per_step)
     times = -(-steps * per_step // count)

@@ -60,10 +60,11 @@ class Request:
             )  # fmt: skip
         if settings.is_joint:
             self._check_joint()
-        if settings.randomise > 0 and settings.randomise_to == "others" and len(checkpoint.names) == 1:
+        if settings.randomise > 0 and settings.randomise_to in ("all", "others") and len(checkpoint.names) == 1:
             raise TrainingError(
-                "there is no other label", where="randomise_to", found="one expert", remedy="write randomise_to: generic"
-            )
+                "there is no other label", where="randomise_to", found=f"{settings.randomise_to}, and one expert",
+                remedy="write randomise_to: generic",
+            )  # fmt: skip
         silent = silent_domains(checkpoint, self.texts)
         if silent and (settings.speed == "cheap" or "label" in settings.losses):
             raise TrainingError(

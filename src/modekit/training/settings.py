@@ -47,8 +47,8 @@ WEIGHTS: dict[Loss, float] = {
 
 DISTILLS = {"distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation"}
 """Losses that need the domains' own experts as teachers."""
+_READS_LABELS = "tags, regime: joint, the loss label, or distillation without a teacher"
 _FEWEST_SELECT_TOKENS = 64
-_READS_LABEL = {"label", *DISTILLS}
 OF_ROUTERS = {"label", "balance", "importance", "z"}
 """Losses that are taken of what routers say."""
 
@@ -168,7 +168,8 @@ class TrainSettings(BaseModel):
                 raise ValueError("speed: cheap moves routers only; write what: [routers], or speed: full")
         found = [key for key, is_dead in dead.items() if is_dead and key in said]
         if found:
-            raise ValueError(f"settings without effect here: {', '.join(found)}; remove them")
+            needed = f", or add what reads labels: {_READS_LABELS}" if "randomise" in found and self.speed == "full" else ""
+            raise ValueError(f"settings without effect here: {', '.join(found)}; remove them{needed}")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
         if self.is_joint:
@@ -192,7 +193,8 @@ class TrainSettings(BaseModel):
 
     @property
     def _reads_label(self) -> bool:
-        return self.tags or self.is_joint or bool(_READS_LABEL & set(self.losses))
+        reads = {"label"} if self.teacher is not None else {"label", *DISTILLS}  # one teacher teaches every label alike
+        return self.tags or self.is_joint or bool(reads & set(self.losses))
 
     @property
     def is_joint(self) -> bool:
