@@ -92,6 +92,9 @@ def test_labels_go_with_their_experts(shop: Workshop, tmp_path: Path) -> None:
     assert said(removed) == {"court": 0, "contracts": 0, "python": 1}
     replaced = write_change(before, replacing(before, "law", NewExpert({"model": "./medicine"}, shop.root)), tmp_path / "new")
     assert said(replaced) == said(before)
+    more = NewExpert({"model": "./medicine", "labels": ["duties", "court"]}, shop.root)
+    replaced = write_change(before, replacing(before, "law", more), tmp_path / "newer")
+    assert said(replaced) == {**said(before), "duties": 1}
     more = NewExpert({"adapter": "./adapter", "labels": ["letters"]}, shop.root)
     added = write_change(before, adding(before, "mail", more), tmp_path / "added")
     assert said(added) == {**said(before), "letters": 3}

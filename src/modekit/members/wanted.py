@@ -119,13 +119,14 @@ def removing(checkpoint: Checkpoint, name: str) -> Wanted:
 
 
 def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
-    """With another model for an expert, in its place; it keeps its text unless there is other text."""
+    """With another model for an expert, in its place; it keeps its text unless there is other text, and its labels."""
     number = _number(checkpoint, name)
     data = as_written(checkpoint.record.recipe)
     old = data["experts"][number]
     said = new.in_folder(checkpoint.recipe_root)
     kept = {key: value for key, value in old.items() if key not in {"model", "adapter", "as", "rank", "revision"}}
-    data["experts"][number] = {**kept, **said}
+    labels = dict.fromkeys([*(old.get("labels") or ()), *(said.pop("labels", None) or ())])
+    data["experts"][number] = {**kept, **said, **({"labels": list(labels)} if labels else {})}
     fit = checkpoint.record.recipe.mixture.fit
     keeps_text = [name] if fit is not None and fit.reads == "tokens" and "text" not in said else []
     origins = [None if other == number else other for other in range(len(checkpoint.names))]
