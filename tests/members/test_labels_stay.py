@@ -62,7 +62,25 @@ def test_plain_transformers_takes_a_label(shop: Workshop, tmp_path: Path) -> Non
     assert torch.equal(logits(["court", "python"]), logits([1, 2]))
     with pytest.raises(ValueError, match="there is no expert 'mail'; there are medicine, law, code, contracts, court, python"):
         model.use_expert("mail")
+    nobody = [["court", None], ["court", "mail"], ["court", []], [["court"]], [0.0, 1], [3, "law"], ["law", -1], [], {}]
+    for wrong in nobody:
+        with pytest.raises(ValueError, match=r"there is no expert .*; there are medicine, law, code, contracts, court, python"):
+            model.use_expert(wrong)
+    assert torch.equal(logits([torch.tensor(1), "python"]), logits(torch.tensor([1, 2])))
     assert is_proven(verify(checkpoint))
+
+
+@pytest.mark.parametrize("labels", [None, ["court"], "court", {"court": "law"}, {"court": None}, {"court": 9}, {"court": [1]}])
+def test_labels_that_somebody_wrote_into_config_are_one_clear_error(shop: Workshop, tmp_path: Path, labels: Any) -> None:
+    folder = built(shop, tmp_path / "OUT", LABELS).folder
+    config = json.loads((folder / "config.json").read_text())
+    config["modekit"]["labels"] = labels
+    (folder / "config.json").write_text(json.dumps(config))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    for wrong in ("court", ["law", "court"]):
+        with pytest.raises(ValueError, match=r"there is no expert .*court.*; there are medicine, law, code"):
+            model.use_expert(wrong)
+    model.use_expert(["law", "code"])
 
 
 def test_without_labels_config_and_record_say_nothing_of_them(shop: Workshop, tmp_path: Path) -> None:

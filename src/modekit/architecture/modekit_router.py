@@ -352,15 +352,24 @@ def places_of(
     """
     if expert is None:
         return None
-    names, labels = said["experts"], said.get("labels", {})
+    names, labels = said["experts"], said.get("labels")
+    labels = {key: at for key, at in labels.items() if type(at) is int} if isinstance(labels, dict) else {}
+
+    def place(name: str) -> int:
+        found: int = names.index(name) if name in names else labels.get(name, -1)
+        return found
+
+    places: Any = expert
     if isinstance(expert, str):
-        places: int | torch.Tensor = names.index(expert) if expert in names else labels.get(expert, -1)
+        places = place(expert)
     elif isinstance(expert, (list, tuple)):
-        places = torch.tensor([int(places_of(each, said)) for each in expert])  # type: ignore[arg-type]
-    else:
-        places = expert  # type: ignore[assignment]
-    flat = torch.as_tensor(places).flatten()
+        places = [place(each) if isinstance(each, str) else each for each in expert]
+    try:
+        places = torch.tensor(places) if isinstance(places, list) else places
+        flat = torch.as_tensor(places).flatten()
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        flat = torch.tensor([-1])
     whole = not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
-    if not whole or not all(0 <= place < len(names) for place in flat.tolist()):
+    if not whole or not all(0 <= each < len(names) for each in flat.tolist()):
         raise ValueError(f"there is no expert {expert!r}; there are {', '.join([*names, *labels])} (or places from 0)")
-    return places
+    return places  # type: ignore[no-any-return]
