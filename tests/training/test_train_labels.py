@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from command_line import modekit
 from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_text
+from labelled import TAGGED, make_labelled, with_tags
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.training import SettingOptions
@@ -299,6 +300,25 @@ def test_the_table_shows_the_mixture_with_the_right_tag_too(tagged_workshop: Wor
     assert names.count("mixture before") == names.count("mixture") == names.count("base, right tag") == 1
     before, after = (done.results.row(f"mixture, right tag{when}").scores["law"].loss for when in (" before", ""))
     assert after < before
+
+
+def test_a_table_with_unseen_conversations_has_no_tags_and_says_so(tmp_path: Path) -> None:
+    tokenizer = with_tags(character_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    shop = make_labelled(tmp_path, lambda seed: tiny_model(seed=seed, vocab_size=TAGGED, num_hidden_layers=1), tokenizer)
+    talk = [
+        [{"role": "user", "content": f"fever {n} of it"}, {"role": "assistant", "content": f"a dose {n}"}] for n in range(8)
+    ]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in talk))
+    checkpoint = open_checkpoint(shop.build(mixture=ROUTED, eval={"talk": "./talk.jsonl"}))
+    done = train(checkpoint, settings(tags=True, what=["all"]), evaluate_tokens=200)
+    assert done.improved and done.results is not None and done.results.unseen == ["talk"]
+    names = [row.name for row in done.results.rows]
+    assert "mixture before" in names and "mixture" in names and not any("tag" in name for name in names)
+    notes = [note for note in done.results.notes if "no row has tags" in note]
+    assert len(notes) == 1 and "a conversation has no place for a tag" in notes[0] and "talk" in notes[0]
+    for file in ("train.md", "eval.md"):
+        assert notes[0] in (checkpoint.folder / "results" / file).read_text()
 
 
 def test_a_cheap_training_reads_tags_too(tagged_workshop: Workshop) -> None:

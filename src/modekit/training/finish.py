@@ -5,7 +5,8 @@ A kill in between is gone on from: what is there already is not made again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.labels import Labels
 from modekit.evaluation.results import Results, Row, results_from_data
-from modekit.evaluation.results_folder import write_results
+from modekit.evaluation.results_folder import write_results, write_table
 from modekit.files.read import LARGE, read_bytes
 from modekit.files.write import disk_errors, files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
@@ -131,17 +132,31 @@ def _evaluate(
     *,
     write: bool,
 ) -> Results | None:
-    """The table of `modekit eval`, on text that this training does not see; None when there is none or it is not wanted."""
+    """The table of `modekit eval`, on text that this training does not see; None when there is none or it is not wanted.
+
+    Where a text has no place for a tag, as unseen conversations have none, no row has tags, and a note says so.
+    """
     if request.evaluate_tokens is None:
         return None
+    table = partial(
+        evaluate, checkpoint, tokens_per_domain=request.evaluate_tokens, run=run, known=before,
+        seen={*request.trained_on, *request.selected_by},
+    )  # fmt: skip
+    without: str | None = None
     try:
-        return evaluate(
-            checkpoint, tokens_per_domain=request.evaluate_tokens, run=run, known=before,
-            seen={*request.trained_on, *request.selected_by}, write=write,
-            labels=Labels("tag", ("right",)) if request.settings.tags else None,
-        )  # fmt: skip
+        if request.settings.tags:
+            try:
+                return table(labels=Labels("tag", ("right",)), write=write)
+            except TextError as error:
+                without = f"no row has tags: {error.what} ({error.where})"
+        found = table(write=write and without is None)
     except TextError:
         return None
+    if without is not None:
+        found = replace(found, notes=[*found.notes, without])
+        if write:
+            write_table(checkpoint, found)
+    return found
 
 
 def _compared(before: Results, after: Results) -> Results:
