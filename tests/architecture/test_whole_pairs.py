@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -411,6 +412,26 @@ def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:
     write_change(checkpoint, removing(checkpoint, last["name"]), tmp_path / "AGAIN")
     assert contents(tmp_path / "AGAIN") == contents(two)
     assert is_proven(verify(open_checkpoint(tmp_path / "AGAIN")))
+
+
+def test_mixtures_that_lack_the_sentencepiece_files(pair_workshop: Workshop, tmp_path: Path) -> None:
+    """Older versions did not copy them along: such a mixture is proven, says so, and gets them with its next change."""
+    shop = borrow(pair_workshop, tmp_path)
+    base = tmp_path / "own base"
+    shutil.copytree(pair_workshop.root / "base", base)
+    (base / "spiece.model").write_bytes(b"pieces")
+    shop.recipe["base_model"] = str(base)
+    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]})
+    (out / "spiece.model").unlink()
+    checkpoint = open_checkpoint(out)
+    checks = verify(checkpoint, reload=False)
+    assert is_proven(checks)
+    (said,) = [check.detail for check in checks if check.name == "tokenizer files"]
+    assert "without spiece.model" in said
+    write_change(checkpoint, removing(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
+    assert (tmp_path / "CHANGED" / "spiece.model").read_bytes() == b"pieces"
+    (tmp_path / "CHANGED" / "spiece.model").write_bytes(b"others")
+    assert not is_proven(verify(open_checkpoint(tmp_path / "CHANGED"), reload=False))
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
+from modekit.sources.tokenizer import PAIR_FILES
 from modekit.weights.stored import holds_only_finite, same_bytes, span_of
 
 Verdict = Literal["proven", "failed", "not possible"]
@@ -148,16 +149,21 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
+    lacking = [file for file in plan.copied_files if file.name in PAIR_FILES and not (checkpoint.folder / file.name).exists()]
     for file in (*plan.copied_files, *plan.shape.code_files):
+        if file in lacking:
+            continue
         try:
             same = read_bytes(checkpoint.folder / file.name, LARGE) == read_bytes(file, LARGE)
         except UNREADABLE as error:
             return Check("tokenizer files", "failed", f"{file.name} cannot be compared with {file} ({error})")
         if not same:
             return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
-    count = len(plan.copied_files)
+    count = len(plan.copied_files) - len(lacking)
+    names = ", ".join(file.name for file in lacking)
+    without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
     code = f", {len(plan.shape.code_files)} of code as this version's" if plan.shape.code_files else ""
-    return Check("tokenizer files", "proven", f"{count} files as the base model's{code}")
+    return Check("tokenizer files", "proven", f"{count} files as the base model's{code}{without}")
 
 
 def _check_computed(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> Check:

@@ -34,6 +34,7 @@ from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.open import Opener, label_of
+from modekit.sources.tokenizer import PAIR_FILES
 
 
 def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run = QUIET) -> Checkpoint:
@@ -173,6 +174,8 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource) -> None:
     if not differs and sizes != {name: file.size for name, file in record.sources[0].files.items()}:
         differs = "its weights"
     for file in copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ():
+        if file.name in PAIR_FILES and not (folder / file.name).exists():  # of an older version: it gets them now
+            continue
         try:
             same = read_bytes(file, LARGE) == read_bytes(folder / file.name, LARGE)
         except UNREADABLE:

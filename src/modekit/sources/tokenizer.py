@@ -10,12 +10,13 @@ from typing import Any
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
 
+PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
+"""Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model",
+    *PAIR_FILES,
 )  # fmt: skip
-"""Also those of Marian, of mBART and M2M100 (NLLB), and of T5."""
 
 
 def check_tokenizer_files(folder: Path, *, where: str) -> None:
