@@ -29,7 +29,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.model import SPECIALIST_FILE, ModelSource, open_source
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
-from modekit.text.tags import add_tags
+from modekit.text.tags import add_tags, labels_of, tag_ids
 
 RANK = 16
 """Of an adapter, when nothing is said."""
@@ -75,7 +75,7 @@ def specialize(
     refuse_existing(out, replaced_by(overwrite), sources=(base,))
     source = open_source("BASE", str(base), base, run=run)
     reading = Reading(load_tokenizer(base, run=run), root, training)
-    new = _new_tags(texts, reading, train)
+    new = _new_tags(texts, reading, train, int(source.config["vocab_size"]))
     material = read_material(texts, generic, reading)
     sequences: Sequence[TokenSequence] = material.sequences
     if isinstance(texts, Labelled) and texts.randomise:
@@ -112,13 +112,15 @@ def specialize(
     return record
 
 
-def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What) -> tuple[int, ...]:
-    """Give the tokenizer the tags that are asked for; ids of those that it did not have. Raises SourceError for an adapter, in
-    which they could not be kept, TrainingError where rows could not stay.
+def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, rows: int) -> tuple[int, ...]:
+    """Give the tokenizer the tags that are asked for; ids of those that it did not have, and of any that the model has none of
+    its `rows` for. Raises SourceError for an adapter, in which they could not be kept, TrainingError where rows could not stay.
     """
     if not isinstance(texts, Labelled):
         return ()
-    new = add_tags(reading.tokenizer, texts.texts, where="BASE")
+    added = add_tags(reading.tokenizer, texts.texts, where="BASE")
+    known = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
+    new = tuple(each for each in known if each in added or each >= rows)
     if new and train == "mlp" and reading.training.weight_decay:
         raise TrainingError(
             "weights that decay would move rows of the embedding that are to stay", where="weight_decay, new tags, --train mlp",
@@ -127,7 +129,7 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What) ->
     if new and train == "lora":
         raise SourceError(
             "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer",
-            where="--tags --train lora", found=f"{len(new)} tags that BASE does not have",
+            where="--tags --train lora", found=f"{len(new)} tags that BASE does not have, or has no rows for",
             expected="a base that knows them", remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
         )  # fmt: skip
     return new

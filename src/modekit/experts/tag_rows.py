@@ -17,17 +17,22 @@ from modekit.experts.moving import Trainable
 
 
 def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Give the model rows for new token ids; it grows where it has too few. Nothing else changes."""
-    if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+    """Give the model rows for new token ids; it grows where it has too few. Rows that come to lie between those that it had and
+    the new tokens' are the mean as well; nothing else changes.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= old:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     head = model.get_output_embeddings()
     found = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
     biases = getattr(model, "final_logits_bias", None)  # of Bart's kin, (1, V)
     found.append(biases[0] if biases is not None else None)
-    first, new = min(ids), list(ids)
+    first, new = min(*ids, old), list(ids)
     with torch.no_grad():
         for rows in {id(rows): rows for rows in found if rows is not None}.values():
-            rows[new] = rows[:first].mean(0)
+            mean = rows[:first].mean(0)
+            rows[new] = mean
+            rows[old:] = mean
 
 
 def with_rows(model: PreTrainedModel, moving: Trainable, ids: Sequence[int]) -> Trainable:
