@@ -23,7 +23,7 @@ from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.identity import belongs_to
-from modekit.evaluation.labels import Labels, experts_told, tags_told, with_tag
+from modekit.evaluation.labels import Gain, Labels, Told, experts_told, tags_told, with_tag, worth_of_labels
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Score, results_from_data
 from modekit.experts.labelled import Labelled
@@ -99,11 +99,32 @@ def test_what_a_label_is_worth_is_said_in_a_line(scored: tuple[Checkpoint, Resul
     _, results = scored
     none, right, wrong = (sum(results.row(name).scores[each].loss for each in DOMAINS) / 3 for name in ("mixture", *ROWS[:2]))
     (said,) = (note for note in results.notes if note.startswith("mixture, a label against none, mean over the domains: "))
-    assert f": a right one gains {none - right:.3f} ± 0." in said and f"a wrong one costs {wrong - none:.3f} ± 0." in said
+    for told, loss in (("right", right), ("wrong", wrong)):
+        assert f"a {told} one {'gains' if loss < none else 'costs'} {abs(none - loss):.3f} ± 0." in said
     assert f"right labels of unseen domains: {LABEL} is law's; {STRANGER}: none" in results.notes
-    assert any(
-        f"law was told code, code was told medicine, {LABEL} was told code, {STRANGER} was told" in n for n in results.notes
-    )
+    assert (
+        "wrong labels, the next expert's: medicine was told law, law was told code, code was told medicine, "
+        f"{LABEL} was told code; one expert's after another, where none is right: {STRANGER} was told medicine"
+    ) in results.notes
+
+
+@pytest.mark.parametrize(
+    ("told", "gains", "said"),
+    [
+        ("right", (0.25,), "gains 0.2 BLEU"),
+        ("right", (-0.26,), "costs 0.3 BLEU"),
+        ("wrong", (-0.26,), "costs 0.3 BLEU"),
+        ("wrong", (0.26, -0.11), "gains 0.3 BLEU and costs 0.1 chrF"),
+        ("wrong", (0.26, 0.11), "gains 0.3 BLEU and 0.1 chrF"),
+        ("wrong", (0.26, -0.04), "gains 0.3 BLEU and 0.0 chrF"),
+        ("right", (0.0, -0.0), "gains 0.0 BLEU and 0.0 chrF"),
+        ("wrong", (0.0, 0.04), "costs 0.0 BLEU and 0.0 chrF"),
+    ],
+)
+def test_what_gains_is_not_said_to_cost(told: Told, gains: tuple[float, ...], said: str) -> None:
+    worth = [Gain(gain, unit, 1) for gain, unit in zip(gains, ("BLEU", "chrF"), strict=False)]
+    (line,) = worth_of_labels(Labels(), {("mixture", told): worth})
+    assert line == f"mixture, a label against none, mean over the domains: a {told} one {said}"
 
 
 def test_rows_are_taken_over_but_never_for_another_label(
@@ -194,7 +215,7 @@ def test_by_tag_the_token_of_a_label_stands_before_the_text(shop: Workshop, kind
     for name in models:
         assert results.row(f"{name}, no tag").scores == results.row(name).scores
     assert results.row("base, right tag").active_parameters == checkpoint.parameters.dense
-    assert any(note.startswith("base, a tag against none, mean over the domains: a right one gains") for note in results.notes)
+    assert any(note.startswith("base, a tag against none, mean over the domains: a right one ") for note in results.notes)
 
 
 def test_what_was_trained_with_tags_is_better_with_the_right_ones(tmp_path: Path) -> None:
@@ -289,9 +310,9 @@ def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> No
     shown = modekit("eval", folder, *options, "--labels", "right,none")
     assert "mixture, right label" in shown and "mixture, no label" in shown and "wrong label" not in shown
     table = (Path(folder) / "results" / "eval.md").read_text()
-    assert "| mixture, right label |" in table and "a right one gains" in table
+    assert "| mixture, right label |" in table and "against none, mean over the domains: a right one " in table
     page = make_page(make_content(open_checkpoint(Path(folder))))
-    assert 'scope="row">mixture, right label<' in page and "a right one gains" in page
+    assert 'scope="row">mixture, right label<' in page and "against none, mean over the domains: a right one " in page
     data = json.loads(modekit("eval", folder, *options, "--by", "tag", "--json"))
     assert [row["name"] for row in data["rows"]][-6:] == TAG_ROWS
     assert "mixture, right label" not in modekit("eval", folder, *options)
@@ -302,3 +323,4 @@ def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> No
     for wrong, said in refused:
         code, _, error = ended("eval", folder, *wrong)
         assert code == 2 and said in error, wrong
+        assert said != "no such labels" or "where:    --labels\n" in error

@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.labels import Labels, with_tag
+from modekit.evaluation.labels import Gain, Labels, with_tag, worth_of_labels
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import TranslationResults
@@ -33,6 +33,7 @@ from modekit.text.sequences import encode
 from modekit.text.tags import tag_of, tagged
 
 PAIRS, TOKENS = 3, 8
+UNITS = {"bleu": "BLEU", "chrf": "chrF"}
 
 
 def model_of(seed: int) -> PreTrainedModel:
@@ -100,9 +101,11 @@ def test_by_gate_the_experts_of_the_labels_write(checkpoint: Checkpoint, beams: 
     plain = run(checkpoint, beams, None)
     assert [row.scores for row in plain.rows] == [row.scores for row in results.rows[:-3]]
     mean = {row.name: row.mean(DOMAINS) for row in (right, wrong, none)}
-    better, worse = (mean[right.name].chrf - mean[none.name].chrf, mean[none.name].chrf - mean[wrong.name].chrf)  # type: ignore[union-attr]
-    (said,) = (note for note in results.notes if note.startswith("mixture, a label against none"))
-    assert f"and {better:.1f} chrF, a wrong one costs" in said and said.endswith(f"and {worse:.1f} chrF")
+    gains = {
+        told: [Gain(getattr(mean[row.name], name) - getattr(mean[none.name], name), unit, 1) for name, unit in UNITS.items()]
+        for told, row in (("right", right), ("wrong", wrong))
+    }
+    assert [*worth_of_labels(Labels(), {("mixture", told): each for told, each in gains.items()})] == results.notes[-1:]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("beams", [1, 2])

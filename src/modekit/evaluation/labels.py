@@ -41,12 +41,12 @@ class Labels:
     def __post_init__(self) -> None:
         if not set(self.told) <= set(TOLD) or len(set(self.told)) < len(self.told):
             raise ModekitError(
-                "no such labels", where="labels", found=", ".join(map(str, self.told)),
+                "no such labels", where="--labels", found=", ".join(map(str, self.told)),
                 expected=f"some of {', '.join(TOLD)}, each once, or all", remedy="write right,wrong",
             )  # fmt: skip
         if self.by not in get_args(By):
             raise ModekitError(
-                "no such way to tell a label", where="by", found=self.by, expected="gate or tag", remedy="name one"
+                "no such way to tell a label", where="--by", found=self.by, expected="gate or tag", remedy="name one"
             )
 
     def row(self, model: str, told: Told) -> str:
@@ -152,17 +152,43 @@ def notes_of_labels(labels: Labels, domains: Mapping[str, int | None], recipe: R
             yield f"right {_WORDS[labels.by]}s of unseen domains: {'; '.join(said)}"
     if "wrong" in labels.told:
         wrong = experts_told("wrong", domains, recipe)
-        said = [f"{name} was told {recipe.names[place or 0]}" for name, place in wrong.items()]
-        if said:
-            yield f"wrong {_WORDS[labels.by]}s, the next expert's: {', '.join(said)}"
-
-
-def worth_of_labels(labels: Labels, gains: Mapping[tuple[str, Told], str]) -> Iterator[str]:
-    """What a right label gains over none and a wrong one costs, in one line per model; `gains` are said in words."""
-    for model in dict.fromkeys(model for model, _ in gains):
-        parts = [
-            f"a {told} one {'gains' if told == 'right' else 'costs'} {gains[model, told]}"
-            for told in ("right", "wrong")
-            if (model, told) in gains
+        known = experts_told("right", domains, recipe)
+        said = [
+            f"{whose}: {', '.join(f'{name} was told {recipe.names[place or 0]}' for name, place in told)}"
+            for whose, told in (
+                ("the next expert's", [each for each in wrong.items() if each[0] in known]),
+                ("one expert's after another, where none is right", [each for each in wrong.items() if each[0] not in known]),
+            )
+            if told
         ]
+        if said:
+            yield f"wrong {_WORDS[labels.by]}s, {'; '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a label gains over none, or costs where it is below 0; so many digits are shown, and the standard error if known."""
+
+    gain: float
+    unit: str
+    digits: int
+    error: float | None = None
+
+
+def worth_of_labels(labels: Labels, gains: Mapping[tuple[str, Told], Sequence[Gain]]) -> Iterator[str]:
+    """What right labels and wrong ones gain over none, or cost, in one line per model."""
+    for model in dict.fromkeys(model for model, _ in gains):
+        parts = [f"a {told} one {_worth(told, gains[model, told])}" for told in TOLD if (model, told) in gains]
         yield f"{model}, a {_WORDS[labels.by]} against none, mean over the domains: {', '.join(parts)}"
+
+
+def _worth(told: Told, gains: Sequence[Gain]) -> str:
+    """Such as "gains 0.3 BLEU and costs 0.1 chrF"; what is 0 as it is shown is said as one expects it of right and wrong."""
+    verb, parts = "", []
+    for each in gains:
+        shown = f"{abs(each.gain):.{each.digits}f}"
+        signed = ("costs" if each.gain < 0 else "gains") if float(shown) else verb or ("gains" if told == "right" else "costs")
+        error = "" if each.error is None else f" ± {each.error:.{each.digits}f}"
+        parts.append(f"{'' if signed == verb else f'{signed} '}{shown}{error} {each.unit}")
+        verb = signed
+    return " and ".join(parts)

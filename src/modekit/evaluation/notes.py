@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from modekit.evaluation.labels import Labels, Told, notes_of_labels, worth_of_labels
+from modekit.evaluation.labels import Gain, Labels, Told, notes_of_labels, worth_of_labels
 from modekit.evaluation.uncertainty import in_blocks, mean_error
 from modekit.recipes.strict import BASE
 
@@ -24,7 +24,7 @@ def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> li
 def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], recipe: Recipe) -> list[str]:
     """Notes on rows that were told labels: which, and what they are worth."""
     own, named = [domain for domain in domains if domain.expert is not None], {row.name: row for row in rows}
-    gains: dict[tuple[str, Told], str] = {}
+    gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
         with_label, without = named.get(labels.row(model, told)), named.get(model)
         if told != "none" and with_label and without and all(_of(with_label, domain) for domain in own):
@@ -33,8 +33,7 @@ def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], 
             errors = [error for each in scores if (error := _error_of_difference(*each)) is not None]
             known = len(errors) == len(own)  # of a mean without one of them nothing is known
             error = math.sqrt(sum(error**2 for error in errors)) / len(own) if known else None
-            said = f"{gain if told == 'right' else -gain:.3f}" + ("" if error is None else f" ± {error:.3f}")
-            gains[model, told] = f"{said} nats per token"
+            gains[model, told] = [Gain(gain, "nats per token", 3, error)]
     seen = {domain.name: domain.expert for domain in domains}
     return [*notes_of_labels(labels, seen, recipe), *worth_of_labels(labels, gains)]
 

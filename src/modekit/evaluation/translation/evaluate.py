@@ -19,6 +19,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.labels import (
+    Gain,
     Labels,
     Told,
     check_labels,
@@ -305,13 +306,12 @@ def _label_notes(
 ) -> Iterator[str]:
     """Which labels were told, and what they are worth."""
     means = {row.name: row.mean(results.domains) for row in results.rows}
-    gains: dict[tuple[str, Told], str] = {}
+    gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
         with_label, without = means.get(labels.row(model, told)), means.get(model)
         if told != "none" and with_label is not None and without is not None:
-            sign = 1 if told == "right" else -1
-            bleu, chrf = (sign * (getattr(with_label, name) - getattr(without, name)) for name in ("bleu", "chrf"))
-            gains[model, told] = f"{bleu:.1f} BLEU and {chrf:.1f} chrF"
+            bleu, chrf = (getattr(with_label, name) - getattr(without, name) for name in ("bleu", "chrf"))
+            gains[model, told] = [Gain(bleu, "BLEU", 1), Gain(chrf, "chrF", 1)]
     yield from notes_of_labels(labels, {each.name: each.expert for each in domains}, checkpoint.record.recipe)
     yield from worth_of_labels(labels, gains)
 
