@@ -32,7 +32,7 @@ class MixedPositions(Mixed):
         alone = self._flow[0].alone
         if alone is not None:
             return call(self.experts[self.own.index(alone)] if alone in self.own else self._kept)
-        weights_BE = self._decided(self.weight).to(self.weight.device)[:, 0]
+        weights_BE = self._decided(self.weight)[:, 0]  # where it is: offloaded weights are nowhere until a module is called
         parts = [(module, weights_BE[:, expert]) for module, expert in zip(self.experts, self.own, strict=True)]
         if self.base is not None:
             parts.insert(0, (self.base, 1.0 - weights_BE[:, self.own].sum(-1)))
@@ -40,7 +40,7 @@ class MixedPositions(Mixed):
         for module, weight_B in parts:
             if torch.compiler.is_compiling() or bool(weight_B.any()) or (total is None and module is parts[-1][0]):
                 y = call(module)
-                y = weighted(y, weight_B.to(y.dtype))
+                y = weighted(y, weight_B.to(y))
                 total = y if total is None else total + y
         assert total is not None
         return total
