@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_an
 from modekit.experts.specialize import specialize
 from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
+from modekit.loaded.next_token import Training, _Batches
 from modekit.text.pairs import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import TokenSequence, encode
@@ -367,10 +368,11 @@ def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None
     add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
     documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
     sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
-    drawn = Drawn(sequences, tokenizer, Labelled({}, 0.25, to), 3, 100)
+    drawn = Drawn(sequences, tokenizer, Labelled({}, 0.25, to), 3)
     own = [number % 2 for number in range(500)] * 100
-    assert len(drawn) == 50_000 and len(drawn.labels) == 50_000
-    found = Counter(("own" if label == mine else label) for label, mine in zip(drawn.labels, own, strict=True))
+    labels = [label for number in range(100) for label in drawn.labels(number)]
+    assert len(drawn) == 500 and len(labels) == 50_000
+    found = Counter(("own" if label == mine else label) for label, mine in zip(labels, own, strict=True))
     rates = {each: count / 50_000 for each, count in found.items()}
     wanted: Mapping[Any, float] = {
         "all": {"own": 0.75 + 0.25 / 4, 0: 0.25 / 8, 1: 0.25 / 8, 2: 0.25 / 4, 3: 0.25 / 4},
@@ -379,10 +381,11 @@ def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None
         "half": {"own": 0.75, -1: 0.125, 0: 0.125 / 6, 1: 0.125 / 6, 2: 0.125 / 3, 3: 0.125 / 3},
     }[to]
     assert rates == pytest.approx(wanted, abs=0.01)
-    assert drawn.labels[:500] != drawn.labels[500:1000]
+    assert drawn.labels(0) != drawn.labels(1)
     ids = tag_ids(tokenizer, "abcd")
     for place in range(0, 50_000, 997):
-        read, sequence, label = drawn[place], sequences[place % 500], drawn.labels[place]
+        number, row = divmod(place, 500)
+        read, sequence, label = drawn.of_pass(number, row), sequences[row], labels[place]
         rest = tuple(each for each in read.ids if each not in ids)
         assert rest == sequence.with_tag(None).ids and read.scored == sequence.scored
         assert [each for each in read.ids if each in ids] == ([] if label == -1 else [ids[label]])
@@ -405,17 +408,36 @@ def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(sho
     assert drawn["training"]["steps"] == plain["training"]["steps"] == 6
 
 
-def test_drawing_reads_every_text_as_often_as_without(shop: Path) -> None:
+@pytest.mark.parametrize("by_length", [False, True])
+def test_drawing_changes_no_order(shop: Path, by_length: bool) -> None:
+    """Every text is read when it would be read without, in each of three passes; in another pass under another label."""
     tokenizer = character_tokenizer()
-    add_tags(tokenizer, ["law"], where="test")
-    asked, training = labelled(shop, "law", randomise=0.5, randomise_to="half"), Training(batch_tokens=256, sequence_length=64)
+    ids = add_tags(tokenizer, ["law", "code"], where="test")
+    asked = labelled(shop, "law", randomise=0.6, randomise_to="half")
+    training = Training(steps=60, batch_tokens=256, sequence_length=64, by_length=by_length)
     reading = Reading(tokenizer, shop, training)
-    material = read_material(asked, None, reading)
-    drawn, made = drawn_anew(material, asked, reading)
-    per_step = 256 // max(len(each.ids) for each in material.sequences)
-    assert made.steps == len(material.sequences) // per_step and len(drawn) == len(material.sequences)
-    drawn, made = drawn_anew(material, asked, Reading(tokenizer, shop, training.with_(steps=3 * made.steps)))
-    assert made.steps * per_step <= len(drawn) == 3 * len(material.sequences)
+    sequences = read_material(asked, None, reading).sequences
+    drawn = drawn_anew(sequences, asked, reading)
+    assert list(drawn) == list(sequences)
+    plain, told = (rows_read(texts, training) for texts in (sequences, drawn))
+    assert sum(map(len, plain)) >= 3 * len(sequences)
+    assert [Counter(tuple(each for each in row if each not in ids) for row in step) for step in told] == [
+        Counter(row[1:] for row in step) for step in plain
+    ]
+    changed = sum((row[0] != ids[0]) for step in told for row in step) / sum(map(len, told))
+    assert changed == pytest.approx(0.6, abs=0.1)
+    again = rows_read(drawn_anew(sequences, asked, reading), training)
+    assert again == told
+    by_text: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for row in itertools.chain(*told):
+        by_text.setdefault(tuple(each for each in row if each not in ids), set()).add(row)
+    assert sum(len(each) > 1 for each in by_text.values()) > len(by_text) / 2
+
+
+def rows_read(sequences: Sequence[TokenSequence], training: Training) -> list[list[tuple[int, ...]]]:
+    """The rows of every step of a training."""
+    batches = itertools.islice(_Batches(sequences, training).forever(), training.steps)
+    return [[tuple(row[real].tolist()) for row, real in zip(each.input_ids, each.mask, strict=True)] for each in batches]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.8])

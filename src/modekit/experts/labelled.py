@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
-from modekit.loaded.next_token import Training, sequences_per_step, training_sequences
+from modekit.loaded.next_token import Passes, Training, training_sequences
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
@@ -147,52 +147,53 @@ def generic_share(
         tokens += following.size
 
 
-class Drawn(Sequence[TokenSequence]):
-    """Sequences with their tags, several times over, each under a label that was drawn for this time of reading it."""
+class Drawn(Passes):
+    """Sequences with their tags, each of which every pass reads under a label that is drawn for it."""
 
     def __init__(
-        self, sequences: Sequence[TokenSequence], tokenizer: PreTrainedTokenizerBase, asked: Labelled, seed: int, times: int
+        self, sequences: Sequence[TokenSequence], tokenizer: PreTrainedTokenizerBase, asked: Labelled, seed: int
     ) -> None:
         self._sequences = sequences
+        self._asked = asked
         self._tags = tag_ids(tokenizer, labels_of(tokenizer))
         places = {tag: place for place, tag in enumerate(self._tags)}
-        own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = [
-            drawn_label(label, asked.randomise, asked.randomise_to, len(self._tags), generator)
-            for _ in range(times)
-            for label in own
-        ]
+        self._own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn: list[list[int]] = []
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._sequences)
 
     @overload
     def __getitem__(self, place: int) -> TokenSequence: ...
     @overload
-    def __getitem__(self, place: slice) -> list[TokenSequence]: ...
-    def __getitem__(self, place: int | slice) -> TokenSequence | list[TokenSequence]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        sequence, label = self._sequences[place % len(self._sequences)], self.labels[place]
+    def __getitem__(self, place: slice) -> Sequence[TokenSequence]: ...
+    def __getitem__(self, place: int | slice) -> TokenSequence | Sequence[TokenSequence]:
+        return self._sequences[place]
+
+    def labels(self, number: int) -> list[int]:
+        """Labels of all sequences in a pass: places among those that the tokenizer has tags for, GENERIC for none."""
+        while len(self._drawn) <= number:
+            randomise, to = self._asked.randomise, self._asked.randomise_to
+            self._drawn.append([drawn_label(each, randomise, to, len(self._tags), self._generator) for each in self._own])
+        return self._drawn[number]
+
+    def of_pass(self, number: int, place: int) -> TokenSequence:
+        """A sequence with the tag of the label that it has in a pass, or without one."""
+        sequence, label = self._sequences[place], self.labels(number)[place]
         if sequence.tag is None or (label != GENERIC and self._tags[label] == sequence.ids[sequence.tag]):
             return sequence
         return sequence.with_tag(None if label == GENERIC else self._tags[label])
 
 
-def drawn_anew(material: Material, asked: Labelled, reading: Reading) -> tuple[Sequence[TokenSequence], Training]:
-    """What is read where labels are drawn anew, and the training with as many steps as it has without that.
+def drawn_anew(sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> Sequence[TokenSequence]:
+    """What is read where labels are drawn anew: the same sequences in the same order, every pass with labels of its own.
 
-    Every time that a sequence is read it has a label of its own drawing. Raises TextError where there is no other label.
+    Raises TextError where there is no other label.
     """
-    training = reading.training
     if asked.randomise_to in ("all", "others") and len(labels_of(reading.tokenizer)) == 1:
         raise TextError(
             "there is no other label", where="--randomise-to", found=f"{asked.randomise_to}, and one label",
             remedy="write generic",
         )  # fmt: skip
-    count, per_step = len(material.sequences), sequences_per_step(material.sequences, training)
-    steps = training.steps or max(1, count // per_step)
-    times = -(-steps * per_step // count)
-    drawn = Drawn(material.sequences, reading.tokenizer, asked, training.seed, times)
-    return drawn, training.with_(steps=steps)
+    return Drawn(sequences, reading.tokenizer, asked, reading.training.seed)

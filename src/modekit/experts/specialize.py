@@ -79,7 +79,7 @@ def specialize(
     material = read_material(texts, generic, reading)
     sequences: Sequence[TokenSequence] = material.sequences
     if isinstance(texts, Labelled) and texts.randomise:
-        sequences, training = drawn_anew(material, texts, reading)
+        sequences = drawn_anew(sequences, texts, reading)
     model = load_model(base, run=run)
     parameters, save = _trainable(model, source, (train, rank), new)
     before = _losses(model, material)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,17 +68,20 @@ class Training:
         return dataclasses.replace(self, **changes)
 
 
+class Passes(Sequence[TokenSequence]):
+    """Sequences that are read in another form in every pass."""
+
+    @abstractmethod
+    def of_pass(self, number: int, place: int) -> TokenSequence:
+        """The one at a place as a pass reads it; passes are counted from 0."""
+
+
 def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
     """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
     return encode(
         tokenizer, documents, max_tokens=training.max_tokens, sequence_length=training.sequence_length,
         shortest_rest=training.sequence_length // 4,
     )  # fmt: skip
-
-
-def sequences_per_step(sequences: Sequence[TokenSequence], training: Training) -> int:
-    """How many of some sequences a step reads."""
-    return _Batches(sequences, training).rows
 
 
 def train_language_model(
@@ -179,6 +183,7 @@ class _Batches:
         self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
         self._sorted = _SORTED_TOGETHER if training.by_length else 1
         self._generator = torch.Generator().manual_seed(training.seed)
+        self._begun = 0  # sequences of all passes that are begun: rows are counted on from pass to pass
 
     def __len__(self) -> int:
         return max(1, len(self._sequences) // self.rows)
@@ -189,7 +194,8 @@ class _Batches:
         drawn = self.rows * self._sorted
         while True:
             while len(pending) < drawn:
-                pending += self._permutation(len(self._sequences))
+                pending += [self._begun + row for row in self._permutation(len(self._sequences))]
+                self._begun += len(self._sequences)
             rows, pending = pending[:drawn], pending[drawn:]
             yield from self._batches(rows)
 
@@ -197,10 +203,14 @@ class _Batches:
         """The rows as batches; of several batches each takes sequences of similar length, in a drawn order."""
         starts = list(range(0, len(rows), self.rows))
         if len(starts) > 1:
-            rows = sorted(rows, key=lambda row: self._sequences[row].size)
+            rows = sorted(rows, key=lambda row: self._sequences[row % len(self._sequences)].size)
             starts = [starts[place] for place in self._permutation(len(starts))]
         for start in starts:
-            yield from make_batches([self._sequences[row] for row in rows[start : start + self.rows]], tokens=2**31)
+            yield from make_batches([self._read(row) for row in rows[start : start + self.rows]], tokens=2**31)
+
+    def _read(self, row: int) -> TokenSequence:
+        number, place = divmod(row, len(self._sequences))
+        return self._sequences.of_pass(number, place) if isinstance(self._sequences, Passes) else self._sequences[place]
 
     def _permutation(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self._generator).tolist()
