@@ -24,8 +24,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from conftest import VOCAB, save, tiny_model
+from conftest import VOCAB, character_tokenizer, save, tiny_model
 from modekit.architecture.modekit_router import causal_average, select
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -546,6 +547,28 @@ def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path)
         planned(tmp_path, {"router": {"fit": "random"}}, "one", "two")
 
 
+@pytest.mark.parametrize("file", ["spiece.model", "source.spm", "target.spm", "sentencepiece.bpe.model", "target_vocab.json"])
+def test_tokenizer_files_that_differ_are_refused(folders: Path, tmp_path: Path, file: str) -> None:
+    """The base's would be copied for all. Where both have a tokenizer.json, that is what is read, and it says it all."""
+    for name in ("base", "one", "two"):
+        shutil.copytree(folders / ("one" if name == "two" else name), tmp_path / name)
+        (tmp_path / name / "tokenizer.json").unlink(missing_ok=True)
+        (tmp_path / name / file).write_text('{"a": 1}')
+    mixture = {"router": {"fit": "random"}}
+    planned(tmp_path, mixture, "one", "two")
+    (tmp_path / "two" / file).write_text('{"a": 2}')
+    with pytest.raises(MismatchError, match=f"another {file} than the base model's[\\s\\S]*saving again") as caught:
+        planned(tmp_path, mixture, "one", "two")
+    assert "two" in str(caught.value.where)
+    for name in ("base", "two"):
+        character_tokenizer().save_pretrained(tmp_path / name)
+    planned(tmp_path, mixture, "one", "two")
+    for name in ("base", "two"):
+        (tmp_path / name / "tokenizer.json").unlink()
+    (tmp_path / "two" / file).unlink()
+    planned(tmp_path, mixture, "one", "two")
+
+
 def test_all_files_of_a_tokenizer_go_along(folders: Path, tmp_path: Path) -> None:
     for name in ("base", "one"):
         shutil.copytree(folders / name, tmp_path / name)
@@ -627,3 +650,21 @@ def test_a_causal_class_does_not_open_it(folders: Path, tmp_path: Path) -> None:
     build(make_plan(recipe, folders), tmp_path / "out")
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("router", [{}, {"granularity": "sequence", "per": "model"}])
+def test_another_expert_writes_on_from_what_the_encoder_read_by_layers(bench: Bench, router: dict[str, Any]) -> None:
+    """As the source's router decided, or not: with an expert that is named afterwards, the decoder is that expert's."""
+    model, said = load_model(bench.build(random_gates(**router))), inputs()
+    rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
+    with torch.inference_mode():
+        encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
+        routed = model(encoder_outputs=encoded, **rest).logits
+        plain = BaseModelOutput(encoded.last_hidden_state)
+        model.use_expert("two")
+        expected = bench.made["two"](encoder_outputs=plain, **rest).logits
+        for given in (encoded, plain):
+            found = model(encoder_outputs=given, **rest).logits
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+        model.use_expert(None)
+        assert torch.equal(model(encoder_outputs=encoded, **rest).logits, routed)

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from conftest import VOCAB, Workshop
 from modekit.architecture.modekit_mixed import Mixed
@@ -215,6 +216,39 @@ def test_experts_that_are_not_used_are_not_read(bench: Bench) -> None:
     assert torch.equal(logits_of(model, said), expected)
     assert torch.equal(written(model, said, num_beams=3), written(bench.made["two"], said, num_beams=3))
     assert not read
+
+
+@pytest.mark.parametrize("before", [None, "one", ["one", "three", "two", "one"]])
+def test_another_expert_writes_on_from_what_the_encoder_read(bench: Bench, before: Any) -> None:
+    """What is said last counts in the decoder, whoever read the source; a plain encoder's output suffices then."""
+    model, said = bench.mixture(), inputs()
+    rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
+    model.use_expert(before)
+    with torch.inference_mode():
+        encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
+        plain = BaseModelOutput(encoded.last_hidden_state)
+        model.use_expert("two")
+        expected = bench.made["two"](encoder_outputs=plain, **rest).logits
+        for given in (encoded, plain):
+            assert torch.equal(model(encoder_outputs=given, **rest).logits, expected)
+        names = ["two", "three", "one", "two"]
+        model.use_expert(names)
+        found = model(encoder_outputs=plain, **rest).logits
+        for row, name in enumerate(names):
+            own = bench.made[name](encoder_outputs=plain, **rest).logits[row]
+            torch.testing.assert_close(found[row], own, atol=1e-5 * float(own.abs().max()), rtol=1e-5)
+
+
+def test_offloaded_to_disk_it_is_the_same(bench: Bench, tmp_path: Path) -> None:
+    if bench.kind == "marian":
+        pytest.skip("transformers offloads no model whose positions are in no file")
+    out = bench.build({"router": ONCE})
+    there = load_model(out)
+    model = AutoModelForSeq2SeqLM.from_pretrained(out, device_map={"": "disk"}, offload_folder=tmp_path).eval()
+    for who in (None, "two", ["two", "one", "three", "two"]):
+        there.use_expert(who)
+        model.use_expert(who)
+        assert torch.equal(logits_of(model, inputs()), logits_of(there, inputs())), who
 
 
 # --- several experts at once

@@ -13,7 +13,17 @@ from typing import Any, Protocol
 import torch
 
 _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with it
-_HELD = ("mask_BS", "ids_BS", "states", "forced", "encoding", "source_ids_BS", "source_mask_BS", "source_weights")
+_HELD = (
+    "mask_BS",
+    "ids_BS",
+    "states",
+    "forced",
+    "encoding",
+    "source_ids_BS",
+    "source_mask_BS",
+    "source_weights",
+    "told_weights",
+)
 
 
 class Keeper(Protocol):
@@ -50,6 +60,7 @@ class Flow:
         pair: whether the model has an encoder (modekit_pairs.py). Then `encoding` says whether that is what runs, and routers
             that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all), and
             where one router serves all places, `source_weights` (B, 1, E) is what it decided in the encoder.
+            `told_weights` (B, 1, E) stand in the decoder for all that was decided, with `forced`, whatever read the source.
             `told` holds what generate says of the target besides its arguments.
         mixed: place -> its module.
     """
@@ -60,6 +71,7 @@ class Flow:
         self.source_ids_BS: torch.Tensor | None = None
         self.source_mask_BS: torch.Tensor | None = None
         self.source_weights: torch.Tensor | None = None
+        self.told_weights: torch.Tensor | None = None
         self.told: dict[str, Any] = {}
         self.mixed: dict[str, Any] = {}
         self.averages = False

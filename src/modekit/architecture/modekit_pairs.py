@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import family_config
 from .modekit_flow import Flow
-from .modekit_router import places_of
+from .modekit_router import one_hot, places_of
 from .modekit_whole import connect, own_head
 from .modeling_modekit import PADDING, InBoth, ModekitModel, asks_for_log, finish_pass, initialise, install, logged, start_pass
 
@@ -75,14 +75,22 @@ class _AfterEncoder:
 
 
 class _BeforeDecoder:
-    """Tells the routers which tokens are pads, and where their averages stood."""
+    """Tells the routers which tokens are pads, where their averages stood, and whose the target is, where one says so: it may
+    be another expert's than the source was.
+    """
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._flow.begin()
-        start_pass(self._flow, {**_given(module, args, kwargs), **self._flow.told})
+        flow, given = self._flow, _given(module, args, kwargs)
+        flow.begin()
+        start_pass(flow, {**given, **flow.told})
+        flow.told_weights = None
+        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        if flow.forced is not None and not flow.solo and tokens is not None:
+            experts = len(next(iter(flow.mixed.values())).ranks)
+            flow.told_weights = one_hot(flow.forced, (tokens.shape[0], 1, experts), tokens.device)
 
 
 class _AfterDecoder:
