@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
+from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json, read_text
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
@@ -113,6 +114,8 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Reade
     A folder without tokenizer files is taken to use the base model's.
     """
     base_read, expert_read = _read(base, where="base_model"), _read(expert, where=where)
+    if not ((base / "tokenizer.json").exists() and (expert / "tokenizer.json").exists()):
+        _check_same_pieces(base, expert, where=where, readers=readers)
     if base_read is None or expert_read is None:
         return
     (ours, our_merges), (theirs, their_merges) = base_read, expert_read
@@ -139,6 +142,26 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Reade
         expected="the same token for the same id",
         remedy=readers.remedy + readers.more,
     )
+
+
+def _check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers) -> None:
+    """Raise MismatchError for a file of sentencepiece, or of a target's vocabulary, that both have and that differs."""
+    for name in PAIR_FILES:
+        if not ((base / name).exists() and (expert / name).exists()):
+            continue
+        read: Callable[[Path, int], Any] = read_json if name.endswith(".json") else read_bytes
+        try:
+            same = read(base / name, LARGE) == read(expert / name, LARGE)
+        except UNREADABLE as error:
+            raise SourceError(
+                "the tokenizer cannot be read", where=f"{where}: {name}", found=error, remedy="download or save the model again"
+            ) from None
+        if not same:
+            raise MismatchError(
+                f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s", where=where,
+                found="other content; saving again with another version can change a sentencepiece file, too",
+                expected=f"the {readers.ours}'s {name}", remedy=readers.remedy + readers.more,
+            )  # fmt: skip
 
 
 def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
