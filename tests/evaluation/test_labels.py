@@ -23,6 +23,8 @@ from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.labels import Gain, Labels, Told, experts_told, tags_told, with_tag, worth_of_labels
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Score, results_from_data
@@ -288,6 +290,40 @@ def test_what_is_refused(shop: Workshop, small_workshop: Workshop, tmp_path: Pat
     tokenizer.save_pretrained(chats)
     with pytest.raises(TextError, match="a conversation has no place for a tag"):
         evaluate(open_checkpoint(chats), **SIZES, labels=Labels("tag"))
+
+
+def test_what_is_inspected_of_a_tagged_text_is_what_is_scored(shop: Workshop, tmp_path: Path) -> None:
+    """Neither the tag nor the first token behind it has a loss."""
+    said = (shop.root / "text" / "law.jsonl").read_text().splitlines()
+    (tmp_path / "law.jsonl").write_text(
+        "\n".join(json.dumps({"text": tagged(json.loads(line)["text"], "law")}) for line in said)
+    )
+    experts = [
+        {**each, "text": str(tmp_path / "law.jsonl")} if each["name"] == "law" else each for each in shop.recipe["experts"]
+    ]
+    checkpoint = open_checkpoint(shop.build("INSPECTED", output={"format": "native"}, experts=experts))
+    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+    domains = {each.name: each for each in held_out_domains(checkpoint, **SIZES)}
+    found = [each for each in inspect(checkpoint, **SIZES, write=False)["texts"] if each["domain"] == "law"]
+    text = json.loads((tmp_path / "law.jsonl").read_text().splitlines()[0])["text"]
+    ids_of = {tokenizer.decode(each.ids): each.ids for each in domains["law"].sequences} | {text: tokenizer(text)["input_ids"]}
+    assert len(found) > 1
+    for shown in (*found, inspect_text(checkpoint, text)):
+        ids = torch.tensor([ids_of[shown["text"]]])
+
+        def losses(ids: torch.Tensor = ids) -> torch.Tensor:
+            with torch.inference_mode():
+                return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, 1:-1], ids[0, 2:], reduction="none")
+
+        whole = losses()
+        assert [each["loss"] for each in shown["tokens"][:2]] == [None, None] and len(shown["tokens"]) == ids.shape[1]
+        assert [each["loss"] for each in shown["tokens"][2:]] == pytest.approx(whole.tolist(), rel=1e-4)
+        assert shown["loss"] == pytest.approx(float(whole.mean()), rel=1e-5)
+        with mixture_of(model, checkpoint).left_out(0):
+            change = float(losses().mean()) - shown["loss"]
+        assert shown["without"]["medicine"] == pytest.approx(change, abs=1e-5)
+    with pytest.raises(TextError, match="neither its tag nor its first token is predicted"):
+        inspect_text(checkpoint, tagged("a", "law"))
 
 
 def test_from_python(shop: Workshop) -> None:

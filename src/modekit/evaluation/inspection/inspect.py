@@ -18,7 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.evidence import evidence_of, strongest
-from modekit.evaluation.inspection.passes import Advance, Array32, Array64, Decided, changes_without, sums_of, traced_losses
+from modekit.evaluation.inspection.passes import (
+    Advance,
+    Array32,
+    Array64,
+    Decided,
+    changes_without,
+    loss_per_token,
+    sums_of,
+    traced_losses,
+)
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
 from modekit.evaluation.inspection.unseen import told_apart
@@ -172,7 +181,14 @@ def _samples(sequences: Sequence[TokenSequence], longest: int) -> list[TokenSequ
         order = sorted(fitting, key=lambda row: (-sequences[row].size, row))
         return [sequences[row] for row in sorted(order[:_SAMPLES])]
     order = sorted(range(len(sequences)), key=lambda row: (-min(longest, len(sequences[row].ids)), row))
-    return [TokenSequence(sequences[row].ids[:longest], 0) for row in sorted(order[:_SAMPLES])]
+    return [_begun(sequences[row], longest) for row in sorted(order[:_SAMPLES])]
+
+
+def _begun(sequence: TokenSequence, longest: int) -> TokenSequence:
+    """The first tokens of a text, with its tag; behind one that stands first there are two, of which one is predicted."""
+    if sequence.tag is None:
+        return TokenSequence(sequence.ids[:longest], 0)
+    return TokenSequence(sequence.ids[: max(longest, sequence.tag + 3)], 0, tag=sequence.tag)
 
 
 def _of_samples(
@@ -194,12 +210,12 @@ def _of_samples(
     found = []
     for row, sequence in enumerate(sequences):
         texts = [*token_texts(tokenizer, sequence.ids), *token_texts(tokenizer, sequence.target)]
-        per_token = [*[None] * (sequence.size - sequence.scored), *losses[row].tolist()]
+        per_token = loss_per_token(sequence, losses[row])
         tokens = [{"text": text, "loss": loss} for text, loss in zip(texts, per_token, strict=True)]
         found.append(
             {
-                "text": "".join(texts), "loss": float(losses[row].mean(dtype=np.float64)), "tokens": tokens,
-                "weights": weights[row].tolist(), "without": named_changes(checkpoint, changes_EN[:, row] / len(losses[row])),
+                "text": "".join(texts), "loss": float(losses[row].sum(dtype=np.float64)) / sequence.scored, "tokens": tokens,
+                "weights": weights[row].tolist(), "without": named_changes(checkpoint, changes_EN[:, row] / sequence.scored),
             }
         )  # fmt: skip
     return found

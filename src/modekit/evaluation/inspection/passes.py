@@ -95,6 +95,14 @@ def _passes(
             advance(batch.tokens)
 
 
+def loss_per_token(sequence: TokenSequence, losses_P: Array32) -> list[float | None]:
+    """Of all tokens of a sequence, of a pair the source's first; None for those that are not predicted."""
+    found: list[float | None] = [*[None] * (sequence.size - sequence.places), *losses_P.tolist()]
+    if sequence.silent is not None:
+        found[sequence.silent] = None
+    return found
+
+
 def sums_of(losses: Sequence[Array32]) -> Array64:
     """Loss of each sequence, (N), nats: the sum over its tokens."""
     return np.array([each.sum(dtype=np.float64) for each in losses])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
-from modekit.evaluation.inspection.passes import Array32, Decided, changes_without, sums_of, token_losses, traced_losses
+from modekit.evaluation.inspection.passes import (
+    Array32,
+    Decided,
+    changes_without,
+    loss_per_token,
+    sums_of,
+    token_losses,
+    traced_losses,
+)
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
@@ -31,8 +39,10 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import message_of, needed_template
 from modekit.text.records import decode
 from modekit.text.sequences import TokenSequence
+from modekit.text.tags import leading_tag
 
 STDIN = "-"
+_FEWEST_TAGGED = 3  # tokens of a tagged text of which one is predicted
 _MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean
 
 
@@ -78,6 +88,7 @@ def inspect_text(
     model = _model_of(checkpoint, run)
     length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
     windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
+    windows[0] = replace(windows[0], tag=_place_of_tag(tokenizer, text, windows[0].ids))
     detailed = len(ids) <= _MOST_DETAIL
     read = _Read(len(kept) if detailed else 1, len(ids), len(checkpoint.names), kept, length)
     advance = counted(run, checkpoint, windows)
@@ -85,21 +96,22 @@ def inspect_text(
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
     del model  # before the base model comes
     base_losses = _base_losses(checkpoint, windows, run)
-    per_token = [loss for each in losses for loss in (None, *each.tolist())]
+    per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
+    scored = sum(window.scored for window in windows)
     data = {
         "experts": checkpoint.names,
         "routers": [vars(routers[place]) for place in kept] if detailed else [{"name": "mean", "layer": layer, "module": ""}],
         "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
         "text": "".join(texts),
-        "loss": _mean(losses),
-        "base_loss": None if base_losses is None else _mean(base_losses),
+        "loss": float(sums_of(losses).sum()) / scored,
+        "base_loss": None if base_losses is None else float(sums_of(base_losses).sum()) / scored,
         "entropy": float(read.entropy_T.mean()),
         "windows": len(windows),
         "tokens": [{"text": token, "loss": loss} for token, loss in zip(texts, per_token, strict=True)],
         "weights": read.weights_RTE.tolist(),
         **_scores(checkpoint, windows),
         **({"prompt_end": read.weights_RTE[:, -1].mean(0).tolist()} if isinstance(text, Said) else {}),
-        "without": named_changes(checkpoint, changes_EN.sum(1) / sum(len(each) for each in losses)),
+        "without": named_changes(checkpoint, changes_EN.sum(1) / scored),
         "notes": _notes(len(windows), length, detailed, base_losses is not None),
     }
     rounded: dict[str, Any] = six_digits(data)
@@ -138,10 +150,6 @@ def _model_of(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
     return model
 
 
-def _mean(losses: Sequence[Array32]) -> float:
-    return float(sums_of(losses).sum()) / sum(len(each) for each in losses)
-
-
 def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[int]:
     kept = [place for place, router in enumerate(routers) if layer in (None, router.layer)]
     if not kept:
@@ -170,6 +178,18 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list
             short if ids else "the text is empty", where="--text", found=f"{len(ids)} tokens", remedy="give more text"
         )
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
+
+
+def _place_of_tag(tokenizer: PreTrainedTokenizerBase, text: str | Said, ids: Sequence[int]) -> int | None:
+    """Where the text's tag stands among its first tokens. Raises TextError where nothing behind it is predicted."""
+    tag = leading_tag(tokenizer, text) if isinstance(text, str) else None
+    place = ids.index(tag) if tag in ids else None
+    if place is not None and len(ids) < _FEWEST_TAGGED:
+        raise TextError(
+            "the text is too short: neither its tag nor its first token is predicted", where="--text",
+            found=f"{len(ids)} tokens", remedy="give more text",
+        )  # fmt: skip
+    return place
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:
