@@ -96,7 +96,7 @@ def _check_text(plan: Plan, before: Before | None) -> None:
 
     That of experts with kept statistics may be gone.
     """
-    directions = Directions()
+    directions = Directions(plan.recipe.mixture.modules)
     for number, expert in enumerate(plan.recipe.experts):
         known = before is not None and expert.name in before.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
@@ -104,9 +104,11 @@ def _check_text(plan: Plan, before: Before | None) -> None:
 
 
 def _check_copies(plan: Plan, before: Before | None) -> None:
-    """Raise SourceError where a model's file holds a head, or an encoder's embedding, that is to be its one embedding and is
-    not: transformers keeps both then, whatever the config says.
+    """Raise SourceError where a file that goes along cannot be read, or a model's file holds a head, or an encoder's embedding,
+    that is to be its one embedding and is not: transformers keeps both then, whatever the config says.
     """
+    for file in plan.copied_files:
+        _content(file)
     known = before.sources if before is not None else {}
     new = [each for each in dict.fromkeys(plan.sources) if each not in known and not isinstance(each, AdapterSource)]
     with OpenFiles() as opened:

@@ -3,8 +3,11 @@
 Every side is counted in threes of characters, which make a model of its language; a side fits where its text is likelier. In
 nats per three characters, over the English, French and German that come with modekit: the two languages of a text are 1.2 to
 1.7 apart (one language on both sides: at most 0.5), a side of another domain is 0.4 to 1.1 nearer to its own language than to
-the other, and a third language less than 0.35 nearer to either. A model that is told the direction by what every source begins
-with (`translate English to German:`, `>>fra<<`) may have several.
+the other, and a third language less than 0.35 nearer to either.
+
+Only what is clearly wrong is refused. One language on both sides (summaries, corrections) is legitimate beside translations.
+Sources that say what is to be done, by how they begin (`translate English to German:`, `>>fra<<`) or by their last words, may
+go several ways, also by several templates each; so may the texts of whole models, each source of which goes to one model.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 from modekit.errors import TextError
 from modekit.text.pairs import Pair
@@ -24,28 +27,32 @@ _FEWEST = 30  # pairs: fewer say nothing
 _SHORTEST = 30  # threes of both sides of a pair together: shorter ones say nothing
 _ROUNDS = 8
 _LANGUAGES = 0.7  # nats apart: what is called two languages, as the median over pairs
-_ONE_LANGUAGE = 0.5
 _CLEAR = 0.35  # nats by which a side as a whole, or a pair, is nearer to the other side
 _TURNED = 0.05  # share of pairs: in true text less than one in a hundred looks turned so clearly
-_EQUAL = 0.5
+_EQUAL = 0.95  # share of the pairs: what is corrected, or spelled another way, is often right as it is
 _SMOOTHING = 0.1
 _KINDS = 20_000  # of threes, about, that a language has
-_TOLD = 0.9  # share of the sources that begin alike
-_MOST_WORDS = 5
+_MOST_COMPARED = 5_000  # of the threes of a text: the commonest
+_MOST_KINDS = 6  # of texts, with which others are compared
+_TOLD = 0.9  # share of the sources that say what is to be done
+_TEMPLATE = 0.05  # share of the sources that one template has, which are
+_FEWEST_OF_TEMPLATE = 3
+_RARER = 0.25  # as often, at most, it stands among others
+_FIRST_WORDS, _LAST_WORDS, _FIRST_CHARACTERS = 5, 3, 3
 
 _Side = Counter[str]
 """How often a text has which three characters."""
 
 
 def check_pairs(documents: Sequence[str], *, where: str) -> None:
-    """Raise TextError where most of a text's pairs have the same text twice, or some of them go the other way."""
+    """Raise TextError where nearly all of a text's pairs have the same text twice, or some of them go the other way."""
     pairs = list(_sample(documents))
     if len(pairs) < _FEWEST:
         return
     equal = sum(pair.source == pair.target for pair in pairs)
-    if equal > _EQUAL * len(pairs):
+    if equal >= _EQUAL * len(pairs):
         raise TextError(
-            "most pairs have the same text on both sides", where=where,
+            "nearly all pairs have the same text on both sides", where=where,
             found=f"{equal} of {len(pairs)} pairs, such as {next(p.source for p in pairs if p.source == p.target)[:60]!r}",
             expected="a source and its translation", remedy="remove the pairs that are not translated",
         )  # fmt: skip
@@ -54,14 +61,14 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
     if len(long) < _FEWEST:
         return
     turned, gains = _turned([(source, target) for _, source, target in long])
-    clearly = [place for place, gain in enumerate(gains) if turned[place] and gain > _CLEAR]
-    if _median(gains) < _LANGUAGES or len(clearly) < _TURNED * len(long):
+    clear = [(each[0].source, turn) for each, turn, gain in zip(long, turned, gains, strict=True) if gain > _CLEAR]
+    fewer, most = ([_ends(source) for source, turn in clear if turn == way] for way in (True, False))
+    if _median(gains) < _LANGUAGES or len(fewer) < _TURNED * len(long):
         return
-    groups = [[each[0].source for each, turn in zip(long, turned, strict=True) if turn == way] for way in (True, False)]
-    if not _told_apart(*groups):
+    if not _told_apart(fewer, most):
         raise TextError(
             "some pairs of a text go one way and some the other", where=where,
-            found=f"{len(clearly)} of {len(long)} pairs, such as {long[clearly[0]][0].source[:60]!r}",
+            found=f"{len(fewer)} of {len(long)} pairs, such as {next(source for source, turn in clear if turn)[:60]!r}",
             expected="one language in all sources and the other in all targets",
             remedy="swap source and target of these pairs, or begin every source with what is to be done",
         )  # fmt: skip
@@ -69,19 +76,25 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
 
 @dataclass
 class Directions:
-    """The texts that were read so far, which all go the same way."""
+    """The texts that were read so far, which all go the same way.
 
-    _known: list[_Text] = field(default_factory=list)
+    `modules` is what their recipe mixes: whole models (`all`) may go several ways, because each source goes to one of them.
+    """
+
+    modules: str | Sequence[str] = "auto"
+    _kinds: list[_Text] = field(default_factory=list)
 
     def add(self, documents: Sequence[str], *, where: str) -> None:
-        """One more text. Raises TextError where its pairs go the other way than those of one before, or are not translated."""
-        pairs = list(_sample(documents))
+        """One more text. Raises TextError where its pairs go the other way than those of one before."""
+        pairs = [] if self.modules == "all" else list(_sample(documents))
         if len(pairs) < _FEWEST:
             return
         text = _Text(where, pairs)
-        for other in self._known:
-            _check_between(other, text)
-        self._known.append(text)
+        if text.apart is None or text.apart < _LANGUAGES:
+            return
+        known = [_goes_as(text, kind) for kind in self._kinds]
+        if not any(known) and len(self._kinds) < _MOST_KINDS:
+            self._kinds.append(text)
 
 
 class _Language:
@@ -108,37 +121,29 @@ class _Language:
 
 
 class _Text:
-    """A sample of a text's pairs, as two languages."""
+    """A sample of a text's pairs, as two languages; `apart` is None where too few pairs are long enough to say so."""
 
     def __init__(self, where: str, pairs: Sequence[Pair]) -> None:
         self.where = where
-        self.sources = [pair.source for pair in pairs]
+        self.ends = [_ends(pair.source) for pair in pairs]
         sides = [(_threes(pair.source), _threes(pair.target)) for pair in pairs]
         self.source, self.target = _Language(side for side, _ in sides), _Language(side for _, side in sides)
         long = [pair for pair in sides if sum(side.total() for side in pair) >= _SHORTEST]
-        self.apart = _median([_gain(*pair, self.source, self.target) for pair in long]) if len(long) >= _FEWEST else 0.0
+        self.apart = _median([_gain(*pair, self.source, self.target) for pair in long]) if len(long) >= _FEWEST else None
 
 
-def _check_between(known: _Text, text: _Text) -> None:
-    """Raise TextError where a text does not go the way of one that is known."""
-    if known.apart < _LANGUAGES or _told_apart(known.sources, text.sources):
-        return
+def _goes_as(text: _Text, known: _Text) -> bool:
+    """Whether a text clearly goes the way of one that is known. Raises TextError where it clearly goes the other way."""
     source, target = _nearer(text.source, known.source, known.target), _nearer(text.target, known.target, known.source)
-    figures = f"(sources by {abs(source):.1f}, targets by {abs(target):.1f} nats per three characters)"
-    says: str | None = None
-    if source < -_CLEAR and target < -_CLEAR and text.apart >= _ONE_LANGUAGE:
-        says = f"the sources of the second read as the targets of the first, and its targets as their sources {figures}"
-    elif source > _CLEAR and target < -_CLEAR and text.apart < _ONE_LANGUAGE:
-        says = f"source and target of the second both read as sources of the first {figures}"
-    elif source < -_CLEAR and target > _CLEAR and text.apart < _ONE_LANGUAGE:
-        says = f"source and target of the second both read as targets of the first {figures}"
-    if says is not None:
+    if source < -_CLEAR and target < -_CLEAR and not _told_apart(known.ends, text.ends):
         raise TextError(
-            "the pairs of two texts do not go the same way", where=f"{known.where} and {text.where}", found=says,
+            "the pairs of two texts do not go the same way", where=f"{known.where} and {text.where}",
+            found="the sources of the second read as the targets of the first, and its targets as their sources "
+            f"(sources by {-source:.1f}, targets by {-target:.1f} nats per three characters)",
             expected="one language in all sources and the other in all targets",
-            remedy="swap source and target of one of them, or give translated text; where several directions are meant, begin "
-            "every source with what is to be done",
+            remedy="swap source and target of one of them, or begin every source with what is to be done",
         )  # fmt: skip
+    return source > _CLEAR and target > _CLEAR
 
 
 def _turned(sides: Sequence[tuple[_Side, _Side]]) -> tuple[list[bool], list[float]]:
@@ -167,22 +172,43 @@ def _gain(source: _Side, target: _Side, sources: _Language, targets: _Language) 
 
 def _nearer(text: _Language, one: _Language, other: _Language) -> float:
     """By how many nats per three characters a text is likelier by one than by the other."""
-    return (one.likelihood(text.counts) - other.likelihood(text.counts)) / max(1, text.counts.total())
+    commonest = Counter(dict(text.counts.most_common(_MOST_COMPARED)))
+    return (one.likelihood(commonest) - other.likelihood(commonest)) / max(1, commonest.total())
 
 
-def _told_apart(some: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether nearly all of some sources begin with words with which hardly any of the others does, and the reverse."""
-    return any(_begin(some, others, words) and _begin(others, some, words) for words in range(1, _MOST_WORDS + 1))
+_Ends = tuple[str, str]
+"""How a source begins, and how it ends."""
 
 
-def _begin(some: Sequence[str], others: Sequence[str], words: int) -> bool:
-    begins, number = Counter(_first(source, words) for source in some).most_common(1)[0] if some else ("", 0)
-    strange = sum(_first(source, words) == begins for source in others)
-    return number > _TOLD * len(some) and strange < (1 - _TOLD) * len(others)
+def _ends(source: str) -> _Ends:
+    return " ".join(source[:_CHARACTERS].split()), " ".join(source[-_CHARACTERS:].split())
 
 
-def _first(source: str, words: int) -> str:
-    return " ".join(source.split(maxsplit=words)[:words])
+def _told_apart(some: Sequence[_Ends], others: Sequence[_Ends]) -> bool:
+    """Whether the sources of one of two groups say what is to be done, each by one of a few beginnings or last words, which are
+    those of hardly any source of the other.
+    """
+    one, other = [_said(*ends) for ends in some], [_said(*ends) for ends in others]
+    return _say_so(one, other) or _say_so(other, one)
+
+
+def _say_so(some: Sequence[set[str]], others: Sequence[set[str]]) -> bool:
+    here, there = Counter(chain.from_iterable(some)), Counter(chain.from_iterable(others))
+    fewest = max(_FEWEST_OF_TEMPLATE, _TEMPLATE * len(some))
+    templates = {
+        each for each, number in here.items()
+        if number >= fewest and there[each] * len(some) <= _RARER * number * len(others)
+    }  # fmt: skip
+    told, strange = (sum(not templates.isdisjoint(said) for said in group) for group in (some, others))
+    return told >= _TOLD * len(some) and strange < (1 - _TOLD) * len(others)
+
+
+def _said(first: str, last: str) -> set[str]:
+    """What may be a template: leading words and characters (a tag may have no space behind it), and last words."""
+    words, ending = first.split(" "), last.split(" ")
+    said = {f"^{' '.join(words[:number])} " for number in range(1, min(_FIRST_WORDS, len(words)) + 1)}
+    said |= {f"^{first[:number]}" for number in range(_FIRST_CHARACTERS, len(first) + 1)}
+    return said | {f"{' '.join(ending[-number:])}$" for number in range(1, min(_LAST_WORDS, len(ending)) + 1)}
 
 
 def _sample(documents: Sequence[str]) -> Iterator[Pair]:

@@ -116,7 +116,7 @@ class RecipeTexts:
     def __init__(self, recipe: Recipe, root: Path, *, models: Sequence[Path] = (), mixture: Path | None = None) -> None:
         self._recipe, self._root = recipe, root
         self._read: dict[str, DomainText] = {}
-        self._directions = Directions()
+        self._directions = Directions(recipe.mixture.modules)
         folders = [*models, *([mixture] if mixture is not None else [])]
         trained = {digest for folder in folders for digest in digests_in(folder / TRAINED_FILE)}
         prompts = (p for expert in recipe.experts for p in [*(expert.prompts or []), *(expert.negative_prompts or [])])
