@@ -80,6 +80,7 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
         return before
     before = _planned(checkpoint, wanted, opened(), new, run)
     if before is None:
+        _check_routes_as_said(checkpoint)
         raise SourceError(
             "the models are not those that the mixture was built from", where=str(checkpoint.folder),
             found="other settings, ranks or scales than the mixture has",
@@ -162,6 +163,15 @@ def _check_shape(checkpoint: Checkpoint, after: Plan) -> None:
             "with this expert the mixture would need another architecture", where=str(checkpoint.folder),
             found=f"{checkpoint.config['model_type']} now, {after.config['model_type']} then: {after.why}",
             remedy="give the expert in the form of the others (as: full or lora), or build the new recipe",
+        )  # fmt: skip
+
+
+def _check_routes_as_said(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when an older version wrote another way of routing for this recipe than this one does."""
+    if checkpoint.with_recipe(checkpoint.record.recipe).config != checkpoint.config:
+        raise CheckpointError(
+            "config.json routes in another way than the recipe in modekit.json", where=str(checkpoint.folder),
+            found="another way, as older versions of modekit wrote it", remedy="set the router anew with modekit fit OUT",
         )  # fmt: skip
 
 
