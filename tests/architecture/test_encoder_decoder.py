@@ -40,10 +40,12 @@ from modekit.errors import (
     TextError,
     UnsupportedError,
 )
-from modekit.loaded.load import load_model
+from modekit.files.read import LARGE
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import inputs_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.run import Run
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.text.pairs import Pair
@@ -579,6 +581,35 @@ def test_all_files_of_a_tokenizer_go_along(folders: Path, tmp_path: Path) -> Non
     recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
     build(make_plan(recipe, tmp_path), tmp_path / "out")
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_files_that_cannot_go_along_are_refused_before_anything_is_written(folders: Path, tmp_path: Path) -> None:
+    for name in ("base", "one"):
+        shutil.copytree(folders / name, tmp_path / name)
+    pieces = tmp_path / "base" / "spiece.model"
+    with pieces.open("wb") as stream:
+        stream.truncate(LARGE + 1)
+    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
+    said: list[str] = []
+    with pytest.raises(SourceError, match=r"a file of the base model cannot be read[\s\S]*spiece\.model"):
+        build(make_plan(recipe, tmp_path), tmp_path / "out", run=Run(progress=lambda what, *_: said.append(what)))
+    assert not said
+    pieces.unlink()
+    pieces.mkdir()
+    with pytest.raises(SourceError, match=r"no regular file[\s\S]*put the file itself there, or remove") as caught:
+        make_plan(recipe, tmp_path)
+    assert "link" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"junk", b"\x0a\xff\xff\xff\xff\x0fjunk"])
+def test_a_file_that_is_no_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
+    pair_model("t5").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(SourceError, match=r"spiece\.model cannot be read as a sentencepiece model") as caught:
+        load_tokenizer(tmp_path)
+    assert "tiktoken" not in str(caught.value)
 
 
 @pytest.mark.parametrize("whose", ["base", "one"])

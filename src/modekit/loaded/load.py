@@ -23,7 +23,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.native import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
-from modekit.sources.tokenizer import check_tokenizer_files
+from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
 
@@ -102,9 +102,13 @@ def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase
     except BaseException as error:  # tokenizers raises what it likes, and where it panics, what is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        found, remedy = said_by(error), "save the base model's tokenizer into the base model's folder"
+        pieces = [name for name in PAIR_FILES if name.endswith(".model") and (folder / name).exists()]
+        if pieces and "tiktoken" in found:  # what transformers tries last with a file that it cannot read
+            found = f"{' or '.join(pieces)} cannot be read as a sentencepiece model"
+            remedy = "download or save the tokenizer again; sentencepiece must be installed"
         raise SourceError(
-            "the model folder has no usable tokenizer", where=str(folder), found=said_by(error),
-            remedy="save the base model's tokenizer into the base model's folder",
+            "the model folder has no usable tokenizer", where=str(folder), found=found, remedy=remedy
         ) from None  # fmt: skip
     return tokenizer
 
