@@ -169,9 +169,13 @@ def test_a_batch_of_several_experts_is_each_alone(bench: Bench) -> None:
 
 def test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all(bench: Bench) -> None:
     """The decision is read from the logits that the model gives; what follows it is the expert's own writing."""
-    model, said = bench.mixture(), inputs()
-    with torch.inference_mode():
-        places = model(**said, output_router_logits=True).router_logits[0][:, 0].argmax(-1).tolist()
+    said, places = inputs(), [0]
+    for seed in range(3, 20):  # gates are drawn, and on some processors the first send all sources to one expert
+        model = load_model(bench.build({"router": {**ONCE, "seed": seed}}))
+        with torch.inference_mode():
+            places = model(**said, output_router_logits=True).router_logits[0][:, 0].argmax(-1).tolist()
+        if len(set(places)) > 1:
+            break
     assert len(set(places)) > 1, "all sources go to one expert: this test would see nothing"
     logits = logits_of(model, said)
     for row, place in enumerate(places):

@@ -49,11 +49,17 @@ def test_a_pair_is_both_sides() -> None:
     "record",
     [
         {"source": "a", "target": 1}, {"source": "a"}, {"translation": {"en": "a"}}, {"translation": ["a", "b"]}, ["a", "b"],
-        {"translation": {"en": "a", "fr": "b", "de": "c"}}, {"translation": {"en": "a", "fr": None}}, {},
+        {"translation": {"en": "a", "fr": "b", "de": "c"}}, {},
     ],
 )  # fmt: skip
 def test_what_is_no_pair(record: object) -> None:
     assert pair_of(record) is None
+
+
+@pytest.mark.parametrize("record", [{"translation": {"en": "a", "fr": None}}, {"source": None, "target": "b"}])
+def test_a_side_that_is_null_is_empty(record: object) -> None:
+    with pytest.raises(TextError, match="empty"):
+        pair_of(record)
 
 
 def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> None:
