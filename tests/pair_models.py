@@ -74,3 +74,34 @@ def make_pair_workshop(root: Path, model_type: str) -> Workshop:
         (root / f"{name}.jsonl").write_text("\n".join(lines))
         experts.append({"name": name, "model": f"./{name}", "text": f"./{name}.jsonl"})
     return Workshop(root, {"base_model": "./base", "experts": experts})
+
+
+def inputs(pads: str = "right", lengths: tuple[int, ...] = (9, 6, 3)) -> dict[str, torch.Tensor]:
+    """Sources of different lengths and what is written of their targets."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, VOCAB, (len(lengths), 9), generator=draw)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        real = ids[row, :length].clone()
+        ids[row], mask[row] = 0, 0
+        place = slice(0, length) if pads == "right" else slice(9 - length, 9)
+        ids[row, place], mask[row, place] = real, 1
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(3, VOCAB, (len(lengths), 5), generator=draw),
+    }
+
+
+def logits_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, T, V)."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**said).logits
+    return logits
+
+
+def written(model: Any, said: dict[str, torch.Tensor], **how: Any) -> torch.Tensor:
+    """What generate makes of the sources."""
+    source = {name: said[name] for name in ("input_ids", "attention_mask")}
+    ids: torch.Tensor = model.generate(**source, max_new_tokens=7, eos_token_id=None, forced_eos_token_id=None, **how)
+    return ids

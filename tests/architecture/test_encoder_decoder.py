@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from conftest import VOCAB, character_tokenizer, save, tiny_model
+from conftest import character_tokenizer, save, tiny_model
 from modekit.architecture.modekit_router import causal_average, select
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -50,7 +50,7 @@ from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.text.pairs import Pair
 from modekit.text.sequences import encode, make_batches
-from pair_models import pair_model, pair_tokenizer
+from pair_models import inputs, logits_of, pair_model, pair_tokenizer, written
 from refusal import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -120,33 +120,6 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                     parameter.copy_(torch.randn_like(parameter) * 0.2)
         adapted.save_pretrained(root / name)
     return Bench(kind, root, made)
-
-
-def inputs(pads: str = "right") -> dict[str, torch.Tensor]:
-    """Three sources of different lengths and what is written of their targets."""
-    draw = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, VOCAB, (3, 9), generator=draw)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate((9, 6, 3)):
-        real = ids[row, :length].clone()
-        ids[row], mask[row] = 0, 0
-        place = slice(0, length) if pads == "right" else slice(9 - length, 9)
-        ids[row, place], mask[row, place] = real, 1
-    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, VOCAB, (3, 5), generator=draw)}
-
-
-def logits_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(B, T, V)."""
-    with torch.inference_mode():
-        logits: torch.Tensor = model(**said).logits
-    return logits
-
-
-def written(model: Any, said: dict[str, torch.Tensor], **how: Any) -> torch.Tensor:
-    """What generate makes of the sources."""
-    source = {name: said[name] for name in ("input_ids", "attention_mask")}
-    ids: torch.Tensor = model.generate(**source, max_new_tokens=7, eos_token_id=None, forced_eos_token_id=None, **how)
-    return ids
 
 
 # --- promise 2: one expert alone

@@ -44,7 +44,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
 from modekit.sources.model import open_source
 from modekit.weights.stored import same_bytes
-from pair_models import make_pair_workshop, pair_model, pair_tokenizer
+from pair_models import inputs, logits_of, make_pair_workshop, pair_model, pair_tokenizer, written
 from refusal import borrow, run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,29 +114,9 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Bench(kind, root, loaded)
 
 
-def inputs(pads: str = "right") -> dict[str, torch.Tensor]:
-    """Four sources of different lengths and what is written of their targets."""
-    draw = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, VOCAB, (4, 9), generator=draw)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate((9, 6, 3, 5)):
-        real = ids[row, :length].clone()
-        ids[row], mask[row] = 0, 0
-        place = slice(0, length) if pads == "right" else slice(9 - length, 9)
-        ids[row, place], mask[row, place] = real, 1
-    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, VOCAB, (4, 5), generator=draw)}
-
-
-def logits_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(**said).logits
-    return logits
-
-
-def written(model: Any, said: dict[str, torch.Tensor], **how: Any) -> torch.Tensor:
-    source = {name: said[name] for name in ("input_ids", "attention_mask")}
-    ids: torch.Tensor = model.generate(**source, max_new_tokens=7, eos_token_id=None, forced_eos_token_id=None, **how)
-    return ids
+def four(pads: str = "right") -> dict[str, torch.Tensor]:
+    """Four sources, of which the experts get some each."""
+    return inputs(pads, (9, 6, 3, 5))
 
 
 # --- one expert alone, and several in one batch
@@ -152,13 +132,17 @@ def test_an_expert_alone_is_its_own_model_bit_for_bit(bench: Bench, router: dict
         own = bench.made["base" if name == "still" else name]
         model.use_expert(name)
         for pads in ("right", "left"):
-            assert torch.equal(logits_of(model, inputs(pads)), logits_of(own, inputs(pads))), (name, pads)
+            assert torch.equal(logits_of(model, four(pads)), logits_of(own, four(pads))), (name, pads)
             for how in SEARCHES:
-                assert torch.equal(written(model, inputs(pads), **how), written(own, inputs(pads), **how)), (name, pads, how)
+                assert torch.equal(written(model, four(pads), **how), written(own, four(pads), **how)), (
+                    name,
+                    pads,
+                    how,
+                )
 
 
 def test_a_batch_of_several_experts_is_each_alone(bench: Bench) -> None:
-    model, said, names = bench.mixture(), inputs(), ["two", "three", "one", "two"]
+    model, said, names = bench.mixture(), four(), ["two", "three", "one", "two"]
     model.use_expert(names)
     together, beams = logits_of(model, said), written(model, said, num_beams=3)
     for row, name in enumerate(names):
@@ -169,7 +153,7 @@ def test_a_batch_of_several_experts_is_each_alone(bench: Bench) -> None:
 
 def test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all(bench: Bench) -> None:
     """The decision is read from the logits that the model gives; what follows it is the expert's own writing."""
-    said, places = inputs(), [0]
+    said, places = four(), [0]
     for seed in range(3, 20):  # gates are drawn, and on some processors the first send all sources to one expert
         model = load_model(bench.build({"router": {**ONCE, "seed": seed}}))
         with torch.inference_mode():
@@ -208,7 +192,7 @@ def test_all_that_a_model_holds_goes_by_expert(bench: Bench) -> None:
 
 
 def test_experts_that_are_not_used_are_not_read(bench: Bench) -> None:
-    model, said = bench.mixture(), inputs()
+    model, said = bench.mixture(), four()
     expected = logits_of(bench.made["two"], said)
     model.use_expert("two")
     read: list[nn.Module] = []
@@ -226,7 +210,7 @@ def test_experts_that_are_not_used_are_not_read(bench: Bench) -> None:
 @pytest.mark.parametrize("before", [None, "one", ["one", "three", "two", "one"]])
 def test_another_expert_writes_on_from_what_the_encoder_read(bench: Bench, before: Any) -> None:
     """What is said last counts in the decoder, whoever read the source; a plain encoder's output suffices then."""
-    model, said = bench.mixture(), inputs()
+    model, said = bench.mixture(), four()
     rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
     model.use_expert(before)
     with torch.inference_mode():
@@ -253,7 +237,7 @@ def test_offloaded_to_disk_it_is_the_same(bench: Bench, tmp_path: Path) -> None:
     for who in (None, "two", ["two", "one", "three", "two"]):
         there.use_expert(who)
         model.use_expert(who)
-        assert torch.equal(logits_of(model, inputs()), logits_of(there, inputs())), who
+        assert torch.equal(logits_of(model, four()), logits_of(there, four())), who
 
 
 # --- several experts at once
@@ -263,9 +247,9 @@ def test_fixed_weights_are_the_weight_average(bench: Bench) -> None:
     model = load_model(bench.build({"method": "linear", "top_k": None}))
     average = average_of([partial(copy.deepcopy, bench.made[name]) for name in NAMES])
     for pads in ("right", "left"):
-        expected = logits_of(average, inputs(pads))
-        torch.testing.assert_close(logits_of(model, inputs(pads)), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
-    assert torch.equal(written(model, inputs(), num_beams=3), written(average, inputs(), num_beams=3))
+        expected = logits_of(average, four(pads))
+        torch.testing.assert_close(logits_of(model, four(pads)), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
+    assert torch.equal(written(model, four(), num_beams=3), written(average, four(), num_beams=3))
 
 
 def test_adapters_are_peft_s_models(bench: Bench) -> None:
@@ -277,10 +261,10 @@ def test_adapters_are_peft_s_models(bench: Bench) -> None:
     for name in ("small", "wide"):
         own = PeftModel.from_pretrained(copy.deepcopy(bench.made["base"]), bench.root / name).eval()
         model.use_expert(name)
-        expected = logits_of(own, inputs())
-        torch.testing.assert_close(logits_of(model, inputs()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+        expected = logits_of(own, four())
+        torch.testing.assert_close(logits_of(model, four()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
     model.use_expert("one")
-    assert torch.equal(logits_of(model, inputs()), logits_of(bench.made["one"], inputs()))
+    assert torch.equal(logits_of(model, four()), logits_of(bench.made["one"], four()))
 
 
 WHOLE_PARTS = {"bart untied": ["lm_head", "relative_attention_bias"], "t5": ["relative_attention_bias"]}
@@ -310,8 +294,8 @@ def test_adapters_that_bring_modules_of_their_own(bench: Bench, tmp_path: Path) 
     out = bench.build({"router": ONCE}, {"name": "own", "adapter": str(tmp_path / "own")}, {"name": "one", "model": "./one"})
     model = load_model(out)
     model.use_expert("own")
-    expected = logits_of(own, inputs())
-    torch.testing.assert_close(logits_of(model, inputs()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+    expected = logits_of(own, four())
+    torch.testing.assert_close(logits_of(model, four()), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_full_models_as_low_rank_changes_of_whole_models(bench: Bench) -> None:
@@ -323,7 +307,7 @@ def test_full_models_as_low_rank_changes_of_whole_models(bench: Bench) -> None:
     assert not any(
         any(place.ranks) for name, place in places.items() if "embed" in name or "shared" in name or "relative" in name
     )
-    assert torch.isfinite(logits_of(load_model(out), inputs())).all()
+    assert torch.isfinite(logits_of(load_model(out), four())).all()
 
 
 # --- as any other mixture
@@ -333,24 +317,24 @@ def test_it_is_proven_saved_copied_and_pickled(bench: Bench, tmp_path: Path) -> 
     out = bench.build({"router": ONCE})
     assert is_proven(verify(open_checkpoint(out)))
     model = load_model(out)
-    expected = logits_of(model, inputs())
+    expected = logits_of(model, four())
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
-    assert torch.equal(logits_of(again, inputs()), expected)
+    assert torch.equal(logits_of(again, four()), expected)
     other = copy.deepcopy(model)
     other.use_expert("one")
-    assert torch.equal(logits_of(other, inputs()), logits_of(bench.made["one"], inputs()))
-    assert torch.equal(logits_of(model, inputs()), expected)
+    assert torch.equal(logits_of(other, four()), logits_of(bench.made["one"], four()))
+    assert torch.equal(logits_of(model, four()), expected)
     stream = io.BytesIO()
     pickle.dump(model, stream)
-    assert torch.equal(logits_of(pickle.loads(stream.getvalue()), inputs()), expected)
+    assert torch.equal(logits_of(pickle.loads(stream.getvalue()), four()), expected)
     with pytest.raises(NotImplementedError, match="embeddings of their own"):
         model.resize_token_embeddings(VOCAB + 8)
 
 
 def test_it_opens_without_modekit(bench: Bench, tmp_path: Path) -> None:
     out = bench.build({"router": ONCE})
-    torch.save({"inputs": inputs(), "logits": logits_of(load_model(out), inputs())}, tmp_path / "expected.pt")
+    torch.save({"inputs": four(), "logits": logits_of(load_model(out), four())}, tmp_path / "expected.pt")
     done = run_python(
         textwrap.dedent(f"""
         import sys
@@ -373,7 +357,7 @@ def test_gradients_reach_every_expert_and_the_router_with_checkpointing_or_witho
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)
-        model(**inputs(), use_cache=False).logits.square().mean().backward()
+        model(**four(), use_cache=False).logits.square().mean().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     still = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - found[0].keys()
     assert found[0].keys() == found[1].keys()
@@ -385,7 +369,7 @@ def test_gradients_reach_every_expert_and_the_router_with_checkpointing_or_witho
 
 
 def test_the_output_of_another_encoder_is_refused(bench: Bench) -> None:
-    model, said = bench.mixture(), inputs()
+    model, said = bench.mixture(), four()
     with torch.inference_mode():
         encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
         rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
@@ -529,4 +513,4 @@ def test_a_bias_of_the_logits_that_the_base_lacks_is_not_lost(tmp_path: Path) ->
     assert is_proven(verify(open_checkpoint(tmp_path / "out")))
     model = load_model(tmp_path / "out")
     model.use_expert("two")
-    assert torch.equal(logits_of(model, inputs()), logits_of(load_model(tmp_path / "two"), inputs()))
+    assert torch.equal(logits_of(model, four()), logits_of(load_model(tmp_path / "two"), four()))
