@@ -26,6 +26,8 @@ from translation_study import BEAMS, P, Study, Way, losses, of_adapters, of_dens
 from translation_tables import tables
 from translation_text import GENERIC
 
+CAPACITY = 1.25
+"""Of the one row that drops tokens in training."""
 LEXICAL: dict[str, Any] = {"top_k": 1, "router": {"fit": "lexical"}}
 ROUTERS: dict[str, dict[str, Any]] = {
     "lexical, top-1": LEXICAL,
@@ -86,6 +88,7 @@ def synthetic(study: Study) -> None:
     for domain, randomised in ((NO_DOMAIN, "no"), (TAG, "no"), (TAG, "uniform")):
         sparse(study, domain, randomised)
     sparse(study, NO_DOMAIN, "no", interval=2)
+    sparse(study, NO_DOMAIN, "no", capacity=CAPACITY)
 
 
 def real(study: Study) -> None:
@@ -123,16 +126,21 @@ def dense(
     keep_row(study, row_of(model, domain, randomised, generic), way, labels=tag)
 
 
-def sparse(study: Study, domain: str, randomised: str, *, interval: int = 1, before: Any = None, training: Any = None) -> None:
+def sparse(
+    study: Study, domain: str, randomised: str, *, interval: int = 1, capacity: float | None = None, before: Any = None,
+    training: Any = None,
+) -> None:  # fmt: skip
     """A row of a mixture that is trained from nothing, as the dense models are."""
-    tag, model = domain == TAG, f"sparse from nothing, {'' if interval == 1 else f'every {interval}nd layer, '}top-2"
+    tag = domain == TAG
+    model = f"sparse from nothing, {'' if interval == 1 else f'every {interval}nd layer, '}top-2"
+    model += "" if capacity is None else f", capacity {capacity}"
 
     def way() -> tuple[Way, tuple[int, int]]:
         checkpoint = untrained(study.made, f"sparse-{interval}", dict(study.corpus.seen), interval)
         pairs = study.pairs(tag=tag, p=0.0 if randomised == "no" else P)
         stages = [*([before] if before else []), (pairs, training or study.size.training)]
-        name = f"sparse-{interval}-{domain}-{randomised}".replace(" ", "-")
-        return of_loaded(trained(study.made, name, checkpoint, stages), checkpoint, tag)
+        name = f"sparse-{interval}-{domain}-{randomised}".replace(" ", "-") + ("" if capacity is None else f"-{capacity}")
+        return of_loaded(trained(study.made, name, checkpoint, stages, capacity=capacity), checkpoint, tag)
 
     keep_row(study, row_of(model, domain, randomised, True), way, labels=tag)
 

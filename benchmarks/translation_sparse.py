@@ -1,13 +1,15 @@
 """Sparse mixtures that are trained from nothing, for translation.py: every expert begins with FFNs of its own, each token runs
-through the two likeliest, no capacity drops any, and a loss keeps the experts' loads even (alpha of arXiv 2101.03961, Eq. 4).
+through the two likeliest, and a loss keeps the experts' loads even (alpha of arXiv 2101.03961, Eq. 4). With a capacity no
+expert takes more than its share of a batch's tokens times that factor (arXiv 2006.16668, Section 2.2).
 
 Shape legend: B batch, S sequence or target, E experts, N real tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,10 @@ def untrained(made: Maker, name: str, texts: dict[str, Path], interval: int) -> 
 
 
 def trained(
-    made: Maker, name: str, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]]
+    made: Maker, name: str, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]], *,
+    capacity: float | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """The mixture after one training behind the other, of everything in it; made once."""
+    """The mixture after one training behind the other, of everything in it; made once. It translates without a capacity."""
     model, kept = load_model(checkpoint.folder), made.folder / f"{name}.safetensors"
     if kept.exists():
         model.load_state_dict(load_file(kept), strict=False)  # tied ones stand there once
@@ -73,7 +76,10 @@ def trained(
     moving = [parameter for parameter in model.parameters() if id(parameter) not in constants]
     for parameter in moving:
         parameter.requires_grad_(True)
-    with balanced(model, checkpoint, moving):
+    with ExitStack() as meanwhile:
+        if capacity is not None:
+            meanwhile.enter_context(limited(model, capacity))
+        meanwhile.enter_context(balanced(model, checkpoint, moving))
         for pairs, training in stages:
             longest = training.sequence_length
             sequences = encode(made.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
@@ -99,6 +105,46 @@ def balanced(model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[to
             yield
         finally:
             hook.remove()
+
+
+@contextmanager
+def limited(model: PreTrainedModel, factor: float) -> Iterator[None]:
+    """While open, what an expert is given beyond its capacity counts nothing: factor times TOP_K N / E tokens of a batch."""
+    given: dict[str, torch.Tensor] = {}
+    routers = {name: module for name, module in model.named_modules() if type(module).__name__ == "Router"}
+
+    def remember(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        given.update({key: inputs[key] for key in ("attention_mask", "decoder_attention_mask")})
+
+    def dropped(name: str) -> Any:
+        side = "decoder_attention_mask" if in_decoder(name) else "attention_mask"
+        return lambda _module, _args, weights_BSE: within(weights_BSE, given[side].bool(), factor)
+
+    hooks = [model.register_forward_pre_hook(remember, with_kwargs=True)]
+    hooks += [module.register_forward_hook(dropped(name)) for name, module in routers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def within(weights_BSE: torch.Tensor, real_BS: torch.Tensor, factor: float) -> torch.Tensor:
+    """Weights without those beyond an expert's capacity; the others stay as they are. All first choices come before all second
+    ones, and tokens in the order of the batch; pads take no place.
+    """
+    weights_NE = weights_BSE[real_BS]
+    most = math.ceil(factor * TOP_K * len(weights_NE) / weights_NE.shape[1])
+    places_NK = weights_NE.topk(TOP_K, dim=-1).indices
+    taken, kept_NE = weights_NE.new_zeros(weights_NE.shape[1]), torch.zeros_like(weights_NE, dtype=torch.bool)
+    for place_N in places_NK.unbind(1):
+        chosen_NE = torch.nn.functional.one_hot(place_N, weights_NE.shape[1]).to(taken)
+        behind_NE = chosen_NE.cumsum(0) + taken  # how many the expert has, with this token
+        kept_NE |= (chosen_NE > 0) & (behind_NE <= most)
+        taken = taken + chosen_NE.sum(0)
+    kept_BSE = torch.ones_like(weights_BSE, dtype=torch.bool)
+    kept_BSE[real_BS] = kept_NE
+    return weights_BSE * kept_BSE
 
 
 def balance_of(trace: RouterTrace, checkpoint: Checkpoint, given: dict[str, torch.Tensor]) -> torch.Tensor:

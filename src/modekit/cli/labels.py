@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -16,8 +15,6 @@ from modekit.errors import ModekitError
 if TYPE_CHECKING:
     from modekit.experts.labelled import Generic, Labelled
     from modekit.training.settings import RandomiseTo
-
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # as the name of an expert
 
 
 @dataclass(frozen=True)
@@ -85,18 +82,23 @@ class LabelOptions:
         return Generic(self.generic, SHARE if self.generic_share is None else self.generic_share)
 
     def _randomise_to(self) -> RandomiseTo:
-        if self.randomise_to not in (None, "all", "others", "generic", "half"):
+        from modekit.training.settings import RandomiseTo
+
+        choices = get_args(RandomiseTo)
+        if self.randomise_to not in (None, *choices):
             raise ModekitError(
-                "unknown choice", where="--randomise-to", found=self.randomise_to, expected="all, others, generic or half",
+                "unknown choice", where="--randomise-to", found=self.randomise_to, expected=", ".join(choices),
                 remedy="write one of them",
             )  # fmt: skip
         return cast("RandomiseTo", self.randomise_to or "all")
 
     @staticmethod
     def _by_label(text: list[str]) -> dict[str, list[str]]:
+        from modekit.recipes.strict import is_name
+
         found = texts_by_domain(text)
         for label, specs in found.items():
-            if not _LABEL.fullmatch(label):
+            if not is_name(label):
                 raise ModekitError(
                     "a label that no expert could have as its name", where="--text", found=label[:80],
                     expected="letters, digits, '_', '.' and '-', 64 at most", remedy="write --text law=FILE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -16,11 +17,17 @@ from pydantic import (
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+_NAME, _LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
+Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=_LONGEST_NAME)]
 """Of an expert and its domain; also a file's name."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
+
+
+def is_name(found: str) -> bool:
+    """Whether it could be a `Name`."""
+    return len(found) <= _LONGEST_NAME and re.fullmatch(_NAME, found) is not None
 
 
 class Strict(BaseModel):
