@@ -92,6 +92,15 @@ def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:
     assert checks_of(out)["tokenizer files"].verdict == "failed"
 
 
+def test_code_that_is_not_this_versions_is_found(workshop: Workshop) -> None:
+    out = workshop.build(mixture={**workshop.recipe["mixture"], "router": {"fit": "ngram"}})
+    assert checks_of(out)["code that opens it"].verdict == "proven"
+    code = out / "modekit_router.py"
+    code.write_text(code.read_text() + "# of another version\n")
+    check = checks_of(out)["code that opens it"]
+    assert check.verdict == "failed" and "modekit_router.py differs" in check.detail and "build again" in check.detail
+
+
 @pytest.mark.parametrize(
     "changes",
     [

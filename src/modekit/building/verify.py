@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from modekit.building.computed import compute_again
@@ -58,6 +59,7 @@ def verify(
         if plan is not None:
             checks.append(_check_config(checkpoint, plan))
             checks.append(_check_files(checkpoint, plan))
+            checks += _check_code(checkpoint, plan)
             checks.append(_check_copies(checkpoint, plan, opened, run))
             checks.append(_check_computed(checkpoint, plan, opened, run))
         if checkpoint.record.trained:
@@ -149,21 +151,39 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
+    name = "tokenizer files"
     lacking = [file for file in plan.copied_files if file.name in PAIR_FILES and not (checkpoint.folder / file.name).exists()]
-    for file in (*plan.copied_files, *plan.shape.code_files):
-        if file in lacking:
-            continue
+    wrong = _differing(checkpoint, [file for file in plan.copied_files if file not in lacking])
+    if wrong is not None:
+        return Check(name, "failed", wrong)
+    names = ", ".join(file.name for file in lacking)
+    without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
+    return Check(name, "proven", f"{len(plan.copied_files) - len(lacking)} files as the base model's{without}")
+
+
+def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
+    """The code of the modekit architecture: an older version's cannot be told from code that somebody changed."""
+    files = plan.shape.code_files
+    if not files:
+        return
+    wrong = _differing(checkpoint, files)
+    if wrong is None:
+        yield Check("code that opens it", "proven", f"{len(files)} files as this version's")
+    else:
+        why = "another version of modekit wrote it, or somebody changed it: build again"
+        yield Check("code that opens it", "failed", f"{wrong}; {why}")
+
+
+def _differing(checkpoint: Checkpoint, files: Iterable[Path]) -> str | None:
+    """What is wrong with the first of the checkpoint's files that is not, byte for byte, the one that it was copied from."""
+    for file in files:
         try:
             same = read_bytes(checkpoint.folder / file.name, LARGE) == read_bytes(file, LARGE)
         except UNREADABLE as error:
-            return Check("tokenizer files", "failed", f"{file.name} cannot be compared with {file} ({error})")
+            return f"{file.name} cannot be compared with {file} ({error})"
         if not same:
-            return Check("tokenizer files", "failed", f"{file.name} differs from {file}")
-    count = len(plan.copied_files) - len(lacking)
-    names = ", ".join(file.name for file in lacking)
-    without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
-    code = f", {len(plan.shape.code_files)} of code as this version's" if plan.shape.code_files else ""
-    return Check("tokenizer files", "proven", f"{count} files as the base model's{code}{without}")
+            return f"{file.name} differs from {file}"
+    return None
 
 
 def _check_computed(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> Check:
