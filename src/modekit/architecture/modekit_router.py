@@ -363,13 +363,13 @@ def places_of(
     if isinstance(expert, str):
         places = place(expert)
     elif isinstance(expert, (list, tuple)):
-        places = [place(each) if isinstance(each, str) else each for each in expert]
+        places = [place(each) if isinstance(each, str) else -1 if isinstance(each, bool) else each for each in expert]
     try:
         places = torch.tensor(places) if isinstance(places, list) else places
         flat = torch.as_tensor(places).flatten()
     except (TypeError, ValueError, RuntimeError):  # no numbers
         flat = torch.tensor([-1])
     whole = not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
-    if not whole or not all(0 <= each < len(names) for each in flat.tolist()):
+    if not whole or flat.numel() == 0 or not all(0 <= each < len(names) for each in flat.tolist()):
         raise ValueError(f"there is no expert {expert!r}; there are {', '.join([*names, *labels])} (or places from 0)")
     return places  # type: ignore[no-any-return]

@@ -103,7 +103,8 @@ def label_jobs(
 ) -> list[Job]:
     """Jobs of the mixture that is told a label of every text and, by tag, of the base, where it is still there.
 
-    A row without labels is the model as it is, by the same identity. Raises TextError for conversations under tags.
+    A row without labels is the model as it is, by the same identity, unless texts have tags of their own. Raises TextError for
+    conversations under tags.
     """
     recipe, known = checkpoint.record.recipe, labels_of(tokenizer)
     plain = _untold_jobs(checkpoint, run)
@@ -119,7 +120,7 @@ def label_jobs(
         job = replace(plain[model], name=labels.row(model, told), kind="label")
         if told != "none" and labels.by == "gate":
             job = _by_gate(checkpoint, job, places)
-        elif told != "none":
+        elif told != "none" or any(each.tag is not None for domain in domains for each in domain.sequences):
             job = _by_tag(job, tags_told(places, recipe, known), tokenizer)
         jobs.append(job)
     return jobs

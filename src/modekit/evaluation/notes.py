@@ -26,7 +26,7 @@ def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], 
     own, named = [domain for domain in domains if domain.expert is not None], {row.name: row for row in rows}
     gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
-        with_label, without = named.get(labels.row(model, told)), named.get(model)
+        with_label, without = named.get(labels.row(model, told)), named.get(labels.row(model, "none"), named.get(model))
         if told != "none" and with_label and without and all(_of(with_label, domain) for domain in own):
             scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
             gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)

@@ -16,7 +16,7 @@ from modekit.loaded.next_token import Passes, Training, training_sequences
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
-from modekit.text.tags import all_tagged, labels_of, tag_ids
+from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
 from modekit.training.batches import drawn_label
 from modekit.training.losses import GENERIC
 from modekit.training.settings import RandomiseTo
@@ -93,7 +93,7 @@ def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, read
         drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
         record["labels"] = {"tags": list(texts.texts), **drawn}
     if generic is not None:
-        documents, of_these, _ = read_domain(None, generic.texts, reading, where="--generic")
+        documents, of_these, _ = read_domain(None, generic.texts, reading, where="--generic", tags=isinstance(texts, Labelled))
         added = generic_share(sequences, of_these, generic.share, reading.training.seed)
         tokens = sum(sequence.size for sequence in added)
         share = tokens / (tokens + sum(sequence.size for sequence in sequences))
@@ -104,18 +104,20 @@ def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, read
 
 
 def read_domain(
-    label: str | None, specs: Sequence[str], reading: Reading, where: str = "--text"
+    label: str | None, specs: Sequence[str], reading: Reading, where: str = "--text", *, tags: bool = False
 ) -> tuple[list[str], list[TokenSequence], Domain]:
     """Documents to train on, the same as sequences, and sequences that are held out; with the tag of a label, if there is one.
 
-    Raises TextError when nothing is left.
+    Raises TextError when nothing is left, and for text of no label that has a tag of its own where others are read with `tags`.
     """
     where = where if label is None else f"{where} {label}=..."
     text = read_text(specs, root=reading.root, where=where)
     fit, report, training = text.fit(), text.report(), reading.training
 
     def written(documents: list[str]) -> list[str]:
-        return documents if label is None else all_tagged(reading.tokenizer, documents, label, where=where)
+        if label is not None:
+            return all_tagged(reading.tokenizer, documents, label, where=where)
+        return none_tagged(reading.tokenizer, documents, where=where) if tags else documents
 
     sequences = training_sequences(reading.tokenizer, written(fit), training)
     if not sequences:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.errors import ModekitError, SourceError, TrainingError
+from modekit.errors import MismatchError, ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
 from modekit.experts.moving import Trainable, What, adapter, weights
@@ -75,7 +75,7 @@ def specialize(
     refuse_existing(out, replaced_by(overwrite), sources=(base,))
     source = open_source("BASE", str(base), base, run=run)
     reading = Reading(load_tokenizer(base, run=run), root, training)
-    new = _new_tags(texts, reading, train, int(source.config["vocab_size"]))
+    new = _new_tags(texts, reading, train, source.config)
     material = read_material(texts, generic, reading)
     sequences: Sequence[TokenSequence] = material.sequences
     if isinstance(texts, Labelled) and texts.randomise:
@@ -112,15 +112,24 @@ def specialize(
     return record
 
 
-def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, rows: int) -> tuple[int, ...]:
-    """Give the tokenizer the tags that are asked for; ids of those that it did not have, and of any that the model has none of
-    its `rows` for. Raises SourceError for an adapter, in which they could not be kept, TrainingError where rows could not stay.
+def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Give the tokenizer the tags that are asked for; ids of those that it did not have, and of any that the model has no row
+    for. Raises MismatchError where other tokens have none, SourceError for an adapter, in which tags could not be kept,
+    UnsupportedError for a model that has two embeddings, TrainingError where rows could not stay.
     """
+    rows = int(config["vocab_size"])
     if not isinstance(texts, Labelled):
+        _check_rows(reading.tokenizer, rows)
         return ()
     added = add_tags(reading.tokenizer, texts.texts, where="BASE")
     known = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
+    _check_rows(reading.tokenizer, rows, but=known)
     new = tuple(each for each in known if each in added or each >= rows)
+    if new and config.get("share_encoder_decoder_embeddings") is False:
+        raise UnsupportedError(
+            "encoder and decoder have an embedding each: new tags have no place", where="BASE, --tags",
+            found="share_encoder_decoder_embeddings: false", remedy="choose a base model that shares its embedding",
+        )  # fmt: skip
     if new and train == "mlp" and reading.training.weight_decay:
         raise TrainingError(
             "weights that decay would move rows of the embedding that are to stay", where="weight_decay, new tags, --train mlp",
@@ -133,6 +142,20 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, ro
             expected="a base that knows them", remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
         )  # fmt: skip
     return new
+
+
+def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, but: Sequence[int] = ()) -> None:
+    """Raise MismatchError for tokens, `but` those that will get them, that a model with so many rows has none for."""
+    beyond = {token: each for token, each in tokenizer.get_vocab().items() if each >= rows and each not in but}
+    if not beyond:
+        return
+    tags = not set(beyond.values()).isdisjoint(tag_ids(tokenizer, labels_of(tokenizer)))
+    first = "read text with --tags, which gives tags their rows, or " if tags else ""
+    raise MismatchError(
+        f"the tokenizer has {len(beyond)} tokens that the model has no embedding for", where="BASE",
+        found=", ".join(repr(token[:60]) for token in sorted(beyond)[:5]), expected=f"ids below vocab_size {rows}",
+        remedy=f"{first}give the tokenizer that belongs to the model",
+    )  # fmt: skip
 
 
 def _trainable(model: PreTrainedModel, source: ModelSource, asked: tuple[What, int], new: Sequence[int]) -> Trainable:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from modekit.text.chat import ChatTemplate, Conversation, needed_template
@@ -139,10 +140,11 @@ def encode(
     """
     sequences: list[TokenSequence] = []
     template: ChatTemplate | None = None
+    tags = _Tags(tokenizer)
     total = 0
     for document in of_one_kind(documents):
         if isinstance(document, Pair):
-            pair = _encoded(tokenizer, document, sequence_length)
+            pair = _encoded(tags, document, sequence_length)
             total += 0 if pair is None else pair.size
             if total > max_tokens:
                 break
@@ -154,7 +156,7 @@ def encode(
             ids, offsets = _tokenise(tokenizer, text, max_tokens - total, whole=True)
             written = _Written(text, ids, offsets, template.opening(document.messages))
         else:
-            tag = _Tag.of(tokenizer, document)
+            tag = tags.of(document)
             text = without_tag(document) if tag else document
             written = _Written(text, *_tokenise(tokenizer, text, max_tokens - total), tag=tag)
         room = int(written.tag is not None)
@@ -177,15 +179,25 @@ class _Tag:
     token: int
     opening: tuple[int, ...]
 
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, document: str) -> _Tag | None:
-        """None where a document, or a source, begins with none that is known."""
-        token = leading_tag(tokenizer, document)
-        return None if token is None else cls(token, opening_ids(tokenizer))
-
     def before(self, sequence: TokenSequence) -> TokenSequence:
         """A sequence with the tag."""
         return sequence.with_tag(self.token, place_of_tag(self.opening, sequence.ids))
+
+
+class _Tags:
+    """The tags of many documents, which all stand behind the same special tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def _opening(self) -> tuple[int, ...]:
+        return opening_ids(self.tokenizer)
+
+    def of(self, document: str) -> _Tag | None:
+        """None where a document, or a source, begins with none that is known."""
+        token = leading_tag(self.tokenizer, document)
+        return None if token is None else _Tag(token, self._opening)
 
 
 @dataclass(frozen=True)
@@ -213,11 +225,11 @@ class _Written:
         return sequence if self.tag is None else self.tag.before(sequence)
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, pair: Pair, longest: int) -> TokenSequence | None:
+def _encoded(tags: _Tags, pair: Pair, longest: int) -> TokenSequence | None:
     """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
     if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
         return None
-    tag = _Tag.of(tokenizer, pair.source)
+    tokenizer, tag = tags.tokenizer, tags.of(pair.source)
     ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
     target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
     if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:

@@ -62,14 +62,38 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], lab
             "a conversation has no place for a tag: its template decides what stands first", where=where,
             expected="text, or pairs", remedy="leave --tags away, or give the conversations as text",
         )  # fmt: skip
-    for document in found:
-        source = document.source if isinstance(document, Pair) else document
-        if leading_tag(tokenizer, source) is not None:
-            raise TextError(
-                "a text begins with a tag already", where=where, found=shortened(source), expected="text without its tag",
-                remedy=f"take the tags out of the text: {tag_of(label)} is put before it",
-            )  # fmt: skip
+    source = _with_own_tag(tokenizer, found)
+    if source is not None:
+        raise TextError(
+            "a text begins with a tag already", where=where, found=shortened(source), expected="text without its tag",
+            remedy=f"take the tags out of the text: {tag_of(label)} is put before it",
+        )  # fmt: skip
     return [tagged(document, label) for document in found]
+
+
+def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], *, where: str) -> list[str]:
+    """Documents of no domain as they are. Raises TextError for text that begins with a tag: it is read without one."""
+    found = list(documents)
+    source = _with_own_tag(tokenizer, found)
+    if source is not None:
+        raise TextError(
+            "text of no domain begins with a tag", where=where, found=shortened(source), expected="text without a tag",
+            remedy="take the tags out of the text, or give it as text of its domain",
+        )  # fmt: skip
+    return found
+
+
+def _with_own_tag(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> str | None:
+    """The first text, or source, that begins with a tag, be it behind special tokens that a text was written out with."""
+    opening = [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
+    for document in documents:
+        source = document.source if isinstance(document, Pair) else document
+        rest = source
+        for token in opening:
+            rest = rest.removeprefix(token).lstrip()
+        if not isinstance(document, Conversation) and leading_tag(tokenizer, rest) is not None:
+            return source
+    return None
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:

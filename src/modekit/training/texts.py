@@ -17,7 +17,7 @@ from modekit.run import Run
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
-from modekit.text.tags import all_tagged, labels_of, tag_ids
+from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
 from modekit.training.batches import Corpus
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
@@ -99,6 +99,8 @@ class _Reader:
         """Documents as sequences, those of a domain with its tag."""
         if self.tags and expert != GENERIC:
             documents = all_tagged(self.tokenizer, documents, name, where=f"text of {name}")
+        elif self.tags:
+            documents = none_tagged(self.tokenizer, documents, where="generic")
         return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,9 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import message_of, needed_template
 from modekit.text.records import decode
 from modekit.text.sequences import TokenSequence
-from modekit.text.tags import leading_tag
+from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
 STDIN = "-"
-_FEWEST_TAGGED = 3  # tokens of a tagged text of which one is predicted
 _MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean
 
 
@@ -84,13 +83,11 @@ def inspect_text(
     routers = checkpoint.shape.positions
     kept = _kept_routers(routers, layer)
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    ids, texts = _encoded(tokenizer, text)
     model = _model_of(checkpoint, run)
-    length = max(2, min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length))))
-    windows = [TokenSequence(tuple(ids[start : start + length]), 0) for start in range(0, len(ids), length)]
-    windows[0] = replace(windows[0], tag=_place_of_tag(tokenizer, text, windows[0].ids))
-    detailed = len(ids) <= _MOST_DETAIL
-    read = _Read(len(kept) if detailed else 1, len(ids), len(checkpoint.names), kept, length)
+    length = min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length)))
+    windows, texts, length = _windows(tokenizer, text, length)
+    detailed = len(texts) <= _MOST_DETAIL
+    read = _Read(len(kept) if detailed else 1, len(texts), len(checkpoint.names), kept, length)
     advance = counted(run, checkpoint, windows)
     losses = traced_losses(model, checkpoint, windows, read.consume, advance)
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
@@ -180,16 +177,29 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
 
 
-def _place_of_tag(tokenizer: PreTrainedTokenizerBase, text: str | Said, ids: Sequence[int]) -> int | None:
-    """Where the text's tag stands among its first tokens. Raises TextError where nothing behind it is predicted."""
-    tag = leading_tag(tokenizer, text) if isinstance(text, str) else None
-    place = ids.index(tag) if tag in ids else None
-    if place is not None and len(ids) < _FEWEST_TAGGED:
-        raise TextError(
-            "the text is too short: neither its tag nor its first token is predicted", where="--text",
-            found=f"{len(ids)} tokens", remedy="give more text",
-        )  # fmt: skip
-    return place
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str | Said, length: int) -> tuple[list[TokenSequence], list[str], int]:
+    """Windows as `encode` cuts a document, each with the tag that the text begins with, if it does; the text of every token of
+    them; and how many one has at most.
+    """
+    tag: int | None = None
+    body, before = text, ""
+    opening: tuple[int, ...] = ()
+    if isinstance(text, str) and (tag := leading_tag(tokenizer, text)) is not None:
+        body = without_tag(text)
+        before, opening = text[: len(text) - len(body)], opening_ids(tokenizer)
+    ids, texts = _encoded(tokenizer, body)
+    room = int(tag is not None)
+    length = max(2 + room, length)
+    windows: list[TokenSequence] = []
+    shown: list[str] = []
+    for start in range(0, len(ids), length - room):
+        window, said = TokenSequence(tuple(ids[start : start + length - room]), 0), texts[start : start + length - room]
+        if tag is not None:
+            place = place_of_tag(opening, window.ids)
+            window, said = window.with_tag(tag, place), [*said[:place], before, *said[place:]]
+        windows.append(window)
+        shown += said
+    return windows, shown, length
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:

@@ -162,7 +162,7 @@ class _Translator:
         """In the order of the table."""
         passes = 2 + (0 if self._folds_weights else len(self._checkpoint.names))
         if labels is not None and labels.by == "tag":  # by gate nothing is written anew
-            passes += sum(told != "none" for _, told in labels.rows())
+            passes += sum(told != "none" or self._have_tags for _, told in labels.rows())
         self._total = passes * sum(len(domain.pairs) for domain in self._domains)
         told = labels or Labels(told=())
         base = list(self._base(told))
@@ -202,7 +202,7 @@ class _Translator:
                 yield _Row(labels.row(MIXTURE, told), "label", written, MIXTURE)
 
     def _told_by_tag(self, model: PreTrainedModel, plain: _Row, labels: Labels) -> Iterator[_Row]:
-        """The tag of a label before every source; without one what the model wrote of it as it is."""
+        """The tag of a label before every source; without one what the model wrote of it as it is, unless that has a tag."""
         recipe, known = self._checkpoint.record.recipe, labels_of(self._tokenizer)
         for told in labels.told if labels.by == "tag" else ():
             places = experts_told(told, self._own, recipe)
@@ -214,8 +214,13 @@ class _Translator:
                 for each in self._domains
                 if each.name in tags
             }
-            row = plain if told == "none" else self._row(model, name, "label", sources)
+            row = plain if told == "none" and not self._have_tags else self._row(model, name, "label", sources)
             yield replace(row, name=name, kind="label", model=plain.name)
+
+    @property
+    def _have_tags(self) -> bool:
+        """Whether some source has a tag of its own."""
+        return any(each.tag is not None for domain in self._domains for each in domain.encoded)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that writes as is asked, and has written something: what is slow the first time is not measured."""
@@ -308,7 +313,7 @@ def _label_notes(
     means = {row.name: row.mean(results.domains) for row in results.rows}
     gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
-        with_label, without = means.get(labels.row(model, told)), means.get(model)
+        with_label, without = means.get(labels.row(model, told)), means.get(labels.row(model, "none"), means.get(model))
         if told != "none" and with_label is not None and without is not None:
             bleu, chrf = (getattr(with_label, name) - getattr(without, name) for name in ("bleu", "chrf"))
             gains[model, told] = [Gain(bleu, "BLEU", 1), Gain(chrf, "chrF", 1)]
