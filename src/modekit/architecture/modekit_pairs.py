@@ -136,6 +136,14 @@ class MixtureForSeq2SeqLM(InBoth):
         """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
         self.base_model.flow.forced = places_of(expert, self.config.modekit)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family does; where it is interrupted in the encoder, which it runs by itself, that pass is over."""
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.base_model.flow.give_up()
+            raise
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As the family does; the routers see which tokens are pads even where it makes a 4-D mask of it (a static cache)."""
         inputs, mask = super().prepare_inputs_for_generation(*args, **kwargs), kwargs.get("decoder_attention_mask")  # type: ignore[misc]
@@ -176,7 +184,10 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
             flow.source_mask_BS = given.get("attention_mask")
             flow.told = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
             run = functools.partial(dense.forward, self, *args, **kwargs)
-            return logged(flow, run) if asked else run()
+            try:
+                return logged(flow, run) if asked else run()
+            finally:
+                flow.told = {}
 
     return forward
 

@@ -45,10 +45,14 @@ class _Recomputing:
         weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
 
         def run(*args: Any) -> Any:
+            now = flow.held()
             flow.hold(held)
             for name, mixed in flow.mixed.items():
                 mixed.weights = weights[name]
-            return layer(*args)
+            try:
+                return layer(*args)
+            finally:
+                flow.hold(now)
 
         return self._checkpoint(run, *args)
 

@@ -6,7 +6,7 @@ comparison impossible, which is reported as such and never as a success.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from modekit.checkpoint.evidence import evidence_digest, read_evidence
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import ModekitError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.files.typed import shortened
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
@@ -143,19 +144,29 @@ def _check_trained(checkpoint: Checkpoint, opened: OpenFiles) -> Check:
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
     planned, found = dict(plan.config), checkpoint.config
-    wrong = sorted(key for key in planned.keys() | found.keys() if planned.get(key) != found.get(key))
+    wrong = list(_differences(planned, found))
     if wrong:
-        detail = f"{wrong[0]} is {found.get(wrong[0])!r}, planned {planned.get(wrong[0])!r}"
-        return Check("config.json", "failed", f"{len(wrong)} settings differ: {detail}")
+        return Check("config.json", "failed", f"{len(wrong)} settings differ: {wrong[0]}")
     return Check("config.json", "proven", f"{len(found)} settings as planned")
+
+
+def _differences(planned: Mapping[str, Any], found: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Every setting that is another than planned, in words, whatever mapping it stands in."""
+    for key in sorted(planned.keys() | found.keys()):
+        ours, theirs = planned.get(key), found.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{within}{key}.")
+        elif ours != theirs:
+            yield f"{within}{key} is {shortened(repr(theirs))}, planned {shortened(repr(ours))}"
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     name = "tokenizer files"
     lacking = [file for file in plan.copied_files if file.name in PAIR_FILES and not (checkpoint.folder / file.name).exists()]
     wrong = _differing(checkpoint, [file for file in plan.copied_files if file not in lacking])
-    if wrong is not None:
-        return Check(name, "failed", wrong)
+    gone = {each for each in PAIR_FILES if (checkpoint.folder / each).exists()} - {file.name for file in plan.copied_files}
+    if wrong is not None or gone:
+        return Check(name, "failed", wrong or f"{min(gone)} is no longer beside the base model")
     names = ", ".join(file.name for file in lacking)
     without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
     return Check(name, "proven", f"{len(plan.copied_files) - len(lacking)} files as the base model's{without}")
@@ -233,7 +244,9 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
     recipe = checkpoint.record.recipe
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
-        return Check("router", "failed", "config.json routes in another way than the recipe in modekit.json")
+        return Check(
+            "router", "failed", "config.json routes in another way than the recipe in modekit.json; modekit fit sets it anew"
+        )
     evidence = ""
     if checkpoint.shape.channels is not None:
         said = checkpoint.record.router.report.get("evidence_sha256")

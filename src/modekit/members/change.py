@@ -180,21 +180,24 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource) -> None:
     folder, record = checkpoint.folder, checkpoint.record
     dense = family_of(base.config, where=f"base_model ({base.spec})").dense_config(base.config)
     sizes = {file.name: file.stat().st_size for file in base.files}
-    differs = "config.json" if dense != record.dense_config else ""
+    differs = "config.json is another" if dense != record.dense_config else ""
     if not differs and sizes != {name: file.size for name, file in record.sources[0].files.items()}:
-        differs = "its weights"
-    for file in copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ():
+        differs = "its weights are others"
+    copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ()
+    gone = sorted({each for each in PAIR_FILES if (folder / each).exists()} - {file.name for file in copied})
+    differs = f"{gone[0]} is gone" if gone and not differs else differs
+    for file in copied:
         if file.name in PAIR_FILES and not (folder / file.name).exists():  # of an older version: it gets them now
             continue
         try:
             same = read_bytes(file, LARGE) == read_bytes(folder / file.name, LARGE)
         except UNREADABLE:
             same = False
-        differs = differs if same else file.name
+        differs = differs if same else f"{file.name} is another"
     if differs:
         raise SourceError(
-            "the base model is not the one that the mixture was built with", where=str(base.folder),
-            found=f"{differs} is another", remedy="put it back, or build the mixture anew",
+            "the base model is not the one that the mixture was built with", where=str(base.folder), found=differs,
+            remedy="put it back, or build the mixture anew",
         )  # fmt: skip
 
 

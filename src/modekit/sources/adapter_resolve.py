@@ -19,6 +19,7 @@ from modekit.sources.adapter_config import (
     Settings,
     shortened,
 )
+from modekit.sources.families import FAMILIES
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
 
@@ -61,8 +62,14 @@ class Resolution:
         return isinstance(self.settings, IA3Settings)
 
     @cached_property
+    def _shares(self) -> bool:
+        """Whether encoder and decoder of the base have embeddings of their own that are one with its embedding."""
+        return any(family.shares and family.model_type == self.base.config.get("model_type") for family in FAMILIES)
+
+    @cached_property
     def _is_tied(self) -> bool:
-        return bool(self.base.config.get("tie_word_embeddings")) or weight_of(HEAD) not in self.base.tensors
+        says = not self._shares and bool(self.base.config.get("tie_word_embeddings"))
+        return says or weight_of(HEAD) not in self.base.tensors
 
     @cached_property
     def _embedding(self) -> str:
@@ -118,6 +125,8 @@ class Resolution:
             module = match["module"]
             if self._is_tied and module in {self._embedding, HEAD}:
                 self._refuse_tied(ref)
+            if self._shares and module == self._embedding:
+                self._refuse_shared(ref)
             if module not in self._base_modules and module not in self._fused_modules:
                 self._refuse_unknown(ref, module)
             if not self.settings.targets(module):
@@ -137,6 +146,8 @@ class Resolution:
             is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(HEAD)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
+            if self._shares and not is_tied and own == self._embedding and self.settings.saves(own):
+                self._refuse_shared(ref)
             if not is_tied and f"{own}.{last}" not in self._base_names:
                 self._refuse_unknown(ref, own)
             if (own in self.parts) != (own != module):
@@ -216,6 +227,13 @@ class Resolution:
             where=f"{self.where}: {ref.name}", found="tied embeddings in the base model",
             remedy="untie the base model first (save it with tie_word_embeddings: false), or train the adapter without "
             "embeddings and lm_head",
+        )  # fmt: skip
+
+    def _refuse_shared(self, ref: TensorRef) -> None:
+        raise UnsupportedError(
+            "the adapter changes an embedding that nothing of the model reads", where=f"{self.where}: {ref.name}",
+            found=f"{self._embedding}: encoder and decoder read embeddings of their own, so that PEFT's model is the base",
+            remedy="train the adapter without the embedding",
         )  # fmt: skip
 
     def _refuse_unknown(self, ref: TensorRef, module: str) -> None:

@@ -154,13 +154,19 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             expected=family.model_type, remedy="use experts fine-tuned from this base model",
         )  # fmt: skip
     extra = sorted(name for name in own_names(source, family) if name not in base.tensors and name not in family.optional)
+    if family.shares and extra == [weight_of(HEAD)]:
+        raise MismatchError(
+            "the expert has a head of its own, and the base model's is its embedding", where=f"{source.label} ({source.spec})",
+            found=f"{extra[0]} in the expert's weights alone", expected="the same in both",
+            remedy="save both with the same version of transformers, or use an expert fine-tuned from this base model",
+        )  # fmt: skip
     if extra:
         raise MismatchError(
             "the expert has tensors that the base model lacks, and they would be lost", where=f"{source.label} ({source.spec})",
             found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )  # fmt: skip
-    ours, theirs = family.dense_config(base.config), family.dense_config(source.config)
+    ours, theirs = (family.meant(family.dense_config(each.config)) for each in (base, source))
     keys = [*CONFIG_MUST_MATCH, *family.must_match]
     if not family.pair and ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
         keys.append("max_position_embeddings")  # these ropes depend on it
@@ -177,26 +183,35 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
 
     What a model's files leave unsaid is taken to be as the others have it.
     """
-    for file, keys in _OF_THE_TARGET.items():
-        said: dict[str, tuple[ModelSource, Any]] = {}
-        for source in dict.fromkeys(sources):
-            config = _read_beside(source, file)
-            for key in (key for key in keys if config.get(key) is not None):
-                first, value = said.setdefault(key, (source, config[key]))
-                if value != config[key]:
-                    raise MismatchError(
-                        "two models begin what they write with another token: they were made for other languages",
-                        where=f"{source.label} ({source.spec}): {file}: {key}", found=config[key],
-                        expected=f"{value}, as {first.label} ({first.spec}) has it",
-                        remedy="use experts that write the same language, or correct the file if only it differs",
-                    )  # fmt: skip
+    said: dict[str, tuple[ModelSource, Any]] = {}
+    for source in dict.fromkeys(sources):
+        for key, (file, value) in _target_of(source).items():
+            first, expected = said.setdefault(key, (source, value))
+            if value != expected:
+                raise MismatchError(
+                    "two models begin what they write with another token: they were made for other languages",
+                    where=f"{source.label} ({source.spec}): {file}: {key}", found=value,
+                    expected=f"{expected}, as {first.label} ({first.spec}) has it",
+                    remedy="use experts that write the same language, or correct the file if only it differs",
+                )  # fmt: skip
 
 
-_OF_THE_TARGET = {
-    "config.json": ("decoder_start_token_id", "forced_bos_token_id"),
-    "generation_config.json": ("decoder_start_token_id", "forced_bos_token_id"),
-    "tokenizer_config.json": ("tgt_lang", "target_lang"),
-}
+def _target_of(source: ModelSource) -> dict[str, tuple[str, Any]]:
+    """What a model's files say of how its target begins: key -> the file that counts for it, and the value."""
+    found: dict[str, tuple[str, Any]] = {}
+    for file, keys in _OF_THE_TARGET:
+        config = _read_beside(source, file)
+        for key in (key for key in keys if config.get(key) is not None):
+            found.setdefault(key, (file, config[key]))
+    return found
+
+
+_BEGINS = ("decoder_start_token_id", "forced_bos_token_id")
+_OF_THE_TARGET = (
+    ("generation_config.json", _BEGINS),  # what generate goes by where it is there
+    ("config.json", _BEGINS),  # older files say it here
+    ("tokenizer_config.json", ("tgt_lang", "target_lang")),
+)
 
 
 def _read_beside(source: ModelSource, file: str) -> Mapping[str, Any]:

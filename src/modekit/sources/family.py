@@ -86,6 +86,7 @@ class Family:
         computed: tensors that files may hold and that every model computes for itself.
         optional: tensors that an expert may have and its base may lack, where they are zero.
         same_as: key of config.json -> the key whose value it has where it says none.
+        meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
     """
 
@@ -107,6 +108,7 @@ class Family:
     computed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     same_as: Mapping[str, str] = field(default_factory=dict)
+    meant: Callable[[Config], Config] = lambda config: config
     must_match: tuple[str, ...] = ()
 
     @property

@@ -6,6 +6,7 @@ activation and `fc2` itself, so that a mixture of whole FFNs puts all three into
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from modekit.sources.family import Config, Family, Stack
@@ -72,9 +73,29 @@ def _t5(gated: bool) -> Family:
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), shares=True,
         must_match=(
             "d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj",
-            "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "tie_word_embeddings",
+            "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "scale_decoder_outputs",
+            "dense_act_fn",
         ),
+        meant=_t5_meant,
     )  # fmt: skip
+
+
+def _t5_meant(config: Config) -> Config:
+    """T5 scales what its head reads unless embedding and head are two, which transformers 5 says by a key of its own, and then
+    calls them one whatever they are; the activation is the last part of `feed_forward_proj`, or a key of its own.
+    """
+    kind: Any = config.get("feed_forward_proj") or "relu"
+    act = "gelu_new" if kind == "gated-gelu" else str(kind).rpartition("-")[2]
+    scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
+    return {
+        **config, "dense_act_fn": config.get("dense_act_fn") or act, "scale_decoder_outputs": scales,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+def _m2m_meant(config: Config) -> Config:
+    """Positions count from the token of pads on."""
+    return {**config, "pad_token_id": config.get("pad_token_id", 1)}
 
 
 def _is_gated(config: Config) -> bool:
@@ -89,7 +110,11 @@ PAIRS: tuple[Family, ...] = (
     _bart("bart", _LEARNED, *_NORM_BEFORE),
     _bart("mbart", _LEARNED, *_NORM_BEFORE, *_NORM_BEHIND),
     _bart("marian", share_encoder_decoder_embeddings=True),
-    _bart("m2m_100", *_NORM_BEHIND, activation_function="relu", scale_embedding=True),
+    replace(
+        _bart("m2m_100", *_NORM_BEHIND, activation_function="relu", scale_embedding=True),
+        must_match=(*_BART_KEYS, "pad_token_id"),
+        meant=_m2m_meant,
+    ),
     _t5(gated=False),
     _t5(gated=True),
 )

@@ -56,7 +56,8 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
             found=f"{equal} of {len(pairs)} pairs, such as {next(p.source for p in pairs if p.source == p.target)[:60]!r}",
             expected="a source and its translation", remedy="remove the pairs that are not translated",
         )  # fmt: skip
-    sides = [(pair, _threes(pair.source), _threes(pair.target)) for pair in pairs]
+    lead = _shared_lead(pairs)
+    sides = [(pair, _threes(pair.source.removeprefix(lead)), _threes(pair.target)) for pair in pairs]
     long = [each for each in sides if each[1].total() + each[2].total() >= _SHORTEST]
     if len(long) < _FEWEST:
         return
@@ -126,7 +127,8 @@ class _Text:
     def __init__(self, where: str, pairs: Sequence[Pair]) -> None:
         self.where = where
         self.ends = [_ends(pair.source) for pair in pairs]
-        sides = [(_threes(pair.source), _threes(pair.target)) for pair in pairs]
+        lead = _shared_lead(pairs)
+        sides = [(_threes(pair.source.removeprefix(lead)), _threes(pair.target)) for pair in pairs]
         self.source, self.target = _Language(side for side, _ in sides), _Language(side for _, side in sides)
         long = [pair for pair in sides if sum(side.total() for side in pair) >= _SHORTEST]
         self.apart = _median([_gain(*pair, self.source, self.target) for pair in long]) if len(long) >= _FEWEST else None
@@ -209,6 +211,21 @@ def _said(first: str, last: str) -> set[str]:
     said = {f"^{' '.join(words[:number])} " for number in range(1, min(_FIRST_WORDS, len(words)) + 1)}
     said |= {f"^{first[:number]}" for number in range(_FIRST_CHARACTERS, len(first) + 1)}
     return said | {f"{' '.join(ending[-number:])}$" for number in range(1, min(_LAST_WORDS, len(ending)) + 1)}
+
+
+def _shared_lead(pairs: Sequence[Pair]) -> str:
+    """What nearly all sources begin with, as whole words: a template, and no language."""
+    lead = ""
+    while True:
+        longer = Counter(
+            pair.source[: pair.source.index(" ", len(lead)) + 1]
+            for pair in pairs
+            if pair.source.startswith(lead) and " " in pair.source[len(lead) :]
+        )
+        best, number = longer.most_common(1)[0] if longer else (lead, 0)
+        if number < _TOLD * len(pairs):
+            return lead
+        lead = best
 
 
 def _sample(documents: Sequence[str]) -> Iterator[Pair]:
