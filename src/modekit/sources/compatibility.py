@@ -183,10 +183,10 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
 
     What a model's files leave unsaid is taken to be as the others have it.
     """
-    said: dict[str, tuple[ModelSource, Any]] = {}
+    said: dict[tuple[str, str], tuple[ModelSource, Any]] = {}
     for source in dict.fromkeys(sources):
-        for key, (file, value) in _target_of(source).items():
-            first, expected = said.setdefault(key, (source, value))
+        for (file, key), value in _target_of(source).items():
+            first, expected = said.setdefault((file, key), (source, value))
             if value != expected:
                 raise MismatchError(
                     "two models begin what they write with another token: they were made for other languages",
@@ -196,22 +196,23 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
                 )  # fmt: skip
 
 
-def _target_of(source: ModelSource) -> dict[str, tuple[str, Any]]:
-    """What a model's files say of how its target begins: key -> the file that counts for it, and the value."""
-    found: dict[str, tuple[str, Any]] = {}
-    for file, keys in _OF_THE_TARGET:
-        config = _read_beside(source, file)
-        for key in (key for key in keys if config.get(key) is not None):
-            found.setdefault(key, (file, config[key]))
+def _target_of(source: ModelSource) -> dict[tuple[str, str], Any]:
+    """File and key -> what it says of how a target begins, or where it says nothing what another file does: older models have
+    one file, and newer ones say it in another.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for files, keys in _OF_THE_TARGET.items():
+        configs = {file: _read_beside(source, file) for file in files}
+        for key in keys:
+            values = {file: config[key] for file, config in configs.items() if config.get(key) is not None}
+            found |= {(file, key): values.get(file, next(iter(values.values()))) for file in files if values}
     return found
 
 
-_BEGINS = ("decoder_start_token_id", "forced_bos_token_id")
-_OF_THE_TARGET = (
-    ("generation_config.json", _BEGINS),  # what generate goes by where it is there
-    ("config.json", _BEGINS),  # older files say it here
-    ("tokenizer_config.json", ("tgt_lang", "target_lang")),
-)
+_OF_THE_TARGET = {
+    ("generation_config.json", "config.json"): ("decoder_start_token_id", "forced_bos_token_id"),
+    ("tokenizer_config.json",): ("tgt_lang", "target_lang"),
+}
 
 
 def _read_beside(source: ModelSource, file: str) -> Mapping[str, Any]:
