@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.inspection.text import inspect_text
+from modekit.evaluation.inspection.text import _windows, inspect_text
 from modekit.evaluation.labels import Gain, Labels, Told, experts_told, tags_told, with_tag, worth_of_labels
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results, Score, results_from_data
@@ -220,6 +221,45 @@ def test_by_tag_the_token_of_a_label_stands_before_the_text(shop: Workshop, kind
     assert any(note.startswith("base, a tag against none, mean over the domains: a right one ") for note in results.notes)
 
 
+def test_a_row_without_tags_has_none_where_texts_have_their_own(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tag is worth is told against it, and not against the text as it is; it is taken over as any row."""
+    checkpoint = with_own_tags(shop, tmp_path, "OWN")
+    results = evaluate(checkpoint, **SIZES, labels=Labels("tag"))
+    assert [row.name for row in results.rows if row.kind == "label"] == TAG_ROWS
+    domains = {each.name: each for each in held_out_domains(checkpoint, **SIZES)}
+    assert all(each.tag == 0 for each in domains["law"].sequences)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    for name, folder in (("mixture", checkpoint.folder), ("base", shop.root / "base")):
+        none, model = results.row(f"{name}, no tag"), load_model(folder)
+        for domain in domains.values():
+            untold = replace(domain, sequences=with_tag(tokenizer, domain.sequences, None))
+            assert same(none.scores[domain.name], score_domain(model, untold, lambda _: None)), (name, domain.name)
+        as_it_is, right = results.row(name).scores["law"], results.row(f"{name}, right tag").scores["law"]
+        assert same(as_it_is, right) and as_it_is.loss != none.scores["law"].loss
+        assert all(same(none.scores[other], results.row(name).scores[other]) for other in {*domains} - {"law"})
+        means = [results.row(f"{name}, {told} tag").mean_loss(DOMAINS) or 0.0 for told in ("right", "wrong", "no")]
+        said = [f"{'gains' if gain > 0 else 'costs'} {abs(gain):.3f} ±" for gain in (means[2] - means[0], means[2] - means[1])]
+        (line,) = (each for each in results.notes if each.startswith(f"{name}, a tag against none, mean over the domains: "))
+        assert f"a right one {said[0]}" in line and f"a wrong one {said[1]}" in line
+    loaded: list[Path] = []
+    monkeypatch.setattr(jobs_module, "load_model", lambda folder, **_: loaded.append(folder))
+    assert evaluate(checkpoint, **SIZES, labels=Labels("tag")).rows == results.rows and not loaded
+    told = evaluate(checkpoint, **SIZES, labels=Labels("tag", ("right", "wrong")))
+    assert not [note for note in told.notes if "against none" in note]  # no row is of none
+
+
+def with_own_tags(shop: Workshop, folder: Path, name: str) -> Checkpoint:
+    """A mixture whose text of law begins with its tag, in a file of that name in `folder`."""
+    documents = (json.loads(line)["text"] for line in (shop.root / "text" / "law.jsonl").read_text().splitlines())
+    (folder / "law.jsonl").write_text("\n".join(json.dumps({"text": tagged(each, "law")}) for each in documents))
+    experts = [
+        {**each, "text": str(folder / "law.jsonl")} if each["name"] == "law" else each for each in shop.recipe["experts"]
+    ]
+    return open_checkpoint(shop.build(name, output={"format": "native"}, experts=experts))
+
+
 def test_what_was_trained_with_tags_is_better_with_the_right_ones(tmp_path: Path) -> None:
     """From `specialize --tags` to the table: copies of one base that reads tags."""
     save(tiny_model(num_hidden_layers=1), tmp_path / "plain")
@@ -294,14 +334,7 @@ def test_what_is_refused(shop: Workshop, small_workshop: Workshop, tmp_path: Pat
 
 def test_what_is_inspected_of_a_tagged_text_is_what_is_scored(shop: Workshop, tmp_path: Path) -> None:
     """Neither the tag nor the first token behind it has a loss."""
-    said = (shop.root / "text" / "law.jsonl").read_text().splitlines()
-    (tmp_path / "law.jsonl").write_text(
-        "\n".join(json.dumps({"text": tagged(json.loads(line)["text"], "law")}) for line in said)
-    )
-    experts = [
-        {**each, "text": str(tmp_path / "law.jsonl")} if each["name"] == "law" else each for each in shop.recipe["experts"]
-    ]
-    checkpoint = open_checkpoint(shop.build("INSPECTED", output={"format": "native"}, experts=experts))
+    checkpoint = with_own_tags(shop, tmp_path, "INSPECTED")
     model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
     domains = {each.name: each for each in held_out_domains(checkpoint, **SIZES)}
     found = [each for each in inspect(checkpoint, **SIZES, write=False)["texts"] if each["domain"] == "law"]
@@ -322,8 +355,38 @@ def test_what_is_inspected_of_a_tagged_text_is_what_is_scored(shop: Workshop, tm
         with mixture_of(model, checkpoint).left_out(0):
             change = float(losses().mean()) - shown["loss"]
         assert shown["without"]["medicine"] == pytest.approx(change, abs=1e-5)
-    with pytest.raises(TextError, match="neither its tag nor its first token is predicted"):
-        inspect_text(checkpoint, tagged("a", "law"))
+    for short in ("a", " ", ""):
+        with pytest.raises(TextError, match=r"the text is (too short|empty)"):
+            inspect_text(checkpoint, tagged(short, "law"))
+
+
+@pytest.mark.parametrize("opening", ["", "<s>", "<pad> <s>", "bytes"])
+def test_an_inspected_text_is_cut_as_any_other_and_every_window_has_its_tag(opening: str) -> None:
+    """Whatever the tokenizer writes before it, and whatever white space stands behind the tag."""
+    tokenizer = with_tags(copy.deepcopy(byte_tokenizer()) if opening == "bytes" else begun_tokenizer(opening))
+    for text in ("a deed of " * 9, "   a deed of " * 9, "\n\n  a deed", "a party " * 2):
+        for said in (tagged(text, "law"), f"<domain:law>{text}", text):
+            windows, shown, length = _windows(tokenizer, said, 20)
+            wanted = encode(tokenizer, [said], max_tokens=9_999, sequence_length=20)
+            assert [(each.ids, each.tag) for each in windows if each.scored > 0] == [(each.ids, each.tag) for each in wanted]
+            assert len(shown) == sum(len(each.ids) for each in windows) and length == 20
+            assert "".join(shown[: len(windows[0].ids)]) == said[: len("".join(shown[: len(windows[0].ids)]))]
+
+
+@pytest.mark.parametrize("text", ["the deed of a party, in court; " * 4, "    a deed\n  of a party", "\ta deed of a part"])
+def test_a_long_text_with_a_tag_is_inspected_as_it_is_scored(shop: Workshop, text: str) -> None:
+    checkpoint, said = open_checkpoint(shop.build("WINDOWS", output={"format": "native"})), tagged(text, "law")
+    shown = inspect_text(checkpoint, said, sequence_length=17)
+    read = encode(load_tokenizer(checkpoint.folder), [said], max_tokens=9_999, sequence_length=17)
+    for name, folder in (("loss", checkpoint.folder), ("base_loss", shop.root / "base")):
+        wanted = score_domain(load_model(folder), Domain("law", None, read, {}), lambda _: None).loss
+        assert shown[name] == pytest.approx(wanted, rel=1e-5), name
+    tags = [place for place, token in enumerate(shown["tokens"]) if token["text"].startswith("<domain:law>")]
+    assert tags == [17 * window for window in range(shown["windows"])] and shown["windows"] - len(read) in (0, 1)
+    silent = {place for place, token in enumerate(shown["tokens"]) if token["loss"] is None}
+    assert silent == {*tags, *(place + 1 for place in tags)}
+    assert {len(each) for each in shown["weights"]} == {len(shown["tokens"])}
+    assert "".join(token["text"] for token in shown["tokens"]).replace("<domain:law> ", "") == text
 
 
 def test_from_python(shop: Workshop) -> None:

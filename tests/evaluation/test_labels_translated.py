@@ -29,6 +29,7 @@ from modekit.evaluation.translation.scores import TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.report.content import make_content
 from modekit.report.page import make_page
+from modekit.run import Run
 from modekit.text.sequences import encode
 from modekit.text.tags import tag_of, tagged
 
@@ -72,11 +73,13 @@ def told(model: Any, label: str | None) -> Iterator[None]:
 def by_hand(
     checkpoint: Checkpoint, model: Any, domain: str, beams: int, *, gate: str | None = None, tag: str = ""
 ) -> TranslationScore:
+    """Of sources without a tag of their own, or with the one that is told."""
     tokenizer = load_tokenizer(checkpoint.folder)
     (held,) = (each for each in held_out_texts(checkpoint) if each.name == domain)
     texts = []
     for pair in held.documents[:PAIRS]:
-        ids = torch.tensor([tokenizer(f"{tag_of(tag)} {pair.source}" if tag else pair.source)["input_ids"]])
+        source = pair.source.removeprefix(f"{tag_of(domain)} ")
+        ids = torch.tensor([tokenizer(f"{tag_of(tag)} {source}" if tag else source)["input_ids"]])
         with told(model, gate):
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams, max_new_tokens=TOKENS)
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True).strip())
@@ -127,6 +130,39 @@ def test_by_tag_the_source_begins_with_the_label(checkpoint: Checkpoint, shop: W
     assert STRANGER not in results.row("base, right tag").scores
     assert results.row("base, right tag").active_parameters == checkpoint.parameters.dense
     assert results.row("mixture, right tag").total_parameters == checkpoint.parameters.total
+
+
+def test_sources_with_tags_of_their_own_have_none_where_none_is_told(shop: Workshop, tmp_path: Path) -> None:
+    """They are written anew, which is counted in advance; what a tag is worth is told against that."""
+    pairs = [json.loads(line) for line in (shop.root / "text" / "law.jsonl").read_text().splitlines()]
+    own = [{**pair, "source": f"{tag_of('law')} {pair['source']}"} for pair in pairs]
+    (tmp_path / "law.jsonl").write_text("\n".join(map(json.dumps, own)))
+    experts = [
+        {**each, "text": str(tmp_path / "law.jsonl")} if each["name"] == "law" else each for each in shop.recipe["experts"]
+    ]
+    checkpoint = open_checkpoint(shop.build("OWN", experts=experts, eval={}))
+    seen: list[tuple[int, int]] = []
+    results = evaluate_translation(
+        checkpoint, pairs=PAIRS, decoding=Decoding(1, 2, TOKENS), labels=Labels("tag"), write=False,
+        run=Run(progress=lambda stage, done, total: seen.append((done, total)) if stage.startswith("translate") else None),
+    )  # fmt: skip
+    assert seen[-1] == (11 * 3 * PAIRS, 11 * 3 * PAIRS)  # base, mixture and three experts, and three of either under tags
+    differs = 0
+    for name, folder in (("mixture", checkpoint.folder), ("base", shop.root / "base")):
+        model, none, as_it_is = load_model(folder), results.row(f"{name}, no tag"), results.row(name)
+        written = by_hand(checkpoint, model, "law", 1)
+        assert none.scores == {**as_it_is.scores, "law": written}
+        assert results.row(f"{name}, right tag").scores["law"] == as_it_is.scores["law"]
+        differs += written != as_it_is.scores["law"]
+        mean = {told: results.row(f"{name}, {told} tag").mean(DOMAINS) for told in ("right", "wrong", "no")}
+        gains = {
+            (name, told): [Gain(getattr(mean[told], each) - getattr(mean["no"], each), unit, 1) for each, unit in UNITS.items()]
+            for told in ("right", "wrong")
+        }
+        assert set(worth_of_labels(Labels("tag"), gains)) <= set(results.notes)  # type: ignore[arg-type]
+    assert differs > 0
+    told = evaluate_translation(checkpoint, pairs=1, decoding=Decoding(1, 2, 1), labels=Labels("tag", ("right",)), write=False)
+    assert not [note for note in told.notes if "against none" in note]  # no row is of none
 
 
 def test_losses_of_pairs_are_told_labels_too(checkpoint: Checkpoint) -> None:

@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Workshop, make_workshop, save, tiny_model
+from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from kills import dies
 from modekit.errors import MismatchError, SourceError
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
 from modekit.experts.distill import distill as distill_module
 from modekit.experts.distill import kept_file
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.kept_file import FromDisk, Header, keep
 from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.texts import read_texts
+from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
+from modekit.text.tags import add_tags, tagged
 from refusal import tree
 
 TRAINING = Training(steps=6, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
@@ -98,6 +103,28 @@ def test_all_tokens_kept_teach_what_the_teacher_itself_teaches(shop: Workshop) -
     assert kept["held_out_kl"]["over"] == beside["held_out_kl"]["over"] == "the whole vocabulary"
     assert kept["held_out_kl"]["after"] == pytest.approx(beside["held_out_kl"]["after"], rel=1e-3)
     assert kept["distillation_loss"]["last"] == pytest.approx(beside["distillation_loss"]["last"], rel=1e-3)
+
+
+def test_text_with_tags_of_its_own_is_learned_alike_from_what_is_kept(tmp_path: Path) -> None:
+    """Of what a teacher says of tags nothing is taken, whether it is asked itself or was before."""
+    tokenizer = character_tokenizer()
+    add_tags(tokenizer, ["law"], where="test")
+    for seed, name in enumerate(("base", "teacher")):
+        tiny_model(seed=seed, num_hidden_layers=1, vocab_size=97).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    lines = (json.dumps({"text": tagged(f"{number} of a deed", "law")}) for number in range(40))
+    (tmp_path / "law.jsonl").write_text("\n".join(lines))
+    shop, read = Workshop(tmp_path), read_texts(["./law.jsonl"], tmp_path, tokenizer, TRAINING, None)
+    once = TRAINING.with_(steps=1, batch_tokens=read.corpus.tokens)
+    beside, kept = (
+        distill(asked(shop, texts=["./law.jsonl"], training=once, top_k=97, keep=place), tmp_path / name)
+        for name, place in (("beside", None), ("kept", tmp_path / "KEPT"))
+    )
+    for said in ("held_out_kl", "distillation_loss", "training_loss", "held_out_loss"):
+        found = {key: value for key, value in kept[said].items() if key != "over"}
+        assert found == pytest.approx({key: beside[said][key] for key in found}, rel=1e-3), said
+    scored = score_domain(load_model(tmp_path / "base"), Domain("law", None, read.sequences, {}), lambda _: None).loss
+    assert kept["training_loss"]["first"] == pytest.approx(scored, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from modekit.experts.distill.says import BesideStudent, Kept, Whole
+from modekit.experts.distill.says import BesideStudent, Kept, Whole, predicted_in
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student, Text, kl_to_teacher
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Batches, Corpus, plan_parts
 from modekit.training.losses import DIVERGENCES, distillation, divergence
@@ -149,6 +149,29 @@ def test_pads_change_no_loss(name: str) -> None:
     assert float(together.detach()) == pytest.approx(float(other_pads.detach()), rel=1e-6)
     alone = [float(student(**batch_of([each]))["loss"].detach()) for each in (LONG, SHORT)]
     assert float(together.detach()) == pytest.approx((31 * alone[0] + 16 * alone[1]) / 47, rel=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_tags_and_what_stands_first_behind_them_are_no_targets(place: int) -> None:
+    """As where a text is scored: what counts is what counts without tags, in training and in the distance to the teacher."""
+    student = student_of(weights=0.25, temperature=1.0)
+    texts = [LONG.with_tag(90, place), SHORT, SHORT.with_tag(91, place)]
+    item = batch_of(texts)
+    assert int(predicted_in(item).sum()) == int(item["targets"]) == sum(each.scored for each in texts) == 31 + 16 + 16
+    teacher = student._lesson.teacher
+    assert isinstance(teacher, BesideStudent)
+    cross_entropy = distance = 0.0
+    for text in texts:
+        ids, first = torch.tensor([text.ids]), 1 if text.tag is None else 2
+        with torch.no_grad():
+            ours, theirs = (model(ids).logits[0, first - 1 : -1].log_softmax(-1) for model in (student.student, teacher._model))
+        cross_entropy -= float(ours.gather(-1, ids[0, first:, None]).sum())
+        distance += float((theirs.exp() * (theirs - ours)).sum())
+    student(**item)
+    figures = student.drain()
+    assert figures[CROSS_ENTROPY] == pytest.approx(cross_entropy / 63, rel=1e-5)
+    assert figures[DISTILLATION] == pytest.approx(distance / 63, rel=1e-4)
+    assert kl_to_teacher(student.student, student._lesson, Text(texts, 0)) == pytest.approx(distance / 63, rel=1e-4)
 
 
 def test_a_loss_is_per_token_whatever_the_length_and_number_of_texts() -> None:

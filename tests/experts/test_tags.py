@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from command_line import modekit
 from conftest import character_tokenizer, save, tiny_model, write_text
-from modekit.errors import SourceError, TextError, TrainingError
+from modekit.errors import MismatchError, SourceError, TextError, TrainingError, UnsupportedError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
@@ -27,10 +27,11 @@ from modekit.experts.specialize import specialize
 from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training, _Batches
+from modekit.run import Run
 from modekit.text.pairs import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of, tagged
+from modekit.text.tags import add_tags, all_tagged, labels_of, none_tagged, tag_ids, tag_of, tagged
 from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer
 from refusal import refuse
 
@@ -159,6 +160,25 @@ def test_a_tag_that_a_text_has_already_is_replaced_or_taken_out_and_never_double
             run(shop, "tied", tmp_path / "OUT", Labelled({"loud": [str(path)]}))
 
 
+@pytest.mark.parametrize("opening", ["", "<s>", "<s> </s>"])
+def test_a_tag_is_seen_behind_special_tokens_that_a_text_was_written_out_with(opening: str) -> None:
+    """Those of the tokenizer itself, and of sources, too; what begins with them and has no tag is text as any other."""
+    tokenizer = begun_tokenizer(opening)
+    add_tags(tokenizer, ["law"], where="test")
+    (sequence,) = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
+    written = [tokenizer.decode(sequence.ids), tokenizer.decode(tokenizer(tagged("of a deed", "law"))["input_ids"])]
+    begun = "".join(opening.split())
+    for text in (*written, f"{begun}<domain:law> of", f"{opening} <domain:law>of".lstrip(), "<domain:law> of"):
+        for document in (text, Pair(text, "deed")):
+            with pytest.raises(TextError, match="a text begins with a tag already"):
+                all_tagged(tokenizer, ["a deed", document], "law", where="test")
+            with pytest.raises(TextError, match="text of no domain begins with a tag"):
+                none_tagged(tokenizer, ["a deed", document], where="test")
+    plain = [f"{begun}a deed", f"{begun}<domain:unknown> of", f"{begun}of <domain:law>", Pair("a", "<domain:law> of")]
+    assert none_tagged(tokenizer, plain, where="test") == plain
+    assert len(all_tagged(tokenizer, plain, "law", where="test")) == 4
+
+
 def test_a_tag_is_not_predicted(shop: Path) -> None:
     """The loss is the sum over the tokens that are predicted without the tag, given it; computed here by hand."""
     for tokenizer in (character_tokenizer(), begun_tokenizer()):
@@ -183,9 +203,11 @@ def test_a_tag_is_not_predicted(shop: Path) -> None:
         )
 
 
-def begun_tokenizer() -> PreTrainedTokenizerFast:
+def begun_tokenizer(opening: str = "<s>") -> PreTrainedTokenizerFast:
     tokenizer = character_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{opening} $A".strip(), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return tokenizer
 
 
@@ -478,6 +500,72 @@ def test_an_adapter_has_no_place_for_new_tags(shop: Path, tmp_path: Path) -> Non
     with pytest.raises(TrainingError, match="weights that decay"):
         run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), training=TRAINING.with_(weight_decay=0.1))
     assert not (tmp_path / "OUT").exists()
+
+
+def test_encoder_and_decoder_with_an_embedding_each_have_no_place_for_new_tags(tmp_path: Path) -> None:
+    """Before anything is trained; tags that are there already are read as ever."""
+    texts, tokenizer = write_pairs(tmp_path, 40), pair_tokenizer()
+
+    def save_base() -> None:
+        sizes = dict.fromkeys(("vocab_size", "decoder_vocab_size"), len(tokenizer))
+        apart = {"share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+        pair_model("marian", **sizes, **apart, encoder_layers=1, decoder_layers=1).save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+
+    save_base()
+    for train in ("mlp", "full", "lora"):
+        with pytest.raises(UnsupportedError, match=r"an embedding each[\s\S]*BASE, --tags"):
+            run(tmp_path, "base", tmp_path / "OUT", Labelled(texts), train=train, run=UNTRAINED)
+    assert not (tmp_path / "OUT").exists()
+    add_tags(tokenizer, texts, where="test")
+    save_base()
+    record = run(tmp_path, "base", tmp_path / "OUT", Labelled(texts), training=TRAINING.with_(steps=1))
+    assert record["labels"] == {"tags": ["loud", "numbered"]}
+
+
+def refuse_to_train(stage: str, _done: int, _total: int) -> None:
+    assert stage != "train"
+
+
+UNTRAINED = Run(progress=refuse_to_train)
+
+
+@pytest.mark.parametrize("train", ["mlp", "lora", "full"])
+def test_tokens_that_a_base_has_no_rows_for_are_one_clear_error(shop: Path, tmp_path: Path, train: Any) -> None:
+    """Text may have them. Tags alone may be beyond the rows, and only where text is read with tags."""
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["fever"])
+    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    plain = [str(shop / "text" / "medicine.jsonl")]
+    for texts in (plain, labelled(shop, "medicine")):
+        with pytest.raises(MismatchError, match=r"1 tokens that the model has no embedding for[\s\S]*'fever'") as caught:
+            specialize(tmp_path / "base", tmp_path / "OUT", texts, root=shop, train=train, training=TRAINING, run=UNTRAINED)
+        assert "--tags" not in str(caught.value)
+    tokenizer = character_tokenizer()
+    add_tags(tokenizer, ["medicine"], where="test")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "<domain:medicine> a dose {n}"}}\n' for n in range(40)))
+    own = [str(tmp_path / "own.jsonl")]
+    with pytest.raises(MismatchError, match=r"no embedding for[\s\S]*'<domain:medicine>'[\s\S]*read text with --tags"):
+        specialize(tmp_path / "base", tmp_path / "OUT", own, root=shop, train=train, training=TRAINING, run=UNTRAINED)
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_text_of_no_domain_that_begins_with_a_tag_is_refused_among_tags(shop: Path, tmp_path: Path) -> None:
+    """Be it plain text or pairs; without tags it is read as it is."""
+    pairs, tokenizer = write_pairs(tmp_path, 40), pair_tokenizer()
+    (tmp_path / "plain.jsonl").write_text("".join(f'{{"text": "a deed {number}"}}\n' for number in range(40)))
+    for key, label, texts in (("text", "law", [str(shop / "text" / "law.jsonl")]), ("source", "loud", pairs["loud"])):
+        path = tmp_path / "plain.jsonl" if key == "text" else Path(pairs["numbered"][0])
+        path.write_text(path.read_text().replace(f'"{key}": "', f'"{key}": "<domain:{label}> '))
+        add_tags(tokenizer, [label], where="test")
+        reading, generic = Reading(tokenizer, shop, TRAINING), Generic([str(path)])
+        with pytest.raises(TextError, match=r"text of no domain begins with a tag[\s\S]*--generic"):
+            read_material(Labelled({label: texts}), generic, reading)
+        (tag,) = tag_ids(tokenizer, [label])
+        read = read_material(texts, generic, reading).sequences
+        assert {tag in each.ids for each in read} == {True, False}
 
 
 def test_what_has_no_place_for_a_tag_is_refused(shop: Path, tmp_path: Path) -> None:

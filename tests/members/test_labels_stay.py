@@ -63,6 +63,7 @@ def test_plain_transformers_takes_a_label(shop: Workshop, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="there is no expert 'mail'; there are medicine, law, code, contracts, court, python"):
         model.use_expert("mail")
     nobody = [["court", None], ["court", "mail"], ["court", []], [["court"]], [0.0, 1], [3, "law"], ["law", -1], [], {}]
+    nobody += [["law", True], [True, "law"], (0, True), torch.empty(0, dtype=torch.int64)]
     for wrong in nobody:
         with pytest.raises(ValueError, match=r"there is no expert .*; there are medicine, law, code, contracts, court, python"):
             model.use_expert(wrong)

@@ -189,6 +189,17 @@ def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_w
         train(open_checkpoint(out), settings(tags=True), evaluate_tokens=None, texts=texts)
 
 
+def test_text_of_no_domain_that_begins_with_a_tag_is_refused_among_tags(tagged_workshop: Workshop) -> None:
+    """It would be read with a tag after all; where no tags are asked for it is read as it is."""
+    file, out = tagged_workshop.root / "of-law.jsonl", tagged_workshop.build("generic-tags", mixture=ROUTED)
+    file.write_text("".join(json.dumps({"text": f"<domain:law> a deed {number}"}) + "\n" for number in range(40)))
+    said: dict[str, Any] = {"generic": [str(file)], "generic_share": 0.3}
+    with pytest.raises(TextError, match=r"text of no domain begins with a tag[\s\S]*where: +generic"):
+        train(open_checkpoint(out), settings(tags=True, **said), evaluate_tokens=None)
+    read = read_texts(open_checkpoint(out), settings(**said), {}, tagged_workshop.root, run=QUIET)[-1]
+    assert read.corpus.expert == GENERIC and {each.ids[0] for each in read.corpus.sequences} == {TAGS[1]}
+
+
 def check_rows(corpora: list[Corpus], rows: Any, item: dict[str, torch.Tensor]) -> int:
     """Compare every sequence of some rows with its own; how many had their label changed."""
     changed = 0
@@ -290,6 +301,10 @@ def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:
         assert ids == ([] if draw.label == GENERIC else [TAGS[draw.label]]) + source
     assert {draw.label for (draw,) in parts[0].rows} == {GENERIC, 0, 1, 2}
     assert train(checkpoint, said, evaluate_tokens=None).improved
+    own = tmp_path / "own-tags.jsonl"
+    own.write_text((tmp_path / "law.jsonl").read_text().replace('"source": "', '"source": "<domain:law> '))
+    with pytest.raises(TextError, match="text of no domain begins with a tag"):
+        read_texts(checkpoint, said.model_copy(update={"generic": [str(own)]}), {}, tmp_path, run=QUIET)
 
 
 def test_the_table_shows_the_mixture_with_the_right_tag_too(tagged_workshop: Workshop) -> None:

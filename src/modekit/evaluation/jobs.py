@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.identity import mixture_identities, source_hashes
-from modekit.evaluation.labels import Labels, experts_told, no_place_for_a_tag, tags_told, with_tag
+from modekit.evaluation.labels import Labels, experts_told, have_tags, no_place_for_a_tag, tags_told, with_tag
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_expert
 from modekit.loaded.load import load_model
@@ -120,7 +120,7 @@ def label_jobs(
         job = replace(plain[model], name=labels.row(model, told), kind="label")
         if told != "none" and labels.by == "gate":
             job = _by_gate(checkpoint, job, places)
-        elif told != "none" or any(each.tag is not None for domain in domains for each in domain.sequences):
+        elif told != "none" or have_tags(domain.sequences for domain in domains):
             job = _by_tag(job, tags_told(places, recipe, known), tokenizer)
         jobs.append(job)
     return jobs

@@ -10,7 +10,7 @@ A label is told by `gate`, where all weight is its expert's, or by `tag`, the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -129,6 +129,11 @@ def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequen
         return [each.with_tag(None) for each in sequences]
     (tag,), opening = tag_ids(tokenizer, [label]), opening_ids(tokenizer)
     return [each.with_tag(tag, place_of_tag(opening, each.ids)) for each in sequences]
+
+
+def have_tags(texts: Iterable[Sequence[TokenSequence]]) -> bool:
+    """Whether some text has a tag of its own."""
+    return any(each.tag is not None for text in texts for each in text)
 
 
 def no_place_for_a_tag(domain: str) -> TextError:

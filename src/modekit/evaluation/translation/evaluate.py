@@ -24,6 +24,7 @@ from modekit.evaluation.labels import (
     Told,
     check_labels,
     experts_told,
+    have_tags,
     longest_with_tag,
     notes_of_labels,
     tags_told,
@@ -220,7 +221,7 @@ class _Translator:
     @property
     def _have_tags(self) -> bool:
         """Whether some source has a tag of its own."""
-        return any(each.tag is not None for domain in self._domains for each in domain.encoded)
+        return have_tags(domain.encoded for domain in self._domains)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that writes as is asked, and has written something: what is slow the first time is not measured."""
@@ -311,9 +312,11 @@ def _label_notes(
 ) -> Iterator[str]:
     """Which labels were told, and what they are worth."""
     means = {row.name: row.mean(results.domains) for row in results.rows}
+    as_is = labels.by == "gate" or not have_tags(each.encoded for each in domains)
     gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
-        with_label, without = means.get(labels.row(model, told)), means.get(labels.row(model, "none"), means.get(model))
+        with_label = means.get(labels.row(model, told))
+        without = means.get(labels.row(model, "none"), means.get(model) if as_is else None)
         if told != "none" and with_label is not None and without is not None:
             bleu, chrf = (getattr(with_label, name) - getattr(without, name) for name in ("bleu", "chrf"))
             gains[model, told] = [Gain(bleu, "BLEU", 1), Gain(chrf, "chrF", 1)]
