@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.loaded.next_token import Passes, Training, training_sequences
+from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
@@ -48,11 +49,12 @@ class Generic:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read: by which tokenizer, from where, and how long and fast."""
+    """What is read: by which tokenizer, from where, and how long and fast; `directions` are those of all that was read so far."""
 
     tokenizer: PreTrainedTokenizerBase
     root: Path
     training: Training
+    directions: Directions = field(default_factory=Directions)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Material:
 def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
     """Read the fit split of all texts, and what is held out of those of a domain.
 
-    Raises TextError where one has nothing left, or is to have a tag and is a conversation.
+    Raises TextError where one has nothing left, is to have a tag and is a conversation, or has pairs that go another way than
+    those of another: a tag says of which domain a text is, and not into which language it goes.
     """
     named = texts.texts if isinstance(texts, Labelled) else {None: texts}
     fit: list[str] = []
@@ -108,10 +111,12 @@ def read_domain(
 ) -> tuple[list[str], list[TokenSequence], Domain]:
     """Documents to train on, the same as sequences, and sequences that are held out; with the tag of a label, if there is one.
 
-    Raises TextError when nothing is left, and for text of no label that has a tag of its own where others are read with `tags`.
+    Raises TextError when nothing is left, for pairs that go another way than those that were read before, and for text of no
+    label that has a tag of its own where others are read with `tags`.
     """
     where = where if label is None else f"{where} {label}=..."
     text = read_text(specs, root=reading.root, where=where)
+    reading.directions.add(text.documents, where=where)
     fit, report, training = text.fit(), text.report(), reading.training
 
     def written(documents: list[str]) -> list[str]:

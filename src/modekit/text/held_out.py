@@ -128,6 +128,12 @@ class RecipeTexts:
         expert = self._recipe.experts[place]
         return self._text(expert.text, f"experts[{place}] '{expert.name}': text") if expert.text else None
 
+    def beside(self, specs: Sequence[str], *, root: Path, where: str) -> DomainText:
+        """A text that a command names, beside those of the recipe or in place of one: it goes the same way as they do."""
+        text = read_text(specs, root=root, where=where)
+        self._directions.add(text.documents, where=where)
+        return text
+
     def fit(self, place: int) -> list[str]:
         """The documents that may set the router for an expert, none where it has no text."""
         own = self.own(place)
@@ -170,9 +176,7 @@ class RecipeTexts:
 
     def _text(self, specs: Sequence[str], where: str) -> DomainText:
         if where not in self._read:
-            text = read_text(specs, root=self._root, where=where)
-            self._directions.add(text.documents, where=where)
-            self._read[where] = text
+            self._read[where] = self.beside(specs, root=self._root, where=where)
         return self._read[where]
 
 

@@ -14,7 +14,7 @@ from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
-from modekit.text.held_out import MORE, DomainText, read_text
+from modekit.text.held_out import MORE, DomainText
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
@@ -47,7 +47,8 @@ def read_texts(
 ) -> list[Text]:
     """Text of every domain, in recipe order, then generic text.
 
-    `texts`, relative to `root`, counts more than the recipe's. Experts with neither are left out. Raises TextError.
+    `texts`, relative to `root`, counts more than the recipe's. Experts with neither are left out. Raises TextError, also for
+    pairs of a text that go another way than those of the others.
     """
     names = checkpoint.names
     unknown = [name for name in texts if name not in names]
@@ -59,14 +60,14 @@ def read_texts(
     own = recipe_texts(checkpoint)
     given: list[tuple[str, int, DomainText]] = []
     for place, name in enumerate(names):
-        text = read_text(texts[name], root=root, where=f"--text {name}") if name in texts else own.own(place)
+        text = own.beside(texts[name], root=root, where=f"--text {name}") if name in texts else own.own(place)
         given += [(name, place, text)] if text is not None else []
     if not given:
         raise TextError(
             "there is no text to train on", where="experts[].text, --text", remedy="give --text domain=FILE for every domain"
         )
     if settings.generic:
-        given.append((GENERIC_NAME, GENERIC, read_text(settings.generic, root=root, where="generic")))
+        given.append((GENERIC_NAME, GENERIC, own.beside(settings.generic, root=root, where="generic")))
     reader = _Reader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
     return [_in_sequences(name, expert, text, own.select_of(text), reader) for name, expert, text in given]
 

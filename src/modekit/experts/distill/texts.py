@@ -67,8 +67,10 @@ def read_texts(
     sequences: list[TokenSequence] = []
     held_out: list[TokenSequence] = []
     sizes: list[int] = []
+    reading = Reading(tokenizer, root, training)
     for together in [list(texts)] if mix is None else [[text] for text in texts]:
-        documents, of_these, of_others = read_domain(None, together, Reading(tokenizer, root, training))
+        where = "--text" if mix is None else f"--text {together[0]}"
+        documents, of_these, of_others = read_domain(None, together, reading, where=where)
         fit += documents
         sequences += of_these
         held_out += of_others.sequences
