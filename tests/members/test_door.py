@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from command_line import ended, modekit
 from conftest import Workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import SourceError
 from modekit.evaluation.evaluate import evaluate
 from modekit.experts.specialize import specialize
 from modekit.loaded.next_token import Training
@@ -22,6 +23,7 @@ from modekit.members.change import before_change
 from modekit.members.door import Door, look_at
 from modekit.members.listing import members_of
 from modekit.members.wanted import NewExpert, adding
+from pair_models import make_pair_workshop
 from refusal import borrow
 
 FEW = ("--tokens", "300")
@@ -87,6 +89,29 @@ def test_a_twin_is_kept_out(shop: Workshop) -> None:
     found = look_at(before_change(checkpoint, adding(checkpoint, "again", new)), tokens=300)
     assert found.nearest is not None and found.nearest[0] == "code" and found.nearest[1] > 0.999
     assert "nearly the same model as code" in found.refused[0].what
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_a_twin_with_an_encoder_is_kept_out(model_type: str, tmp_path: Path) -> None:
+    made = make_pair_workshop(tmp_path, model_type)
+    checkpoint = open_checkpoint(made.build(mixture={"top_k": 1, "router": {"fit": "random"}}))
+    found = look_at(before_change(checkpoint, adding(checkpoint, "twin", NewExpert({"model": "./law"}, tmp_path))))
+    assert found.drift > 0.1 and set(found.likeness) == set(checkpoint.names)
+    assert found.nearest is not None and found.nearest[0] == "law" and found.nearest[1] > 0.999
+    assert [finding.what for finding in found.refused] == ["it is nearly the same model as law"]
+
+
+def test_a_damaged_model_with_an_encoder_is_kept_out(tmp_path: Path) -> None:
+    made = make_pair_workshop(tmp_path, "bart")
+    checkpoint = open_checkpoint(made.build(mixture={"top_k": 1, "router": {"fit": "random"}}))
+    shutil.copytree(tmp_path / "law", tmp_path / "damaged")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "damaged")
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "damaged")
+    before = before_change(checkpoint, adding(checkpoint, "damaged", NewExpert({"model": "./damaged"}, tmp_path)))
+    with pytest.raises(SourceError, match="NaN or Inf"):
+        look_at(before)
 
 
 def test_without_text_that_is_said(shop: Workshop) -> None:

@@ -3,7 +3,8 @@
     loss of base, mixture and expert on the expert's held-out text (select split), in nats per token
     drift     |D| / |base|        cosine, distance    of D to that of each expert that is there        (search/advise/drift.py)
 
-D is the difference from the base, here in the tensors of the first, the middle and the last layer.
+D is the difference from the base, here in the tensors of the first, the middle and the last layer; of encoder and decoder
+each, where there are both.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from modekit.checkpoint.record import SourceRecord
 from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.members.licences import facts, licence_of, sources_of
+from modekit.recipes.layers import Layer, layer_at
 from modekit.run import QUIET, Run
 from modekit.search.advise.drift import compare
 from modekit.search.advise.findings import Finding
@@ -146,8 +148,9 @@ def _likeness(
     if plan.recipe.experts[place].is_base:
         return 0.0, {}
     groups = groups_of(base, plan.family)
-    looked_at = {0, plan.layers // 2, plan.layers - 1}
+    looked_at = _looked_at(plan.family.sizes(base.config))
     sample = {name: group for name, group in groups.items() if split_layer(name)[0] in looked_at}
+    assert sample, looked_at
     found = compare(base, [new, *others.values()], sample, run=run)
     if found.damaged[0]:
         raise SourceError(
@@ -158,6 +161,11 @@ def _likeness(
         return compare(base, [new], groups, run=run).total(0), {}
     pairs = ((name, found.cosine(0, number), found.distance(0, number)) for number, name in enumerate(others, 1))
     return found.total(0), {name: (cosine, distance) for name, cosine, distance in pairs if cosine is not None}
+
+
+def _looked_at(sizes: Mapping[str, int]) -> set[Layer]:
+    """The first, the middle and the last layer of each stack, by its number of layers."""
+    return {layer_at(stack, number) for stack, count in sizes.items() for number in (0, count // 2, count - 1)}
 
 
 def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:
