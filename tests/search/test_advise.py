@@ -47,11 +47,15 @@ from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import documents_of_split, split_of
+from pair_models import PAIR_FAMILIES, make_pair_workshop, pair_model
 from refusal import borrow, copy_expert, refuse, run_python, tree
 from rounding import assert_close
 
 TRAINING = Training(steps=12, learning_rate=5e-3, batch_tokens=512, sequence_length=64, held_out_tokens=200)
 TOKENS = 400
+PAIRS_OF_ALL_FAMILIES = [
+    *({"model_type": name} for name in PAIR_FAMILIES), {"model_type": "t5", "feed_forward_proj": "gated-gelu"},
+]  # fmt: skip
 
 
 def source(folder: Path, label: str = "model") -> ModelSource:
@@ -140,6 +144,46 @@ def test_groups_are_those_of_the_loaded_modules(model_type: str, tied: bool, tmp
         expected |= {id(parameter): "ffn" for parameter in layer.mlp.parameters()}
     names = {name: expected[id(parameter)] for name, parameter in model.named_parameters()}
     assert groups_of(base, family) == names
+
+
+@pytest.mark.parametrize("said", PAIRS_OF_ALL_FAMILIES, ids=lambda said: "-".join(said.values()))
+def test_groups_of_a_model_with_an_encoder_are_those_of_its_layers(said: dict[str, str], tmp_path: Path) -> None:
+    """By the classes' attributes: T5 numbers what its layers have, the others call fc1 and fc2 themselves."""
+    model = pair_model(**said)
+    save(model, tmp_path / "base")
+    base = source(tmp_path / "base")
+    found = groups_of(base, family_of(base.config, where=""))
+    parts: dict[str, set[str]] = {"ffn": set(), "attention": set(), "embeddings": set()}
+    for name, module in model.named_modules():
+        is_outside = isinstance(module, torch.nn.Embedding) and "Attention" not in name
+        kind = "embeddings" if is_outside else _KINDS.get(name.rpartition(".")[2])
+        if kind is not None:
+            parts[kind] |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+    for group, expected in parts.items():
+        assert {name for name in found if found[name] == group} == expected & set(found), group
+        assert expected & set(found)
+    assert {name for name in found if found[name] == "head"} <= {"final_logits_bias"}
+    assert all("norm" in name for name in found if found[name] == "norms")
+
+
+_KINDS = {
+    "fc1": "ffn", "fc2": "ffn", "DenseReluDense": "ffn",
+    "self_attn": "attention", "encoder_attn": "attention", "SelfAttention": "attention", "EncDecAttention": "attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_advice_knows_ffn_experts_with_an_encoder(model_type: str, tmp_path: Path) -> None:
+    """Experts that differ from the base in their FFN alone need nothing else of their own, whatever stack it is in."""
+    workshop = make_pair_workshop(tmp_path, model_type)
+    base = tmp_path / "base"
+    for expert in workshop.recipe["experts"]:
+        own = tmp_path / f"{expert['name']}-ffn"
+        specialize(base, own, [expert["text"]], root=tmp_path, train="mlp", training=TRAINING)
+        expert["model"] = f"./{own.name}"
+    advice = run(workshop)
+    assert advice.facts is not None and not advice.facts.outside_ffn and advice.drift.share(0, "ffn") == 1
+    assert advice.choices[0].mixture == {"modules": "auto"}
 
 
 def test_drift_of_planted_changes_is_exact(shared_workshop: Workshop, tmp_path: Path) -> None:
