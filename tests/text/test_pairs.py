@@ -164,7 +164,7 @@ def test_one_domain_has_pairs_or_plain_text(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="pairs and plain text"):
         list(make_batches([TokenSequence((1, 2), 0), TokenSequence((1, 2), 0, target=(3,))]))
     write_lines(tmp_path / "b.jsonl", [{"source": f"{number}", "target": "b"} for number in range(20)])
-    with pytest.raises(TextError, match="pairs and plain text"):
+    with pytest.raises(TextError, match=r"prompts are plain text[\s\S]*experts\[0\] 'one': prompts[\s\S]*'a question'"):
         fit_documents(Expert(name="one", model="x", text=["b.jsonl"], prompts=["a question"]), tmp_path, 0)
 
 

@@ -100,7 +100,8 @@ def _check_text(plan: Plan, before: Before | None) -> None:
     for number, expert in enumerate(plan.recipe.experts):
         known = before is not None and expert.name in before.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
-            directions.add(fit_documents(expert, plan.root, number), where=f"experts[{number}] '{expert.name}': text")
+            documents = fit_documents(expert, plan.root, number, pairs=plan.family.pair)
+            directions.add(documents, where=f"experts[{number}] '{expert.name}': text")
 
 
 def _check_copies(plan: Plan, before: Before | None) -> None:

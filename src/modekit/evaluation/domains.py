@@ -14,6 +14,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.chat import Conversation
 from modekit.text.held_out import HeldOutText, RecipeTexts
+from modekit.text.pairs import check_kind
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import HeldOutSplit, text_record
 
@@ -59,10 +60,13 @@ def held_out_domains(
     seen: Collection[str] = (),
     run: Run = QUIET,
 ) -> list[Domain]:
-    """The text every row is scored on, as token sequences; see `held_out_texts`."""
+    """The text every row is scored on, as token sequences; see `held_out_texts`. Raises TextError as it does, and for text of
+    another kind than the mixture reads.
+    """
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     domains = []
     for held in held_out_texts(checkpoint, split=split, seen=seen):
+        check_kind(held.documents, pairs=checkpoint.shape.family.pair, where=held.text.where)
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
         if not domain.sequences:
             raise _nothing_held_out(held)

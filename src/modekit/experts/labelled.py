@@ -49,7 +49,7 @@ class Generic:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read: by which tokenizer, from where, and how long and fast; `directions` are those of all that was read so far."""
+    """What is read: by which tokenizer, from where, and how long and fast; `directions`: of all that was read so far."""
 
     tokenizer: PreTrainedTokenizerBase
     root: Path
@@ -130,7 +130,7 @@ def read_domain(
     held_out = encode(
         reading.tokenizer, written(report), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length
     )
-    return fit, sequences, Domain(label or "held-out", None, held_out, {})
+    return fit, sequences, Domain(label or where, None, held_out, {})
 
 
 def generic_share(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from modekit.errors import SourceError, TextError
 from modekit.sources.names import in_decoder
+from modekit.text.pairs import other_kind
 from modekit.text.sequences import Batch, TokenSequence
 
 _READS_ENCODER = re.compile(r"\.(encoder_attn\.[kv]_proj|EncDecAttention\.[kv])(\.|$)")
@@ -39,7 +40,7 @@ def check_text(model: PreTrainedModel, texts: Iterable[TokenSequence], *, where:
     """Raise TextError where a model with an encoder is to read plain text, or another one pairs."""
     needs = has_encoder(model)
     if any(bool(text.target) != needs for text in texts):
-        raise _another_kind(needs, where)
+        raise other_kind(needs, where=where)
 
 
 def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
@@ -49,7 +50,7 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     Raises TextError as `check_text`.
     """
     if (batch.target is not None) != has_encoder(model):
-        raise _another_kind(has_encoder(model), None)
+        raise other_kind(has_encoder(model))
     _check_length(model, batch)
     given = batch.to(model.device)
     inputs = {"input_ids": given.input_ids, "attention_mask": given.mask.long()}
@@ -110,17 +111,3 @@ def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     moved = labels.masked_fill(labels < 0, config.pad_token_id).roll(1, dims=1)
     moved[:, 0] = config.decoder_start_token_id
     return moved
-
-
-def _another_kind(needs_pairs: bool, where: str | None) -> TextError:
-    if needs_pairs:
-        return TextError(
-            "a model with an encoder needs pairs of source and target, and this is plain text", where=where,
-            expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
-            "or two files with a line for a line: news.en+news.fr",
-            remedy="give parallel text",
-        )  # fmt: skip
-    return TextError(
-        "a model without an encoder reads plain text, and these are pairs of source and target", where=where,
-        remedy="give plain text, or write source and target of each pair into one text",
-    )  # fmt: skip

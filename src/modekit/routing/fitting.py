@@ -39,6 +39,11 @@ class Fitting:
         """Of the router."""
         return self.recipe.mixture.router
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the mixture's models read pairs."""
+        return self.checkpoint.shape.family.pair
+
 
 @dataclass(frozen=True)
 class FittedRouter:

@@ -103,7 +103,7 @@ class Reader:
         if known and expert.name in self._fitting.stays:
             return DomainToRead(place, expert.name, path, kept, processes().agree(True))
         try:
-            documents = fit_documents(expert, self._fitting.root, place)
+            documents = fit_documents(expert, self._fitting.root, place, pairs=self._fitting.reads_pairs)
         except TextError as error:
             if known:
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))

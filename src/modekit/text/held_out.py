@@ -38,7 +38,7 @@ from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.directions import Directions, check_pairs
 from modekit.text.documents import found_in, read_documents
-from modekit.text.pairs import of_one_kind
+from modekit.text.pairs import Pair, check_kind
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
@@ -87,14 +87,23 @@ def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
     return DomainText(documents, where, found_in(documents, specs, root))
 
 
-def fit_documents(expert: Expert, root: Path, place: int) -> list[str]:
+def fit_documents(expert: Expert, root: Path, place: int, *, pairs: bool | None = None) -> list[str]:
     """The documents that may set the router for an expert: its prompts, and the fit split of its text.
 
-    Raises TextError when none are left.
+    Raises TextError when none are left, and where they are not what the base reads, `pairs` or plain text (None: not known).
     """
     where = f"experts[{place}] '{expert.name}': text"
     text = read_text(expert.text, root=root, where=where) if expert.text else DomainText((), where, None)
-    documents = list(of_one_kind([*(expert.prompts or []), *text.fit()], where=where))
+    fit, prompts = text.fit(), expert.prompts or []
+    if pairs is not None:
+        check_kind(fit, pairs=pairs, where=where)
+    if prompts and (pairs or any(isinstance(document, Pair) for document in fit)):
+        raise TextError(
+            "prompts are plain text, and cannot stand beside pairs", where=f"experts[{place}] '{expert.name}': prompts",
+            found=repr(prompts[0][:60]), expected="no prompts: a model with an encoder needs a target for every source",
+            remedy="remove them, or give them with their targets as text",
+        )  # fmt: skip
+    documents = [*prompts, *fit]
     if not documents:
         raise text.nothing_left("no document is left for the fit after the held-out split")
     return documents

@@ -90,3 +90,25 @@ def both_kinds(*, where: str | None = None, found: str | None = None) -> TextErr
         expected="pairs alone, for models with an encoder, or plain text alone, for the others",
         remedy="leave out one kind: text files, records and prompts alike",
     )  # fmt: skip
+
+
+def check_kind(documents: Iterable[str], *, pairs: bool, where: str) -> None:
+    """Raise TextError where a model that reads `pairs` is given plain text, or another one pairs."""
+    odd = next((document for document in documents if isinstance(document, Pair) != pairs), None)
+    if odd is not None:
+        raise other_kind(pairs, where=where, found=repr(odd[:60]))
+
+
+def other_kind(needs_pairs: bool, *, where: str | None = None, found: str | None = None) -> TextError:
+    """The error of text that is not of the kind that a model reads."""
+    if needs_pairs:
+        return TextError(
+            "a model with an encoder needs pairs of source and target, and this is plain text", where=where, found=found,
+            expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
+            "or two files with a line for a line: news.en+news.fr",
+            remedy="give parallel text; a record that has a 'text', too, is read as that alone: take it out",
+        )  # fmt: skip
+    return TextError(
+        "a model without an encoder reads plain text, and these are pairs of source and target", where=where, found=found,
+        remedy="give plain text, or write source and target of each pair into one text",
+    )  # fmt: skip

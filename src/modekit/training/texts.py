@@ -15,6 +15,7 @@ from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
 from modekit.text.held_out import MORE, DomainText
+from modekit.text.pairs import check_kind
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
@@ -48,7 +49,7 @@ def read_texts(
     """Text of every domain, in recipe order, then generic text.
 
     `texts`, relative to `root`, counts more than the recipe's. Experts with neither are left out. Raises TextError, also for
-    pairs of a text that go another way than those of the others.
+    text of another kind than the mixture reads, and for pairs that go another way than those of the other texts.
     """
     names = checkpoint.names
     unknown = [name for name in texts if name not in names]
@@ -68,6 +69,8 @@ def read_texts(
         )
     if settings.generic:
         given.append((GENERIC_NAME, GENERIC, own.beside(settings.generic, root=root, where="generic")))
+    for _, _, text in given:
+        check_kind(text.documents, pairs=checkpoint.shape.family.pair, where=text.where)
     reader = _Reader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
     return [_in_sequences(name, expert, text, own.select_of(text), reader) for name, expert, text in given]
 

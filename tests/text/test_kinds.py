@@ -1,0 +1,96 @@
+"""Pairs for a model that reads text, and text for one that reads pairs: refused by whoever reads it, with its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Workshop, make_workshop
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import TextError
+from modekit.experts.specialize import specialize
+from modekit.loaded.next_token import Training
+from modekit.recipes.recipe import Expert
+from modekit.text.held_out import fit_documents
+from modekit.text.records import data_of
+from modekit.training.settings import train_settings
+from modekit.training.train import train
+from pair_models import make_pair_workshop, pairs
+from refusal import refuse, refuse_build
+
+PLAIN = [{"text": f"plain {number} text"} for number in range(60)]
+PAIRS = [data_of(pair) for pair in pairs(60)]
+FITS: dict[str, dict[str, Any]] = {
+    "lexical": {"fit": "lexical"}, "ngram": {"fit": "ngram", "buckets": 64}, "classifier": {"fit": "classifier"},
+    "logistic": {"fit": "logistic"},
+}  # fmt: skip
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def of_pairs(root: Path) -> tuple[Workshop, list[dict[str, Any]], str]:
+    return make_pair_workshop(root, "bart"), PLAIN, "needs pairs"
+
+
+def of_text(root: Path) -> tuple[Workshop, list[dict[str, Any]], str]:
+    return make_workshop(root), PAIRS, "reads plain text"
+
+
+Made = Callable[[Path], tuple[Workshop, list[dict[str, Any]], str]]
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("made", [of_pairs, of_text])
+def test_a_build_refuses_the_other_kind_whatever_its_router_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made, fit: str
+) -> None:
+    shop, wrong, says = made(tmp_path)
+    write(tmp_path / "wrong.jsonl", wrong)
+    for expert in shop.recipe["experts"][1:]:
+        expert["text"] = "./wrong.jsonl"
+    monkeypatch.setattr("modekit.building.build.staging", None)  # before anything is copied
+    message = refuse_build(shop, mixture={"top_k": 2, "router": FITS[fit]})
+    assert says in message and "where:    experts[1] 'law': text" in message, message
+
+
+@pytest.mark.parametrize("made", [of_pairs, of_text])
+def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path, made: Made) -> None:
+    shop, wrong, says = made(tmp_path)
+    mixture = {"top_k": 2, "router": FITS["ngram"]}
+    write(tmp_path / "wrong.jsonl", wrong)
+    out = shop.build(mixture=mixture, eval={"music": "./wrong.jsonl"})
+    message = refuse("eval", out)
+    assert says in message and "where:    eval.music" in message
+    settings = train_settings({"what": ["mlp"], "generic": [str(tmp_path / "wrong.jsonl")]}, where="test")
+    with pytest.raises(TextError, match=rf"{says}[\s\S]*generic"):
+        train(open_checkpoint(out), settings)
+    for expert in shop.recipe["experts"]:
+        write(tmp_path / expert["text"], wrong)
+    message = refuse("fit", out, "--fit", "lexical")
+    assert says in message and "experts[0] 'medicine': text" in message
+
+
+def test_a_specialist_says_that_it_was_the_text(tmp_path: Path) -> None:
+    shop, wrong, says = of_pairs(tmp_path)
+    write(tmp_path / "wrong.jsonl", wrong)
+    with pytest.raises(TextError, match=says) as caught:
+        specialize(shop.root / "base", tmp_path / "no", ["./wrong.jsonl"], root=tmp_path, training=Training(steps=1))
+    assert caught.value.where == "--text"
+
+
+def test_prompts_are_no_pairs(tmp_path: Path) -> None:
+    """The prompt is what is wrong, and not the pair."""
+    write(tmp_path / "right.jsonl", PAIRS)
+    for expert in (
+        Expert(name="one", model="x", text=["right.jsonl"], prompts=["a question"]),
+        Expert(name="one", model="x", prompts=["a question"]),
+    ):
+        with pytest.raises(TextError, match="prompts are plain text") as caught:
+            fit_documents(expert, tmp_path, 0, pairs=True)
+        assert caught.value.where == "experts[0] 'one': prompts" and "a question" in str(caught.value.found)
