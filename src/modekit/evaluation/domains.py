@@ -15,7 +15,7 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import Conversation
 from modekit.text.held_out import HeldOutText, RecipeTexts
 from modekit.text.pairs import check_kind
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import HeldOutSplit, text_record
 
 
@@ -69,7 +69,8 @@ def held_out_domains(
         check_kind(held.documents, pairs=checkpoint.shape.family.pair, where=held.text.where)
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
         if not domain.sequences:
-            raise _nothing_held_out(held)
+            where, found = held.text.where, held.text.found
+            raise none_fits(held.documents, sequence_length, where=where, found=found, most=tokens_per_domain)
         domains.append(domain)
     return domains
 
@@ -94,6 +95,11 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
 
 
 def _nothing_held_out(held: HeldOutText) -> TextError:
+    if held.used:
+        return held.text.nothing_left(
+            "no held-out document is left to evaluate on: all of them set the router, trained a model or chose its state",
+            expected="documents that nothing was made from", remedy="give other text under eval",
+        )  # fmt: skip
     return held.text.nothing_left(
         "no held-out document is left to evaluate on",
         remedy="give more documents (one in ten is held out), or other text under eval",

@@ -15,7 +15,7 @@ from modekit.evaluation.domains import Domain
 from modekit.loaded.next_token import Passes, Training, training_sequences
 from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
 from modekit.training.batches import drawn_label
@@ -125,8 +125,10 @@ def read_domain(
         return none_tagged(reading.tokenizer, documents, where=where) if tags else documents
 
     sequences = training_sequences(reading.tokenizer, written(fit), training)
-    if not sequences:
+    if not fit:
         raise text.nothing_left("no document is left for training after the held-out split")
+    if not sequences:
+        raise none_fits(fit, training.sequence_length, where=where, found=text.found)
     held_out = encode(
         reading.tokenizer, written(report), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length
     )

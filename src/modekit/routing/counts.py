@@ -16,13 +16,12 @@ import torch
 from pydantic import BaseModel, Field
 
 from modekit.architecture.modekit_router import ngram_rows
-from modekit.errors import TextError
 from modekit.files.typed import Count, as_kind
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import SHARE, chats_of, read_chats
 from modekit.routing.kept import Get, checked, load_kept, save_kept
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import digest_of, text_record
 
 _MOST_TOKENS = 2**26  # counted per domain: a million takes seconds, and more hardly changes the odds
@@ -90,7 +89,7 @@ def count_domain(
         if tokens >= _MOST_TOKENS - 1:
             break
     if not tokens:
-        raise TextError("the text is shorter than two tokens", where=where, remedy="give more text")
+        raise none_fits(documents, settings.sequence_length, where=where)
     rows_N = torch.cat(sample) if sample else torch.empty(0, dtype=torch.int32)
     return NgramStatistics(counts_H, rows_N, tuple(len(rows) for rows in sample), tokens, source)
 

@@ -23,7 +23,7 @@ from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, Conversation, chat_template_of
 from modekit.text.pairs import Pair
 from modekit.text.passages import WORD
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
 
 Tokens = tuple[torch.Tensor, int]
@@ -48,6 +48,20 @@ def read_examples(
     chats = read_chats(tokenizer, documents, expert, settings, len(plain), most=most // SHARE)
     room = most - sum(len(chat.ids) for chat in chats)
     return [*(list(_first(plain, room)) or plain[:1]), *chats]
+
+
+def examples_of(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], whose: tuple[int, Expert], settings: Router
+) -> list[TokenSequence]:
+    """The same, of as many tokens as a router reads per domain, which is at least one sequence; `whose`: an expert with its
+    place. Raises TextError also where there is nothing to read.
+    """
+    place, expert = whose
+    most = settings.tokens_per_domain
+    sequences = read_examples(tokenizer, documents, expert, settings, most=most)
+    if not sequences:
+        raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'", most=most)
+    return sequences
 
 
 def read_chats(

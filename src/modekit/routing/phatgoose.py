@@ -17,9 +17,8 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.modekit import flow_of, place_routers
 from modekit.loaded.next_token import Training, train_language_model
-from modekit.routing.examples import read_examples
+from modekit.routing.examples import examples_of
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.routing.read import check_length
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import text_record
@@ -32,13 +31,13 @@ def learned_gates(fitting: Fitting) -> FittedRouter:
     """Gates trained expert by expert on the fit split of their text. Raises TextError."""
     recipe, settings = fitting.recipe, fitting.settings
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
-    texts = [fit_documents(expert, fitting.root, place, pairs=fitting.reads_pairs) for place, expert in enumerate(recipe.experts)]
-    sequences = [
-        read_examples(tokenizer, documents, expert, settings, most=settings.tokens_per_domain)
-        for expert, documents in zip(recipe.experts, texts, strict=True)
+    texts = [
+        fit_documents(expert, fitting.root, place, pairs=fitting.reads_pairs) for place, expert in enumerate(recipe.experts)
     ]
-    for place, expert in enumerate(recipe.experts):
-        check_length(place, expert, sequences[place])
+    sequences = [
+        examples_of(tokenizer, documents, (place, expert), settings)
+        for place, (expert, documents) in enumerate(zip(recipe.experts, texts, strict=True))
+    ]
     counts = [sum(sequence.size for sequence in own) for own in sequences]
     gates = _train_gates(fitting, sequences)
     text = {

@@ -21,7 +21,7 @@ from modekit.processes import processes
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
-from modekit.routing.examples import chats_of, read_examples, without_text
+from modekit.routing.examples import chats_of, examples_of, without_text
 from modekit.routing.fitting import Fitting
 from modekit.routing.statistics import DomainStatistics, load_statistics
 from modekit.run import QUIET, Run
@@ -46,15 +46,6 @@ def read_statistics(
         missing = [(reader, domain) for reader, domain in domains if not domain.known]
         if missing:
             readers[0].read_together(missing)
-
-
-def check_length(place: int, expert: Expert, sequences: Sequence[TokenSequence]) -> None:
-    """Raise TextError when there is nothing to read."""
-    if not sequences:
-        raise TextError(
-            "the text is shorter than two tokens, or every pair of it longer than sequence_length",
-            where=f"experts[{place}] '{expert.name}'", remedy="give more text, or a larger sequence_length",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,7 @@ class Reader:
             if known:
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))
             raise without_text(error, kept and kept.source.get("how"), how) from None
-        sequences = read_examples(self._tokenizer, documents, expert, self._settings, most=self._settings.tokens_per_domain)
-        check_length(place, expert, sequences)
+        sequences = examples_of(self._tokenizer, documents, (place, expert), self._settings)
         source = {"text": text_record(documents, sum(sequence.size for sequence in sequences)), "how": how}
         domain = DomainToRead(place, expert.name, path, kept, known=True)
         if processes().agree(kept is not None and kept.source == source):

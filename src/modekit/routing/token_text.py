@@ -24,7 +24,7 @@ from modekit.routing.examples import Tokens, chats_of, read_examples, without_te
 from modekit.routing.fitting import Fitting
 from modekit.routing.kept import Get, checked, load_kept, save_kept
 from modekit.text.held_out import RecipeTexts, fit_documents
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import text_record
 
 
@@ -165,9 +165,7 @@ def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, choosing
         return kept
     sequences = read_examples(tokenizer, documents, expert, settings, most=MOST_TOKENS)
     if not sequences:
-        raise TextError(
-            "the text is shorter than two tokens", where=f"experts[{place}] '{expert.name}'", remedy="give more text"
-        )
+        raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'")
     lengths = torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32)
     ids_N = torch.tensor([each for sequence in sequences for each in sequence.ids], dtype=torch.int32)
     starts = torch.tensor([sequence.start for sequence in sequences], dtype=torch.int32)

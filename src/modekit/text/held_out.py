@@ -72,12 +72,15 @@ class DomainText:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Documents of one domain that may choose or be shown; `expert` is the place of its expert, None for an unseen domain."""
+    """Documents of one domain that may choose or be shown; `expert` is the place of its expert, None for an unseen domain;
+    `used`: how many more might, had nothing been made from or chosen by them.
+    """
 
     name: str
     expert: int | None
     documents: Sequence[str]
     text: DomainText
+    used: int = 0
 
 
 def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
@@ -155,7 +158,7 @@ class RecipeTexts:
     def select(self) -> list[HeldOutText]:
         """What may choose, of every expert that has text: its own, else what `eval` gives for its domain."""
         texts = [(place, name, self.own(place) or self._given(name)) for place, name in enumerate(self._recipe.names)]
-        return [HeldOutText(name, place, self.select_of(text), text) for place, name, text in texts if text is not None]
+        return [_held_out(name, place, text.select(), text, self._made) for place, name, text in texts if text is not None]
 
     def report(self, seen: Collection[str] = ()) -> list[HeldOutText]:
         """What may be shown, of the experts' domains and then of unseen ones: all that `eval` gives, else the experts' own.
@@ -171,9 +174,9 @@ class RecipeTexts:
             place = names.index(name) if name in names else None
             given, own = self._given(name), None if place is None else self.own(place)
             if given is not None:
-                found.append(HeldOutText(name, place, unseen(given.documents, used), given))
+                found.append(_held_out(name, place, given.documents, given, used))
             elif own is not None:
-                found.append(HeldOutText(name, place, own.report(used), own))
+                found.append(_held_out(name, place, own.report(), own, used))
         return found
 
     def _chosen_by_the_fit(self, place: int) -> list[str]:
@@ -187,6 +190,11 @@ class RecipeTexts:
         if where not in self._read:
             self._read[where] = self.beside(specs, root=self._root, where=where)
         return self._read[where]
+
+
+def _held_out(name: str, expert: int | None, documents: Sequence[str], text: DomainText, used: Collection[str]) -> HeldOutText:
+    left = unseen(documents, used)
+    return HeldOutText(name, expert, left, text, len(documents) - len(left))
 
 
 def _marks(digests: Iterable[str]) -> set[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from modekit.errors import TextError
 from modekit.text.chat import ChatTemplate, Conversation, needed_template
 from modekit.text.pairs import Pair, both_kinds, of_one_kind
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
@@ -170,6 +171,22 @@ def encode(
         if total >= max_tokens - 1:
             break
     return sequences
+
+
+def none_fits(
+    documents: Sequence[str], sequence_length: int, *, where: str, found: str | None = None, most: int | None = None
+) -> TextError:
+    """The error of documents that `encode` has made no sequence of, be it of at most `most` tokens altogether."""
+    if not any(isinstance(document, Pair) for document in documents):
+        return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
+    few = most is not None and most < 2 * sequence_length  # a first pair that is larger is the end, however short its sides
+    longer = "read more tokens" if few else "ask for a longer sequence_length, up to the model's positions"
+    count = f"{len(documents)} pair{'' if len(documents) == 1 else 's'}, of which every one is longer"
+    return TextError(
+        "no pair is short enough to be read", where=where, found=f"{found}: {count}" if found else count,
+        expected=f"sides of at most {sequence_length} tokens" + (f", and of {most} together" if few else ""),
+        remedy=f"give shorter pairs, or {longer}",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

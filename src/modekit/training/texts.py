@@ -16,7 +16,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
 from modekit.text.held_out import MORE, DomainText
 from modekit.text.pairs import check_kind
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
 from modekit.training.batches import Corpus
@@ -116,7 +116,10 @@ def _in_sequences(
     fit = [document for document in text.fit() if _is_in_share(document, settings.share)]
     sequences = reader.encode(fit, name, expert, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)
     held_out = reader.encode(select, name, expert, max_tokens=settings.select_tokens)
-    for found, what in ((sequences, "training"), (held_out, "comparing states")):
+    for documents, found, what in ((fit, sequences, "training"), (select, held_out, "comparing states")):
+        if not found and documents:
+            most = None if documents is fit else settings.select_tokens
+            raise none_fits(documents, settings.sequence_length, where=text.where, found=text.found, most=most)
         if not found:
             raise text.nothing_left(
                 f"no document is left for {what}",

@@ -1,0 +1,98 @@
+"""Pairs that are too long for what reads them, and text that something was made from: the error says that it is this."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Workshop
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import TextError
+from modekit.evaluation.domains import held_out_domains
+from modekit.experts.distill.texts import read_texts as read_for_a_student
+from modekit.experts.labelled import Reading, read_material
+from modekit.loaded.next_token import Training
+from modekit.run import QUIET
+from modekit.search.tune.selection import read_selection
+from modekit.text.pairs import Pair
+from modekit.text.records import data_of
+from modekit.text.sequences import encode, none_fits
+from modekit.training.settings import train_settings
+from modekit.training.texts import read_texts
+from pair_models import make_pair_workshop, pair_tokenizer
+from refusal import refuse, refuse_build
+
+TOO_LONG = "no pair is short enough to be read"
+ROUTERS: dict[str, dict[str, Any]] = {
+    "lexical": {"fit": "lexical"}, "ngram": {"fit": "ngram", "buckets": 64}, "logistic": {"fit": "logistic"},
+}  # fmt: skip
+
+
+def long_pairs(path: Path, count: int = 60) -> str:
+    """Of 200 tokens a side."""
+    lines = (json.dumps(data_of(Pair(f"{number} " + "fever " * 33, f"{number} " + "DOSE " * 40))) for number in range(count))
+    path.write_text("\n".join(lines))
+    return f"./{path.name}"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    made = make_pair_workshop(tmp_path, "bart")
+    long_pairs(tmp_path / "long.jsonl")
+    return made
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_build_says_that_the_pairs_are_too_long(shop: Workshop, router: str) -> None:
+    shop.recipe["experts"][1]["text"] = "./long.jsonl"
+    message = refuse_build(shop, mixture={"top_k": 2, "router": {**ROUTERS[router], "sequence_length": 128}})
+    assert TOO_LONG in message and "experts[1] 'law'" in message and "at most 128 tokens" in message
+    assert "shorter pairs" in message and "more text" not in message
+
+
+def test_whatever_trains_says_so(shop: Workshop) -> None:
+    training = Training(sequence_length=128)
+    with pytest.raises(TextError, match=TOO_LONG) as caught:
+        read_material(["./long.jsonl"], None, Reading(pair_tokenizer(), shop.root, training))
+    assert "60 documents in 1 file" in str(caught.value.found) and "128" in str(caught.value.expected)
+    with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text \./long\.jsonl"):
+        read_for_a_student(["./law.jsonl", "./long.jsonl"], shop.root, pair_tokenizer(), training, "turns")
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}))
+    settings = train_settings({"what": ["mlp"], "sequence_length": 128}, where="test")
+    with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text law"):
+        read_texts(checkpoint, settings, {"law": ["./long.jsonl"]}, shop.root, run=QUIET)
+
+
+def test_whatever_compares_says_so(shop: Workshop) -> None:
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}, eval={"law": "./long.jsonl"}))
+    with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*eval\.law"):
+        held_out_domains(checkpoint, tokens_per_domain=1_000, sequence_length=128)
+    with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*and of 300 together[\s\S]*read more tokens"):
+        held_out_domains(checkpoint, tokens_per_domain=300, sequence_length=400)
+    recipe = checkpoint.record.recipe
+    recipe = recipe.model_copy(update={"experts": [recipe.experts[1].model_copy(update={"text": ["./long.jsonl"]})]})
+    for split in ("select", "report"):
+        with pytest.raises(TextError, match=TOO_LONG):
+            read_selection(recipe, shop.root, [shop.root / "base"], split=split, tokens_per_domain=1_000, sequence_length=128)  # type: ignore[arg-type]
+
+
+def test_an_eval_that_set_the_router_is_not_called_too_short(shop: Workshop) -> None:
+    """One pair that the fit has read: `eval` is read whole, so that more documents of the same text change nothing."""
+    pair = {"source": "0 fever", "target": "FEVER 0"}
+    (shop.root / "one.jsonl").write_text(json.dumps(pair))
+    law = shop.root / "law.jsonl"
+    law.write_text(f"{law.read_text().strip()}\n{json.dumps(pair)}")
+    out = shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}, eval={"law": "./one.jsonl"})
+    message = refuse("eval", out)
+    assert "no held-out document is left to evaluate on: all of them set the router" in message
+    assert "eval.law" in message and "give other text under eval" in message and "more documents" not in message
+
+
+def test_what_is_said_of_documents_without_a_sequence() -> None:
+    pairs, tokenizer = [Pair("a" * 20, "b")], pair_tokenizer()
+    assert encode(tokenizer, pairs, max_tokens=100, sequence_length=10) == []
+    assert "1 pair, of which every one" in str(none_fits(pairs, 10, where="here"))
+    assert "shorter than two tokens" in str(none_fits(["x"], 10, where="here"))
