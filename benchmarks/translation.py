@@ -21,13 +21,15 @@ import torch
 
 from modekit.text.pairs import Pair
 from translation_models import labelled, match_width, tagged
-from translation_sparse import trained, untrained
+from translation_sparse import BALANCE, trained, untrained
 from translation_study import BEAMS, P, Study, Way, losses, of_adapters, of_dense, of_loaded, of_mixture
 from translation_tables import tables
 from translation_text import GENERIC
 
 CAPACITY = 1.25
 """Of the one row that drops tokens in training."""
+STRONGER = 0.1
+"""Of the one row whose loads are to be more even."""
 LEXICAL: dict[str, Any] = {"top_k": 1, "router": {"fit": "lexical"}}
 ROUTERS: dict[str, dict[str, Any]] = {
     "lexical, top-1": LEXICAL,
@@ -107,7 +109,8 @@ def real(study: Study) -> None:
     dense(study, "base, trained on", NO_DOMAIN, "no", False, of="base-no", training=after)
     made.dense("wide-start", mixed, study.size.training, ffn=width(study, "wide, total"))
     dense(study, "wide, total, trained on", NO_DOMAIN, "no", True, of="wide-start", training=after)
-    sparse(study, NO_DOMAIN, "no", before=(mixed, study.size.training), training=after)
+    for balance in (BALANCE, STRONGER):
+        sparse(study, NO_DOMAIN, "no", balance=balance, before=(mixed, study.size.training), training=after)
 
 
 def dense(
@@ -127,22 +130,23 @@ def dense(
 
 
 def sparse(
-    study: Study, domain: str, randomised: str, *, interval: int = 1, capacity: float | None = None, before: Any = None,
-    training: Any = None,
+    study: Study, domain: str, randomised: str, *, interval: int = 1, capacity: float | None = None, balance: float = BALANCE,
+    before: Any = None, training: Any = None,
 ) -> None:  # fmt: skip
     """A row of a mixture that is trained from nothing, as the dense models are."""
     tag = domain == TAG
     model = f"sparse from nothing, {'' if interval == 1 else f'every {interval}nd layer, '}top-2"
-    model += "" if capacity is None else f", capacity {capacity}"
+    says = ("" if capacity is None else f", capacity {capacity}") + ("" if balance == BALANCE else f", balance {balance}")
 
     def way() -> tuple[Way, tuple[int, int]]:
         checkpoint = untrained(study.made, f"sparse-{interval}", dict(study.corpus.seen), interval)
         pairs = study.pairs(tag=tag, p=0.0 if randomised == "no" else P)
         stages = [*([before] if before else []), (pairs, training or study.size.training)]
-        name = f"sparse-{interval}-{domain}-{randomised}".replace(" ", "-") + ("" if capacity is None else f"-{capacity}")
-        return of_loaded(trained(study.made, name, checkpoint, stages, capacity=capacity), checkpoint, tag)
+        name = f"sparse-{interval}-{domain}-{randomised}{says}".replace(", ", "-").replace(" ", "-")
+        made = trained(study.made, name, checkpoint, stages, capacity=capacity, balance=balance)
+        return of_loaded(made, checkpoint, tag)
 
-    keep_row(study, row_of(model, domain, randomised, True), way, labels=tag)
+    keep_row(study, row_of(model + says, domain, randomised, True), way, labels=tag)
 
 
 def width(study: Study, model: str) -> int:

@@ -63,7 +63,7 @@ def untrained(made: Maker, name: str, texts: dict[str, Path], interval: int) -> 
 
 def trained(
     made: Maker, name: str, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]], *,
-    capacity: float | None = None,
+    capacity: float | None = None, balance: float = BALANCE,
 ) -> PreTrainedModel:  # fmt: skip
     """The mixture after one training behind the other, of everything in it; made once. It translates without a capacity."""
     model, kept = load_model(checkpoint.folder), made.folder / f"{name}.safetensors"
@@ -79,7 +79,7 @@ def trained(
     with ExitStack() as meanwhile:
         if capacity is not None:
             meanwhile.enter_context(limited(model, capacity))
-        meanwhile.enter_context(balanced(model, checkpoint, moving))
+        meanwhile.enter_context(balanced(model, checkpoint, moving, balance))
         for pairs, training in stages:
             longest = training.sequence_length
             sequences = encode(made.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
@@ -89,15 +89,17 @@ def trained(
 
 
 @contextmanager
-def balanced(model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[torch.Tensor]) -> Iterator[None]:
-    """While open, BALANCE times the mean load balance of the routers is a loss beside that of the text; what no token of a
+def balanced(
+    model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[torch.Tensor], weight: float
+) -> Iterator[None]:  # fmt: skip
+    """While open, `weight` times the mean load balance of the routers is a loss beside that of the text; what no token of a
     batch runs through has a gradient, too, of zeros.
     """
     with mixture_of(model, checkpoint).traced() as trace:
 
         def add(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
             nothing = torch.stack([each.sum() for each in moving]).sum() * 0.0
-            output.logits = Beside.apply(output.logits, BALANCE * balance_of(trace, checkpoint, given) + nothing)
+            output.logits = Beside.apply(output.logits, weight * balance_of(trace, checkpoint, given) + nothing)
             return output
 
         hook = model.register_forward_hook(add, with_kwargs=True)
