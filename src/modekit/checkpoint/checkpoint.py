@@ -147,7 +147,8 @@ class Checkpoint:
     @property
     def parameters(self) -> Parameters:
         """How many it has."""
-        return self.shape.parameters(self.tensors, self.record.dense_parameters)
+        sizes = {name: ref.numel for name, ref in self.tensors.items()}
+        return self.shape.parameters(sizes, self.record.dense_parameters)
 
     def gates(self) -> list[npt.NDArray[np.float32]]:
         """The gate of every router slot as it is on disk."""

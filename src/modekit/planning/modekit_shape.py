@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -14,6 +13,7 @@ from modekit.files.typed import as_kind
 from modekit.planning.mixed_tensor import LowRankPart, MixedTensor, TensorPart
 from modekit.planning.mixture_config import MixtureConfig, Place, Routing
 from modekit.planning.reroute import bases_that_differ, rerouted
+from modekit.planning.routing_config import runs_base
 from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
 from modekit.planning.slot import RouterPosition, RouterSlot
 from modekit.recipes.recipe import Recipe
@@ -21,7 +21,6 @@ from modekit.sources.family import Family
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 
-_OWN = re.compile(r"\.experts\.\d+\.")
 _FIRST = ".experts.0."
 
 
@@ -167,14 +166,27 @@ class ModekitShape(Shape):
                 )  # fmt: skip
             yield from _added_bias(tensors, module, place)
 
-    def parameters(self, tensors: Tensors, dense: int) -> Parameters:
+    def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Adapters are active as a whole: their product with a weight of zero is computed."""
-        total = sum(ref.numel for ref in tensors.values())
-        per_expert = sum(ref.numel for name, ref in tensors.items() if _OWN.search(name)) // self.experts
-        return Parameters(total, per_expert, self.active(total, per_expert), dense)
+        leaves = _leaves(sizes)
+        one = {
+            module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
+        }  # fmt: skip
+        total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
+        return Parameters(total, sum(one.values()), total - idle, dense)
+
+    def _idle(self, module: str) -> int:
+        """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""
+        place, always_on = self.mixture.places[module], self.routing.always_on
+        own, base = len(place.own), int(place.base)
+        beside = always_on is not None and always_on.expert is not None and always_on.weight is not None
+        chosen = self.recipe.top_k + beside  # an expert that is always on with a share of its own is not among the top k
+        if base and runs_base(self.recipe, self.family, module):
+            return own - min(chosen, own)
+        return own + base - min(chosen, own + base)
 
 
-def _leaves(tensors: Tensors) -> dict[str, list[str]]:
+def _leaves(tensors: Iterable[str]) -> dict[str, list[str]]:
     """Place -> the tensors that its first expert with a module of its own has there, without the place's name."""
     found: dict[str, list[str]] = {}
     for name in tensors:

@@ -193,18 +193,18 @@ class NativeShape(Shape):
                 own = {expert: each for expert, each in parts.items() if each.factor > 0}
                 yield MixedTensor(in_layer(layer, path), shape, own=own)
 
-    def parameters(self, tensors: Tensors, dense: int) -> Parameters:
+    def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Counted from the tensors alone where they have no channels besides the base's."""
         native, layers = self.native, range(self._layers)
-        total = sum(ref.numel for ref in tensors.values())
-        router = sum(tensors[slot.name].numel for slot in self.slots)
-        constants = sum(tensors[in_layer(layer, each.name)].numel for layer in layers for each in native.written_constants)
+        total = sum(sizes.values())
+        router = sum(sizes[slot.name] for slot in self.slots)
+        constants = sum(sizes[in_layer(layer, each.name)] for layer in layers for each in native.written_constants)
         names = list(native.fused or [name.format(expert=0) for name in (native.experts or {}).values()])
-        ffn = sum(tensors[in_layer(layer, name)].numel for layer in layers for name in names)
+        ffn = sum(sizes[in_layer(layer, name)] for layer in layers for name in names)
         per_expert = ffn // self.experts if native.fused else ffn
         if self.channels is None:  # what remains with one expert, no router and no constants
             dense = total - router - constants - per_expert * (self.experts - 1)
-        return Parameters(total, per_expert, self.active(total, per_expert), dense)
+        return Parameters(total, per_expert, total - per_expert * (self.experts - self.recipe.top_k), dense)
 
     @property
     def _layers(self) -> int:

@@ -260,12 +260,11 @@ class Plan:
         by_role: dict[str, int] = {"backbone": 0, "expert": 0, "adapter": 0, "router": 0, "constant": 0}
         for tensor in self.tensors:
             by_role[tensor.role] += tensor.numel
-        per_expert = by_role["expert"] // self.experts
-        total = sum(by_role.values())
+        counted = self.shape.parameters({tensor.name: tensor.numel for tensor in self.tensors}, 0)
         return {
-            "total": total,
-            "active": self.shape.active(total, per_expert),
-            "per_expert": per_expert,
+            "total": counted.total,
+            "active": counted.active,
+            "per_expert": counted.per_expert,
             "adapters": by_role["adapter"],
             "backbone": by_role["backbone"],
             "router": by_role["router"],

@@ -51,11 +51,16 @@ def gate_rows(router: Router, ranks: list[int]) -> list[int]:
 
 def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:
     """Whether the base's module stays at a place where the experts `own` have their own."""
+    return len(own) < len(recipe.experts) or runs_base(recipe, family, module)
+
+
+def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
+    """Whether the base's module at a place runs for every token, whichever experts are chosen."""
     mixture = recipe.mixture
     # The router reads the base's embedding, unless it reads the tokens themselves.
     reads_it = module in family.entrances and mixture.fit is not None and mixture.fit.reads != "tokens"
     outside = mixture.always_on is not None and mixture.always_on.expert == BASE
-    return len(own) < len(recipe.experts) or outside or reads_it
+    return outside or reads_it
 
 
 def whole_module_unscored(expert: str, module: str) -> UnsupportedError:

@@ -53,7 +53,7 @@ def check_sizes(config: Mapping[str, Any], family: Family, tensors: Tensors, whe
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are: in all, of each expert's own, active per token, and of a dense model of the family."""
+    """How many there are: in all, of each expert's own, active per token at most, and of a dense model of the family."""
 
     total: int
     per_expert: int
@@ -189,14 +189,10 @@ class Shape(ABC):
         """Every tensor of the base of which experts have their own, and what each has."""
 
     @abstractmethod
-    def parameters(self, tensors: Tensors, dense: int) -> Parameters:
-        """What a checkpoint with these tensors has; `dense` is the base model's number by its files."""
+    def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
+        """What a checkpoint with tensors of these numbers of elements has; `dense` is the base model's by its files."""
 
     @property
     def experts(self) -> int:
         """E."""
         return len(self.recipe.experts)
-
-    def active(self, total: int, per_expert: int) -> int:
-        """Parameters that one token uses, of `total` with `per_expert` of each expert's own."""
-        return total - per_expert * (self.experts - self.recipe.top_k)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modekit.planning.plan import Plan
+from modekit.sources.names import split_layer
 
 _TRAINED = 3  # a pass forward and back costs about three forward
 _TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
@@ -47,7 +48,12 @@ def fit_work(plan: Plan) -> FitWork | None:
 
 
 def _weights(plan: Plan) -> int:
-    """Weights of the decoder's layers that a token passes with one expert active."""
+    """Weights of the layers that a token passes with one expert active, which stands for the base where that is one."""
     parameters = plan.parameters()
-    backbone = sum(tensor.numel for tensor in plan.tensors if tensor.role == "backbone" and ".layers." in tensor.name)
+    own = {tensor.name.partition(".experts.")[0] for tensor in plan.tensors if tensor.role == "expert"}
+    backbone = sum(
+        tensor.numel for tensor in plan.tensors
+        if tensor.role == "backbone" and split_layer(tensor.name)[0] is not None
+        and tensor.name.partition(".base.")[0] not in own
+    )  # fmt: skip
     return backbone + parameters["per_expert"] + parameters["adapters"] // plan.experts

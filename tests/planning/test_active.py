@@ -1,0 +1,107 @@
+"""How many parameters are active: what a token runs through, whichever of the experts is the base itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import SMALL, Workshop
+from modekit.architecture.modekit_mixed import Mixed
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.loaded.load import load_model
+from modekit.planning.make import make_plan
+from modekit.planning.work import fit_work
+from modekit.recipes.read import load_recipe
+from refusal import borrow
+
+RANDOM = {"fit": "random"}
+FFN = 3 * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"]
+BASE = {"name": "general", "model": "base"}
+
+
+def with_base(workshop: Workshop, place: int) -> Workshop:
+    """Four experts, of which one is the base."""
+    workshop.recipe["experts"].insert(place, BASE)
+    return workshop
+
+
+def built(workshop: Workshop, **mixture: Any) -> Checkpoint:
+    return open_checkpoint(workshop.build(mixture={"router": RANDOM, **mixture}, output={"format": "modekit"}))
+
+
+def run_by_a_token(checkpoint: Checkpoint) -> int:
+    """Parameters of all modules but those of experts, or the base's, that a single token does not run through.
+
+    With gates of zeros, whose equal weights sum to one without rounding.
+    """
+    model = load_model(checkpoint.folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".router.gate"):
+            parameter.data.zero_()
+    idle = {
+        id(module): module
+        for mixed in model.modules() if isinstance(mixed, Mixed)
+        for module in (*mixed.experts, *([mixed.base] if mixed.base is not None else []))
+    }  # fmt: skip
+    for module in idle.values():
+        module.register_forward_hook(lambda module, *_: idle.pop(id(module), None) and None)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[7]]))
+    left_out = sum(parameter.numel() for module in idle.values() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - left_out
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_whoever_is_the_base(shared_workshop: Workshop, tmp_path: Path, place: int, top_k: int) -> None:
+    workshop = with_base(borrow(shared_workshop, tmp_path), place)
+    checkpoint = built(workshop, top_k=top_k)
+    counted, planned = checkpoint.parameters, make_plan(load_recipe(tmp_path / "recipe.yaml"), tmp_path).parameters()
+    assert counted.active == counted.dense + planned["router"] + (top_k - 1) * FFN
+    assert counted.per_expert == planned["per_expert"] == FFN
+    assert (counted.total, counted.active) == (planned["total"], planned["active"])
+    assert run_by_a_token(checkpoint) == counted.active
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"top_k": 1, "always_on": {"expert": "base", "weight": 0.2}},
+        {"top_k": 1, "always_on": {"expert": "code", "weight": 0.2}},
+        {"top_k": 2, "always_on": {"expert": "code"}},
+        {"top_k": 3},
+        {"method": "gating"},
+        {"method": "linear", "router": None},
+        {"top_k": 1, "modules": ["q", "down"]},
+        {"top_k": 1, "modules": "all", "router": {**RANDOM, "granularity": "sequence", "per": "model"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("base", [False, True])
+def test_what_a_token_runs_through(shared_workshop: Workshop, tmp_path: Path, mixture: dict[str, Any], base: bool) -> None:
+    """At most: a token that chooses the expert which is always on, or the base beside it, runs through less."""
+    workshop = borrow(shared_workshop, tmp_path)
+    if base:
+        with_base(workshop, 1)
+    said = {"router": RANDOM, **mixture}
+    said = {key: value for key, value in said.items() if value is not None}
+    checkpoint = open_checkpoint(workshop.build(mixture=said, output={"format": "modekit"}))
+    ran, active = run_by_a_token(checkpoint), checkpoint.parameters.active
+    assert ran == active if "always_on" not in mixture else ran <= active <= ran + FFN
+
+
+def test_the_work_of_a_fit_does_not_count_the_base_twice(shared_workshop: Workshop, tmp_path: Path) -> None:
+    router = {"fit": "ridge", "tokens_per_domain": 1000}
+    work = []
+    for count in (0, 1):
+        workshop = borrow(shared_workshop, tmp_path)
+        workshop.recipe["experts"] += [{**BASE, "text": workshop.recipe["experts"][0]["text"]}] * count
+        changes = {"mixture": {"router": router}, "output": {"format": "modekit"}}
+        found = fit_work(make_plan(load_recipe(workshop.write(**changes)), tmp_path))
+        assert found is not None
+        work.append(found)
+    assert [each.tokens for each in work] == [3000, 4000]
+    assert work[1].flops / 4000 == pytest.approx(work[0].flops / 3000, rel=1e-3)
