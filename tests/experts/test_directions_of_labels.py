@@ -18,6 +18,7 @@ from modekit.experts.distill.texts import read_texts as read_for_a_student
 from modekit.experts.labelled import Generic, Labelled, Reading, read_material
 from modekit.loaded.next_token import Training
 from modekit.run import QUIET
+from modekit.text.held_out import read_text
 from modekit.text.pairs import Pair
 from modekit.text.records import data_of
 from modekit.training.settings import train_settings
@@ -43,6 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "trac.jsonl", found["trac"])
     write(root / "wagtail.jsonl", found["wagtail"])
     write(root / "back.jsonl", [Pair(pair.target, pair.source) for pair in found["wagtail"]])
+    write(
+        root / "half.jsonl", [*found["wagtail"][:300], *(Pair(pair.target, pair.source) for pair in found["wagtail"][300:360])]
+    )
+    write(root / "same.jsonl", [Pair(pair.source, pair.source) for pair in found["django"]])
     return root
 
 
@@ -106,3 +111,18 @@ def test_a_training_asks_of_all_its_texts(folder: Path, tmp_path: Path, modules:
         with pytest.raises(TextError, match=SAME_WAY) as caught:
             read(texts, *generic)
         assert where in str(caught.value.where) and "experts[0] 'medicine': text" in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    ("texts", "says", "where"),
+    [
+        (["trac", "half"], "some pairs of a text", "--text ./half.jsonl"),
+        (["trac", "back"], "do not go the same way", "--text ./trac.jsonl and --text ./back.jsonl"),
+        (["half"], "some pairs of a text", "--text"),
+        (["same"], "nearly all pairs", "--text"),
+    ],
+)
+def test_of_several_texts_the_wrong_one_is_named(folder: Path, texts: list[str], says: str, where: str) -> None:
+    with pytest.raises(TextError, match=says) as caught:
+        read_text([f"./{name}.jsonl" for name in texts], root=folder, where="--text")
+    assert caught.value.where == where

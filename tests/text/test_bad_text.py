@@ -63,7 +63,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("law.jsonl", b'{"text": 3}\n', "law.jsonl:1"),
     ("law.jsonl", b'["text"]\n', "law.jsonl:1"),
     ("law.jsonl", b"[" * 100_000, "law.jsonl:1"),
-    ("law.parquet", b"not parquet at all", "no readable column 'text'"),
+    ("law.parquet", b"not parquet at all", "the parquet file cannot be read"),
     ("law.md", HELD_OUT[0].encode(), "no document is left for the fit"),
     ("law.jsonl", "\n".join(json.dumps({"text": text}) for text in HELD_OUT).encode(), "no document is left for the fit"),
 ]  # fmt: skip

@@ -38,7 +38,7 @@ from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
 from modekit.text.directions import Directions
 from modekit.text.documents import is_local
-from modekit.text.held_out import fit_documents
+from modekit.text.held_out import check_texts_present, fit_documents
 from modekit.weights.stored import same_bytes
 
 # EIO may be the source's or the result's: copying through the process tells which.
@@ -56,10 +56,13 @@ def build(
     """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `before`: the
     mixture that it changes, whose place it may take.
 
-    Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError; nothing is left
+    Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
+    there and that only an evaluation will read; nothing is left
     behind then, and of a mixture that was to be changed nothing has. After a kill, the same call goes on where the journal
     ends, and ends in the same bytes.
     """
+    if before is None:  # of a mixture that is changed, what is kept does without its text
+        check_texts_present(plan.recipe, plan.root)
     if plan.recipe.mixture.needs_text:
         _check_text(plan, before)
     _check_copies(plan, before)

@@ -11,7 +11,7 @@ from modekit.planning.summary import summary
 from modekit.planning.work import fit_work
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
-from modekit.text.documents import check_present
+from modekit.text.held_out import check_texts_present
 
 
 def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[str, Any]:
@@ -22,10 +22,7 @@ def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[st
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run, headers_only=True)
-    for place, expert in enumerate(parsed.experts):
-        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}'")
-    for domain, texts in parsed.eval.items():
-        check_present(texts, root=root, where=f"eval.{domain}")
+    check_texts_present(parsed, root)
     found = summary(plan)
     if measure and found["fit"] is not None:
         found["fit"]["seconds"] = fit_seconds(plan)

@@ -10,7 +10,7 @@ from modekit.errors import TextError
 from modekit.recipes.paths import locate
 from modekit.text.aligned import aligned_files, read_aligned
 from modekit.text.chat import Conversation
-from modekit.text.pairs import Pair, of_one_kind
+from modekit.text.pairs import Pair, both_kinds
 from modekit.text.records import TEXT_SUFFIXES, Record, read_file, read_hub
 from modekit.text.splits import digest_of
 
@@ -27,8 +27,14 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]
 
     Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
-    read = of_one_kind(stream_documents(specs, root=root, where=where), where=where)
-    documents = {digest_of(document): document for document in read}
+    documents: dict[str, str] = {}
+    kinds: dict[bool, str] = {}
+    for spec in specs:
+        for document in stream_documents([spec], root=root, where=where):
+            kinds.setdefault(isinstance(document, Pair), spec)
+            if len(kinds) > 1:
+                raise both_kinds(where=where, found=f"pairs in {kinds[True]}, plain text in {kinds[False]}: {document[:60]!r}")
+            documents[digest_of(document)] = document
     if not documents:
         raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
     return [documents[key] for key in sorted(documents)]
@@ -63,6 +69,12 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
     """Raise TextError when a text on disk is not there; nothing is read."""
     for spec in specs:
         if is_local(spec, root) and _files_of(spec, root) is None:
+            sides = [side for side in spec.split("+") if side and locate(side, root) is not None]
+            if len(sides) > 2:
+                raise TextError(
+                    "parallel text has two sides", where=where, found=f"{len(sides)} files: {', '.join(sides)}",
+                    expected="source+target", remedy="name two files; further pairs are a text of their own",
+                )  # fmt: skip
             remedy = "correct the paths: 'a+b' are two files with a line for a line" if "+" in spec else "correct the path"
             raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
 

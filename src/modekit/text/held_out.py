@@ -37,7 +37,7 @@ from pathlib import Path
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.directions import Directions, check_pairs
-from modekit.text.documents import found_in, read_documents
+from modekit.text.documents import check_present, found_in, read_documents
 from modekit.text.pairs import Pair, check_kind
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 
@@ -86,8 +86,29 @@ class HeldOutText:
 def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
     """The text that files, folders and data sets give together. Raises TextError when there is none, or its pairs are none."""
     documents = read_documents(specs, root=root, where=where)
-    check_pairs(documents, where=where)
+    try:
+        check_pairs(documents, where=where)
+    except TextError:
+        _check_each(specs if len(specs) > 1 else [], root, where)
+        raise
     return DomainText(documents, where, found_in(documents, specs, root))
+
+
+def _check_each(specs: Sequence[str], root: Path, where: str) -> None:
+    """Raise TextError for the one of several texts whose pairs are none, or for two of them that go opposite ways."""
+    directions = Directions()
+    for spec in specs:
+        documents, place = read_documents([spec], root=root, where=where), f"{where} {spec}"
+        check_pairs(documents, where=place)
+        directions.add(documents, where=place)
+
+
+def check_texts_present(recipe: Recipe, root: Path) -> None:
+    """Raise TextError where a text that a recipe names on disk is not there, whoever would read it; nothing is read."""
+    for place, expert in enumerate(recipe.experts):
+        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}': text")
+    for domain, texts in recipe.eval.items():
+        check_present(texts, root=root, where=f"eval.{domain}")
 
 
 def fit_documents(expert: Expert, root: Path, place: int, *, pairs: bool | None = None) -> list[str]:

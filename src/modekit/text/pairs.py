@@ -73,13 +73,13 @@ def whole_pair(source: str, target: str, *, where: str) -> Pair:
     return Pair(*sides.values())
 
 
-def of_one_kind(documents: Iterable[str], *, where: str | None = None) -> Iterator[str]:
+def of_one_kind(documents: Iterable[str]) -> Iterator[str]:
     """The documents as they come. Raises TextError where pairs and other text come together: no model reads both."""
     first: bool | None = None
     for document in documents:
         first = isinstance(document, Pair) if first is None else first
         if isinstance(document, Pair) != first:
-            raise both_kinds(where=where, found=f"{document[:60]!r} among the others")
+            raise both_kinds(found=f"{document[:60]!r} among the others")
         yield document
 
 

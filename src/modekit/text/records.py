@@ -57,7 +57,8 @@ def read_file(file: Path, *, where: str) -> Iterator[Record]:
     if file.suffix not in TEXT_SUFFIXES:
         raise TextError(
             "the kind of text file is not known", where=place, found=file.suffix or "no suffix",
-            expected=", ".join(TEXT_SUFFIXES), remedy="rename or convert it",
+            expected=", ".join(TEXT_SUFFIXES),
+            remedy=f"rename or convert it; one side of parallel text is named with the other: {file.name}+OTHER",
         )  # fmt: skip
     if file.suffix == ".parquet":
         yield from _read_parquet(file, where=place)
@@ -98,7 +99,7 @@ def _record(line: str, *, where: str) -> Record:
     if record is None:
         raise TextError(
             "not a JSON record with a string in 'text', a conversation in 'messages' or a pair of texts", where=where,
-            found=line[:60],
+            found=line.strip()[:60],
             expected='{"text": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]}, {"source": "...", "target": '
             '"..."} or {"translation": {"en": "...", "fr": "..."}}',
             remedy="correct or remove the line",
@@ -139,7 +140,10 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[Record]:
         with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
             if table.metadata.num_rows > _ROWS + 8 * file.stat().st_size:
                 raise ValueError(f"{table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
-            columns = _columns_of(table.schema_arrow.names)
+            names = table.schema_arrow.names
+            columns = _columns_of(names)
+            if not set(columns) <= set(names):
+                raise _no_column(names, where)
             batches = table.iter_batches(_BATCH, columns=columns)
             rows = (data for batch in batches for data in batch.select(columns).to_pylist())
             for number, data in enumerate(rows, 1):
@@ -150,11 +154,18 @@ def _read_parquet(file: Path, *, where: str) -> Iterator[Record]:
         raise
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
-            "the parquet file has no readable column 'text' or 'messages', nor pairs", where=where,
-            found=(str(error) or type(error).__name__)[:300],
-            remedy="save the documents as strings in a column named 'text', conversations in 'messages', or pairs of strings "
-            "in 'source' and 'target'",
+            "the parquet file cannot be read", where=where, found=(str(error) or type(error).__name__)[:300],
+            remedy="write it again: it is damaged, or no parquet file",
         ) from None  # fmt: skip
+
+
+def _no_column(names: Sequence[str], where: str) -> TextError:
+    return TextError(
+        "the parquet file has no readable column 'text' or 'messages', nor pairs", where=where,
+        found=f"columns {', '.join(names)}"[:300],
+        remedy="save the documents as strings in a column named 'text', conversations in 'messages', or pairs of strings "
+        "in 'source' and 'target'",
+    )  # fmt: skip
 
 
 def _columns_of(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,94 @@
+"""Errors say which of several texts it is, and what was meant; what plan refuses, build refuses, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from command_line import ended
+from conftest import Workshop
+from modekit.errors import TextError
+from modekit.text.documents import check_present, read_documents
+from modekit.text.records import data_of
+from pair_models import pairs as few_words
+from refusal import refuse, refuse_build
+
+
+def write(path: Path, documents: list[Any]) -> str:
+    path.write_text("".join(json.dumps(data_of(document)) + "\n" for document in documents), encoding="utf-8")
+    return path.name
+
+
+def test_which_text_is_of_the_other_kind(tmp_path: Path) -> None:
+    pairs, plain = write(tmp_path / "pairs.jsonl", few_words(3)), write(tmp_path / "plain.jsonl", ["some plain words"])
+    for specs in ([pairs, plain], [plain, pairs]):
+        with pytest.raises(TextError, match="pairs and plain text") as caught:
+            read_documents(specs, root=tmp_path, where="--text")
+        assert "pairs in pairs.jsonl, plain text in plain.jsonl: " in str(caught.value.found)
+
+
+def test_what_was_meant_is_said(tmp_path: Path) -> None:
+    for name in ("a.en", "a.fr", "a.de"):
+        (tmp_path / name).write_text("words\n")
+    with pytest.raises(TextError, match="kind of text file is not known") as caught:
+        read_documents(["a.en"], root=tmp_path, where="--text")
+    assert "a.en+OTHER" in str(caught.value.remedy)
+    with pytest.raises(TextError, match="two sides") as caught:
+        read_documents(["a.en+a.fr+a.de"], root=tmp_path, where="--text")
+    assert caught.value.found == "3 files: a.en, a.fr, a.de"
+    with pytest.raises(TextError, match="does not exist"):
+        check_present(["a.en+gone"], root=tmp_path, where="--text")
+
+
+def test_a_bad_line_is_shown_without_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nno record\n{"text": "good"}\n')
+    with pytest.raises(TextError, match=r"a\.jsonl:2") as caught:
+        read_documents(["a.jsonl"], root=tmp_path, where="--text")
+    assert caught.value.found == "no record"
+
+
+def test_a_damaged_table_is_not_told_to_name_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["some words"] * 2_000}), path, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TextError, match="cannot be read") as caught:
+        read_documents(["a.parquet"], root=tmp_path, where="--text")
+    assert "damaged" in str(caught.value.remedy)
+    parquet.write_table(pa.table({"body": ["some words"]}), path)
+    with pytest.raises(TextError, match="no readable column 'text'") as caught:
+        read_documents(["a.parquet"], root=tmp_path, where="--text")
+    assert caught.value.found == "columns body" and "in a column named 'text'" in str(caught.value.remedy)
+
+
+def test_a_label_without_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n')
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = refuse("specialize", "base", "OUT", "--text", "law=x.jsonl")
+    assert "read with --tags alone" in message and "add --tags, or leave 'law=' away" in message
+    _, _, message = ended("specialize", "base", "OUT", "--text", "law=gone.jsonl")
+    assert "--tags" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda recipe: recipe["experts"][1].update(text="./gone.jsonl"), "experts[1] 'law': text"),
+        (lambda recipe: recipe.update(eval={"news": "./gone.jsonl"}), "eval.news"),
+    ],
+)
+def test_plan_and_build_refuse_the_same_text(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None], where: str
+) -> None:
+    """Also one that the router does not read: an evaluation would."""
+    change(workshop.recipe)
+    monkeypatch.setattr("modekit.building.build.staging", None)
+    for message in (refuse("plan", workshop.write()), refuse_build(workshop)):
+        assert "the text does not exist" in message and where in message
