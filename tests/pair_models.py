@@ -11,6 +11,10 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import DOMAINS, VOCAB, Workshop, character_tokenizer
+from modekit.building.build import build
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
+from modekit.recipes.read import parse_recipe
 from modekit.text.pairs import Pair
 from modekit.text.records import data_of
 
@@ -74,6 +78,26 @@ def make_pair_workshop(root: Path, model_type: str) -> Workshop:
         (root / f"{name}.jsonl").write_text("\n".join(lines))
         experts.append({"name": name, "model": f"./{name}", "text": f"./{name}.jsonl"})
     return Workshop(root, {"base_model": "./base", "experts": experts})
+
+
+def say(folder: Path, file: str = "config.json", **settings: Any) -> None:
+    """Settings that a model's file has from now on; `...` leaves one out."""
+    path = folder / file
+    said = {**(json.loads(path.read_text()) if path.exists() else {}), **settings}
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not ...}))
+
+
+def planned(root: Path, mixture: dict[str, Any], *experts: dict[str, Any] | str) -> Plan:
+    """Of the base model of a folder and full models there, by name, or other experts."""
+    said = [{"name": each, "model": f"./{each}"} if isinstance(each, str) else each for each in experts]
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 3}, **mixture}
+    return make_plan(parse_recipe({"base_model": "./base", "experts": said, "mixture": mixture}, where="test"), root)
+
+
+def built(root: Path, mixture: dict[str, Any], *experts: dict[str, Any] | str) -> Path:
+    """The same, as a checkpoint."""
+    build(planned(root, mixture, *experts), root / "out", overwrite=True)
+    return root / "out"
 
 
 def inputs(pads: str = "right", lengths: tuple[int, ...] = (9, 6, 3)) -> dict[str, torch.Tensor]:

@@ -41,10 +41,12 @@ class _BeforeEncoder:
         self._flow = flow
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._flow.begin()
-        self._flow.encoding, self._flow.source_weights = True, None
-        start_pass(self._flow, _given(module, args, kwargs))
-        self._flow.source_ids_BS, self._flow.source_mask_BS = self._flow.ids_BS, self._flow.mask_BS
+        flow, given = self._flow, _given(module, args, kwargs)
+        flow.begin()
+        flow.encoding, flow.source_weights = True, None
+        start_pass(flow, given)
+        flow.source_ids_BS, flow.source_mask_BS = flow.ids_BS, flow.mask_BS
+        _told_weights(flow, given, beams=False)  # one expert per source, wherever the routers stand
 
 
 class _AfterEncoder:
@@ -86,11 +88,7 @@ class _BeforeDecoder:
         flow, given = self._flow, _given(module, args, kwargs)
         flow.begin()
         start_pass(flow, {**given, **flow.told})
-        flow.told_weights = None
-        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-        if flow.forced is not None and not flow.solo and tokens is not None:
-            experts = len(next(iter(flow.mixed.values())).ranks)
-            flow.told_weights = one_hot(flow.forced, (tokens.shape[0], 1, experts), tokens.device)
+        flow.told_weights = _told_weights(flow, given, beams=True)
 
 
 class _AfterDecoder:
@@ -113,6 +111,15 @@ def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return kwargs
     names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _told_weights(flow: Flow, given: dict[str, Any], *, beams: bool) -> torch.Tensor | None:
+    """(B, 1, E) of the experts that were named; None where the routers decide. Raises ValueError as `one_hot` does."""
+    tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if flow.forced is None or flow.solo or tokens is None:
+        return None
+    experts = len(next(iter(flow.mixed.values())).ranks)
+    return one_hot(flow.forced, (tokens.shape[0], 1, experts), tokens.device, beams=beams)
 
 
 class MixtureForSeq2SeqLM(InBoth):

@@ -84,7 +84,7 @@ class Router(nn.Module):
         length = 1 if self.decides_by_ids else x_BSD.shape[1]
         shape = (len(x_BSD), length, *([self.features] if self.features else []), self.experts)
         if flow.forced is not None and not flow.solo:
-            return one_hot(flow.forced, shape, x_BSD.device, beams=not flow.encoding)
+            return one_hot(flow.forced, shape, x_BSD.device)
         if self.routing["method"] == "linear":
             weights_E = torch.tensor(self.routing["weights"], dtype=torch.float32, device=x_BSD.device)
             if flow.left_out is not None:
