@@ -1,0 +1,119 @@
+"""What the files of translation models say must agree where it changes what they compute, in whatever way they say it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modekit.errors import MismatchError
+from modekit.loaded.load import load_model
+from pair_models import inputs, logits_of, pair_model, planned, say
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+GATED = {"feed_forward_proj": "gated-gelu", "dense_act_fn": ...}
+NO_PADS = {"pad_token_id": ...}
+
+
+def write_models(root: Path, model_type: str, **sizes: Any) -> None:
+    """A base and two others."""
+    for seed, name in enumerate(("base", "one", "two")):
+        pair_model(model_type, seed, **sizes).save_pretrained(root / name)
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "scaled in the base": ("t5", {}, {"scale_decoder_outputs": True}, {"scale_decoder_outputs": False}),
+    "scaled in the expert": ("t5", {}, {"scale_decoder_outputs": False}, {"scale_decoder_outputs": True}),
+    "scaled, by default": ("t5", {}, {"scale_decoder_outputs": ...}, {"scale_decoder_outputs": False}),
+    "an activation by its key": ("t5", {"feed_forward_proj": "gated-gelu"}, GATED, {**GATED, "dense_act_fn": "gelu"}),
+    "an activation of no gate": ("t5", {}, {"dense_act_fn": "silu"}, {"dense_act_fn": ...}),
+    "pads in the expert": ("m2m_100", {}, {"pad_token_id": 0}, {"pad_token_id": 5}),
+    "pads, by default": ("m2m_100", {}, NO_PADS, {"pad_token_id": 0}),
+}
+KEYS = {"scaled": "scale_decoder_outputs", "an": "dense_act_fn", "pads": "pad_token_id"}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_settings_that_change_what_is_computed_are_the_base_s(tmp_path: Path, kind: str) -> None:
+    model_type, sizes, base, expert = OTHERS[kind]
+    write_models(tmp_path, model_type, **sizes)
+    found = []
+    for settings in (base, expert):
+        say(tmp_path / "one", **settings)
+        found.append(logits_of(load_model(tmp_path / "one"), inputs()))
+    assert not torch.allclose(found[0], found[1], atol=1e-4), "this says the same: the test would see nothing"
+    say(tmp_path / "base", **base)
+    say(tmp_path / "two", **base)
+    key = KEYS[kind.replace(",", "").split()[0]]
+    with pytest.raises(MismatchError, match=f"the expert's {key} differs") as caught:
+        planned(tmp_path, {}, "one", "two")
+    assert "'one'" in str(caught.value.where)
+
+
+SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "a gated activation": ("t5", {"feed_forward_proj": "gated-gelu"}, GATED, {**GATED, "dense_act_fn": "gelu_new"}),
+    "an activation": ("t5", {}, {"dense_act_fn": ...}, {"dense_act_fn": "relu"}),
+    "scaled": ("t5", {}, {"scale_decoder_outputs": ..., "tie_word_embeddings": ...}, {"scale_decoder_outputs": True}),
+    "pads": ("m2m_100", {"pad_token_id": 1, "bos_token_id": 0}, NO_PADS, {"pad_token_id": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", list(SAME))
+@pytest.mark.parametrize("which", ["the base", "the expert"])
+def test_what_means_the_same_is_no_difference(tmp_path: Path, kind: str, which: str) -> None:
+    """Older files leave unsaid what newer ones say."""
+    model_type, sizes, silent, says = SAME[kind]
+    write_models(tmp_path, model_type, **sizes)
+    base, expert = (silent, says) if which == "the base" else (says, silent)
+    say(tmp_path / "base", **base)
+    for name in ("one", "two"):
+        say(tmp_path / name, **expert)
+    assert planned(tmp_path, {}, "one", "two").slots
+
+
+def test_a_head_of_its_own_beside_a_base_without_one(tmp_path: Path) -> None:
+    write_models(tmp_path, "t5")
+    path = tmp_path / "one" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["shared.weight"].clone()}, path, {"format": "pt"})
+    with pytest.raises(
+        MismatchError, match="the expert has a head of its own, and the base model's is its embedding"
+    ) as caught:
+        planned(tmp_path, {}, "one", "two")
+    assert "lm_head.weight" in str(caught.value.found) and "'one'" in str(caught.value.where) and caught.value.remedy
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Path:
+    """Models that do not say which language they write."""
+    write_models(tmp_path, "bart")
+    for name in ("base", "one", "two"):
+        say(tmp_path / name, forced_bos_token_id=...)
+        say(tmp_path / name, "generation_config.json", forced_bos_token_id=...)
+    return tmp_path
+
+
+@pytest.mark.parametrize("files", [("config.json", "generation_config.json"), ("generation_config.json", "config.json")])
+def test_languages_that_stand_in_different_files_are_compared(silent: Path, files: tuple[str, str]) -> None:
+    """Older files say it in config.json, newer ones beside it."""
+    first, second = files
+    say(silent / "one", first, forced_bos_token_id=5)
+    say(silent / "two", second, forced_bos_token_id=7)
+    with pytest.raises(MismatchError, match=f"made for other languages[\\s\\S]*two[\\s\\S]*{second}: forced_bos_token_id"):
+        planned(silent, {}, "one", "two")
+    say(silent / "two", second, forced_bos_token_id=5)
+    planned(silent, {}, "one", "two")
+
+
+def test_models_of_which_one_says_it_twice(silent: Path) -> None:
+    """Each file is compared with the same of the others, and stands for both where it says it alone."""
+    for name in ("one", "two"):
+        say(silent / name, forced_bos_token_id=7)
+        say(silent / name, "generation_config.json", forced_bos_token_id=5)
+    planned(silent, {}, "one", "two")
+    say(silent / "two", "generation_config.json", forced_bos_token_id=...)
+    with pytest.raises(MismatchError, match=r"made for other languages[\s\S]*two[\s\S]*generation_config\.json: forced_bos"):
+        planned(silent, {}, "one", "two")
