@@ -1,0 +1,151 @@
+"""Whatever a pass was told, and however it ended, the next one is as if it had not been."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import VOCAB, Workshop
+from modekit.loaded.load import load_model
+from pair_models import built, inputs, logits_of, pair_model, pair_tokenizer, written
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ONCE = {"modules": "all", "router": {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}}
+
+
+@pytest.fixture(scope="module", params=["bart", "t5"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two full models."""
+    root = tmp_path_factory.mktemp("after")
+    for seed, name in enumerate(("base", "one", "two")):
+        pair_model(str(request.param), seed).save_pretrained(root / name)
+    pair_tokenizer().save_pretrained(root / "base")
+    return root
+
+
+def decoder_only(shop: Workshop, root: Path) -> Any:
+    """A mixture of the modekit architecture without an encoder."""
+    recipe = {**shop.recipe, "base_model": str(shop.root / "base")}
+    experts = [{**each, "model": str(shop.root / each["model"]), "text": None} for each in shop.recipe["experts"]]
+    return load_model(Workshop(root, recipe).build(experts=experts, output={"format": "modekit"}))
+
+
+def loss_of(model: Any, said: dict[str, torch.Tensor]) -> torch.Tensor:
+    loss: torch.Tensor = model(**said, use_cache=False).logits.square().mean()
+    return loss
+
+
+# --- gradient checkpointing, which runs layers a second time
+
+
+def check_that_no_expert_stays(model: Any, said: dict[str, torch.Tensor], expert: str) -> None:
+    """An expert that was named in the pass is the recomputed layers' too, and nobody's afterwards."""
+    routed, found = logits_of(model, said), []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.use_expert(expert)
+        loss = loss_of(model, said)
+        model.use_expert(None)
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        assert torch.equal(logits_of(model, said), routed)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-12, rtol=1e-4)
+
+
+def test_an_expert_that_a_layer_is_run_again_with_does_not_stay(folder: Path) -> None:
+    check_that_no_expert_stays(load_model(built(folder, ONCE, "one", "two")), inputs(), "one")
+
+
+def test_nor_does_an_expert_stay_in_a_decoder_only_model(shared_workshop: Workshop, tmp_path: Path) -> None:
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
+    check_that_no_expert_stays(decoder_only(shared_workshop, tmp_path), {"input_ids": ids}, "law")
+
+
+def test_an_encoder_that_was_run_again_does_not_run_on(folder: Path) -> None:
+    """The decoder alone reads what it made before, after a backward that ran its layers again."""
+    model, said = load_model(built(folder, ONCE, "one", "two")), inputs()
+    rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
+    with torch.inference_mode():
+        encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
+        expected = model(encoder_outputs=encoded, **rest).logits
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_of(model, said).backward()
+    model.eval()
+    with torch.inference_mode():
+        assert torch.equal(model(encoder_outputs=encoded, **rest).logits, expected)
+
+
+# --- generate
+
+
+def test_pads_of_the_target_that_generate_was_told_do_not_stay(folder: Path) -> None:
+    mixture = {"top_k": 2, "router": {"fit": "random", "seed": 3, "granularity": "context"}}
+    model, said = load_model(built(folder, mixture, "one", "two")), inputs()
+    source = {name: said[name] for name in ("input_ids", "attention_mask")}
+    before = torch.tensor([[2, 5, 6, 7, 8], [2, 7, 8, 9, 9], [2, 0, 0, 0, 3]])
+    with torch.inference_mode():
+        read = model.get_encoder()(**source).last_hidden_state
+        target = {"input_ids": said["decoder_input_ids"], "encoder_hidden_states": read}
+        expected = model.get_decoder()(**target, encoder_attention_mask=said["attention_mask"]).last_hidden_state
+        begun = {"decoder_input_ids": before, "decoder_attention_mask": (before > 0).long()}
+        model.generate(**source, **begun, max_new_tokens=1, eos_token_id=None, forced_eos_token_id=None)
+        found = model.get_decoder()(**target, encoder_attention_mask=said["attention_mask"]).last_hidden_state
+        assert torch.equal(found, expected)
+
+
+# --- interrupts, of which torch tells no hook
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def check_that_others_run(
+    model: Any, layer: torch.nn.Module, said: dict[str, torch.Tensor], call: Callable[[], object]
+) -> None:
+    """Another thread, which waits while a pass has the turn, gets it after an interrupt in a layer."""
+    expected, found = logits_of(model, said), []
+    handle = layer.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    handle.remove()
+    assert not model.base_model.flow.encoding
+    thread = threading.Thread(target=lambda: found.append(logits_of(model, said)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(found) == 1, "it waits for a pass that is over"
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("how", ["a pass", "generate", "beams"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_an_interrupted_pass_is_over(folder: Path, stack: str, how: str) -> None:
+    model, said = load_model(built(folder, ONCE, "one", "two")), inputs()
+    part = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    layer = (part.layers if hasattr(part, "layers") else part.block)[1]
+    calls = {
+        "a pass": lambda: logits_of(model, said),
+        "generate": lambda: written(model, said),
+        "beams": lambda: written(model, said, num_beams=2),
+    }
+    check_that_others_run(model, layer, said, calls[how])
+
+
+@pytest.mark.parametrize("how", ["a pass", "generate"])
+def test_an_interrupted_pass_of_a_decoder_only_model_is_over(shared_workshop: Workshop, tmp_path: Path, how: str) -> None:
+    model = decoder_only(shared_workshop, tmp_path)
+    said = {"input_ids": torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))}
+    calls = {"a pass": lambda: logits_of(model, said), "generate": lambda: model.generate(**said, max_new_tokens=3)}
+    check_that_others_run(model, model.model.layers[1], said, calls[how])
