@@ -14,6 +14,7 @@ from conftest import Workshop, make_workshop
 from modekit.building.verify import Check, is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
 from modekit.planning.plan import ROUTER_FILE
+from pair_models import make_pair_workshop
 
 
 def checks_of(folder: Path) -> dict[str, Check]:
@@ -84,6 +85,43 @@ def test_an_edited_config_is_found(workshop: Workshop) -> None:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     assert checks_of(out)["config.json"].verdict == "failed"
+
+
+def test_a_config_that_routes_in_another_way_names_the_setting(workshop: Workshop) -> None:
+    """In a line, wherever in the config it stands; `fit` mends it."""
+    router = {"fit": "random", "granularity": "context"}
+    out = workshop.build(mixture={**workshop.recipe["mixture"], "router": router}, output={"format": "modekit"})
+    config = json.loads((out / "config.json").read_text())
+    (average,) = config["modekit"]["routing"]["averages"]
+    before, average["decay"] = average["decay"], 0.5
+    (out / "config.json").write_text(json.dumps(config))
+    checks = checks_of(out)
+    assert checks["config.json"].verdict == checks["router"].verdict == "failed"
+    detail = checks["config.json"].detail
+    assert detail.startswith("1 settings differ: modekit.routing.averages is [{") and ", planned [{" in detail
+    assert "0.5" in detail and str(before) in detail and len(detail) < 400
+    assert "modekit fit" in checks["router"].detail
+
+
+def test_every_setting_that_differs_is_counted_and_a_long_one_is_cut(workshop: Workshop) -> None:
+    out = workshop.build(output={"format": "modekit"})
+    config = json.loads((out / "config.json").read_text())
+    config["modekit"]["routing"]["top_k"] = 1
+    config["modekit"]["routing"]["method"] = "gating"
+    (out / "config.json").write_text(json.dumps({**config, "a note": "x" * 5000}))
+    detail = checks_of(out)["config.json"].detail
+    assert detail.startswith("3 settings differ: a note is 'xxx") and detail.endswith("…, planned None") and len(detail) < 400
+
+
+def test_a_tokenizer_file_that_the_base_has_no_longer_is_found(tmp_path: Path) -> None:
+    workshop = make_pair_workshop(tmp_path, "t5")
+    pieces = tmp_path / "base" / "spiece.model"
+    pieces.write_bytes(b"pieces")
+    out = workshop.build(mixture={"router": {"fit": "random"}})
+    assert checks_of(out)["tokenizer files"].verdict == "proven"
+    pieces.unlink()
+    check = checks_of(out)["tokenizer files"]
+    assert check.verdict == "failed" and check.detail == "spiece.model is no longer beside the base model"
 
 
 def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:

@@ -19,6 +19,7 @@ from modekit.files.staging import staging
 from modekit.members.change import before_change, write_change
 from modekit.members.wanted import NewExpert, adding, removing
 from modekit.routing.refit import refit
+from pair_models import make_pair_workshop
 from refusal import borrow, refuse, tree
 
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
@@ -96,6 +97,19 @@ def test_the_tokenizer_of_the_base_has_changed(shared_workshop: Workshop, tmp_pa
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "base")
     assert "tokenizer.json is another" in refuse_change(bench, "remove", out, "law")
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "replace"])
+def test_a_tokenizer_file_of_the_base_is_gone(tmp_path: Path, change: str) -> None:
+    """Its words would be the mixture's no longer."""
+    bench = make_pair_workshop(tmp_path, "t5")
+    (tmp_path / "base" / "spiece.model").write_bytes(b"pieces")
+    out = bench.build(mixture={"router": {"fit": "random"}})
+    (tmp_path / "base" / "spiece.model").unlink()
+    model = ("--model", tmp_path / "code")
+    args = {"add": ("--name", "tax", *model), "remove": ("law",), "replace": ("law", *model)}[change]
+    message = refuse_change(bench, change, out, *args)
+    assert "the base model is not the one" in message and "spiece.model is gone" in message and "put it back" in message
 
 
 def test_the_last_but_one(bench: Workshop) -> None:

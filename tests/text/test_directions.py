@@ -180,6 +180,27 @@ def test_the_same_instruction_for_both_ways_says_nothing(corpora: dict[tuple[str
         check_pairs(random.Random(1).sample([*right[:200], *wrong[:50]], 250), where="here")
 
 
+LEADS = ["translate: {}", "Translate the text: {}", "Translate this sentence into the other language: {}", "__t__ {}"]
+
+
+@pytest.mark.parametrize("template", LEADS)
+def test_what_all_sources_begin_with_hides_no_direction(corpora: dict[tuple[str, str], Corpus], template: str) -> None:
+    """Nearly all, or all: the words of a template are no language's, however long they are beside what follows."""
+    corpus = corpora["english", "french"]
+    right = told(corpus["trac"][:200], template)
+    for name in ("wagtail", "django"):
+        known = Directions()
+        known.add(right, where="right")
+        known.add(told(corpus[name][:200], template), where=name)
+        for wrong in (told(swapped(corpus[name][:200]), template), told(swapped(corpus[name][:200]), *[template] * 19, "{}")):
+            with pytest.raises(TextError, match="do not go the same way"):
+                known.add(wrong, where="wrong")
+    check_pairs(right, where="right")
+    some = told([*swapped(corpus["trac"][:40]), *corpus["trac"][40:200]], template)
+    with pytest.raises(TextError, match="some pairs of a text go one way"):
+        check_pairs(random.Random(1).sample(some, 200), where="here")
+
+
 def test_a_text_is_compared_with_every_kind(corpora: dict[tuple[str, str], Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with every text: one of each kind is enough, and whichever it is, a swapped text shows."""
     compared: list[None] = []
