@@ -14,8 +14,11 @@ import modekit.loaded.next_token as training_module
 from conftest import Workshop, save, tiny_model
 from modekit.errors import TextError
 from modekit.experts.specialize import specialize
+from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.text.splits import split_of
+from pair_models import PAIR_FAMILIES, built, inputs, logits_of, make_pair_workshop
+from rounding import assert_close
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 
@@ -34,6 +37,36 @@ def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop)
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record
+
+
+@pytest.mark.parametrize(("model_type", "key"), [("llama", "mlp_bias"), ("starcoder2", "use_bias")])
+def test_biases_of_the_ffn_move_too(model_type: str, key: str, workshop: Workshop) -> None:
+    """A build copies them: the mixture has all that was trained."""
+    save(tiny_model(model_type, **{key: True}), workshop.root / "base")
+    run(workshop, "new")
+    before, after = (load_file(workshop.root / name / "model.safetensors") for name in ("base", "new"))
+    assert any(".mlp." in name and name.endswith(".bias") for name in before)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+    workshop.recipe["experts"] = [{"name": "new", "model": "./new"}]
+    out = workshop.build(mixture={"top_k": 1, "router": {"fit": "random"}})
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        mixture, own = (load_model(folder)(ids).logits for folder in (out, workshop.root / "new"))
+    assert_close(mixture, own)
+
+
+@pytest.mark.parametrize("model_type", PAIR_FAMILIES)
+def test_the_ffn_of_both_stacks_moves_with_its_biases(model_type: str, tmp_path: Path) -> None:
+    make_pair_workshop(tmp_path, model_type)
+    specialize(tmp_path / "base", tmp_path / "new", ["./law.jsonl"], root=tmp_path, training=TRAINING)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "new"))
+    for name in before:
+        in_ffn = ".fc1." in name or ".fc2." in name or ".DenseReluDense." in name
+        assert torch.equal(before[name], after[name]) != in_ffn, name
+    assert_close(
+        logits_of(load_model(built(tmp_path, {}, "new")), inputs()), logits_of(load_model(tmp_path / "new"), inputs())
+    )  # fmt: skip
 
 
 def test_full_moves_everything(workshop: Workshop) -> None:

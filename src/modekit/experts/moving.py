@@ -63,7 +63,7 @@ def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
-    """The parameters that move. For mlp they are found by the family's FFN names, exactly those that a build copies.
+    """The parameters that move. For mlp they are all that the family's FFN holds, biases included: what a build copies.
 
     Raises UnsupportedError when mlp is asked of a family that is not in the table.
     """
@@ -75,9 +75,6 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
         family = family_of(config, where="--train mlp")
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
-    names = (
-        family.in_layer(layer, path)
-        for layer in family.layers(config)
-        for path in dict.fromkeys(family.stack_of(layer).mlp.values())
-    )  # fmt: skip
-    return [named[name] for name in names]
+    stacks = ((layer, family.stack_of(layer)) for layer in family.layers(config))
+    modules = {f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in (stack.ffn, *stack.ffn_calls)}
+    return [parameter for name, parameter in named.items() if any(name.startswith(module) for module in modules)]
