@@ -21,6 +21,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.members.licences import facts, front_matter, sources_of
 from modekit.report.card import write_card
 from modekit.routing.refit import refit
+from pair_models import make_pair_workshop
 from refusal import borrow, copy_base, copy_expert, refuse, run_python
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n   http://www.apache.org/"
@@ -255,6 +256,36 @@ def test_the_table_is_in_it_when_it_is_this_mixtures(mine: Workshop) -> None:
     assert "another state" in text and "| mixture |" not in text
     (changed.folder / "results" / "eval.json").write_text("[3]")
     assert "cannot be read" in card_of(changed)[1]
+
+
+def test_of_a_mixture_that_translates(tmp_path: Path) -> None:
+    router = {"fit": "random", "seed": 1}
+    checkpoint = open_checkpoint(make_pair_workshop(tmp_path, "bart").build(mixture={"top_k": 1, "router": router}))
+    data, text = card_of(checkpoint)
+    assert data["pipeline_tag"] == "translation" and "BLEU" not in text
+    found = translations_of(checkpoint)
+    path = checkpoint.folder / "results" / "translate.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(found))
+    _, text = card_of(checkpoint)
+    assert "translated greedily" in text and "BLEU a\\|b; chrF c" in text and "* few &lt;pairs&gt;" in text
+    assert "| mixture | 12.3 / 45.7 | - | - | 1.0 / 2.0 |" in text and "not evaluated yet" in text
+    path.write_text(json.dumps({**found, "checkpoint": {**checkpoint.identity, "router_sha256": "0" * 64}}))
+    written = write_card(checkpoint)
+    assert any("translate.json is of another state" in note for note in written.notes)
+    assert "BLEU" not in (checkpoint.folder / "README.md").read_text()
+
+
+def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A translate.json of a domain, one that not every model was scored on, and an unseen one."""
+    row = {"total_parameters": 9, "active_parameters": 9, "tokens_per_second": None, "mean": None}
+    scores = {"law": {"bleu": 12.34, "chrf": 45.67}, "mail": {"bleu": 1.0, "chrf": 2.0}}
+    return {
+        "format": 1, "checkpoint": checkpoint.identity, "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
+        "signatures": {"bleu": "a|b", "chrf": "c"}, "domains": ["law", "code"], "unseen": ["mail"],
+        "notes": ["few <pairs>"], "rows": [{"name": "mixture", "kind": "mixture", "domains": scores, **row}],
+        "differences": {}, "examples": [],
+    }  # fmt: skip
 
 
 def test_the_recipe_in_it_is_the_recipe(mine: Workshop) -> None:

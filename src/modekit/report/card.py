@@ -31,6 +31,8 @@ from modekit.members.licences import Source, facts, sources_of
 from modekit.members.taught import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
+from modekit.report.result_files import find_translations
+from modekit.report.translation_file import Scores, Translations
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 
@@ -77,15 +79,15 @@ class CardText:
 def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: Record | None = None) -> CardText:
     """The card's files. `shown` is the record as it is shown to others, by default the checkpoint's own."""
     sources = sources_of(checkpoint, ask_hub=ask_hub)
-    results, problem = _results(checkpoint)
+    measured = _measured(checkpoint)
     data = _metadata(checkpoint, sources)
     if shown is not None:
         sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
     known = facts(sources)
-    notes = [*([problem] if problem else []), *known]
+    notes = [*measured.problems, *known]
     if data.base_model is None:
         notes.append("base_model is left out: the sources are folders, and none of them says what it was made from")
-    body = _body(Checkpoint(checkpoint.folder, shown or checkpoint.record), sources, known, results, problem)
+    body = _body(Checkpoint(checkpoint.folder, shown or checkpoint.record), sources, known, measured)
     contents = {CARD_FILE: f"---\n{data.to_yaml()}\n---\n\n{body}"}
     if data.license_link == LICENCE_FILE:
         contents[LICENCE_FILE] = _licence_page(sources, known)
@@ -106,6 +108,21 @@ def is_ours(path: Path) -> bool:
         return False
     mark = _MARK.search(text)
     return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What eval and eval --translate found of this mixture, and `problems`: why some of it cannot be shown."""
+
+    results: Results | None
+    translations: Translations | None
+    problems: Sequence[str]
+
+
+def _measured(checkpoint: Checkpoint) -> _Measured:
+    results, problem = _results(checkpoint)
+    problems = [problem] if problem else []
+    return _Measured(results, find_translations(checkpoint, problems), problems)
 
 
 def _results(checkpoint: Checkpoint) -> tuple[Results | None, str | None]:
@@ -132,7 +149,8 @@ def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardDat
     return ModelCardData(
         base_model=bases or None, base_model_relation="merge" if bases else None, datasets=data_sets or None,
         language=languages or None, license=licence, license_name=name, license_link=link, library_name="transformers",
-        pipeline_tag="text-generation", tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
+        pipeline_tag="translation" if checkpoint.shape.family.pair else "text-generation",
+        tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
     )  # fmt: skip
 
 
@@ -147,14 +165,12 @@ def _licence(sources: Sequence[Source]) -> tuple[str, str | None, str | None]:
     return "other", "of-the-sources", LICENCE_FILE
 
 
-def _body(
-    checkpoint: Checkpoint, sources: Sequence[Source], known: Sequence[str], results: Results | None, problem: str | None
-) -> str:
+def _body(checkpoint: Checkpoint, sources: Sequence[Source], known: Sequence[str], measured: _Measured) -> str:
     title = _plain(checkpoint.folder.name) or "mixture"
     parts = [
         f"# {title}", _what(checkpoint), "## Use", _use(checkpoint), "## How it was made", _made(checkpoint),
-        "## What it is worth", _worth(results, problem), "## Sources and licences", _source_table(sources),
-        "\n".join(f"* {_plain(fact)}" for fact in known), "## Limits", _limits(checkpoint, results),
+        "## What it is worth", _worth(measured), "## Sources and licences", _source_table(sources),
+        _notes(known), "## Limits", _limits(checkpoint, measured.results),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -248,17 +264,44 @@ def _training(settings: dict[str, Any], steps: int, tokens: int) -> str:
     return f"* trained: {_plain(moved)} towards {_plain(losses)}, {steps} steps, {tokens:,} tokens{one}{teacher}"
 
 
-def _worth(results: Results | None, problem: str | None) -> str:
-    if results is None:
-        return f"{problem}."
-    header, body = results.table()
+def _worth(measured: _Measured) -> str:
+    parts = [f"{problem}." for problem in measured.problems]
+    if measured.results is not None:
+        parts += _losses(measured.results)
+    if measured.translations is not None:
+        parts += _translations(measured.translations)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _losses(results: Results) -> list[str]:
     explained = (
         "Held-out loss in nats per token / perplexity; the same tokens in every row. Gap closed: 0 is the base model, 1 is as "
-        "good as each domain's own expert. The oracle knows each text's domain: no router can do better."
+        "good as each domain's own expert. The oracle gives every text to its domain's own expert; a mixture can pass it."
     )
-    return "\n\n".join(
-        [explained, markdown_table(header, body, _plain), "\n".join(f"* {_plain(note)}" for note in results.notes)]
-    ).strip()
+    return [explained, markdown_table(*results.table(), _plain), _notes(results.notes)]
+
+
+def _translations(found: Translations) -> list[str]:
+    """BLEU and chrF of every model, as eval --translate draws them."""
+    way = "greedily" if found.settings.beams == 1 else f"with {found.settings.beams} beams"
+    explained = (
+        f"BLEU / chrF of held-out sources, translated {way}; a domain's whole corpus at once, the mean over the domains that "
+        f"have an expert. BLEU {_plain(found.signatures.bleu)}; chrF {_plain(found.signatures.chrf)}."
+    )
+    header = ["model", *found.domains, "mean", *(f"{name} / unseen" for name in found.unseen)]
+    body = []
+    for row in found.rows:
+        scores = [*map(row.domains.get, found.domains), row.mean, *map(row.domains.get, found.unseen)]
+        body.append([row.name, *map(_score, scores)])
+    return [explained, markdown_table(header, body, _plain), _notes(found.notes)]
+
+
+def _score(score: Scores | None) -> str:
+    return "-" if score is None else f"{score.bleu:.1f} / {score.chrf:.1f}"
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "\n".join(f"* {_plain(note)}" for note in notes)
 
 
 def _source_table(sources: Sequence[Source]) -> str:
@@ -280,10 +323,9 @@ def _limits(checkpoint: Checkpoint, results: Results | None) -> str:
 
 
 def _licence_page(sources: Sequence[Source], known: Sequence[str]) -> str:
-    said = "\n".join(f"* {_plain(fact)}" for fact in known)
     return (
         "# Licences of the sources\n\nThis model was made from the models below, and each keeps its licence. What that "
-        f"means together is for you to judge; these are the facts.\n\n{_source_table(sources)}\n\n{said}\n"
+        f"means together is for you to judge; these are the facts.\n\n{_source_table(sources)}\n\n{_notes(known)}\n"
     )
 
 
