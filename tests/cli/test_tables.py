@@ -185,6 +185,20 @@ def test_inspect(shown: Callable[..., str]) -> None:
     check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "told_apart": told}))
 
 
+def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
+    layers = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
+    entry = {"shares": [[1.0]] * 3, "chosen": [[1.0]] * 3, "agreement": [0.5] * 3, "entropy": [1.25] * 3, "loss": 1.0,
+             "named": 0.1, "without": {}, "expert": "law"}  # fmt: skip
+    data = {
+        "experts": ["law"], "per_domain": {"law": entry}, "unseen": [], "domains": ["law"], "utilisation": [[1.0]] * 3,
+        "routers": [{"layer": layer, "module": "fc1"} for layer in layers], "dead": [], "notes": [], "top_tokens": {},
+        "similarity": {"of": "weights", "experts": [[1.0]]},
+    }  # fmt: skip
+    said = shown(None, inspection.print_inspection, Path("OUT"), data)
+    places = [said.index(layer) for layer in layers]
+    assert places == sorted(places)
+
+
 def test_advise(shown: Callable[..., str]) -> None:
     places = range(len(NAMES))
     losses = {place: Some(mean=12.3456) for place in places}

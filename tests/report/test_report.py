@@ -20,6 +20,7 @@ from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.printing.console import out as console
 from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.inspect import inspect
 from modekit.report.content import make_content, rounded
 from modekit.report.drawing import ticks
 from modekit.report.page import FORMATS, make_page, shade, tint
@@ -28,6 +29,7 @@ from modekit.report.write import write_report
 from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
+from pair_models import make_pair_workshop
 from refusal import refuse, run_python, tree
 
 LIMIT = 2_000_000
@@ -690,6 +692,7 @@ def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
         (["similarity", "experts"], [[1.0]], "similarity.experts is not experts x experts"),
         (["domains"], ["law"], "per_domain does not name the domains"),
         (["per_domain", "law", "shares", 0, 0], 7.0, "per_domain.law.shares.0.0"),
+        (["routers", 0, "layer"], "encoder.x", "routers.0.layer"),
     ],
 )
 def test_an_inspection_whose_parts_do_not_fit_is_left_out(workshop: Workshop, path: list[Any], value: Any, said: str) -> None:
@@ -741,6 +744,76 @@ def test_one_decision_for_the_whole_model(workshop: Workshop, opened: Opened, tm
     assert data_of(report.page)["routing"]["rows"] == ["whole model"]
     tab = opened(report.page)
     assert tab.locator("#layer").is_hidden() and "whole model" in tab.locator("#detail").inner_text()
+
+
+def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A translate.json: the mixture is better than the base on one pair of law, and on none or two of the others."""
+    scored = {"bleu": 12.34, "chrf": 45.67}
+    domains = dict.fromkeys(DOMAINS, scored)
+    row = {"total_parameters": 9, "active_parameters": 9, "tokens_per_second": None, "mean": scored, "domains": domains}
+    return {
+        "format": 1, "checkpoint": checkpoint.identity, "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
+        "signatures": {"bleu": "a|b", "chrf": "c"}, "domains": list(DOMAINS), "unseen": [], "notes": ["few <pairs>"],
+        "rows": [{"name": kind, "kind": kind, **row} for kind in ("base", "mixture")],
+        "differences": {
+            name: {"better": place, "worse": 3, "same": 4} for name, place in zip(DOMAINS, (0, 1, 2), strict=True)
+        },
+        "examples": [],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a mixture of models with an encoder, whose routers stand in both of its stacks."""
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 1}}
+    out = make_pair_workshop(tmp_path_factory.mktemp("pairs"), "bart").build(mixture=mixture)
+    checkpoint = open_checkpoint(out)
+    inspect(checkpoint, tokens_per_domain=300, sequence_length=64)
+    put(checkpoint, "translate.json", translations_of(checkpoint))
+    return write_report(checkpoint).page
+
+
+def test_a_router_colours_the_side_of_a_pair_that_it_reads(pairs_page: Path, opened: Opened) -> None:
+    data, tab = data_of(pairs_page)["samples"], opened(pairs_page)
+    tokens, source = data["texts"][0]["tokens"], data["texts"][0]["source"]
+    assert 0 < source < len(tokens) and [token["loss"] is None for token in tokens] == [
+        place < source for place in range(len(tokens))
+    ]
+    for router, rows in enumerate(data["texts"][0]["weights"]):
+        tab.locator("#layer").fill(str(router))
+        read = [place for place, row in enumerate(rows) if any(row)]
+        assert read in (list(range(source)), list(range(source, len(tokens))))
+        classes = [tab.locator(f"#t{place}").get_attribute("class").split() for place in range(len(tokens))]
+        assert ["unread" in each for each in classes] == [place not in read for place in range(len(tokens))]
+        assert not any(name[0] in "es" and name[1:].isdigit() for each in classes if "unread" in each for name in each)
+        for place in (0, 1, source, source + 1):
+            tab.locator(f"#t{place}").dispatch_event("click")
+            said = tab.locator("#detail p").text_content()
+            assert ("source, not predicted" in said) == (place < source) and ("nats" in said) == (place >= source)
+            assert ("which does not read it" in said) == (place not in read)
+            assert len(weights_shown(tab)) == (len(DOMAINS) if place in read else 0)
+    assert {any(rows[0]) for rows in data["texts"][0]["weights"]} == {True, False}
+
+
+def test_source_and_target_of_a_pair_stand_apart(pairs_page: Path, opened: Opened, page: Path) -> None:
+    source, tab = data_of(pairs_page)["samples"]["texts"][0]["source"], opened(pairs_page)
+    assert tab.locator("#tokens .side").all_text_contents() == ["Source", "Target"]
+    ends, begins = (tab.locator(f"#t{place}").bounding_box()["y"] for place in (source - 1, source))
+    assert begins > ends + 10
+    assert tab.locator("#tokens [role=option]").count() == len(data_of(pairs_page)["samples"]["texts"][0]["tokens"])
+    assert opened(page).locator("#tokens .side").count() == 0
+
+
+def test_the_page_of_pairs_counts_layers_by_stack_and_one_pair_as_one(pairs_page: Path, page: Path, opened: Opened) -> None:
+    text = opened(pairs_page).locator("body").inner_text()
+    rows = [f"layer {stack}.{number}" for stack in ("encoder", "decoder") for number in range(2)]
+    assert data_of(pairs_page)["routing"]["rows"] == rows and not any(
+        "inspect" in said for said in data_of(pairs_page)["missing"]
+    )
+    assert "2 layers in the encoder and 2 in the decoder" in text and "4 layers" not in text
+    for said in ("better on 0 pairs", "better on 1 pair,", "better on 2 pairs"):
+        assert said in text
+    assert "Experts: 3 layers" in opened(page).locator(".lead").inner_text()
 
 
 def test_ticks_are_round_and_inside() -> None:

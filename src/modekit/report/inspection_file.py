@@ -6,11 +6,14 @@ from collections import Counter
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from modekit.files.typed import Count, Number
+from modekit.recipes.layers import Layer
 
 Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3)]
+NamedLayer = Annotated[str, StringConstraints(pattern=r"^(encoder|decoder)\.[0-9]{1,6}$")]
+"""A layer of a model that has both."""
 
 
 class Data(BaseModel):
@@ -23,7 +26,7 @@ class Router(Data):
     """A router slot; `layer` is None for one that serves several."""
 
     name: str
-    layer: int | None
+    layer: int | NamedLayer | None
     module: str
 
 
@@ -125,7 +128,7 @@ class Inspection(Data):
     notes: list[str]
 
     @cached_property
-    def in_layer(self) -> Counter[int | None]:
+    def in_layer(self) -> Counter[Layer | None]:
         """Layer -> number of its routers."""
         return Counter(router.layer for router in self.routers)
 

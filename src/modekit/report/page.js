@@ -21,6 +21,7 @@
   const sample = () => data.texts[text];
   const weights = (token) => sample().weights[Number(layer.value)][token];
   const largest = (row) => row.indexOf(Math.max(...row));
+  const isRead = (row) => row.some((weight) => weight > 0);
   const mark = (expert) => "e" + (expert % 8);
   const figure = (value, content, place) => {
     const node = make("data", "", content);
@@ -34,7 +35,7 @@
     layer.setAttribute("aria-valuetext", shown.textContent);
     Array.from(list.querySelectorAll(".tok")).forEach((node, token) => {
       const row = weights(token), expert = largest(row);
-      node.className = "tok " + mark(expert) + " s" + Math.min(4, 1 + Math.floor(row[expert] / 250.001));
+      node.className = isRead(row) ? "tok " + mark(expert) + " s" + Math.min(4, 1 + Math.floor(row[expert] / 250.001)) : "tok unread";
     });
     explain();
   }
@@ -43,11 +44,11 @@
     const token = sample().tokens[active], row = weights(active);
     const head = make("p", "", "Token " + (active + 1) + " of " + sample().tokens.length + ": ");
     head.append(make("code", "", JSON.stringify(token.text)), document.createTextNode(", "));
-    if (token.loss === null) head.append("the first, not predicted");
+    if (token.loss === null) head.append((active < sample().source ? "source, " : active ? "" : "the first, ") + "not predicted");
     else head.append("loss ", figure(token.loss, token.loss.toFixed(2), "tokens/" + active + "/loss"), " nats");
-    head.append("; " + data.routers[Number(layer.value)]);
+    head.append("; " + data.routers[Number(layer.value)] + (isRead(row) ? "" : ", which does not read it"));
     const bars = make("ul");
-    row.map((weight, expert) => [weight, expert]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).forEach(([weight, expert]) => {
+    (isRead(row) ? row : []).map((weight, expert) => [weight, expert]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).forEach(([weight, expert]) => {
       const line = make("li", mark(expert));
       const bar = document.createElementNS("http://www.w3.org/2000/svg", "svg");
       bar.setAttribute("viewBox", "0 0 1000 10");
@@ -79,7 +80,14 @@
   function open(place) {
     text = place;
     list.replaceChildren();
+    const heading = (side) => {
+      const node = make("span", "side", side);
+      node.setAttribute("aria-hidden", "true");
+      list.append(node);
+    };
     sample().tokens.forEach((token, number) => {
+      if (sample().source && number === 0) heading("Source");
+      if (sample().source && number === sample().source) heading("Target");
       const node = make("span", "tok");
       node.id = "t" + number;
       node.setAttribute("role", "option");

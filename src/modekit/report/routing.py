@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from modekit.recipes.layers import Layer, order_of
 from modekit.report.inspection_file import Inspection, Sample
 
 SAMPLE_BYTES = 900_000
@@ -55,7 +56,7 @@ def _groups(inspection: Inspection, domains: int) -> list[list[int]]:
     most = max(8, _HEAT_CELLS // max(1, domains * len(inspection.experts)))
     groups = [[place] for place in range(len(inspection.routers))]
     if len(groups) > most:
-        layers: dict[int | None, list[int]] = {}
+        layers: dict[Layer | None, list[int]] = {}
         for place, router in enumerate(inspection.routers):
             layers.setdefault(router.layer, []).append(place)
         groups = list(layers.values())
@@ -66,7 +67,9 @@ def _groups(inspection: Inspection, domains: int) -> list[list[int]]:
 def _label(inspection: Inspection, group: Sequence[int]) -> str:
     if len(group) == 1:
         return _router_label(inspection, group[0])
-    layers = sorted({layer for layer in (inspection.routers[place].layer for place in group) if layer is not None})
+    layers = sorted(
+        {layer for layer in (inspection.routers[place].layer for place in group) if layer is not None}, key=order_of
+    )
     if not layers:
         return "model"
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
@@ -92,18 +95,22 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def samples_of(inspection: Inspection) -> dict[str, Any]:
-    """Sample texts with their weights in thousandths: one of each domain first, as many as there is room for."""
+def samples_of(inspection: Inspection, *, pair: bool = False) -> dict[str, Any]:
+    """Sample texts with their weights in thousandths: one of each domain first, as many as there is room for.
+
+    Of a pair `source` says how many tokens stand before the target; of a text it is 0.
+    """
     by_domain: dict[str, list[Sample]] = {}
     for sample in inspection.texts:
         by_domain.setdefault(sample.domain, []).append(sample)
     order = [sample for turn in zip_longest(*by_domain.values()) for sample in turn if sample is not None]
-    kept, room = [], SAMPLE_BYTES
+    kept: list[dict[str, Any]] = []
+    room = SAMPLE_BYTES
     for place, sample in enumerate(order):
         data = _sample_within(sample, SAMPLE_BYTES // len(by_domain) if place < len(by_domain) else room, inspection)
         if data is None:
             break
-        kept.append(data)
+        kept.append({**data, "source": _source_tokens(sample) if pair else 0})
         room -= _size(data)
     routers = [_router_label(inspection, place) for place in range(len(inspection.routers))]
     return {"routers": routers, "texts": kept, "left_out": len(order) - len(kept)}
@@ -119,6 +126,11 @@ def _sample_within(sample: Sample, room: int, inspection: Inspection) -> dict[st
             return data
         most = min(most - 1, int(most * room / size))
     return None
+
+
+def _source_tokens(sample: Sample) -> int:
+    """How many tokens come before the first that is predicted: of a pair those of its source."""
+    return next((place for place, token in enumerate(sample.tokens) if token.loss is not None), len(sample.tokens))
 
 
 def _size(data: object) -> int:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from modekit.cli.printing.console import out, shows_bold, visible
 from modekit.cli.printing.table import OWN, Cell, Table
+from modekit.recipes.layers import order_of
 
 if TYPE_CHECKING:
     from modekit.evaluation.inspection.words import Word
@@ -70,7 +71,7 @@ def print_inspection(folder: Path, data: Mapping[str, Any]) -> None:
 def _print_routers(data: Mapping[str, Any]) -> None:
     """Agreement and entropy layer by layer, of a few layers when there are many."""
     routers = data["routers"]
-    layers = sorted({router["layer"] for router in routers if router["layer"] is not None})
+    layers = sorted({router["layer"] for router in routers if router["layer"] is not None}, key=order_of)
     if len(layers) < 2:
         return
     own = [data["per_domain"][name] for name in data["domains"]]
