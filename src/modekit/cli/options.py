@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
@@ -42,7 +42,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 def _fields(kind: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
-    return [_option(each.name, hints[each.name], each.default) for each in fields(kind)]
+    return [
+        _option(each.name, hints[each.name], inspect.Parameter.empty if each.default is MISSING else each.default)
+        for each in fields(kind)
+    ]
 
 
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
