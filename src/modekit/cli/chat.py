@@ -35,13 +35,16 @@ class ChatOptions:
 def score_chat(checkpoint: Path, options: ChatOptions, *, as_json: bool, trust_remote_code: bool) -> None:
     """Ask the questions and draw who leads."""
     from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.checkpoint.pairs import refuse_pairs
     from modekit.cli.printing.chat import print_chat
     from modekit.evaluation.chat import evaluate_chat
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
+    opened = open_checkpoint(resolved(checkpoint))
+    refuse_pairs(opened, "chats are with models that write a text on", option="--chat")
     with drawn_progress() as progress:
         results = evaluate_chat(
-            open_checkpoint(resolved(checkpoint)), questions=options.questions or 32, system=options.system,
+            opened, questions=options.questions or 32, system=options.system,
             run=Run(trust_remote_code, progress),
         )  # fmt: skip
     if as_json:

@@ -28,6 +28,14 @@ class TextOptions:
     system: Annotated[str | None, typer.Option(help="With --chat: this system prompt in place of the template's own.")] = None
     layer: Annotated[int | None, typer.Option(min=0, help="With a text: only this layer's routers.")] = None
 
+    def given(self) -> list[str]:
+        """Those that were given."""
+        asked = {
+            "--text": self.text, "--text-file": self.text_file, "--chat": self.chat or None, "--system": self.system,
+            "--layer": self.layer,
+        }  # fmt: skip
+        return [option for option, value in asked.items() if value is not None]
+
 
 @app.command()
 @grouped
@@ -42,6 +50,7 @@ def inspect(
     """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
     text, layer = shown.text, shown.layer
     from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.checkpoint.pairs import refuse_pairs
     from modekit.evaluation.inspection.inspect import inspect
     from modekit.evaluation.inspection.text import STDIN, Said, inspect_text, read_text
     from modekit.evaluation.results_folder import RESULTS_FOLDER
@@ -49,6 +58,11 @@ def inspect(
     if text is not None and shown.text_file is not None:
         raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
     opened = open_checkpoint(resolved(checkpoint))
+    for option in shown.given():
+        refuse_pairs(
+            opened, "a source and its target are shown together, and this asks for one text", option=option,
+            remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
+        )  # fmt: skip
     if shown.text_file is not None or text == STDIN:
         text = read_text(shown.text_file)
     if layer is not None and text is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import Proof, prove
@@ -67,6 +68,7 @@ def export_gguf(
     Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
     there; OutputError.
     """
+    refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
     shape = checkpoint.shape
     if shape.without_gguf is not None:
         raise UnsupportedError(

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import Conversion, check_installed, convert
 from modekit.engines.gguf import EXPORT_FILE, Written, made_of
@@ -45,6 +46,7 @@ def export_adapters_gguf(
     `experts`: those that are written; None: all. Raises UnsupportedError, before anything is written, when one of them has no
     such form; EngineError when one cannot be converted, or is another model there; OutputError.
     """
+    refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
     adapters = chosen_adapters(checkpoint, experts)
     check_installed()
     made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}

@@ -4,7 +4,7 @@
 |---|---|---|
 | llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
 | vllm | all but a few | vLLM's own server, with modekit's plug-in |
-| transformers | every mixture | `transformers serve`, one request at a time |
+| transformers | every mixture but those with an encoder | `transformers serve`, one request at a time |
 
 The engine is a process of its own that ends with this one. It listens on the loopback address unless another is asked for.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.child import Child
 from modekit.engines.converter import check_installed, is_installed
 from modekit.engines.gguf import gguf_of
@@ -75,6 +76,7 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
 
     Raises UnsupportedError when none can serve it, or not the one asked for.
     """
+    refuse_pairs(checkpoint, "no engine can serve the mixture", option="" if asked == "auto" else f"--engine {asked}")
     if asked != "auto":
         reason = ENGINES[asked].refusal(checkpoint)
         if reason is None:
@@ -90,9 +92,8 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
             return name, "; ".join(refused) or "it fits"
         refused.append(f"not {name}: {reason}")
     raise UnsupportedError(
-        "no engine here can serve the mixture", where=str(checkpoint.folder), found="; ".join(refused),
-        remedy="call it in Python (docs/translation.md)" if checkpoint.shape.family.pair else INSTALL,
-    )  # fmt: skip
+        "no engine here can serve the mixture", where=str(checkpoint.folder), found="; ".join(refused), remedy=INSTALL
+    )
 
 
 @contextmanager
@@ -176,8 +177,6 @@ def _cores() -> int:
 
 
 def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.shape.family.pair:
-        return "`transformers serve` opens causal models alone, and this one has an encoder: call generate in Python"
     from transformers.utils.import_utils import is_serve_available
 
     return None if is_serve_available() else f"transformers[serving] is not installed ({INSTALL})"

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.errors import ModekitError
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of, wanted_forms
@@ -82,6 +83,10 @@ def evaluate_tasks(
 
     Raises ModekitError when the extra is missing, a name unknown, or a task cannot be run; TextError without text.
     """
+    refuse_pairs(
+        checkpoint, "tasks ask models that write a text on", option="--tasks",
+        remedy="score its pairs: `modekit eval OUT`, and `modekit eval OUT --translate` for BLEU and chrF",
+    )  # fmt: skip
     others = [name for name in names if name not in GROUPS]
     forms = wanted_forms(names)
     for where, said, needed in (("--include-path", folders, others), ("--seen", seen, forms), ("--seed", seed, forms)):

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.tasks.trust import check_folder
-from modekit.loaded.passes import has_encoder
 
 _PREFERRED = ("acc_norm", "acc", "exact_match")  # of the metrics of a task that is not ours; else its first
 
@@ -148,11 +147,6 @@ def run_tasks(
 
     from modekit.evaluation.tasks.scoring import LoadedModel
 
-    if has_encoder(model):  # the harness would take its decoder for a causal model
-        raise ModekitError(
-            "tasks ask models that write a text on, and this one has an encoder", where=", ".join(tasks)[:200],
-            remedy="score its pairs with `modekit eval OUT`",
-        )  # fmt: skip
     try:
         found = evaluate(
             lm=LoadedModel(model, tokenizer, advance), task_dict={"tasks": dict(tasks), "groups": {}}, limit=limit,
