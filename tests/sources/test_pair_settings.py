@@ -117,3 +117,23 @@ def test_models_of_which_one_says_it_twice(silent: Path) -> None:
     say(silent / "two", "generation_config.json", forced_bos_token_id=...)
     with pytest.raises(MismatchError, match=r"made for other languages[\s\S]*two[\s\S]*generation_config\.json: forced_bos"):
         planned(silent, {}, "one", "two")
+
+
+def forced(root: Path) -> list[str]:
+    return [note for note in planned(root, {}, "one", "two", BASE).notes if "forced_bos_token_id" in note]
+
+
+BASE = {"name": "general", "model": "base"}
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_first_token_that_one_side_alone_names_is_said(silent: Path, file: str) -> None:
+    assert forced(silent) == []
+    say(silent / "two", file, forced_bos_token_id=17)
+    (note,) = forced(silent)
+    assert note.startswith("two: ") and "token 17" in note and "the mixture begins as the base does" in note
+    say(silent / "base", file, forced_bos_token_id=17)
+    (note,) = forced(silent)
+    assert note.startswith("one: ") and "so does the mixture" in note
+    say(silent / "one", file, forced_bos_token_id=17)
+    assert forced(silent) == []

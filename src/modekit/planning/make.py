@@ -31,6 +31,7 @@ from modekit.sources.compatibility import (
     check_same_architecture,
     check_same_target,
     check_sizes,
+    forced_by_one_side,
     own_names,
 )
 from modekit.sources.families import family_of, own_family
@@ -81,7 +82,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
     notes = [
         *_notes(recipe, sources, family, mixed), *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
-        *lost_changes(recipe, sources, mixed), *layout.notes(),
+        *_notes_of_targets(recipe, sources, family), *lost_changes(recipe, sources, mixed), *layout.notes(),
     ]  # fmt: skip
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, cut_into_shards(body, recipe.output.shard_size),
@@ -228,6 +229,13 @@ def _notes_of_unseen(recipe: Recipe, native: Native | None) -> Iterable[str]:
     )
     if native is not None and recipe.top_k > 1:
         yield f"{native.native_type} weighs the next expert in, too, where '{name}' leads: top_k: 1 leaves it out"
+
+
+def _notes_of_targets(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> Iterable[str]:
+    """Where an expert with an encoder or the base alone says with which token a target begins."""
+    named = zip(recipe.names, sources[1:], strict=True)
+    own = {name: each for name, each in named if each is not sources[0] and not isinstance(each, AdapterSource)}
+    return forced_by_one_side(sources[0], own) if family.pair else ()
 
 
 def _lost(recipe: Recipe, name: str, source: AdapterSource, mixed: set[str]) -> Iterable[str]:

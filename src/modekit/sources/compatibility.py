@@ -7,7 +7,7 @@ changes what a tensor means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from modekit.errors import MismatchError, SourceError
@@ -196,6 +196,33 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
                 )  # fmt: skip
 
 
+def forced_by_one_side(base: ModelSource, experts: Mapping[str, ModelSource]) -> Iterator[str]:
+    """Notes of experts, by name, whose files force the first token of a target where the base model's do not, or the reverse.
+
+    Files may leave unsaid what whoever calls the model says, so that this is no error.
+    """
+    of_base, silent = _forced_first(base), []
+    for name, source in experts.items():
+        token = _forced_first(source)
+        if of_base is None and token is not None:
+            yield (
+                f"{name}: begins what it writes with the token {token} (forced_bos_token_id), and the base model's files name "
+                "none: the mixture begins as the base does; if that is another language, write the token into the base's files"
+            )
+        elif token is None and of_base is not None:
+            silent.append(name)
+    if silent:
+        yield (
+            f"{', '.join(silent)}: the base model begins what it writes with the token {of_base} (forced_bos_token_id), and so "
+            "does the mixture; files of these name none: see that they write the same language"
+        )
+
+
+def _forced_first(source: ModelSource) -> object:
+    said = _target_of(source)
+    return next((value for (_, key), value in said.items() if key == _FORCED), None)
+
+
 def _target_of(source: ModelSource) -> dict[tuple[str, str], Any]:
     """File and key -> what it says of how a target begins, or where it says nothing what another file does: older models have
     one file, and newer ones say it in another.
@@ -209,8 +236,9 @@ def _target_of(source: ModelSource) -> dict[tuple[str, str], Any]:
     return found
 
 
+_FORCED = "forced_bos_token_id"
 _OF_THE_TARGET = {
-    ("generation_config.json", "config.json"): ("decoder_start_token_id", "forced_bos_token_id"),
+    ("generation_config.json", "config.json"): ("decoder_start_token_id", _FORCED),
     ("tokenizer_config.json",): ("tgt_lang", "target_lang"),
 }
 
