@@ -1,7 +1,7 @@
 """Fine-tune a base model on a domain so that it mixes well: `modekit specialize BASE OUT --text ... --train mlp|lora|full`.
 
-mlp     only the FFN moves, its biases included; attention, norms, embeddings and head stay bit-identical, so that a mixture of such
-experts on the base's backbone loses nothing of them (FlexOlmo and DUME train this way)
+mlp     only the FFN moves, its biases included; attention, norms, embeddings and head stay bit-identical, so that a mixture of
+such experts on the base's backbone loses nothing of them (FlexOlmo and DUME train this way)
 lora    low-rank changes of every linear layer of the decoder; OUT is an adapter, an ordinary PEFT folder
 full    everything moves, as in most models one finds; what moved outside the FFN cannot be carried by FFN experts
 """
