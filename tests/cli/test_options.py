@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import modekit.cli.mixtures as mixtures
 import modekit.cli.training as training
+from command_line import ended, modekit
 from conftest import Workshop
 from modekit.cli.options import grouped
 from modekit.cli.shell import app
@@ -41,6 +42,26 @@ def test_fields_become_options() -> None:
     assert runner.invoke(small, ["OUT", "--tokens", "100", "--text", "a", "--text", "b", "--loud"]).exit_code == 0
     assert runner.invoke(small, ["OUT", "--tokens", "1"]).exit_code == 2
     assert got == [(Path("OUT"), Scored(), False), (Path("OUT"), Scored(100, ["a", "b"]), True)]
+
+
+def test_a_field_without_a_default_is_an_option_that_must_be_given(tmp_path: Path) -> None:
+    message = " ".join(ended("front", tmp_path)[2].split())
+    assert "Missing option '--worker'" in message and "object at" not in message
+    assert "MISSING" not in modekit("front", "--help") and "[required]" in modekit("front", "--help")
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    message = " ".join(refuse_usage("eval", tmp_path, "--by", "tags").split())
+    assert "'--by': 'tags' is not one of 'gate', 'tag'" in message and "did you mean 'tag'?" in message
+    assert "Value error" not in message
+    assert "did you mean" not in refuse_usage("eval", tmp_path, "--by", "zzz")
+
+
+def refuse_usage(*args: object) -> str:
+    """The message about options that could not be read."""
+    code, stdout, stderr = ended(*args)
+    assert (code, stdout) == (2, "") and "to do:" in stderr
+    return stderr
 
 
 def test_no_command_takes_more_than_six_parameters() -> None:

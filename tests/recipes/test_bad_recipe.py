@@ -30,6 +30,7 @@ def with_mixture(**mixture: Any) -> dict[str, Any]:
     return {**GOOD, "mixture": mixture}
 
 
+NAMED = ("not a name", "letters, digits, '_', '.' and '-', 64 at most")
 ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("misspelt key", {**GOOD, "expets": []}, ["expets: unknown key", "did you mean 'experts'?"]),
     ("misspelt inner key", with_mixture(router={"fit": "random", "temprature": 2}), [
@@ -91,7 +92,17 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),
     ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
     ("endless size", {**GOOD, "output": {"shard_size": "infGB"}}, ["output.shard_size", "not a size"]),
-    ("eval of a bad name", {**GOOD, "eval": {"a b": "./x.txt"}}, ["eval.a b"]),
+    ("eval of a bad name", {**GOOD, "eval": {"a b": "./x.txt"}}, ["eval.a b: not a name"]),
+    ("name of two words", {**GOOD, "experts": [{**EXPERTS[0], "name": "a b"}, EXPERTS[1]]}, ["experts[0].name", *NAMED]),
+    ("name that is too long", {**GOOD, "experts": [{**EXPERTS[0], "name": "a" * 65}, EXPERTS[1]]}, ["experts[0].name", *NAMED]),
+    ("label of two words", {**GOOD, "experts": [{**EXPERTS[0], "labels": ["a b"]}, EXPERTS[1]]}, [
+        "experts[0].labels[0]", *NAMED,
+    ]),
+    ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "write for example", "{law: 1"]),
+    ("router by one word", with_mixture(router="lexical"), ["mixture.router", "write for example", "{fit: lexical}"]),
+    ("misspelt fit", with_mixture(router={"fit": "lexicl"}), ["mixture.router.fit", "did you mean 'lexical'?", "'lexicl'"]),
+    ("misspelt method", with_mixture(method="routng", **RANDOM), ["mixture.method", "did you mean 'routing'?"]),
+    ("misspelt part", with_mixture(modules=["corss_q"], **RANDOM), ["mixture.modules[0]", "did you mean 'cross_q'?"]),
 ]  # fmt: skip
 
 
@@ -101,6 +112,7 @@ def test_one_problem_is_one_line_that_names_its_key(tmp_path: Path, recipe: dict
     assert len(problems) == 1, problems
     for part in parts:
         assert part in problems[0]
+    assert "pattern" not in problems[0] and "[key]" not in problems[0]
 
 
 def test_several_problems_are_reported_together(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_recipes_without_labels_have_the_digest_that_they_had() -> None:
         (["court", "court"], None, "the label 'court' is a label of expert 'law' already"),
         (["law"], None, "the expert's own name is a label of it in any case"),
         (None, ["base"], "'base' cannot be a label"),
-        (["two words"], None, "should match pattern"),
+        (["two words"], None, "letters, digits"),
         ([], None, "at least 1 item"),
     ],
 )

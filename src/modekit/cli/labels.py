@@ -96,14 +96,14 @@ class LabelOptions:
 
     @staticmethod
     def _by_label(text: list[str]) -> dict[str, list[str]]:
-        from modekit.recipes.strict import is_name
+        from modekit.recipes.strict import NAME_RULE, is_name
 
         found = texts_by_domain(text)
         for label, specs in found.items():
             if not is_name(label):
                 raise ModekitError(
                     "a label that no expert could have as its name", where="--text", found=label[:80],
-                    expected="letters, digits, '_', '.' and '-', 64 at most", remedy="write --text law=FILE",
+                    expected=NAME_RULE, remedy="write --text law=FILE",
                 )  # fmt: skip
             if len(specs) > 1:
                 raise ModekitError(

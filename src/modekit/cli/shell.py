@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -36,6 +37,7 @@ Fsync = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
+_CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 _FRAMES = 100  # of a traceback that a log keeps
 
 
@@ -89,7 +91,7 @@ def main() -> None:
         where = str(error.filename) if error.filename else f"modekit {_command()}"
         _fail(ModekitError(f"{error.strerror or error}", where=where, remedy="mend what is named and run the command again"))
     except TyperException as error:
-        _fail(ModekitError(error.format_message(), remedy="modekit --help, or --help after a command"))
+        _fail(_wrong_usage(error.format_message()))
     except BaseException as error:
         # A library in Rust panics by a class of its own, which is no Exception; the other such ones end the process.
         foreseen = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
@@ -107,6 +109,16 @@ def _command() -> str:
 def _fail(error: ModekitError) -> NoReturn:
     err.print(Text.assemble(("error:", "bold red"), f" {_within_a_screen(str(error))}"), soft_wrap=True)
     sys.exit(2)
+
+
+def _wrong_usage(said: str) -> ModekitError:
+    """What Typer says of options, without a library's own words, and with the nearest of the choices."""
+    from modekit.recipes.strict import did_you_mean
+
+    said = said.replace(": Value error, ", ": ")
+    choice = _CHOICE.search(said)
+    hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
+    return ModekitError(said, remedy=" ".join(filter(None, [hint, "modekit --help, or --help after a command"])))
 
 
 def _within_a_screen(message: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -20,6 +22,8 @@ BASE = "base"
 _NAME, _LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=_LONGEST_NAME)]
 """Of an expert and its domain; also a file's name."""
+NAME_RULE = "letters, digits, '_', '.' and '-', 64 at most, a letter or digit first"
+"""What a `Name` is, in words."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
@@ -28,6 +32,17 @@ _LARGEST_NUMBER = 10**100  # far past all use; products of three of them still f
 def is_name(found: str) -> bool:
     """Whether it could be a `Name`."""
     return len(found) <= _LONGEST_NAME and re.fullmatch(_NAME, found) is not None
+
+
+def breaks_name_rule(problem: str, context: Mapping[str, Any]) -> bool:
+    """Whether pydantic's problem of this type is that of a `Name`, whose pattern nobody should have to read."""
+    return context.get("pattern") == _NAME or (problem == "string_too_long" and context.get("max_length") == _LONGEST_NAME)
+
+
+def did_you_mean(found: object, known: Iterable[str]) -> str:
+    """A hint at the nearest of the words that are known; nothing where none is near."""
+    near = difflib.get_close_matches(str(found), list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 class Strict(BaseModel):
