@@ -25,6 +25,7 @@ from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import TRAINED_FILE, documents_of_split
 from modekit.weights.factorise import Array32, Factors, factorise
+from pair_models import pair_model, pair_tokenizer
 from refusal import run_python, tree
 
 State = dict[str, torch.Tensor]
@@ -329,6 +330,20 @@ def test_what_an_adapter_cannot_carry_is_named(root: Path) -> None:
         assert drift == pytest.approx(float((tuned[name] - base[name]).norm() / base[name].norm()), rel=1e-5)
     assert record["totals"]["carried"] < 1
     assert record["kinds"]["mlp.up_proj"]["modules"] == 3
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_encoder_and_decoder_are_told_apart(tmp_path: Path, model_type: str) -> None:
+    for seed, name in enumerate(("base", "tuned")):
+        pair_model(model_type, seed).save_pretrained(tmp_path / name)
+        pair_tokenizer().save_pretrained(tmp_path / name)
+    record = run(tmp_path)
+    stacks = [kind.partition(".")[0] for kind in record["kinds"]]
+    assert stacks == sorted(stacks, reverse=True) and set(stacks) == {"encoder", "decoder"}
+    assert all(row["modules"] <= 2 for row in record["kinds"].values())
+    kind = next(iter(record["kinds"]))
+    chosen = run(tmp_path, modules=[kind], overwrite=True)
+    assert list(chosen["kinds"]) == [kind] and len(chosen["tensors"]) == 2
 
 
 def test_unchanged_modules_get_no_factors(root: Path, ids: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
+from modekit.recipes.layers import order_of, stack_of
 from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import own_family
@@ -36,8 +37,10 @@ class Pair:
 
     @property
     def kind(self) -> str:
-        """Name under the layer: self_attn.q_proj."""
-        return self.module.split(".", 3)[3]
+        """Name under the layer: self_attn.q_proj; of a model with an encoder with the stack before it: encoder.fc1."""
+        layer, path = split_layer(self.module)
+        stack = "" if layer is None else stack_of(layer)[0]
+        return f"{stack}.{path}" if stack else path
 
     @property
     def drift(self) -> float | None:
@@ -99,7 +102,7 @@ def linears_of(pairs: Sequence[Pair]) -> list[Pair]:
             "the model keeps its layers under other names", where="BASE", found=pairs[0].name if pairs else "no tensors",
             expected="model.layers.N.*_proj.weight", remedy="save both models with a current transformers",
         )  # fmt: skip
-    return [pair for _, _, pair in sorted(found, key=lambda entry: entry[:2])]
+    return [pair for _, _, pair in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
 
 
 def chosen_of(linears: Sequence[Pair], modules: Sequence[str] | None) -> list[Pair]:
@@ -116,7 +119,7 @@ def chosen_of(linears: Sequence[Pair], modules: Sequence[str] | None) -> list[Pa
 
 
 def _ends(pair: Pair, ending: str) -> bool:
-    return f".{pair.module}".endswith(f".{ending}")
+    return any(f".{name}".endswith(f".{ending}") for name in (pair.module, pair.kind))
 
 
 def check_differs(chosen: Sequence[Pair], pairs: Sequence[Pair]) -> None:
