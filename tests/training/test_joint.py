@@ -105,6 +105,7 @@ def test_a_joint_training_of_all_domains_makes_the_mixture_better(workshop: Work
     changed = moved(before, tensors_of(workshop.root / "BETTER"))
     assert {owner(name) for name in changed} == {"expert 0", "expert 1", "expert 2", "common", "shared"}
     assert not any(".router." in name for name in changed)
+    assert done.checkpoint.record.router == checkpoint.record.router  # which was not trained, and says so
 
 
 def test_every_step_has_one_domain_and_all_domains_get_their_share(workshop: Workshop) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from blake3 import blake3
 
@@ -51,6 +52,8 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         tensors[slot.name].detach().float().contiguous().numpy() if slot.name in tensors else gate
         for slot, gate in zip(checkpoint.slots, checkpoint.gates(), strict=True)
     ]
+    if any(not np.array_equal(*both) for both in zip(gates, checkpoint.gates(), strict=True)):
+        record = record.model_copy(update={"router": record.router.model_copy(update={"status": "trained"})})
     dtype = checkpoint.tensors[checkpoint.slots[0].name].dtype if checkpoint.slots else "F32"
     if out == checkpoint.folder and tensors.keys() <= gate_names:
         router = router_bytes(checkpoint.slots, gates, dtype)
@@ -109,13 +112,10 @@ def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memory
 def _record(
     checkpoint: Checkpoint, out: Path, moved: set[str], content: Mapping[str, memoryview], training: TrainingRecord
 ) -> Record:
-    """modekit.json after the training, its router's sha256 still to be set."""
+    """modekit.json after the training; what it says of the router is still to be set."""
     old = checkpoint.record
-    gates_moved = any(name not in moved for name in content)
-    router = old.router.model_copy(update={"status": "trained"} if gates_moved else {})
     return old.model_copy(
         update={
-            "router": router,
             "trained": {**old.trained, **{name: blake3(content[name]).hexdigest() for name in sorted(moved)}},
             "training": [*old.training, training],
             "recipe_folder": os.path.relpath(checkpoint.recipe_root, out),
