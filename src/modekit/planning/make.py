@@ -187,8 +187,11 @@ class _Giver:
 
 
 def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, mixed: set[str]) -> Iterable[str]:
-    if recipe.mixture.method == "routing" and recipe.top_k == 1:
-        yield "top_k 1: the chosen expert's weight is always 1, so the router gets no gradient if trained later"
+    if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
+        yield (
+            "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
+            "token two experts while it trains one"
+        )
     if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
     if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not family.pair:
