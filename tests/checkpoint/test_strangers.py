@@ -310,3 +310,8 @@ def test_a_large_record_is_not_read(copied: Callable[[str], Path]) -> None:
     (folder / "modekit.json").write_text("{" + ",".join(f'"k{n}":1' for n in range(1_000_000)) + "}")
     with in_time():
         assert "problems" in refuse("verify", folder)
+
+
+def test_a_folder_that_is_not_there_is_not_said_to_miss_a_file_alone(tmp_path: Path) -> None:
+    assert "there is no such folder" in refuse("eval", tmp_path / "nope")
+    assert "there is no such folder" not in refuse("eval", tmp_path)

@@ -279,8 +279,9 @@ def open_with_any_router(folder: Path) -> Checkpoint:
         record = as_kind(read_json(path), Record)
     except FileNotFoundError:
         raise CheckpointError(
-            "not a modekit checkpoint: modekit.json is missing", where=str(folder), remedy=_how_to_get_one(folder)
-        ) from None
+            "not a modekit checkpoint: modekit.json is missing", where=str(folder),
+            found=None if os.path.lexists(folder) else "there is no such folder", remedy=_how_to_get_one(folder),
+        ) from None  # fmt: skip
     except OSError as error:
         raise CheckpointError(
             "modekit.json cannot be read", where=str(folder), found=shortened(error),
