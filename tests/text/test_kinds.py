@@ -92,5 +92,5 @@ def test_prompts_are_no_pairs(tmp_path: Path) -> None:
         Expert(name="one", model="x", prompts=["a question"]),
     ):
         with pytest.raises(TextError, match="prompts are plain text") as caught:
-            fit_documents(expert, tmp_path, 0, pairs=True)
+            fit_documents(expert, tmp_path, 0, reads="pairs")
         assert caught.value.where == "experts[0] 'one': prompts" and "a question" in str(caught.value.found)

@@ -103,7 +103,7 @@ def _check_text(plan: Plan, before: Before | None) -> None:
     for number, expert in enumerate(plan.recipe.experts):
         known = before is not None and expert.name in before.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
-            documents = fit_documents(expert, plan.root, number, pairs=plan.family.pair)
+            documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
             directions.add(documents, where=f"experts[{number}] '{expert.name}': text")
 
 

@@ -66,7 +66,7 @@ def held_out_domains(
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     domains = []
     for held in held_out_texts(checkpoint, split=split, seen=seen):
-        check_kind(held.documents, pairs=checkpoint.shape.family.pair, where=held.text.where)
+        check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
         if not domain.sequences:
             where, found = held.text.where, held.text.found

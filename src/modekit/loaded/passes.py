@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.errors import SourceError, TextError
+from modekit.sources.family import Reads
 from modekit.sources.names import in_decoder
 from modekit.text.pairs import other_kind
 from modekit.text.sequences import Batch, TokenSequence
@@ -29,6 +30,10 @@ def has_encoder(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
+def _reads(model: PreTrainedModel) -> Reads:
+    return "pairs" if has_encoder(model) else "text"
+
+
 def reads_target(name: str) -> bool:
     """Whether a module of this name reads something of every token of a target, (B, T, D), as most of a decoder; else it
     reads text, or the source of a pair, (B, S, D).
@@ -40,7 +45,7 @@ def check_text(model: PreTrainedModel, texts: Iterable[TokenSequence], *, where:
     """Raise TextError where a model with an encoder is to read plain text, or another one pairs."""
     needs = has_encoder(model)
     if any(bool(text.target) != needs for text in texts):
-        raise other_kind(needs, where=where)
+        raise other_kind(_reads(model), where=where)
 
 
 def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
@@ -50,7 +55,7 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     Raises TextError as `check_text`.
     """
     if (batch.target is not None) != has_encoder(model):
-        raise other_kind(has_encoder(model))
+        raise other_kind(_reads(model))
     _check_length(model, batch)
     given = batch.to(model.device)
     inputs = {"input_ids": given.input_ids, "attention_mask": given.mask.long()}

@@ -12,6 +12,7 @@ from modekit.checkpoint.router_file import Gates
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
 from modekit.run import QUIET, Run
+from modekit.sources.family import Reads
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Fitting:
         return self.recipe.mixture.router
 
     @property
-    def reads_pairs(self) -> bool:
-        """Whether the mixture's models read pairs."""
-        return self.checkpoint.shape.family.pair
+    def reads(self) -> Reads:
+        """What the mixture's models read."""
+        return self.checkpoint.shape.family.reads
 
 
 @dataclass(frozen=True)

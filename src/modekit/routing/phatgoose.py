@@ -31,9 +31,7 @@ def learned_gates(fitting: Fitting) -> FittedRouter:
     """Gates trained expert by expert on the fit split of their text. Raises TextError."""
     recipe, settings = fitting.recipe, fitting.settings
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
-    texts = [
-        fit_documents(expert, fitting.root, place, pairs=fitting.reads_pairs) for place, expert in enumerate(recipe.experts)
-    ]
+    texts = [fit_documents(expert, fitting.root, place, reads=fitting.reads) for place, expert in enumerate(recipe.experts)]
     sequences = [
         examples_of(tokenizer, documents, (place, expert), settings)
         for place, (expert, documents) in enumerate(zip(recipe.experts, texts, strict=True))

@@ -94,7 +94,7 @@ class Reader:
         if known and expert.name in self._fitting.stays:
             return DomainToRead(place, expert.name, path, kept, processes().agree(True))
         try:
-            documents = fit_documents(expert, self._fitting.root, place, pairs=self._fitting.reads_pairs)
+            documents = fit_documents(expert, self._fitting.root, place, reads=self._fitting.reads)
         except TextError as error:
             if known:
                 return DomainToRead(place, expert.name, path, kept, processes().agree(True))

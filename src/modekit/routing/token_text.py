@@ -154,7 +154,7 @@ def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, choosing
     if kept is not None and known and expert.name in fitting.stays:
         return kept
     try:
-        documents = fit_documents(expert, fitting.root, place, pairs=fitting.reads_pairs)
+        documents = fit_documents(expert, fitting.root, place, reads=fitting.reads)
     except TextError as error:
         if kept is None or not known:
             raise without_text(error, kept and kept.source.get("how"), how) from None

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.names import EMBEDDING, FINAL_NORM, module_of, split_layer
 
 Config = Mapping[str, Any]
+Reads = Literal["pairs", "text"]
+"""What models read: pairs of source and target, or plain text."""
 
 PARTS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down")
 """Linear parts of a layer in the order in which they run; those of the attention to an encoder's output are `cross`."""
@@ -110,6 +112,11 @@ class Family:
     same_as: Mapping[str, str] = field(default_factory=dict)
     meant: Callable[[Config], Config] = lambda config: config
     must_match: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> Reads:
+        """What its models read."""
+        return "pairs" if self.pair else "text"
 
     @property
     def pair(self) -> bool:

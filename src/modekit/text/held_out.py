@@ -36,6 +36,7 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
+from modekit.sources.family import Reads
 from modekit.text.directions import Directions, check_pairs
 from modekit.text.documents import check_present, found_in, read_documents
 from modekit.text.pairs import Pair, check_kind
@@ -111,17 +112,17 @@ def check_texts_present(recipe: Recipe, root: Path) -> None:
         check_present(texts, root=root, where=f"eval.{domain}")
 
 
-def fit_documents(expert: Expert, root: Path, place: int, *, pairs: bool | None = None) -> list[str]:
+def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None = None) -> list[str]:
     """The documents that may set the router for an expert: its prompts, and the fit split of its text.
 
-    Raises TextError when none are left, and where they are not what the base reads, `pairs` or plain text (None: not known).
+    Raises TextError when none are left, and where they are not what the base `reads` (None: not known).
     """
     where = f"experts[{place}] '{expert.name}': text"
     text = read_text(expert.text, root=root, where=where) if expert.text else DomainText((), where, None)
     fit, prompts = text.fit(), expert.prompts or []
-    if pairs is not None:
-        check_kind(fit, pairs=pairs, where=where)
-    if prompts and (pairs or any(isinstance(document, Pair) for document in fit)):
+    if reads is not None:
+        check_kind(fit, reads, where=where)
+    if prompts and (reads == "pairs" or any(isinstance(document, Pair) for document in fit)):
         raise TextError(
             "prompts are plain text, and cannot stand beside pairs", where=f"experts[{place}] '{expert.name}': prompts",
             found=repr(prompts[0][:60]), expected="no prompts: a model with an encoder needs a target for every source",

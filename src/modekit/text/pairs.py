@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from modekit.errors import TextError
+from modekit.sources.family import Reads
 
 SOURCE, TARGET, TRANSLATION = "source", "target", "translation"
 """Keys of records."""
@@ -92,16 +93,16 @@ def both_kinds(*, where: str | None = None, found: str | None = None) -> TextErr
     )  # fmt: skip
 
 
-def check_kind(documents: Iterable[str], *, pairs: bool, where: str) -> None:
-    """Raise TextError where a model that reads `pairs` is given plain text, or another one pairs."""
-    odd = next((document for document in documents if isinstance(document, Pair) != pairs), None)
+def check_kind(documents: Iterable[str], reads: Reads, *, where: str) -> None:
+    """Raise TextError where a model that reads pairs is given plain text, or another one pairs."""
+    odd = next((document for document in documents if isinstance(document, Pair) != (reads == "pairs")), None)
     if odd is not None:
-        raise other_kind(pairs, where=where, found=repr(odd[:60]))
+        raise other_kind(reads, where=where, found=repr(odd[:60]))
 
 
-def other_kind(needs_pairs: bool, *, where: str | None = None, found: str | None = None) -> TextError:
+def other_kind(reads: Reads, *, where: str | None = None, found: str | None = None) -> TextError:
     """The error of text that is not of the kind that a model reads."""
-    if needs_pairs:
+    if reads == "pairs":
         return TextError(
             "a model with an encoder needs pairs of source and target, and this is plain text", where=where, found=found,
             expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '

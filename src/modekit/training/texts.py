@@ -70,7 +70,7 @@ def read_texts(
     if settings.generic:
         given.append((GENERIC_NAME, GENERIC, own.beside(settings.generic, root=root, where="generic")))
     for _, _, text in given:
-        check_kind(text.documents, pairs=checkpoint.shape.family.pair, where=text.where)
+        check_kind(text.documents, checkpoint.shape.family.reads, where=text.where)
     reader = _Reader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
     return [_in_sequences(name, expert, text, own.select_of(text), reader) for name, expert, text in given]
 
