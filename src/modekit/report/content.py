@@ -56,7 +56,7 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "sizes": _sizes(checkpoint),
             "results": _results(results) if results is not None else None,
             "routing": routing_of(inspection) if inspection is not None else None,
-            "samples": samples_of(inspection, pair=checkpoint.shape.family.pair) if inspection is not None else None,
+            "samples": samples_of(inspection, checkpoint.shape.family) if inspection is not None else None,
             "training": _training(checkpoint, trained),
             "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
             "chat": chat.model_dump() if chat is not None and chat.rows else None,

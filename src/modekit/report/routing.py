@@ -10,6 +10,7 @@ from typing import Any
 
 from modekit.recipes.layers import Layer, order_of
 from modekit.report.inspection_file import Inspection, Sample
+from modekit.sources.family import Family
 
 SAMPLE_BYTES = 900_000
 """Room for the sample texts' weights in a page of 2 MB."""
@@ -95,7 +96,7 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def samples_of(inspection: Inspection, *, pair: bool = False) -> dict[str, Any]:
+def samples_of(inspection: Inspection, family: Family) -> dict[str, Any]:
     """Sample texts with their weights in thousandths: one of each domain first, as many as there is room for.
 
     Of a pair `source` says how many tokens stand before the target; of a text it is 0.
@@ -110,7 +111,7 @@ def samples_of(inspection: Inspection, *, pair: bool = False) -> dict[str, Any]:
         data = _sample_within(sample, SAMPLE_BYTES // len(by_domain) if place < len(by_domain) else room, inspection)
         if data is None:
             break
-        kept.append({**data, "source": _source_tokens(sample) if pair else 0})
+        kept.append({**data, "source": _source_tokens(sample) if family.pair else 0})
         room -= _size(data)
     routers = [_router_label(inspection, place) for place in range(len(inspection.routers))]
     return {"routers": routers, "texts": kept, "left_out": len(order) - len(kept)}
