@@ -97,10 +97,10 @@ def test_no_scored_document_set_the_router(evaluated: tuple[Checkpoint, Results]
 
 
 def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Workshop) -> None:
+    (workshop.root / "text" / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
     checkpoint = open_checkpoint(
         workshop.build(mixture=RIDGE, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"})
     )
-    (workshop.root / "text" / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
     domains = {domain.name: domain for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=64)}
     seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
     assert domains["law"].record["documents"] == 60 - len(seen)
