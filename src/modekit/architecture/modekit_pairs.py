@@ -46,7 +46,7 @@ class _BeforeEncoder:
         flow.encoding, flow.source_weights = True, None
         start_pass(flow, given)
         flow.source_ids_BS, flow.source_mask_BS = flow.ids_BS, flow.mask_BS
-        _told_weights(flow, given, beams=False)  # one expert per source, wherever the routers stand
+        _check_one_each(flow, given)
 
 
 class _AfterEncoder:
@@ -88,7 +88,7 @@ class _BeforeDecoder:
         flow, given = self._flow, _given(module, args, kwargs)
         flow.begin()
         start_pass(flow, {**given, **flow.told})
-        flow.told_weights = _told_weights(flow, given, beams=True)
+        flow.told_weights = _told_weights(flow, given)
 
 
 class _AfterDecoder:
@@ -113,13 +113,25 @@ def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _told_weights(flow: Flow, given: dict[str, Any], *, beams: bool) -> torch.Tensor | None:
+def _tokens(given: dict[str, Any]) -> Any:
+    """What an encoder or decoder reads, ids (B, S) or embeddings (B, S, D)."""
+    return given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+
+
+def _check_one_each(flow: Flow, given: dict[str, Any]) -> None:
+    """Raise ValueError unless one expert is named for all sources, or one for each: an encoder runs before there are beams."""
+    tokens, named = _tokens(given), torch.as_tensor(0 if flow.forced is None else flow.forced).numel()
+    if tokens is not None and 1 < named != len(tokens):
+        raise ValueError(f"use_expert was given {named} experts, for {len(tokens)} sequences")
+
+
+def _told_weights(flow: Flow, given: dict[str, Any]) -> torch.Tensor | None:
     """(B, 1, E) of the experts that were named; None where the routers decide. Raises ValueError as `one_hot` does."""
-    tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    tokens = _tokens(given)
     if flow.forced is None or flow.solo or tokens is None:
         return None
     experts = len(next(iter(flow.mixed.values())).ranks)
-    return one_hot(flow.forced, (tokens.shape[0], 1, experts), tokens.device, beams=beams)
+    return one_hot(flow.forced, (tokens.shape[0], 1, experts), tokens.device)
 
 
 class MixtureForSeq2SeqLM(InBoth):

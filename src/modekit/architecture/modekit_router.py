@@ -330,15 +330,14 @@ def _index(place: int, like: torch.Tensor) -> torch.Tensor:
     return torch.tensor([place], device=like.device)
 
 
-def one_hot(forced: int | torch.Tensor, shape: tuple[int, ...], device: torch.device, *, beams: bool = True) -> torch.Tensor:
-    """All weight on one expert: the same for all, or one per sequence. Beams stand side by side and share a sequence's; an
-    encoder runs before there are any.
+def one_hot(forced: int | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """All weight on one expert: the same for all, or one per sequence. Beams stand side by side and share a sequence's.
 
     Raises ValueError when the experts given are not one per sequence.
     """
     places = torch.as_tensor(forced, device=device).reshape(-1)
     if len(places) > 1 and len(places) != shape[0]:
-        if not beams or shape[0] % len(places):
+        if shape[0] % len(places):
             raise ValueError(f"use_expert was given {len(places)} experts, for {shape[0]} sequences")
         places = places.repeat_interleave(shape[0] // len(places))
     places = places.reshape(-1, *[1] * (len(shape) - 1))

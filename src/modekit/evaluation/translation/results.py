@@ -125,8 +125,8 @@ class TranslationResults:
 def said_of(counted: Compared) -> str:
     """How often either is better, in a line."""
     return (
-        f"Sentence chrF of the mixture against the base's: higher on {counted.better} pairs, lower on {counted.worse}, "
-        f"the same on {counted.same}."
+        f"Pairs by sentence chrF of the mixture against the base's: higher {counted.better}, lower {counted.worse}, "
+        f"the same {counted.same}."
     )
 
 
