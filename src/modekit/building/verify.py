@@ -24,7 +24,7 @@ from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
-from modekit.sources.tokenizer import PAIR_FILES
+from modekit.sources.tokenizer import PAIR_FILES, gone_pair_files
 from modekit.weights.stored import holds_only_finite, same_bytes, span_of
 
 Verdict = Literal["proven", "failed", "not possible"]
@@ -164,9 +164,9 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     name = "tokenizer files"
     lacking = [file for file in plan.copied_files if file.name in PAIR_FILES and not (checkpoint.folder / file.name).exists()]
     wrong = _differing(checkpoint, [file for file in plan.copied_files if file not in lacking])
-    gone = {each for each in PAIR_FILES if (checkpoint.folder / each).exists()} - {file.name for file in plan.copied_files}
+    gone = gone_pair_files(checkpoint.folder, plan.copied_files)
     if wrong is not None or gone:
-        return Check(name, "failed", wrong or f"{min(gone)} is no longer beside the base model")
+        return Check(name, "failed", wrong or f"{gone[0]} is no longer beside the base model")
     names = ", ".join(file.name for file in lacking)
     without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
     return Check(name, "proven", f"{len(plan.copied_files) - len(lacking)} files as the base model's{without}")

@@ -15,7 +15,7 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import Conversation
 from modekit.text.held_out import HeldOutText, RecipeTexts
 from modekit.text.pairs import check_kind
-from modekit.text.sequences import TokenSequence, encode, none_fits
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import HeldOutSplit, text_record
 
 
@@ -69,8 +69,7 @@ def held_out_domains(
         check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
         if not domain.sequences:
-            where, found = held.text.where, held.text.found
-            raise none_fits(held.documents, sequence_length, where=where, found=found, most=tokens_per_domain)
+            raise held.text.none_fits(held.documents, sequence_length, most=tokens_per_domain)
         domains.append(domain)
     return domains
 

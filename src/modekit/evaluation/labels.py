@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.recipes.recipe import Recipe
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from modekit.checkpoint.checkpoint import Checkpoint
 
+_Found = TypeVar("_Found")
 By = Literal["gate", "tag"]
 Told = Literal["right", "wrong", "none"]
 TOLD: tuple[Told, ...] = get_args(Told)
@@ -52,6 +53,13 @@ class Labels:
     def row(self, model: str, told: Told) -> str:
         """Name of a model's row under such labels: "mixture, right label", "base, no tag"."""
         return f"{model}, {'no' if told == 'none' else told} {_WORDS[self.by]}"
+
+    def untold(self, model: str, found: Mapping[str, _Found], texts: Iterable[Sequence[TokenSequence]]) -> _Found | None:
+        """Of what was found, by name of row, what labels are compared with: the model without one, or as it is,
+        where no text has a tag of its own.
+        """
+        as_it_is = self.by == "gate" or not have_tags(texts)
+        return found.get(self.row(model, "none"), found.get(model) if as_it_is else None)
 
     def rows(self) -> list[tuple[str, Told]]:
         """The models that are told, each with every kind of label."""

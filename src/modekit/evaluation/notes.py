@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from modekit.evaluation.labels import Gain, Labels, Told, have_tags, notes_of_labels, worth_of_labels
+from modekit.evaluation.labels import Gain, Labels, Told, notes_of_labels, worth_of_labels
 from modekit.evaluation.uncertainty import in_blocks, mean_error
 from modekit.recipes.strict import BASE
 
@@ -22,16 +22,13 @@ def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> li
 
 
 def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], recipe: Recipe) -> list[str]:
-    """Notes on rows that were told labels: which, and what they are worth.
-
-    A model as it is stands for none, where no text has a tag of its own.
-    """
-    as_is = labels.by == "gate" or not have_tags(domain.sequences for domain in domains)
+    """Notes on rows that were told labels: which, and what they are worth."""
+    texts = [domain.sequences for domain in domains]
     own, named = [domain for domain in domains if domain.expert is not None], {row.name: row for row in rows}
     gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
         with_label = named.get(labels.row(model, told))
-        without = named.get(labels.row(model, "none"), named.get(model) if as_is else None)
+        without = labels.untold(model, named, texts)
         if told != "none" and with_label and without and all(_of(with_label, domain) for domain in own):
             scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
             gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)

@@ -35,7 +35,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import open_source
 from modekit.text.held_out import read_text
-from modekit.text.sequences import TokenSequence, encode, none_fits
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, text_record
 from modekit.weights.factorise import Array32, factorise, relative_error
 from modekit.weights.numeric import as_array, to_bytes, to_float32
@@ -179,7 +179,7 @@ def _read_text(settings: ExtractSettings, tokenizer: Any) -> tuple[list[TokenSeq
     if not documents:
         raise text.nothing_left("no document is left to read after the held-out split")
     if not sequences:
-        raise none_fits(documents, _SEQUENCE_LENGTH, where="--text", found=text.found, most=settings.tokens)
+        raise text.none_fits(documents, _SEQUENCE_LENGTH, most=settings.tokens)
     return sequences, text_record(documents, sum(len(sequence.ids) for sequence in sequences))
 
 

@@ -15,7 +15,7 @@ from modekit.evaluation.domains import Domain
 from modekit.loaded.next_token import Passes, Training, training_sequences
 from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
-from modekit.text.sequences import TokenSequence, encode, none_fits
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
 from modekit.training.batches import drawn_label
@@ -128,7 +128,7 @@ def read_domain(
     if not fit:
         raise text.nothing_left("no document is left for training after the held-out split")
     if not sequences:
-        raise none_fits(fit, training.sequence_length, where=where, found=text.found)
+        raise text.none_fits(fit, training.sequence_length)
     held_out = encode(
         reading.tokenizer, written(report), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length
     )

@@ -76,5 +76,5 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where=error.where, expected=error.expected, remedy="use --train full") from None
     stacks = ((layer, family.stack_of(layer)) for layer in family.layers(config))
-    modules = {f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in (stack.ffn, *stack.ffn_calls)}
-    return [parameter for name, parameter in named.items() if any(name.startswith(module) for module in modules)]
+    modules = tuple(f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in stack.ffn_modules)
+    return [parameter for name, parameter in named.items() if name.startswith(modules)]

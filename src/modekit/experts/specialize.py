@@ -9,13 +9,13 @@ full    everything moves, as in most models one finds; what moved outside the FF
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.errors import MismatchError, ModekitError, SourceError, TrainingError, UnsupportedError
+from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
 from modekit.experts.moving import Trainable, What, adapter, weights
@@ -27,9 +27,10 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.next_token import Training, train_language_model
 from modekit.run import QUIET, Run
 from modekit.sources.model import SPECIALIST_FILE, ModelSource, open_source
+from modekit.sources.tokenizer import beyond_rows, no_embedding_for
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
-from modekit.text.tags import add_tags, labels_of, tag_ids
+from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
 
 RANK = 16
 """Of an adapter, when nothing is said."""
@@ -122,8 +123,9 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
         _check_rows(reading.tokenizer, rows)
         return ()
     added = add_tags(reading.tokenizer, texts.texts, where="BASE")
-    known = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
-    _check_rows(reading.tokenizer, rows, but=known)
+    labels = labels_of(reading.tokenizer)
+    _check_rows(reading.tokenizer, rows, but=set(map(tag_of, labels)))
+    known = tag_ids(reading.tokenizer, labels)
     new = tuple(each for each in known if each in added or each >= rows)
     if new and config.get("share_encoder_decoder_embeddings") is False:
         raise UnsupportedError(
@@ -144,18 +146,13 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     return new
 
 
-def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, but: Sequence[int] = ()) -> None:
+def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, *, but: Collection[str] = ()) -> None:
     """Raise MismatchError for tokens, `but` those that will get them, that a model with so many rows has none for."""
-    beyond = {token: each for token, each in tokenizer.get_vocab().items() if each >= rows and each not in but}
-    if not beyond:
-        return
-    tags = not set(beyond.values()).isdisjoint(tag_ids(tokenizer, labels_of(tokenizer)))
-    first = "read text with --tags, which gives tags their rows, or " if tags else ""
-    raise MismatchError(
-        f"the tokenizer has {len(beyond)} tokens that the model has no embedding for", where="BASE",
-        found=", ".join(repr(token[:60]) for token in sorted(beyond)[:5]), expected=f"ids below vocab_size {rows}",
-        remedy=f"{first}give the tokenizer that belongs to the model",
-    )  # fmt: skip
+    beyond = [token for token in beyond_rows(tokenizer.get_vocab(), rows) if token not in but]
+    if beyond:
+        tags = set(map(tag_of, labels_of(tokenizer)))
+        first = "" if tags.isdisjoint(beyond) else "read text with --tags, which gives tags their rows, or "
+        raise no_embedding_for(beyond, rows, where="BASE", remedy=f"{first}give the tokenizer that belongs to the model")
 
 
 def _trainable(model: PreTrainedModel, source: ModelSource, asked: tuple[What, int], new: Sequence[int]) -> Trainable:

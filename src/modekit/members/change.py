@@ -34,7 +34,7 @@ from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.open import Opener, label_of
-from modekit.sources.tokenizer import PAIR_FILES
+from modekit.sources.tokenizer import PAIR_FILES, gone_pair_files
 
 
 def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run = QUIET) -> Checkpoint:
@@ -184,8 +184,8 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource) -> None:
     if not differs and sizes != {name: file.size for name, file in record.sources[0].files.items()}:
         differs = "its weights are others"
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ()
-    gone = sorted({each for each in PAIR_FILES if (folder / each).exists()} - {file.name for file in copied})
-    differs = f"{gone[0]} is gone" if gone and not differs else differs
+    gone = gone_pair_files(folder, copied) if not differs else []
+    differs = f"{gone[0]} is gone" if gone else differs
     for file in copied:
         if file.name in PAIR_FILES and not (folder / file.name).exists():  # of an older version: it gets them now
             continue

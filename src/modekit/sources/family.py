@@ -61,6 +61,11 @@ class Stack:
         """Part of the FFN -> name under the layer of its weight: gate and up (F, D), down (D, F); fused ones are one."""
         return {part: f"{self.parts[part]}.weight" for part in ("gate", "up", "down") if part in self.parts}
 
+    @property
+    def ffn_modules(self) -> tuple[str, ...]:
+        """The modules under the layer that hold the FFN."""
+        return tuple(dict.fromkeys((self.ffn, *self.ffn_calls)))
+
     def size(self, config: Config) -> int:
         """How many layers config.json says there are."""
         return int(next(config[key] for key in self.count if config.get(key) is not None))

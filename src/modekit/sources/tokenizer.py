@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ TOKENIZER_FILES = (
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
     *PAIR_FILES,
 )  # fmt: skip
+
+
+def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
+    """Names of PAIR_FILES that a mixture's folder has, and that are not among the files that its base would give it now."""
+    return sorted({name for name in PAIR_FILES if (folder / name).exists()} - {file.name for file in copied})
 
 
 def check_tokenizer_files(folder: Path, *, where: str) -> None:
@@ -166,14 +171,23 @@ def _check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers
 
 def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
     """Raise MismatchError when a tokenizer has ids for which the model has no embedding."""
-    vocabulary = read_vocabulary(folder, where=where)
-    beyond = sorted(token for token, index in (vocabulary or {}).items() if index >= vocab_size)
+    beyond = beyond_rows(read_vocabulary(folder, where=where) or {}, vocab_size)
     if beyond:
-        raise MismatchError(
-            f"the tokenizer has {len(beyond)} tokens that the model has no embedding for", where=where,
-            found=", ".join(repr(token[:60]) for token in beyond[:5]), expected=f"ids below vocab_size {vocab_size}",
-            remedy="give the tokenizer that belongs to the model, or resize the model's embeddings",
-        )  # fmt: skip
+        remedy = "give the tokenizer that belongs to the model, or resize the model's embeddings"
+        raise no_embedding_for(beyond, vocab_size, where=where, remedy=remedy)
+
+
+def beyond_rows(vocabulary: Mapping[str, int], vocab_size: int) -> list[str]:
+    """Tokens, in the order of the alphabet, whose ids a model with so many rows has no embedding for."""
+    return sorted(token for token, index in vocabulary.items() if index >= vocab_size)
+
+
+def no_embedding_for(tokens: Sequence[str], vocab_size: int, *, where: str, remedy: str) -> MismatchError:
+    """The error of such tokens."""
+    return MismatchError(
+        f"the tokenizer has {len(tokens)} tokens that the model has no embedding for", where=where,
+        found=", ".join(repr(token[:60]) for token in tokens[:5]), expected=f"ids below vocab_size {vocab_size}", remedy=remedy,
+    )  # fmt: skip
 
 
 def chat_template(folder: Path) -> str | None:

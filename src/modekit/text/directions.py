@@ -56,8 +56,7 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
             found=f"{equal} of {len(pairs)} pairs, such as {next(p.source for p in pairs if p.source == p.target)[:60]!r}",
             expected="a source and its translation", remedy="remove the pairs that are not translated",
         )  # fmt: skip
-    lead = _shared_lead(pairs)
-    sides = [(pair, _threes(pair.source.removeprefix(lead)), _threes(pair.target)) for pair in pairs]
+    sides = [(pair, *both) for pair, both in zip(pairs, _sides(pairs), strict=True)]
     long = [each for each in sides if each[1].total() + each[2].total() >= _SHORTEST]
     if len(long) < _FEWEST:
         return
@@ -127,8 +126,7 @@ class _Text:
     def __init__(self, where: str, pairs: Sequence[Pair]) -> None:
         self.where = where
         self.ends = [_ends(pair.source) for pair in pairs]
-        lead = _shared_lead(pairs)
-        sides = [(_threes(pair.source.removeprefix(lead)), _threes(pair.target)) for pair in pairs]
+        sides = _sides(pairs)
         self.source, self.target = _Language(side for side, _ in sides), _Language(side for _, side in sides)
         long = [pair for pair in sides if sum(side.total() for side in pair) >= _SHORTEST]
         self.apart = _median([_gain(*pair, self.source, self.target) for pair in long]) if len(long) >= _FEWEST else None
@@ -211,6 +209,12 @@ def _said(first: str, last: str) -> set[str]:
     said = {f"^{' '.join(words[:number])} " for number in range(1, min(_FIRST_WORDS, len(words)) + 1)}
     said |= {f"^{first[:number]}" for number in range(_FIRST_CHARACTERS, len(first) + 1)}
     return said | {f"{' '.join(ending[-number:])}$" for number in range(1, min(_LAST_WORDS, len(ending)) + 1)}
+
+
+def _sides(pairs: Sequence[Pair]) -> list[tuple[Counter[str], Counter[str]]]:
+    """Source and target of every pair, without what all sources begin with."""
+    lead = _shared_lead(pairs)
+    return [(_threes(pair.source.removeprefix(lead)), _threes(pair.target)) for pair in pairs]
 
 
 def _shared_lead(pairs: Sequence[Pair]) -> str:

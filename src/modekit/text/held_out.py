@@ -40,6 +40,7 @@ from modekit.sources.family import Reads
 from modekit.text.directions import Directions, check_pairs
 from modekit.text.documents import check_present, found_in, read_documents
 from modekit.text.pairs import Pair, check_kind
+from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
@@ -69,6 +70,10 @@ class DomainText:
     def nothing_left(self, what: str, *, expected: str | None = None, remedy: str = MORE) -> TextError:
         """The error to raise when no document is left, with what there was."""
         return TextError(what, where=self.where, found=self.found, expected=expected, remedy=remedy)
+
+    def none_fits(self, documents: Sequence[str], sequence_length: int, *, most: int | None = None) -> TextError:
+        """The error to raise when no sequence could be made of some of them, be it of at most `most` tokens altogether."""
+        return none_fits(documents, sequence_length, where=self.where, found=self.found, most=most)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Moving:
 
 def _of_pairs(layer: nn.Module, stack: Stack) -> Iterator[tuple[Group, nn.Module]]:
     """FFN and attention of a layer of a model with an encoder, by the names that its family gives them."""
-    for path in dict.fromkeys([stack.ffn, *stack.ffn_calls]):
+    for path in stack.ffn_modules:
         if isinstance(getattr(layer, path.partition(".")[0], None), nn.Module):
             yield "mlp", layer.get_submodule(path)
     for path in dict.fromkeys(stack.parts[part].rpartition(".")[0] for part in ATTENTION if part in stack.parts):

@@ -16,7 +16,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
 from modekit.text.held_out import MORE, DomainText
 from modekit.text.pairs import check_kind
-from modekit.text.sequences import TokenSequence, encode, none_fits
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
 from modekit.training.batches import Corpus
@@ -119,7 +119,7 @@ def _in_sequences(
     for documents, found, what in ((fit, sequences, "training"), (select, held_out, "comparing states")):
         if not found and documents:
             most = None if documents is fit else settings.select_tokens
-            raise none_fits(documents, settings.sequence_length, where=text.where, found=text.found, most=most)
+            raise text.none_fits(documents, settings.sequence_length, most=most)
         if not found:
             raise text.nothing_left(
                 f"no document is left for {what}",

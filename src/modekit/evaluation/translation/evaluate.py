@@ -312,11 +312,11 @@ def _label_notes(
 ) -> Iterator[str]:
     """Which labels were told, and what they are worth."""
     means = {row.name: row.mean(results.domains) for row in results.rows}
-    as_is = labels.by == "gate" or not have_tags(each.encoded for each in domains)
+    texts = [each.encoded for each in domains]
     gains: dict[tuple[str, Told], list[Gain]] = {}
     for model, told in labels.rows():
         with_label = means.get(labels.row(model, told))
-        without = means.get(labels.row(model, "none"), means.get(model) if as_is else None)
+        without = labels.untold(model, means, texts)
         if told != "none" and with_label is not None and without is not None:
             bleu, chrf = (getattr(with_label, name) - getattr(without, name) for name in ("bleu", "chrf"))
             gains[model, told] = [Gain(bleu, "BLEU", 1), Gain(chrf, "chrF", 1)]

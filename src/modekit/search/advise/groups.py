@@ -33,7 +33,7 @@ def groups_of(base: ModelSource, family: Family) -> dict[str, Group]:
         layer, path = split_layer(name)
         if layer is not None:
             stack = family.stack_of(layer)
-            if _lies_in(path, (stack.ffn, *stack.ffn_calls)):
+            if _lies_in(path, stack.ffn_modules):
                 return "ffn"
             return "attention" if _lies_in(path, _attention(stack) if family.pair else blocks) else "norms"
         if is_looked_up(module_of(name)):

@@ -16,7 +16,6 @@ from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.text.held_out import HeldOutText, RecipeTexts
-from modekit.text.sequences import none_fits
 from modekit.text.splits import HeldOutSplit, digest_of, mark_of
 
 RUNGS = (1, 3, 9)
@@ -64,8 +63,7 @@ def read_selection(
     for held in select if split == "select" else report:
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
         if held.documents and not domain.sequences:
-            where, found = held.text.where, held.text.found
-            raise none_fits(held.documents, sequence_length, where=where, found=found, most=tokens_per_domain)
+            raise held.text.none_fits(held.documents, sequence_length, most=tokens_per_domain)
         if not domain.sequences:
             raise held.text.nothing_left(
                 f"no document of the {split} split is left",
