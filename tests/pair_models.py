@@ -100,6 +100,14 @@ def built(root: Path, mixture: dict[str, Any], *experts: dict[str, Any] | str) -
     return root / "out"
 
 
+def write_models(root: Path, family: str) -> Path:
+    """A base and two full models, in folders of these names."""
+    for seed, name in enumerate(("base", "one", "two")):
+        pair_model(family, seed).save_pretrained(root / name)
+    pair_tokenizer().save_pretrained(root / "base")
+    return root
+
+
 def inputs(pads: str = "right", lengths: tuple[int, ...] = (9, 6, 3)) -> dict[str, torch.Tensor]:
     """Sources of different lengths and what is written of their targets."""
     draw = torch.Generator().manual_seed(5)

@@ -12,7 +12,7 @@ import torch
 
 from conftest import VOCAB, Workshop
 from modekit.loaded.load import load_model
-from pair_models import built, inputs, logits_of, pair_model, pair_tokenizer, written
+from pair_models import built, inputs, logits_of, write_models, written
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONCE = {"modules": "all", "router": {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}}
@@ -21,11 +21,7 @@ ONCE = {"modules": "all", "router": {"fit": "random", "seed": 3, "granularity": 
 @pytest.fixture(scope="module", params=["bart", "t5"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two full models."""
-    root = tmp_path_factory.mktemp("after")
-    for seed, name in enumerate(("base", "one", "two")):
-        pair_model(str(request.param), seed).save_pretrained(root / name)
-    pair_tokenizer().save_pretrained(root / "base")
-    return root
+    return write_models(tmp_path_factory.mktemp("after"), str(request.param))
 
 
 def decoder_only(shop: Workshop, root: Path) -> Any:

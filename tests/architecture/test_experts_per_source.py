@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modekit.loaded.load import load_model
-from pair_models import built, inputs, logits_of, pair_model, pair_tokenizer, written
+from pair_models import built, inputs, logits_of, write_models, written
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -22,11 +22,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=["bart", "t5"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two full models."""
-    root = tmp_path_factory.mktemp("sources")
-    for seed, name in enumerate(("base", "one", "two")):
-        pair_model(str(request.param), seed).save_pretrained(root / name)
-    pair_tokenizer().save_pretrained(root / "base")
-    return root
+    return write_models(tmp_path_factory.mktemp("sources"), str(request.param))
 
 
 @pytest.mark.parametrize("mixed", list(MIXTURES))

@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.labels import Gain, Labels, with_tag, worth_of_labels
+from modekit.evaluation.labels import Gain, Labels, Told, with_tag, worth_of_labels
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import TranslationResults
@@ -155,11 +155,12 @@ def test_sources_with_tags_of_their_own_have_none_where_none_is_told(shop: Works
         assert results.row(f"{name}, right tag").scores["law"] == as_it_is.scores["law"]
         differs += written != as_it_is.scores["law"]
         mean = {told: results.row(f"{name}, {told} tag").mean(DOMAINS) for told in ("right", "wrong", "no")}
-        gains = {
+        both: tuple[Told, ...] = ("right", "wrong")
+        gains: dict[tuple[str, Told], list[Gain]] = {
             (name, told): [Gain(getattr(mean[told], each) - getattr(mean["no"], each), unit, 1) for each, unit in UNITS.items()]
-            for told in ("right", "wrong")
+            for told in both
         }
-        assert set(worth_of_labels(Labels("tag"), gains)) <= set(results.notes)  # type: ignore[arg-type]
+        assert set(worth_of_labels(Labels("tag"), gains)) <= set(results.notes)
     assert differs > 0
     told = evaluate_translation(checkpoint, pairs=1, decoding=Decoding(1, 2, 1), labels=Labels("tag", ("right",)), write=False)
     assert not [note for note in told.notes if "against none" in note]  # no row is of none
