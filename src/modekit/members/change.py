@@ -30,6 +30,7 @@ from modekit.planning.kept import Origins, Taken, taking_from
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Expert
+from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
@@ -77,7 +78,7 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
             if before is not None:
                 return before
     before = _planned(checkpoint, wanted, said, new, run)
-    if before is not None and not _reads_what_is_said(before.plan):
+    if before is not None and not (_merges_adapters(checkpoint, wanted) or _reads_what_is_said(before.plan)):
         return before
     before = _planned(checkpoint, wanted, opened(), new, run)
     if before is None:
@@ -152,6 +153,13 @@ def _reads_what_is_said(plan: Plan) -> bool:
     kept = () if plan.kept is None else plan.kept.model.files
     refs = (ref for tensor in plan.tensors for piece in tensor.pieces for ref in piece.refs)
     return any(ref.state is None and ref.file not in kept for ref in refs)
+
+
+def _merges_adapters(checkpoint: Checkpoint, wanted: Wanted) -> bool:
+    """Whether a backbone is merged anew to which adapters give what no tensor of the mixture tells."""
+    recipe = checkpoint.record.recipe
+    adapters = any(expert.adapter is not None for expert in recipe.experts)
+    return adapters and recipe.mixture.backbone != BASE and wanted.change.what != "rename"
 
 
 def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, new: Mapping[int, ModelSource]) -> None:

@@ -214,9 +214,8 @@ def _path(checkpoint: Checkpoint, file: str) -> Path:
 
 
 def _of_another(file: str, command: str) -> str:
-    return (
-        f"{file} is of another state of this mixture (models, router, recipe or training changed since): run `{command}` again"
-    )
+    changed = "models, router, recipe, tokenizer or training changed since"
+    return f"{file} is of another state of this mixture ({changed}): run `{command}` again"
 
 
 def _parse(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:

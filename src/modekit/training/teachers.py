@@ -56,7 +56,7 @@ def make_teachers(
     folder: Path,
     teacher: Path | None = None,
     *,
-    lost: Mapping[int, str],
+    lost: Mapping[int, str] = {},
     run: Run,
 ) -> list[Teacher | None]:
     """One teacher per corpus; None for text of no domain, unless `teacher` names a model that teaches all.
