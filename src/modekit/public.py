@@ -54,8 +54,8 @@ def plan(source: Recipe | str | Path | Mapping[str, Any], *, root: str | Path | 
     from modekit.recipes.recipe import Recipe
 
     if root is None:
-        root = Path(source).resolve().parent if isinstance(source, (str, Path)) else Path.cwd()
-    return make_plan(source if isinstance(source, Recipe) else recipe(source), Path(root), run=run)
+        root = _real(source).parent if isinstance(source, (str, Path)) else Path.cwd()
+    return make_plan(source if isinstance(source, Recipe) else recipe(source), _real(root), run=run)
 
 
 def build(
@@ -68,7 +68,7 @@ def build(
     from modekit.building.build import build as write
     from modekit.planning.plan import Plan
 
-    return write(source if isinstance(source, Plan) else plan(source, run=run), Path(out), overwrite=overwrite, run=run)
+    return write(source if isinstance(source, Plan) else plan(source, run=run), _real(out), overwrite=overwrite, run=run)
 
 
 def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
@@ -105,7 +105,7 @@ def add(
     opened = _opened(checkpoint)
     said = {key: value for key, value in expert.items() if key != "name"}
     wanted = adding(opened, str(expert.get("name", "")), NewExpert(said, Path.cwd(), weight))
-    return write_change(opened, wanted, opened.folder if out is None else Path(out), run=run)
+    return write_change(opened, wanted, opened.folder if out is None else _real(out), run=run)
 
 
 def remove(checkpoint: Folder, name: str, *, out: str | Path | None = None, run: Run = QUIET) -> Checkpoint:
@@ -117,7 +117,7 @@ def remove(checkpoint: Folder, name: str, *, out: str | Path | None = None, run:
     from modekit.members.wanted import removing
 
     opened = _opened(checkpoint)
-    return write_change(opened, removing(opened, name), opened.folder if out is None else Path(out), run=run)
+    return write_change(opened, removing(opened, name), opened.folder if out is None else _real(out), run=run)
 
 
 def train(
@@ -137,7 +137,7 @@ def train(
     from modekit.training.train import train as move
 
     asked = train_settings(settings, where="modekit.train")
-    return move(_opened(checkpoint), asked, texts=texts, out=None if out is None else Path(out), run=run)
+    return move(_opened(checkpoint), asked, texts=texts, out=None if out is None else _real(out), run=run)
 
 
 def evaluate(
@@ -187,14 +187,19 @@ def router(checkpoint: Folder, *, run: Run = QUIET) -> TextRouter:
     return TextRouter(_opened(checkpoint), run=run)
 
 
+def _real(folder: str | Path) -> Path:
+    """A path without links and ways up: what a record says relative to a folder holds from there alone."""
+    return Path(os.path.realpath(folder))
+
+
 def _opened(checkpoint: Folder) -> Checkpoint:
     from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(os.path.realpath(checkpoint)))
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(_real(checkpoint))
 
 
 def _opened_with_any_router(checkpoint: Folder) -> Checkpoint:
     """Opened for what replaces the router, or says what is wrong with it."""
     from modekit.checkpoint.checkpoint import Checkpoint, open_with_any_router
 
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_with_any_router(Path(checkpoint))
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_with_any_router(_real(checkpoint))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
-from modekit.errors import ModekitError, TextError
+from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.tasks import ask as run
 from modekit.evaluation.tasks import harness, scoring
@@ -559,6 +559,22 @@ def test_a_model_that_is_gone_is_left_out(asked: Workshop, tmp_path: Path) -> No
     found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")])
     assert found.models == ["base", "medicine", "code", "mixture"]
     assert any("law left out" in note for note in found.notes)
+
+
+def test_a_model_that_changed_is_left_out(asked: Workshop, tmp_path: Path) -> None:
+    """What it scores is not what the expert in the mixture would have scored."""
+    workshop = Workshop(tmp_path, {**asked.recipe})
+    for name in ("base", "medicine", "law", "code"):
+        save(tiny_model(seed=1), tmp_path / name)
+    (tmp_path / "text").symlink_to(asked.root / "text")
+    checkpoint = open_checkpoint(workshop.build())
+    save(tiny_model(seed=2), tmp_path / "law")
+    own = own_task(tmp_path / "tasks")
+    found = evaluate_tasks(checkpoint, ["spell"], folders=[own])
+    assert found.models == ["base", "medicine", "code", "mixture"]
+    assert any("law left out" in note and "model.safetensors" in note and "has changed" in note for note in found.notes)
+    with pytest.raises(SourceError, match="none of the models that were asked for"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[own], models=["law"])
 
 
 def test_generated_text_is_compared_as_far_as_the_reference_goes() -> None:

@@ -71,3 +71,30 @@ def test_a_change_that_nothing_reads_is_refused(shared_workshop: Workshop, tmp_p
     bench = borrow(shared_workshop, tmp_path)
     with pytest.raises(modekit.ModekitError, match="unknown key"):
         modekit.fit(bench.build(), temperatur=0.5)
+
+
+def test_a_path_through_a_link_is_the_folder_that_it_leads_to(
+    small_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the record says relative to the mixture is found from there, however the mixture was named."""
+    bench = borrow(small_workshop, tmp_path)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    checkpoint = modekit.build(modekit.recipe(bench.recipe), tmp_path / "link" / "OUT")
+    assert checkpoint.folder == tmp_path / "deep" / "er" / "OUT"
+    sources = [checkpoint.source_folder(source) for source in checkpoint.record.sources]
+    assert sources[0] == small_workshop.root / "base" and all(folder.is_dir() for folder in sources)
+    added = modekit.add(modekit.remove(checkpoint, "code", out=tmp_path / "link" / "LESS"), bench.recipe["experts"][2],
+                        out=tmp_path / "link" / "MORE")  # fmt: skip
+    for each in (added, modekit.train(added, steps=1, what=["routers"], speed="cheap", out=tmp_path / "link" / "T").checkpoint):
+        assert all(each.source_folder(source).is_dir() for source in each.record.sources)
+
+
+def test_a_mixture_that_is_named_by_a_link_keeps_its_mark(small_workshop: Workshop, tmp_path: Path) -> None:
+    """The mark lists what is modekit's own: else the next build over it would refuse."""
+    bench = borrow(small_workshop, tmp_path)
+    plan = modekit.plan(bench.recipe, root=tmp_path)
+    modekit.build(plan, tmp_path / "OUT")
+    (tmp_path / "link").symlink_to(tmp_path / "OUT")
+    assert modekit.fit(tmp_path / "link", fit="random", seed=7).folder == tmp_path / "OUT"
+    assert modekit.build(plan, tmp_path / "OUT", overwrite=True).record.recipe.mixture.router.seed == 1

@@ -16,6 +16,7 @@ from blake3 import blake3
 from modekit.building.tensors import check_finite
 from modekit.errors import SourceError
 from modekit.files.staging import Staging
+from modekit.files.user_cache import keep_digest
 from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
 from modekit.sources.model import TensorRef
@@ -72,6 +73,7 @@ class Inspector:
                 if known is None:
                     return
                 self._stage.record(f"blake3 {file}", known)
+                keep_digest(file, opened.state, known)
             if self._known.get(file, known) != known:
                 raise SourceError(
                     "a model has changed since the mixture was built, and something of it is needed again", where=str(file),

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from modekit.building.computed import compute_again
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.evidence import evidence_digest, read_evidence
 from modekit.checkpoint.record import RECORD_FILE
+from modekit.checkpoint.sources import changed_settings
 from modekit.errors import ModekitError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
 from modekit.planning.make import make_plan
-from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor
+from modekit.planning.plan import Plan, PlannedTensor
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
@@ -102,6 +102,7 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
         except OSError as error:
             yield Check(name, "not possible", f"cannot be read: {error.strerror}")
             continue
+        changed += changed_settings(source, folder)
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
         else:
@@ -240,8 +241,8 @@ def _check_router(checkpoint: Checkpoint) -> Check:
             return Check("router", "failed", f"{slot.name}: {found}, expected {list(slot.shape)}")
     try:
         checkpoint.check_router()
-    except ModekitError:
-        return Check("router", "failed", f"{ROUTER_FILE} is not the one that modekit.json records")
+    except ModekitError as error:
+        return Check("router", "failed", f"{error.what}: {error.found}")
     recipe = checkpoint.record.recipe
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
         return Check(
@@ -249,10 +250,10 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         )
     evidence = ""
     if checkpoint.shape.channels is not None:
-        said = checkpoint.record.router.report.get("evidence_sha256")
-        if said != evidence_digest(read_evidence(*checkpoint.carrier)):
-            return Check("router", "failed", "the evidence in the embedding is not that of the fit that modekit.json records")
-        evidence = ", evidence in the embedding as recorded"
+        if not (checkpoint.record.router.evidence or checkpoint.carrier[1].name in checkpoint.record.trained):
+            why = f"{RECORD_FILE} does not say which table the embedding carries: modekit fit sets it anew"
+            return Check("router", "not possible", why)
+        evidence = ", its table in the embedding as recorded"
     shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
     status = checkpoint.record.router.status
     return Check("router", "proven", f"{len(checkpoint.slots)} gates of {shapes}, {status}, top_k {recipe.top_k}{evidence}")

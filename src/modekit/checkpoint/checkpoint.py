@@ -11,8 +11,6 @@ Shape legend: L layers.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -25,16 +23,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.checkpoint.evidence import embedding_writer
+from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, evidence_digest, read_evidence
+from modekit.checkpoint.identity import identity_of
 from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import (
     Gates,
     changed_index,
+    looked_through,
     read_gates,
     read_index,
     router_bytes,
     sha256_of,
-    sha256_of_file,
 )
 from modekit.errors import CheckpointError
 from modekit.files.change import Content, change_together, finish_change
@@ -48,8 +47,10 @@ from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
 from modekit.planning.shapes import open_shape
 from modekit.planning.slot import RouterSlot
 from modekit.recipes.recipe import Recipe
+from modekit.sources.contents import OpenFiles
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
 from modekit.sources.names import weight_of
+from modekit.weights.numeric import is_finite
 
 
 class _Config(BaseModel):
@@ -118,7 +119,8 @@ class Checkpoint:
         return tensors
 
     def check_router(self) -> None:
-        """Raise CheckpointError unless the router file holds the gates that config.json and modekit.json say.
+        """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
+        modekit.json, and finite; SourceError where they cannot be read.
 
         What a checkpoint without gates, or of a record without their digest, has is not compared.
         """
@@ -130,18 +132,38 @@ class Checkpoint:
         if strange is not None:
             raise self._other_router(f"gates of dtype {strange}", ", ".join(DTYPE_NAMES))
         expected = self.record.router.sha256
-        size = max((ref.end for ref in inside.values()), default=0)
-        try:
-            found = sha256_of_file(path, size) if inside and expected else expected
-        except OSError as error:
-            raise self._damaged(ROUTER_FILE, error) from None
-        if found != expected:
+        found, broken = looked_through(inside.values()) if inside else (expected, None)
+        if expected and found != expected:
             raise self._other_router(f"sha256 {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it")
+        if broken is not None:
+            raise self._other_router(f"NaN or Inf in {broken}", "finite gates")
+        if self.shape.channels is not None:
+            self._check_evidence()
 
-    def _other_router(self, found: str, expected: str) -> CheckpointError:
+    def _check_evidence(self) -> None:
+        """The same of a lexical router's table in the embedding; where a training moved that, it is known by its own digest."""
+        channels, embedding = self.carrier
+        if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
+            found = f"{embedding.dtype} {list(embedding.shape)}"
+            raise self._other_router(found, f"{channels.hidden + channels.spare} columns", embedding.file)
+        columns = read_evidence(channels, embedding)
+        trained, expected = self.record.trained.get(embedding.name), self.record.router.evidence
+        if trained is not None:
+            with OpenFiles() as opened:
+                found, expected = opened.blake3(embedding), trained
+        else:
+            found = evidence_digest(columns) if expected else ""
+        if found != expected:
+            wanted = f"{expected[:16]}, as {RECORD_FILE} has it"
+            raise self._other_router(f"a table with the digest {found[:16]}", wanted, embedding.file)
+        if not is_finite(columns, embedding.dtype):
+            raise self._other_router("NaN or Inf in the table", "finite numbers", embedding.file)
+
+    def _other_router(self, found: str, expected: str, file: Path | None = None) -> CheckpointError:
         return CheckpointError(
-            "the router file is not the one that modekit.json records", where=str(self.folder / ROUTER_FILE),
-            found=shortened(found), expected=expected, remedy="put it back, or set the router anew with `modekit fit`",
+            "the router file is not the one that modekit.json records" if file is None
+            else "the router's table in the embedding is not the one that modekit.json records",
+            where=str(file or self.folder / ROUTER_FILE), found=shortened(found), expected=expected, remedy=FIT_ANEW,
         )  # fmt: skip
 
     @property
@@ -154,16 +176,10 @@ class Checkpoint:
         """The gate of every router slot as it is on disk."""
         return read_gates(self.slots, self.tensors)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
-        """What names a checkpoint as it is, so that results of another one, or of an earlier state, are recognised."""
-        record = self.record
-        trained = json.dumps(sorted(record.trained.items()))
-        return {
-            "recipe_digest": record.recipe_digest,
-            "router_sha256": record.router.sha256,
-            "trained": hashlib.sha256(trained.encode()).hexdigest() if record.trained else "",
-        }
+        """What names it as it is, so that results of another one, or of an earlier state, are recognised (identity.py)."""
+        return identity_of(self.record, self.config, self.folder)
 
     @property
     def names(self) -> list[str]:
@@ -206,17 +222,20 @@ class Checkpoint:
         dtype = self._gate_dtype
         gate_file = router_bytes(changed.slots, gates, dtype)
         files: dict[str, Content] = {ROUTER_FILE: gate_file}
+        fitted, trained = router.model_copy(update={"sha256": sha256_of(gate_file)}), self.record.trained
         if evidence is not None:
             channels, embedding = self.carrier
             files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)
+            fitted = fitted.with_evidence(evidence_digest(evidence))
+            if embedding.name in trained:
+                trained = {**trained, embedding.name: changed_blake3(channels, embedding, evidence)}
         if changed.slots != self.slots:
             old = {slot.name for slot in self.slots}
             kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
             gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
             files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
         files["config.json"] = json_bytes(changed.config)
-        fitted = router.model_copy(update={"sha256": sha256_of(gate_file)})
-        update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest()}
+        update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest(), "trained": trained}
         record = self.record.model_copy(update=update)
         self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
         return Checkpoint(self.folder, record)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
-from modekit.errors import RecipeError
+from modekit.errors import CheckpointError, RecipeError
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
 from modekit.planning.pad import Measured
@@ -20,6 +21,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ITEMSIZE, TensorRef
 from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes, to_float32
 
+FIT_ANEW = "put it back, or set the router anew with `modekit fit`"
 Writer = Callable[[io.FileIO], None]
 
 
@@ -62,14 +64,18 @@ def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
 
 
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
-    """The table (V, N) that an embedding says, but for rounding."""
+    """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
     parts = []
     with OpenFiles() as opened:
         for _, rows in _rows(opened, embedding):
             values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
             sizes_V = row_sizes(channels.row_scale, values[:, : channels.hidden])
-            parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
-    return np.concatenate(parts)
+            with np.errstate(all="ignore"):
+                parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
+    table_VN = np.concatenate(parts)
+    if not np.isfinite(table_VN).all():
+        raise CheckpointError("the router's table in the embedding is not finite", where=str(embedding.file), remedy=FIT_ANEW)
+    return table_VN
 
 
 def evidence_digest(columns: memoryview) -> str:
@@ -79,19 +85,32 @@ def evidence_digest(columns: memoryview) -> str:
 
 def embedding_writer(channels: Channels, embedding: TensorRef, columns: memoryview) -> Writer:
     """Writes the file of an embedding that is there with other evidence."""
-    start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
-    said = np.frombuffer(columns, np.uint8).reshape(embedding.shape[0], stop - start)
 
     def write(stream: io.FileIO) -> None:
         header = safetensors_header([(embedding.name, embedding.dtype, embedding.shape, embedding.nbytes)])
         write_all(stream, memoryview(header))
-        with OpenFiles() as opened:
-            for first, rows in _rows(opened, embedding):
-                changed = _as_bytes(rows, embedding)
-                changed[:, start:stop] = said[first : first + len(changed)]
-                write_all(stream, changed.data.cast("B"))
+        for rows in _changed(channels, embedding, columns):
+            write_all(stream, rows)
 
     return write
+
+
+def changed_blake3(channels: Channels, embedding: TensorRef, columns: memoryview) -> str:
+    """The hash of an embedding that is there with other evidence."""
+    digest = blake3()
+    for rows in _changed(channels, embedding, columns):
+        digest.update(rows)
+    return digest.hexdigest()
+
+
+def _changed(channels: Channels, embedding: TensorRef, columns: memoryview) -> Iterator[memoryview]:
+    start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
+    said = np.frombuffer(columns, np.uint8).reshape(embedding.shape[0], stop - start)
+    with OpenFiles() as opened:
+        for first, rows in _rows(opened, embedding):
+            changed = _as_bytes(rows, embedding)
+            changed[:, start:stop] = said[first : first + len(changed)]
+            yield changed.data.cast("B")
 
 
 def _rows(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memoryview]]:

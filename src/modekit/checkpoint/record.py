@@ -24,6 +24,7 @@ from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
 from modekit.sources.model import ModelSource
+from modekit.sources.model_config import settings_digest
 
 RECORD_FILE = "modekit.json"
 STATISTICS_FOLDER = "router"
@@ -41,13 +42,22 @@ class FileRecord(_Record):
 
 
 class SourceRecord(_Record):
-    """A model that the mixture was made from; `folder` is relative to the checkpoint."""
+    """A model that the mixture was made from; `folder` is relative to the checkpoint.
+
+    `config` is the digest of its settings; records of older versions have none.
+    """
 
     label: str
     spec: Spec
     revision: str | None
     folder: RelativePath
     files: dict[PlainName, FileRecord]
+    config: Digest = ""
+
+    @property
+    def digests(self) -> list[str]:
+        """What changes with its weights and settings."""
+        return [self.config, *(file.blake3 for _, file in sorted(self.files.items()))]
 
 
 class Choice(BaseModel):
@@ -88,6 +98,15 @@ class RouterRecord(_Record):
         if "classifier" in report:
             as_kind(report, Choice)
         return report
+
+    @property
+    def evidence(self) -> str:
+        """sha256 of the columns of the embedding that carry it; empty where none do, or an older version did not say."""
+        return str(self.report.get("evidence_sha256", ""))
+
+    def with_evidence(self, sha256: str) -> RouterRecord:
+        """The same, and the embedding carries this evidence."""
+        return self.model_copy(update={"report": {**self.report, "evidence_sha256": sha256}})
 
     @property
     def choice(self) -> Choice | None:
@@ -241,8 +260,11 @@ def make_record(
 
 def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
     if known is not None:
-        files = known.files
+        files, config = known.files, known.config
     else:
         files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
+        config = settings_digest(source.config)
     folder = os.path.relpath(source.folder, out)
-    return SourceRecord(label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files)
+    return SourceRecord(
+        label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files, config=config
+    )

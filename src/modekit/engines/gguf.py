@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from modekit.engines.converter import CONVERTER, Conversion, check_installed, co
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import Proof, prove
 from modekit.engines.settings import GgufSettings, Outtype
-from modekit.errors import UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
+from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import remove, write_json
 from modekit.planning.shape import Shape
 from modekit.run import QUIET, Run
+from modekit.sources.contents import known_blake3
 
 EXPORT_FILE = "export.json"
 _BY_DTYPE: Mapping[str, Outtype] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -91,21 +94,24 @@ def export_gguf(
         proof = prove(checkpoint.folder, file, made["outtype"], run=run)
         written = Written(out / name, proof, (*_notes(shape), *proof.notes))
         write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **written.as_data()})
+    keep_proven(_claim(made, written.file, run))
     return [written]
 
 
 def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: Run = QUIET) -> Path:
     """The mixture's file in an export folder; written when that holds none of the mixture as it is.
 
-    Raises as `export_gguf`.
+    What export.json says, anybody can write: a file is taken only where this user's modekit has proven these very bytes
+    (files/user_cache.py). Any other is made and proven anew. Raises as `export_gguf`.
     """
     try:
         mend(out)
         made = made_of(checkpoint, settings)
         file, known = out / _name(checkpoint, made), read_json(out / EXPORT_FILE)
-        if foreign_files(out) == [] and all(known.get(key) == value for key, value in made.items()) and file.is_file():
+        said = foreign_files(out) == [] and all(known.get(key) == value for key, value in made.items()) and file.is_file()
+        if said and is_proven_here(_claim(made, file, run)):
             return file
-    except (*UNREADABLE, AttributeError):
+    except (*UNREADABLE, AttributeError, SourceError):
         pass
     return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0].file
 
@@ -115,6 +121,11 @@ def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
     outtype = settings.outtype or _BY_DTYPE[checkpoint.config["dtype"]]
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
     return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
+
+
+def _claim(made: Mapping[str, Any], file: Path, run: Run) -> str:
+    """That a file, by its bytes, is the mixture. Raises SourceError where it cannot be read."""
+    return json.dumps([made, known_blake3(file, partial(run.progress, f"look at {file.name}"))], sort_keys=True)
 
 
 def _name(checkpoint: Checkpoint, made: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ def evaluate(
         run=run,
     )  # fmt: skip
     jobs, notes = row_jobs(checkpoint, run=run)
-    jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, run=run)
+    jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
     rows = _run(jobs, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
     gaps = gaps_of(rows, [domain.name for domain in domains])
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]

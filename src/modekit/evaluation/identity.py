@@ -20,8 +20,7 @@ def belongs_to(results: Results, checkpoint: Checkpoint) -> bool:
     names = [*results.domains, *results.unseen]
     if mixture is None or any(set(results.text.get(name, {})) != set(_RECORD_KEYS) for name in names):
         return False
-    hashes = source_hashes(checkpoint)
-    carried, decided = mixture_identities(checkpoint, hashes)
+    carried, decided = mixture_identities(checkpoint)
     return mixture.identity == row_identity(f"{carried} {decided}", [results.text[name] for name in names])
 
 
@@ -31,18 +30,14 @@ def row_identity(model: str, records: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(f"{model} {ordered}".encode()).hexdigest()
 
 
-def source_hashes(checkpoint: Checkpoint) -> list[str]:
-    """One string per source that changes with its weights."""
-    return [" ".join(file.blake3 for _, file in sorted(source.files.items())) for source in checkpoint.record.sources]
+def mixture_identities(checkpoint: Checkpoint) -> tuple[str, str]:
+    """What the experts carry, which is all that the oracle runs, and how the router decides between them.
 
-
-def mixture_identities(checkpoint: Checkpoint, hashes: Sequence[str]) -> tuple[str, str]:
-    """What the experts carry, which is all that the oracle runs, and how the router decides between them."""
-    record = checkpoint.record
-    recipe = record.recipe
+    Both are of `Checkpoint.identity`, but for what experts are called, which changes no row.
+    """
+    said, recipe = checkpoint.identity, checkpoint.record.recipe
     low_rank = [expert.lora_rank for expert in recipe.experts]
     carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
-    carried = f"{hashes} {record.expert_sources} {low_rank} {carries} {recipe.output.dtype} {record.native_type}"
-    carried += f" {sorted(record.trained.items())}" if record.trained else ""
+    carried = f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['trained']}"
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
-    return carried, f"{decides} {record.router.sha256}"
+    return carried, f"{decides} {said['router_sha256']} {said['evidence_sha256']} {said['files']}"

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import PUT_BACK, SourceState, source_state
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.identity import mixture_identities, source_hashes
+from modekit.evaluation.identity import mixture_identities
 from modekit.evaluation.labels import Labels, experts_told, have_tags, no_place_for_a_tag, tags_told, with_tag
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_expert
@@ -47,42 +47,45 @@ class Job:
 
 def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[Job], list[str]]:
     """Jobs in the order of the table, and what has to be said about rows that are left out."""
-    sources = checkpoint.record.sources
-    folders = [checkpoint.source_folder(source) for source in sources]
-    missing = [source.label for source, folder in zip(sources, folders, strict=True) if not folder.is_dir()]
+    states = [source_state(checkpoint, place, run=run) for place in range(len(checkpoint.record.sources))]
+    missing = [state.record.label for state in states if not state.is_there]
+    changed = [state.said for state in states if state.changed]
     notes = []
     if missing:
         notes.append(f"rows left out because their models are no longer where the recipe found them: {', '.join(missing)}")
+    if changed:
+        notes.append(f"rows left out because their models have changed since the build: {', '.join(changed)}; {PUT_BACK}")
     if checkpoint.record.recipe.mixture.weights is not None:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
-    hashes = source_hashes(checkpoint)
-    jobs = list(_source_jobs(checkpoint, folders, hashes, run))
-    return [*jobs, *_mixture_jobs(checkpoint, hashes, run)], notes
+    return [*_source_jobs(checkpoint, states, run), *_mixture_jobs(checkpoint, run)], notes
 
 
-def _source_jobs(checkpoint: Checkpoint, folders: Sequence[Path], hashes: Sequence[str], run: Run) -> Iterator[Job]:
-    """Base, experts, and their average, as far as their models are still there."""
+def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run) -> Iterator[Job]:
+    """Base, experts, and their average, as far as their models are still there, and what they were."""
     record = checkpoint.record
     dense = checkpoint.parameters.dense
+    hashes = [" ".join(state.record.digests) for state in states]
+    folders = [state.folder for state in states]
     load = partial(load_expert, folders[0], run=run)
-    if folders[0].is_dir():
+    if states[0].is_as_recorded:
         yield Job(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
     for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
-        if place != 0 and folders[place].is_dir() and (folders[0].is_dir() or not is_adapter(folders[place])):
+        needed = states[place].is_as_recorded and (states[0].is_as_recorded or not is_adapter(folders[place]))
+        if place != 0 and needed:
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
             yield Job(name, "expert", dense, dense, identity, partial(load, folders[place]))
-    if all(folder.is_dir() for folder in folders):
+    if all(state.is_as_recorded for state in states):
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load, folders[place]) for place in members]
         yield Job("weight average", "average", dense, dense, identity, partial(average_of, loads))
 
 
-def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], run: Run) -> Iterator[Job]:
+def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[Job]:
     """The mixture with each domain's own expert forced, and as it is."""
     total, active = checkpoint.parameters.total, checkpoint.parameters.active
-    carried, decided = mixture_identities(checkpoint, hashes)
+    carried, decided = mixture_identities(checkpoint)
     load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
         yield Job(
@@ -99,15 +102,19 @@ def _mixture_jobs(checkpoint: Checkpoint, hashes: Sequence[str], run: Run) -> It
 
 
 def label_jobs(
-    checkpoint: Checkpoint, labels: Labels, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, *, run: Run
+    checkpoint: Checkpoint,
+    labels: Labels,
+    domains: Sequence[Domain],
+    tokenizer: PreTrainedTokenizerBase,
+    untold: Sequence[Job],
 ) -> list[Job]:
-    """Jobs of the mixture that is told a label of every text and, by tag, of the base, where it is still there.
+    """Jobs of the mixture that is told a label of every text and, by tag, of the base, where that is among the `untold` jobs.
 
     A row without labels is the model as it is, by the same identity, unless texts have tags of their own. Raises TextError for
     conversations under tags.
     """
     recipe, known = checkpoint.record.recipe, labels_of(tokenizer)
-    plain = _untold_jobs(checkpoint, run)
+    plain = {job.name: job for job in untold if job.name in (BASE, "mixture")}
     seen = {domain.name: domain.expert for domain in domains}
     chats = next((domain.name for domain in domains if domain.chats), None)
     if labels.by == "tag" and chats is not None:
@@ -126,15 +133,9 @@ def label_jobs(
     return jobs
 
 
-def _untold_jobs(checkpoint: Checkpoint, run: Run) -> dict[str, Job]:
-    """Mixture and base as they are, by name."""
-    jobs, _ = row_jobs(checkpoint, run=run)
-    return {job.name: job for job in jobs if job.name in (BASE, "mixture")}
-
-
 def _by_gate(checkpoint: Checkpoint, job: Job, places: Mapping[str, int | None]) -> Job:
     """All weight on the expert whose label a domain is told; what the router would say is no part of the row."""
-    carried, _ = mixture_identities(checkpoint, source_hashes(checkpoint))
+    carried, _ = mixture_identities(checkpoint)
     return replace(
         job, identity=f"told {dict(places)} {carried}", text=lambda domain: domain if domain.name in places else None,
         within=lambda model, domain: mixture_of(model, checkpoint).forced(places[domain.name] or 0),

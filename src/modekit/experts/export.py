@@ -10,6 +10,7 @@ its low-rank parts are cut out of the mixture, bit for bit; what was folded into
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +98,10 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
     given_back = way.own if way.as_it_came else None
     config = dict(given_back.config) if given_back is not None else parts_config(checkpoint, way.expert, _known(way))
     record = {
-        "expert": way.name, "recipe_digest": checkpoint.record.recipe_digest, "kind": _kind(config), "rank": config.get("r"),
+        "expert": way.name, "identity": checkpoint.identity, "kind": _kind(config), "rank": config.get("r"),
         "modules": len(places_of(checkpoint, way.expert)), "as_it_came": way.as_it_came, "notes": list(way.notes),
     }  # fmt: skip
-    digest = hashlib.sha256(f"{checkpoint.record.recipe_digest} {way.name} {way.as_it_came}".encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([checkpoint.identity, way.name, way.as_it_came]).encode()).hexdigest()
     if not overwrite and _is_written(out, record):
         return record
     opened = OpenFiles()

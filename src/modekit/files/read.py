@@ -37,7 +37,11 @@ class FileState:
     @classmethod
     def of(cls, stream: io.FileIO) -> FileState:
         """The state of an open file. Raises OSError."""
-        found = os.fstat(stream.fileno())
+        return cls.of_status(os.fstat(stream.fileno()))
+
+    @classmethod
+    def of_status(cls, found: os.stat_result) -> FileState:
+        """The same of what the system says of a file."""
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 

@@ -22,12 +22,14 @@ def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedMode
     return load_adapted(base, open_adapter("expert", str(folder), folder, source), run=run)
 
 
-def load_expert_source(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> PreTrainedModel | None:
-    """The model that the expert at a place was made from, with all that it learned; None when it is no longer there."""
+def load_expert_source(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> PreTrainedModel:
+    """The model that the expert at a place was made from, with all that it learned; None: the base.
+
+    Only for one that is what it was (checkpoint/sources.py).
+    """
     record = checkpoint.record
-    base, folder = (checkpoint.source_folder(record.sources[place]) for place in (0, record.expert_sources[expert]))
-    if not folder.is_dir() or (is_adapter(folder) and not base.is_dir()):
-        return None
+    place = 0 if expert is None else record.expert_sources[expert]
+    base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
     return load_expert(base, folder, run=run)
 
 

@@ -20,15 +20,17 @@ from typing import Any
 from modekit.building.before import Before
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.members.gone import stand_in, tells_dtypes
 from modekit.members.wanted import Wanted
-from modekit.planning.copied_files import copied_files
+from modekit.planning.copied_files import COPIED_FILES, copied_files
 from modekit.planning.kept import Origins, Taken, taking_from
-from modekit.planning.make import COPIED_FILES, plan_of
+from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Expert
+from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
@@ -56,7 +58,7 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     """
     opener = Opener(checkpoint.recipe_root, run)
     base = opener.base(checkpoint.record.recipe)
-    _check_base(checkpoint, base)
+    _check_base(checkpoint, base, run)
     new = {
         place: opener.expert(place, expert, base)
         for place, (expert, origin) in enumerate(zip(wanted.recipe.experts, wanted.origins, strict=True))
@@ -68,7 +70,7 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
 
     def opened() -> list[ModelSource]:
         stay = [number in wanted.origins for number, _ in experts]
-        return [base, *(_opened(opener, n, e, base) if stay[n] else said[1 + n] for n, e in experts)]
+        return [base, *(_opened(checkpoint, opener, n, e, base) if stay[n] else said[1 + n] for n, e in experts)]
 
     if not tells_dtypes(checkpoint):  # of adapters: their models do, where they are there
         with suppress(SourceError):
@@ -76,7 +78,7 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
             if before is not None:
                 return before
     before = _planned(checkpoint, wanted, said, new, run)
-    if before is not None and not _reads_what_is_said(before.plan):
+    if before is not None and not (_merges_adapters(checkpoint, wanted) or _reads_what_is_said(before.plan)):
         return before
     before = _planned(checkpoint, wanted, opened(), new, run)
     if before is None:
@@ -89,15 +91,26 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     return before
 
 
-def _opened(opener: Opener, number: int, expert: Expert, base: ModelSource) -> ModelSource:
-    """The model of an expert that stays, of which something is needed. Raises SourceError that says so."""
+def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert, base: ModelSource) -> ModelSource:
+    """The model of an expert that stays, of which something is needed. Raises SourceError that says so.
+
+    Its settings are looked at here, its weights where they are read (building/inspector.py).
+    """
     try:
-        return opener.expert(number, expert, base)
+        source = opener.expert(number, expert, base)
     except SourceError as error:
         raise SourceError(
             "an expert's model is gone, and this change needs it", where=label_of(number, expert), found=error.found,
             remedy="put it back: with this change something that it gave takes another form (docs/experts.md)",
         ) from None  # fmt: skip
+    changed = changed_settings(checkpoint.record.sources[checkpoint.record.expert_sources[number]], source.folder)
+    if changed:
+        raise SourceError(
+            "a model has changed since the mixture was built, and something of it is needed again",
+            where=f"{label_of(number, expert)}: {source.folder / changed[0]}",
+            remedy="put back what it was, or build the mixture anew",
+        )  # fmt: skip
+    return source
 
 
 def _planned(
@@ -142,6 +155,13 @@ def _reads_what_is_said(plan: Plan) -> bool:
     return any(ref.state is None and ref.file not in kept for ref in refs)
 
 
+def _merges_adapters(checkpoint: Checkpoint, wanted: Wanted) -> bool:
+    """Whether a backbone is merged anew to which adapters give what no tensor of the mixture tells."""
+    recipe = checkpoint.record.recipe
+    adapters = any(expert.adapter is not None for expert in recipe.experts)
+    return adapters and recipe.mixture.backbone != BASE and wanted.change.what != "rename"
+
+
 def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, new: Mapping[int, ModelSource]) -> None:
     """Raise RecipeError when the model that is to take an expert's place is the one that is there, byte for byte."""
     record = checkpoint.record
@@ -175,13 +195,12 @@ def _check_routes_as_said(checkpoint: Checkpoint) -> None:
         )  # fmt: skip
 
 
-def _check_base(checkpoint: Checkpoint, base: ModelSource) -> None:
+def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
     """Raise SourceError when the base is no longer the one that the mixture and its statistics were made with."""
     folder, record = checkpoint.folder, checkpoint.record
     dense = family_of(base.config, where=f"base_model ({base.spec})").dense_config(base.config)
-    sizes = {file.name: file.stat().st_size for file in base.files}
     differs = "config.json is another" if dense != record.dense_config else ""
-    if not differs and sizes != {name: file.size for name, file in record.sources[0].files.items()}:
+    if not differs and changed_weights(record.sources[0], base.folder, run):
         differs = "its weights are others"
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ()
     gone = gone_pair_files(folder, copied) if not differs else []

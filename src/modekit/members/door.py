@@ -17,6 +17,7 @@ from functools import partial
 
 from modekit.building.before import Before
 from modekit.checkpoint.record import SourceRecord
+from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.members.licences import facts, licence_of, sources_of
@@ -123,18 +124,17 @@ def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str
 
 
 def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, ModelSource]:
-    """The other experts' models, as far as they can be opened and have the sizes they had."""
+    """The other experts' models, as far as they can be opened and are what they were."""
     plan, opener = before.plan, Opener(before.plan.root, run)
     base, known = plan.sources[0], before.sources
     found: dict[str, ModelSource] = {}
     for number, (expert, source) in enumerate(zip(plan.recipe.experts, plan.sources[1:], strict=True)):
         if number == place or expert.is_base:
             continue
-        files = {name: file.size for name, file in known[source].files.items()}
-        if all((source.folder / name).is_file() for name in files):
-            with suppress(ModekitError):
-                opened = opener.expert(number, expert, base)
-                if {file.name: file.stat().st_size for file in opened.files} == files:
+        if source.folder.is_dir():
+            with suppress(ModekitError, OSError):
+                opened, was = opener.expert(number, expert, base), known[source]
+                if not changed_settings(was, opened.folder) and not changed_weights(was, opened.folder, run):
                     found[expert.name] = opened
     return found
 

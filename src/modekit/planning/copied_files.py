@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modekit.errors import SourceError
+from modekit.sources.tokenizer import TOKENIZER_FILES
 
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+"""Of the base, beside the weights."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.planning.channels import channels_of
-from modekit.planning.copied_files import copied_files
+from modekit.planning.copied_files import COPIED_FILES, copied_files
 from modekit.planning.layout import CodeOf, Layout
 from modekit.planning.lost_changes import lost_changes
 from modekit.planning.modekit import ModekitLayout
@@ -43,8 +43,6 @@ from modekit.sources.native_row import Native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
-"""Of the base, beside the weights."""
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 
 

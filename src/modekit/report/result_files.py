@@ -172,6 +172,9 @@ def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
     if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
         problems.append(f"{SEARCH_FILE} is of another recipe: `modekit fit` has changed this mixture since")
         return None
+    if search is not None and any(change.what == "replace" for change in checkpoint.record.history):
+        problems.append(f"{SEARCH_FILE} is of other experts: `modekit replace` has changed this mixture since")
+        return None
     return search
 
 
@@ -211,7 +214,8 @@ def _path(checkpoint: Checkpoint, file: str) -> Path:
 
 
 def _of_another(file: str, command: str) -> str:
-    return f"{file} is of another state of this mixture (router, recipe or training changed since): run `{command}` again"
+    changed = "models, router, recipe, tokenizer or training changed since"
+    return f"{file} is of another state of this mixture ({changed}): run `{command}` again"
 
 
 def _parse(checkpoint: Checkpoint, file: str, command: str, parse: Callable[[Any], _Read], problems: list[str]) -> _Read | None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.checkpoint.evidence import evidence_columns, evidence_digest, evidence_values
+from modekit.checkpoint.evidence import evidence_columns, evidence_values
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import Channels
@@ -43,8 +43,7 @@ def gates_on_channels(
         for number in range(table_VN.shape[1]):
             gate_ED[number % channels.experts, channels.context.start + number] = factor
         gates.append(gate_ED)
-    report = {**record.report, "evidence_sha256": evidence_digest(columns)}
-    return FittedRouter(gates, record.model_copy(update={"report": report}), columns)
+    return FittedRouter(gates, record, columns)
 
 
 def _factors(

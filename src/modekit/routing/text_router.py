@@ -8,6 +8,7 @@ Shape legend: E experts, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
-from modekit.errors import UnsupportedError
+from modekit.errors import CheckpointError, UnsupportedError
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import place_of_base
 from modekit.recipes.strict import BASE
@@ -56,7 +57,9 @@ class TextRouter:
     """A mixture's router on its own."""
 
     def __init__(self, checkpoint: Checkpoint, *, run: Run = QUIET) -> None:
-        """Read it. Raises UnsupportedError when it reads anything but tokens; SourceError without a tokenizer."""
+        """Read it. Raises UnsupportedError when it reads anything but tokens; SourceError without a tokenizer; CheckpointError
+        for a table that is not finite.
+        """
         settings = checkpoint.record.router.settings
         if settings is None or not reads_tokens(checkpoint):
             raise UnsupportedError(
@@ -64,7 +67,7 @@ class TextRouter:
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
                 remedy="fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`, or build it so",
             )  # fmt: skip
-        self._names = checkpoint.names
+        self._folder, self._names = checkpoint.folder, checkpoint.names
         base = place_of_base(checkpoint.record.recipe.experts)
         self._unknown = BASE if base is None else self._names[base]
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -80,7 +83,8 @@ class TextRouter:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
 
         It goes to another only where that one is clearly likelier. The newest 16,384 characters decide, of a conversation its
-        last turns, so that no text takes long. Raises TextError when the chat template does not take it.
+        last turns, so that no text takes long. Raises TextError when the chat template does not take it; CheckpointError where
+        the answer would be no number.
         """
         if isinstance(said, str):
             return self._decide(self._tokenizer(_clean(said[-_CHARACTERS:]), verbose=False)["input_ids"], None)
@@ -100,13 +104,23 @@ class TextRouter:
     def _decide(self, ids: list[int], before: str | None) -> Decision:
         if not ids:
             return Decision(self._unknown, dict.fromkeys(self._names, 1 / len(self._names)), 0)
-        probabilities = dict(zip(self._names, _softmax(self._router.logits(ids)).tolist(), strict=True))
+        probabilities = dict(zip(self._names, self._probabilities(ids), strict=True))
         best = max(probabilities, key=probabilities.__getitem__)
         if before in probabilities and probabilities[before] >= _KEPT * probabilities[best]:
             best = before
         elif probabilities[best] <= _UNSURE:
             best = self._unknown
         return Decision(best, probabilities, len(ids))
+
+    def _probabilities(self, ids: list[int]) -> list[float]:
+        """One per expert. Raises CheckpointError where the router's numbers are too large to be added up."""
+        with np.errstate(all="ignore"):
+            found: list[float] = _softmax(self._router.logits(ids)).tolist()
+        if not all(map(math.isfinite, found)):
+            raise CheckpointError(
+                "the router's answer is no number", where=str(self._folder), remedy="set the router anew with `modekit fit`"
+            )
+        return found
 
 
 def _clean(text: str) -> str:

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from modekit.errors import SourceError
 from modekit.files.read import FileState, open_regular
+from modekit.files.user_cache import keep_digest, known_digest
 from modekit.sources.model import TensorRef
 
 CHUNK = 2**19
@@ -148,7 +149,7 @@ class OpenFiles:
 
 
 def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """A file's hash; `progress` is told the bytes so far and in all. Raises SourceError."""
+    """A file's hash, read now; `progress` is told the bytes so far and in all. Raises SourceError."""
     file, digest, done = WeightFile(path), blake3(), 0
     try:
         for chunk in file.chunks(0, file.state.size):
@@ -158,4 +159,14 @@ def blake3_of(path: Path, progress: Callable[[int, int], None] = lambda done, to
         file.check_unchanged()
     finally:
         file.close()
-    return digest.hexdigest()
+    found: str = digest.hexdigest()
+    keep_digest(path, file.state, found)
+    return found
+
+
+def known_blake3(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """A file's hash; a file that was read before is not read again while its size, times and inode are what they were.
+
+    Raises SourceError.
+    """
+    return known_digest(path) or blake3_of(path, progress)

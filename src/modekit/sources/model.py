@@ -206,7 +206,7 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
     tensors: dict[str, TensorRef] = {}
-    for file in _weight_files(folder, where=where):
+    for file in weight_files(folder, where=where):
         tensors.update(read_header(file, where=where))
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
@@ -216,7 +216,8 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     return ModelSource(label, spec, folder, revision, config, tensors)
 
 
-def _weight_files(folder: Path, *, where: str) -> list[Path]:
+def weight_files(folder: Path, *, where: str) -> list[Path]:
+    """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read."""
     index, single = folder / _INDEX_FILE, folder / "model.safetensors"
     if index.exists():
         names = _shard_names(index, where=f"{where}: {index.name}")

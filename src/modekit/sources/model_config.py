@@ -6,6 +6,8 @@ sizes are whole numbers, names are text, and nothing is so large that arithmetic
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,7 @@ _REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
 """Keys by which transformers reads other files than config.json and the weights that modekit checks."""
 _CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels", *_REDIRECTS})
 """Keys by which a config makes transformers import, download or read something else, wherever in the config they stand."""
+_NO_SETTINGS = frozenset({"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision"})
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 """What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
 
@@ -136,6 +139,12 @@ class _Rope(BaseModel):
     rope_type: Word | None = None
     type: Word | None = None
     rope_theta: Number | None = None
+
+
+def settings_digest(config: Mapping[str, Any]) -> str:
+    """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
+    said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: Path, *, where: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from modekit.training.moving import moving_of
 from modekit.training.objective import Objective
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
-from modekit.training.teachers import make_teachers
+from modekit.training.teachers import lost_teachers, make_teachers
 from modekit.training.texts import silent_domains
 
 
@@ -48,7 +48,9 @@ def train_end_to_end(
             "models with an encoder are not distilled yet", where="losses", found=", ".join(DISTILLS & set(settings.losses)),
             remedy="train them on text alone",
         )  # fmt: skip
-    teachers = make_teachers(checkpoint, corpora, folder, request.teacher, run=run) if distills else []
+    lost = lost_teachers(checkpoint, corpora, run=run) if distills and request.teacher is None else {}
+    notes += [f"{checkpoint.names[expert]} was taught by what the mixture has of it: {why}" for expert, why in lost.items()]
+    teachers = make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run) if distills else []
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     done = run_trainer(

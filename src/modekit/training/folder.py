@@ -48,8 +48,7 @@ def _request(settings: TrainSettings, texts: Sequence[Text]) -> str:
 
 
 def _state(checkpoint: Checkpoint) -> str:
-    record = checkpoint.record
-    return digest_of_data([record.recipe_digest, record.router.sha256, sorted(record.trained.items()), len(record.training)])
+    return digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
 
 
 def _digest_of(trainings: Sequence[TrainingRecord]) -> str:

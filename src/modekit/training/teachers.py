@@ -10,7 +10,7 @@ Shape legend: N tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import why_not
 from modekit.errors import TrainingError
 from modekit.files.write import make_folder, remove
 from modekit.loaded.experts import load_expert_source
@@ -55,12 +56,13 @@ def make_teachers(
     folder: Path,
     teacher: Path | None = None,
     *,
+    lost: Mapping[int, str] = {},
     run: Run,
 ) -> list[Teacher | None]:
     """One teacher per corpus; None for text of no domain, unless `teacher` names a model that teaches all.
 
-    Else the teacher is the expert's own model where it still is, with all that it learned, or the mixture with this expert
-    forced, which has what the mixture carries of it.
+    Else the teacher is the expert's own model, with all that it learned, or, for those that are `lost`, the mixture with this
+    expert forced, which has what the mixture carries of it.
     """
     found: list[Teacher | None] = []
     of_all = load_model(teacher, run=run) if teacher is not None else None
@@ -69,7 +71,7 @@ def make_teachers(
         if of_all is not None:
             found.append(_read(of_all, corpus, None, path, run))
         elif corpus.expert != GENERIC:
-            found.append(_read_own(checkpoint, corpus, path, run))
+            found.append(_read_own(checkpoint, corpus, path, is_lost=corpus.expert in lost, run=run))
         else:
             found.append(None)
     heads: list[Head] = []
@@ -83,10 +85,16 @@ def make_teachers(
     return found
 
 
-def _read_own(checkpoint: Checkpoint, corpus: Corpus, path: Path, run: Run) -> Teacher:
-    model = load_expert_source(checkpoint, corpus.expert, run=run)
-    if model is not None:
-        return _read(model, corpus, corpus.expert, path, run)
+def lost_teachers(checkpoint: Checkpoint, corpora: Sequence[Corpus], *, run: Run) -> dict[int, str]:
+    """Expert -> why its own model cannot teach what the mixture has of it: it is gone, or another by now."""
+    experts = dict.fromkeys(corpus.expert for corpus in corpora if corpus.expert != GENERIC)
+    reasons = {expert: why_not(checkpoint, expert, run=run) for expert in experts}
+    return {expert: reason for expert, reason in reasons.items() if reason is not None}
+
+
+def _read_own(checkpoint: Checkpoint, corpus: Corpus, path: Path, *, is_lost: bool, run: Run) -> Teacher:
+    if not is_lost:
+        return _read(load_expert_source(checkpoint, corpus.expert, run=run), corpus, corpus.expert, path, run)
     model = load_model(checkpoint.folder, run=run)
     with mixture_of(model, checkpoint).forced(corpus.expert):
         return _read(model, corpus, corpus.expert, path, run)

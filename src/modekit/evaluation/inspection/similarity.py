@@ -11,12 +11,14 @@ Shape legend: E experts, O and I rows and columns of a tensor, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.run import QUIET, Run
@@ -46,7 +48,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     Two experts that changed nothing are alike (1); one that changed something and one that did not have 0. Where the base
     model's folder is gone and the checkpoint does not hold the base's tensors, the experts' tensors are compared as they are.
     """
-    mixed = _with_base(checkpoint)
+    mixed, without_base = _with_base(checkpoint, run)
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
     with OpenFiles() as opened:
@@ -60,8 +62,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
         of = f"the experts' own tensors ({whole} of {len(mixed)}) and what they changed of the base model in the others"
         of = of if whole < len(mixed) else f"the experts' own tensors ({len(mixed)})"
         notes.append(
-            "the base model is no longer where the recipe found it: experts were compared whole, so that even unrelated "
-            "changes look alike"
+            f"experts were compared whole, so that even unrelated changes look alike, without the base model: {without_base}"
         )
     return Similarity(_cosines(gram), of, notes)
 
@@ -113,13 +114,21 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     return gram
 
 
-def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
-    """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
-    folder = checkpoint.source_folder(checkpoint.record.sources[0])
-    try:
-        tensors = open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
-    except SourceError:
-        tensors = {}
+def _with_base(checkpoint: Checkpoint, run: Run) -> tuple[list[MixedTensor], str | None]:
+    """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while that is what it was; and
+    why it is not.
+    """
+    tensors: Mapping[str, TensorRef] = {}
+    kept = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
+    if all(mixed.base is not None or mixed.holds_changes for mixed in kept):
+        return kept, None
+    without_base = why_not(checkpoint, None, run=run)
+    if without_base is None:
+        folder = checkpoint.source_folder(checkpoint.record.sources[0])
+        try:
+            tensors = open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
+        except SourceError as error:
+            without_base = error.what
 
     def found(mixed: MixedTensor) -> MixedTensor:
         if mixed.base is not None or mixed.holds_changes:
@@ -128,7 +137,7 @@ def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
         ref = tensors.get(mixed.name, tensors.get(tied))
         return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 
-    return [found(mixed) for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors)]
+    return [found(mixed) for mixed in kept], without_base
 
 
 def _is_whole(tensor: MixedTensor) -> bool:

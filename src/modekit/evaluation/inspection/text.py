@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
 from modekit.evaluation.inspection.passes import (
@@ -32,6 +33,7 @@ from modekit.evaluation.inspection.passes import (
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import has_encoder
 from modekit.planning.slot import RouterPosition
@@ -92,7 +94,8 @@ def inspect_text(
     losses = traced_losses(model, checkpoint, windows, read.consume, advance)
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
     del model  # before the base model comes
-    base_losses = _base_losses(checkpoint, windows, run)
+    without_base = why_not(checkpoint, None, run=run)
+    base_losses = _base_losses(checkpoint, windows, run) if without_base is None else None
     per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
     scored = sum(window.scored for window in windows)
     data = {
@@ -109,7 +112,7 @@ def inspect_text(
         **_scores(checkpoint, windows),
         **({"prompt_end": read.weights_RTE[:, -1].mean(0).tolist()} if isinstance(text, Said) else {}),
         "without": named_changes(checkpoint, changes_EN.sum(1) / scored),
-        "notes": _notes(len(windows), length, detailed, base_losses is not None),
+        "notes": _notes(len(windows), length, detailed, without_base),
     }
     rounded: dict[str, Any] = six_digits(data)
     return rounded
@@ -207,20 +210,17 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:
     return needed_template(tokenizer, "--chat").text([*above, message_of("user", said.text)], answer=True)
 
 
-def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32] | None:
-    """Of the base model on the same tokens; None when it is no longer there."""
-    folder = checkpoint.source_folder(checkpoint.record.sources[0])
-    if not folder.is_dir():
-        return None
-    return token_losses(load_model(folder, run=run), windows, lambda _: None)
+def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32]:
+    """Of the base model on the same tokens."""
+    return token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
 
 
-def _notes(windows: int, length: int, detailed: bool, with_base: bool) -> list[str]:
+def _notes(windows: int, length: int, detailed: bool, without_base: str | None) -> list[str]:
     notes = []
     if windows > 1:
         notes.append(f"the text was read in {windows} windows of up to {length} tokens, each starting anew")
     if not detailed:
         notes.append("long text: weights are the mean over the routers")
-    if not with_base:
-        notes.append("the base model is no longer where the recipe found it: no loss to compare with")
+    if without_base is not None:
+        notes.append(f"no loss of the base model to compare with: {without_base}")
     return notes

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
-from modekit.errors import ModekitError
+from modekit.checkpoint.sources import why_not
+from modekit.errors import ModekitError, SourceError
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of, wanted_forms
 from modekit.evaluation.tasks.harness import (
@@ -58,7 +59,7 @@ class _Task:
 @dataclass(frozen=True)
 class _Model:
     name: str
-    load: Callable[[], PreTrainedModel | None]
+    load: Callable[[], PreTrainedModel | str]
 
 
 def evaluate_tasks(
@@ -122,13 +123,11 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Mo
                 "unknown model", where="--models", found=name, expected=", ".join(known), remedy="write some of them"
             )
 
-    def load(name: str) -> PreTrainedModel | None:
+    def load(name: str) -> PreTrainedModel | str:
         if name == MIXTURE:
             return load_model(checkpoint.folder, run=run)
-        if name != BASE:
-            return load_expert_source(checkpoint, checkpoint.names.index(name), run=run)
-        folder = checkpoint.source_folder(checkpoint.record.sources[0])
-        return load_model(folder, run=run) if folder.is_dir() else None
+        expert = None if name == BASE else checkpoint.names.index(name)
+        return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
 
     return [_Model(name, partial(load, name)) for name in known if not models or name in models]
 
@@ -178,8 +177,8 @@ def _run(
     for model in models:
         stage = f"score {model.name}"
         loaded = model.load()
-        if loaded is None:
-            notes.append(f"{model.name} left out: it is no longer where the recipe found it")
+        if isinstance(loaded, str):
+            notes.append(f"{model.name} left out: {loaded}")
             continue
         scored[model.name] = run_tasks(
             loaded,
@@ -190,6 +189,11 @@ def _run(
             advance=advance,
         )
         del loaded
+    if not scored:
+        raise SourceError(
+            "none of the models that were asked for can be scored", where=str(checkpoint.folder), found="; ".join(notes),
+            remedy="ask for the mixture as well, or put the models back",
+        )  # fmt: skip
     return scored
 
 

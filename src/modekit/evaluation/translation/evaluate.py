@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.labels import (
@@ -38,6 +39,7 @@ from modekit.evaluation.translation.examples import Compared, TranslationExample
 from modekit.evaluation.translation.results import TranslationResults, TranslationRow
 from modekit.evaluation.translation.scores import Scorer, require_sacrebleu
 from modekit.files.write import json_bytes
+from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
@@ -170,13 +172,13 @@ class _Translator:
         return [*base[:1], *self._mixtures(told), *base[1:]]
 
     def _base(self, labels: Labels) -> Iterator[_Row]:
-        folder = self._checkpoint.source_folder(self._checkpoint.record.sources[0])
-        if folder.is_dir():
-            model = self._ready(load_model(folder, run=self._run))
+        reason = why_not(self._checkpoint, None, run=self._run)
+        if reason is None:
+            model = self._ready(load_expert_source(self._checkpoint, None, run=self._run))
             plain = self._row(model, BASE, "base")
             yield from (plain, *self._told_by_tag(model, plain, labels))
         else:
-            self._notes.append("base left out, and so the comparison with it: it is no longer where the recipe found it")
+            self._notes.append(f"base left out, and so the comparison with it: {reason}")
 
     def _mixtures(self, labels: Labels) -> Iterator[_Row]:
         checkpoint = self._checkpoint

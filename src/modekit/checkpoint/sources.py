@@ -1,0 +1,109 @@
+"""The models that a mixture was made from, as they lie there now: what is scored under a name is what was recorded under it.
+
+A weight file is read again only where its size, times or inode are not those that it had when this user's modekit read it last
+(files/user_cache.py). Settings (config.json, adapter_config.json) are small and always read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import SourceRecord
+from modekit.errors import SourceError
+from modekit.run import QUIET, Run
+from modekit.sources.adapter import WEIGHTS_FILE, is_adapter
+from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.contents import known_blake3
+from modekit.sources.model import weight_files
+from modekit.sources.model_config import read_config, settings_digest
+
+GONE = "it is no longer where the recipe found it"
+PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """A recorded model now.
+
+    Attributes:
+        record: what was recorded.
+        folder: where it lay.
+        is_there: whether there is still such a folder.
+        changed: what is no longer as it was recorded: a file, or a few words; empty: nothing.
+    """
+
+    record: SourceRecord
+    folder: Path
+    is_there: bool
+    changed: str = ""
+
+    @property
+    def is_as_recorded(self) -> bool:
+        """Whether it may stand for what is in the mixture."""
+        return self.is_there and not self.changed
+
+    @property
+    def said(self) -> str:
+        """Who it is, and what has changed of it; no path, since it is said where others read it."""
+        return f"{self.record.label} ({self.changed})"
+
+
+def source_state(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> SourceState:
+    """How the model at a place of the record's sources is now."""
+    record = checkpoint.record.sources[place]
+    folder = checkpoint.source_folder(record)
+    if not folder.is_dir():
+        return SourceState(record, folder, is_there=False)
+    try:
+        changed = next(chain(changed_settings(record, folder), _changed_weights(record, folder, run)), "")
+    except SourceError as error:
+        changed = error.what
+    except OSError as error:
+        changed = str(error.strerror)
+    return SourceState(record, folder, is_there=True, changed=changed)
+
+
+def changed_settings(record: SourceRecord, folder: Path) -> list[str]:
+    """The files whose settings are not those that were recorded, or cannot be read; a model's and an adapter's are one each."""
+    adapter = set(record.files) == {WEIGHTS_FILE}
+    if is_adapter(folder) != adapter:
+        return [CONFIG_FILE]
+    file, read = (CONFIG_FILE, read_adapter_config) if adapter else ("config.json", read_config)
+    try:
+        now = settings_digest(read(folder, where=record.label))
+    except SourceError:
+        return [file]
+    return [file] if record.config not in ("", now) else []
+
+
+def changed_weights(record: SourceRecord, folder: Path, run: Run) -> list[str]:
+    """The first weight file that is not what was recorded, if there is one. Raises SourceError and OSError."""
+    return list(islice(_changed_weights(record, folder, run), 1))
+
+
+def _changed_weights(record: SourceRecord, folder: Path, run: Run) -> Iterator[str]:
+    there = [folder / WEIGHTS_FILE] if is_adapter(folder) else weight_files(folder, where=record.label)
+    yield from sorted({file.name for file in there}.symmetric_difference(record.files))
+    progress = partial(run.progress, f"look at {record.label}")
+    for name, expected in record.files.items():
+        if (folder / name).stat().st_size != expected.size or known_blake3(folder / name, progress) != expected.blake3:
+            yield name
+
+
+def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> str | None:
+    """Why the model of an expert, or the base (None), cannot stand for what is in the mixture; None where it can.
+
+    An adapter is nothing without its base.
+    """
+    place = 0 if expert is None else checkpoint.record.expert_sources[expert]
+    state = source_state(checkpoint, place, run=run)
+    if state.is_as_recorded and place != 0 and is_adapter(state.folder):
+        state = source_state(checkpoint, 0, run=run)
+    if not state.is_there:
+        return GONE
+    return f"{state.said} has changed since the mixture was built: {PUT_BACK}" if state.changed else None

@@ -1,0 +1,114 @@
+"""What this user's modekit found out about large files, kept where no folder that somebody else made can bring it.
+
+    CACHE/digests/<path's sha256>.json   the blake3 of a file, and the state in which the file had it
+    CACHE/proven/<sha256>                what was proven here; the name says it all
+
+CACHE is MODEKIT_CACHE, else XDG_CACHE_HOME/modekit, else ~/.cache/modekit. Whatever is wrong with it, nothing is known then: a
+file is read again, and a proof is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from modekit.files.read import UNREADABLE, FileState
+from modekit.files.typed import Digest, read_as
+from modekit.files.write import json_bytes, make_folder, remove, write_file
+
+_MOST = 2_000
+"""Entries of a folder: of more, those that were written longest ago go."""
+_YOUNG_NS = 2 * 10**9
+"""A file that changed so shortly ago may change again without another time: what is found out of it is not kept."""
+_LARGEST = 2**16
+
+
+class _Known(BaseModel):
+    path: str
+    state: list[int]
+    blake3: Digest
+
+
+def cache_folder() -> Path:
+    """Where modekit keeps what it can make again. Raises RuntimeError where the user has no home."""
+    chosen = os.environ.get("MODEKIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modekit"
+
+
+def known_digest(path: Path) -> str | None:
+    """The blake3 of a file that was read before and has not changed since, by size, times and inode; else None."""
+    try:
+        known = read_as(_digest_file(path), _Known, _LARGEST)
+        return known.blake3 if known.path == os.path.realpath(path) and known.state == _state(path.stat()) else None
+    except (*UNREADABLE, RuntimeError):
+        return None
+
+
+def keep_digest(path: Path, state: FileState, blake3: str) -> None:
+    """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
+    with suppress(OSError, RuntimeError):
+        now = path.stat()
+        if FileState.of_status(now) == state and max(now.st_mtime_ns, now.st_ctime_ns) < time.time_ns() - _YOUNG_NS:
+            known = _Known(path=os.path.realpath(path), state=_state(now), blake3=blake3)
+            _write(_digest_file(path), json_bytes(known.model_dump(mode="json")))
+
+
+def keep_proven(what: str) -> None:
+    """Keep that something was proven here."""
+    with suppress(OSError, RuntimeError):
+        _write(_proven_file(what), b"")
+
+
+def is_proven_here(what: str) -> bool:
+    """Whether it was."""
+    try:
+        return _proven_file(what).is_file()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _digest_file(path: Path) -> Path:
+    return _own_folder("digests") / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+
+
+def _proven_file(what: str) -> Path:
+    return _own_folder("proven") / hashlib.sha256(what.encode()).hexdigest()
+
+
+def _own_folder(name: str) -> Path:
+    """A folder of the cache. Raises OSError where it is a link, or another user may write into it."""
+    folder = cache_folder() / name
+    with suppress(FileNotFoundError):
+        status = folder.lstat()
+        others = os.name != "nt" and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+        if others or not stat.S_ISDIR(status.st_mode):
+            raise PermissionError(f"{folder} is not this user's alone")
+    return folder
+
+
+def _write(file: Path, content: bytes) -> None:
+    if not file.parent.exists():
+        make_folder(file.parent)
+        file.parent.chmod(stat.S_IRWXU)  # whatever the umask says
+    write_file(file, content, sync=False)
+    for old in _oldest(file.parent):
+        remove(old)
+
+
+def _oldest(folder: Path) -> Iterator[Path]:
+    files = list(folder.iterdir())
+    if len(files) > _MOST:
+        yield from sorted(files, key=lambda file: file.lstat().st_mtime_ns)[: len(files) - _MOST // 2]
+
+
+def _state(status: os.stat_result) -> list[int]:
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

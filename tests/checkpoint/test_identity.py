@@ -1,0 +1,190 @@
+"""A mixture is named by its bytes: what was found out about other weights, gates or settings is never shown as its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import modekit
+from adapter_folders import lora, write_adapter
+from conftest import Workshop, save, tiny_model, write_text
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.results_folder import read_results
+from modekit.evaluation.tasks.results import TaskResults, kept_results, save_results
+from modekit.experts.export import export_adapter
+from modekit.files.write import json_bytes
+from modekit.members.change import write_change
+from modekit.members.wanted import NewExpert, renaming, replacing
+from modekit.report.result_files import find_inspection, find_results, find_search, find_tasks
+from modekit.training.folder import TrainingFolder
+from modekit.training.settings import train_settings
+from refusal import borrow, copy_expert
+
+
+def other_weights(folder: Path, factor: float = 1.5) -> None:
+    """A model or adapter of other numbers under the same path, in files of the same size."""
+    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    save_file({name: tensor * factor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def bench(small_workshop: Workshop, tmp_path: Path) -> Workshop:
+    bench = borrow(small_workshop, tmp_path)
+    copy_expert(bench, 1)
+    return bench
+
+
+def replaced(bench: Workshop, out: Path) -> None:
+    before = open_checkpoint(out)
+    new = NewExpert({"model": "./law", "text": bench.recipe["experts"][1]["text"]}, bench.root)
+    write_change(before, replacing(before, "law", new), out)
+
+
+def built_again(bench: Workshop, out: Path) -> None:
+    modekit.build(modekit.plan(bench.write(), root=bench.root), out, overwrite=True)
+
+
+@pytest.mark.parametrize("anew", [replaced, built_again])
+def test_new_weights_under_the_same_path_are_another_mixture(bench: Workshop, anew: Callable[[Workshop, Path], None]) -> None:
+    out = bench.build()
+    before = open_checkpoint(out)
+    other_weights(bench.root / "law")
+    anew(bench, out)
+    after = open_checkpoint(out)
+    assert after.record.recipe_digest == before.record.recipe_digest
+    assert after.record.router.sha256 == before.record.router.sha256  # a random router does not depend on the experts
+    assert after.identity != before.identity
+
+
+def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
+    out = bench.build()
+    before = open_checkpoint(out)
+    rows = {row.name: row for row in evaluate(before, tokens_per_domain=100, sequence_length=32).rows}
+    inspect(before, tokens_per_domain=100, sequence_length=32)
+    save_results(before, TaskResults({}, {}, ["of before"]))
+    search = {"format": 1, "checkpoint": {"recipe_digest": before.record.recipe_digest}, "candidates": [], "seconds": 1.0}
+    (out / "results" / "tune.json").write_text(json.dumps(search))
+    problems: list[str] = []
+    assert all(find(before, problems) for find in (find_results, find_inspection, find_tasks, find_search)) and not problems
+    other_weights(bench.root / "law")
+    replaced(bench, out)
+    after = open_checkpoint(out)
+    assert (out / "results" / "inspect.json").exists()
+    for find in (find_results, find_inspection, find_tasks, find_search):
+        assert find(after, problems) is None
+    assert len(problems) == 4
+    assert "another state" in kept_results(after, TaskResults({}, {}, [])).notes[0]
+    again = {row.name: row for row in evaluate(after, tokens_per_domain=100, sequence_length=32).rows}
+    for name, row in again.items():
+        losses = [{domain: score.loss for domain, score in each.scores.items()} for each in (row, rows[name])]
+        assert (losses[0] == losses[1]) == (name in {"base", "medicine", "code"}), name
+
+
+def test_an_adapter_with_another_scale_is_another_mixture(tmp_path: Path) -> None:
+    """The weights are the same; what adapter_config.json makes of them is not. In a native mixture no name and shape tells."""
+    save(tiny_model(), tmp_path / "base")
+    texts = write_text(tmp_path / "text", ("medicine", "law"))
+    experts = [{"name": name, "adapter": f"./{name}", "as": "full", "text": str(text)} for name, text in texts.items()]
+    for seed, name in enumerate(texts):
+        write_adapter(tmp_path / name, lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
+    mixture: dict[str, Any] = {"top_k": 1, "router": {"fit": "random"}}
+    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+    identities = []
+    for alpha in (8, 16):
+        write_adapter(tmp_path / "law", lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=alpha)
+        modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT", overwrite=True)
+        identities.append(open_checkpoint(tmp_path / "OUT").identity)
+    assert identities[0]["recipe_digest"] == identities[1]["recipe_digest"]
+    assert identities[0] != identities[1]
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_file_beside_the_weights_belongs_to_it(bench: Workshop, file: str) -> None:
+    out = bench.build()
+    before = open_checkpoint(out).identity
+    said = json.loads((out / file).read_text())
+    said["max_length" if file != "tokenizer.json" else "truncation"] = 7 if file != "tokenizer.json" else None
+    said["version"] = "1.1"
+    (out / file).write_text(json.dumps(said))
+    assert open_checkpoint(out).identity != before
+
+
+def test_a_name_changes_no_row(bench: Workshop) -> None:
+    """Scores of `eval` say what experts compute, not what they are called; all that lists names is of another mixture."""
+    before = open_checkpoint(bench.build(output={"format": "modekit"}, mixture={"router": {"fit": "random"}}))
+    evaluate(before, tokens_per_domain=100, sequence_length=32)
+    after = write_change(before, renaming(before, "law", "court"), before.folder)
+    assert belongs_to(read_results(after), after) and after.identity != before.identity
+
+
+def test_an_expert_that_was_replaced_is_exported_anew(tmp_path: Path) -> None:
+    save(tiny_model(), tmp_path / "base")
+    texts = write_text(tmp_path / "text", ("medicine", "law"))
+    for seed, name in enumerate(texts):
+        write_adapter(tmp_path / name, lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
+    experts = [{"name": name, "adapter": f"./{name}", "text": str(text)} for name, text in texts.items()]
+    recipe = {"base_model": "./base", "experts": experts, "mixture": {"top_k": 1, "router": {"fit": "random"}}}
+    checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
+    export_adapter(checkpoint, "law", tmp_path / "exported")
+    weights = tmp_path / "exported" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    assert export_adapter(checkpoint, "law", tmp_path / "exported")["expert"] == "law"  # it is there: nothing is made
+    other_weights(tmp_path / "law")
+    checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT", overwrite=True)
+    with pytest.raises(modekit.ModekitError, match="exists"):
+        export_adapter(checkpoint, "law", tmp_path / "exported")
+    export_adapter(checkpoint, "law", tmp_path / "exported", overwrite=True)
+    assert weights.read_bytes() != before
+
+
+def test_a_training_of_other_weights_is_not_gone_on_with(bench: Workshop) -> None:
+    out = bench.build()
+    folder = TrainingFolder(bench.root / "TRAINED")
+    settings = train_settings({"steps": 2}, where="test")
+    folder.claim(open_checkpoint(out), settings, [])
+    (folder.path / "checkpoint-1").mkdir()
+    folder.claim(open_checkpoint(out), settings, [])  # the same mixture: it goes on
+    folder.release()
+    other_weights(bench.root / "law")
+    built_again(bench, out)
+    with pytest.raises(modekit.ModekitError, match="no longer what it started from"):
+        folder.claim(open_checkpoint(out), settings, [])
+
+
+def test_records_of_before_open(bench: Workshop) -> None:
+    """Without the digests of settings that older versions did not keep."""
+    out = bench.build()
+    evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32)
+    record = json.loads((out / "modekit.json").read_text())
+    assert all(source.pop("config") for source in record["sources"])
+    (out / "modekit.json").write_bytes(json_bytes(record))
+    old = open_checkpoint(out)
+    assert old.identity != open_checkpoint(bench.build("OTHER")).identity
+    problems: list[str] = []
+    assert find_results(old, problems) is None and "modekit eval" in problems[0]
+    assert {"base", "law", "mixture"} <= {row.name for row in evaluate(old, tokens_per_domain=100, sequence_length=32).rows}
+    assert find_results(old, []) is not None
+
+
+def test_a_copy_is_the_same_mixture(bench: Workshop) -> None:
+    out = bench.build()
+    shutil.copytree(out, bench.root / "COPY")
+    assert open_checkpoint(bench.root / "COPY").identity == open_checkpoint(out).identity
+
+
+def test_another_table_in_the_embedding_is_another_mixture(bench: Workshop) -> None:
+    out = bench.build(mixture={"top_k": 1, "router": {"fit": "lexical"}})
+    before = open_checkpoint(out)
+    assert before.identity["evidence_sha256"] == before.record.router.evidence != ""
+    changed = before.record.router.with_evidence("0" * 64)
+    other = Checkpoint(out, before.record.model_copy(update={"router": changed}))
+    assert other.identity != before.identity

@@ -1,0 +1,224 @@
+"""Models that changed since a mixture was built are noticed before they are scored, and said; nothing of them is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import modekit
+from adapter_folders import lora, write_adapter
+from command_line import ended
+from conftest import Workshop, save, tiny_model, write_text
+from modekit.building.verify import is_proven
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.sources import source_state, why_not
+from modekit.errors import ModekitError
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.inspection.similarity import similarity
+from modekit.evaluation.inspection.text import inspect_text
+from modekit.evaluation.results import Results
+from modekit.members.change import before_change, write_change
+from modekit.members.door import look_at
+from modekit.members.wanted import NewExpert, adding
+from modekit.sources import contents
+from modekit.training.settings import train_settings
+from modekit.training.train import train
+from refusal import borrow, copy_base, copy_expert
+
+CHANGED = "changed since the build"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is found out about files is this test's own."""
+    monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bench(small_workshop: Workshop, tmp_path: Path) -> Workshop:
+    """With a base and an expert of its own."""
+    bench = borrow(small_workshop, tmp_path / "bench")
+    copy_base(bench)
+    copy_expert(bench, 1)
+    return bench
+
+
+def change(folder: Path, factor: float = 1.2) -> None:
+    """Other numbers in a file of the same size, with the time that the file had."""
+    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    before = file.stat()
+    save_file({name: tensor * factor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert file.stat().st_size == before.st_size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def scores(checkpoint: Checkpoint) -> Results:
+    return evaluate(checkpoint, tokens_per_domain=100, sequence_length=32)
+
+
+def losses(results: Results) -> dict[str, list[float]]:
+    return {row.name: [score.loss for score in row.scores.values()] for row in results.rows}
+
+
+def test_an_expert_that_changed_is_left_out_and_comes_back(bench: Workshop) -> None:
+    checkpoint = open_checkpoint(bench.build())
+    before = losses(scores(checkpoint))
+    kept = shutil.copytree(bench.root / "law", bench.root / "kept")
+    (checkpoint.folder / "results" / "eval.json").unlink()
+    change(bench.root / "law")
+    found = scores(checkpoint)
+    said = next(note for note in found.notes if CHANGED in note)
+    assert "experts[1] 'law' (model.safetensors)" in said and "modekit replace" in said
+    assert losses(found) == {name: each for name, each in before.items() if name not in {"law", "weight average"}}
+    shutil.rmtree(bench.root / "law")
+    kept.rename(bench.root / "law")
+    assert losses(scores(checkpoint)) == before
+
+
+def test_the_command_says_which_file_it_was(bench: Workshop) -> None:
+    out = bench.build()
+    change(bench.root / "law")
+    code, stdout, _ = ended("eval", out, "--tokens", "100")
+    assert code == 0 and "mixture" in stdout and "experts[1] 'law' (model.safetensors)" in " ".join(stdout.split())
+
+
+def test_a_base_that_changed_is_no_base(bench: Workshop) -> None:
+    checkpoint = open_checkpoint(bench.build())
+    change(bench.root / "base")
+    found = scores(checkpoint)
+    assert {row.name for row in found.rows} == {"medicine", "law", "code", "oracle", "mixture"}
+    text = inspect_text(checkpoint, "fever artery lesion dose")
+    assert text["base_loss"] is None and "base_model (model.safetensors) has changed" in text["notes"][-1]
+    alike = similarity(checkpoint)
+    assert "own tensors" in alike.of and "base_model (model.safetensors) has changed" in alike.notes[0]
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_settings_are_looked_at_where_they_count(bench: Workshop, file: str) -> None:
+    checkpoint = open_checkpoint(bench.build())
+    path = bench.root / "law" / file
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "rms_norm_eps": 0.5, "transformers_version": "0"}))
+    assert source_state(checkpoint, 2).changed == ("config.json" if file == "config.json" else "")
+    path.write_text(json.dumps({**said, "transformers_version": "0"}))
+    assert source_state(checkpoint, 2).is_as_recorded
+
+
+def test_other_shards_than_those_that_were_read_are_a_change(bench: Workshop) -> None:
+    checkpoint = open_checkpoint(bench.build())
+    save(tiny_model(seed=9, num_hidden_layers=1), bench.root / "law", max_shard_size="20KB")
+    assert source_state(checkpoint, 2).changed.startswith("model")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Checkpoint:
+    save(tiny_model(), tmp_path / "base")
+    texts = write_text(tmp_path / "text", ("medicine", "law"))
+    for seed, name in enumerate(texts):
+        write_adapter(tmp_path / name, lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
+    experts = [{"name": name, "adapter": f"./{name}", "text": str(text)} for name, text in texts.items()]
+    recipe = {"base_model": "./base", "experts": experts, "mixture": {"top_k": 1, "router": {"fit": "random"}}}
+    return modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
+
+
+def test_an_adapter_of_another_scale_is_another_model(adapters: Checkpoint) -> None:
+    folder = adapters.folder.parent / "law"
+    write_adapter(folder, lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=16)
+    found = scores(adapters)
+    assert "law (adapter_config.json)" in " ".join(found.notes).replace("'", "")
+    assert {"base", "medicine", "oracle", "mixture"} == {row.name for row in found.rows}
+
+
+def test_an_adapter_is_nothing_on_another_base(adapters: Checkpoint) -> None:
+    change(adapters.folder.parent / "base")
+    assert {row.name for row in scores(adapters).rows} == {"oracle", "mixture"}
+    said = why_not(adapters, 1)
+    assert said is not None and "base_model (model.safetensors)" in said
+
+
+def test_what_did_not_change_is_read_once(bench: Workshop, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size, times and inode are those of the build: no weight is read again to know that."""
+    past = time.time() - 60
+    out = bench.build()
+    for name in ("base", "law"):
+        os.utime(bench.root / name / "model.safetensors", (past, past))
+    time.sleep(2.1)  # a file that changed just now may do so again
+    checkpoint = open_checkpoint(out)
+    places = range(len(checkpoint.record.sources))
+    assert all(source_state(checkpoint, place).is_as_recorded for place in places)
+    read: list[Path] = []
+    whole = contents.blake3_of
+    monkeypatch.setattr(contents, "blake3_of", lambda path, *rest: read.append(path) or whole(path, *rest))
+    assert all(source_state(checkpoint, place).is_as_recorded for place in places) and not read
+    change(bench.root / "law")
+    assert source_state(checkpoint, 2).changed == "model.safetensors" and read
+    shutil.rmtree(own_cache)
+    own_cache.write_text("no folder")
+    assert source_state(checkpoint, 0).is_as_recorded
+
+
+def test_it_does_not_teach(bench: Workshop) -> None:
+    """The mixture has what its expert was; a training towards what lies there now would teach something else."""
+    checkpoint = open_checkpoint(bench.build(output={"format": "modekit"}))
+    change(bench.root / "law", 3.0)
+    settings: dict[str, Any] = {
+        "what": ["routers"], "losses": {"distill": 1.0}, "steps": 1, "batch_tokens": 64, "sequence_length": 32,
+        "select_tokens": 64,
+    }  # fmt: skip
+    trained = train(checkpoint, train_settings(settings, where="test"), out=bench.root / "TRAINED", evaluate_tokens=None)
+    assert any("law was taught by what the mixture has of it" in note for note in trained.record.notes)
+
+
+def test_nothing_is_let_in_beside_a_base_that_changed(bench: Workshop) -> None:
+    recipe = dict(bench.recipe)
+    bench.recipe["experts"] = bench.recipe["experts"][:2]
+    checkpoint = open_checkpoint(bench.build())
+    change(bench.root / "base")
+    said = recipe["experts"][2]
+    new = NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
+    with pytest.raises(ModekitError, match="not the one that the mixture was built with"):
+        write_change(checkpoint, adding(checkpoint, "code", new), bench.root / "ADDED")
+
+
+def test_who_comes_is_not_compared_with_what_changed(bench: Workshop) -> None:
+    recipe = dict(bench.recipe)
+    bench.recipe["experts"] = bench.recipe["experts"][:2]
+    checkpoint = open_checkpoint(bench.build())
+    said = recipe["experts"][2]
+    new = NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
+    assert set(look_at(before_change(checkpoint, adding(checkpoint, "code", new))).likeness) == {"medicine", "law"}
+    change(bench.root / "law")
+    assert set(look_at(before_change(checkpoint, adding(checkpoint, "code", new))).likeness) == {"medicine"}
+
+
+def test_what_stays_is_not_made_of_other_settings(tmp_path: Path) -> None:
+    """An adapter that is needed again, in another form, must be what it was: its scale is in no weight."""
+    save(tiny_model(), tmp_path / "base")
+    texts = write_text(tmp_path / "text", ("medicine", "law", "code"))
+    tensors = {**lora("mlp.up_proj", 48, 32), **lora("self_attn.q_proj", 32, 32)}
+    for name in texts:
+        write_adapter(tmp_path / name, tensors, target_modules=["up_proj", "q_proj"], lora_alpha=8)
+    experts = [{"name": name, "adapter": f"./{name}", "as": "full", "text": str(text)} for name, text in texts.items()]
+    mixture = {"top_k": 1, "router": {"fit": "random"}, "backbone": "average"}
+    recipe = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native"}}
+    checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
+    removed = modekit.remove(checkpoint, "law", out=tmp_path / "REMOVED")
+    assert is_proven(modekit.verify(removed))  # the backbone is merged of those who stay, with what they change of it
+    write_adapter(tmp_path / "medicine", tensors, target_modules=["up_proj", "q_proj"], lora_alpha=16)
+    with pytest.raises(ModekitError, match="has changed since the mixture was built"):
+        modekit.remove(checkpoint, "law", out=tmp_path / "AGAIN")
+
+
+def test_verify_looks_at_settings_too(adapters: Checkpoint) -> None:
+    write_adapter(adapters.folder.parent / "law", lora("mlp.up_proj", 48, 32, seed=1), lora_alpha=16)
+    checks = {check.name: check for check in modekit.verify(adapters)}
+    assert "adapter_config.json" in checks["source experts[1] 'law'"].detail
+    assert checks["source experts[1] 'law'"].verdict == "failed" and checks["source base_model"].verdict == "proven"
