@@ -159,6 +159,14 @@ def small_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
 
 
+@pytest.fixture(scope="session")
+def writing_shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """What the commands of writing_commands.py are typed in: copy it first."""
+    from writing_commands import make_writing_shop
+
+    return make_writing_shop(tmp_path_factory.mktemp("writing"))
+
+
 @pytest.fixture
 def ids() -> torch.Tensor:
     """A batch of token ids."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from modekit.errors import OutputError
+from modekit.errors import FinishedError, OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import MARKER, foreign_files, is_remains, is_work_folder
+from modekit.files.marker import JUST_MADE, MARKER, foreign_files, is_remains, is_work_folder, read_marker
+from modekit.files.read import UNREADABLE, read_text
 from modekit.files.write import empty_folder, remove, remove_if_empty
 
 Replace = Literal["nothing", "modekit's own", "in place"]
@@ -47,7 +48,36 @@ def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()
     """
     refuse_entangled(out, sources)
     mend(out)
-    refuse_what_is_there(out, replace)
+    if replace != "nothing" or not os.path.lexists(out / JUST_MADE):  # else who makes it asks who has
+        refuse_what_is_there(out, replace)
+
+
+def was_made_by(out: Path, digest: str) -> bool:
+    """Whether OUT is what a run of the same command made that was killed while it tidied up."""
+    try:
+        return read_marker(out) is not None and read_text(out / JUST_MADE) == digest
+    except UNREADABLE:
+        return False
+
+
+def check_not_made_by(out: Path, made_by: str) -> None:
+    """Raise FinishedError, with all tidied up, where the same command made OUT and was killed while it tidied up."""
+    if was_made_by(out, made_by):
+        mend(out)
+        settle(out)
+        raise FinishedError(out)
+
+
+def is_there(out: Path) -> bool:
+    """Whether there is an output, tidied up after whatever a kill left beside it. Raises OutputError, OSError."""
+    mend(out)
+    settle(out)
+    return out.exists()
+
+
+def settle(out: Path) -> None:
+    """The command that made OUT has tidied up: from now on nobody finds its own work there."""
+    remove(out / JUST_MADE)
 
 
 def mend(out: Path) -> None:
