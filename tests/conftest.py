@@ -184,5 +184,8 @@ def logits_of(model: Path | PreTrainedModel, ids: torch.Tensor, dtype: torch.dty
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin first, so that the other workers are busy as long as they take."""
+    """The longest tests begin first, so that the other workers are busy as long as they take; hostile ones are slow."""
+    for item in items:
+        if item.get_closest_marker("hostile"):
+            item.add_marker("slow")
     items.sort(key=lambda item: not any(name in item.name for name in ("tutorial", "test_all_of_it")))

@@ -83,6 +83,24 @@ def befallen(command: Callable[[], tuple[object, str]], below: Path, count: int,
     return Ended(True, -KILLED, "") if code == KILLED else Ended(*json.loads(told))
 
 
+def changed_paths(command: Callable[[], object], below: Path) -> set[Path]:
+    """What a command, in a process of its own, opens for writing, makes, renames or removes below a folder."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        found: set[str] = set()
+        _before_each(below, 1, lambda _event, path: found.add(path))
+        command()
+        with os.fdopen(writing, "w") as stream:
+            json.dump(sorted(found), stream)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        told = json.load(stream)
+    os.waitpid(process, 0)
+    return {Path(path) for path in told if path.startswith(str(below))}
+
+
 def _befall(below: Path, count: int, fate: Fate) -> threading.Event:
     """Let it befall this process; whether it has."""
     came = threading.Event()

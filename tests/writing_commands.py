@@ -35,7 +35,7 @@ class Command:
     Attributes:
         words: the command.
         least: how many moments there are at least, so that a hook which sees nothing is noticed.
-        stride, slow_stride: one in this many of the moments is tried, in `make test` and in `make test-all`.
+        stride, hostile_stride: one in this many of the moments is tried, in `make test` and in `make test-hostile`.
         work: its work folder, where one run begins with what the one before has made: once all else is as it should be, what
             is killed is the tidying up of a run that is done, and the same command is the next one.
     """
@@ -43,7 +43,7 @@ class Command:
     words: Sequence[str]
     least: int
     stride: int = 7
-    slow_stride: int = 1
+    hostile_stride: int = 1
     work: str = ""
 
 

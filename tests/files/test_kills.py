@@ -1,35 +1,44 @@
-"""Every command, killed before the n-th change of a file: the old or the new is whole, and the same command goes on."""
+"""Every command, killed, interrupted or out of room before the n-th change of a file: the old or the new is whole.
+
+The same command then goes on, or says that it is done; what a message says of the disk is so.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from conftest import Workshop
-from kills import dies
-from refusal import tree
+from kills import KILLED, Ended, Fate, befallen
+from refusal import Tree, tree
 from writing_commands import COMMANDS, Command, check_whole, run_in, stable
 
+CODES: dict[Fate, int] = {"kill": -KILLED, "interrupt": 130, "full": 2, "stuck": 2}
+RARER: dict[Fate, int] = {"kill": 1, "interrupt": 5, "full": 5, "stuck": 11}
+"""Fate -> one in this many of the moments of a command's stride is tried."""
+_TAKES_LONG = {"tune", "export gguf"}
+_TO_GO_ON_FROM = {"OUT.training", "NEW.training", "NEW.tuning", "KEPT.partial"}
 
-def try_kills(writing_shop: Workshop, tmp_path: Path, command: Command, stride: int) -> None:
+
+def try_moments(shop: Workshop, tmp_path: Path, command: Command, stride: int, fate: Fate) -> None:
     whole = tmp_path / "whole"
-    shutil.copytree(writing_shop.root, whole)
+    shutil.copytree(shop.root, whole)
+    before = tree(whole)
     assert run_in(whole, command.words)[0] == 0
     wanted = stable(tree(whole))
     for moment in range(1, 5000, stride):
         root = tmp_path / f"at{moment}"
-        shutil.copytree(writing_shop.root, root)
-
-        def work(root: Path = root) -> None:
-            code, said = run_in(root, command.words)
-            assert code == 0, said
-
-        if not dies(work, root, moment):
+        shutil.copytree(shop.root, root)
+        ended = befallen(lambda root=root: run_in(root, command.words), root, moment, fate)
+        if not ended.came:
+            assert ended.code == 0, ended.said
             assert moment > command.least, "the hook saw too little"
             assert stable(tree(root)) == wanted
             return
+        check_end(ended, fate, root, before, wanted)
         check_whole(root)
         left = {name: content for name, content in stable(tree(root)).items() if name.partition("/")[0] != command.work}
         done = bool(command.work) and left == wanted
@@ -42,12 +51,36 @@ def try_kills(writing_shop: Workshop, tmp_path: Path, command: Command, stride: 
         shutil.rmtree(root)
 
 
+def check_end(ended: Ended, fate: Fate, root: Path, before: Tree, wanted: Tree) -> None:
+    """The exit code and message fit what has happened, and what is said of the disk is so."""
+    said = f"{root.name}: {ended.said}"
+    assert "Traceback" not in said and "this is a bug" not in said, said
+    if ended.code == 0:  # what did not come off was no part of what was asked for
+        assert stable(tree(root)).keys() >= wanted.keys(), said
+        return
+    assert ended.code == CODES[fate], said
+    if fate == "interrupt":
+        assert "interrupted" in said
+    if fate in ("full", "stuck"):
+        assert re.search(rf"\n  where:    .*{re.escape(root.name)}/\S", said), said
+    if "nothing was left behind" in said:
+        left = {name: content for name, content in tree(root).items() if name.partition("/")[0] not in _TO_GO_ON_FROM}
+        assert left == before, f"{sorted(left.keys() ^ before.keys())} {said}"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_here_and_there(writing_shop: Workshop, tmp_path: Path, name: str) -> None:
-    try_kills(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride)
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride, "kill")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("fate", ["interrupt", "full", "stuck"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in _TAKES_LONG])
+def test_it_befalls_here_and_there(writing_shop: Workshop, tmp_path: Path, name: str, fate: Fate) -> None:
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride * RARER[fate], fate)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("fate", CODES)
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_at_all_moments(writing_shop: Workshop, tmp_path: Path, name: str) -> None:
-    try_kills(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].slow_stride)
+def test_it_befalls_at_every_moment(writing_shop: Workshop, tmp_path: Path, name: str, fate: Fate) -> None:
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].hostile_stride * -(-RARER[fate] // 2), fate)

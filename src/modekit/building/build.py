@@ -23,7 +23,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import FinishedError, SourceError
-from modekit.files.output import Replace, replaced_by
+from modekit.files.output import Replace, check_room, replaced_by
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
@@ -69,6 +69,7 @@ def build(
     in_place = before is not None and before.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
+    check_room(out, plan.disk_needed)
     try:
         with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
             record = _write(plan, stage, beside or {}, before, run)

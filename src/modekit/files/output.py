@@ -6,6 +6,7 @@ Where an output is made, `OUT.partial`, is laid out in staging.py.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from modekit.errors import FinishedError, OutputError
 from modekit.files.lock import Lock
 from modekit.files.marker import JUST_MADE, MARKER, foreign_files, is_remains, is_work_folder, read_marker
 from modekit.files.read import UNREADABLE, read_text
-from modekit.files.write import empty_folder, remove, remove_if_empty
+from modekit.files.write import empty_folder, files_below, remove, remove_if_empty
 
 Replace = Literal["nothing", "modekit's own", "in place"]
 """What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
@@ -152,6 +153,18 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
         raise OutputError(
             "the output folder holds files that modekit did not write, or that were changed since", where=str(out),
             found=", ".join(foreign[:_SHOWN]) + more, remedy="move them away, or choose another folder",
+        )  # fmt: skip
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
+    new = work_folder(out) / NEW
+    needed -= sum((new / name).lstat().st_size for name in files_below(new))
+    free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
+    if needed > free:
+        raise OutputError(
+            "the disk has too little free space", where=str(out), found=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes", remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
         )  # fmt: skip
 
 
