@@ -244,7 +244,7 @@ class Staging:
         """Give the folder free: with what an earlier command left in it, or not at all."""
         self._disk.shutdown()
         work = self.work
-        ours = is_work_folder(work, PARTIAL, self.out.name) or is_remains(work)
+        ours = os.path.lexists(work) and (is_work_folder(work, PARTIAL, self.out.name) or is_remains(work))
         alone = self._lock.is_held or (ours and not os.path.lexists(work / LOCK))  # a full disk may have no room for a lock
         if alone and not self._journal_path.exists():
             clear(work, self._lock)
