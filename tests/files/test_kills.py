@@ -5,6 +5,7 @@ The same command then goes on, or says that it is done; what a message says of t
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from conftest import Workshop
 from kills import KILLED, Ended, Fate, befallen
+from modekit.files.staging import Staging
 from refusal import Tree, tree
 from writing_commands import COMMANDS, Command, check_whole, run_in, stable
 
@@ -88,3 +90,47 @@ def test_it_befalls_here_and_there(writing_shop: Workshop, tmp_path: Path, name:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_befalls_at_every_moment(writing_shop: Workshop, tmp_path: Path, name: str, fate: Fate) -> None:
     try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].hostile_stride * -(-RARER[fate] // 2), fate)
+
+
+def test_ctrl_c_between_the_two_renames_gives_the_old_folder_back(
+    writing_shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(writing_shop.root, tmp_path / "root")
+    before = tree(root)
+
+    def interrupted(_: Staging) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "_put", interrupted)
+    for words in (COMMANDS["rename"].words, COMMANDS["build over"].words):
+        code, said = run_in(root, words)
+        assert code == 130
+        assert "interrupted; nothing was left behind" in said
+        assert tree(root) == before
+
+
+@pytest.mark.parametrize("name", ["build", "rename", "extract", "specialize", "data balance", "export"])
+def test_a_killed_clean_up_finds_its_own_output(
+    writing_shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    root = shutil.copytree(writing_shop.root, tmp_path / "root")
+    words = COMMANDS[name].words
+
+    def killed(_: Staging) -> None:
+        os._exit(KILLED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "_remove", killed)
+        assert befallen(lambda: run_in(root, words), root, 10_000, "kill").code == -KILLED
+    code, said = run_in(root, words)
+    assert code == 0, said
+    assert not list(root.rglob("*.partial"))
+    assert not list(root.rglob(".modekit.made"))
+    if name in (
+        "build",
+        "extract",
+        "data balance",
+    ):  # another command, or the same once it is done, does not take it for its own
+        code, said = run_in(root, words)
+        assert code == 2
+        assert "the output folder exists" in said

@@ -13,7 +13,7 @@ from typing import Literal
 
 from modekit.errors import FinishedError, OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import JUST_MADE, MARKER, foreign_files, is_remains, is_work_folder, read_marker
+from modekit.files.marker import CHANGE_LOCK, JUST_MADE, MARKER, foreign_files, is_remains, is_work_folder, read_marker
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.write import empty_folder, files_below, remove, remove_if_empty
 
@@ -109,6 +109,7 @@ def mend_commit(work: Path, out: Path) -> None:
     if old.is_symlink() or not old.is_dir():
         remove(old)
     elif not os.path.lexists(out):
+        remove(old / CHANGE_LOCK)  # of whoever was replacing it
         old.rename(out)
     elif new.exists():
         raise OutputError(

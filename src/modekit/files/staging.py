@@ -97,6 +97,7 @@ class Staging:
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.work / JOURNAL
         self._appending = threading.Lock()
+        self._made: tuple[int, int] | None = None
         self._synced: dict[Path, Future[None]] = {}
         self._disk = ThreadPoolExecutor(1, "sync")
         self._lock = Lock(self.work / LOCK)
@@ -210,7 +211,13 @@ class Staging:
         if self.made_by:
             write_file(self.folder / JUST_MADE, self.made_by.encode(), sync=False)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether OUT is what was made here."""
+        return self._made is not None and self._made == _identity(self.out)
+
     def _put(self) -> None:
+        self._made = _identity(self.folder)
         try:
             self.folder.rename(self.out)
         except OSError:
@@ -220,10 +227,15 @@ class Staging:
             raise
 
     def discard(self) -> None:
-        """Remove everything written so far."""
+        """Remove everything written so far; an old folder that has just given way comes back first, or nothing is removed."""
         with suppress(OSError):  # a full disk: what the journal still holds cannot be written, and need not be
             self.close()
-        self._remove()
+        try:
+            mend_commit(self.work, self.out)
+        except (OutputError, OSError):
+            self.keep()
+        else:
+            self._remove()
 
     def keep(self) -> None:
         """Leave everything for the next command with the same digest."""
@@ -314,17 +326,21 @@ class AppearedError(OutputError):
         )  # fmt: skip
 
 
-def _failed(out: Path, error: OSError) -> OutputError:
+def _failed(out: Path, error: OSError, left: str) -> OutputError:
     free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
     return OutputError(
-        f"writing failed; {_left_of(out)}", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
+        f"writing failed; {left}", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
         remedy="free space or choose another disk",
     )  # fmt: skip
 
 
-def _left_of(out: Path) -> str:
-    """What a command that gave up has left: nothing, unless the disk would not let it be removed."""
+def _left_of(out: Path, *, finished: bool = False) -> str:
+    """What a command that gave up has left: nothing, unless it was finished or the disk would not let it be removed."""
     work = work_folder(out)
+    if finished:
+        return f"{out.name} was finished by then"
+    if os.path.lexists(work / OLD):
+        return f"the old folder is {work.name}/{OLD}, and the next command that asks for {out.name} puts it back"
     return f"{work.name} could not be removed" if os.path.lexists(work) else "nothing was left behind"
 
 
@@ -357,7 +373,7 @@ def staging(
         settle(out)
         raise
     except OSError as error:
-        raise _failed(out, error) if error.errno in FULL else OutputError(
+        raise _failed(out, error, _left_of(out)) if error.errno in FULL else OutputError(
             "the output folder cannot be written", where=str(out), found=error.strerror,
             remedy="choose a folder that can be written",
         ) from None  # fmt: skip
@@ -368,13 +384,14 @@ def staging(
         stage.keep()
         raise
     except OSError as error:
+        finished = stage.is_in_place
         stage.discard()
-        raise _failed(out, error) from None
+        raise _failed(out, error, _left_of(out, finished=finished)) from None
     except KeyboardInterrupt:
+        finished = stage.is_in_place
         stage.discard()
-        raise InterruptError(
-            f"interrupted; {_left_of(out)}", where=str(out), remedy="run the command again to start over"
-        ) from None
+        remedy = "run the command again" + ("" if finished else " to start over")
+        raise InterruptError(f"interrupted; {_left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
     except BaseException:
         stage.discard()
         raise
