@@ -42,7 +42,9 @@ def try_moments(shop: Workshop, tmp_path: Path, command: Command, stride: int, f
             return
         check_whole(root)
         if ended.code == 0:  # what did not come off was no part of what was asked for
-            assert stable(tree(root)) == wanted, f"{moment}: {ended.said}"
+            found = stable(tree(root))
+            left = found.keys() - wanted.keys() if fate == "stuck" else set()  # what could not be removed
+            assert {name: found[name] for name in found.keys() - left} == wanted, f"{moment}: {ended.said}"
             shutil.rmtree(root)
             continue
         check_end(ended, fate, root, before)
@@ -126,11 +128,7 @@ def test_a_killed_clean_up_finds_its_own_output(
     assert code == 0, said
     assert not list(root.rglob("*.partial"))
     assert not list(root.rglob(".modekit.made"))
-    if name in (
-        "build",
-        "extract",
-        "data balance",
-    ):  # another command, or the same once it is done, does not take it for its own
+    if name in ("build", "extract", "data balance"):  # once it is done, it is anybody's
         code, said = run_in(root, words)
         assert code == 2
         assert "the output folder exists" in said
