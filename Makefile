@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --d
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
 
-.PHONY: demo demo-real test test-all test-vllm test-ray test-processors bench check lint docs clean
+.PHONY: demo demo-real test test-all test-hostile test-vllm test-ray test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +31,10 @@ test: $(READY)  ## the tests, minutes
 	$(PYTEST) -m "not slow and not vllm and not ray"
 
 test-all: $(READY)  ## the tests and the slow ones
-	$(PYTEST) -m "not vllm and not ray"
+	$(PYTEST) -m "not vllm and not ray and not hostile"
+
+test-hostile: $(READY)  ## every command killed, interrupted, raced, led by links and out of room; half an hour at most
+	timeout 1800 $(PYTEST) -m hostile tests/files
 
 test-vllm: $(VLLM)/.ready  ## mixtures in vLLM for processors, 4 GB in an environment of its own; half an hour
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm tests/engines tests/docs

@@ -159,6 +159,14 @@ def small_workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
 
 
+@pytest.fixture(scope="session")
+def writing_shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """What the commands of writing_commands.py are typed in: copy it first."""
+    from writing_commands import make_writing_shop
+
+    return make_writing_shop(tmp_path_factory.mktemp("writing"))
+
+
 @pytest.fixture
 def ids() -> torch.Tensor:
     """A batch of token ids."""
@@ -176,5 +184,8 @@ def logits_of(model: Path | PreTrainedModel, ids: torch.Tensor, dtype: torch.dty
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin first, so that the other workers are busy as long as they take."""
+    """The longest tests begin first, so that the other workers are busy as long as they take; hostile ones are slow."""
+    for item in items:
+        if item.get_closest_marker("hostile"):
+            item.add_marker("slow")
     items.sort(key=lambda item: not any(name in item.name for name in ("tutorial", "test_all_of_it")))

@@ -1,30 +1,48 @@
-"""A process that dies before its n-th operation on files: no handler runs, nothing is flushed, as with SIGKILL."""
+"""What befalls a process before its n-th change of a file: it dies, is interrupted, or the disk takes no more."""
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
+import resource
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 KILLED = 9
 Sizes = dict[int, int]
 """Inode -> bytes of the file that are surely on the disk."""
+Fate = Literal["kill", "interrupt", "full", "stuck"]
+"""SIGKILL; SIGINT; a disk with no room for a name or a byte from then on; one that lets nothing be renamed or removed, too."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OF_OTHERS = ("study.log", "tfevents")
 """Logs that other libraries append to, line by line: each line would be a moment of its own, and all alike."""
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+_FOLDER_AT = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 9}
+"""Events that change files, and which argument is the folder that the path is relative to."""
+_NEED_NO_ROOM = ("os.rename", "os.remove", "os.rmdir")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: whether it came to the moment, its exit code (-9: killed), and what it said of an error."""
+
+    came: bool
+    code: int
+    said: str
 
 
 def dies(work: Callable[[], object], below: Path, count: int, *, lose: Callable[[Path, Sizes], None] | None = None) -> bool:
     """Whether `work`, done in a process of its own, came to the count-th change of a file below a folder, and died there.
 
-    With `lose` the machine dies with it: it is called with what the disk has of every file, and makes the folder what the
-    disk would give back.
+    No handler runs, nothing is flushed, as with SIGKILL. With `lose` the machine dies with it: it is called with what the
+    disk has of every file, and makes the folder what the disk would give back.
     """
     process = os.fork()
     if process == 0:
@@ -43,9 +61,71 @@ def dies(work: Callable[[], object], below: Path, count: int, *, lose: Callable[
     return code == KILLED
 
 
+def befallen(command: Callable[[], tuple[object, str]], below: Path, count: int, fate: Fate) -> Ended:
+    """A command, which gives its exit code and what it said, in a process of its own that this befalls."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            came = _befall(below, count, fate)
+            code, said = command()
+            os.write(writing, json.dumps([came.is_set(), int(str(code)), said[-20_000:]]).encode())
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            os.write(writing, json.dumps([True, 99, traceback.format_exc()[-20_000:]]).encode())
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        told = stream.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return Ended(True, -KILLED, "") if code == KILLED else Ended(*json.loads(told))
+
+
+def changed_paths(command: Callable[[], object], below: Path) -> set[Path]:
+    """What a command, in a process of its own, opens for writing, makes, renames or removes below a folder."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        found: set[str] = set()
+        _before_each(below, 1, lambda _event, path: found.add(path))
+        command()
+        with os.fdopen(writing, "w") as stream:
+            json.dump(sorted(found), stream)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        told = json.load(stream)
+    os.waitpid(process, 0)
+    return {Path(path) for path in told if path.startswith(str(below))}
+
+
+def _befall(below: Path, count: int, fate: Fate) -> threading.Event:
+    """Let it befall this process; whether it has."""
+    came = threading.Event()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def act(event: str, path: str) -> None:
+        first = not came.is_set()
+        came.set()
+        if fate == "kill":
+            os._exit(KILLED)
+        if fate == "interrupt":
+            if first:
+                signal.raise_signal(signal.SIGINT)
+            return
+        if first:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))  # what is open already takes no more bytes
+        if fate == "stuck" or event not in _NEED_NO_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    _before_each(below, count, act)
+    return came
+
+
 def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None) -> None:
-    seen = 0
-    dying = False
     synced = {file.stat().st_ino: file.stat().st_size for file in below.rglob("*") if file.is_file()}
     fsync, on_the_disk = os.fsync, threading.Lock()
 
@@ -57,17 +137,41 @@ def _die_at(below: Path, count: int, lose: Callable[[Path, Sizes], None] | None)
 
     os.fsync = recorded
 
+    def act(_event: str, _path: str) -> None:
+        if lose is not None:
+            on_the_disk.acquire()
+            lose(below, synced)
+        os._exit(KILLED)
+
+    _before_each(below, count, act)
+
+
+def _before_each(below: Path, count: int, act: Callable[[str, str], None]) -> None:
+    """Call `act` before the count-th change of a file below a folder, and before each that follows."""
+    seen = 0
+    acting = False
+
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen, dying
-        changes = event in _CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES)
-        paths = [os.fsdecode(arg) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))] if changes else []
-        if any(str(below) in path and not any(name in path for name in _OF_OTHERS) for path in paths):
+        nonlocal seen, acting
+        if event not in _FOLDER_AT and not (event == "open" and isinstance(args[2], int) and args[2] & _WRITES):
+            return
+        paths = [_whole(os.fsdecode(arg), event, args) for arg in args[:2] if isinstance(arg, (str, bytes, os.PathLike))]
+        found = [path for path in paths if str(below) in path and not any(name in path for name in _OF_OTHERS)]
+        if found and not acting:
             seen += 1
-            if seen == count and not dying:
-                dying = True
-                if lose is not None:
-                    on_the_disk.acquire()
-                    lose(below, synced)
-                os._exit(KILLED)
+            if seen >= count:
+                acting = True
+                try:
+                    act(event, found[0])
+                finally:
+                    acting = False
 
     sys.addaudithook(hook)
+
+
+def _whole(path: str, event: str, args: tuple[Any, ...]) -> str:
+    """A path, where it is relative to an open folder."""
+    place = _FOLDER_AT.get(event, 9)
+    folder = args[place] if place < len(args) else -1
+    is_open = isinstance(folder, int) and folder >= 0
+    return str(Path(f"/proc/self/fd/{folder}").readlink() / path) if is_open else path

@@ -27,9 +27,9 @@ def refuse(*args: object) -> str:
     return checked(*ended(*args))
 
 
-def checked(code: object, stdout: str, stderr: str) -> str:
+def checked(code: object, stdout: str, stderr: str, *, expected: int = 2) -> str:
     """Check what every refusal has in common, whatever the process it happened in."""
-    assert code == 2, f"exit code {code}: {stdout}{stderr}"
+    assert code == expected, f"exit code {code}: {stdout}{stderr}"
     assert stdout == ""
     assert "error: " in stderr
     stages, stderr = stderr[: stderr.index("error: ")], stderr[stderr.index("error: ") :]

@@ -191,7 +191,7 @@ def test_ctrl_c(bench: Workshop, moment: str, exists: bool) -> None:
         interrupt + COMMAND, "build", recipe, bench.root / "OUT", *(["--overwrite"] if exists else []),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    message = checked(done.returncode, done.stdout, done.stderr)
+    message = checked(done.returncode, done.stdout, done.stderr, expected=130)
     assert "interrupted; nothing was left behind" in message
     assert tree(bench.root) == before
 

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ended
+from command_line import ended, modekit
 from conftest import Workshop
-from refusal import borrow, tree
+from modekit.errors import OutputError
+from modekit.files.output import check_room, work_folder
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
+from refusal import borrow, refuse, tree
 
 FEW = ("--tokens", "200")
 SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
@@ -80,8 +84,50 @@ def test_a_full_disk(shop: Workshop, tmp_path: Path, name: str) -> None:
     code, said = run_on_a_full_disk(root, [paths.get(word, word) for word in words], limit)
     assert code == 2, said
     assert "File too large" in said or "is the disk full?" in said
-    assert re.search(r"\n  where:    \S", said), said
+    assert re.search(rf"\n  where:    {re.escape(str(root))}/\S", said), said
     after = tree(root)
     kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.training", "NEW.tuning"}}  # to go on from
     assert {path: content for path, content in after.items() if path not in kept} == before
     assert not [path for path in kept if ".tmp" in path and "tuning" not in path]
+
+
+def let_be_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def test_a_build_for_which_there_is_no_room_is_not_begun(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = shop.write()
+    needed, out = make_plan(load_recipe(recipe), shop.root).disk_needed, tmp_path / "OUT"
+    with monkeypatch.context() as patch:
+        let_be_free(patch, needed - 1)
+        said = refuse("build", recipe, out)
+        assert f"found:    {needed - 1:,} bytes free" in said
+        assert f"expected: {needed:,} bytes" in said
+        assert "free 1 bytes" in said
+        assert str(out) in said
+        assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        let_be_free(patch, needed)
+        modekit("build", recipe, out)
+    with monkeypatch.context() as patch:  # the files that stay are linked
+        let_be_free(patch, needed - 1)
+        modekit("rename", out, shop.recipe["experts"][0]["name"], "other")
+
+
+def test_what_an_unfinished_build_has_written_needs_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = work_folder(tmp_path / "OUT") / "new"
+    new.mkdir(parents=True)
+    (new / "shard").write_bytes(b"x" * 700)
+    let_be_free(monkeypatch, 300)
+    check_room(tmp_path / "OUT", 1_000)
+    with pytest.raises(OutputError, match="free 1 bytes"):
+        check_room(tmp_path / "OUT", 1_001)
+
+
+def test_a_build_names_the_folders_that_it_made_for_out(shop: Workshop, tmp_path: Path) -> None:
+    said = modekit("build", shop.write(), tmp_path / "a" / "b" / "OUT").replace("\n", "")
+    assert f"made the folders {tmp_path / 'a'}, {tmp_path / 'a' / 'b'}" in said
+    assert "made the folder" not in modekit("build", shop.write(), tmp_path / "OUT")

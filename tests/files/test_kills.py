@@ -1,197 +1,57 @@
-"""Every command, killed before the n-th change of a file: the old or the new is whole, and the same command goes on.
+"""Every command, killed, interrupted or out of room before the n-th change of a file: the old or the new is whole.
 
-A command that is added joins by a line in COMMANDS.
+The same command then goes on, or says that it is done; what a message says of the disk is so.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
-from adapter_folders import UP, write_adapter
-from byte_level import save_byte_model
-from chatting import TEMPLATE
-from command_line import ended
-from conftest import Workshop, make_workshop
-from kills import dies
-from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import CheckpointError
-from modekit.files.marker import foreign_files, read_marker
+from conftest import Workshop
+from kills import KILLED, Ended, Fate, befallen
+from modekit.files.staging import Staging
 from refusal import Tree, tree
+from writing_commands import COMMANDS, Command, check_whole, run_in, stable
 
-FIT = {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
-FEW = ("--tokens", "200")
-TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
-SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
-_VOLATILE = ("tensorboard", "tune.json", "tune.md", "NEW.tuning", ".modekit")
-"""What has the time in it, the digest of something that has, or the order in which a search came upon candidates."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a user types; OUT, ADAPTERS and so on are folders beside the recipes.
-
-    Attributes:
-        words: the command.
-        least: how many moments there are at least, so that a hook which sees nothing is noticed.
-        stride, slow_stride: one in this many of the moments is tried, in `make test` and in `make test-all`.
-        work: its work folder, where one run begins with what the one before has made: once all else is as it should be, what
-            is killed is the tidying up of a run that is done, and the same command is the next one.
-    """
-
-    words: Sequence[str]
-    least: int
-    stride: int = 7
-    slow_stride: int = 1
-    work: str = ""
+CODES: dict[Fate, int] = {"kill": -KILLED, "interrupt": 130, "full": 2, "stuck": 2}
+RARER: dict[Fate, int] = {"kill": 1, "interrupt": 5, "full": 5, "stuck": 11}
+"""Fate -> one in this many of the moments of a command's stride is tried."""
+_TAKES_LONG = {"tune", "export gguf"}
+_TO_GO_ON_FROM = {"OUT.training", "NEW.training", "NEW.tuning", "KEPT.partial"}
 
 
-COMMANDS = {
-    "build": Command(("build", "native.yaml", "NEW"), 40, 17),
-    "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
-    "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
-    "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
-    "add": Command(("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", *FEW, "--force"), 30),
-    "add elsewhere": Command(
-        ("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", "--no-measure", "--out", "NEW"), 30
-    ),
-    "remove": Command(("remove", "THREE", "law"), 30),
-    "replace": Command(("replace", "OUT", "law", "--model", "code", *FEW, "--force"), 30),
-    "rename": Command(("rename", "OUT", "law", "court"), 20),
-    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
-    "train": Command(
-        ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
-    ),
-    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 31),
-    "eval": Command(("eval", "OUT", *FEW), 10),
-    "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
-    "inspect": Command(("inspect", "OUT", *FEW), 8),
-    "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
-    "export gguf": Command(("export", "BYTES", "NEW", "--gguf", "--outtype", "f32"), 15, 23, 3),
-    "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
-    "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "--steps", "2"), 20),
-    "specialize with a teacher": Command(
-        (
-            "specialize",
-            "base",
-            "NEW",
-            "--text",
-            "text/law.jsonl",
-            "--teacher",
-            "medicine",
-            "--keep-teacher",
-            "KEPT",
-            "--adaptive",
-            "--steps",
-            "3",
-            "--batch-tokens",
-            "256",
-            "--sequence-length",
-            "64",
-        ),
-        40,
-        23,
-        work="NEW.training",
-    ),
-    "discover": Command(("discover", "NEW", "--text", "text", "--domains", "3"), 15),
-    "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),
-    "data tokenizer": Command(("data", "tokenizer", "NEW", "--vocabulary", "300", *TWO), 15),
-    "report": Command(("report", "OUT"), 15),
-    "report elsewhere": Command(("report", "OUT", "--out", "pages/page.html"), 8),
-    "card": Command(("card", "OUT"), 10),
-}
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Models, text, recipes, a native mixture and one of adapters."""
-    made = make_workshop(tmp_path_factory.mktemp("kills"), num_hidden_layers=1)
-    (made.root / "base" / "chat_template.jinja").write_text(TEMPLATE)
-    layer = {name: tensor for name, tensor in UP.items() if ".layers.0." in name}
-    for name in ("fever", "court"):
-        write_adapter(made.root / name, layer, target_modules=["up_proj"], r=4, lora_alpha=8)
-    experts = made.recipe["experts"][:2]
-    adapters = [{"name": name, "adapter": f"./{name}", "text": "./text/law.jsonl"} for name in ("fever", "court")]
-    recipes = {
-        "native": {**made.recipe, "experts": experts, "mixture": {"router": FIT}},
-        "three": {**made.recipe, "mixture": {"router": FIT}},
-        "other": {**made.recipe, "experts": experts, "mixture": {"router": {"fit": "random", "seed": 5}}},
-        "adapters": {**made.recipe, "experts": adapters, "mixture": {"router": {**FIT, "fit": "arrow"}}},
-    }
-    recipes["adapters"]["mixture"] = {"router": {"fit": "arrow"}}
-    for seed, name in enumerate(("bytes0", "bytes1")):
-        save_byte_model(made.root / name, "llama", seed, num_hidden_layers=1)
-    whole = [{"name": name, "model": f"./{name}"} for name in ("bytes0", "bytes1")]
-    recipes["bytes"] = {"base_model": "./bytes0", "experts": whole, "mixture": {"router": {"fit": "random"}}}
-    for name, recipe in recipes.items():
-        (made.root / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    for recipe_name, out in (
-        ("native", "OUT"), ("three", "THREE"), ("adapters", "ADAPTERS"), ("bytes", "BYTES"),
-    ):  # fmt: skip
-        assert ended("build", made.root / f"{recipe_name}.yaml", made.root / out)[0] == 0
-    return made
-
-
-def run_in(root: Path, words: Sequence[str]) -> tuple[object, str]:
-    """The command, typed in a folder; exit code and what it said of an error."""
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        code, _, stderr = ended(*words)
-    finally:
-        os.chdir(before)
-    return code, stderr
-
-
-def check_whole(root: Path) -> None:
-    """Every output that is there is all there, and is what it says."""
-    for out in (root / name for name in ("OUT", "NEW", "THREE", "ADAPTERS")):
-        try:
-            opened = open_checkpoint(out)
-        except CheckpointError as error:
-            assert "modekit.json is missing" in str(error), error
-            assert not (out / "config.json").exists() or read_marker(out) is not None
-        else:
-            assert is_proven(verify(opened, reload=False))
-    exported = list((root / "EXPORTED").glob("*[!l]"))
-    for out in (root / "NEW", *(path for path in exported if path.suffix != ".partial")):
-        assert not out.exists() or foreign_files(out) == []
-
-
-def stable(found: Tree) -> Tree:
-    """What must be the same after every kill."""
-    return {name: content for name, content in found.items() if not any(part in _VOLATILE for part in name.split("/"))}
-
-
-def try_kills(shop: Workshop, tmp_path: Path, command: Command, stride: int) -> None:
+def try_moments(shop: Workshop, tmp_path: Path, command: Command, stride: int, fate: Fate) -> None:
     whole = tmp_path / "whole"
     shutil.copytree(shop.root, whole)
+    before = tree(whole)
     assert run_in(whole, command.words)[0] == 0
     wanted = stable(tree(whole))
     for moment in range(1, 5000, stride):
         root = tmp_path / f"at{moment}"
         shutil.copytree(shop.root, root)
-
-        def work(root: Path = root) -> None:
-            code, said = run_in(root, command.words)
-            assert code == 0, said
-
-        if not dies(work, root, moment):
+        ended = befallen(lambda root=root: run_in(root, command.words), root, moment, fate)
+        if not ended.came:
+            assert ended.code == 0, ended.said
             assert moment > command.least, "the hook saw too little"
             assert stable(tree(root)) == wanted
             return
         check_whole(root)
+        if ended.code == 0:  # what did not come off was no part of what was asked for
+            found = stable(tree(root))
+            left = found.keys() - wanted.keys() if fate == "stuck" else set()  # what could not be removed
+            assert {name: found[name] for name in found.keys() - left} == wanted, f"{moment}: {ended.said}"
+            shutil.rmtree(root)
+            continue
+        check_end(ended, fate, root, before)
         left = {name: content for name, content in stable(tree(root)).items() if name.partition("/")[0] != command.work}
         done = bool(command.work) and left == wanted
         code, said = run_in(root, command.words)
-        assert code == 0 or (code == 2 and "exists" in said), f"{moment}: {said}"
+        assert code == 0, f"{moment}: {said}"
         found = stable(tree(root))
         assert found.keys() == wanted.keys(), f"{moment}: {sorted(found.keys() ^ wanted.keys())}"
         different = [name for name in wanted if found[name] != wanted[name] and not done]
@@ -199,12 +59,76 @@ def try_kills(shop: Workshop, tmp_path: Path, command: Command, stride: int) -> 
         shutil.rmtree(root)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_killed_here_and_there(shop: Workshop, tmp_path: Path, name: str) -> None:
-    try_kills(shop, tmp_path, COMMANDS[name], COMMANDS[name].stride)
+def check_end(ended: Ended, fate: Fate, root: Path, before: Tree) -> None:
+    """The exit code and message fit what has happened, and what is said of the disk is so."""
+    said = f"{root.name}: {ended.said}"
+    assert "Traceback" not in said and "this is a bug" not in said, said
+    assert ended.code == CODES[fate], said
+    if fate == "interrupt":
+        assert "interrupted" in said
+    where = re.search(rf"\n  where:    .*{re.escape(root.name)}/(\S+)", said)
+    if fate in ("full", "stuck"):
+        assert where is not None, said
+    if "nothing was left behind" in said:
+        assert where is not None, said
+        left = {name: content for name, content in tree(root).items() if name.startswith(where[1])}  # X and X.partial
+        there = {name: content for name, content in before.items() if name.startswith(where[1])}
+        assert {name: left[name] for name in left if name.partition("/")[0] not in _TO_GO_ON_FROM} == there, said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_at_all_moments(shop: Workshop, tmp_path: Path, name: str) -> None:
-    try_kills(shop, tmp_path, COMMANDS[name], COMMANDS[name].slow_stride)
+def test_killed_here_and_there(writing_shop: Workshop, tmp_path: Path, name: str) -> None:
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride, "kill")
+
+
+@pytest.mark.parametrize("fate", ["interrupt", "full", "stuck"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in _TAKES_LONG])
+def test_it_befalls_here_and_there(writing_shop: Workshop, tmp_path: Path, name: str, fate: Fate) -> None:
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride * RARER[fate], fate)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("fate", CODES)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_befalls_at_every_moment(writing_shop: Workshop, tmp_path: Path, name: str, fate: Fate) -> None:
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].hostile_stride * -(-RARER[fate] // 2), fate)
+
+
+def test_ctrl_c_between_the_two_renames_gives_the_old_folder_back(
+    writing_shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(writing_shop.root, tmp_path / "root")
+    before = tree(root)
+
+    def interrupted(_: Staging) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "_put", interrupted)
+    for words in (COMMANDS["rename"].words, COMMANDS["build over"].words):
+        code, said = run_in(root, words)
+        assert code == 130
+        assert "interrupted; nothing was left behind" in said
+        assert tree(root) == before
+
+
+@pytest.mark.parametrize("name", ["build", "rename", "extract", "specialize", "data balance", "export"])
+def test_a_killed_clean_up_finds_its_own_output(
+    writing_shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    root = shutil.copytree(writing_shop.root, tmp_path / "root")
+    words = COMMANDS[name].words
+
+    def killed(_: Staging) -> None:
+        os._exit(KILLED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "_remove", killed)
+        assert befallen(lambda: run_in(root, words), root, 10_000, "kill").code == -KILLED
+    code, said = run_in(root, words)
+    assert code == 0, said
+    assert not list(root.rglob("*.partial"))
+    assert not list(root.rglob(".modekit.made"))
+    if name in ("build", "extract", "data balance"):  # once it is done, it is anybody's
+        code, said = run_in(root, words)
+        assert code == 2
+        assert "the output folder exists" in said

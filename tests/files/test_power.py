@@ -1,7 +1,7 @@
 """A power loss: what was not yet on the disk is gone. The old or the new is whole, and the same command goes on.
 
 Names outlive the loss in the order in which they were given, as journalling file systems keep them; the bytes of a file do
-only when somebody waited for them (fsync). `make test` tries some moments, `make test-all` each.
+only when somebody waited for them (fsync). `make test` tries some moments, `make test-hostile` each.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def lose_power(
             shutil.copytree(shop.root / "OLD", out)
         lives = not dies(lambda: build(plan, out, overwrite=True, run=Run(sync=sync)), shop.root, moment, lose=LOSSES[loss])
         if not lives:
-            monkeypatch.setattr("modekit.files.staging._this_boot", lambda moment=moment: f"boot {moment}")
+            monkeypatch.setattr("modekit.files.staging.this_boot", lambda moment=moment: f"boot {moment}")
             if out.exists():
                 (out / ".modekit.lock").unlink(missing_ok=True)
                 assert tree(out) in ([old, new] if over_old else [new]), moment
@@ -99,7 +99,7 @@ def test_a_build(shop: Workshop, monkeypatch: pytest.MonkeyPatch, loss: str, ove
     assert lose_power(shop, loss, 29, monkeypatch, over_old=over_old) > 60
 
 
-@pytest.mark.slow
+@pytest.mark.hostile
 @pytest.mark.parametrize("over_old", [False, True], ids=["new", "over an old one"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_build_at_every_moment(shop: Workshop, monkeypatch: pytest.MonkeyPatch, loss: str, over_old: bool) -> None:

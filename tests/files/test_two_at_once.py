@@ -1,16 +1,18 @@
-"""Builds of different recipes into one folder at once: one of them says it is done, and the folder is that one's."""
+"""Commands at one folder at once: what is there in the end is what one of them made, or both of them one after the other."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from conftest import Workshop
+from kills import befallen
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -19,6 +21,7 @@ from modekit.files.output import work_folder
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import Tree, borrow, tree
+from writing_commands import COMMANDS, check_whole, run_in, stable
 
 DONE, REFUSED, CRASHED = 0, 2, 3
 
@@ -80,8 +83,69 @@ def test_a_few_pairs(shop: Workshop) -> None:
     race(shop, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.hostile
 def test_two_hundred_pairs(shop: Workshop) -> None:
     ends = race(shop, 200)
     assert sum(ends.values()) == 200
     assert sum(count for codes, count in ends.items() if REFUSED in codes) > 20, ends  # they did meet
+
+
+RACES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "two that make one output": (COMMANDS["extract"].words, COMMANDS["specialize"].words),
+    "rename against remove": (("rename", "THREE", "law", "court"), ("remove", "THREE", "law")),
+    "fit while it is evaluated": (COMMANDS["fit"].words, COMMANDS["eval"].words),
+    "add against replace": (COMMANDS["add"].words, COMMANDS["replace"].words),
+    "train against fit": (COMMANDS["train gates"].words, COMMANDS["fit"].words),
+    "report against card": (COMMANDS["report"].words, COMMANDS["card"].words),
+    "a search twice": (COMMANDS["tune"].words, COMMANDS["tune"].words),
+    "a command against its clean-up": (COMMANDS["build"].words, COMMANDS["build"].words),
+}
+
+
+def run_one_by_one(shop: Workshop, tmp_path: Path, words: Sequence[Sequence[str]]) -> list[Tree]:
+    """What may be there in the end: what each makes alone, and both in either order."""
+    found = []
+    for number, order in enumerate((words[:1], words[1:], words, words[::-1])):
+        root = shutil.copytree(shop.root, tmp_path / f"one by one {number}")
+        for each in order:
+            run_in(root, each)
+        found.append(stable(tree(root)))
+        shutil.rmtree(root)
+    return found
+
+
+def run_at_once(shop: Workshop, tmp_path: Path, name: str, races: int) -> None:
+    words = RACES[name]
+    wanted = run_one_by_one(shop, tmp_path, words)
+    for number in range(races):
+        root = shutil.copytree(shop.root, tmp_path / f"at once {number}")
+        if "clean-up" in name:
+            befallen(partial(run_in, root, words[0]), root, 20 + 11 * number, "kill")
+
+        def run(place: int, root: Path = root, pause: float = 0.02 * (number % 8)) -> None:
+            time.sleep(pause * place)
+            code, said = run_in(root, words[place])
+            if code == 2:
+                raise OutputError(said)
+            assert code == 0, said
+
+        codes = [
+            os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            for process in [starts(partial(run, place)) for place in (0, 1)]
+        ]
+        assert CRASHED not in codes, number
+        assert DONE in codes, f"{number}: nobody got through"
+        check_whole(root)
+        assert stable(tree(root)) in wanted, number
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("name", list(RACES)[:3])
+def test_a_race_of_two_commands(writing_shop: Workshop, tmp_path: Path, name: str) -> None:
+    run_at_once(writing_shop, tmp_path, name, 1)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("name", RACES)
+def test_fifteen_races_of_two_commands(writing_shop: Workshop, tmp_path: Path, name: str) -> None:
+    run_at_once(writing_shop, tmp_path, name, 15)

@@ -23,7 +23,7 @@ import modekit.training.objective as objective_module
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import TextError, TrainingError
+from modekit.errors import OutputError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.experts.export import export_adapter
@@ -209,7 +209,7 @@ def test_tensors_keep_their_dtype_and_another_folder_leaves_the_first_alone(work
     assert {tensor.dtype for tensor in read(out).values()} == {torch.bfloat16}
     assert is_proven(verify(open_checkpoint(out)))
     assert not (workshop.root / "elsewhere" / "TRAINED.training").exists()
-    with pytest.raises(TrainingError, match="the output folder exists"):
+    with pytest.raises(OutputError, match="the output folder exists"):
         train(checkpoint, settings_of(what=["head"]), out=out, evaluate_tokens=None)
 
 

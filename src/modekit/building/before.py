@@ -36,6 +36,7 @@ class Before:
         statistics: expert of the new mixture -> whose kept statistics are its own.
         change: what the history will say.
         refits: the router is set anew even where it was trained.
+        made_by: what the new mixture says of the command that made it, until that has tidied up; empty: nothing.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,7 @@ class Before:
     statistics: Mapping[str, str]
     change: Change
     refits: bool = False
+    made_by: str = ""
 
     @property
     def keeps_training(self) -> bool:

@@ -19,11 +19,11 @@ import numpy as np
 from modekit.building.before import Before
 from modekit.building.inspector import Inspector
 from modekit.building.tensors import PieceReader, computed_blocks
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, RouterRecord, make_record
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
-from modekit.errors import SourceError
-from modekit.files.output import Replace, replaced_by
+from modekit.errors import FinishedError, SourceError
+from modekit.files.output import Replace, check_room, replaced_by
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
@@ -69,29 +69,40 @@ def build(
     in_place = before is not None and before.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
-    with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
-        stage.areas = (STATISTICS_FOLDER,)
-        if before is not None:
-            before.checkpoint.check_unchanged()
-            before.carry_statistics(stage.folder)
-            stage.last = partial(before.carry_over, stage.folder, out)
-        inspector = Inspector(plan, stage, before.hashes if before is not None else {})
-        try:
-            _write_shards(plan, stage, run)
-        except BaseException:
-            inspector.stop()
-            raise
-        hashes = inspector.finish()
-        write_index(plan, stage.folder)
-        write_json(stage.folder / "config.json", dict(plan.config))
-        for file in (*plan.copied_files, *plan.shape.code_files):
-            write_file(stage.folder / file.name, _content(file), sync=False)
-        for name, content in (beside or {}).items():
-            make_folder((stage.folder / name).parent)
-            write_file(stage.folder / name, content)
-        checkpoint = _set_router(plan, out, stage, hashes, before, run)
-        write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
-    return Checkpoint(out, checkpoint.record)
+    check_room(out, plan.disk_needed)
+    try:
+        with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
+            record = _write(plan, stage, beside or {}, before, run)
+    except FinishedError:
+        return open_checkpoint(out)
+    return Checkpoint(out, record)
+
+
+def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], before: Before | None, run: Run) -> Record:
+    """Everything of the checkpoint into its staged folder, the record last."""
+    stage.areas = (STATISTICS_FOLDER,)
+    if before is not None:
+        before.checkpoint.check_unchanged()
+        stage.made_by = before.made_by or stage.made_by
+        before.carry_statistics(stage.folder)
+        stage.last = partial(before.carry_over, stage.folder, stage.out)
+    inspector = Inspector(plan, stage, before.hashes if before is not None else {})
+    try:
+        _write_shards(plan, stage, run)
+    except BaseException:
+        inspector.stop()
+        raise
+    hashes = inspector.finish()
+    write_index(plan, stage.folder)
+    write_json(stage.folder / "config.json", dict(plan.config))
+    for file in (*plan.copied_files, *plan.shape.code_files):
+        write_file(stage.folder / file.name, _content(file), sync=False)
+    for name, content in beside.items():
+        make_folder((stage.folder / name).parent)
+        write_file(stage.folder / name, content)
+    record = _set_router(plan, stage.out, stage, hashes, before, run).record
+    write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
+    return record
 
 
 def _check_text(plan: Plan, before: Before | None) -> None:

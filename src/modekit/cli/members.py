@@ -98,7 +98,8 @@ def add(
     """Let one more expert in; the others' models and texts are not needed."""
     from modekit.members.wanted import adding
 
-    _change(checkpoint, lambda opened: adding(opened, name, model.new(weight)), write, door)
+    asked = f"add {name} {model} {weight}"
+    _change(checkpoint, asked, lambda opened: adding(opened, name, model.new(weight)), write, door)
 
 
 @app.command()
@@ -107,7 +108,7 @@ def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, door: DoorOp
     """Put another model in the place of an expert."""
     from modekit.members.wanted import replacing
 
-    _change(checkpoint, lambda opened: replacing(opened, name, model.new()), write, door)
+    _change(checkpoint, f"replace {name} {model}", lambda opened: replacing(opened, name, model.new()), write, door)
 
 
 @app.command()
@@ -116,7 +117,7 @@ def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
     """Take an expert out: what is left is what a build without it gives."""
     from modekit.members.wanted import removing
 
-    _change(checkpoint, lambda opened: removing(opened, name), write)
+    _change(checkpoint, f"remove {name}", lambda opened: removing(opened, name), write)
 
 
 @app.command()
@@ -128,7 +129,7 @@ def rename(
     """Give an expert and its domain another name."""
     from modekit.members.wanted import renaming
 
-    _change(checkpoint, lambda opened: renaming(opened, name, new_name), write)
+    _change(checkpoint, f"rename {name} {new_name}", lambda opened: renaming(opened, name, new_name), write)
 
 
 @app.command()
@@ -145,17 +146,22 @@ def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
         print_members(members, opened.record.history)
 
 
-def _change(folder: Path, wanted: Callable[[Checkpoint], Wanted], write: WriteOptions, door: DoorOptions | None = None) -> None:
-    """Plan the change, look at who comes, write it and say what it cost."""
+def _change(
+    folder: Path, asked: str, wanted: Callable[[Checkpoint], Wanted], write: WriteOptions, door: DoorOptions | None = None
+) -> None:
+    """Plan the change, look at who comes, write it and say what it cost. `asked`: what of the command makes it another."""
     from modekit.building.build import build
     from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.files.output import check_not_made_by
     from modekit.members.change import before_change
 
+    target = resolved(write.output or folder)
+    check_not_made_by(target, asked)
     opened = open_checkpoint(resolved(folder))
-    target = opened.folder if write.output is None else resolved(write.output)
     with drawn_progress() as progress:
         run = Run(write.trust_remote_code, progress, write.fsync)
-        before = before_change(opened, dataclasses.replace(wanted(opened), refits=write.refit), run=run)
+        planned = before_change(opened, dataclasses.replace(wanted(opened), refits=write.refit), run=run)
+        before = dataclasses.replace(planned, made_by=asked)
         found = None
         if door is not None and door.measure:
             from modekit.members.door import look_at  # torch, which a change itself may not need

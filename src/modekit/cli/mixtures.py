@@ -52,11 +52,14 @@ def build(
     from modekit.recipes.read import load_recipe
 
     made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
+    new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
     with drawn_progress() as progress:
         checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
     said = f"{made.config['architectures'][0]}, {made.experts} experts, top_k {made.recipe.top_k}"
     out.print(Text.assemble((str(output), "bold"), f": {said}, router {checkpoint.record.router.status}, {bytes_of(size)}"))
+    if new:
+        out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
     if kept:
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
         out.print(Text(f"{said}`modekit fit` reads them, and makes them anew from the text", style="dim"))

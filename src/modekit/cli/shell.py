@@ -18,7 +18,8 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from modekit.cli.printing.console import err
-from modekit.errors import InterruptError, ModekitError
+from modekit.errors import FinishedError, InterruptError, ModekitError
+from modekit.files.write import FULL
 
 app = typer.Typer(
     name="modekit",
@@ -38,6 +39,7 @@ Fsync = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
 _CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
+_INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
 _FRAMES = 100  # of a traceback that a log keeps
 
 
@@ -76,20 +78,26 @@ def resolved(path: Path) -> Path:
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one message and exit code 2; what nobody foresaw is one line and code 1.
+    """Entry point: errors that a user can mend are one message and exit code 2, Ctrl-C 130; what nobody foresaw one line and 1.
 
     `MODEKIT_DEBUG=1` in the environment lets the latter through with its traceback.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        status = app(standalone_mode=False)  # so that Ctrl-C and wrong usage come here, too
+        status = app(standalone_mode=False)  # so that wrong usage comes here, too
+        if status == _INTERRUPTED:  # Typer's word for Ctrl-C, which says nothing
+            raise KeyboardInterrupt
+    except FinishedError as done:
+        err.print(Text(str(done)), soft_wrap=True)
+        status = 0
     except ModekitError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
         _fail(InterruptError("interrupted", remedy="run the command again"))
     except OSError as error:  # a folder that cannot be written, a file that vanished
         where = str(error.filename) if error.filename else f"modekit {_command()}"
-        _fail(ModekitError(f"{error.strerror or error}", where=where, remedy="mend what is named and run the command again"))
+        remedy = "free space on this disk" if error.errno in FULL else "mend what is named"
+        _fail(ModekitError(f"{error.strerror or error}", where=where, remedy=f"{remedy} and run the command again"))
     except TyperException as error:
         _fail(_wrong_usage(error.format_message()))
     except BaseException as error:
@@ -108,7 +116,7 @@ def _command() -> str:
 
 def _fail(error: ModekitError) -> NoReturn:
     err.print(Text.assemble(("error:", "bold red"), f" {_within_a_screen(str(error))}"), soft_wrap=True)
-    sys.exit(2)
+    sys.exit(_INTERRUPTED if isinstance(error, InterruptError) else 2)
 
 
 def _wrong_usage(said: str) -> ModekitError:

@@ -21,6 +21,7 @@ from transformers import (
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
@@ -58,9 +59,9 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: 
     model = new_model(ARCHITECTURE, seed)
     with staging(out, f"demo base {seed} {steps}", "model") as stage:
         train(model, mixed, steps, seed, run)
-        with without_bars():
-            model.save_pretrained(stage.folder)
-        tokenizer.save_pretrained(stage.folder)
+        with without_bars(), library_writes(stage.folder) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 def new_model(architecture: dict[str, Any], seed: int, *, embedding: float | None = None) -> PreTrainedModel:
@@ -108,13 +109,13 @@ def make_real_base(out: Path, run: Run) -> None:
         # A model read from GGUF refuses to be saved: its tensors go into a fresh one of the same config.
         fresh = LlamaForCausalLM(LlamaConfig(**{**read.config.to_dict(), "quantization_config": None, "dtype": None}))
         fresh.load_state_dict(read.state_dict())
-        with without_bars():
-            fresh.to(torch.bfloat16).save_pretrained(stage.folder)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Read from GGUF it lacks what SmolLM does before all else: every digit is a word of its own.
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-        tokenizer.save_pretrained(stage.folder)
+        with without_bars(), library_writes(stage.folder) as folder:
+            fresh.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         run.progress("unpack SmolLM2-135M", 2, 2)

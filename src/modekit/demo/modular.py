@@ -33,6 +33,8 @@ from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.texts import Mix
 from modekit.experts.moving import What
+from modekit.files.libraries import library_writes
+from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import write_file
 from modekit.loaded.load import without_bars
@@ -80,27 +82,28 @@ class Languages:
     def teacher(self) -> None:
         """Teacher, and the student as it begins; both have the tokenizer of all languages."""
         teacher, student = self.folder / "teacher", self.folder / "student"
-        if teacher.exists() and student.exists():
+        if is_there(teacher) and is_there(student):
             return
         fit = {
             name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
             for name, path in self.texts.items()
         }
         tokenizer = byte_level_bpe((document for documents in fit.values() for document in documents), TEACHER["vocab_size"])
-        if not teacher.exists():
+        if not is_there(teacher):
             model = new_model(TEACHER, self.seed)
             of_each = [training_sequences(tokenizer, documents, _TRAINING) for documents in fit.values()]
             fewest = min(len(sequences) for sequences in of_each)
             sequences = [sequence for each in of_each for sequence in each[:fewest]]
             with staging(teacher, f"demo teacher {self.seed}", "model") as stage:
                 train(model, sequences, self.budget.teacher_steps, self.seed, self._named("teacher"))
-                with without_bars():
-                    model.save_pretrained(stage.folder)
-                tokenizer.save_pretrained(stage.folder)
-        if not student.exists():
-            with staging(student, f"demo student {self.seed}", "model") as stage, without_bars():
-                new_model(STUDENT, self.seed, embedding=_EMBEDDING).save_pretrained(stage.folder)
-                tokenizer.save_pretrained(stage.folder)
+                with without_bars(), library_writes(stage.folder) as folder:
+                    model.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
+        if not is_there(student):
+            made = staging(student, f"demo student {self.seed}", "model")
+            with made as stage, without_bars(), library_writes(stage.folder) as folder:
+                new_model(STUDENT, self.seed, embedding=_EMBEDDING).save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
 
     def student(self, name: str, language: str, steps: int, *, of: str = "student", what: What = "full",
                 settings: DistillSettings = WITH_TEACHER) -> Path:  # fmt: skip
@@ -131,7 +134,7 @@ class Languages:
         }  # fmt: skip
         write_file(self.folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
         out = self.folder / name
-        if out.exists():
+        if is_there(out):
             return open_checkpoint(out)
         return build(make_plan(parse_recipe(recipe, where=name), self.folder), out, run=self._named(name))
 
@@ -139,7 +142,7 @@ class Languages:
         """Four decoders over one embedding and head, from the student as it begins, trained jointly."""
         mixture = {"modules": "decoder", "top_k": 1, "router": router, **common}
         start = self.mixture(f"{name}-start", "student", dict.fromkeys(TEXTS, "student"), mixture)
-        if (self.folder / name).exists():
+        if is_there(self.folder / name):
             return open_checkpoint(self.folder / name)
         settings = train_settings(
             {
@@ -169,7 +172,7 @@ class Languages:
     def _taught(self, name: str, asked: Distillation) -> Path:
         """The student of a name: the one that is there, or a new one."""
         out = self.folder / name
-        if not out.exists():
+        if not is_there(out):
             distill(asked, out, run=self._named(name))
         return out
 

@@ -24,6 +24,7 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.experts.specialize import specialize
 from modekit.files.marker import INTERNAL
+from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import carry_over, write_file
 from modekit.planning.make import make_plan
@@ -36,11 +37,13 @@ from modekit.run import Progress, Run
 def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run: Run) -> dict[str, Results]:
     """Make what is not there yet, and return the table of every mixture by its name."""
     base = folder / "base"
-    if not base.exists() and kind.real:
+    if is_there(base):
+        pass
+    elif kind.real:
         make_real_base(base, run)
-    elif not base.exists() and kind.translates:
+    elif kind.translates:
         make_pair_base(base, texts, steps=kind.size.base_steps, seed=seed, run=run)
-    elif not base.exists():
+    else:
         make_base(base, dict(texts), steps=kind.size.base_steps, seed=seed, run=run)
     count, torch_threads = _side_by_side(kind.real)
     with Workers(count, torch_threads, run.progress) as workers:
@@ -59,7 +62,7 @@ def _side_by_side(real: bool) -> tuple[int, int]:
 def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -> Iterator[Task]:
     """The experts that are not there yet."""
     for place, name in enumerate(kind.domains):
-        if not (folder / name).exists():
+        if not is_there(folder / name):
             training = kind.training.with_(seed=1000 * seed + place)
             yield Task(
                 name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training)

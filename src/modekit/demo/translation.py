@@ -24,6 +24,7 @@ from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.next_token import Training, train_language_model, training_sequences
@@ -68,9 +69,9 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
         sequences = training_sequences(tokenizer, mixed, training)
         train_language_model(model, list(model.parameters()), sequences, training, run=run, stage="train base")
         model.config.dropout = ARCHITECTURE["dropout"]
-        with without_bars():
-            model.save_pretrained(stage.folder)
-        tokenizer.save_pretrained(stage.folder)
+        with without_bars(), library_writes(stage.folder) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 def pair_tokenizer(documents: Mapping[str, Sequence[str]]) -> PreTrainedTokenizerFast:

@@ -24,12 +24,13 @@ from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import Proof, prove
 from modekit.engines.settings import GgufSettings, Outtype
 from modekit.errors import SourceError, UnsupportedError
+from modekit.files.libraries import library_writes
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import remove, write_json
+from modekit.files.write import write_json
 from modekit.planning.shape import Shape
 from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3
@@ -83,15 +84,15 @@ def export_gguf(
     name = _name(checkpoint, made)
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
-        file = stage.folder / name
         if not stage.recall("converted"):
             run.progress("convert", 0, 1)
-            remove(file)
             finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
             guess = guessed_pre_tokenizer(checkpoint.folder)
-            convert(checkpoint.folder, file, Conversion(made["outtype"], settings.pre_tokenizer, guess, finer))
+            how = Conversion(made["outtype"], settings.pre_tokenizer, guess, finer)
+            with library_writes(stage.folder) as folder:
+                convert(checkpoint.folder, folder / name, how)
             stage.record("converted", True)
-        proof = prove(checkpoint.folder, file, made["outtype"], run=run)
+        proof = prove(checkpoint.folder, stage.folder / name, made["outtype"], run=run)
         written = Written(out / name, proof, (*_notes(shape), *proof.notes))
         write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **written.as_data()})
     keep_proven(_claim(made, written.file, run))

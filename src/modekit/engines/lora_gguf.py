@@ -28,9 +28,10 @@ from modekit.engines.gguf import EXPORT_FILE, Written, made_of
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import Proof, in_both
 from modekit.engines.settings import GgufSettings
+from modekit.files.libraries import library_writes
 from modekit.files.output import Replace
 from modekit.files.staging import staging
-from modekit.files.write import remove, write_json
+from modekit.files.write import write_json
 from modekit.loaded.modekit import flow_of
 from modekit.recipes.paths import name_of
 from modekit.recipes.strict import BASE
@@ -52,15 +53,15 @@ def export_adapters_gguf(
     made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
-        files = [stage.folder / name for name in (_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters))]
+        names = [_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters)]
+        files = [stage.folder / name for name in names]
         if not stage.recall("converted"):
             run.progress("convert", 0, 1)
-            for file in files:
-                remove(file)
-            theirs = {adapter.expert: file for adapter, file in zip(adapters, files[1:], strict=True)}
             guess = guessed_pre_tokenizer(checkpoint.folder)
-            how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
-            convert(checkpoint.folder, files[0], how)
+            with library_writes(stage.folder) as folder:
+                theirs = {adapter.expert: folder / name for adapter, name in zip(adapters, names[1:], strict=True)}
+                how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
+                convert(checkpoint.folder, folder / names[0], how)
             stage.record("converted", True)
         base, *proofs = prove_adapters(checkpoint, files, adapters, made["outtype"], run=run)
         written = [Written(out / files[0].name, base, (*_notes(checkpoint), *base.notes))]

@@ -22,7 +22,7 @@ from modekit.experts.own_files import TRAINED, OwnFiles, is_trained, own_files, 
 from modekit.experts.parts import parts_config, parts_of
 from modekit.experts.peft_folder import write_lora
 from modekit.files.marker import foreign_files
-from modekit.files.output import mend, replaced_by
+from modekit.files.output import mend, replaced_by, settle
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.write import copy_file, write_json
@@ -103,6 +103,7 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps([checkpoint.identity, way.name, way.as_it_came]).encode()).hexdigest()
     if not overwrite and _is_written(out, record):
+        settle(out)
         return record
     opened = OpenFiles()
     try:

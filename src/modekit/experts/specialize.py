@@ -20,9 +20,10 @@ from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
 from modekit.experts.moving import Trainable, What, adapter, weights
 from modekit.experts.tag_rows import add_rows, with_rows
+from modekit.files.libraries import library_writes
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import disk_errors, write_file, write_json
+from modekit.files.write import write_file, write_json
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.next_token import Training, train_language_model
 from modekit.run import QUIET, Run
@@ -104,10 +105,10 @@ def specialize(
             "training_loss": {"first": losses[0], "last": losses[-1]},
             **_held_out(before, _losses(model, material)),
         }
-        with disk_errors(stage.folder):
-            save(stage.folder)
-        if train != "lora":
-            reading.tokenizer.save_pretrained(stage.folder)
+        with library_writes(stage.folder) as folder:
+            save(folder)
+            if train != "lora":
+                reading.tokenizer.save_pretrained(folder)
         write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in material.fit).encode())
         write_json(stage.folder / SPECIALIST_FILE, record)
     return record

@@ -5,6 +5,8 @@ write.py      one file or folder appears whole, under a name that nobody could f
 tensors.py    the header of a safetensors file
 marker.py     what in a folder is modekit's own, and may be replaced or removed
 lock.py       one process at a time
+libraries.py  where another library may write
+journal.py    what of an output is surely written
 staging.py    a folder in the making, which goes on after a kill and takes its place by rename
 change.py     several files of a finished folder, all together
 """

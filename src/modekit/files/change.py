@@ -19,6 +19,7 @@ from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Marker, read_marker
 from modekit.files.tensors import write_all
 from modekit.files.write import (
+    FULL,
     appearing,
     create,
     files_below,
@@ -114,11 +115,16 @@ def _refuse_in_the_way(folder: Path, name: str) -> None:
 def _write(staged: Path, name: str, content: Content) -> None:
     path = staged / name
     make_folder(path.parent)
-    with create(path) as stream:
-        if isinstance(content, bytes):
-            write_all(stream, memoryview(content))
-        else:
-            content(stream)
+    try:
+        with create(path) as stream:
+            if isinstance(content, bytes):
+                write_all(stream, memoryview(content))
+            else:
+                content(stream)
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = str(staged.parent / name)
+        raise
 
 
 def _put(folder: Path) -> None:

@@ -20,7 +20,9 @@ from modekit.files.write import files_below, is_temporary, json_bytes, write_fil
 MARKER = ".modekit"
 CHANGE_LOCK = ".modekit.lock"
 CHANGED = ".modekit.changed"
-INTERNAL = (MARKER, CHANGE_LOCK, CHANGED)
+JUST_MADE = ".modekit.made"
+"""Digest of what made an output, until its command has tidied up."""
+INTERNAL = (MARKER, CHANGE_LOCK, CHANGED, JUST_MADE)
 """What modekit keeps in an output for itself."""
 _SMALL = 2**20
 """Bytes of a file that has its digest in the marker: what people edit is smaller."""

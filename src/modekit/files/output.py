@@ -6,14 +6,16 @@ Where an output is made, `OUT.partial`, is laid out in staging.py.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from modekit.errors import OutputError
+from modekit.errors import FinishedError, OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import MARKER, foreign_files, is_remains, is_work_folder
-from modekit.files.write import empty_folder, remove, remove_if_empty
+from modekit.files.marker import CHANGE_LOCK, JUST_MADE, MARKER, foreign_files, is_remains, is_work_folder, read_marker
+from modekit.files.read import UNREADABLE, read_text
+from modekit.files.write import empty_folder, files_below, remove, remove_if_empty
 
 Replace = Literal["nothing", "modekit's own", "in place"]
 """What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
@@ -47,7 +49,36 @@ def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()
     """
     refuse_entangled(out, sources)
     mend(out)
-    refuse_what_is_there(out, replace)
+    if replace != "nothing" or not os.path.lexists(out / JUST_MADE):  # else who makes it asks who has
+        refuse_what_is_there(out, replace)
+
+
+def was_made_by(out: Path, digest: str) -> bool:
+    """Whether OUT is what a run of the same command made that was killed while it tidied up."""
+    try:
+        return read_marker(out) is not None and read_text(out / JUST_MADE) == digest
+    except UNREADABLE:
+        return False
+
+
+def check_not_made_by(out: Path, made_by: str) -> None:
+    """Raise FinishedError, with all tidied up, where the same command made OUT and was killed while it tidied up."""
+    if was_made_by(out, made_by):
+        mend(out)
+        settle(out)
+        raise FinishedError(out)
+
+
+def is_there(out: Path) -> bool:
+    """Whether there is an output, tidied up after whatever a kill left beside it. Raises OutputError, OSError."""
+    mend(out)
+    settle(out)
+    return out.exists()
+
+
+def settle(out: Path) -> None:
+    """The command that made OUT has tidied up: from now on nobody finds its own work there."""
+    remove(out / JUST_MADE)
 
 
 def mend(out: Path) -> None:
@@ -78,6 +109,7 @@ def mend_commit(work: Path, out: Path) -> None:
     if old.is_symlink() or not old.is_dir():
         remove(old)
     elif not os.path.lexists(out):
+        remove(old / CHANGE_LOCK)  # of whoever was replacing it
         old.rename(out)
     elif new.exists():
         raise OutputError(
@@ -122,6 +154,18 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
         raise OutputError(
             "the output folder holds files that modekit did not write, or that were changed since", where=str(out),
             found=", ".join(foreign[:_SHOWN]) + more, remedy="move them away, or choose another folder",
+        )  # fmt: skip
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
+    new = work_folder(out) / NEW
+    needed -= sum((new / name).lstat().st_size for name in files_below(new))
+    free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
+    if needed > free:
+        raise OutputError(
+            "the disk has too little free space", where=str(out), found=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes", remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
         )  # fmt: skip
 
 

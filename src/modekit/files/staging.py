@@ -6,6 +6,7 @@
     OUT.partial/new/        the output in the making
     OUT.partial/old/        an old OUT, from the moment that it gives way until the new one is in its place
     OUT                     appears by rename
+    OUT/.modekit.made       which command made it, until that has removed OUT.partial: after a kill it finds its own work
 
 A killed process leaves OUT.partial. Whoever next asks for OUT mends what a kill between the two renames left: the old folder
 comes back, or, when the new one is in its place, goes. A rename never replaces a folder that holds something, so that what
@@ -16,9 +17,7 @@ After a power loss the journal is believed only as far as the disk had the bytes
 
 from __future__ import annotations
 
-import errno
 import io
-import json
 import os
 import shutil
 import threading
@@ -28,15 +27,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from modekit.errors import InterruptError, OutputError
+from modekit.errors import FinishedError, InterruptError, OutputError
+from modekit.files.journal import line, on_disk, this_boot, whole_lines
 from modekit.files.lock import Lock
 from modekit.files.marker import (
     CHANGE_LOCK,
     INTERNAL,
+    JUST_MADE,
     MARKER,
     Kind,
     claim_work_folder,
     foreign_files,
+    is_remains,
     is_work_folder,
     mark_work_folder,
     marker_of,
@@ -52,11 +54,14 @@ from modekit.files.output import (
     mend_commit,
     refuse_entangled,
     refuse_what_is_there,
+    settle,
+    was_made_by,
     work_folder,
 )
 from modekit.files.read import read_text
 from modekit.files.tensors import Entry, safetensors_header, write_all
 from modekit.files.write import (
+    FULL,
     create,
     go_on_writing,
     make_folder,
@@ -71,7 +76,6 @@ from modekit.files.write import (
 
 _LARGEST_JOURNAL = 2**28
 _ATTEMPTS = 20
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class Staging:
@@ -80,21 +84,28 @@ class Staging:
     def __init__(self, out: Path, digest: str, kind: Kind, *, replace: Replace, sync: bool) -> None:
         self.out = out
         self._kind, self._replace, self._sync = kind, replace, sync
+        self.made_by = digest if replace == "nothing" else ""
+        """What OUT says of the command that made it, until that has tidied up."""
         self.work = work_folder(out)
         self.folder = self.work / NEW
         self.areas: tuple[str, ...] = ()
         """Folders of the output in which everything will be modekit's."""
+        self.settles = True
+        """Whether nothing is left to do for the command once OUT is in its place; else it calls `settle` when that is done."""
         self.last: Callable[[], None] = lambda: None
         """Called when nobody else can change the old folder any more, before the new one is whole; what it raises ends it."""
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.work / JOURNAL
         self._appending = threading.Lock()
+        self._made: tuple[int, int] | None = None
         self._synced: dict[Path, Future[None]] = {}
         self._disk = ThreadPoolExecutor(1, "sync")
         self._lock = Lock(self.work / LOCK)
         try:
             self._take()
             mend_commit(self.work, out)
+            if replace == "nothing" and was_made_by(out, digest):
+                raise FinishedError(out)
             refuse_what_is_there(out, replace)
             self._replaced = _identity(out)
             self._done = self._open(digest)
@@ -110,7 +121,7 @@ class Staging:
     def record(self, key: str, value: object) -> None:
         """Append to the journal. Call only when what it claims is already written."""
         with self._appending:
-            write_all(self._journal, memoryview(_line(key, value)))
+            write_all(self._journal, memoryview(line(key, value)))
             self._done[key] = value
 
     def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, io.FileIO], None]) -> None:
@@ -166,6 +177,8 @@ class Staging:
         if self._sync:
             sync_folder(self.out.parent)
         self._remove()
+        if self.settles:
+            settle(self.out)
 
     def _take_the_place(self) -> None:
         """While nobody changes a file of the old folder."""
@@ -195,8 +208,16 @@ class Staging:
                 return
             marker = marker.without(foreign)
         write_file(self.folder / MARKER, marker.as_bytes(), sync=False)
+        if self.made_by:
+            write_file(self.folder / JUST_MADE, self.made_by.encode(), sync=False)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether OUT is what was made here."""
+        return self._made is not None and self._made == _identity(self.out)
 
     def _put(self) -> None:
+        self._made = _identity(self.folder)
         try:
             self.folder.rename(self.out)
         except OSError:
@@ -206,10 +227,15 @@ class Staging:
             raise
 
     def discard(self) -> None:
-        """Remove everything written so far."""
+        """Remove everything written so far; an old folder that has just given way comes back first, or nothing is removed."""
         with suppress(OSError):  # a full disk: what the journal still holds cannot be written, and need not be
             self.close()
-        self._remove()
+        try:
+            mend_commit(self.work, self.out)
+        except (OutputError, OSError):
+            self.keep()
+        else:
+            self._remove()
 
     def keep(self) -> None:
         """Leave everything for the next command with the same digest."""
@@ -229,8 +255,11 @@ class Staging:
     def _release(self) -> None:
         """Give the folder free: with what an earlier command left in it, or not at all."""
         self._disk.shutdown()
-        if self._lock.is_held and not self._journal_path.exists():
-            clear(self.work, self._lock)
+        work = self.work
+        ours = os.path.lexists(work) and (is_work_folder(work, PARTIAL, self.out.name) or is_remains(work))
+        alone = self._lock.is_held or (ours and not os.path.lexists(work / LOCK))  # a full disk may have no room for a lock
+        if alone and not self._journal_path.exists():
+            clear(work, self._lock)
         self._lock.release()
         self._remove_parents()
 
@@ -267,17 +296,17 @@ class Staging:
             mark_work_folder(self.work, PARTIAL, self.out.name)
 
     def _open(self, digest: str) -> dict[str, Any]:
-        begin = _line(digest, _this_boot())
+        begin = line(digest, this_boot())
         with suppress(OSError, ValueError):
-            (known, boot), *rest = _whole_lines(read_text(self._journal_path, _LARGEST_JOURNAL))
+            (known, boot), *rest = whole_lines(read_text(self._journal_path, _LARGEST_JOURNAL))
             if known == digest and self.folder.is_dir() and not self.folder.is_symlink():
                 sweep(self.folder)
                 for name in INTERNAL:  # of a change that was cut short
                     remove(self.folder / name)
                 done = dict(rest)
-                if not boot or boot != _this_boot():
-                    done = _on_disk(done)
-                lines = [_line(*each) for each in done.items()]  # without the one that the kill cut short
+                if not boot or boot != this_boot():
+                    done = on_disk(done)
+                lines = [line(*each) for each in done.items()]  # without the one that the kill cut short
                 write_file(self._journal_path, begin + b"".join(lines), sync=False)
                 return done
         for name in (NEW, JOURNAL):
@@ -297,12 +326,22 @@ class AppearedError(OutputError):
         )  # fmt: skip
 
 
-def _full(out: Path, error: OSError) -> OutputError:
+def _failed(out: Path, error: OSError, left: str) -> OutputError:
     free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
     return OutputError(
-        "writing failed; nothing was left behind", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
-        remedy="free space or choose another disk; `modekit plan` tells how much is needed",
+        f"writing failed; {left}", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
+        remedy="free space or choose another disk",
     )  # fmt: skip
+
+
+def _left_of(out: Path, *, finished: bool = False) -> str:
+    """What a command that gave up has left: nothing, unless it was finished or the disk would not let it be removed."""
+    work = work_folder(out)
+    if finished:
+        return f"{out.name} was finished by then"
+    if os.path.lexists(work / OLD):
+        return f"the old folder is {work.name}/{OLD}, and the next command that asks for {out.name} puts it back"
+    return f"{work.name} could not be removed" if os.path.lexists(work) else "nothing was left behind"
 
 
 def _identity(out: Path) -> tuple[int, int] | None:
@@ -312,32 +351,6 @@ def _identity(out: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _this_boot() -> str:
-    """Changes whenever the machine starts; empty where the system does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _on_disk(done: dict[str, Any]) -> dict[str, Any]:
-    """What can be believed of a journal from before the machine was started: shards that the disk had."""
-    return {key: value for key, value in done.items() if not key.startswith("shard ") or done.get(f"synced {key[6:]}")}
-
-
-def _line(key: str, value: object) -> bytes:
-    return (json.dumps([key, value]) + "\n").encode()
-
-
-def _whole_lines(text: str) -> Iterator[tuple[str, Any]]:
-    for line in text.splitlines():
-        try:
-            key, value = json.loads(line)
-        except (ValueError, TypeError, RecursionError):  # the line that a kill cut short
-            return
-        yield str(key), value
 
 
 @contextmanager
@@ -356,8 +369,11 @@ def staging(
     try:
         refuse_entangled(out, sources)
         stage = Staging(out, digest, kind, replace=replace, sync=sync)
+    except FinishedError:
+        settle(out)
+        raise
     except OSError as error:
-        raise _full(out, error) if error.errno in _FULL else OutputError(
+        raise _failed(out, error, _left_of(out)) if error.errno in FULL else OutputError(
             "the output folder cannot be written", where=str(out), found=error.strerror,
             remedy="choose a folder that can be written",
         ) from None  # fmt: skip
@@ -368,13 +384,14 @@ def staging(
         stage.keep()
         raise
     except OSError as error:
+        finished = stage.is_in_place
         stage.discard()
-        raise _full(out, error) from None
+        raise _failed(out, error, _left_of(out, finished=finished)) from None
     except KeyboardInterrupt:
+        finished = stage.is_in_place
         stage.discard()
-        raise InterruptError(
-            "interrupted; nothing was left behind", where=str(out), remedy="run the command again to start over"
-        ) from None
+        remedy = "run the command again" + ("" if finished else " to start over")
+        raise InterruptError(f"interrupted; {_left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
     except BaseException:
         stage.discard()
         raise

@@ -27,6 +27,8 @@ from modekit.files.tensors import write_all
 
 _TEMPORARY = re.compile(r"\.modekit\.[0-9a-f]{16}\.tmp")
 _CHUNK = 2**20
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""What a system says of a disk that takes no more."""
 
 
 def json_bytes(value: object) -> bytes:
@@ -70,11 +72,20 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         if sync:
             sync_tree(temporary)
         (temporary.rename if temporary.is_dir() else temporary.replace)(path)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        if isinstance(error, OSError):
+            _name(error, temporary, path)
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def _name(error: OSError, temporary: Path, path: Path) -> None:
+    """Let an error name the file that a user knows: one of a full disk names none, or the one in the making."""
+    said = "" if error.filename is None else os.fsdecode(error.filename)
+    if (not said and error.errno in FULL) or said.startswith(str(temporary)):
+        error.filename = str(path) + said.removeprefix(str(temporary))
 
 
 @contextmanager

@@ -250,6 +250,12 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards if shard.file in kept)
 
     @property
+    def disk_needed(self) -> int:
+        """Bytes that a build writes: weights that are in no file which is there, and the statistics that it keeps."""
+        statistics = self.statistics_bytes(in_memory=False) if self.recipe.mixture.keeps_statistics else 0
+        return self.bytes_written - self.bytes_linked + statistics
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of source tensors that the result is made from; a source used twice counts once."""
         refs = (ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs)

@@ -50,7 +50,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "shards": len(plan.shards) + 1,
         "bytes": {"read": plan.bytes_read, "written": plan.bytes_written, "statistics": statistics},
         "parameters": plan.parameters(),
-        "disk": {"needed": plan.bytes_written + statistics, "free": shutil.disk_usage(plan.root).free},
+        "disk": {"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
         "memory": plan.memory(),
         "fit": work.as_data() if work is not None else None,
         "notes": list(plan.notes),

@@ -18,8 +18,10 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.labels import Labels
 from modekit.evaluation.results import Results, Row, results_from_data
 from modekit.evaluation.results_folder import write_results, write_table
+from modekit.files.libraries import library_writes
+from modekit.files.output import settle
 from modekit.files.read import LARGE, read_bytes
-from modekit.files.write import disk_errors, files_below, json_bytes, remove
+from modekit.files.write import files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.run import Run
@@ -77,6 +79,7 @@ def finish(
     _write_results(written, record, results, folder)
     if folder is not None:
         folder.remove()
+    settle(request.target)
     return TrainedMixture(written, improved, record, results, trained.failed)
 
 
@@ -116,8 +119,8 @@ def _moved(request: Request, ended: Ended, kept: TrainingFolder | None, run: Run
     mixture.load_state_dict(best, strict=False)
     folder = kept.path / "moved"
     remove(folder)
-    with without_bars(), disk_errors(folder):
-        mixture.save_pretrained(folder, state_dict=trainable.moved())
+    with without_bars(), library_writes(folder) as new:
+        mixture.save_pretrained(new, state_dict=trainable.moved())
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(file))

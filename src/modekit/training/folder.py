@@ -38,10 +38,10 @@ class TrainingFolder(StatesFolder):
 
     def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[Text]) -> None:
         """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
-        self.take(_request(settings, texts), _state(checkpoint))
+        self.take(digest_of_request(settings, texts), _state(checkpoint))
 
 
-def _request(settings: TrainSettings, texts: Sequence[Text]) -> str:
+def digest_of_request(settings: TrainSettings, texts: Sequence[Text]) -> str:
     """What was asked for, but for settings that only trade memory for time."""
     asked = settings.model_dump(mode="json", exclude=_OF_MEMORY)
     return digest_of_data([asked, [[text.corpus.name, text.record, text.selected_by] for text in texts]])

@@ -13,6 +13,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.processes import processes
 from modekit.training.batches import Corpus
+from modekit.training.folder import digest_of_request
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 from modekit.training.texts import Text, silent_domains
 
@@ -31,6 +32,11 @@ class Request:
     texts: Sequence[Text]
     evaluate_tokens: int | None
     teacher: Path | None = None
+
+    @property
+    def made_by(self) -> str:
+        """What a new output says of the command that made it, until that has tidied up."""
+        return f"train {self.checkpoint.folder.name} {digest_of_request(self.settings, self.texts)}"
 
     @property
     def corpora(self) -> list[Corpus]:

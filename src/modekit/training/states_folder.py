@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel
 
 from modekit.errors import TrainingError
+from modekit.files.libraries import not_own
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder, is_remains, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_json
@@ -134,6 +135,9 @@ class StatesFolder:
         if not self._lock.take():
             return "a command that is at it"
         sweep(self.path)
+        leads_out = not_own(self.path)
+        if leads_out is not None:
+            return leads_out
         kept = self.recall(_SETTINGS, lambda data: as_kind(data, _Claim))
         if kept is not None and kept.request == request and (kept.state == state or self.is_written):
             return None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TrainingError
+from modekit.files.output import check_not_made_by, refuse_existing, refuse_what_is_there, was_made_by
 from modekit.processes import processes
 from modekit.run import QUIET, Run
 from modekit.sources.model import open_source
@@ -50,11 +51,13 @@ def train(
     checkpoint = open_checkpoint(checkpoint.folder.resolve())
     target = (out or checkpoint.folder).resolve()
     folder = TrainingFolder(target)
-    if target != checkpoint.folder and target.exists() and not folder.is_written:
-        raise TrainingError("the output folder exists", where=str(target), remedy="choose another folder, or leave --out away")
+    if target != checkpoint.folder and not folder.is_written:
+        refuse_existing(target, "nothing")
     read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), run=run)
     teacher = _teacher(checkpoint, settings, root or Path.cwd(), run)
     request = Request(checkpoint, target, settings, read, evaluate_tokens, teacher)
+    if target != checkpoint.folder and not folder.is_written:
+        _refuse_made(request, folder)
     request.check()
     if settings.speed == "cheap":
         with memory_errors():
@@ -65,6 +68,14 @@ def train(
         return finish(request, _go_on(request, folder, run), folder, run)
     finally:
         folder.release()
+
+
+def _refuse_made(request: Request, folder: TrainingFolder) -> None:
+    """Raise OutputError where something is at OUT: FinishedError, once tidied up, where it is what this very command made."""
+    if was_made_by(request.target, request.made_by):
+        folder.tidy()
+    check_not_made_by(request.target, request.made_by)
+    refuse_what_is_there(request.target, "nothing")
 
 
 def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: Run) -> Path | None:

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.files.libraries import new_folder
 from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, write_file
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
@@ -149,11 +150,14 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
             save_file(moved, temporary)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with disk_errors(Path(self.args.output_dir)):
+        state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            new_folder(state)
+        self.accelerator.wait_for_everyone()
+        with disk_errors(state):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             sync_tree(state)
             write_file(state / COMPLETE, b"")
 

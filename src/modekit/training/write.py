@@ -65,6 +65,8 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         sources=() if in_place else [checkpoint.folder], replace="in place" if in_place else "nothing",
     ) as stage:  # fmt: skip
         stage.areas = (STATISTICS_FOLDER,)
+        if not in_place:
+            stage.made_by, stage.settles = request.made_by, False
         stage.last = checkpoint.check_unchanged
         _copy_rest(checkpoint, stage.folder, in_place=in_place)
         _write_shards(checkpoint, content, stage)

@@ -19,9 +19,10 @@ from modekit.experts.corpus.byte_level import SMALLEST, byte_level_bpe
 from modekit.experts.corpus.count import CountTokens, key_of, token_counter
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import WHERE, checked_texts
+from modekit.files.libraries import library_writes
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
-from modekit.files.write import disk_errors, write_json
+from modekit.files.write import write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.documents import stream_documents
@@ -102,8 +103,8 @@ def train_tokenizer(mix: Mix, vocabulary: int, out: Path, *, replace: Replace = 
     trained = Trained(len(tokenizer), vocabulary, mix.against_name, fertilities, each, _notes(len(tokenizer), vocabulary))
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
-        with disk_errors(out):
-            tokenizer.save_pretrained(stage.folder)
+        with library_writes(stage.folder) as folder:
+            tokenizer.save_pretrained(folder)
         write_json(stage.folder / RECORD, trained.as_data(), sync=False)
     return trained
 

@@ -33,10 +33,11 @@ from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, 
 from modekit.experts.distill.texts import Mix, Texts, read_texts
 from modekit.experts.moving import Trainable, What, adapter, weights
 from modekit.experts.specialize import RANK
-from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
-from modekit.files.read import SMALL, UNREADABLE, read_bytes
+from modekit.files.libraries import library_writes
+from modekit.files.output import refuse_entangled, refuse_existing, replaced_by, settle, was_made_by
+from modekit.files.read import SMALL, UNREADABLE, read_bytes, read_json
 from modekit.files.staging import staging
-from modekit.files.write import disk_errors, json_bytes, write_file
+from modekit.files.write import json_bytes, write_file
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.run import QUIET, Run
@@ -109,12 +110,17 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     texts = read_texts(asked.texts, asked.root, pair.tokenizer, asked.training, asked.mix)
     engine = _engine_settings(asked.training, asked.mix)
     request, state = _digests(asked, pair, texts)
+    if was_made_by(out, _made_by(request)):
+        folder.tidy()
+        settle(out)
+        return dict(read_json(out / SPECIALIST_FILE))
     try:
         folder.take(request, state)
         with memory_errors():
             taught = _teach(asked, pair, texts, engine, folder, run)
         record = _write(asked, pair, texts, taught, _Place(out, overwrite, request, folder), run)
         folder.remove()
+        settle(out)
     except BaseException:
         if folder.is_held and not folder.has_states:
             folder.remove()
@@ -231,13 +237,14 @@ def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place
     record = _record(asked, pair, texts, taught)
     _, save = taught.trainable
     with staging(
-        place.out, f"distill {place.request}", "adapter" if asked.train == "lora" else "model",
+        place.out, _made_by(place.request), "adapter" if asked.train == "lora" else "model",
         sources=(asked.student, asked.teacher), replace=replaced_by(place.overwrite), sync=run.sync,
     ) as stage:  # fmt: skip
-        with disk_errors(stage.folder):
-            save(stage.folder)
-        if asked.train != "lora":
-            pair.tokenizer.save_pretrained(stage.folder)
+        stage.settles = False
+        with library_writes(stage.folder) as folder:
+            save(folder)
+            if asked.train != "lora":
+                pair.tokenizer.save_pretrained(folder)
         write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in texts.fit).encode())
         write_file(stage.folder / LOSSES_FILE, _table(taught.history))
         place.folder.announce_digest(_sha256(json_bytes(record)))
@@ -286,6 +293,10 @@ def _table(history: Sequence[Mapping[str, float]]) -> bytes:
         figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
         writer.writerow([int(entry["step"]), *figures])
     return text.getvalue().encode()
+
+
+def _made_by(request: str) -> str:
+    return f"distill {request}"
 
 
 def _sha256(content: bytes) -> str:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from modekit.errors import MismatchError, SourceError
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.experts.distill.says import Item, Kept
-from modekit.files.output import mend
+from modekit.files.output import is_there
 from modekit.files.read import SMALL, UNREADABLE
 from modekit.files.staging import staging
 from modekit.files.tensors import Entry, write_all
@@ -78,8 +78,7 @@ def read_kept(folder: Path) -> Header | None:
 
     What a kill left beside a folder that is whole goes first. Raises OutputError where that cannot be done.
     """
-    mend(folder)
-    if not folder.exists():
+    if not is_there(folder):
         return None
     try:
         return read_as(folder / HEADER_FILE, Header, SMALL)

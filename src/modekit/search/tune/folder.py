@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modekit.errors import OutputError, TuneError
+from modekit.files.libraries import check_own
 from modekit.files.lock import Lock
 from modekit.files.marker import claim_work_folder, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
@@ -107,6 +108,7 @@ def alone(folder: Path) -> Iterator[None]:
         )
     try:
         sweep(folder)
+        check_own(folder)
         yield
     finally:
         lock.release()

@@ -6,7 +6,6 @@ Everything it knows stands in WORK/study.log, which several processes may append
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,8 +23,9 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
-from modekit.files.read import open_regular, parse_json
+from modekit.files.read import parse_json
 from modekit.files.typed import Count, Number, as_kind, shortened
+from modekit.files.write import go_on_writing
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.read import parse_recipe
@@ -137,17 +137,17 @@ def prepare(job: Job) -> None:
 def _mend(path: Path) -> None:
     """Cut off the line that a full disk or a power loss left unfinished: the journal could not be read with it."""
     try:
-        with open_regular(path) as stream:
+        with go_on_writing(path) as stream:
             data = stream.readall()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                stream.truncate(whole)
     except FileNotFoundError:
         return
     except OSError as error:
         raise TuneError(
             "what a search left cannot be read", where=str(path), found=error.strerror, remedy="remove the folder to start over"
         ) from None
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
 
 
 @_quiet()
