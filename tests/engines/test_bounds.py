@@ -144,7 +144,7 @@ def test_every_bound_allows_its_limits_and_nothing_beyond() -> None:
     ],
 )
 def test_a_chat_of_another_form_is_refused(chat: dict[str, Any]) -> None:
-    with pytest.raises(RefusedError, match="messages|tools"):
+    with pytest.raises(RefusedError, match=r"messages|tools"):
         check_chat(chat)
 
 

@@ -149,8 +149,7 @@ def check_chat(request: Mapping[str, object]) -> None:
 
 def check_key(key: str, value: object) -> None:
     """Raise RefusedError where a key of a request asks for more than its bounds allow."""
-    for _ in walk(key, value):  # which is no deeper than it may be
-        pass
+    _check_depth(key, value)
     if key in _GRAMMARS and value:
         raise RefusedError(400, f"{key}: grammars are not taken; describe the answer by response_format with a JSON schema")
     if key in SCHEMAS:
@@ -160,6 +159,12 @@ def check_key(key: str, value: object) -> None:
         bound.check(key, value)
 
 
+def _check_depth(key: str, value: object) -> None:
+    """Raise RefusedError where a value is nested too deeply."""
+    for _ in walk(key, value):
+        pass
+
+
 def _check_schema(key: str, value: object) -> None:
     """Raise RefusedError where a schema asks for more than its bounds allow."""
     if isinstance(value, str) and key not in _PATTERNS:  # vLLM takes a schema as text, too
@@ -167,9 +172,10 @@ def _check_schema(key: str, value: object) -> None:
             value = json.loads(value, parse_constant=_no_number)
         except (ValueError, RecursionError):
             raise RefusedError(400, f"{key}: the schema is not JSON") from None
+        _check_depth(key, value)
     _MOST_VALUES.check(key, value)
     _MOST_TEXT.check(key, value)
-    in_all: defaultdict[Bound, float] = defaultdict(float)
+    in_all: defaultdict[Bound, float] = defaultdict(int)
     for where, name, each in walk(key, value):
         if name in _GRAMMARS and isinstance(each, str):
             raise RefusedError(400, f"{where}: grammars are not taken; describe the answer by a JSON schema")

@@ -59,7 +59,7 @@ class Child:
         """Of the last lines that it said, those that speak of an error, or the last ones."""
         said = list(self._said)
         telling = [line for line in said if _ERROR.search(line) and not line.startswith(" ")]
-        return "; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or f"nothing{self._signal()}"
+        return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + self._signal()
 
     def _signal(self) -> str:
         """By which signal it was ended, if by one."""
@@ -116,6 +116,7 @@ def _exit() -> None:
 
 def settings_of_caller(at_end: Callable[[], None] = _exit) -> dict[str, Any]:
     """The child's end: what the parent wants. From now on the process ends when the parent does, by `at_end`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, whose end is this one's
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_caller, args=(at_end,), daemon=True).start()
     return settings
