@@ -19,9 +19,9 @@ from modekit.cli import app
 from modekit.engines import ray_front
 from modekit.engines.front import Front
 from modekit.engines.guard import MOST_AT_ONCE, Guard
+from modekit.engines.listening import KEY
 from modekit.engines.ray_front import FrontArguments
 from modekit.engines.run_front import WORKERS_KEY, FrontSettings
-from modekit.engines.serve import KEY
 from modekit.engines.workers import Workers
 from modekit.errors import EngineError
 from modekit.run import Run

@@ -93,9 +93,9 @@ def test_every_request_is_answered_where_the_engine_is_killed(served: Served) ->
     waiting.join()
     assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] == 2
     assert back < 60, "on an idle machine it takes one second"
-    told = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: ")]
-    assert len(told) > 1 and all("choices" in each for each in told[:-1])
-    assert told[-1]["error"]["code"] == 503 and "send the request once more" in told[-1]["error"]["message"]
+    events = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: ")]
+    assert len(events) > 1 and all("choices" in each for each in events[:-1])
+    assert events[-1]["error"]["code"] == 503 and "send the request once more" in events[-1]["error"]["message"]
     status, headers, answer = answers[0]
     assert status == 503 and headers["retry-after"] == "2" and "send the request once more" in answer
     assert engine_of(served).pid != before.pid and healthy(served)

@@ -33,7 +33,7 @@ _LOOK_S = 0.1
 _SHOWN = 60
 _AGAIN: Mapping[str, str] = {"retry-after": "2"}
 _ENDED = "the engine ended while it was answering, and is started again; send the request once more"
-_HINT = re.compile(r"( - hint:|,? ?(?:please )?try |\.? (?:Start|start) it with ).*", re.DOTALL)
+_HINT = re.compile(r"( - hint:|,? (?:please )?try (?:increasing|using|setting)|\.? [Ss]tart it with ).*", re.DOTALL)
 """What engines advise their own users to do, who have other options."""
 _JSON: Mapping[str, str] = {"content-type": "application/json"}
 _NO_TEMPLATE = (

@@ -116,7 +116,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
     with bound_socket(settings.host, settings.port) as listener:
         inner_key = secrets.token_urlsafe()
-        told = {**_told(checkpoint, settings, inner_key), **engine.prepared(checkpoint, settings, run), "threads": threads}
+        wanted = {**_common(checkpoint, settings, inner_key), **engine.prepared(checkpoint, settings, run), "threads": threads}
         environment = {
             "HF_HUB_OFFLINE": "1",
             KEY: inner_key,
@@ -124,14 +124,14 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
             **(threads_environment(threads) if threads else {}),
         }
         run.progress(f"start {name}", 0, 1)
-        with Keeper(name, lambda: Child(engine.module, told, environment)) as keeper:
+        with Keeper(name, lambda: Child(engine.module, wanted, environment)) as keeper:
             app = Proxy(keeper, checkpoint.folder.name, inner_key, chat_template(checkpoint.folder) is not None).app(key)
             with answering(app, listener):
                 yield Served(url_of(*listener.getsockname()[:2]), name, why, threads, keeper)
 
 
-def _told(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> dict[str, Any]:
-    """What every engine's process is told. Raises EngineError for a context that the model was not trained for."""
+def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> dict[str, Any]:
+    """What every engine's process needs to know. Raises EngineError for a context that the model was not trained for."""
     longest = longest_conversation(checkpoint)
     if settings.context is not None and settings.context > longest:
         raise EngineError(
