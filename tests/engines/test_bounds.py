@@ -87,8 +87,11 @@ def test_a_schema_beyond_the_bounds_is_refused_wherever_it_stands(schema: Any, w
         ([], "a JSON object"),
         (b'{"n": NaN}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
+        (b'{"x": [' + b"[]," * 2_600_000 + b"[]]}", "too many values"),
+        (b'{"prompt": [' + b"1," * 4_000_000 + b"1]}", "too many values"),
         (b'{"n": ' + b"9" * 5_000 + b"}", "not JSON"),
     ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "request",
 )
 def test_a_request_beyond_the_bounds_is_refused_by_key(request_: object, why: str) -> None:
     assert why in refused(request_)

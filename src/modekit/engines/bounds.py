@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from modekit.engines.guard import RefusedError
 
 _DEEPEST = 64
+_MOST_IN_ALL = 2**17
+_MOST_COMMAS = 2**21  # of numbers, and of what texts have
 _SHOWN = 60
 _BRACES = re.compile(r"\{(\d*),?(\d*)\}")
 
@@ -38,7 +41,8 @@ def _characters(value: object) -> int | None:
 
 
 def _values(value: object) -> int | None:
-    return sum(1 for _ in walk("", value)) if isinstance(value, list | dict) else None
+    """Of a list or an object, how many values are in it; counted no further than to _MOST_IN_ALL."""
+    return sum(1 for _ in islice(walk("", value), _MOST_IN_ALL)) if isinstance(value, list | dict) else None
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ _GRAMMARS = _keys("grammar guided_grammar")
 
 def checked_request(content: bytes) -> dict[str, object]:
     """A request's JSON. Raises RefusedError where it is none, or asks for more than the bounds allow."""
+    if content.count(b"[") + content.count(b"{") > _MOST_IN_ALL or content.count(b",") > _MOST_COMMAS:
+        raise RefusedError(400, f"the request has too many values; it may have {_MOST_IN_ALL:,} lists and objects")
     try:
         request = json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError):
@@ -161,8 +167,13 @@ def check_key(key: str, value: object) -> None:
 
 def _check_depth(key: str, value: object) -> None:
     """Raise RefusedError where a value is nested too deeply."""
-    for _ in walk(key, value):
-        pass
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        inside = (each for one in level for each in (one.values() if isinstance(one, dict) else one))
+        level = [each for each in inside if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise RefusedError(400, f"{key[:_SHOWN]}: lists and objects are nested too deeply; at most {_DEEPEST} levels")
 
 
 def _check_schema(key: str, value: object) -> None:
@@ -210,20 +221,21 @@ def _check_pattern(where: str, pattern: str) -> int:
 
 
 def walk(where: str, value: object) -> Iterator[tuple[str, str, object]]:
-    """Every value in a value, and itself: where it is, the key that it stands under, and the value.
-
-    Raises RefusedError where they are too deep.
-    """
-    waiting: list[tuple[str, str, object, int]] = [(where, where, value, 0)]
+    """Every value in a value, and itself: where it is, the key that it stands under, and the value."""
+    yield where, where, value
+    waiting = [(where, value)]
     while waiting:
-        where, name, value, depth = waiting.pop()
-        if depth > _DEEPEST:
-            raise RefusedError(400, f"{where[:_SHOWN]}...: lists and objects are nested too deeply; at most {_DEEPEST} levels")
-        yield where, name, value
+        where, value = waiting.pop()
+        items: Iterable[tuple[str, object]] = ()
         if isinstance(value, dict):
-            waiting += [(f"{where}.{key[:_SHOWN]}", key, each, depth + 1) for key, each in value.items()]
+            items = value.items()
         elif isinstance(value, list):
-            waiting += [(where, "", each, depth + 1) for each in value]
+            items = (("", each) for each in value)
+        for name, each in items:
+            inner = f"{where}.{name[:_SHOWN]}" if name else where
+            yield inner, name, each
+            if isinstance(each, dict | list):
+                waiting.append((inner, each))
 
 
 def _refused(where: str, found: float, allowed: str, unit: str) -> RefusedError:

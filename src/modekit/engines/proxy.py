@@ -93,14 +93,14 @@ class Proxy:
 
     async def _complete(self, request: Request) -> Response:
         try:
-            asked = await asyncio.to_thread(self._checked, request.url.path, await request.body())
-            return await self._answer(request, json.dumps(asked).encode())
+            # A thread of its own, so that a long request does not hold up the others' answers.
+            return await self._answer(request, await asyncio.to_thread(self._checked, request.url.path, await request.body()))
         except RefusedError as error:
             return JSONResponse(error_of(error.status, error.why), error.status, _AGAIN if error.status == 503 else None)
         except (ClientDisconnect, GoneError):
             return Response(status_code=499)
 
-    def _checked(self, path: str, content: bytes) -> dict[str, object]:
+    def _checked(self, path: str, content: bytes) -> bytes:
         """A request as the engine gets it. Raises RefusedError."""
         asked = checked_request(content)
         model = asked.setdefault("model", self.model)
@@ -114,7 +114,7 @@ class Proxy:
             for key, advice in _NOT_DONE.items():
                 if asked.get(key) not in (None, False, 1 if key == "best_of" else None):
                     raise RefusedError(400, f"{key}: {self.keeper.engine} does not do this; {advice}")
-        return asked
+        return json.dumps(asked).encode()
 
     async def _answer(self, request: Request, body: bytes) -> Response:
         """What the engine answers, as it comes where it is a stream. Raises RefusedError and GoneError."""
