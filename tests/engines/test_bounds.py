@@ -99,24 +99,30 @@ def test_a_request_beyond_the_bounds_is_refused_by_key(request_: object, why: st
 
 def test_what_clients_send_passes() -> None:
     person = {
-        "type": "object", "required": ["name"], "additionalProperties": False,
+        "type": "object",
+        "required": ["name"],
+        "additionalProperties": False,
         "properties": {
             "name": {"type": "string", "maxLength": 200, "pattern": r"^[A-Z][a-z]+( [A-Z]\.)?$"},
             "born": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
             "children": {"type": "array", "maxItems": 20, "items": {"$ref": "#"}},
             "minItems": {"enum": ["a", "b", None]},
         },
-    }  # fmt: skip
+    }
     for request in (
         {"model": "OUT", "prompt": [1] * 100_000, "max_tokens": 0, "temperature": 0.7, "seed": 2**63, "stop": ["\n\n"]},
         {"model": "OUT", "prompt": "x" * 2_000_000, "max_tokens": None, "n": 2, "logprobs": 5, "stream": True, "user": "me"},
         {
-            "messages": [{"role": "user", "content": "x" * 1_000_000}] * 4, "stream_options": {"include_usage": True},
+            "messages": [{"role": "user", "content": "x" * 1_000_000}] * 4,
+            "stream_options": {"include_usage": True},
             "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": person, "strict": True}},
             "tools": [{"type": "function", "function": {"name": "add", "description": "x" * 4_000, "parameters": person}}] * 8,
-            "logit_bias": {"50256": -100}, "logprobs": True, "top_logprobs": 20, "metadata": {"a": "b"},
+            "logit_bias": {"50256": -100},
+            "logprobs": True,
+            "top_logprobs": 20,
+            "metadata": {"a": "b"},
         },
-    ):  # fmt: skip
+    ):
         assert checked_request(json.dumps(request).encode()) == request
 
 
@@ -154,10 +160,13 @@ def test_a_chat_of_another_form_is_refused(chat: dict[str, Any]) -> None:
 def test_a_chat_passes() -> None:
     parts = [{"type": "text", "text": "hi"}]
     called = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    check_chat({
-        "messages": [
-            {"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": called},
-            {"role": "tool", "content": "3", "tool_call_id": "1"},
-        ],
-        "tools": [{"type": "function", "function": {"name": "f"}}],
-    })  # fmt: skip
+    check_chat(
+        {
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": None, "tool_calls": called},
+                {"role": "tool", "content": "3", "tool_call_id": "1"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        }
+    )

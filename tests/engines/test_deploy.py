@@ -82,6 +82,7 @@ LINES = dict(command_lines())
 def test_every_command_line_parses(where: str) -> None:
     name, options = parsed(LINES[where])
     assert name in {"front", "serve"} and options["host"] == "0.0.0.0"
+    assert not options["no_key"], "a key is in the environment: test_keys_are_never_in_the_files"
 
 
 def test_a_wrong_command_line_does_not() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -123,6 +124,25 @@ def test_serve_ends_when_the_engine_fails_three_times_in_a_minute(mixture: Check
     assert process.wait(60) == 2
     said = " ".join(process.stderr.read().split())
     assert "the engine failed 3 times in 60 seconds" in said and "ended by SIGKILL" in said
+
+
+def test_an_interrupt_from_the_terminal_ends_it_well(mixture: Checkpoint) -> None:
+    """Which goes to the engine, too: that is no failure."""
+    command = [sys.executable, "-m", "modekit", "serve", str(mixture.folder), "--port", "0", "--outtype", "f32"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("http://127.0.0.1:")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
+    said = process.stderr.read()
+    assert "started again" not in said and "Traceback" not in said
 
 
 def test_failures_of_long_ago_are_forgotten(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,10 +247,18 @@ def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], m
 @pytest.mark.parametrize(
     ("variable", "load", "cores", "machine", "expected"),
     [
-        ("3", 9.0, 2, 2, 3), ("3,2", 0.0, 2, 2, 3), ("", 0.0, 2, 2, 2), ("", 0.4, 2, 2, 2), ("", 1.0, 2, 2, 1),
-        ("", 40.0, 2, 2, 1), ("", 30.0, 4, 64, 4), ("", 62.0, 4, 64, 2), ("none", 0.0, 8, 8, 8), ("0", 0.0, 8, 8, 8),
+        ("3", 9.0, 2, 2, 3),
+        ("3,2", 0.0, 2, 2, 3),
+        ("", 0.0, 2, 2, 2),
+        ("", 0.4, 2, 2, 2),
+        ("", 1.0, 2, 2, 1),
+        ("", 40.0, 2, 2, 1),
+        ("", 30.0, 4, 64, 4),
+        ("", 62.0, 4, 64, 2),
+        ("none", 0.0, 8, 8, 8),
+        ("0", 0.0, 8, 8, 8),
     ],
-)  # fmt: skip
+)
 def test_threads_leave_busy_cores_alone(
     monkeypatch: pytest.MonkeyPatch, variable: str, load: float, cores: int, machine: int, expected: int
 ) -> None:
@@ -306,9 +314,11 @@ def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch,
 
 def test_an_option_that_the_engine_does_not_read_is_refused(mixtures: dict[str, Checkpoint]) -> None:
     for engine, words in (
-        ("transformers", ("--outtype", "f16")), ("transformers", ("--pre-tokenizer", "gpt-2")),
-        ("transformers", ("--parallel", "2")), ("auto", ("--outtype", "f16")),
-    ):  # fmt: skip
+        ("transformers", ("--outtype", "f16")),
+        ("transformers", ("--pre-tokenizer", "gpt-2")),
+        ("transformers", ("--parallel", "2")),
+        ("auto", ("--outtype", "f16")),
+    ):
         code, _, stderr = ended("serve", mixtures["adapters"].folder, "--port", "0", "--engine", engine, *words)
         said = " ".join(stderr.split())
         assert code == 2 and "the setting has no effect" in said and words[0] in said and "transformers" in said
