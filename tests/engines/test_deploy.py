@@ -19,9 +19,9 @@ from modekit.cli import app
 from modekit.engines import ray_front
 from modekit.engines.front import Front
 from modekit.engines.guard import MOST_AT_ONCE, Guard
+from modekit.engines.listening import KEY
 from modekit.engines.ray_front import FrontArguments
 from modekit.engines.run_front import WORKERS_KEY, FrontSettings
-from modekit.engines.serve import KEY
 from modekit.engines.workers import Workers
 from modekit.errors import EngineError
 from modekit.run import Run
@@ -82,6 +82,7 @@ LINES = dict(command_lines())
 def test_every_command_line_parses(where: str) -> None:
     name, options = parsed(LINES[where])
     assert name in {"front", "serve"} and options["host"] == "0.0.0.0"
+    assert not options["no_key"], "a key is in the environment: test_keys_are_never_in_the_files"
 
 
 def test_a_wrong_command_line_does_not() -> None:

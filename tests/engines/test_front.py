@@ -31,7 +31,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
 from modekit.engines.guard import LARGEST_BODY, MOST_AT_ONCE
-from modekit.engines.serve import KEY
+from modekit.engines.listening import KEY
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of

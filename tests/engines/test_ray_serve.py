@@ -27,7 +27,7 @@ from test_front import TEXTS, worker
 
 from byte_level import save_byte_model
 from domain_mixtures import built, model_experts
-from modekit.engines.serve import KEY
+from modekit.engines.listening import KEY
 from waiting import until
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "ray_serve.yaml"

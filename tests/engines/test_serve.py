@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,12 +22,15 @@ import torch
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.engines import listening, threads
 from modekit.engines import serve as module
 from modekit.engines.guard import LARGEST_BODY
-from modekit.engines.serve import KEY, Served, choose_engine, serving
+from modekit.engines.listening import KEY, refuse_other_machines
+from modekit.engines.serve import ENGINES, Served, choose_engine, serving
 from modekit.engines.settings import GgufSettings, ServeSettings
 from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
+from waiting import until
 
 PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
 COUNT = 12
@@ -180,11 +184,26 @@ def test_no_answer_tells_where_the_model_lies(running: tuple[Served, Checkpoint]
         assert str(checkpoint.folder.parent) not in str(asked(served, path)[1])
 
 
-def test_an_engine_that_dies_is_reported(mixtures: dict[str, Checkpoint]) -> None:
-    with serving(mixtures["native"], ServeSettings("llama", port=0, context=64, gguf=GgufSettings("f32"))) as served:
-        served._child._process.kill()
-        with pytest.raises(EngineError, match="the engine has ended"):
-            served.wait()
+def test_an_engine_that_dies_is_started_again(running: tuple[Served, Checkpoint]) -> None:
+    """Whichever it is; tests/engines/test_keeper.py has what becomes of requests."""
+    served, checkpoint = running
+    assert served.keeper._child is not None
+    before = psutil.Process(served.keeper._child._process.pid)
+    before.kill()
+    before.wait(60)
+    body = {"model": checkpoint.folder.name, "prompt": PROMPTS[0], "max_tokens": 2, "temperature": 0}
+    until(lambda: asked(served, "/v1/completions", body)[0] == 200)
+    assert served.keeper._child._process.pid != before.pid and asked(served, "/health")[0] == 200
+
+
+def test_a_model_is_found_by_its_name(running: tuple[Served, Checkpoint]) -> None:
+    served, checkpoint = running
+    name = checkpoint.folder.name
+    status, models = asked(served, "/v1/models")
+    assert status == 200 and [each["id"] for each in models["data"]] == [name]
+    assert asked(served, f"/v1/models/{name}")[1]["id"] == name
+    status, said = asked(served, "/v1/completions", {"model": "other", "prompt": "the", "max_tokens": 1})
+    assert status == 404 and name in said
 
 
 def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +229,106 @@ def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, C
     ended("fit", mixtures["native"].folder, "--temperature", "3")
     with serving(open_checkpoint(mixtures["native"].folder), settings):
         assert file.stat().st_mtime_ns != before
+
+
+def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they sleep while they wait, so that a busy machine answers, too."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for asked_for, variable, expected in ((3, "1", 3), (None, "2", 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        settings = ServeSettings("llama", port=0, context=64, threads=asked_for, gguf=GgufSettings("f32"))
+        with serving(mixtures["native"], settings) as served:
+            assert served.threads == expected and served.keeper._child is not None
+            environment = psutil.Process(served.keeper._child._process.pid).environ()
+            assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == (str(expected), "passive")
+            assert asked(served, "/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("variable", "load", "cores", "machine", "expected"),
+    [
+        ("3", 9.0, 2, 2, 3),
+        ("3,2", 0.0, 2, 2, 3),
+        ("", 0.0, 2, 2, 2),
+        ("", 0.4, 2, 2, 2),
+        ("", 1.0, 2, 2, 1),
+        ("", 40.0, 2, 2, 1),
+        ("", 30.0, 4, 64, 4),
+        ("", 62.0, 4, 64, 2),
+        ("none", 0.0, 8, 8, 8),
+        ("0", 0.0, 8, 8, 8),
+    ],
+)
+def test_threads_leave_busy_cores_alone(
+    monkeypatch: pytest.MonkeyPatch, variable: str, load: float, cores: int, machine: int, expected: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(threads, "_load", lambda: load)
+    monkeypatch.setattr(threads, "_cores", lambda: cores)
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    assert threads.default_threads() == expected
+
+
+def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    unbounded = threads._cores()
+    for written, expected in (("max 100000", unbounded), ("50000 100000", 1), ("100000000 100000", unbounded)):
+        (tmp_path / "cpu.max").write_text(f"{written}\n")
+        assert threads._cores() == expected
+
+
+@pytest.mark.parametrize("command", ["serve", "front"])
+@pytest.mark.parametrize(
+    ("host", "key", "said"),
+    [
+        ("0.0.0.0", None, "other machines could send requests without a key"),
+        ("::", None, "other machines could send requests without a key"),
+        ("127.0.0.1", "", "the key is empty"),
+        ("0.0.0.0", " ", "the key is empty"),
+    ],
+)
+def test_nobody_is_served_without_a_key_by_accident(
+    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, command: str, host: str, key: str | None, said: str
+) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    if key is not None:
+        monkeypatch.setenv(KEY, key)
+    more = ["--worker", "http://127.0.0.1:1"] if command == "front" else []
+    code, _, stderr = ended(command, mixtures["native"].folder, "--port", "0", "--host", host, *more)
+    assert code == 2 and said in " ".join(stderr.split()) and KEY in stderr
+
+
+def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch, mixtures: dict[str, Checkpoint]) -> None:
+    for host in ("127.0.0.1", "localhost", "127.1.2.3"):
+        refuse_other_machines(host)
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(EngineError, match="without a key"):
+            refuse_other_machines(host)
+    monkeypatch.delenv(KEY, raising=False)
+    settings = ServeSettings("llama", "0.0.0.0", 0, 64, no_key=True, gguf=GgufSettings("f32"))
+    with serving(mixtures["native"], settings) as served:
+        port = served.address.rpartition(":")[2]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+            assert answer.status == 200
+
+
+def test_an_option_that_the_engine_does_not_read_is_refused(mixtures: dict[str, Checkpoint]) -> None:
+    for engine, words in (
+        ("transformers", ("--outtype", "f16")),
+        ("transformers", ("--pre-tokenizer", "gpt-2")),
+        ("transformers", ("--parallel", "2")),
+        ("auto", ("--outtype", "f16")),
+    ):
+        code, _, stderr = ended("serve", mixtures["adapters"].folder, "--port", "0", "--engine", engine, *words)
+        said = " ".join(stderr.split())
+        assert code == 2 and "the setting has no effect" in said and words[0] in said and "transformers" in said
+    assert ENGINES["vllm"].options == {"parallel"} and ENGINES["llama"].options >= {"outtype", "pre_tokenizer", "parallel"}
+
+
+def test_a_missing_package_is_said_with_its_extra(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "find_spec", lambda name: None if name == "aiohttp" else True)
+    code, _, stderr = ended("serve", mixtures["native"].folder, "--port", "0")
+    assert code == 2 and "aiohttp" in stderr and "modekit[serve]" in stderr
 
 
 def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]) -> None:

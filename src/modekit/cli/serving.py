@@ -15,45 +15,82 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.engines.settings import EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
+
+_Host = Annotated[str, typer.Option(help="Address to listen on (default: this machine only).")]
+_Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes a free one.")]
+_NoKey = Annotated[
+    bool, typer.Option("--no-key", help="Serve other machines without a key (--host), if MODEKIT_API_KEY is not set.")
+]
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """By which engine, and where."""
 
-    engine: Annotated[EngineName, typer.Option(help="auto takes the first that fits, and says why.")] = "auto"
-    host: Annotated[str, typer.Option(help="Address to listen on; by default nobody but this machine is heard.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8000
-    context: Annotated[int | None, typer.Option(min=64, help="Tokens of the longest conversation; default: the model's.")] = (
-        None
-    )
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama, vllm).")] = 4
-    outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (llama; default: as the checkpoint).")] = None
-    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (llama).")] = None
+    engine: Annotated[EngineName, typer.Option(help="Engine; auto takes the first that can serve the mixture.")] = "auto"
+    host: _Host = "127.0.0.1"
+    port: _Port = 8000
+    no_key: _NoKey = False
+    context: Annotated[
+        int | None, typer.Option(min=64, help="Longest conversation in tokens (default: the model's maximum).")
+    ] = None
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Conversations answered at once (llama, vllm; default: 4).")
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_024, help="CPU threads (llama, transformers; default: OMP_NUM_THREADS, or the idle cores)."),
+    ] = None
+    outtype: Annotated[Outtype | None, typer.Option(help="Type of the weights (llama; default: as in the checkpoint).")] = None
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (llama; default: detected).")
+    ] = None
     fsync: Fsync = True
     trust_remote_code: Trust = False
+
+    def of_engines(self) -> dict[str, object]:
+        """Those that not every engine reads, as they are typed."""
+        return {
+            "parallel": self.parallel,
+            "threads": self.threads,
+            "outtype": self.outtype,
+            "pre_tokenizer": self.pre_tokenizer,
+        }
 
 
 @app.command()
 @grouped
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
-    """Serve a mixture by OpenAI's API in the engine that fits; MODEKIT_API_KEY in the environment is the key, if any."""
+    """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.serve import serving
+    from modekit.engines.serve import ENGINES, choose_engine, serving
 
-    settings = ServeSettings(
-        options.engine, options.host, options.port, options.context, options.parallel,
-        GgufSettings(options.outtype, options.pre_tokenizer),
-    )  # fmt: skip
     opened = open_checkpoint(resolved(checkpoint))
+    engine, _ = choose_engine(opened, options.engine)
+    unread = {name: value for name, value in options.of_engines().items() if name not in ENGINES[engine].options}
+    refuse_without_effect(
+        f"an engine that reads it; {engine} serves this mixture",
+        {f"--{name.replace('_', '-')}": value for name, value in unread.items()},
+    )
+    settings = ServeSettings(
+        options.engine,
+        options.host,
+        options.port,
+        options.context,
+        options.parallel,
+        options.threads,
+        options.no_key,
+        GgufSettings(options.outtype, options.pre_tokenizer),
+    )
     with ExitStack() as stack:
         with drawn_progress() as progress:
             run = Run(options.trust_remote_code, progress, options.fsync)
             served = stack.enter_context(serving(opened, settings, run=run))
-        said = f": {served.engine} ({served.why}), model {opened.folder.name}; Ctrl-C ends it"
+        threads = "" if served.threads is None else f", {served.threads} thread{'s' if served.threads > 1 else ''}"
+        said = f": {served.engine} ({served.why}){threads}, model {opened.folder.name}; Ctrl-C ends it"
         out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
         with suppress(KeyboardInterrupt):
             served.wait()
@@ -63,15 +100,17 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
 class FrontOptions:
     """Whom the front passes requests to, and where it listens."""
 
-    worker: Annotated[list[str], typer.Option(help="URL of a server with OpenAI's API; may be given several times.")]
+    worker: Annotated[list[str], typer.Option(help="URL of a server with OpenAI's API; repeat it for several.")]
     name: Annotated[
-        list[str] | None, typer.Option(metavar="EXPERT=MODEL", help="What the workers call an expert, or base, where not so.")
+        list[str] | None,
+        typer.Option(metavar="EXPERT=MODEL", help="Model name a worker uses for an expert or the base, if different."),
     ] = None
-    host: Annotated[str, typer.Option(help="Address to listen on; by default nobody but this machine is heard.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8000
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 600.0
+    host: _Host = "127.0.0.1"
+    port: _Port = 8000
+    no_key: _NoKey = False
+    timeout: Annotated[float, typer.Option(min=1, help="Longest time for an answer in seconds.")] = 600.0
     adapters: Annotated[
-        Path | None, typer.Option(help="Folder as export writes it; workers load its adapters, and let go those taken out.")
+        Path | None, typer.Option(help="Folder that export wrote; workers load its adapters and unload removed ones.")
     ] = None
     trust_remote_code: Trust = False
 
@@ -79,12 +118,14 @@ class FrontOptions:
 @app.command()
 @grouped
 def front(checkpoint: OutFolder, options: FrontOptions) -> None:
-    """One address before servers that have the experts: model "auto" goes to the expert whose text a request is."""
+    """Run a gateway; requests for "auto" go to the expert that best matches their text."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.engines.run_front import Address, FrontSettings, run_front
 
     adapters = None if options.adapters is None else resolved(options.adapters)
-    settings = FrontSettings(workers=options.worker, names=options.name or [], timeout=options.timeout, adapters=adapters)
+    settings = FrontSettings(
+        workers=options.worker, names=options.name or [], timeout=options.timeout, adapters=adapters, no_key=options.no_key
+    )
     opened = open_checkpoint(resolved(checkpoint))
 
     def listening(address: str) -> None:
@@ -96,11 +137,11 @@ def front(checkpoint: OutFolder, options: FrontOptions) -> None:
 @app.command()
 def route(
     checkpoint: OutFolder,
-    text: Annotated[str, typer.Argument(help="A text; - reads it from the standard input.")],
+    text: Annotated[str, typer.Argument(help="Text; - reads standard input.")],
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say whose text it is, by the mixture's router alone: no model is run."""
+    """Name the expert that best matches a text. Only the mixture's router runs, no model."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.routing.text_router import TextRouter
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -58,7 +59,12 @@ class Child:
         """Of the last lines that it said, those that speak of an error, or the last ones."""
         said = list(self._said)
         telling = [line for line in said if _ERROR.search(line) and not line.startswith(" ")]
-        return "; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing"
+        return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + self._signal()
+
+    def _signal(self) -> str:
+        """By which signal it was ended, if by one."""
+        code = self._process.poll() or 0
+        return f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
 
     def answer(self) -> Any:
         """The next line of JSON that it writes; None when it ended without one."""
@@ -75,16 +81,21 @@ class Child:
         """Whether it has not ended."""
         return self._process.poll() is None
 
-    def stop(self) -> None:
+    def end(self) -> None:
         """End it: by the end of its standard input, and where it does not heed that, at once."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                _pipe(pipe).close()
+        with suppress(OSError):
+            _pipe(self._process.stdin).close()
         try:
             self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def stop(self) -> None:
+        """End it, and read nothing more of it."""
+        self.end()
+        with suppress(OSError):
+            _pipe(self._process.stdout).close()
         self._listener.join(_PATIENCE_S)
         _pipe(self._process.stderr).close()
 
@@ -105,6 +116,7 @@ def _exit() -> None:
 
 def settings_of_caller(at_end: Callable[[], None] = _exit) -> dict[str, Any]:
     """The child's end: what the parent wants. From now on the process ends when the parent does, by `at_end`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, whose end is this one's
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_caller, args=(at_end,), daemon=True).start()
     return settings

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from modekit.engines.child import Child
+from modekit.engines.threads import threads_environment
 from modekit.errors import EngineError
 
 _LARGE_BIAS = 1e6
@@ -35,7 +36,7 @@ class Llama:
             "model": str(file), "name": file.name, "host": "127.0.0.1", "port": 0, "key": None, "context": context,
             "parallel": 1, "threads": threads, "exact": True, "adapters": [str(path.absolute()) for path in adapters],
         }  # fmt: skip
-        self._child = Child("modekit.engines.llama_process", settings)
+        self._child = Child("modekit.engines.llama_process", settings, threads_environment(threads))
         ready = self._child.answer()
         if ready is None:
             self._child.stop()

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from modekit.engines.child import answer_caller, settings_of_caller
+
+_FOR_REQUESTS = 2**31  # bytes
 
 
 def main() -> None:
@@ -41,9 +44,32 @@ def main() -> None:
     if settings["exact"]:  # keys and values as they were computed, where by default they are rounded to 16 bits
         params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
         params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    else:
+        params.cache_ram_mib = min(params.cache_ram_mib, _machine_mib() // 8)
     server = Server(params)
+    if not settings["exact"]:
+        _bound_memory(params.cache_ram_mib)
     answer_caller({"address": server.listening_address})
     threading.Event().wait()
+
+
+def _machine_mib() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+
+
+def _bound_memory(cache_mib: int) -> None:
+    """Let this process grow no further than its cache of texts and what requests take; beyond that an allocation fails.
+
+    So a request that is out of all bounds ends with an error, or with this process, and not with the machine's memory.
+    """
+    with suppress(OSError, ValueError, ImportError, StopIteration):  # where a system has no such limit
+        import resource
+
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("VmData:"))
+        limit = kib * 2**10 + max(cache_mib, 0) * 2**20 + _FOR_REQUESTS
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 if __name__ == "__main__":

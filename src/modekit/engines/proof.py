@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from modekit.engines.llama import Llama
+from modekit.engines.threads import default_threads
 from modekit.errors import EngineError, TextError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
@@ -129,7 +130,7 @@ def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run
     model = load_model(folder, run=run)
     texts = [ids[: int(model.config.max_position_embeddings) - GREEDY_TOKENS - 1] for ids in texts]
     context = max(map(len, texts)) + GREEDY_TOKENS + 1
-    with Llama(file, context=context, threads=torch.get_num_threads(), adapters=adapters) as llama:
+    with Llama(file, context=context, threads=default_threads(), adapters=adapters) as llama:
         _check_tokens(llama, texts, folder)
         yield InBoth(model, llama, texts, tuple(_other_readings(llama, tokenizer)))
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.serve import INSTALL, KEY, bound_socket, url_of
+from modekit.engines.listening import KEY, check_packages, key_in, refuse_other_machines, server_of
+from modekit.engines.serve import bound_socket, url_of
 from modekit.errors import EngineError
 from modekit.recipes.strict import BASE, Strict
 from modekit.run import QUIET, Run
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
     from modekit.engines.front import Front
 
 WORKERS_KEY = "MODEKIT_WORKERS_KEY"
-"""The environment variable with the key that the workers want to see; unset: none."""
-_BACKLOG = 1_024
-_GRACE_S = 5  # in which answers may end
-_HEAD = 2**16  # bytes of a request's head
+"""The environment variable with the key that the front sends to workers; unset: none."""
+_EVERYWHERE = "0.0.0.0"
 
 
 class FrontSettings(Strict):
@@ -37,12 +34,14 @@ class FrontSettings(Strict):
         names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
         timeout: seconds that an answer may take.
         adapters: a folder of adapters that workers are told to load; None: they have what they have.
+        no_key: whether other machines may be served without a key.
     """
 
     workers: Sequence[str]
     names: Sequence[str] = ()
     timeout: float = Field(600.0, ge=1)
     adapters: Annotated[Path, Field(strict=False)] | None = None
+    no_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,34 +59,25 @@ def run_front(
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError when it cannot listen.
     """
-    front = front_of(checkpoint, settings, run=run)
-    import uvicorn
-
+    front = front_of(checkpoint, settings, at.host, run=run)
     with bound_socket(at.host, at.port) as listener:
-        listener.listen(_BACKLOG)  # who connects from now on waits until the server is up
         logging.getLogger("modekit.front").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s")
-        config = uvicorn.Config(
-            front.app(),
-            log_level="critical",
-            access_log=False,
-            timeout_graceful_shutdown=_GRACE_S,
-            http="h11",  # httptools, which uvicorn takes where it finds it, bounds no head
-            h11_max_incomplete_event_size=_HEAD,
-        )
+        server = server_of(front.app(), listener)
         listening(url_of(*listener.getsockname()[:2]))
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
-def front_of(checkpoint: Checkpoint, settings: FrontSettings, *, run: Run = QUIET) -> Front:
-    """A front that is not yet heard; the keys are those of the environment.
+def front_of(checkpoint: Checkpoint, settings: FrontSettings, host: str = _EVERYWHERE, *, run: Run = QUIET) -> Front:
+    """A front that does not listen yet, for the address `host`; the keys are those of the environment.
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
     """
-    missing = [name for name in ("starlette", "uvicorn", "aiohttp", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+    check_packages(("starlette", "uvicorn", "aiohttp", "prometheus_client"))
+    key, workers_key = key_in(KEY), key_in(WORKERS_KEY)
+    if key is None and not settings.no_key:
+        refuse_other_machines(host)
     from modekit.engines.adapter_folder import AdapterFolder
     from modekit.engines.front import Front
     from modekit.engines.workers import Workers
@@ -101,8 +91,8 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, *, run: Run = QUIE
     _check_urls(settings.workers)
     router = TextRouter(checkpoint, run=run)
     adapters = None if settings.adapters is None else AdapterFolder(settings.adapters, checkpoint.names, names)
-    workers = Workers(settings.workers, os.environ.get(WORKERS_KEY), settings.timeout, adapters)
-    return Front(router, workers, names, os.environ.get(KEY))
+    workers = Workers(settings.workers, workers_key, settings.timeout, adapters)
+    return Front(router, workers, names, key)
 
 
 def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str]:

@@ -6,12 +6,14 @@
 | vllm | all but a few | vLLM's own server, with modekit's plug-in |
 | transformers | every mixture but those with an encoder | `transformers serve`, one request at a time |
 
-The engine is a process of its own that ends with this one. It listens on the loopback address unless another is asked for.
+The engine is a process of its own that ends with this one, and is started again where it ends by itself (keeper.py). Clients
+ask this process (proxy.py), which bounds what they may ask. The engine listens on a port of this machine, with its own key.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,13 +29,16 @@ from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.child import Child
 from modekit.engines.converter import check_installed, is_installed
 from modekit.engines.gguf import gguf_of
+from modekit.engines.keeper import Keeper
+from modekit.engines.listening import INSTALL, KEY, answering, check_packages, key_in, refuse_other_machines
 from modekit.engines.settings import EngineName, ServeSettings
+from modekit.engines.threads import default_threads, threads_environment
 from modekit.errors import CheckpointError, EngineError, UnsupportedError
 from modekit.run import QUIET, Run
+from modekit.sources.tokenizer import chat_template
 
-KEY = "MODEKIT_API_KEY"
-"""The environment variable with the key that requests must bear; unset: none."""
-INSTALL = "pip install 'modekit[serve]'"
+_INNER = "127.0.0.1"  # where engines listen
+_PARALLEL = 4
 
 
 @dataclass(frozen=True)
@@ -44,31 +49,30 @@ class Engine:
         module: what the process runs.
         refusal: why it cannot serve a mixture; None when it can.
         prepared: what the process needs to know besides the settings that all share.
+        options: those of `modekit serve` that it reads besides the ones that all read.
         environment: what it finds in its environment.
     """
 
     module: str
     refusal: Callable[[Checkpoint], str | None]
     prepared: Callable[[Checkpoint, ServeSettings, Run], Mapping[str, Any]]
+    options: frozenset[str]
     environment: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass(frozen=True)
 class Served:
-    """A mixture that is being served: where, by which engine, and why by that one."""
+    """A mixture that is being served: where, by which engine and why, with how many threads (None: as the engine likes)."""
 
     address: str
     engine: str
     why: str
-    _child: Child
+    threads: int | None
+    keeper: Keeper
 
     def wait(self) -> None:
-        """Until the engine ends by itself, which is an error. Raises EngineError."""
-        while self._child.answer() is not None:
-            pass
-        raise EngineError(
-            "the engine has ended", where=self.engine, found=self._child.complaint(), remedy="see what it says, and serve again"
-        )
+        """Until the engine has failed too often, which is an error. Raises EngineError."""
+        self.keeper.wait()
 
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
@@ -102,27 +106,49 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
 
     Raises UnsupportedError and EngineError before it listens, never at the first request.
     """
+    check_packages(("starlette", "uvicorn", "aiohttp"))
+    from modekit.engines.proxy import Proxy
+
     name, why = choose_engine(checkpoint, settings.engine)
+    engine, key = ENGINES[name], key_in(KEY)
+    if key is None and not settings.no_key:
+        refuse_other_machines(settings.host)
+    threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
+    with bound_socket(settings.host, settings.port) as listener:
+        inner_key = secrets.token_urlsafe()
+        wanted = {**_common(checkpoint, settings, inner_key), **engine.prepared(checkpoint, settings, run), "threads": threads}
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            KEY: inner_key,
+            **engine.environment(),
+            **(threads_environment(threads) if threads else {}),
+        }
+        run.progress(f"start {name}", 0, 1)
+        with Keeper(name, lambda: Child(engine.module, wanted, environment)) as keeper:
+            app = Proxy(keeper, checkpoint.folder.name, inner_key, chat_template(checkpoint.folder) is not None).app(key)
+            with answering(app, listener):
+                yield Served(url_of(*listener.getsockname()[:2]), name, why, threads, keeper)
+
+
+def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> dict[str, Any]:
+    """What every engine's process needs to know. Raises EngineError for a context that the model was not trained for."""
     longest = longest_conversation(checkpoint)
     if settings.context is not None and settings.context > longest:
         raise EngineError(
-            "the context is longer than the model's", where="--context", found=settings.context, expected=f"at most {longest}",
+            "the context is longer than the model's",
+            where="--context",
+            found=settings.context,
+            expected=f"at most {longest}",
             remedy="ask for less; the model was not trained for more",
-        )  # fmt: skip
-    free_port(settings.host, settings.port)
-    wanted = {
-        "host": settings.host, "port": settings.port, "name": checkpoint.folder.name, "key": os.environ.get(KEY),
-        "context": settings.context or longest, "parallel": settings.parallel,
-    }  # fmt: skip
-    wanted |= ENGINES[name].prepared(checkpoint, settings, run)
-    run.progress(f"start {name}", 0, 1)
-    with Child(ENGINES[name].module, wanted, {"HF_HUB_OFFLINE": "1", **ENGINES[name].environment()}) as child:
-        ready = child.answer()
-        if ready is None:
-            raise EngineError(
-                "the engine did not start", where=name, found=child.complaint(), remedy="see what it says; memory must suffice"
-            )
-        yield Served(str(ready["address"]), name, why, child)
+        )
+    return {
+        "host": _INNER,
+        "port": 0,
+        "name": checkpoint.folder.name,
+        "key": key,
+        "context": settings.context or longest,
+        "parallel": settings.parallel or _PARALLEL,
+    }
 
 
 def longest_conversation(checkpoint: Checkpoint) -> int:
@@ -168,12 +194,7 @@ def _llama_refusal(checkpoint: Checkpoint) -> str | None:
 def _llama_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
     check_installed()
     file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
-    return {"model": str(file), "threads": _cores(), "exact": False}
-
-
-def _cores() -> int:
-    """That this process may use, where the system says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"model": str(file), "exact": False}
 
 
 def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
@@ -203,7 +224,6 @@ def _vllm_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) ->
     check_loadable(checkpoint.folder, run=run)
     return {
         "model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code, "dtype": checkpoint.config["dtype"],
-        "port": free_port(settings.host, settings.port),  # vLLM does not say which one it took
         "through_transformers": checkpoint.shape.through_transformers,
     }  # fmt: skip
 
@@ -228,9 +248,12 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+_OF_LLAMA = frozenset({"outtype", "pre_tokenizer", "parallel", "threads"})
 ENGINES: Mapping[str, Engine] = {
-    "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared),
-    "vllm": Engine("modekit.engines.vllm_process", _vllm_refusal, _vllm_prepared, _vllm_environment),
-    "transformers": Engine("modekit.engines.transformers_process", _transformers_refusal, _transformers_prepared),
+    "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared, _OF_LLAMA),
+    "vllm": Engine("modekit.engines.vllm_process", _vllm_refusal, _vllm_prepared, frozenset({"parallel"}), _vllm_environment),
+    "transformers": Engine(
+        "modekit.engines.transformers_process", _transformers_refusal, _transformers_prepared, frozenset({"threads"})
+    ),
 }
 """By name, the best first."""

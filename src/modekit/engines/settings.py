@@ -30,7 +30,9 @@ class ServeSettings:
         engine: which engine; auto: the first that fits.
         host, port: where it listens; port 0: any that is free.
         context: tokens of the longest conversation; None: the model's own.
-        parallel: conversations at once (llama, vllm).
+        parallel: conversations at once; None: four.
+        threads: threads that compute on processors; None: as many as cores are idle.
+        no_key: whether an address that other machines reach may be served without a key.
         gguf: how llama's file is made.
     """
 
@@ -38,5 +40,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     context: int | None = None
-    parallel: int = 4
+    parallel: int | None = None
+    threads: int | None = None
+    no_key: bool = False
     gguf: GgufSettings = field(default_factory=GgufSettings)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from modekit.engines.child import answer_caller, settings_of_caller
 from modekit.engines.guard import ANSWERS, App, Guard
-from modekit.engines.serve import KEY, url_of
+from modekit.engines.listening import KEY
+from modekit.engines.serve import free_port, url_of
 
 SERVER = "vllm.entrypoints.openai.api_server"
 _LOOK_S = 0.5
@@ -51,6 +52,7 @@ def main() -> None:
     os.setsid()
     settings = settings_of_caller(at_end=lambda: os.killpg(0, signal.SIGKILL))
     os.chdir(Path(settings["model"]).parent)  # so that no answer tells where the model lies
+    settings["port"] = free_port(settings["host"], settings["port"])  # vLLM does not say which one it took
     address = url_of(settings["host"], settings["port"])
     threading.Thread(target=_answer_when_heard, args=(address,), daemon=True).start()
     sys.argv = [SERVER, *arguments_of(settings)]

@@ -1,0 +1,89 @@
+"""Who may reach a server of modekit's own, and how it listens: `modekit serve` and `modekit front`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from modekit.engines.guard import App
+from modekit.errors import EngineError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+KEY = "MODEKIT_API_KEY"
+"""The environment variable with the key that clients must send."""
+INSTALL = "pip install 'modekit[serve]'"
+_BACKLOG = 1_024
+_GRACE_S = 5  # in which answers may end
+_HEAD = 2**16  # bytes of a request's head
+
+
+def key_in(variable: str) -> str | None:
+    """The key in an environment variable; None where it is not set. Raises EngineError for an empty one."""
+    key = os.environ.get(variable)
+    if key is not None and not key.strip():
+        raise EngineError(
+            "the key is empty",
+            where=f"{variable} in the environment",
+            found=repr(key),
+            remedy="give it a value, or unset the variable to serve without a key",
+        )
+    return key
+
+
+def refuse_other_machines(host: str) -> None:
+    """Raise EngineError where an address without a key can be reached from other machines."""
+    try:
+        found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return  # it cannot be listened on either, which is another error
+    if not all(ip_address(each.partition("%")[0]).is_loopback for each in found):
+        raise EngineError(
+            "other machines could send requests without a key",
+            where=f"--host {host}",
+            found=f"no {KEY} in the environment",
+            remedy=f"set {KEY} to the key that clients must send; --no-key serves everybody who reaches the address",
+        )
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """Raise EngineError where a package of the extra `serve` is missing."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+
+
+def server_of(app: App, listener: socket.socket) -> uvicorn.Server:
+    """A server that is yet to run; who connects from now on waits until it does."""
+    import uvicorn
+
+    listener.listen(_BACKLOG)
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        http="h11",  # httptools, which uvicorn takes where it finds it, bounds no head
+        h11_max_incomplete_event_size=_HEAD,
+    )
+    return uvicorn.Server(config)
+
+
+@contextmanager
+def answering(app: App, listener: socket.socket) -> Iterator[None]:
+    """While open, an application answers on a socket, in a thread of its own."""
+    server = server_of(app, listener)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()

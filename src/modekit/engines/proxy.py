@@ -1,0 +1,185 @@
+"""The one address of `modekit serve`, before whichever engine answers there.
+
+    client -> guard (key, size) -> bounds (bounds.py) -> the engine's process, on a port that only this machine sees
+
+What an engine answers is passed on as it comes. Where the engine's process ends, requests that it was at get a status, the
+others wait until it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from modekit.engines.bounds import check_chat, checked_request
+from modekit.engines.guard import ANSWERS, App, Guard, RefusedError, error_of
+from modekit.engines.keeper import Keeper
+from modekit.engines.passing import GoneError, unless_gone, whole_events
+
+_BACK_S = 15.0  # that a request waits for an engine that is started again
+_LOOK_S = 0.1
+_SHOWN = 60
+_AGAIN: Mapping[str, str] = {"retry-after": "2"}
+_ENDED = "the engine ended while it was answering, and is started again; send the request once more"
+_HINT = re.compile(r"( - hint:|,? (?:please )?try (?:increasing|using|setting)|\.? [Ss]tart it with ).*", re.DOTALL)
+"""What engines advise their own users to do, who have other options."""
+_JSON: Mapping[str, str] = {"content-type": "application/json"}
+_NO_TEMPLATE = (
+    "the model has no chat template; send a prompt to /v1/completions (or build it on a base with chat_template.jinja)"
+)
+_WITHOUT_SCORES = {"llama", "transformers"}
+_NOT_DONE: Mapping[str, str] = {
+    "echo": "add the prompt to the answer yourself",
+    "best_of": "ask for several answers by n",
+    "logprobs": "ask /v1/chat/completions with logprobs and top_logprobs",
+    "suffix": "write the prompt so that the answer comes last",
+}
+"""What /v1/completions of some engines would ignore, or answer in a form that clients do not read; and what to do instead."""
+
+
+@dataclass
+class Proxy:
+    """What is known of the engine.
+
+    Attributes:
+        keeper: keeps it running.
+        model: the name under which it serves the mixture.
+        inner_key: what the engine wants to see.
+        chats: whether the mixture has a chat template.
+        born: seconds of the epoch, for the list of models.
+    """
+
+    keeper: Keeper
+    model: str
+    inner_key: str
+    chats: bool
+    born: int = field(default_factory=lambda: int(time.time()))
+    _client: aiohttp.ClientSession = field(init=False)
+
+    def app(self, key: str | None) -> App:
+        """As an ASGI application for clients with a key, if any."""
+        routes = [
+            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/health", self._health),
+        ]
+        metrics = {"/metrics"} if self.keeper.engine == "vllm" else set()
+        routes += [Route(path, self._metrics) for path in metrics]
+        paths = ANSWERS | metrics | {f"/v1/models/{self.model}"}
+        return Guard(Starlette(routes=routes, lifespan=self._lifespan), key, paths, open_paths={"/health"} | metrics)
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        headers = {"Accept-Encoding": "identity", "Authorization": f"Bearer {self.inner_key}"}
+        # One connection per request: a kept one may lead to a process that is gone, as if it had died of this request.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        limit = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limit) as self._client:
+            yield
+
+    async def _complete(self, request: Request) -> Response:
+        try:
+            # A thread of its own, so that a long request does not hold up the others' answers.
+            return await self._answer(request, await asyncio.to_thread(self._checked, request.url.path, await request.body()))
+        except RefusedError as error:
+            return JSONResponse(error_of(error.status, error.why), error.status, _AGAIN if error.status == 503 else None)
+        except (ClientDisconnect, GoneError):
+            return Response(status_code=499)
+
+    def _checked(self, path: str, content: bytes) -> bytes:
+        """A request as the engine gets it. Raises RefusedError."""
+        asked = checked_request(content)
+        model = asked.setdefault("model", self.model)
+        if model != self.model:
+            raise RefusedError(404, f"there is no model {str(model)[:_SHOWN]!r}; there is {self.model!r}")
+        if path.endswith("/chat/completions"):
+            if not self.chats:
+                raise RefusedError(400, _NO_TEMPLATE)
+            check_chat(asked)
+        elif self.keeper.engine in _WITHOUT_SCORES:
+            for key, advice in _NOT_DONE.items():
+                if asked.get(key) not in (None, False, 1 if key == "best_of" else None):
+                    raise RefusedError(400, f"{key}: {self.keeper.engine} does not do this; {advice}")
+        return json.dumps(asked).encode()
+
+    async def _answer(self, request: Request, body: bytes) -> Response:
+        """What the engine answers, as it comes where it is a stream. Raises RefusedError and GoneError."""
+        answer = await unless_gone(request, self._sent(request.url.path, body))
+        kind = answer.headers.get("content-type", "application/json")
+        if kind.startswith("text/event-stream"):
+            return _Stream(answer, kind)
+        async with answer:
+            try:
+                content = await unless_gone(request, answer.read())
+            except aiohttp.ClientError:
+                raise RefusedError(503, _ENDED) from None
+        return Response(_without_hint(content) if answer.status >= 400 else content, answer.status, media_type=kind)
+
+    async def _sent(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+        """The head of the engine's answer. Raises RefusedError where it ends, or is not back in time."""
+        end = time.monotonic() + _BACK_S
+        while time.monotonic() < end and (address := await self.keeper.address_within(end - time.monotonic())) is not None:
+            try:
+                return await self._client.post(address + path, data=body, headers=_JSON, allow_redirects=False)
+            except aiohttp.ClientConnectorError:  # it has just ended, and got nothing of the request
+                await asyncio.sleep(_LOOK_S)
+            except aiohttp.ClientError:
+                raise RefusedError(503, _ENDED) from None
+        raise RefusedError(503, "the engine is started again; send the request once more")
+
+    async def _models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _model(self, _request: Request) -> Response:
+        return JSONResponse(self._described())
+
+    def _described(self) -> dict[str, object]:
+        return {"id": self.model, "object": "model", "created": self.born, "owned_by": "modekit"}
+
+    async def _health(self, _request: Request) -> Response:
+        if self.keeper.address is None:
+            return JSONResponse({"status": "starting"}, 503, _AGAIN)
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, _request: Request) -> Response:
+        try:
+            async with self._client.get(f"{self.keeper.address}/metrics", allow_redirects=False) as answer:
+                return Response(await answer.read(), answer.status, media_type=answer.headers.get("content-type"))
+        except (aiohttp.ClientError, ValueError):
+            return JSONResponse({"status": "starting"}, 503, _AGAIN)
+
+
+class _Stream(StreamingResponse):
+    """An engine's stream; whatever becomes of the client, the connection to the engine is closed afterwards."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, kind: str) -> None:
+        super().__init__(whole_events(answer.content.iter_any(), _ENDED), answer.status, media_type=kind)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._answer:
+            await super().__call__(scope, receive, send)
+
+
+def _without_hint(content: bytes) -> bytes:
+    """An engine's error without its advice to its own users."""
+    try:
+        said = json.loads(content)
+        said["error"]["message"] = _HINT.sub("", str(said["error"]["message"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return content
+    return json.dumps(said).encode()
