@@ -36,7 +36,11 @@ _START = (
 
 
 class RenderError(Exception):
-    """A chat template raised an error for these messages, or passed a limit."""
+    """A chat template does not take these messages."""
+
+
+class LimitError(RenderError):
+    """A chat template passed a limit for these messages."""
 
 
 class TemplateProcess:
@@ -51,7 +55,7 @@ class TemplateProcess:
         request = {"source": source, "messages": messages, "variables": variables, "seconds": SECONDS}
         line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         if len(line) > _LARGEST:
-            raise RenderError(f"the messages have more than {_LARGEST:,} bytes")
+            raise LimitError(f"the messages have more than {_LARGEST:,} bytes")
         with self._lock:
             try:
                 answered = self._answer(line)
@@ -59,9 +63,9 @@ class TemplateProcess:
                 self.stop()
                 raise
         answer: dict[str, str] = json.loads(answered.decode("utf-8", "surrogatepass"))
-        if "error" in answer:
-            raise RenderError(answer["error"])
-        return answer["text"]
+        if "text" in answer:
+            return answer["text"]
+        raise LimitError(answer["limit"]) if "limit" in answer else RenderError(answer["error"])
 
     def stop(self) -> None:
         """End the child, if there is one."""
@@ -92,7 +96,7 @@ class TemplateProcess:
         if answered is None:
             self._process = None
             _close(process)
-            raise RenderError(_why(process.wait()))
+            raise LimitError(_why(process.wait()))
         return answered
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -161,7 +165,7 @@ def main() -> None:
         try:
             answer = _rendered(line, render_jinja_template)
             if len(answer) > _LARGEST:
-                raise ValueError(f"it writes more than {_LARGEST:,} bytes")
+                answer = _said({"limit": f"it writes more than {_LARGEST:,} bytes"})
         except MemoryError:
             raise SystemExit(_EXHAUSTED) from None
         except Exception as error:  # a template raises what it likes
