@@ -12,7 +12,10 @@ import pytest
 from aiohttp import web
 
 from modekit.engines import workers as module
+from modekit.engines.front import Front
+from modekit.engines.guard import BrokenOffError
 from modekit.engines.workers import Workers
+from modekit.routing.text_router import TextRouter
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PATH = "/v1/completions"
@@ -186,3 +189,81 @@ def test_one_that_says_nonsense_serves_nothing(said: str) -> None:
         return workers.models
 
     assert with_workers(good, then=then, models=nonsense) == set()
+
+
+def streaming(*parts: bytes, kind: str = "text/event-stream", pause_s: float = 0.2, cut: bool = True) -> Handler:
+    """Sends these, and breaks off."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Type": kind})
+        await answer.prepare(request)
+        for part in parts:
+            await answer.write(part)
+            await asyncio.sleep(pause_s)
+        assert request.transport is not None
+        if cut:
+            request.transport.close()
+        return answer
+
+    return handler
+
+
+async def passed_on(workers: Workers) -> bytes:
+    """What a front before the workers sends a client, to the end."""
+    content, sent = json.dumps({"model": "law", "prompt": "x"}).encode(), bytearray()
+    front = Front(TextRouter.__new__(TextRouter), workers)  # a model that is named is not asked about
+    head = [(b"content-length", str(len(content)).encode())]
+    asked_for = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if asked_for.is_set():
+            await asyncio.sleep(60)
+        asked_for.set()
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    ended = False
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal ended
+        if message["type"] == "http.response.body":
+            sent.extend(message["body"])
+            ended = not message.get("more_body")
+
+    scope = {"type": "http", "path": PATH, "raw_path": PATH.encode(), "method": "POST", "headers": head, "query_string": b""}
+    await front.app()(scope, receive, send)
+    assert ended and [each.busy for each in workers.all] == [0]
+    return bytes(sent)
+
+
+EVENT, CHUNKS = b'data: {"choices": [{"text": "a"}]}\n\n', b'data: {"choices": [{"text": "'
+
+
+@pytest.mark.parametrize("parts", [
+    (EVENT,), (EVENT, EVENT + CHUNKS), (EVENT, b": still here\n\n", CHUNKS[:9]), (EVENT[:-1],),
+    (EVENT.replace(b"\n", b"\r\n"), CHUNKS), (EVENT[:9], EVENT[9:] + EVENT[:-2], b"\n"),
+], ids=["between", "within", "comment", "before the blank line", "line ends", "any pieces"])  # fmt: skip
+def test_a_stream_that_breaks_off_ends_with_an_error(parts: tuple[bytes, ...]) -> None:
+    """And with no half event before it, which a client could not read."""
+    sent = with_workers(streaming(*parts), then=passed_on).replace(b"\r\n", b"\n").decode()
+    events = [event.strip() for event in sent.split("\n\n") if event.strip()]
+    *before, last = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: ")]
+    assert before and all(event["choices"] for event in before)
+    assert last["error"]["code"] == 503 and "send the request again" in last["error"]["message"]
+    assert sent.endswith("\n\n")
+
+
+def test_a_stream_without_end_ends_with_an_error() -> None:
+    sent = with_workers(streaming(*[EVENT] * 100, pause_s=0.1), then=passed_on, timeout_s=1)
+    assert b'"error"' in sent.rstrip().rpartition(b"\n")[2] and 1 <= sent.count(b"choices") < 100
+
+
+def test_a_whole_stream_is_passed_on_as_it_is() -> None:
+    whole = (EVENT, EVENT[:20], EVENT[20:], b"data: [DONE]\n\n")
+    assert with_workers(streaming(*whole, cut=False), then=passed_on) == b"".join(whole)
+    endless = b"data: " + b"x" * 3 * 2**20
+    assert with_workers(streaming(endless, endless, cut=False), then=passed_on) == endless * 2
+
+
+def test_another_answer_that_breaks_off_ends_with_its_connection() -> None:
+    with pytest.raises(BrokenOffError):
+        with_workers(streaming(b'{"choices": [', kind="application/json"), then=passed_on)

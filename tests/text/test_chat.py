@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 
 from chatting import TEMPLATE, word_tokenizer
 from modekit.errors import TextError
-from modekit.text import chat
 from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, conversation_of
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
@@ -126,21 +124,6 @@ def test_a_template_that_takes_no_system_prompt() -> None:
     assert template.around("Be brief") is None and template.around(None) == ("[", "][")
     with pytest.raises(TextError, match="no system prompt"):
         template.text([{"role": "system", "content": "x"}, *SAID])
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 99999999999 }}",
-     "{% set x = 9**(9**9) %}x",
-     "{{ nothing.there }}", "{% broken", "{{ messages.__class__.__mro__ }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"],
-)  # fmt: skip
-def test_a_hostile_template_is_an_error_soon(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_SECONDS", 0.5)
-    template, started = ChatTemplate(word_tokenizer(text)), time.monotonic()
-    with pytest.raises(TextError, match="chat template does not take these messages"):
-        template.text(SAID)
-    assert time.monotonic() - started < 30  # it would be hours
-    assert template.around(None) is None and template.turn() is None
 
 
 def test_of_named_templates_the_default_counts() -> None:

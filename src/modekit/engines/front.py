@@ -13,10 +13,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -26,8 +26,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from modekit.engines.guard import App, Guard, RefusedError, error_of
+from modekit.engines.guard import BODY, App, Aside, Body, BrokenOffError, Guard, RefusedError, error_of
 from modekit.engines.metrics import Metrics
+from modekit.engines.passing import EVENTS, GoneError, unless_gone, whole_events
 from modekit.engines.workers import Answer, Workers
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
@@ -35,8 +36,8 @@ from modekit.routing.text_router import Decision, TextRouter
 from modekit.text.chat import conversation_of
 
 AUTO = "auto"
-_LOOK_S = 0.5  # between two looks whether a client is still there
-_T = TypeVar("_T")
+_GRACE_S = 5.0  # for the last event of an answer that took too long
+_BROKEN_OFF = "the worker's answer broke off; send the request again"
 _LOG = logging.getLogger("modekit.front")
 
 
@@ -58,6 +59,7 @@ class Front:
     key: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
     _deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _aside: Aside = field(default_factory=Aside)
 
     def app(self) -> App:
         """As an ASGI application."""
@@ -91,7 +93,7 @@ class Front:
             return _error(error.status, error.why)
         except (TimeoutError, asyncio.TimeoutError):
             return _error(504, "the answer took too long")
-        except (ClientDisconnect, _GoneError):
+        except (ClientDisconnect, GoneError):
             return Response(status_code=499)
         finally:
             await held.aclose()  # of what was not handed on with the answer
@@ -99,13 +101,15 @@ class Front:
     async def _answer(self, request: Request, held: AsyncExitStack) -> Response:
         """What the expert's worker says; `held` is let go after its last byte."""
         started = time.perf_counter()
-        body = await _body_of(request)
-        expert, decision = await self._expert_of(body)
+        body: Body = request.scope[BODY]
+        size = int(request.headers["content-length"])
+        expert, decision = await self._expert_of(body, size)
         self.metrics.decided(time.perf_counter() - started)
         for taken in [expert] if decision is None or expert == BASE else [expert, BASE]:
             model = taken if decision is None else self.names.get(taken, taken)
-            asked = self.workers.asked(model, request.url.path, json.dumps({**body, "model": model}).encode())
-            answer = await _unless_gone(request, held.enter_async_context(asked))
+            content = await self._aside(size, json.dumps, {**body, "model": model})
+            asked = self.workers.asked(model, request.url.path, content.encode())
+            answer = await unless_gone(request, held.enter_async_context(asked))
             if answer is not None:
                 break
         else:
@@ -119,15 +123,15 @@ class Front:
             return Response(answer.body, answer.status, headers, answer.kind)
         return _PassedOn(answer, headers, held.pop_all(), self.workers.timeout_s)
 
-    async def _expert_of(self, body: Mapping[str, Any]) -> tuple[str, Decision | None]:
-        """Who takes a request, and why. Raises RefusedError."""
+    async def _expert_of(self, body: Body, size: int) -> tuple[str, Decision | None]:
+        """Who takes a request of some bytes, and why. Raises RefusedError."""
         model = body.get("model", AUTO)
         if model != AUTO:
             if not isinstance(model, str) or model not in self.workers.models:
                 known = ", ".join(sorted([AUTO, *self.workers.models])[:20])
                 raise RefusedError(404, f"there is no such model; there are {known}")
             return model, None
-        said = _said(body)
+        said = await self._aside(size, _said, body)
         try:
             async with self._deciding:  # a router is at one text at a time; a long one must not hold up the others' answers
                 quick = self.router.is_quick(said)
@@ -158,43 +162,30 @@ class _PassedOn(StreamingResponse):
     """A worker's answer as it comes; whatever becomes of the client, what is held for it is let go, at last after a while."""
 
     def __init__(self, answer: Answer, headers: Mapping[str, str], held: AsyncExitStack, limit_s: float) -> None:
-        super().__init__(answer.chunks(), answer.status, headers, media_type=answer.kind)
+        chunks = _until(answer.chunks(), time.monotonic() + limit_s)
+        if answer.kind.startswith(EVENTS):
+            chunks = whole_events(chunks, _BROKEN_OFF)
+        super().__init__(chunks, answer.status, headers, media_type=answer.kind)
         self._held, self._limit_s = held, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             try:
-                await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
-            except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError) as error:  # what was sent cannot be taken back
-                _LOG.warning("%s", json.dumps({"broken off": type(error).__name__}))
-                raise ClientDisconnect from None
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s + _GRACE_S)
+            except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError):  # what was sent cannot be taken back
+                raise BrokenOffError from None
 
 
-class _GoneError(Exception):
-    """The client has gone."""
-
-
-async def _unless_gone(request: Request, wanted: Awaitable[_T]) -> _T:
-    """What is wanted, unless the client goes meanwhile. Raises _GoneError."""
-    task = asyncio.ensure_future(wanted)
+async def _until(chunks: AsyncIterator[bytes], end: float) -> AsyncIterator[bytes]:
+    """An answer as it comes. Raises asyncio.TimeoutError where it does not end in time."""
     try:
-        while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
-            if await request.is_disconnected():
-                raise _GoneError
-        return task.result()
-    finally:
-        task.cancel()
-
-
-async def _body_of(request: Request) -> dict[str, Any]:
-    """A request's JSON. Raises RefusedError."""
-    try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        raise RefusedError(400, "the request is not JSON") from None
-    if not isinstance(body, dict):
-        raise RefusedError(400, "the request is no object")
-    return body
+        async for chunk in chunks:
+            if time.monotonic() > end:
+                raise asyncio.TimeoutError
+            yield chunk
+    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError) as error:
+        _LOG.warning("%s", json.dumps({"broken off": type(error).__name__}))
+        raise
 
 
 def _said(body: Mapping[str, Any]) -> str | list[dict[str, str]]:
@@ -217,6 +208,5 @@ def _error(status: int, why: str, headers: Mapping[str, str] | None = None) -> R
     return JSONResponse(error_of(status, why), status, headers)
 
 
-async def _unforeseen(_request: Request, fault: Exception) -> Response:
-    _LOG.error("%s", json.dumps({"fault": type(fault).__name__}))
-    return _error(500, "something went wrong here")
+async def _unforeseen(_request: Request, _fault: Exception) -> Response:
+    return _error(500, "the front made a mistake; its log says where")  # which the guard writes

@@ -1,6 +1,8 @@
 """Before every server: who may ask what, how large a request is, how long it takes to come, and how many there are at once.
 
-One ASGI application around another: the front, `transformers serve` and vLLM stand behind it. (llama.cpp has its own.)
+One ASGI application around another: the front, `transformers serve` and vLLM stand behind it. Nothing here holds the event
+loop: what a request holds is counted before anything is built of it, and large requests are read in another thread, one at a
+time.
 """
 
 from __future__ import annotations
@@ -8,21 +10,35 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
+import traceback
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
+Body = dict[str, Any]
+"""A request's JSON."""
+Fitted = Callable[[Body], Awaitable[Body]]
+_T = TypeVar("_T")
+_LOG = logging.getLogger("modekit.guard")
 
 LARGEST_BODY = 2**23
+MOST_VALUES = 2**18
+"""Lists, objects and what is in them: a prompt may be a list of as many tokens. Python builds them in 0.1 seconds."""
+MOST_MESSAGES = 4_096
+"""A context of 131,072 tokens is full of messages of 32 tokens."""
 MOST_AT_ONCE = 256
 BODY_S = 30.0
 """Seconds in which a request must have come."""
 ANSWERS = frozenset({"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"})
 """What a served model can be asked for."""
-_TOO_LARGE = f"a request may have {LARGEST_BODY} bytes"
+BODY = "modekit.body"
+"""The key of a scope under which the application finds the request's JSON."""
+_TOO_LARGE = f"a request may have at most {LARGEST_BODY:,} bytes"
+_QUICK = 2**16  # bytes that take no longer here than in another thread
 
 
 class RefusedError(Exception):
@@ -33,6 +49,10 @@ class RefusedError(Exception):
         self.status, self.why = status, why
 
 
+class BrokenOffError(Exception):
+    """An answer of which some was sent cannot be ended well: the connection is closed."""
+
+
 def error_of(status: int, why: str) -> dict[str, Any]:
     """An error as OpenAI's API says it."""
     return {"error": {"message": why, "type": "invalid_request_error", "code": status}}
@@ -41,7 +61,7 @@ def error_of(status: int, why: str) -> dict[str, Any]:
 class Guard:
     """Lets through what is asked for at `paths` with the key; of `open_paths` nobody needs the key.
 
-    `fitted` may change the body of a request, or refuse it (RefusedError).
+    `fitted` may give another body in place of a request's, or refuse it (RefusedError).
     """
 
     def __init__(
@@ -51,10 +71,11 @@ class Guard:
         paths: Collection[str] = ANSWERS,
         *,
         open_paths: Collection[str] = ("/health",),
-        fitted: Callable[[bytes], bytes] = bytes,
+        fitted: Fitted | None = None,
     ) -> None:
         self._app, self._key, self._paths, self._open, self._fitted = app, key, paths, open_paths, fitted
         self._at_once = 0
+        self._aside = Aside()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request, and its answer to the last byte."""
@@ -67,20 +88,31 @@ class Guard:
                 await self._let_through(scope, receive, send)
             except RefusedError as error:
                 await _refuse(send, error)
+            except BrokenOffError:
+                raise
+            except Exception as fault:  # of any kind, for the log; the server closes the connection
+                _LOG.error("%s", json.dumps(_described(fault)))
+                raise
             finally:
                 self._at_once -= counted
 
     async def _let_through(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = self._checked(scope)
+        scope = {**scope, "headers": list(headers.items())}
         if scope["method"] == "POST":
             try:
-                body = self._fitted(await asyncio.wait_for(_read(receive), BODY_S))
+                content = await asyncio.wait_for(_read(receive), BODY_S)
             except (TimeoutError, asyncio.TimeoutError):
                 raise RefusedError(408, "the request did not come") from None
-            receive = _again(body, receive)
+            body = await self._aside(len(content), _body_of, content)
+            if self._fitted is not None:
+                body = await self._fitted(body)
+                content = await self._aside(len(content), _written, body)
             headers.pop(b"transfer-encoding", None)
-            headers[b"content-length"] = str(len(body)).encode()
-        await self._app({**scope, "headers": list(headers.items())}, receive, send)
+            headers[b"content-length"] = str(len(content)).encode()
+            receive = _again(content, receive)
+            scope |= {"headers": list(headers.items()), BODY: body}
+        await self._app(scope, receive, send)
 
     def _checked(self, scope: Message) -> dict[bytes, bytes]:
         """The head of a request, by its fields. Raises RefusedError."""
@@ -101,6 +133,20 @@ class Guard:
         return headers
 
 
+class Aside:
+    """Does what is large in another thread, one at a time, so that the event loop has its turn in between."""
+
+    def __init__(self) -> None:
+        self._one = asyncio.Lock()
+
+    async def __call__(self, size: int, do: Callable[..., _T], *arguments: object) -> _T:
+        """What `do` gives; `size`: bytes of the request."""
+        if size <= _QUICK:
+            return do(*arguments)
+        async with self._one:
+            return await asyncio.to_thread(do, *arguments)
+
+
 async def _read(receive: Receive) -> bytes:
     """A request's body. Raises RefusedError."""
     content = bytearray()
@@ -113,6 +159,53 @@ async def _read(receive: Receive) -> bytes:
             raise RefusedError(413, _TOO_LARGE)
         if not message.get("more_body"):
             return bytes(content)
+
+
+def _body_of(content: bytes) -> Body:
+    """A request's JSON. Raises RefusedError."""
+    try:
+        text = content.decode()
+        if values_in(text) > MOST_VALUES:
+            raise RefusedError(413, f"the request has too many values; it may have at most {MOST_VALUES:,}")
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "the request is not JSON in UTF-8") from None
+    if not isinstance(body, dict):
+        raise RefusedError(400, "the request must be a JSON object")
+    messages = body.get("messages")
+    if isinstance(messages, list) and not messages:
+        raise RefusedError(400, "messages: the list is empty; give at least one message")
+    if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
+        raise RefusedError(413, f"messages: {len(messages):,} found; a request may have at most {MOST_MESSAGES:,}")
+    return body
+
+
+def values_in(text: str) -> int:
+    """Entries of all lists and objects of a JSON text, and these, by the commas and brackets outside strings.
+
+    Beyond MOST_VALUES it may be another number beyond it.
+    """
+    bare = text.replace("\\\\", "").replace('\\"', "")  # now a quote begins or ends a string
+    entries = bare.count('"') // 4  # which have a key and a string at most
+    if entries > MOST_VALUES:
+        return entries
+    outside = "".join(bare.split('"')[::2])
+    return outside.count(",") + outside.count("[") + outside.count("{")
+
+
+def _written(body: Body) -> bytes:
+    return json.dumps(body).encode()
+
+
+def _described(fault: BaseException) -> dict[str, object]:
+    """Where an exception came from; without its message, which may have text of the request in it."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    found: dict[str, object] = {
+        "fault": type(fault).__name__,
+        "at": [f"{each.filename}:{each.lineno} {each.name}" for each in frames],
+    }
+    before = fault.__cause__ or fault.__context__
+    return found if before is None else {**found, "after": _described(before)}
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -12,8 +12,9 @@ from starlette.requests import Request
 
 from modekit.engines.guard import error_of
 
+EVENTS = "text/event-stream"
 _LOOK_S = 0.5  # between two looks whether a client is still there
-_LONGEST_EVENT = 2**20
+_LONGEST_LINE = 2**20
 _T = TypeVar("_T")
 
 
@@ -34,15 +35,17 @@ async def unless_gone(request: Request, wanted: Awaitable[_T]) -> _T:
 
 
 async def whole_events(chunks: AsyncIterator[bytes], why: str) -> AsyncIterator[bytes]:
-    """A stream of events, in whole ones; where it breaks off, the last one is an error that says why."""
+    """A stream of events, in whole lines; where it breaks off, the last event is an error that says why."""
     rest = b""
     try:
         async for chunk in chunks:
-            whole, end, rest = (rest + chunk).rpartition(b"\n\n")
-            if end or len(rest) > _LONGEST_EVENT:
-                yield whole + end
-    except (aiohttp.ClientError, asyncio.TimeoutError):
-        yield b"data: " + json.dumps(error_of(503, why)).encode() + b"\n\n"
+            lines, end, rest = (rest + chunk).rpartition(b"\n")
+            if len(rest) > _LONGEST_LINE:
+                lines, end, rest = lines + end, rest, b""
+            if end:
+                yield lines + end
+    except (aiohttp.ClientError, asyncio.TimeoutError, TimeoutError):
+        yield b"\ndata: " + json.dumps(error_of(503, why)).encode() + b"\n\n"  # the first line end closes the event before it
         return
     if rest:
         yield rest

@@ -6,71 +6,80 @@ a request may bring; and that nothing but the model's own answers can be asked f
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modekit.engines.child import answer_caller, settings_of_caller
-from modekit.engines.guard import Guard, RefusedError
+from modekit.engines.guard import Body, Guard, RefusedError
+from modekit.engines.request_template import RequestTemplate
 from modekit.engines.serve import url_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _LOOK_S = 0.05
+_AS_WRITTEN = "{{ messages[0]['content'] }}"
+"""The chat template of the engine, which gets conversations as the mixture's own template wrote them."""
 
 
-def fitted_to(context: int, length_of: Callable[[Any], int]) -> Callable[[bytes], bytes]:
-    """Makes of a request one whose answer ends where the context does.
+class Fitted:
+    """Makes of a request one that the engine can answer: its messages written, and an answer that ends where the context does.
 
-    `length_of` gives the tokens of what a request says; `context` is the most there may be, its answer included.
+    `context` is the most tokens that there may be, the answer included. The chat template and the tokenizer run here, in other
+    processes and threads, as the engine would run them on its event loop and without limits.
     """
 
-    def fitted(body: bytes) -> bytes:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+        self._tokenizer, self._context, self._template = tokenizer, context, RequestTemplate(tokenizer)
+
+    async def __call__(self, body: Body) -> Body:
+        """The request for the engine. Raises RefusedError."""
+        _check_form(body)
+        chat = "messages" in body
+        text = await self._template.written(body, await _messages_of(body)) if chat else body.get("prompt", "")
         try:
-            request = json.loads(body)
-            _check_form(request)
-            length = length_of(request)
-        except RefusedError:
-            raise
-        except Exception as error:  # a template, a tokenizer: each raises what it likes
-            raise RefusedError(400, f"the request cannot be read: {type(error).__name__}") from None
-        asked = max((request[name] for name in _LIMITS if request.get(name) is not None), default=context - length)
-        if asked < 1 or length + asked > context:
-            raise RefusedError(400, f"{length} tokens and {max(asked, 1)} of answer, and the context has {context}")
-        for name in _LIMITS:
-            request.pop(name, None)
-        return json.dumps({**request, "max_tokens": asked}).encode()
+            length = await asyncio.to_thread(self._length, text, not chat)
+        except Exception as error:  # tokenizers raises what it likes
+            raise RefusedError(400, f"the text cannot be read: {type(error).__name__}") from None
+        asked = max((body[name] for name in _LIMITS if body.get(name) is not None), default=self._context - length)
+        if asked < 1 or length + asked > self._context:
+            raise RefusedError(
+                400, f"the context has {self._context} tokens; the request has {length}, and asks for {max(asked, 1)} of answer"
+            )
+        kept = {key: value for key, value in body.items() if key not in {*_LIMITS, "chat_template_kwargs"}}
+        return {**kept, **({"messages": [{"role": "user", "content": text}]} if chat else {}), "max_tokens": asked}
 
-    return fitted
+    def _length(self, text: str, begun: bool) -> int:
+        return len(self._tokenizer(text, add_special_tokens=begun, verbose=False)["input_ids"])
 
 
-def _check_form(request: Any) -> None:
+async def _messages_of(body: Body) -> list[dict[str, object]]:
+    """The messages as `transformers serve` gives them to a template. Raises RefusedError."""
+    from transformers.cli.serving.utils import BaseHandler, Modality
+
+    try:
+        messages: list[dict[str, object]] = await asyncio.to_thread(
+            BaseHandler.get_processor_inputs_from_messages, body["messages"], Modality.LLM
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise RefusedError(400, "messages must be a list of objects with role and content") from None
+    return messages
+
+
+def _check_form(request: Body) -> None:
     """Raise RefusedError where a request has not the form that the server takes for granted, or would set what is set here."""
-    if not isinstance(request, dict):
-        raise RefusedError(400, "the request is no object")
     messages, prompt = request.get("messages", []), request.get("prompt", "")
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages) or not isinstance(prompt, str):
-        raise RefusedError(400, "messages are a list of objects, a prompt is one text")
+        raise RefusedError(400, "messages must be a list of objects, a prompt must be one text")
     if "generation_config" in request:
-        raise RefusedError(400, "generation_config is not taken here")
+        raise RefusedError(400, "generation_config: the server sets it; leave it out")
     if any(type(request.get(name, 1)) is not int and request.get(name) is not None for name in _LIMITS):
-        raise RefusedError(400, f"{' and '.join(_LIMITS)} are whole numbers")
-
-
-def _length_by(tokenizer: Any) -> Callable[[Any], int]:
-    """Counts the tokens of a request."""
-
-    def length_of(request: Any) -> int:
-        if "messages" in request:
-            said = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_dict=True)
-        else:
-            said = tokenizer(request.get("prompt", ""))
-        return len(said["input_ids"])
-
-    return length_of
+        raise RefusedError(400, f"{' and '.join(_LIMITS)} must be whole numbers")
 
 
 def main() -> None:
@@ -84,13 +93,15 @@ def main() -> None:
 
     transformers.ModekitForCausalLM = ModekitForCausalLM
     folder = Path(settings["model"])
-    fitted = fitted_to(settings["context"], _length_by(load_tokenizer(folder)))
+    fitted = Fitted(load_tokenizer(folder), settings["context"])
     os.chdir(folder.parent)  # so that the model is known by its name, and no answer tells where it lies
 
     class Guarded(Serve):  # type: ignore[misc]
         """With the guard before it."""
 
         def start_server(self) -> None:
+            for loaded in self._model_manager.loaded_models.values():
+                loaded.processor.chat_template = _AS_WRITTEN
             self.server.config.app = Guard(self.server.config.app, settings["key"], fitted=fitted)
             super().start_server()
 

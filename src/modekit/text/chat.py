@@ -1,32 +1,25 @@
 """Conversations as documents, and the chat template of a tokenizer, which writes them.
 
-A template is a program that came with a model. transformers runs it in jinja's sandbox; here it also has little time and little
-memory, so that a stranger's cannot hang a fit.
+A template is a program that came with a model. It runs in a process of its own (template_process.py), with little time and
+little memory, so that a stranger's cannot hang a fit.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment
-
 from modekit.errors import TextError
+from modekit.text.template_process import TEMPLATES, RenderError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 """`role` (system, user, assistant, ...) and `content`."""
-_SECONDS = 10.0  # for one text
-_MEMORY = 2**31  # bytes more than there are now
 _USER, _ANSWER = "⁂user⁂", "⁂answer⁂"  # stand for what is said, where only what lies around it is asked for
 
 
@@ -91,18 +84,21 @@ class ChatTemplate:
     def text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
         """The messages as the model reads them, and with `answer` the beginning of the answer. Raises TextError."""
         try:
-            _check_operators(self.source)
-            with _bounded():
-                said = self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer
-                )
-        except Exception as error:  # a template raises what it likes
+            return self.rendered(messages, {"add_generation_prompt": answer})
+        except RenderError as error:
             raise TextError(
                 "the tokenizer's chat template does not take these messages", where=self._where,
-                found=f"{str(error)[:300] or type(error).__name__} (messages of {_shown(messages)})",
-                remedy="correct the messages, or the template",
+                found=f"{str(error)[:300]} (messages of {_shown(messages)})", remedy="correct the messages, or the template",
             ) from None  # fmt: skip
-        return str(said).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+
+    def rendered(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]) -> str:
+        """The messages as `apply_chat_template` writes them when it is given these keyword arguments. Raises RenderError."""
+        if not messages:
+            raise RenderError("there are no messages")
+        tokenizer = self._tokenizer
+        source = tokenizer.get_chat_template(tools=variables.get("tools"))
+        written = TEMPLATES.text(source, messages, {**tokenizer.special_tokens_map, **variables})
+        return written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that the template wrote."""
@@ -175,57 +171,3 @@ def needed_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTempl
             remedy="give plain text, or put a chat_template.jinja beside the base model's tokenizer",
         )  # fmt: skip
     return found
-
-
-class _TooLongError(Exception):
-    pass
-
-
-@lru_cache(maxsize=8)
-def _check_operators(source: str) -> None:
-    """Raise for powers, one of which may take hours while no line of the template runs that could be stopped."""
-    if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(source)):
-        raise ValueError("it computes powers (**)")
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """While open, a template's loops end after some seconds, and its texts at some size where the system can say so.
-
-    Lines of a template are Python's, whose tracing sees every one of them.
-    """
-    end = time.monotonic() + _SECONDS
-
-    def watch(frame: FrameType, _event: str, _arg: object) -> Any:
-        if time.monotonic() > end:
-            raise _TooLongError(f"it did not end within {_SECONDS:.0f} seconds")
-        return watch if frame.f_code.co_filename == "<template>" else None
-
-    before = sys.gettrace()
-    with _little_memory():
-        sys.settrace(watch)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
-
-
-@contextmanager
-def _little_memory() -> Iterator[None]:
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    except (ImportError, OSError):  # not on this system
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * resource.getpagesize() + _MEMORY
-    if any(limit != resource.RLIM_INFINITY and limit < wanted for limit in (soft, hard)):
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
