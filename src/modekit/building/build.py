@@ -64,7 +64,9 @@ def build(
     if before is None:  # of a mixture that is changed, what is kept does without its text
         check_texts_present(plan.recipe, plan.root)
     if plan.recipe.mixture.needs_text:
+        run.begin("check the text")
         _check_text(plan, before)
+    run.begin("check the models")
     _check_copies(plan, before)
     in_place = before is not None and before.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
@@ -81,6 +83,7 @@ def build(
         except BaseException:
             inspector.stop()
             raise
+        run.begin("check the models")
         hashes = inspector.finish()
         write_index(plan, stage.folder)
         write_json(stage.folder / "config.json", dict(plan.config))
@@ -91,6 +94,7 @@ def build(
             write_file(stage.folder / name, content)
         checkpoint = _set_router(plan, out, stage, hashes, before, run)
         write_json(stage.folder / RECORD_FILE, checkpoint.record.model_dump(mode="json"))
+        run.begin("write to the disk" if run.sync else "put in place")
     return Checkpoint(out, checkpoint.record)
 
 

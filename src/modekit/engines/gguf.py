@@ -82,7 +82,7 @@ def export_gguf(
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
         file = stage.folder / name
         if not stage.recall("converted"):
-            run.progress("convert", 0, 1)
+            run.begin("convert")
             remove(file)
             finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
             guess = guessed_pre_tokenizer(checkpoint.folder)

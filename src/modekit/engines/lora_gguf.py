@@ -54,7 +54,7 @@ def export_adapters_gguf(
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
         files = [stage.folder / name for name in (_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters))]
         if not stage.recall("converted"):
-            run.progress("convert", 0, 1)
+            run.begin("convert")
             for file in files:
                 remove(file)
             theirs = {adapter.expert: file for adapter, file in zip(adapters, files[1:], strict=True)}

@@ -115,7 +115,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
         "context": settings.context or longest, "parallel": settings.parallel,
     }  # fmt: skip
     wanted |= ENGINES[name].prepared(checkpoint, settings, run)
-    run.progress(f"start {name}", 0, 1)
+    run.begin(f"start {name}")
     with Child(ENGINES[name].module, wanted, {"HF_HUB_OFFLINE": "1", **ENGINES[name].environment()}) as child:
         ready = child.answer()
         if ready is None:

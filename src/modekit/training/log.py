@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from modekit.files.write import write_file
-from modekit.run import Run
+from modekit.run import DETAIL, Run
 from modekit.training.trained_module import TrainedModule
 
 LOG_FILE = "log.csv"
@@ -50,9 +50,17 @@ class _Report(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: Run) -> None:
         self._progress = run.progress
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say(state)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say(state)
+
+    def _say(self, state: Any) -> None:
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        detail = "" if loss is None else f"{DETAIL}loss {loss:.3f}"
         if state.is_world_process_zero:
-            self._progress("train", state.global_step, state.max_steps)
+            self._progress(f"train{detail}", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:

@@ -49,6 +49,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     mixed = _with_base(checkpoint)
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
+    run.begin("compare experts", len(mixed))
     with OpenFiles() as opened:
         for done, tensor in enumerate(mixed, 1):
             gram += _products(tensor, count, opened)
