@@ -16,6 +16,7 @@ ALLOWED = {
     ("routing/kept.py", "save_file"): "into a name that `appearing` gives",
     ("training/trainer.py", "save_file"): "into a name that `appearing` gives",
     ("training/finish.py", "save_pretrained"): "into OUT.training",
+    ("experts/specialist_folder.py", "save_file"): "into a folder that `appearing` gives",
     ("experts/specialize.py", "save_pretrained"): "into a staged folder",
     ("experts/moving.py", "save_pretrained"): "into a staged folder",
     ("experts/distill/distill.py", "save_pretrained"): "into a staged folder",

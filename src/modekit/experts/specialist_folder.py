@@ -21,7 +21,7 @@ from modekit.errors import InterruptError
 from modekit.files.read import SMALL, UNREADABLE, open_regular, parse_json, read_bytes
 from modekit.files.typed import as_kind
 from modekit.files.write import appearing, disk_errors, json_bytes, make_folder, remove
-from modekit.loaded.train_state import TrainState
+from modekit.loaded.train_state import Optimizers, Parameters, TrainState, restore
 from modekit.sources.contents import blake3_of
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
 from modekit.training.resumed import state_read
@@ -103,15 +103,16 @@ class KeptStates:
         """Whether a state should be kept now."""
         return self._clock() >= self._next
 
-    def last(self) -> TrainState | None:
-        """The state to go on from. Raises TrainingError where it is damaged."""
+    def restore(self, parameters: Parameters, optimizers: Optimizers) -> list[float]:
+        """Put the last state back, and return the losses so far. Raises TrainingError where it is damaged."""
         for path in self._folder.numbered()[:1]:
             with state_read(path):
                 open_regular(path / _STATE_FILE).close()  # safetensors would wait for a pipe
                 with safe_open(path / _STATE_FILE, framework="pt") as file:
                     losses = as_kind(parse_json(file.metadata()[_LOSSES]), list[float])
-                    return TrainState(losses, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        return None
+                    state = TrainState(losses, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                return restore(state, parameters, optimizers)
+        return []
 
     def keep(self, state: TrainState) -> None:
         """Write a state, then remove those before it. Raises OSError."""

@@ -96,7 +96,6 @@ def specialize(
         sequences = drawn_anew(sequences, texts, reading)
     request = asked.request(material, new)
     with folder.held(request, digest_of_source(source)):
-        run.begin("load the base")
         model = load_model(base, run=run)
         parameters, save = _trainable(model, source, (train, rank), new)
         before = _before(model, material, folder, run)

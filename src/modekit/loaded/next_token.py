@@ -22,7 +22,7 @@ from modekit.loaded.load import default_device
 from modekit.loaded.muon import Muon
 from modekit.loaded.passes import check_text
 from modekit.loaded.shares import NextTokenLoss, Shares
-from modekit.loaded.train_state import NO_STATES, States, restore, take_state
+from modekit.loaded.train_state import NO_STATES, States, take_state
 from modekit.run import DETAIL, QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import Batch, TokenSequence, encode, make_batches
@@ -109,8 +109,7 @@ def train_language_model(
     bfloat16 = training.autocast and has_bfloat16_products(device)
     loss_of = NextTokenLoss(model, bfloat16=bfloat16, pads_named=not training.by_length)
     optimizers = _optimizers(model, parameters, training)
-    state = states.last()
-    losses = [] if state is None else restore(state, parameters, optimizers)
+    losses = states.restore(parameters, optimizers)
     run.progress("train", len(losses), steps)
     with Shares(training.shares if device.type == "cpu" else 1) as shares:
         for step, batch in islice(zip(range(steps), batches.forever(), strict=False), len(losses), None):

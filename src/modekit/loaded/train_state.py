@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 
 _RANDOM = "random"
+Parameters = Sequence[torch.nn.Parameter]
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class TrainState:
 class States(Protocol):
     """Where a training keeps its states."""
 
-    def last(self) -> TrainState | None:
-        """The state to go on from; None where there is none."""
+    def restore(self, parameters: Parameters, optimizers: Optimizers) -> list[float]:
+        """Put the last state back, and return the losses so far; none where there is no state."""
 
     @property
     def is_due(self) -> bool:
@@ -38,9 +40,9 @@ class NoStates:
 
     is_due = False
 
-    def last(self) -> TrainState | None:
-        """None."""
-        return None
+    def restore(self, parameters: Parameters, optimizers: Optimizers) -> list[float]:
+        """No losses."""
+        return []
 
     def keep(self, state: TrainState) -> None:
         """Keep nothing."""
@@ -49,9 +51,7 @@ class NoStates:
 NO_STATES = NoStates()
 
 
-def take_state(
-    parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], losses: Sequence[float]
-) -> TrainState:
+def take_state(parameters: Parameters, optimizers: Optimizers, losses: Sequence[float]) -> TrainState:
     """The state as it is now."""
     tensors = {f"parameter.{place}": parameter.detach() for place, parameter in enumerate(parameters)}
     for number, optimizer in enumerate(optimizers):
@@ -60,10 +60,8 @@ def take_state(
     return TrainState(list(losses), {**tensors, _RANDOM: torch.get_rng_state()})
 
 
-def restore(
-    state: TrainState, parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
-) -> list[float]:
-    """Put a state back, and return the losses so far. Raises ValueError for a state of another training."""
+def restore(state: TrainState, parameters: Parameters, optimizers: Optimizers) -> list[float]:
+    """Put a state back, and return the losses so far. Raises ValueError or LookupError for one of another training."""
     for place, parameter in enumerate(parameters):
         found = state.tensors.get(f"parameter.{place}")
         if found is None or found.shape != parameter.shape or not torch.isfinite(found).all():

@@ -50,21 +50,21 @@ class _Report(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: Run) -> None:
         self._progress = run.progress
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._say(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._say(state)
 
-    def _say(self, state: Any) -> None:
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        detail = "" if loss is None else f"{DETAIL}loss {loss:.3f}"
-        if state.is_world_process_zero:
-            self._progress(f"train{detail}", state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero:
             write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+        if logs is not None and "loss" in logs:
+            self._say(state, f"{DETAIL}loss {logs['loss']:.3f}")
+
+    def _say(self, state: Any, detail: str = "") -> None:
+        if state.is_world_process_zero:
+            self._progress(f"train{detail}", state.global_step, state.max_steps)
 
 
 def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

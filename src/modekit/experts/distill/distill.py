@@ -139,9 +139,7 @@ class _Taught:
 def _teach(
     asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
 ) -> _Taught:  # fmt: skip
-    run.begin("load the teacher")
     teacher = _teacher(asked, pair, texts, run)
-    run.begin("load the student")
     student = load_model(asked.student, run=run)
     with torch.random.fork_rng():
         torch.manual_seed(engine.seed)  # a new adapter's first weights
