@@ -15,7 +15,7 @@ DETAIL = " · "
 class Progress(Protocol):
     """Called with the name of a phase, how much of it is done, and how much there is (same unit).
 
-    The total is 0 where nobody can count the work. A phase ends when all of it is done, or, where it is not counted, when
+    The total is 1 where nobody can count the work. A phase ends when all of it is done, or, where it is not counted, when
     another phase begins.
     """
 
@@ -45,9 +45,9 @@ class Run:
         """The same, whose phases are told as those of something that has a name."""
         return replace(self, progress=lambda stage, done, total: self.progress(f"{name}: {stage}", done, total))
 
-    def begin(self, phase: str, total: int = 0) -> None:
+    def begin(self, phase: str, total: int = 1) -> None:
         """Name a phase before its first work is done; without a total its work is not counted."""
-        self.progress(phase, 0, total)
+        self.progress(phase, 0, max(1, total))
 
 
 QUIET = Run()

@@ -63,10 +63,14 @@ def test_a_phase_that_reports_nothing_is_still_seen(clock: Clock) -> None:
 def test_a_phase_that_nobody_counts_has_no_share_and_no_time(clock: Clock) -> None:
     said: list[str] = []
     lines = Lines(said.append, clock)
-    lines("load a model", 0, 0)
+    lines("load a model", 0, 1)
     clock.now += 40
     lines.tick()
     assert said == ["0:00  load a model", "0:40  load a model"]
+    lines("load a model", 1, 1)
+    clock.now += 30
+    lines.tick()
+    assert said[2:] == ["1:10  after load a model: still at work"]
 
 
 def test_what_goes_on_after_all_is_done_is_not_said_to_be_done(clock: Clock) -> None:
@@ -78,7 +82,7 @@ def test_what_goes_on_after_all_is_done_is_not_said_to_be_done(clock: Clock) -> 
     lines("build", 100, 100)
     clock.now += 30
     lines.tick()
-    lines("write to the disk", 0, 0)
+    lines("write to the disk", 0, 1)
     assert said == ["0:00  build: 0 %", "0:40  after build: still at work", "0:40  write to the disk"]
 
 
@@ -184,7 +188,7 @@ def test_a_terminal_gets_bars_of_80_columns(capsys: pytest.CaptureFixture[str]) 
         patch("modekit.cli.progress.time.monotonic", lambda: next(clock)),
         drawn_progress() as progress,
     ):
-        progress("load a model", 0, 0)
+        progress("load a model", 0, 1)
         progress("score base", 1, 4)
         progress(f"score law{DETAIL}loss 1.2", 2, 4)
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())

@@ -47,8 +47,13 @@ class Work:
     says_time: bool = False  # a line with the time left was written
 
     @property
+    def is_counted(self) -> bool:
+        """Whether anybody says how far it is."""
+        return self.total > 1
+
+    @property
     def is_done(self) -> bool:
-        """Whether all of a counted work is done."""
+        """Whether all of it is done."""
         return 0 < self.total <= self.done
 
     def advance(self, now: float, done: int) -> None:
@@ -89,7 +94,7 @@ class Works:
     @property
     def uncounted(self) -> list[str]:
         """Works of which nobody says how far they are: they end when another phase begins."""
-        return [name for name, work in self._by_name.items() if not work.total]
+        return [name for name, work in self._by_name.items() if not work.is_counted]
 
     def left(self, name: str) -> float | None:
         """Seconds left of a work."""
@@ -100,7 +105,7 @@ class Works:
         if self.work.is_done:
             return f"after {self.phase}: still at work"
         left = self.work.left(self._clock())
-        parts = [f"{_percent(self.work)} %"] if self.work.total else []
+        parts = [f"{_percent(self.work)} %"] if self.work.is_counted else []
         parts += [f"{time_of(left)} left"] if left is not None else []
         parts += [self.detail] if self.detail else []
         return f"{self.phase}{': ' if parts else ''}{', '.join(parts)}"
@@ -197,7 +202,7 @@ def _bars() -> Iterator[Progress]:
             if name not in tasks:
                 tasks[name] = bars.add_task(stage, total=None, work=name)
             described = works.phase + (f", {works.detail}" if works.detail else "")
-            bars.update(tasks[name], description=described, completed=done, total=total or None)
+            bars.update(tasks[name], description=described, completed=done, total=total if works.work.is_counted else None)
 
         yield draw
 
