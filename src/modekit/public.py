@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modekit.run import QUIET, Run
+from modekit.text.amounts import TABLE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +142,7 @@ def train(
 
 
 def evaluate(
-    checkpoint: Folder, *, tokens: int = 20_000, sequence_length: int = 512,
+    checkpoint: Folder, *, tokens: int = TABLE_TOKENS, sequence_length: int = 512,
     labels: Sequence[Told] | Literal["all"] | None = None, by: By | None = None, run: Run = QUIET,
 ) -> Results:  # fmt: skip
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.

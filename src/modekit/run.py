@@ -5,12 +5,19 @@ Progress is a callback that the command line draws; library code neither prints 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+DETAIL = " · "
+"""Between the name of a phase and what is said of it for the moment, as a loss: `train · loss 2.310`."""
 
 
 class Progress(Protocol):
-    """Called with the name of the stage, how much of it is done, and how much there is (same unit)."""
+    """Called with the name of a phase, how much of it is done, and how much there is (same unit).
+
+    The total is 1 where nobody can count the work. A phase ends when all of it is done, or, where it is not counted, when
+    another phase begins.
+    """
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report."""
@@ -33,6 +40,14 @@ class Run:
     trust_remote_code: bool = False
     progress: Progress = silent
     sync: bool = True
+
+    def about(self, name: str) -> Run:
+        """The same, whose phases are told as those of something that has a name."""
+        return replace(self, progress=lambda stage, done, total: self.progress(f"{name}: {stage}", done, total))
+
+    def begin(self, phase: str, total: int = 1) -> None:
+        """Name a phase before its first work is done; without a total its work is not counted."""
+        self.progress(phase, 0, max(1, total))
 
 
 QUIET = Run()

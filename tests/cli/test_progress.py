@@ -1,8 +1,9 @@
-"""Progress where there is no terminal: a line per stage and every half minute, by a clock of the test's own."""
+"""Progress where there is no terminal: a line per phase and every half minute, by a clock of the test's own."""
 
 from __future__ import annotations
 
 import io
+import re
 import sys
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import modekit.cli.progress as progress_module
 from modekit.cli.progress import Lines, drawn_progress
+from modekit.run import DETAIL
 
 
 class Clock:
@@ -28,7 +30,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_a_line_per_stage_and_every_half_minute(clock: Clock) -> None:
+def test_a_line_per_phase_and_every_half_minute(clock: Clock) -> None:
     said: list[str] = []
     lines = Lines(said.append, clock)
     lines("build", 0, 100)
@@ -39,13 +41,13 @@ def test_a_line_per_stage_and_every_half_minute(clock: Clock) -> None:
     lines("solve logistic", 1, 4)
     assert said == [
         "0:00  build: 0 %",
-        "0:30  build: 30 %, 1:10 left",
-        "1:00  build: 60 %, 0:40 left",
+        "0:03  build: 3 %, about 1.6 minutes left",
+        "0:33  build: 33 %, about 67 s left",
         "1:01  solve logistic: 25 %",
     ]
 
 
-def test_a_stage_that_reports_nothing_is_still_seen(clock: Clock) -> None:
+def test_a_phase_that_reports_nothing_is_still_seen(clock: Clock) -> None:
     said: list[str] = []
     lines = Lines(said.append, clock)
     for _ in range(61):
@@ -55,10 +57,84 @@ def test_a_stage_that_reports_nothing_is_still_seen(clock: Clock) -> None:
     clock.now += 45
     lines.tick()
     lines.tick()
-    assert said == ["0:30  starting", "1:00  starting", "1:01  train: 10 %", "1:46  train: 10 %"]
+    assert said == ["0:30  start", "1:00  start", "1:01  train: 10 %", "1:46  train: 10 %"]
 
 
-def test_stages_that_share_their_work_share_the_estimate(clock: Clock) -> None:
+def test_a_phase_that_nobody_counts_has_no_share_and_no_time(clock: Clock) -> None:
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("load a model", 0, 1)
+    clock.now += 40
+    lines.tick()
+    assert said == ["0:00  load a model", "0:40  load a model"]
+    lines("load a model", 1, 1)
+    clock.now += 30
+    lines.tick()
+    assert said[2:] == ["1:10  after load a model: still at work"]
+
+
+def test_what_goes_on_after_all_is_done_is_not_said_to_be_done(clock: Clock) -> None:
+    """No "100 %, 0:00 left" for minutes: a phase that is done is over."""
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("build", 0, 100)
+    clock.now += 10
+    lines("build", 100, 100)
+    clock.now += 30
+    lines.tick()
+    lines("write to the disk", 0, 1)
+    assert said == ["0:00  build: 0 %", "0:40  after build: still at work", "0:40  write to the disk"]
+
+
+def test_no_time_is_said_without_evidence(clock: Clock) -> None:
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("train", 0, 100)
+    clock.now += 2
+    lines("train", 50, 100)  # too short to tell
+    clock.now += 100
+    lines.tick()
+    assert not any("left" in line for line in said[:1])
+    assert said[-1] == "1:42  train: 50 %, about 1.7 minutes left"
+
+
+def test_the_time_left_grows_while_nothing_advances(clock: Clock) -> None:
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("read law", 0, 100)
+    clock.now += 60
+    lines("read law", 50, 100)
+    for _ in range(4):
+        clock.now += 60
+        lines.tick()
+    left = [re.sub(".*about ", "", line) for line in said[1:]]
+    assert left == [f"{seconds} left" for seconds in ("60 s", "2.0 minutes", "3.0 minutes", "4.0 minutes", "5.0 minutes")]
+
+
+def test_the_time_left_is_that_of_the_recent_speed(clock: Clock) -> None:
+    """A fast beginning is forgotten after a minute."""
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("read law", 0, 1000)
+    for _ in range(10):
+        clock.now += 1
+        lines("read law", 50 + 45 * _, 1000)
+    for second in range(1, 121):
+        clock.now += 1
+        lines("read law", 455 + second, 1000)
+    assert said[-1].endswith("56 %, about 7.3 minutes left")
+
+
+def test_the_time_is_said_after_the_first_step_with_its_loss(clock: Clock) -> None:
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    lines("train", 0, 10)
+    clock.now += 20
+    lines(f"train{DETAIL}loss 2.310", 1, 10)
+    assert said == ["0:00  train: 0 %", "0:20  train: 10 %, about 3.0 minutes left, loss 2.310"]
+
+
+def test_phases_that_share_their_work_share_the_estimate(clock: Clock) -> None:
     """Rows of a table count what all of them read; what a known row skips is not counted as speed."""
     said: list[str] = []
     lines = Lines(said.append, clock)
@@ -67,10 +143,14 @@ def test_stages_that_share_their_work_share_the_estimate(clock: Clock) -> None:
     lines("score law", 500, 1000)
     clock.now += 30
     lines("score law", 800, 1000)
-    assert said == ["0:00  score base: 40 %", "0:10  score law: 50 %, 0:50 left", "0:40  score law: 80 %, 0:20 left"]
+    assert said == [
+        "0:00  score base: 40 %",
+        "0:10  score law: 50 %, about 50 s left",
+        "0:40  score law: 80 %, about 20 s left",
+    ]
 
 
-def test_a_stage_that_begins_anew_is_timed_anew(clock: Clock) -> None:
+def test_a_phase_that_begins_anew_is_timed_anew(clock: Clock) -> None:
     said: list[str] = []
     lines = Lines(said.append, clock)
     lines("compare", 90, 100)
@@ -78,34 +158,40 @@ def test_a_stage_that_begins_anew_is_timed_anew(clock: Clock) -> None:
     lines("compare", 1, 100)
     clock.now += 30
     lines("compare", 11, 100)
-    assert said[-1] == "5:30  compare: 11 %, 4:27 left"
+    assert said[-1] == "5:30  compare: 11 %, about 4.5 minutes left"
 
 
-def test_stages_that_go_on_at_once_are_said_once_each(clock: Clock) -> None:
+def test_phases_that_go_on_at_once_are_said_once_each(clock: Clock) -> None:
     lines: list[str] = []
     draw = Lines(lines.append, clock)
     for step in range(100):
-        clock.now += 0.1
+        clock.now += 0.01
         draw("train law", step, 100)
         draw("train code", step, 100)
     assert [line.split()[2] for line in lines] == ["law:", "code:"]
-    clock.now += 30
-    draw("train law", 100, 100)
-    assert len(lines) == 3
 
 
-def test_lines_go_to_the_standard_error_and_hold_no_control_characters() -> None:
+def test_lines_go_to_the_standard_error_have_80_columns_and_hold_no_control_characters() -> None:
     stream = io.StringIO()
     with patch.object(progress_module, "err", Console(file=stream, width=40)), drawn_progress() as progress:
         progress("read [medicine] " + "long " * 20, 1, 2)
-    assert stream.getvalue() == "0:00  read [medicine] " + "long " * 19 + "long : 50 %\n"
+    assert stream.getvalue() == "0:00  read [medicine] " + "long " * 10 + "l…: 50 %\n"
+    assert len(stream.getvalue()) == 81
 
 
-def test_a_terminal_gets_bars(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_gets_bars_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
-    console = Console(file=stream, width=100, force_terminal=True)
-    with patch.object(progress_module, "err", console), drawn_progress() as progress:
+    console = Console(file=stream, width=80, force_terminal=True)
+    clock = iter(float(second) for second in range(0, 100_000, 10))
+    with (
+        patch.object(progress_module, "err", console),
+        patch("modekit.cli.progress.time.monotonic", lambda: next(clock)),
+        drawn_progress() as progress,
+    ):
+        progress("load a model", 0, 1)
         progress("score base", 1, 4)
-        progress("score law", 2, 4)
-    assert "━" in stream.getvalue() and "left" in stream.getvalue()
+        progress(f"score law{DETAIL}loss 1.2", 2, 4)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "━" in drawn and "score law, loss 1.2" in drawn and re.search("about .* left", drawn)
+    assert all(len(line) <= 80 for line in re.split(r"[\r\n]", drawn))
     assert capsys.readouterr().out == "" and sys.stdout is not stream

@@ -122,6 +122,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "shards": 3, "dtype": "bfloat16", "bytes": {"read": 10**12, "written": 10**12, "statistics": 10**9},
         "disk": {"needed": 1, "free": 2}, "memory": {"build": 1, "fit": 2, "load": 3}, "notes": ["note " * 40],
         "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
+        "time": {"write": 40.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
     }  # fmt: skip
     check_whole(shown, ["1000.00B total"], mixtures.print_plan, summary)
     for name in NAMES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import modekit.experts.specialist_folder as specialist_folder
 import modekit.loaded.next_token as training_module
 from conftest import Workshop, save, tiny_model
-from modekit.errors import TextError
+from modekit.errors import InterruptError, TextError, TrainingError
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
+from modekit.public import evaluate
+from modekit.run import DETAIL, QUIET, Run
+from modekit.text.amounts import SAMPLE_TOKENS, TABLE_TOKENS
 from modekit.text.splits import split_of
+from modekit.training.settings import TrainSettings
 from pair_models import PAIR_FAMILIES, built, inputs, logits_of, make_pair_workshop
+from refusal import tree
 from rounding import assert_close
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
@@ -122,3 +129,100 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(workshop: Workshop, 
             training=TRAINING.with_(learning_rate=1e30, clip=1e30),
         )  # fmt: skip
     assert not list(workshop.root.glob("new*"))
+
+
+class StoppedError(Exception):
+    """A kill."""
+
+
+def stopped_at(step: int, error: type[BaseException] = StoppedError) -> Run:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage.startswith("train") and done == step:
+            raise error
+
+    return Run(progress=progress)
+
+
+@pytest.fixture
+def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specialist_folder, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(specialist_folder, "_SHARE", 0)
+
+
+@pytest.mark.usefixtures("a_state_after_every_step")
+@pytest.mark.parametrize("changes", [{"train": "mlp"}, {"train": "lora"}, {"train": "full", "muon": True}])
+def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Workshop, changes: dict[str, Any]) -> None:
+    changes = dict(changes)
+    training = TRAINING.with_(muon_learning_rate=1e-3, shares=2) if changes.pop("muon", False) else TRAINING
+
+    def make(name: str, run: Run = QUIET) -> dict[str, Any]:
+        torch.manual_seed(0)  # as in a new process: an adapter's first weights
+        texts = ["./text/law.jsonl"]
+        return specialize(
+            workshop.root / "base", workshop.root / name, texts, root=workshop.root, training=training, run=run, **changes
+        )
+
+    whole = make("whole")
+    with pytest.raises(StoppedError):
+        make("new", stopped_at(8))
+    assert [path.name for path in (workshop.root / "new.training").glob("checkpoint-*")] == ["checkpoint-8"]
+    seen: list[tuple[str, int]] = []
+    record = make("new", Run(progress=lambda stage, done, total: seen.append((stage, done))))
+    assert min(done for stage, done in seen if stage.startswith("train")) == 8
+    assert not any(stage == "score before" for stage, _ in seen)  # that was kept, too
+    assert record == whole
+    assert not (workshop.root / "new.training").exists()
+    assert tree(workshop.root / "new") == tree(workshop.root / "whole")
+
+
+@pytest.mark.usefixtures("a_state_after_every_step")
+def test_what_was_interrupted_says_what_is_kept(workshop: Workshop) -> None:
+    with pytest.raises(InterruptError, match="kept up to step 3"):
+        run(workshop, "new", run=stopped_at(3, KeyboardInterrupt))
+    assert (workshop.root / "new.training").exists() and not (workshop.root / "new").exists()
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        run(workshop, "new", train="full")
+
+
+def test_what_was_interrupted_before_its_first_state_says_that_nothing_is_kept(workshop: Workshop) -> None:
+    with pytest.raises(InterruptError, match="nothing was kept"):
+        run(workshop, "new", run=stopped_at(3, KeyboardInterrupt))
+    assert not (workshop.root / "new.training").exists() and not (workshop.root / "new").exists()
+
+
+@pytest.mark.usefixtures("a_state_after_every_step")
+@pytest.mark.parametrize("damage", ["short", "other", "empty"])
+def test_a_damaged_state_is_one_clear_error(workshop: Workshop, damage: str) -> None:
+    with pytest.raises(StoppedError):
+        run(workshop, "new", run=stopped_at(3))
+    file = workshop.root / "new.training" / "checkpoint-3" / "state.safetensors"
+    if damage == "short":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        save_file({"parameter.0": torch.zeros(3)}, file, metadata={"losses": "[1.0, 1.0, 1.0]"})
+    with pytest.raises(TrainingError, match="what an unfinished training left is damaged"):
+        run(workshop, "new")
+
+
+def test_held_out_text_is_scored_up_to_a_bound_and_every_phase_is_named_first(workshop: Workshop) -> None:
+    """However much text there is: so many tokens before, and as many after."""
+    seen: list[tuple[str, int, int]] = []
+    asked = TRAINING.with_(held_out_tokens=100)
+    specialize(
+        workshop.root / "base", workshop.root / "new", ["./text/law.jsonl"], root=workshop.root, training=asked,
+        run=Run(progress=lambda stage, done, total: seen.append((stage, done, total))),
+    )  # fmt: skip
+    for when in ("score before", "score after"):
+        assert 0 < max(total for stage, _, total in seen if stage == when) < 100
+        assert next(done for stage, done, _ in seen if stage == when) == 0
+    phases = list(dict.fromkeys(stage.partition(DETAIL)[0] for stage, _, _ in seen))
+    assert phases == ["read the text", "load a model", "score before", "train", "score after", "write"]
+    assert next(done for stage, done, _ in seen if stage == "train") == 0
+    assert any("loss " in stage for stage, _, _ in seen)
+
+
+def test_the_default_amounts_of_held_out_text_are_said_in_one_place() -> None:
+    assert Training().held_out_tokens == SAMPLE_TOKENS == TrainSettings().select_tokens
+    assert signature(evaluate).parameters["tokens"].default == TABLE_TOKENS

@@ -1,8 +1,9 @@
-"""How long a fit takes: counted from the plan, measured on one layer by a clock of the test's own, or stated as unknown."""
+"""How long a build takes: counted from the plan, and measured by a clock of the test's own."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from itertools import count
@@ -13,8 +14,9 @@ import pytest
 
 import modekit.loaded.speed as speed
 from conftest import SMALL, Workshop, make_workshop
+from modekit.building.needed_time import NeededTime, needed_time
 from modekit.building.preview import fit_seconds, preview
-from modekit.cli.printing.mixtures import fit_said
+from modekit.cli.printing.mixtures import fit_said, time_said
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.planning.work import fit_work
@@ -66,13 +68,61 @@ def test_a_layer_of_a_family_is_timed(tmp_path: Path, family: str) -> None:
     assert per_token == pytest.approx(1.0 / 4 / 2048)
 
 
-def test_the_command_says_unknown_and_measures_when_asked(shared_workshop: Workshop, tmp_path: Path) -> None:
+def test_the_command_says_about_how_long_and_measures_a_layer_when_asked(shared_workshop: Workshop, tmp_path: Path) -> None:
     recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
     command = [sys.executable, "-m", "modekit", "plan", str(recipe)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "at most 49,152 tokens" in said and "time unknown (modekit plan --time measures it)" in said
+    assert "at most 49,152 tokens" in said and re.search(r"time +about \S+ to \S+ \S+ on this machine", said)
     said = subprocess.run([*command, "--time"], capture_output=True, text=True, check=True).stdout
     assert "on this machine" in said and "unknown" not in said
     data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert data["fit"]["seconds"] is None and data["fit"]["tokens"] == 49_152
     assert preview(recipe)["fit"] == data["fit"]
+    assert 0 < data["time"]["range"][0] < data["time"]["range"][1]
+
+
+def test_a_plan_says_how_long_a_build_takes_without_torch(shared_workshop: Workshop, tmp_path: Path) -> None:
+    recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
+    code = (
+        "import sys; from pathlib import Path; from modekit.building.preview import preview; "
+        f"assert preview(Path({str(recipe)!r}))['time']['fit'] > 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def needed(plan: Plan, *, seconds: float, worked: float) -> NeededTime:
+    """By clocks that go on by so much at every look."""
+    ticks, uses = count(0.0, seconds), count(0.0, worked)
+    return needed_time(plan, clock=lambda: next(ticks), used=lambda: next(uses))
+
+
+def test_the_time_of_a_fit_grows_with_its_tokens_and_with_how_busy_the_machine_is(
+    shared_workshop: Workshop, tmp_path: Path
+) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    few, many = (plan_of(workshop, {"fit": "ridge", "tokens_per_domain": tokens}) for tokens in (10**6, 2 * 10**6))
+    idle, busy = needed(many, seconds=0.2, worked=0.2), needed(many, seconds=2.0, worked=0.2)
+    constant = needed(plan_of(workshop, {"fit": "ngram"}), seconds=0.2, worked=0.2).fit
+    assert idle.fit - constant == pytest.approx(2 * (needed(few, seconds=0.2, worked=0.2).fit - constant))
+    assert busy.fit == pytest.approx(10 * idle.fit) and busy.write == pytest.approx(10 * idle.write)
+    assert idle.range[0] < idle.write + idle.fit < idle.range[1]
+
+
+def test_a_router_without_text_takes_the_time_of_the_copy(shared_workshop: Workshop, tmp_path: Path) -> None:
+    found = needed(plan_of(borrow(shared_workshop, tmp_path), {"fit": "random"}), seconds=0.2, worked=0.2)
+    assert found.fit == 0 < found.write and "fit" not in time_said(found.as_data())
+
+
+def test_a_logistic_fit_counts_what_solving_it_costs(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    ridge, logistic = (fit_work(plan_of(workshop, {"fit": fit, "tokens_per_domain": 1000})) for fit in ("ridge", "logistic"))
+    assert ridge is not None and logistic is not None
+    assert ridge.solving == 0 < logistic.solving and ridge.flops == logistic.flops
+
+
+def test_a_build_says_its_time_before_it_begins(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    recipe = workshop.write(mixture={"method": "routing", "router": {"fit": "random"}})
+    command = [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "OUT")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    assert said[0].startswith("takes about ") and said[1].startswith("0:00  ")

@@ -64,7 +64,9 @@ def build(
     if before is None:  # of a mixture that is changed, what is kept does without its text
         check_texts_present(plan.recipe, plan.root)
     if plan.recipe.mixture.needs_text:
+        run.begin("check the text")
         _check_text(plan, before)
+    run.begin("check the models")
     _check_copies(plan, before)
     in_place = before is not None and before.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
@@ -92,6 +94,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], before: Befo
     except BaseException:
         inspector.stop()
         raise
+    run.begin("check the models")
     hashes = inspector.finish()
     write_index(plan, stage.folder)
     write_json(stage.folder / "config.json", dict(plan.config))
@@ -102,6 +105,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], before: Befo
         write_file(stage.folder / name, content)
     record = _set_router(plan, stage.out, stage, hashes, before, run).record
     write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
+    run.begin("write to the disk" if run.sync else "put in place")
     return record
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from modekit.building.needed_time import needed_time
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.planning.summary import summary
@@ -23,7 +24,7 @@ def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[st
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run, headers_only=True)
     check_texts_present(parsed, root)
-    found = summary(plan)
+    found = {**summary(plan), "time": needed_time(plan).as_data()}
     if measure and found["fit"] is not None:
         found["fit"]["seconds"] = fit_seconds(plan)
     return found

@@ -262,8 +262,9 @@ def _check_router(checkpoint: Checkpoint) -> Check:
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
     import torch
 
-    from modekit.loaded.load import auto_class, check_loadable, said_by, without_bars, without_report
+    from modekit.loaded.load import LOADING, auto_class, check_loadable, said_by, without_bars, without_report
 
+    run.begin(LOADING)
     try:
         check_loadable(checkpoint.folder, run=run)
         load: Callable[..., Any] = auto_class(checkpoint.folder).from_pretrained

@@ -15,12 +15,15 @@ from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, RecipePath, Trust, app
 from modekit.run import Run
+from modekit.text.amounts import SAMPLE_TOKENS
 
 
 @app.command()
 def advise(
     recipe: RecipePath,
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain (select split) to measure on.")] = 8_192,
+    tokens: Annotated[
+        int, typer.Option(min=64, help="Held-out tokens per domain to measure on (select split).")
+    ] = SAMPLE_TOKENS,
     native: Annotated[
         bool, typer.Option("--native", help="The result must open in an architecture that other tools know.")
     ] = False,

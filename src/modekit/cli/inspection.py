@@ -16,6 +16,7 @@ from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
+from modekit.text.amounts import SAMPLE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TextOptions:
 def inspect(
     checkpoint: OutFolder,
     shown: TextOptions,
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = 8_192,
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = SAMPLE_TOKENS,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document or text, in tokens.")] = 512,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,

@@ -21,6 +21,7 @@ from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
+from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +69,9 @@ class DoorOptions:
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="First measure what it brings, and whom it resembles.")
     ] = True
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text (select split) to measure on.")] = 8_192
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text (select split) to measure on.")] = (
+        SAMPLE_TOKENS
+    )
     force: Annotated[bool, typer.Option("--force", help="Let it in whatever was measured.")] = False
 
 

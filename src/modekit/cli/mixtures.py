@@ -12,9 +12,9 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
+from modekit.cli.printing.console import err, out
 from modekit.cli.printing.figures import bytes_of
-from modekit.cli.printing.mixtures import print_checks, print_plan
+from modekit.cli.printing.mixtures import print_checks, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
 from modekit.run import Run
@@ -46,6 +46,7 @@ def build(
 ) -> None:  # fmt: skip
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
+    from modekit.building.needed_time import needed_time
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.planning.make import make_plan
@@ -53,6 +54,7 @@ def build(
 
     made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
     new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
+    err.print(Text.assemble("takes ", time_said(needed_time(made).as_data())), soft_wrap=True)
     with drawn_progress() as progress:
         checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)

@@ -1,66 +1,140 @@
 """How the command line shows progress: bars on a terminal, lines elsewhere. Both on the standard error.
 
-A line when a stage begins and one every half minute, with the time so far and the time left:
+A line when a phase begins, one as soon as it is known how long the phase will take, and one every half minute:
 
-    0:12  score medicine: 11 %, 1:31 left
+    0:12  score medicine: 11 %, about 95 s left
+
+The time left follows from how fast the phase advanced in the last minute. While nothing advances, it grows.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modekit.cli.printing.console import err
-from modekit.cli.printing.figures import clock_of
-from modekit.run import Progress
+from modekit.cli.printing.figures import clock_of, time_of
+from modekit.run import DETAIL, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn, TaskID
 
 EVERY = 30.0
-"""Seconds after which a stage says again how far it is."""
-_SHARED = ("score ", "read ")  # stages of that name count what all of them do: one bar, one estimate
+"""Seconds after which a line says again how far the command is."""
+_RECENT = 60.0
+"""Seconds of work that the time left is estimated from."""
+_EVIDENCE = 3.0
+"""Seconds that a phase must have advanced for before a time is said."""
+_WIDTH = 80
+_SHARED = ("score ", "read ")  # phases of that name count what all of them do: one bar, one estimate
+
+Clock = Callable[[], float]
 
 
 @dataclass
-class _Work:
-    """One kind of work: stages that count together. `first` is when it was first heard of, and how much was done then."""
+class Work:
+    """One kind of work: phases that count together. `points` are seconds and what was done then, of the recent past."""
 
-    first: tuple[float, int]
-    done: int = 0
-    total: int = 0
-    begun: set[str] = field(default_factory=set)  # stages of it that were said
+    total: int
+    done: int
+    points: deque[tuple[float, int]]
+    said: set[str] = field(default_factory=set)  # phases of it that a line was written for
+    says_time: bool = False  # a line with the time left was written
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether anybody says how far it is."""
+        return self.total > 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it is done."""
+        return 0 < self.total <= self.done
+
+    def advance(self, now: float, done: int) -> None:
+        """Take a report."""
+        self.done = done
+        if done > self.points[-1][1]:
+            self.points.append((now, done))
+        while len(self.points) > 2 and self.points[1][0] <= now - _RECENT:
+            self.points.popleft()
 
     def left(self, now: float) -> float | None:
-        """Seconds left at the speed so far; None when there is none to tell it by."""
-        seconds, done = now - self.first[0], self.done - self.first[1]
-        return seconds * (self.total - self.done) / done if seconds > 0 and done > 0 else None
+        """Seconds left at the recent speed, up to now; None while there is no evidence, or nothing left."""
+        since, before = self.points[0]
+        if self.is_done or self.done <= before or now - since < _EVIDENCE:
+            return None
+        return (now - since) * (self.total - self.done) / (self.done - before)
+
+
+class Works:
+    """The works of a command, by their names, and the phase that was heard of last."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._by_name: dict[str, Work] = {}
+        self.phase, self.detail, self.work = "start", "", Work(0, 0, deque([(clock(), 0)]))
+
+    def report(self, stage: str, done: int, total: int) -> str:
+        """Take a report; the name of its work."""
+        self.phase, _, self.detail = stage.partition(DETAIL)
+        name, now = _name_of_work(self.phase), self._clock()
+        work = self._by_name.get(name)
+        if work is None or total != work.total or done < work.done:
+            work = self._by_name[name] = Work(total, done, deque([(now, done)]))
+        work.advance(now, done)
+        self.work = work
+        return name
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Works of which nobody says how far they are: they end when another phase begins."""
+        return [name for name, work in self._by_name.items() if not work.is_counted]
+
+    def left(self, name: str) -> float | None:
+        """Seconds left of a work."""
+        return self._by_name[name].left(self._clock())
+
+    def said(self) -> str:
+        """What is going on, without the time."""
+        if self.work.is_done:
+            return f"after {self.phase}: still at work"
+        left = self.work.left(self._clock())
+        parts = [f"{_percent(self.work)} %"] if self.work.is_counted else []
+        parts += [f"{time_of(left)} left"] if left is not None else []
+        parts += [self.detail] if self.detail else []
+        return f"{self.phase}{': ' if parts else ''}{', '.join(parts)}"
 
 
 class Lines:
-    """Progress as lines. `write` gets each line, `clock` says seconds that never go back.
+    """Progress as lines of at most 80 columns. `write` gets each line, `clock` says seconds that never go back.
 
-    Several stages may go on at once; each is said when it begins. `tick` may be called from another thread, so that a stage
+    Several phases may go on at once; each is said when it begins. `tick` may be called from another thread, so that a phase
     that reports nothing for long (a model that is read) is still seen to go on.
     """
 
-    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, write: Callable[[str], object], clock: Clock = time.monotonic) -> None:
         self._write, self._clock = write, clock
-        self._started = self._said = clock()
-        self._stage = ""
-        self._works: dict[str, _Work] = {}
+        self._started = self._last = clock()
+        self._works = Works(clock)
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take a report, and say it when the stage is new."""
+        """Take a report; write a line where the phase is new, or the time that it takes."""
         with self._lock:
-            work = self._works.get(_group(stage))
-            if work is None or total != work.total or done < work.done:
-                work = self._works[_group(stage)] = _Work((self._clock(), done))
-            work.done, work.total, self._stage = done, total, stage
-            if stage not in work.begun or self._is_due():
-                work.begun.add(stage)
+            self._works.report(stage, done, total)
+            work, phase = self._works.work, self._works.phase
+            if work.is_done:
+                work.said.add(phase)  # what is over when it is first heard of needs no line
+                return
+            left = None if work.says_time else work.left(self._clock())
+            if phase not in work.said or (left is not None and left >= EVERY) or self._is_due():
+                work.said.add(phase)
                 self._say()
 
     def tick(self) -> None:
@@ -70,21 +144,27 @@ class Lines:
                 self._say()
 
     def _is_due(self) -> bool:
-        return self._clock() - self._said >= EVERY
+        return self._clock() - self._last >= EVERY
 
     def _say(self) -> None:
-        self._said = self._clock()
-        work = self._works.get(_group(self._stage))
-        parts = [f"{100 * work.done / work.total:.0f} %"] if work is not None and work.total else []
-        left = work.left(self._said) if work is not None else None
-        parts += [f"{clock_of(left)} left"] if left is not None else []
-        far = f": {', '.join(parts)}" if parts else ""
-        self._write(f"{clock_of(self._said - self._started)}  {self._stage or 'starting'}{far}")
+        self._last = self._clock()
+        self._works.work.says_time |= self._works.work.left(self._last) is not None
+        line = f"{clock_of(self._last - self._started)}  {self._works.said()}"
+        too_long = len(line) - _WIDTH
+        if too_long > 0:
+            phase = self._works.phase
+            line = line.replace(phase, f"{phase[: max(8, len(phase) - too_long - 1)]}…", 1)
+        self._write(line)
 
 
-def _group(stage: str) -> str:
-    about, sign, work = stage.rpartition(": ")
-    return next((about + sign + start for start in _SHARED if work.startswith(start)), stage)
+def _percent(work: Work) -> int:
+    """Rounded down: 100 is all of it."""
+    return 100 * work.done // work.total
+
+
+def _name_of_work(phase: str) -> str:
+    about, sign, work = phase.rpartition(": ")
+    return next((about + sign + start for start in _SHARED if work.startswith(start)), phase)
 
 
 @contextmanager
@@ -104,23 +184,40 @@ def drawn_progress() -> Iterator[Progress]:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
+    works = Works(time.monotonic)
     columns = (
-        TextColumn("{task.description:<24}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:<22}", markup=False), BarColumn(16), TaskProgressColumn(), TimeElapsedColumn(),
+        _time_left(works),
     )  # fmt: skip
     with Bars(*columns, console=err, transient=True) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def draw(stage: str, done: int, total: int) -> None:
-            group = _group(stage)
-            if group not in tasks:
-                tasks[group] = bars.add_task(stage, total=total)
-            bars.update(tasks[group], description=stage, completed=done, total=total)
+            name = works.report(stage, done, total)
+            for over in [each for each in works.uncounted if each != name and each in tasks]:
+                bars.remove_task(tasks.pop(over))
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=None, work=name)
+            described = works.phase + (f", {works.detail}" if works.detail else "")
+            bars.update(tasks[name], description=described, completed=done, total=total if works.work.is_counted else None)
 
         yield draw
+
+
+def _time_left(works: Works) -> ProgressColumn:
+    """A column that says anew, whenever it is drawn, how much time is left."""
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            left = works.left(task.fields["work"])
+            return Text("" if left is None else f"{time_of(left)} left", style="progress.remaining")
+
+    return TimeLeft()
 
 
 @contextmanager

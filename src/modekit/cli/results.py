@@ -23,6 +23,7 @@ from modekit.cli.told import ToldOptions
 from modekit.cli.translate import TranslationOptions, score_translations
 from modekit.errors import ModekitError
 from modekit.run import Run
+from modekit.text.amounts import TABLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.demo.kinds import What
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 class HeldOutOptions(ToldOptions):
     """How much held-out text is scored, and which labels of it are told."""
 
-    tokens: Annotated[int | None, typer.Option(min=64, help="Held-out tokens per domain (default 20,000).")] = None
+    tokens: Annotated[int | None, typer.Option(min=64, help=f"Held-out tokens per domain (default {TABLE_TOKENS:,}).")] = None
     sequence_length: Annotated[
         int | None, typer.Option(min=8, help="Longest piece of a document, in tokens (default 512).")
     ] = None
@@ -88,7 +89,7 @@ def evaluate(
 
     with drawn_progress() as progress:
         results = evaluate(
-            open_checkpoint(resolved(checkpoint)), tokens_per_domain=held_out.tokens or 20_000,
+            open_checkpoint(resolved(checkpoint)), tokens_per_domain=held_out.tokens or TABLE_TOKENS,
             sequence_length=held_out.sequence_length or 512, labels=held_out.asked(),
             run=Run(trust_remote_code, progress),
         )  # fmt: skip

@@ -15,6 +15,7 @@ from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
 from modekit.run import Run
+from modekit.text.amounts import SAMPLE_TOKENS
 
 _RENAMED = {"loss": "losses", "cheap": "speed"}
 
@@ -123,7 +124,7 @@ def train(
     from modekit.training.train import train
 
     wanted = given_settings(said.said(), options.settings, held_out_tokens=options.tokens)
-    tokens = 8_192 if options.tokens is None else options.tokens
+    tokens = SAMPLE_TOKENS if options.tokens is None else options.tokens
     with drawn_progress() as progress:
         done = train(
             open_checkpoint(resolved(checkpoint)), wanted, texts=texts_by_domain(text), root=Path.cwd(),

@@ -18,6 +18,7 @@ from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, Overwrite, RecipePath, Trust, app, resolved
 from modekit.errors import TuneError
 from modekit.run import Run
+from modekit.text.amounts import SAMPLE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class TuneOptions:
     """How much is searched, where, and by how many."""
 
     trials: Annotated[int, typer.Option(min=1, help="Variants to try; the fixed ones among them always are.")] = 48
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = 8_192
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = (
+        SAMPLE_TOKENS
+    )
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
     space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None
     native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False

@@ -84,7 +84,7 @@ def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
 def train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
     """Train everything on some sequences."""
     training = BASE_TRAINING.with_(steps=steps, seed=seed)
-    train_language_model(model, list(model.parameters()), sequences, training, run=run, stage="train base")
+    train_language_model(model, list(model.parameters()), sequences, training, run=run)
 
 
 def make_real_base(out: Path, run: Run) -> None:

@@ -95,7 +95,7 @@ class Languages:
             fewest = min(len(sequences) for sequences in of_each)
             sequences = [sequence for each in of_each for sequence in each[:fewest]]
             with staging(teacher, f"demo teacher {self.seed}", "model") as stage:
-                train(model, sequences, self.budget.teacher_steps, self.seed, self._named("teacher"))
+                train(model, sequences, self.budget.teacher_steps, self.seed, self.run.about("teacher"))
                 with without_bars(), library_writes(stage.folder) as folder:
                     model.save_pretrained(folder)
                     tokenizer.save_pretrained(folder)
@@ -136,7 +136,7 @@ class Languages:
         out = self.folder / name
         if is_there(out):
             return open_checkpoint(out)
-        return build(make_plan(parse_recipe(recipe, where=name), self.folder), out, run=self._named(name))
+        return build(make_plan(parse_recipe(recipe, where=name), self.folder), out, run=self.run.about(name))
 
     def joint(self, name: str, common: Mapping[str, Any], router: dict[str, Any]) -> Checkpoint:
         """Four decoders over one embedding and head, from the student as it begins, trained jointly."""
@@ -155,12 +155,12 @@ class Languages:
             },
             where=name,
         )  # fmt: skip
-        train_mixture(start, settings, out=self.folder / name, evaluate_tokens=None, run=self._named(name))
+        train_mixture(start, settings, out=self.folder / name, evaluate_tokens=None, run=self.run.about(name))
         return open_checkpoint(self.folder / name)
 
     def table(self, checkpoint: Checkpoint, known: Results | None = None) -> Results:
         """What it is worth on every language."""
-        named = self._named(checkpoint.folder.name)
+        named = self.run.about(checkpoint.folder.name)
         return evaluate(checkpoint, tokens_per_domain=self.budget.eval_tokens, known=known, run=named)
 
     def _together(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings, steps: int) -> Path:
@@ -173,12 +173,8 @@ class Languages:
         """The student of a name: the one that is there, or a new one."""
         out = self.folder / name
         if not is_there(out):
-            distill(asked, out, run=self._named(name))
+            distill(asked, out, run=self.run.about(name))
         return out
-
-    def _named(self, name: str) -> Run:
-        """Progress under a model's name."""
-        return Run(progress=lambda stage, done, total: self.run.progress(f"{name}: {stage}", done, total))
 
 
 def run_modular_seed(

@@ -72,7 +72,7 @@ def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -
 def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, training: Any, progress: Progress) -> None:
     specialize(
         folder / "base", folder / name, [str(text)], root=folder, train=what, training=training,
-        run=Run(progress=lambda _stage, done, total: progress(f"train {name}", done, total)),
+        run=Run(progress=progress).about(name),
     )  # fmt: skip
 
 

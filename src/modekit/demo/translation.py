@@ -67,7 +67,7 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
     ))  # fmt: skip
     with staging(out, f"demo base of pairs {seed} {steps}", "model") as stage:
         sequences = training_sequences(tokenizer, mixed, training)
-        train_language_model(model, list(model.parameters()), sequences, training, run=run, stage="train base")
+        train_language_model(model, list(model.parameters()), sequences, training, run=run.about("base"))
         model.config.dropout = ARCHITECTURE["dropout"]
         with without_bars(), library_writes(stage.folder) as folder:
             model.save_pretrained(folder)

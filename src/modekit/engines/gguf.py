@@ -85,7 +85,7 @@ def export_gguf(
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
         if not stage.recall("converted"):
-            run.progress("convert", 0, 1)
+            run.begin("convert")
             finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
             guess = guessed_pre_tokenizer(checkpoint.folder)
             how = Conversion(made["outtype"], settings.pre_tokenizer, guess, finer)

@@ -56,7 +56,7 @@ def export_adapters_gguf(
         names = [_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters)]
         files = [stage.folder / name for name in names]
         if not stage.recall("converted"):
-            run.progress("convert", 0, 1)
+            run.begin("convert")
             guess = guessed_pre_tokenizer(checkpoint.folder)
             with library_writes(stage.folder) as folder:
                 theirs = {adapter.expert: folder / name for adapter, name in zip(adapters, names[1:], strict=True)}

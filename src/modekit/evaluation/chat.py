@@ -201,6 +201,7 @@ def _leaders(
 ) -> list[tuple[int, int]]:  # fmt: skip
     """Who leads at the end of every prompt, and of its answer."""
     answered: list[TokenSequence] = []
+    run.begin("answer", len(prompts))
     for start in range(0, len(prompts), _BATCH):
         answered += _answers(model, prompts[start : start + _BATCH], tokenizer, answer_tokens)
         run.progress("answer", len(answered), len(prompts))

@@ -25,12 +25,13 @@ from modekit.evaluation.results_folder import read_results, write_table
 from modekit.files.read import UNREADABLE
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
+from modekit.text.amounts import TABLE_TOKENS
 
 
 def evaluate(
     checkpoint: Checkpoint,
     *,
-    tokens_per_domain: int = 20_000,
+    tokens_per_domain: int = TABLE_TOKENS,
     sequence_length: int = 512,
     run: Run = QUIET,
     known: Results | None = None,
@@ -47,6 +48,7 @@ def evaluate(
     taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded, MismatchError
     for labels that it cannot be told.
     """
+    run.begin("read the text")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     if labels is not None:
         check_labels(checkpoint, labels, tokenizer)

@@ -100,6 +100,7 @@ def extract(
     names = shared_names(tuned, origin)
     with OpenFiles() as opened:
         pairs = []
+        run.begin("compare", len(names))
         for place, name in enumerate(names):
             pairs.append(compare(tuned, origin, name, opened))
             run.progress("compare", place + 1, len(names))
@@ -108,6 +109,7 @@ def extract(
         check_differs(chosen, pairs)
         moments, text = _moments(chosen, model, settings, run)
         adapted = []
+        run.begin("factorise", len(chosen))
         for place, (pair, moment_II) in enumerate(moments):
             adapted.append(_adapt(pair, moment_II, opened, settings))
             run.progress("factorise", place + 1, len(chosen))
@@ -115,6 +117,7 @@ def extract(
         "model": model.name, "base_model": settings.base_name or base.name, "settings": settings.size, "text": text,
         **account(adapted, linears, pairs),
     }  # fmt: skip
+    run.begin("write")
     config = _adapter_config(adapted, linears, settings.base_name or str(base))
     with _staged(out, adapted, record, (model, base), replaced_by(overwrite), run) as stage:
         _write(stage, adapted, config, record, model / TRAINED_FILE)

@@ -27,6 +27,9 @@ from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
 
+LOADING = "load a model"
+"""Phase of whatever reads a model into memory."""
+
 
 @contextmanager
 def without_bars() -> Iterator[None]:
@@ -118,6 +121,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     that writes what a text becomes. Raises SourceError.
     """
     check_loadable(folder, run=run)
+    run.begin(LOADING)
     try:
         with without_bars(), without_report(folder):
             model: PreTrainedModel = auto_class(folder).from_pretrained(

@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
-from modekit.loaded.load import decoder_layers, default_device, said_by, without_bars
+from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
 from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.native_shape import NativeShape
@@ -200,6 +200,7 @@ class DenseView:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = default_device()
+        run.begin(LOADING)
         self._native = native_of(checkpoint)
         _check_sizes(checkpoint)
         config = _dense_config(checkpoint, run)

@@ -10,6 +10,7 @@ import platform
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from modekit.loaded.load import default_device
 from modekit.loaded.muon import Muon
 from modekit.loaded.passes import check_text
 from modekit.loaded.shares import NextTokenLoss, Shares
-from modekit.run import QUIET, Run
+from modekit.loaded.train_state import NO_STATES, States, take_state
+from modekit.run import DETAIL, QUIET, Run
+from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import Batch, TokenSequence, encode, make_batches
 
 _SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
@@ -60,7 +63,7 @@ class Training:
     shares: int = 1
     autocast: bool = False
     max_tokens: int = 50_000_000
-    held_out_tokens: int = 8_192
+    held_out_tokens: int = SAMPLE_TOKENS
     seed: int = 0
 
     def with_(self, **changes: Any) -> Training:
@@ -90,12 +93,13 @@ def train_language_model(
     sequences: Sequence[TokenSequence],
     training: Training,
     *,
+    states: States = NO_STATES,
     run: Run = QUIET,
-    stage: str = "train",
 ) -> list[float]:
     """Next-token training on `sequences`; documents are never joined, pads never count. Returns the loss of each step.
 
-    Raises TextError when the loss stops being finite, and where text is not of the kind that the model reads.
+    It goes on from the last of `states`, and ends as if it had never been killed. Raises TextError when the loss stops being
+    finite, and where text is not of the kind that the model reads; TrainingError for a state that is damaged.
     """
     check_text(model, sequences)
     device = default_device()
@@ -105,9 +109,10 @@ def train_language_model(
     bfloat16 = training.autocast and has_bfloat16_products(device)
     loss_of = NextTokenLoss(model, bfloat16=bfloat16, pads_named=not training.by_length)
     optimizers = _optimizers(model, parameters, training)
-    losses = []
+    losses = states.restore(parameters, optimizers)
+    run.progress("train", len(losses), steps)
     with Shares(training.shares if device.type == "cpu" else 1) as shares:
-        for step, batch in zip(range(steps), batches.forever(), strict=False):
+        for step, batch in islice(zip(range(steps), batches.forever(), strict=False), len(losses), None):
             factor = _schedule(step, steps, training.warmup)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -122,7 +127,9 @@ def train_language_model(
             for optimizer in optimizers:
                 optimizer.zero_grad()
             losses.append(loss)
-            run.progress(stage, step + 1, steps)
+            if states.is_due:
+                states.keep(take_state(parameters, optimizers, losses))
+            run.progress(f"train{DETAIL}loss {loss:.3f}", step + 1, steps)
     model.eval()
     return losses
 

@@ -31,12 +31,11 @@ from modekit.search.advise.texts import SEQUENCE_LENGTH
 from modekit.sources.model import ModelSource
 from modekit.sources.names import split_layer
 from modekit.sources.open import Opener
+from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
 from modekit.text.splits import text_record
 
-TOKENS = 8_192
-"""Read of the new expert's text by default."""
 _SERVED = 0.9  # of the expert's gain that the mixture has already
 
 
@@ -77,7 +76,7 @@ class Door:
         return {**losses, "tokens": self.tokens, "drift": round(self.drift, 6), "nearest_cosine": cosine}
 
 
-def look_at(before: Before, *, tokens: int = TOKENS, run: Run = QUIET) -> Door:
+def look_at(before: Before, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Door:
     """Measure the new expert of a planned change. Raises TextError, and SourceError when a model cannot be loaded."""
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
     name = before.plan.recipe.names[place]

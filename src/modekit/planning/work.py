@@ -9,6 +9,9 @@ from modekit.planning.plan import Plan
 from modekit.sources.names import split_layer
 
 _TRAINED = 3  # a pass forward and back costs about three forward
+_SOLVED = "modekit.routing.closed_form:logistic"
+_EVALUATIONS = 500  # passes over the kept tokens that a logistic fit makes of a router, forward and back, at most
+_FEWEST_EXPERTS = 8  # a product with fewer columns takes no less: reading the tokens is what takes time
 _TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
 
 
@@ -21,12 +24,14 @@ class FitWork:
         tokens: read by the model, of all domains together.
         flops: floating-point operations of that and of the statistics that it keeps.
         passes: how many passes forward a token costs.
+        solving: floating-point operations of making gates from what was kept, as if all of them were those of a model.
     """
 
     reads: bool
     tokens: int
     flops: int
     passes: int = 1
+    solving: int = 0
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON; `seconds` are None until somebody measures them."""
@@ -44,7 +49,9 @@ def fit_work(plan: Plan) -> FitWork | None:
     per_domain = (router.steps or 100) * _TRAINED_TOKENS // 100 if trained else router.tokens_per_domain
     passes, tokens = _TRAINED if trained else 1, per_domain * plan.experts
     statistics = 0 if trained else sum(2 * slot.shape[1] ** 2 for slot in plan.slots)
-    return FitWork(True, tokens, tokens * (2 * passes * _weights(plan) + statistics), passes)
+    kept = min(router.keep_tokens, per_domain) * plan.experts if router.row.rule == _SOLVED else 0
+    solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
+    return FitWork(True, tokens, tokens * (2 * passes * _weights(plan) + statistics), passes, solving)
 
 
 def _weights(plan: Plan) -> int:

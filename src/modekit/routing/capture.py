@@ -17,7 +17,7 @@ from torch import nn
 
 from modekit.architecture.modekit_router import causal_average
 from modekit.loaded.mixture import ExpertView
-from modekit.loaded.passes import check_text, has_encoder, run_backbone
+from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.processes import ALONE, Processes, processes
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 from modekit.text.sequences import TokenSequence, make_batches
@@ -85,9 +85,9 @@ def capture_domain(
 ) -> list[DomainStatistics]:
     """Run a domain's text through its own expert and sum what every router's gate would take, in each of several ways.
 
-    `advance` is called with the number of tokens done after each batch. Which tokens are kept depends on their place in
-    `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding. Under a launcher every
-    process runs its share of the sequences, and what they found is added up.
+    `advance` is called with 0 before the first batch, and with the number of tokens after each. Which tokens are kept depends
+    on their place in `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding. Under a
+    launcher every process runs its share of the sequences, and what they found is added up.
     """
     shared, sides = processes(), view.in_decoder()
     check_text(view.model, [*sequences, *negatives])
@@ -180,7 +180,8 @@ def _run_with_inputs(
     handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(view.router_inputs())]
     try:
         with torch.inference_mode():
-            for batch in make_batches([sequences[row] for row in mine]):
+            advance(0)
+            for batch in make_batches([sequences[row] for row in mine], tokens=tokens_per_batch(view.model)):
                 rows = torch.tensor([mine[row] for row in batch.rows])
                 masks = (batch.mask, batch.target_mask)
                 real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))

@@ -38,9 +38,8 @@ def classifier_gates(fitting: Fitting) -> FittedRouter:
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = read_token_texts(fitting, tokenizer)
     terms = Terms(fitting.settings, int(fitting.checkpoint.config["vocab_size"]))
-    fitting.run.progress("fit classifiers", 0, 1)
+    fitting.run.begin("fit classifiers")
     gate, said = fitted_table(texts, terms, fitting.settings, sorted(set(tokenizer.all_special_ids)))
-    fitting.run.progress("fit classifiers", 1, 1)
     (slot,) = fitting.checkpoint.slots
     assert gate.shape == slot.shape
     names = fitting.recipe.names

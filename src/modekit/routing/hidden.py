@@ -32,9 +32,8 @@ def hidden_gates(fitting: Fitting) -> FittedRouter:
     domains = read_domains(fitting)
     if not processes().is_main:
         return FittedRouter([], RouterRecord.unfitted(fitting.recipe))
-    fitting.run.progress("fit classifiers", 0, 1)
+    fitting.run.begin("fit classifiers")
     gate_ED, said = _fitted(domains, fitting.settings)
-    fitting.run.progress("fit classifiers", 1, 1)
     text = {name: each.source["text"] for name, each in zip(fitting.recipe.names, domains, strict=True)}
     report = {"tokens": [domain.tokens for domain in domains], **said}
     record = RouterRecord(status="fitted", settings=fitting.settings, sha256="", text=text, report=report)

@@ -35,6 +35,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     settings, recipe = fitting.settings, fitting.recipe
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = read_token_texts(fitting, tokenizer)
+    fitting.run.begin("prepare the examples")
     averaging = averaging_of(fitting)
     table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))

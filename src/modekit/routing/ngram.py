@@ -38,6 +38,7 @@ def count_gate(fitting: Fitting) -> FittedRouter:
     settings, experts = fitting.settings, fitting.recipe.experts
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     domains = []
+    fitting.run.begin("count n-grams", len(experts))
     for place, expert in enumerate(experts):
         domains.append(_counted(fitting, tokenizer, place, expert))
         fitting.run.progress("count n-grams", place + 1, len(experts))

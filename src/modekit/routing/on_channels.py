@@ -52,6 +52,7 @@ def _factors(
 ) -> list[float]:  # fmt: skip
     """Per router, by what the channels that reach it must be multiplied to be the average of the table."""
     view = expert_view(fitting.checkpoint, run=fitting.run)
+    fitting.run.begin("measure the stream", len(texts))
     routers = view.router_inputs()
     weight: torch.Tensor = view.model.get_input_embeddings().weight
     weight.data[:, channels.evidence] = torch.from_numpy(evidence_VN).to(weight)

@@ -59,7 +59,7 @@ def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list
         if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):
             # Jitter and noise draw from the global generator.
             with _seeded(settings.seed, model.device), flow_of(model).forcing(expert, solo=True):
-                train_language_model(model, gates, own, training, run=fitting.run, stage=f"train gate {name}")
+                train_language_model(model, gates, own, training, run=fitting.run.about(f"gate of {name}"))
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()

@@ -143,6 +143,7 @@ class Reader:
             advance=advance,
         )  # fmt: skip
         if processes().is_main:
+            self._fitting.run.begin(f"keep what was read of {first.name}")
             for domain, statistics in zip(domains, found, strict=True):
                 statistics.save(domain.path)
 

@@ -18,6 +18,7 @@ def solve_gates(fitting: Fitting) -> FittedRouter:
         return FittedRouter([], RouterRecord.unfitted(fitting.recipe))
     slots = fitting.checkpoint.slots
     done = 0
+    fitting.run.begin(f"solve {settings.fit}", len(slots))
 
     def advance(count: int) -> None:
         nonlocal done
@@ -36,7 +37,10 @@ def read_domains(fitting: Fitting) -> list[DomainStatistics]:
     """Statistics of every expert's domain, kept or read now; of all of them in the main process only. Raises TextError."""
     reader = Reader(fitting)
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
-    looked_at = [reader.look_at(place, expert) for place, expert in enumerate(fitting.recipe.experts)]
+    looked_at = []
+    for place, expert in enumerate(fitting.recipe.experts):
+        fitting.run.begin(f"tokenise {expert.name}")
+        looked_at.append(reader.look_at(place, expert))
     reader.expect(looked_at)
     domains = [reader.read(domain) for domain in looked_at]
     return [domain for domain in domains if domain is not None]

@@ -114,6 +114,7 @@ def read_token_texts(fitting: Fitting, tokenizer: Any) -> list[TokenText]:
     """
     experts = fitting.recipe.experts
     texts, choosing = [], Choosing(fitting, tokenizer)
+    fitting.run.begin("read tokens", len(experts))
     for place, expert in enumerate(experts):
         texts.append(_read(fitting, tokenizer, place, expert, choosing))
         fitting.run.progress("read tokens", place + 1, len(experts))

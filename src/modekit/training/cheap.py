@@ -100,6 +100,7 @@ def train_cheap(
     held_out = keeper.read(select, "read held-out", run)
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}
     gates, before, after, steps = [], [], [], 0
+    run.begin("train gates", slots)
     for slot, gate in enumerate(map(torch.from_numpy, checkpoint.gates())):
         trained, losses, taken = _descend(gate, kept[slot], held_out[slot], mix, settings)
         steps = max(steps, taken)

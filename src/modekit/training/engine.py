@@ -63,7 +63,7 @@ def run_trainer(
     judging = {"eval_strategy": "steps", "metric_for_best_model": "loss", "greater_is_better": False}
     arguments = _arguments(objective, schedule, folder, **judging, eval_on_start=last is None)
     failed: TrainingError | None = None
-    trainer = MixtureTrainer(objective, batches, select, arguments, watchers(objective, folder, run))
+    trainer = MixtureTrainer(objective, batches, select, arguments, watchers(objective, folder, run), run)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except NotFiniteError as error:
@@ -84,7 +84,7 @@ def run_all_steps(
     """
     last = _goes_on_from(folder)
     arguments = _arguments(objective, schedule, folder, eval_strategy="no")
-    trainer = MixtureTrainer(objective, batches, (), arguments, watchers(objective, folder, run))
+    trainer = MixtureTrainer(objective, batches, (), arguments, watchers(objective, folder, run), run)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except NotFiniteError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from modekit.files.write import write_file
-from modekit.run import Run
+from modekit.run import DETAIL, Run
 from modekit.training.trained_module import TrainedModule
 
 LOG_FILE = "log.csv"
@@ -50,13 +50,21 @@ class _Report(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: Run) -> None:
         self._progress = run.progress
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._progress("train", state.global_step, state.max_steps)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say(state)
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero:
             write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+        if logs is not None and "loss" in logs:
+            self._say(state, f"{DETAIL}loss {logs['loss']:.3f}")
+
+    def _say(self, state: Any, detail: str = "") -> None:
+        if state.is_world_process_zero:
+            self._progress(f"train{detail}", state.global_step, state.max_steps)
 
 
 def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

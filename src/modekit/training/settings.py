@@ -17,6 +17,7 @@ from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import shortened
 from modekit.recipes.strict_yaml import read_yaml
+from modekit.text.amounts import SAMPLE_TOKENS
 
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
 """What may move; training/moving.py finds the parameters."""
@@ -127,7 +128,7 @@ class TrainSettings(BaseModel):
     tags: bool = False
     pack: bool | None = None
     share: float = Field(1.0, gt=0, le=1)
-    select_tokens: int = Field(8_192, ge=_FEWEST_SELECT_TOKENS)
+    select_tokens: int = Field(SAMPLE_TOKENS, ge=_FEWEST_SELECT_TOKENS)
     evaluate_every: int | None = Field(None, ge=1)
     patience: int = Field(4, ge=1)
     cache_bytes: int = Field(2 * 2**30, ge=2**20)

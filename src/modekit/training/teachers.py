@@ -25,6 +25,7 @@ from modekit.files.write import make_folder, remove
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.heads import Head, head_of
 from modekit.loaded.load import load_model
+from modekit.loaded.passes import tokens_per_batch
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.routing.capture import to_float16
@@ -107,8 +108,9 @@ def _read(model: PreTrainedModel, corpus: Corpus, expert: int | None, path: Path
     width = int(model.config.hidden_size)
     hidden_ND = torch.from_file(str(path), shared=True, size=corpus.tokens * width, dtype=torch.float16).view(-1, width)
     done = 0
+    run.begin(f"teacher {corpus.name}", corpus.tokens)
     with torch.inference_mode():
-        for batch in make_batches(corpus.sequences):
+        for batch in make_batches(corpus.sequences, tokens=tokens_per_batch(model)):
             mask = batch.mask.to(model.device)
             output = model.model(input_ids=batch.input_ids.to(model.device), attention_mask=mask.long(), use_cache=False)
             within = torch.arange(batch.mask.shape[1])

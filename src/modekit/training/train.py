@@ -20,6 +20,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.model import open_source
 from modekit.sources.open import model_folder
 from modekit.sources.tokenizer import Readers, check_same_tokenizer
+from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
 from modekit.training.ended import Ended
@@ -37,7 +38,7 @@ def train(
     texts: Mapping[str, Sequence[str]] | None = None,
     root: Path | None = None,
     out: Path | None = None,
-    evaluate_tokens: int | None = 8_192,
+    evaluate_tokens: int | None = SAMPLE_TOKENS,
     run: Run = QUIET,
 ) -> TrainedMixture:
     """Train a mixture and write it to `out` (by default in its own place).

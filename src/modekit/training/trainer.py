@@ -15,6 +15,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.files.libraries import new_folder
 from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, write_file
+from modekit.run import Run
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.resumed import state_read
@@ -38,7 +39,7 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self, objective: TrainedModule, batches: Batches, select: Sequence[Domain], arguments: TrainingArguments,
-        watchers: Sequence[TrainerCallback],
+        watchers: Sequence[TrainerCallback], run: Run,
     ) -> None:  # fmt: skip
         super().__init__(
             model=objective, args=arguments, train_dataset=batches, eval_dataset=batches, data_collator=lambda items: items[0],
@@ -51,6 +52,7 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
         self._batches = batches
         self._select = select
         self._settings = objective.settings
+        self._run = run
         if self.is_fsdp_enabled:  # one whole state, so that it can be written as a checkpoint
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
@@ -126,7 +128,12 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
         """Loss per domain under the routing that the checkpoint's config says."""
         self.model.eval()
         with torch.no_grad(), self._objective.as_configured():
-            return {text.name: self._score(text) for text in self._select}
+            losses = {}
+            for place, text in enumerate(self._select):
+                self._run.progress("score held-out text", place, len(self._select))
+                losses[text.name] = self._score(text)
+            self._run.progress("score held-out text", len(self._select), len(self._select))
+            return losses
 
     def _score(self, text: Domain) -> float:
         total = 0.0

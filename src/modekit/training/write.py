@@ -41,6 +41,7 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
     the dtype that it has on disk. Raises TrainingError when one is not finite in it.
     """
     checkpoint, out = request.checkpoint, request.target
+    run.begin("write")
     content = {name: _bytes_of(checkpoint, name, tensor) for name, tensor in tensors.items()}
     gate_names = {slot.name for slot in checkpoint.slots}
     files = {

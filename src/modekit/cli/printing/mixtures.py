@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from modekit.cli.printing.console import err, out
-from modekit.cli.printing.figures import bytes_of, count_of, three_digits, time_of
+from modekit.cli.printing.figures import bytes_of, count_of, range_of, three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def print_plan(summary: dict[str, Any]) -> None:
             f"{bytes_of(memory['build'])} to build, {bytes_of(memory['fit'])} to fit, {bytes_of(memory['load'])} to load",
         ),
         ("fit", fit_said(summary["fit"])),
+        ("time", time_said(summary["time"])),
         *(("note", note) for note in summary["notes"]),
     ]
     for name, value in rows:
@@ -186,6 +187,14 @@ def print_plan(summary: dict[str, Any]) -> None:
         err.print(Text("the disk has too little free space for this build", style="yellow"))
 
 
+def time_said(needed: Mapping[str, Any]) -> str:
+    """How long a build takes, in a line."""
+    write = f"{time_of(needed['write'])} to write"
+    parts = [write, *([f"{time_of(needed['fit'])} to fit the router"] if needed["fit"] else [])]
+    faster = "; less on the accelerator" if needed["accelerated"] else ""
+    return f"{range_of(*needed['range'])} on this machine as busy as it is now ({', '.join(parts)}){faster}"
+
+
 def fit_said(work: Mapping[str, Any] | None) -> str:
     """How much the fit of the router has to do, and how long that takes."""
     if work is None:
@@ -193,6 +202,4 @@ def fit_said(work: Mapping[str, Any] | None) -> str:
     if not work["reads"]:
         return "reads tokens alone: no model is run, seconds"
     much = f"at most {work['tokens']:,} tokens, {work['flops']:.1e} floating-point operations"
-    if work["seconds"] is None:
-        return f"{much}; time unknown (modekit plan --time measures it)"
-    return f"{much}; {time_of(work['seconds'])} on this machine"
+    return much if work["seconds"] is None else f"{much}; {time_of(work['seconds'])} on this machine"

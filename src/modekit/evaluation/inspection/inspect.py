@@ -34,6 +34,7 @@ from modekit.evaluation.inspection.unseen import told_apart
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
+from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import TokenSequence
 
 INSPECT_FILE = "inspect.json"
@@ -47,7 +48,7 @@ _SAMPLE_WEIGHTS = 2**17  # of all routers and experts together: a text is cut sh
 def inspect(
     checkpoint: Checkpoint,
     *,
-    tokens_per_domain: int = 8_192,
+    tokens_per_domain: int = SAMPLE_TOKENS,
     sequence_length: int = 512,
     run: Run = QUIET,
     write: bool = True,
@@ -56,6 +57,7 @@ def inspect(
 
     Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text.
     """
+    run.begin("read the text")
     domains = held_out_domains(checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, run=run)
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     model = load_model(checkpoint.folder, run=run)
@@ -112,6 +114,7 @@ def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]
         done += tokens
         run.progress("inspect", done, total)
 
+    advance(0)
     return advance
 
 

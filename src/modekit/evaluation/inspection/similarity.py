@@ -51,6 +51,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     mixed, without_base = _with_base(checkpoint, run)
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
+    run.begin("compare experts", len(mixed))
     with OpenFiles() as opened:
         for done, tensor in enumerate(mixed, 1):
             gram += _products(tensor, count, opened)

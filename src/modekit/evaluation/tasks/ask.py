@@ -164,6 +164,7 @@ def _run(
 ) -> dict[str, dict[str, Scored]]:
     """Model -> task -> its items. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
+    run.begin("prepare the questions")
     for task in tasks:
         task.made.build_all_requests(limit=limit)
     total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
@@ -177,6 +178,7 @@ def _run(
     for model in models:
         stage = f"score {model.name}"
         loaded = model.load()
+        advance(0)
         if isinstance(loaded, str):
             notes.append(f"{model.name} left out: {loaded}")
             continue

@@ -246,6 +246,7 @@ class _Translator:
             self._run.progress(f"translate: {name}", self._done, self._total)
 
         batch = self._decoding.batch
+        advance(0)
         return _Row(
             name, kind, {domain: translated(model, self._tokenizer, each, batch, advance) for domain, each in read.items()}
         )

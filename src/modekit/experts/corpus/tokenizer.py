@@ -115,7 +115,7 @@ def _notes(size: int, asked: int) -> list[str]:
 
 def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
     """How many bytes the splits of a domain have. Raises TextError where one has none."""
-    run.progress(f"look at {name}", 0, 1)
+    run.begin(f"look at {name}")
     sizes: dict[Split, int] = {"fit": 0, "report": 0}
     domain = _Domain(name, spec, root, sizes)
     for _, document in domain.all_documents():
@@ -128,7 +128,6 @@ def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
                 f"no document of a domain is in the {split} split", where=f"{WHERE} {name}", found=spec,
                 expected="one of ten documents to measure by, and more to train on", remedy=MORE,
             )  # fmt: skip
-    run.progress(f"look at {name}", 1, 1)
     return domain
 
 

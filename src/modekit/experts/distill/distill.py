@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from transformers import PreTrainedModel
 
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
 from modekit.experts.distill.kept_file import FromDisk, Header, check_kept, keep, read_kept
 from modekit.experts.distill.pair import Pair, digest_of_sequences, open_pair
 from modekit.experts.distill.says import BesideStudent, Teacher
@@ -32,17 +30,16 @@ from modekit.experts.distill.settings import TOP_K, DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, Text, kl_to_teacher
 from modekit.experts.distill.texts import Mix, Texts, read_texts
 from modekit.experts.moving import Trainable, What, adapter, weights
-from modekit.experts.specialize import RANK
+from modekit.experts.specialist_folder import SpecialistFolder
+from modekit.experts.specialize import RANK, held_out_losses, write_specialist
 from modekit.files.libraries import library_writes
-from modekit.files.output import refuse_entangled, refuse_existing, replaced_by, settle, was_made_by
-from modekit.files.read import SMALL, UNREADABLE, read_bytes, read_json
+from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import json_bytes, write_file
+from modekit.files.write import write_file
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.run import QUIET, Run
-from modekit.sources.model import SPECIALIST_FILE
-from modekit.text.splits import TRAINED_FILE, mark_of, text_record
+from modekit.text.splits import text_record
 from modekit.training.batches import Batches, Part, steps_of_one_pass
 from modekit.training.end_to_end import in_bfloat16
 from modekit.training.engine import Schedule, run_all_steps
@@ -82,52 +79,29 @@ class Distillation:
     mix: Mix | None = None
 
 
-class _StudentFolder(StatesFolder):
-    """OUT.training of a student."""
-
-    changed = "student or teacher are no longer what it started from"
-
-    def digest_in_out(self) -> str | None:
-        """Of what OUT says of how it was made, which nobody else writes."""
-        try:
-            return _sha256(read_bytes(self.out / SPECIALIST_FILE, SMALL))
-        except UNREADABLE:
-            return None
-
-
 def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> dict[str, Any]:
     """Train a student and write it to `out`: a plain model folder with its tokenizer and dtypes, or a LoRA adapter.
 
     Goes on after a kill, and ends in the same bytes. Returns what specialist.json in OUT says. Raises SourceError,
     MismatchError (another tokenizer, other kept logits), TextError, TrainingError, OutputError.
     """
-    folder = _StudentFolder(out)
+    folder = SpecialistFolder(out)
     folder.tidy()
     refuse_existing(out, replaced_by(overwrite), sources=(asked.student, asked.teacher))
     if asked.keep is not None:
         refuse_entangled(asked.keep, (asked.student, asked.teacher, out))
+    run.begin("read the text")
     pair = open_pair(asked.student, asked.teacher, run=run)
     texts = read_texts(asked.texts, asked.root, pair.tokenizer, asked.training, asked.mix)
     engine = _engine_settings(asked.training, asked.mix)
     request, state = _digests(asked, pair, texts)
-    if was_made_by(out, _made_by(request)):
-        folder.tidy()
-        settle(out)
-        return dict(read_json(out / SPECIALIST_FILE))
-    try:
-        folder.take(request, state)
+    made = folder.finished(_made_by(request))
+    if made is not None:
+        return made
+    with folder.held(request, state):
         with memory_errors():
             taught = _teach(asked, pair, texts, engine, folder, run)
-        record = _write(asked, pair, texts, taught, _Place(out, overwrite, request, folder), run)
-        folder.remove()
-        settle(out)
-    except BaseException:
-        if folder.is_held and not folder.has_states:
-            folder.remove()
-        raise
-    finally:
-        folder.release()
-    return record
+        return _write(asked, pair, texts, taught, _Place(out, overwrite, request, folder), run)
 
 
 def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
@@ -176,7 +150,7 @@ def _teach(
         trainable = _trainable(asked, student, pair)
     lesson = Lesson(teacher, pair.vocabulary, asked.settings)
     held_out = Text(texts.held_out, texts.corpus.tokens)
-    loss, kl = {"before": _loss(student, held_out)}, {"before": kl_to_teacher(student, lesson, held_out)}
+    before = _measured(student, lesson, held_out, "before", run)
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
     parts = texts.parts(engine, steps)
     module = Student(student, lesson, engine, steps)
@@ -185,8 +159,19 @@ def _teach(
         folder.path, run,
     )  # fmt: skip
     student.eval()
-    loss["after"], kl["after"] = _loss(student, held_out), kl_to_teacher(student, lesson, held_out)
+    after = _measured(student, lesson, held_out, "after", run)
+    loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
     return _Taught(trainable, history, loss, kl, teacher.classes, _tokens_in(parts, texts))
+
+
+def _measured(
+    student: PreTrainedModel, lesson: Lesson, held_out: Text, when: str, run: Run
+) -> tuple[float | None, float | None]:
+    """Loss of held-out text, and how far the student is from its teacher there; None of each without such text."""
+    domain = Domain("held-out", None, list(held_out.sequences), {})
+    loss = held_out_losses(student, [domain], when, run).get(domain.name)
+    run.begin(f"compare {when}")
+    return loss, kl_to_teacher(student, lesson, held_out)
 
 
 def _trainable(asked: Distillation, student: PreTrainedModel, pair: Pair) -> Trainable:
@@ -212,12 +197,6 @@ def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher
     return FromDisk(asked.keep, found, texts.all)
 
 
-def _loss(student: PreTrainedModel, text: Text) -> float | None:
-    if not text.sequences:
-        return None
-    return score_domain(student, Domain("held-out", None, list(text.sequences), {}), lambda _: None).loss
-
-
 def _tokens_in(parts: Sequence[Part], texts: Texts) -> int:
     return sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
 
@@ -229,13 +208,14 @@ class _Place:
     out: Path
     overwrite: bool
     request: str
-    folder: StatesFolder
+    folder: SpecialistFolder
 
 
 def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place: _Place, run: Run) -> dict[str, Any]:
     """The student in its place; what it says of itself is announced first, so that a kill after it costs nothing."""
     record = _record(asked, pair, texts, taught)
     _, save = taught.trainable
+    run.begin("write")
     with staging(
         place.out, _made_by(place.request), "adapter" if asked.train == "lora" else "model",
         sources=(asked.student, asked.teacher), replace=replaced_by(place.overwrite), sync=run.sync,
@@ -245,10 +225,9 @@ def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place
             save(folder)
             if asked.train != "lora":
                 pair.tokenizer.save_pretrained(folder)
-        write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in texts.fit).encode())
         write_file(stage.folder / LOSSES_FILE, _table(taught.history))
-        place.folder.announce_digest(_sha256(json_bytes(record)))
-        write_file(stage.folder / SPECIALIST_FILE, json_bytes(record))
+        place.folder.announce(record)
+        write_specialist(stage.folder, texts.fit, record)
     return record
 
 
@@ -297,7 +276,3 @@ def _table(history: Sequence[Mapping[str, float]]) -> bytes:
 
 def _made_by(request: str) -> str:
     return f"distill {request}"
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

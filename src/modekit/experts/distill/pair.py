@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import MismatchError
+from modekit.experts.specialist_folder import digest_of_source
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
-from modekit.sources.contents import blake3_of
 from modekit.sources.model import ModelSource, open_source
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer
 from modekit.text.sequences import TokenSequence
@@ -44,12 +44,12 @@ class Pair:
     @cached_property
     def student_digest(self) -> str:
         """Of the student's config and weights as they are now."""
-        return _digest_of(self.student)
+        return digest_of_source(self.student)
 
     @cached_property
     def teacher_digest(self) -> str:
         """Of the teacher's config and weights as they are now."""
-        return _digest_of(self.teacher)
+        return digest_of_source(self.teacher)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -102,7 +102,3 @@ def _vocab_size(config: Mapping[str, Any]) -> int:
     inner = config.get("text_config")
     said = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
     return said if isinstance(said, int) else 0
-
-
-def _digest_of(source: ModelSource) -> str:
-    return digest_of_data([dict(source.config), [[file.name, blake3_of(file)] for file in source.files]])

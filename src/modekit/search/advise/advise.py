@@ -25,15 +25,13 @@ from modekit.search.advise.groups import is_projection
 from modekit.search.advise.judge import helps, of_files, of_unmixed
 from modekit.search.advise.measured import NOTHING, Measured, measure_text
 from modekit.search.advise.rules import Choice, Facts, choose
-
-TOKENS = 8_192
-"""Read of each domain's select text by default."""
+from modekit.text.amounts import SAMPLE_TOKENS
 
 
 def advise(
     path: Path,
     *,
-    tokens: int = TOKENS,
+    tokens: int = SAMPLE_TOKENS,
     native: bool = False,
     run: Run = QUIET,
 ) -> Advice:

@@ -67,9 +67,8 @@ def discover(
         refuse_existing(out, replace, sources=_read_from(unlabelled, settings))
     serving = _serving(unlabelled, settings, run)
     stream = Stream(unlabelled.texts, unlabelled.root)
-    run.progress("read documents", 0, 1)
+    run.begin("read documents")
     sample = stream.sample(settings.sample, settings.seed)
-    run.progress("read documents", 1, 1)
     found = learn(sample, settings, space_of(settings, run), run)
     groups = _groups(sample, found.grouping.labels, serving, run)
     discovery = Discovery(

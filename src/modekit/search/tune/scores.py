@@ -76,6 +76,7 @@ def reference_losses(job: Job, plan: Plan, splits: Mapping[str, Selection], run:
     base = plan.sources[0].folder
 
     model = load_model(base, run=job.run)
+    run.begin("score the base")
     for split, selection in splits.items():
         for domain in selection.domains:
             found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss

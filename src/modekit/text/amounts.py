@@ -1,0 +1,6 @@
+"""How much held-out text is read per domain when nobody says how much."""
+
+TABLE_TOKENS = 20_000
+"""Of a table that shows what a mixture is worth (`eval`)."""
+SAMPLE_TOKENS = 8_192
+"""Of a loss that is measured beside other work: to choose by, to look at an expert, before and after a training."""
