@@ -123,7 +123,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
             **engine.environment(),
             **(threads_environment(threads) if threads else {}),
         }
-        run.progress(f"start {name}", 0, 1)
+        run.begin(f"start {name}")
         with Keeper(name, lambda: Child(engine.module, wanted, environment)) as keeper:
             app = Proxy(keeper, checkpoint.folder.name, inner_key, chat_template(checkpoint.folder) is not None).app(key)
             with answering(app, listener):
