@@ -130,7 +130,8 @@ def _canonical(data: Any) -> bytes:
 def _record(record: dict[str, Any]) -> dict[str, Any]:
     """modekit.json without versions, paths, the digest of fitted bytes and transformers' defaults."""
     kept = {key: value for key, value in record.items() if key not in {"modekit_version", "recipe_folder", "dense_config"}}
-    kept["sources"] = [{key: value for key, value in source.items() if key != "folder"} for source in record["sources"]]
+    machine = {"folder", "config"}  # the digest of a source's config.json, which has transformers' defaults in it
+    kept["sources"] = [{key: value for key, value in source.items() if key not in machine} for source in record["sources"]]
     kept["router"] = {key: value for key, value in record["router"].items() if key != "sha256"}
     return kept
 

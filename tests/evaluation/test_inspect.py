@@ -160,7 +160,7 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     assert (data["evidence"] is None) == (checkpoint.record.recipe.mixture.router.fit != "lexical")
     count, routers = len(data["experts"]), len(data["routers"])
     assert data["experts"] == checkpoint.names and routers == len(checkpoint.shape.positions)
-    assert set(data["checkpoint"]) == {"recipe_digest", "router_sha256", "trained"}
+    assert data["checkpoint"] == checkpoint.identity
     assert all(set(router) == {"name", "layer", "module"} for router in data["routers"])
     assert set(data["per_domain"]) == {*data["domains"], *data["unseen"]}
     for name, entry in data["per_domain"].items():
