@@ -170,8 +170,8 @@ def _before_each(below: Path, count: int, act: Callable[[str, str], None]) -> No
 
 
 def _whole(path: str, event: str, args: tuple[Any, ...]) -> str:
-    """A path, where it is relative to an open folder."""
+    """A path, where it is relative to an open folder or to the one that the process is in."""
     place = _FOLDER_AT.get(event, 9)
     folder = args[place] if place < len(args) else -1
     is_open = isinstance(folder, int) and folder >= 0
-    return str(Path(f"/proc/self/fd/{folder}").readlink() / path) if is_open else path
+    return str((Path(f"/proc/self/fd/{folder}").readlink() if is_open else Path.cwd()) / path)

@@ -18,6 +18,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError
 from modekit.files.marker import foreign_files, read_marker
+from modekit.files.write import is_temporary
 from refusal import Tree
 
 FIT = {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
@@ -63,6 +64,13 @@ COMMANDS = {
     "train": Command(
         ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
     ),
+    "train elsewhere": Command(
+        ("train", "OUT", "--what", "experts", "--out", "NEW", "--backbone-learning-rate", "0.01", *SHORT, *FEW),
+        40,
+        53,
+        3,
+        "NEW.training",
+    ),
     "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 211, 31),
     "eval": Command(("eval", "OUT", *FEW), 10),
     "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
@@ -100,6 +108,7 @@ COMMANDS = {
     "report": Command(("report", "OUT"), 15),
     "report elsewhere": Command(("report", "OUT", "--out", "pages/page.html"), 8),
     "card": Command(("card", "OUT"), 10),
+    "advise": Command(("advise", "native.yaml", "--write", "advised.yaml", *FEW), 2, 1),
 }
 
 
@@ -159,5 +168,8 @@ def check_whole(root: Path) -> None:
 
 
 def stable(found: Tree) -> Tree:
-    """What must be the same after every kill."""
-    return {name: content for name, content in found.items() if not any(part in _VOLATILE for part in name.split("/"))}
+    """What must be the same after every kill; a file in the making may lie in the user's own folder, where nobody tidies up."""
+    return {
+        name: content for name, content in found.items()
+        if not any(part in _VOLATILE for part in name.split("/")) and not ("/" not in name and is_temporary(Path(name)))
+    }  # fmt: skip
