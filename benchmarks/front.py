@@ -5,8 +5,9 @@
 
 Per router that reads tokens: accuracy of the choice after 16, 32, 64 tokens of held-out documents, and the gap that it closes
 on tokens 33 to 256 when the choice after 32 holds for all of them; beside it the n-gram mixture, which chooses per token. Then
-`modekit front` before a server that answers at once: how much longer a request takes through it, at a steady rate. Where others
-use the cores, too, `chrt --fifo 1` before it all lets it go first; `--seeds 0` leaves the first part out.
+`modekit front` before a server that answers at once: how much longer a request takes through it, at a steady rate, and how long
+`/health` takes while it gets requests as large as can be. Where others use the cores, too, `chrt --fifo 1` before it lets it go
+first; `--seeds 0` leaves the first part out.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -176,6 +179,44 @@ def _round(address: str, model: str, texts: Sequence[str], load: Load) -> list[f
     return taken
 
 
+def health(folder: Path) -> Iterator[str]:
+    """Milliseconds of the longest health check while one request of a kind, or eight of them at once, are answered."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), AtOnce)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with ExitStack() as stack:
+        stack.callback(server.shutdown)
+        address = stack.enter_context(_front(folder, f"http://127.0.0.1:{server.server_port}", None))
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        for name, body in LARGE.items():
+            for count in (0, 1, 8):
+                asked, taken = [pool.submit(_status, f"{address}/v1/chat/completions", body) for _ in range(count)], []
+                while not all(each.done() for each in asked) or len(taken) < 20:
+                    began = time.perf_counter()
+                    _status(f"{address}/health")
+                    taken.append(1e3 * (time.perf_counter() - began))
+                statuses = sorted({each.result() for each in asked})
+                yield f"{name}, {count} at once (status {statuses}): /health {max(taken):.0f} ms at most of {len(taken)}"
+
+
+LARGE: Mapping[str, bytes] = {
+    "200,000 turns": json.dumps({"model": "law", "messages": [{"role": "user", "content": "hi"}] * 200_000}).encode(),
+    "2,700,000 lists": b'{"messages": [' + b"[]," * 2_700_000 + b"1]}",
+    "262,000 values": json.dumps({"model": "law", "prompt": [{"a": 1}] * 87_000}).encode(),
+    "8 MB of text": json.dumps(
+        {"model": "auto", "messages": [{"role": "user", "content": "the fever " * 190}] * 4_096}
+    ).encode(),
+}
+
+
+def _status(address: str, body: bytes | None = None) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body), timeout=120) as answer:
+            answer.read()
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 @contextmanager
 def _front(folder: Path, worker: str, source: Path | None) -> Iterator[str]:
     """The address of one, alone on the first core; `source`: where modekit is imported from, None: the installed one."""
@@ -217,7 +258,7 @@ def main() -> None:
     texts = [document[:2_000] for each in held for document in each.documents[:20]]
     load = Load(arguments.rate, arguments.seconds, arguments.rounds)
     sources = {"front": None, **({} if arguments.against is None else {"other front": arguments.against.resolve()})}
-    for line in cost(folder, texts, load, sources):
+    for line in (*cost(folder, texts, load, sources), *health(folder)):
         print(line)
 
 
