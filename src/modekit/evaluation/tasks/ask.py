@@ -24,6 +24,7 @@ from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, task
 from modekit.evaluation.tasks.harness import (
     Metric,
     Scored,
+    build_requests,
     harness_task,
     metrics_of,
     named_tasks,
@@ -99,8 +100,9 @@ def evaluate_tasks(
     notes: list[str] = []
     with quiet(run.trust_remote_code):
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
-        tasks = _question_tasks(checkpoint, forms, seen, seed, notes)
+        tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():
+            build_requests(name, made, limit)
             tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
         scored = _run(checkpoint, tasks, chosen, limit, notes, run)
     results = kept_results(checkpoint, _results(tasks, scored, notes))
@@ -134,7 +136,7 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Mo
 
 
 def _question_tasks(
-    checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, notes: list[str]
+    checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, limit: int | None, notes: list[str]
 ) -> list[_Task]:
     if not forms:
         return []
@@ -148,6 +150,7 @@ def _question_tasks(
     for name, (form, questions) in tasks_of(forms, made).items():
         own = {"process_results": process_results} if form == "generation" else {}
         task = harness_task({**task_config(form, questions, folder.resolve()), **own})
+        build_requests(name, task, limit)
         tasks.append(_Task(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
     for form in forms:
         if form not in {task.group for task in tasks}:
@@ -165,8 +168,6 @@ def _run(
 ) -> dict[str, dict[str, Scored]]:
     """Model -> task -> its items. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    for task in tasks:
-        task.made.build_all_requests(limit=limit)
     total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
 
     def advance(count: int) -> None:
