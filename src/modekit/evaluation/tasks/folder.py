@@ -66,7 +66,8 @@ def read_folders(folders: Sequence[Path]) -> dict[str, Entry]:
 
     entries: dict[str, Entry] = {}
     for folder in folders:
-        reader, found = _Reader(folder.resolve()), dict[str, Entry]()
+        reader = _Reader(folder.resolve())
+        found: dict[str, Entry] = {}
         for file in _task_files(folder.resolve()):
             config = reader.merged(file)
             if isinstance(config, dict) and {"task", "group", "class"} & set(config):

@@ -32,7 +32,7 @@ def _named(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
     def check(name: str) -> str:
         known = sorted(names())
         if name not in known:
-            raise ValueError(f"no {kind} that the harness has built in; it has {', '.join(known)}")
+            raise ValueError(f"one of the harness's {kind}s: {', '.join(known)}")
         return name
 
     return AfterValidator(check)
