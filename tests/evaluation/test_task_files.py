@@ -148,7 +148,7 @@ def utf16(folder: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a metric of the hub, or of the working folder": (said(**{"metric: acc,": "metric: got/evil,"}), "metric_list.0.metric: 'got/evil'"),
+    "a metric of the hub, or of the working folder": (said(**{"metric: acc,": "metric: got/evil,"}), "metric: 'got/evil'"),
     "a metric that the hub has": (said(**{"metric: acc,": "metric: acc, hf_evaluate: true,"}), "hf_evaluate: True"),
     "a metric's function": (said(**{"metric: acc,": "metric: !function spell.agg,"}), "!function spell.agg"),
     "an aggregation's function": (said(**{"aggregation: mean": "aggregation: !function spell.agg"}), "!function spell.agg"),
@@ -242,7 +242,7 @@ def test_groups_end(checkpoint: Checkpoint, folder: Path, case: str) -> None:
 
 TEMPLATES = {
     "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() | length }}", "SecurityError"),
-    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% if a %}{% endif %}{% endfor %}{% endfor %}", "processor"),
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}", "processor"),
     "is one endless call": ("{{ 9 ** (9 ** 9) }}", "processor"),
     "compares what doubles": (
         "{% set ns = namespace(a=[1], b=[1]) %}{% for _ in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
@@ -274,8 +274,8 @@ def test_templates_say_what_the_harness_makes_of_them() -> None:
     doc = {"word": "a\n", "choices": ["x", "ß"], "more": {"n": [1, 2]}}
     with Templates() as templates:
         for template in (
-            "{{word}}\n", "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}", "{{more.n}}", "{{choices|join('|')}}",
-            "{{ word | regex_replace('a', 'b') }}", "{{ ['x', word.strip()] }}",
+            "{{word}}\n", "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}", "{{more.n}}",
+            "{{choices|join('|')}}", "{{ word | regex_replace('a', 'b') }}", "{{ ['x', word.strip()] }}",
         ):  # fmt: skip
             assert templates.render(template, doc) == lm_eval.utils.apply_template(template, doc)
         with pytest.raises(TextError, match="UndefinedError"):
@@ -308,7 +308,7 @@ def test_a_filter_s_pattern_ends(checkpoint: Checkpoint, folder: Path, monkeypat
 HONEST: dict[str, tuple[str, dict[str, str]]] = {
     "a task": ("spell", {"spell": OWN}),
     "a task that writes": ("writes", {"writes": WRITES}),
-    "few-shot examples": ("spell", {"spell": OWN + "num_fewshot: 2\nfewshot_split: test\nfewshot_config: {sampler: first_n}\n"}),
+    "few-shot examples": ("spell", {"spell": OWN + "num_fewshot: 2\nfewshot_split: test\n"}),
     "examples of its own": ("spell", {"spell": OWN + 'num_fewshot: 1\nfewshot_config: {samples: [{word: "x", answer: 1}]}\n'}),
     "a file for many": ("spell", {"_base": OWN.replace("task: spell\n", ""), "spell": "include: _base.yaml\ntask: spell\n"}),
     "a tag": ("spells", {"spell": OWN + "tag: [spells]\n"}),

@@ -1,7 +1,7 @@
 """Log p of continuations, with every beginning that many of them share computed once.
 
-Texts that are the beginning of another need no pass of their own. Of the others those with a long beginning in common go on from
-its keys and values, a question's answers from the question, questions from their few-shot examples. The rest is batched by length.
+A text that begins another needs no pass of its own. Texts with a long beginning in common go on from its keys and values: a
+question's answers from the question, questions from their few-shot examples. The rest is batched by length.
 
 Shape legend: B batch, S sequence, K tokens whose logits are kept, V vocabulary.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.text.sequences import TokenSequence, make_batches
 
-_WORTH = {"cpu": 32}  # tokens that a pass of its own costs beside those that it reads
+WORTH = {"cpu": 64}
+"""Tokens that must be saved for passes of their own, by device: each costs about 20 beside those that it reads."""
 _WORTH_ELSEWHERE = 512  # on an accelerator, which reads many tokens as fast as few
 
 Answer = tuple[float, bool]
@@ -64,7 +64,7 @@ def answers_of(model: PreTrainedModel, asked: Sequence[Asked]) -> Iterator[tuple
     """What is asked, part by part, and how many of its tokens each part answers."""
     shares = _shares(model)
     texts = _texts(asked, shares)
-    worth = _WORTH.get(model.device.type, _WORTH_ELSEWHERE)
+    worth = WORTH.get(model.device.type, _WORTH_ELSEWHERE)
     alone: list[_Text] = []
     for group in _groups(texts, 0, worth) if shares else [texts]:
         if not shares or _saved(group, 0) <= worth:
@@ -81,13 +81,7 @@ def answers_of(model: PreTrainedModel, asked: Sequence[Asked]) -> Iterator[tuple
 
 
 def _shares(model: PreTrainedModel) -> bool:
-    """Whether a text may go on from another's keys and values and be what it is when read at once.
-
-    Not where a router decides by the whole text, nor where layers keep anything but keys and values of every token.
-    """
-    settings = getattr(model.config, "modekit", None)
-    if "'sequence'" in str(settings):
-        return False
+    """Whether a text may go on from another's keys and values: not where layers keep anything else, or not every token's."""
     with torch.inference_mode():
         cache = _cache_of(model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True))
     return cache is not None and bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -111,7 +105,8 @@ def _texts(asked: Sequence[Asked], shares: bool) -> list[_Text]:
 
 def _common(texts: Sequence[_Text]) -> int:
     """How many first tokens sorted texts have in common, of each at least the last one left to read."""
-    common = len(os.path.commonprefix([texts[0].read, texts[-1].read]))
+    both = zip(texts[0].read, texts[-1].read, strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
     return min(common, *(len(text.read) - 1 for text in texts), *(text.first for text in texts))
 
 
