@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.evaluation.tasks import shared
 from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, task_files, tasks_of
 from modekit.evaluation.tasks.harness import build_requests, harness_task, quiet, run_tasks
 from modekit.evaluation.tasks.intervals import (
@@ -38,7 +39,6 @@ from modekit.evaluation.tasks.intervals import (
 )
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
-from modekit.evaluation.tasks import shared
 from modekit.evaluation.tasks.scores import process_results
 from modekit.evaluation.tasks.shared import Asked, answers_of
 from modekit.loaded.experts import load_expert_source
@@ -93,7 +93,9 @@ def speed(mixture: Path, model: Path, limit: int) -> None:
     told = "\n\n".join(f"{item['asked']} {item['terms'][item['answer']]}" for item in glosses[:5])
     asked = {
         "glosses": [(head, " " + item["gloss"]) for item in glosses for head in item["heads"]],
-        "continuations": [(start, c) for item in continuations for start in (item["beginning"], "") for c in item["continuations"]],
+        "continuations": [
+            (start, c) for item in continuations for start in (item["beginning"], "") for c in item["continuations"]
+        ],
         "5 examples, 4 answers": [(f"{told}\n\n{item['asked']}", f" {t}") for item in glosses for t in item["terms"]],
         "5 examples, 4 letters": [(f"{told}\n\n{item['asked']}", f" {t}") for item in glosses for t in "ABCD"],
     }
@@ -173,8 +175,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only these models, with commas between them, and no table")
     parser.add_argument("--limit", type=int, default=100, help="items of a domain and kind at most")
     parser.add_argument("--forms", default="glosses,continuations,generation")
+    parser.add_argument(
+        "--speed", type=Path, help="a model whose speed is measured; DEMO is a mixture then, whose text is used"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.speed:
+        speed(args.demo.resolve(), args.speed.resolve(), args.limit)
+        return
     seeds = [args.demo / f"seed{seed}" for seed in range(args.seeds)]
     with quiet(trusted=False):
         first = open_checkpoint((seeds[0] / MIXTURES[0]).resolve())
