@@ -175,9 +175,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only these models, with commas between them, and no table")
     parser.add_argument("--limit", type=int, default=100, help="items of a domain and kind at most")
     parser.add_argument("--forms", default="glosses,continuations,generation")
-    parser.add_argument(
-        "--speed", type=Path, help="a model whose speed is measured; DEMO is a mixture then, whose text is used"
-    )
+    parser.add_argument("--speed", type=Path, help="measure the speed of this model on the questions of a mixture, DEMO")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.speed:

@@ -93,7 +93,10 @@ def said(**changes: str) -> Callable[[Path], None]:
 
 
 def added(line: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "spell.yaml").write_text(OWN + line + "\n") and None  # type: ignore[func-returns-value]
+    def write(folder: Path) -> None:
+        (folder / "spell.yaml").write_text(OWN + line + "\n")
+
+    return write
 
 
 def data(name: str) -> Callable[[Path], None]:
@@ -141,6 +144,10 @@ def huge(folder: Path) -> None:
     (folder / "spell.yaml").write_text(OWN + "# " + "x" * 2**21)
 
 
+def broken(folder: Path) -> None:
+    (folder / "spell.yaml").write_text("task: [")
+
+
 def utf16(folder: Path) -> None:
     (folder / "spell.yaml").write_bytes(
         OWN.replace("doc_to_target: answer", "doc_to_target: !function spell.target").encode("utf-16")
@@ -154,19 +161,24 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an aggregation's function": (said(**{"aggregation: mean": "aggregation: !function spell.agg"}), "!function spell.agg"),
     "an aggregation that is none": (said(**{"aggregation: mean": "aggregation: spell.agg"}), "aggregation: 'spell.agg'"),
     "a filter's function": (
-        added("filter_list: [{name: x, filter: [{function: custom, filter_fn: !function spell.text}]}]"), "filter_fn"),
+        added("filter_list: [{name: x, filter: [{function: custom, filter_fn: !function spell.text}]}]"),
+        "filter_fn",
+    ),
     "a filter that is a function": (added("filter_list: [{name: x, filter: [{function: !function spell.text}]}]"), "!function"),
     "a filter that is none": (added("filter_list: [{name: x, filter: [{function: spell}]}]"), "function: 'spell'"),
     "a setting that a filter lacks": (added("filter_list: [{name: x, filter: [{function: lowercase, x: 1}]}]"), "'x': 1"),
     "a pattern that is none": (
-        added("filter_list: [{name: x, filter: [{function: regex, regex_pattern: '('}]}]"), "regex_pattern"),
+        added("filter_list: [{name: x, filter: [{function: regex, regex_pattern: '('}]}]"),
+        "regex_pattern",
+    ),
     "a prompt file": (added("use_prompt: prompts.yaml:x"), "use_prompt: 'prompts.yaml:x'"),
     "a prompt of another package": (added("use_prompt: promptsource:x"), "use_prompt: 'promptsource:x'"),
     "an answer's function": (said(**{"to_target: answer": "to_target: !function spell.target"}), "doc_to_target: !function"),
     "a text's function": (said(**{'"{{word}}"': "!function spell.text"}), "doc_to_text: !function"),
     "a function behind another tag": (
         said(**{"task: spell": "%TAG !f! !func\n---\ntask: spell", "to_target: answer": "to_target: !f!tion spell.target"}),
-        "!function spell.target"),
+        "!function spell.target",
+    ),
     "a function in another encoding": (utf16, "cannot be read"),
     "a tag of Python": (added("description: !!python/object/apply:os.system ['touch ../ran']"), "python/object/apply"),
     "a function for items": (added("process_docs: !function spell.docs"), "process_docs: !function"),
@@ -180,7 +192,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a sampler that is none": (added("fewshot_config: {sampler: spell}"), "fewshot_config.sampler: 'spell'"),
     "a function of examples": (added("fewshot_config: {samples: !function spell.docs}"), "fewshot_config.samples"),
     "generation by code of a hub": (
-        added("generation_kwargs: {custom_generate: ./got, trust_remote_code: true}"), "generation_kwargs."),
+        added("generation_kwargs: {custom_generate: ./got, trust_remote_code: true}"),
+        "generation_kwargs.",
+    ),
     "endless generation": (added("generation_kwargs: {max_gen_toks: 1000000000}"), "max_gen_toks"),
     "endless repeats": (added("repeats: 1000000000"), "repeats"),
     "endless examples": (added("num_fewshot: 1000000000"), "num_fewshot"),
@@ -208,13 +222,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a task that is a link": (linked("other.yaml", "strange.yaml"), "leads out of the folder"),
     "a bomb of aliases": (bomb, "aliases"),
     "a huge file": (huge, "bytes"),
-    "what is no YAML": (lambda folder: (folder / "spell.yaml").write_text("task: [") and None, "cannot be read"),  # type: ignore[func-returns-value]
+    "what is no YAML": (broken, "cannot be read"),
     "a group that defines a task": (grouped("{task: inner, dataset_path: got/evil}"), "dataset_path"),
     "a group that feeds the harness's own code": (grouped("{task: spell, metadata: {tokenizer: got/evil}}"), "metadata"),
     "a group in a group": (grouped("{group: inner, task: [spell]}"), "task.0"),
     "a group's metric": (
-        grouped("spell", other="group: other\ntask: [spell]\naggregate_metric_list: [{metric: got/evil}]\n"), "got/evil"),
-}  # fmt: skip
+        grouped("spell", other="group: other\ntask: [spell]\naggregate_metric_list: [{metric: got/evil}]\n"),
+        "got/evil",
+    ),
+}
 GROUPS = {
     "a group that holds itself": grouped("all"),
     "groups that hold each other": grouped("other", other="group: other\ntask: [all]\n"),
@@ -246,11 +262,13 @@ TEMPLATES = {
     "is one endless call": ("{{ 9 ** (9 ** 9) }}", "processor"),
     "compares what doubles": (
         "{% set ns = namespace(a=[1], b=[1]) %}{% for _ in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
-        "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}", "processor"),
+        "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+        "processor",
+    ),
     "takes all memory": ("{{ [1] * 999999999 }}", "Memory"),
     "is a long text": ("{{ 'x' * 9999999 }}", "characters"),
     "replaces for ever": ("{{ ('a' * 40 ~ 'b') | regex_replace('(a+)+$', '') }}", "processor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
@@ -274,9 +292,13 @@ def test_templates_say_what_the_harness_makes_of_them() -> None:
     doc = {"word": "a\n", "choices": ["x", "ß"], "more": {"n": [1, 2]}}
     with Templates() as templates:
         for template in (
-            "{{word}}\n", "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}", "{{more.n}}",
-            "{{choices|join('|')}}", "{{ word | regex_replace('a', 'b') }}", "{{ ['x', word.strip()] }}",
-        ):  # fmt: skip
+            "{{word}}\n",
+            "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}",
+            "{{more.n}}",
+            "{{choices|join('|')}}",
+            "{{ word | regex_replace('a', 'b') }}",
+            "{{ ['x', word.strip()] }}",
+        ):
             assert templates.render(template, doc) == lm_eval.utils.apply_template(template, doc)
         with pytest.raises(TextError, match="UndefinedError"):
             templates.render("{{ nothing }}", doc)
@@ -315,10 +337,14 @@ HONEST: dict[str, tuple[str, dict[str, str]]] = {
     "a group": ("all", {"spell": OWN, "all": GROUP.format("{task: spell, num_fewshot: 1, fewshot_split: test}")}),
     "all that is harmless": (
         "spell",
-        {"spell": OWN + "should_decontaminate: true\ndoc_to_decontamination_query: word\nmetadata: {version: 1.0}\nrepeats: 1\n"
-         "description: 'Spell.\\n\\n'\ntask_alias: s\nuse_prompt: null\nunsafe_code: false\n"}),
+        {
+            "spell": OWN
+            + "should_decontaminate: true\ndoc_to_decontamination_query: word\nmetadata: {version: 1.0}\nrepeats: 1\n"
+            "description: 'Spell.\\n\\n'\ntask_alias: s\nuse_prompt: null\nunsafe_code: false\n"
+        },
+    ),
     "yaml of others": ("spell", {"spell": OWN, "compose": "services: {a: !reset 1}\n", "list": "- 1\n"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HONEST)

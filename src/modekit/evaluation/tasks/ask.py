@@ -95,6 +95,7 @@ def evaluate_tasks(
             raise ModekitError(
                 "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
             )
+    run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     require_harness()
     chosen = _chosen(checkpoint, models, run)
     notes: list[str] = []
@@ -178,6 +179,7 @@ def _run(
     scored: dict[str, dict[str, Scored]] = {}
     for model in models:
         stage = f"score {model.name}"
+        advance(0)  # what is left is said while the model loads
         loaded = model.load()
         if loaded is None:
             notes.append(f"{model.name} left out: it is no longer where the recipe found it")

@@ -116,9 +116,12 @@ def _members(name: str, entries: Mapping[str, Entry]) -> list[str] | None:
 
 def _group_error(name: str, found: str) -> ModekitError:
     return ModekitError(
-        "a group of tasks cannot be resolved", where=f"--include-path: {name}", found=found,
-        expected=f"groups of at most {_MOST_TASKS:,} tasks, nested at most {_DEEPEST} deep", remedy="correct the group",
-    )  # fmt: skip
+        "a group of tasks cannot be resolved",
+        where=f"--include-path: {name}",
+        found=found,
+        expected=f"groups of at most {_MOST_TASKS:,} tasks, nested at most {_DEEPEST} deep",
+        remedy="correct the group",
+    )
 
 
 def _task_files(root: Path) -> list[Path]:

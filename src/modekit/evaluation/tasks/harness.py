@@ -56,9 +56,11 @@ def require_harness() -> None:
             importlib.import_module(name)
     except ImportError as error:
         raise ModekitError(
-            "tasks need lm-evaluation-harness, which is not installed", where="modekit eval --tasks", found=error,
+            "tasks need lm-evaluation-harness, which is not installed",
+            where="modekit eval --tasks",
+            found=error,
             remedy="pip install 'modekit[eval]'",
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextmanager
@@ -149,9 +151,11 @@ def _checked_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
     for name in entries if not whole else ():
         if name in index:
             raise ModekitError(
-                "a task file takes the name of one of the harness's own tasks", where="--include-path", found=name,
+                "a task file takes the name of one of the harness's own tasks",
+                where="--include-path",
+                found=name,
                 remedy="give it another name, or leave the folder out",
-            )  # fmt: skip
+            )
     for name in sorted(reached - set(entries)):
         if name not in index:
             raise _unknown(name, [*entries, *index])
@@ -163,9 +167,12 @@ def _checked_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
 def _unknown(name: str, known: Sequence[str]) -> ModekitError:
     close = difflib.get_close_matches(name, known, 3)
     return ModekitError(
-        "unknown task", where="--tasks", found=name, expected=f"perhaps {', '.join(close)}" if close else None,
+        "unknown task",
+        where="--tasks",
+        found=name,
+        expected=f"perhaps {', '.join(close)}" if close else None,
         remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -211,9 +218,12 @@ def _check_item(name: str, doc: object) -> None:
 
 def _too_large(name: str, found: str) -> TextError:
     return TextError(
-        "the task is too large", where=f"--tasks {name}", found=found,
-        expected=f"at most {_MOST_REQUESTS:,} requests and {_MOST_CHARACTERS:,} characters", remedy="give --limit",
-    )  # fmt: skip
+        "the task is too large",
+        where=f"--tasks {name}",
+        found=found,
+        expected=f"at most {_MOST_REQUESTS:,} requests and {_MOST_CHARACTERS:,} characters",
+        remedy="give --limit",
+    )
 
 
 def run_tasks(
@@ -236,9 +246,12 @@ def run_tasks(
     remedy = "run the tasks one at a time to see which, and check its text and lengths"
     with raising(", ".join(tasks)[:200], "a task cannot be run on this model", remedy):
         found = evaluate(
-            lm=LoadedModel(model, tokenizer, advance), task_dict={"tasks": dict(tasks), "groups": {}}, limit=limit,
-            bootstrap_iters=0, confirm_run_unsafe_code=trusted,
-        )  # fmt: skip
+            lm=LoadedModel(model, tokenizer, advance),
+            task_dict={"tasks": dict(tasks), "groups": {}},
+            limit=limit,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=trusted,
+        )
         return {name: _scored(found["samples"][name], found["results"][name]) for name in tasks}
 
 

@@ -55,9 +55,11 @@ class Patterns:
             return match(max(self.seconds, 1e-6))
         except (TimeoutError, MemoryError):
             raise TextError(
-                f"a task's regular expression takes too long (all matches may take {_SECONDS:.0f} seconds)", where="--tasks",
-                found=pattern[:200], remedy="write one without repeats inside of repeats, or leave the filter out",
-            ) from None  # fmt: skip
+                f"a task's regular expression takes too long (all matches may take {_SECONDS:.0f} seconds)",
+                where="--tasks",
+                found=pattern[:200],
+                remedy="write one without repeats inside of repeats, or leave the filter out",
+            ) from None
         finally:
             self.seconds -= time.perf_counter() - begin
 

@@ -62,9 +62,12 @@ class Templates:
                 return str(said["text"])
             problem = str(said["error"])
         raise TextError(
-            "a task's template cannot be used", where="--tasks", found=f"{problem[:300]} ({' '.join(template.split())[:200]})",
-            expected=f"a text of at most {LONGEST:,} characters", remedy="correct the template",
-        )  # fmt: skip
+            "a task's template cannot be used",
+            where="--tasks",
+            found=f"{problem[:300]} ({' '.join(template.split())[:200]})",
+            expected=f"a text of at most {LONGEST:,} characters",
+            remedy="correct the template",
+        )
 
     def _started(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

@@ -248,9 +248,14 @@ class GroupFile(Overrides):
 
 
 _NESTED: Mapping[str, type[BaseModel]] = {
-    "metric_list": MetricEntry, "filter_list": FilterPipeline, "generation_kwargs": Generation, "fewshot_config": Fewshot,
-    "dataset_kwargs": DataKwargs, "aggregate_metric_list": GroupMetric, "task": Member,
-}  # fmt: skip
+    "metric_list": MetricEntry,
+    "filter_list": FilterPipeline,
+    "generation_kwargs": Generation,
+    "fewshot_config": Fewshot,
+    "dataset_kwargs": DataKwargs,
+    "aggregate_metric_list": GroupMetric,
+    "task": Member,
+}
 _KEY = re.compile(r"[a-z]+(_[a-z]+)*")
 _TYPES = {"str", "int", "float", "bool", "none"}
 
@@ -269,9 +274,12 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
 def refusal(where: Path, found: str, expected: str) -> ModekitError:
     """The error of a file in a folder of tasks: what stands there, and what may."""
     return ModekitError(
-        "a task file asks for more than data and what the harness has built in", where=f"--include-path: {where}",
-        found=found, expected=expected, remedy=_REMEDY,
-    )  # fmt: skip
+        "a task file asks for more than data and what the harness has built in",
+        where=f"--include-path: {where}",
+        found=found,
+        expected=expected,
+        remedy=_REMEDY,
+    )
 
 
 def _refusal(kind: type[BaseModel], problem: ErrorDetails, where: Path) -> ModekitError:

@@ -21,24 +21,82 @@ from modekit.evaluation.tasks.harness import build_requests, metrics_of, named_t
 from mutations import inputs, limited
 
 PLAIN: dict[str, Any] = {
-    "task": "spell", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "spell.jsonl"}}, "test_split": "test",
-    "output_type": "multiple_choice", "doc_to_text": "{{word}}", "doc_to_choice": ["a", "b"], "doc_to_target": "answer",
+    "task": "spell",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "spell.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{word}}",
+    "doc_to_choice": ["a", "b"],
+    "doc_to_target": "answer",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}  # fmt: skip
+}
 QUICK, SLOW = 100, 1_500
 KEYS = [
-    *PLAIN, "include", "group", "tag", "class", "process_docs", "process_results", "custom_dataset", "use_prompt", "description",
-    "fewshot_config", "num_fewshot", "generation_kwargs", "repeats", "filter_list", "metadata", "unsafe_code", "doc_to_image",
-    "fewshot_split", "gen_prefix", "target_delimiter", "dataset_name", "doc_to_decontamination_query",
-]  # fmt: skip
+    *PLAIN,
+    "include",
+    "group",
+    "tag",
+    "class",
+    "process_docs",
+    "process_results",
+    "custom_dataset",
+    "use_prompt",
+    "description",
+    "fewshot_config",
+    "num_fewshot",
+    "generation_kwargs",
+    "repeats",
+    "filter_list",
+    "metadata",
+    "unsafe_code",
+    "doc_to_image",
+    "fewshot_split",
+    "gen_prefix",
+    "target_delimiter",
+    "dataset_name",
+    "doc_to_decontamination_query",
+]
 LEAVES = st.one_of(
     st.sampled_from(
-        ["!function evil.run", "got/evil", "evil.run", "../evil.yaml", "{{ word", "{{ answer }}", "{{ [1] * 3 }}", "{{ word.x }}",
-         "json", "text", "csv", "test", "acc", "mean", "exact_match", "regex", "(a", "custom", "word", "spell", "generate_until",
-         "loglikelihood", "loglikelihood_rolling", "all", "spell.jsonl", "/etc/passwd", "evil.yaml"]
+        [
+            "!function evil.run",
+            "got/evil",
+            "evil.run",
+            "../evil.yaml",
+            "{{ word",
+            "{{ answer }}",
+            "{{ [1] * 3 }}",
+            "{{ word.x }}",
+            "json",
+            "text",
+            "csv",
+            "test",
+            "acc",
+            "mean",
+            "exact_match",
+            "regex",
+            "(a",
+            "custom",
+            "word",
+            "spell",
+            "generate_until",
+            "loglikelihood",
+            "loglikelihood_rolling",
+            "all",
+            "spell.jsonl",
+            "/etc/passwd",
+            "evil.yaml",
+        ]
     ),
-    st.none(), st.booleans(), st.integers(-2, 3), st.integers(), st.floats(), st.text(max_size=6), st.dates(),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=6),
+    st.dates(),
+)
 VALUES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
@@ -93,8 +151,10 @@ def written(said: Any) -> bytes:
 
 CHANGED = st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2).map(lambda more: {**PLAIN, **more})
 FILES = st.one_of(
-    damaged_data(PLAIN).map(written), CHANGED.map(written), damaged_bytes(written(PLAIN)),
-)  # fmt: skip
+    damaged_data(PLAIN).map(written),
+    CHANGED.map(written),
+    damaged_bytes(written(PLAIN)),
+)
 
 
 @pytest.mark.parametrize("count", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
