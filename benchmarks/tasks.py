@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, tasks_of, write_tasks
-from modekit.evaluation.tasks.harness import harness_task, quiet, run_tasks
+from modekit.evaluation.tasks import shared
+from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, task_files, tasks_of
+from modekit.evaluation.tasks.harness import build_requests, harness_task, quiet, run_tasks
 from modekit.evaluation.tasks.intervals import (
     Drawn,
     Estimate,
@@ -35,6 +40,7 @@ from modekit.evaluation.tasks.intervals import (
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
 from modekit.evaluation.tasks.scores import process_results
+from modekit.evaluation.tasks.shared import Asked, answers_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 
@@ -53,12 +59,15 @@ def answers(seed: Path, model: str, forms: list[str], made: list[Questions], lim
     chosen = {name: each for name, each in tasks_of(forms, made).items() if name not in found and not each[1].unseen}
     if not chosen:
         return found
-    write_tasks(folder / "files", made)
+    (folder / "files").mkdir(parents=True, exist_ok=True)
+    for name, content in task_files(made).items():
+        (folder / "files" / name).write_bytes(content)
     checkpoint = open_checkpoint(seed / MIXTURES[0])
     tasks = {}
     for name, (form, questions) in chosen.items():
         own = {"process_results": process_results} if form == "generation" else {}
         tasks[name] = harness_task({**task_config(form, questions, (folder / "files").resolve()), **own})
+        build_requests(name, tasks[name], limit)
     if model in MIXTURES or model == "base":
         loaded = load_model(seed / model)
     else:
@@ -73,6 +82,42 @@ def answers(seed: Path, model: str, forms: list[str], made: list[Questions], lim
     kept.write_text(json.dumps(found))
     print(seed.name, model, flush=True)
     return found
+
+
+def speed(mixture: Path, model: Path, limit: int) -> None:
+    """Processor seconds of scoring the questions of a mixture: one at a time, in batches, and with beginnings shared."""
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    made, _ = make_questions(open_checkpoint(mixture))
+    glosses = [item for each in made if each.kind == "glosses" for item in each.items[:limit]]
+    continuations = [item for each in made if each.kind == "continuations" for item in each.items[:limit]]
+    told = "\n\n".join(f"{item['asked']} {item['terms'][item['answer']]}" for item in glosses[:5])
+    asked = {
+        "glosses": [(head, " " + item["gloss"]) for item in glosses for head in item["heads"]],
+        "continuations": [
+            (start, c) for item in continuations for start in (item["beginning"], "") for c in item["continuations"]
+        ],
+        "5 examples, 4 answers": [(f"{told}\n\n{item['asked']}", f" {t}") for item in glosses for t in item["terms"]],
+        "5 examples, 4 letters": [(f"{told}\n\n{item['asked']}", f" {t}") for item in glosses for t in "ABCD"],
+    }
+    print(f"{model.name}, {torch.get_num_threads()} thread, load {os.getloadavg()[0]:.1f}", flush=True)
+    for name, pairs in asked.items():
+        texts = []
+        for context, continuation in pairs:
+            before = tokenizer(context)["input_ids"] if context else [tokenizer.bos_token_id]
+            after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+            texts.append(Asked((*before, *after), len(before)))
+        seconds, found = [], []
+        for parts, worth in (([[text] for text in texts], 2**40), ([texts], 2**40), ([texts], shared.WORTH["cpu"])):
+            with torch.inference_mode(), patch.dict(shared.WORTH, {"cpu": worth}):
+                begin, answers = time.process_time(), {}
+                for part in parts:
+                    for answered, _ in answers_of(loaded, list(dict.fromkeys(part))):
+                        answers.update(answered)
+                seconds.append(time.process_time() - begin)
+            found.append(answers)
+        apart = max(abs(found[0][text][0] - answers[text][0]) for answers in found[1:] for text in texts)
+        same = all(found[0][text][1] == answers[text][1] for answers in found[1:] for text in texts)
+        print(f"| {name} | {len(texts)} | {' | '.join(f'{each:.1f}' for each in seconds)} | {apart:.0e} | {same} |", flush=True)
 
 
 def over_seeds(per_seed: list[dict[str, Any]], name: str, metric: str) -> Sample:
@@ -130,8 +175,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only these models, with commas between them, and no table")
     parser.add_argument("--limit", type=int, default=100, help="items of a domain and kind at most")
     parser.add_argument("--forms", default="glosses,continuations,generation")
+    parser.add_argument("--speed", type=Path, help="measure the speed of this model on the questions of a mixture, DEMO")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.speed:
+        speed(args.demo.resolve(), args.speed.resolve(), args.limit)
+        return
     seeds = [args.demo / f"seed{seed}" for seed in range(args.seeds)]
     with quiet(trusted=False):
         first = open_checkpoint((seeds[0] / MIXTURES[0]).resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import re
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
-from modekit.errors import ModekitError, SourceError, TextError
+from modekit.errors import ModekitError, SourceError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.tasks import ask as run
 from modekit.evaluation.tasks import harness, scoring
@@ -306,6 +307,56 @@ def test_log_likelihoods_are_those_of_the_model(workshop: Workshop, changes: dic
     )
     assert [value for value, _ in found] == pytest.approx([value for value, _ in alone], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+
+
+def routed(fit: str, **router: Any) -> dict[str, Any]:
+    return {"mixture": {"method": "routing", "top_k": 2, "router": {"fit": fit, **router}}}
+
+
+SHARING: dict[str, dict[str, Any]] = {
+    "native": {},
+    "modekit": {"output": {"format": "modekit"}},
+    "context": routed("random", granularity="context"),
+    "sequence": routed("random", granularity="sequence"),
+    "ngram": routed("ngram"),
+    "lexical": routed("lexical"),
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_shared_beginnings_change_no_answer(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Few-shot examples, questions and answers, each computed once, against every text by itself."""
+    folder = workshop.build(**SHARING[case])
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    examples = "some words of law, and what they mean to us. "  # one token a letter: worth a pass of their own
+    questions = [f"{examples}which is number {n} of the many that are asked?" for n in range(3)]
+    pairs = [(question, f" an answer{'s' * n} of it") for question in questions for n in range(4)]
+    pairs += [(question, letter) for question in questions for letter in "abc"]  # the question is all that is read
+    pairs += [("", " an answer of it"), ("x", "y"), ("x" * 150, "too long"), ("x" * 150, "too long, too"), *PAIRS]
+    read: list[int] = []
+    forward = model.forward
+    signature = inspect.signature(forward)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    counted.__signature__ = signature  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", counted)
+    found = scoring.LoadedModel(model, tokenizer).loglikelihood([Asked(*pair) for pair in pairs])
+    together, read[:] = sum(read), []
+    alone = [scoring.LoadedModel(model, tokenizer).loglikelihood([Asked(*pair)])[0] for pair in pairs]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in alone], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+    assert together < 0.5 * sum(read)
+
+
+def test_progress_counts_every_request_once(workshop: Workshop) -> None:
+    model, tokenizer = load_model(workshop.root / "base"), load_tokenizer(workshop.root / "base")
+    counts: list[int] = []
+    asked = [Asked("a question " * 8, f" answer {n % 5}") for n in range(30)]
+    scoring.LoadedModel(model, tokenizer, counts.append).loglikelihood(asked)
+    assert sum(counts) == 30 and min(counts) >= 0
 
 
 def test_generation_does_not_depend_on_the_batch(workshop: Workshop) -> None:
@@ -612,46 +663,6 @@ def test_tasks_of_the_harness(asked: Workshop) -> None:
     assert "--tasks hellaswag" in message and "on a hub that can be reached" in message
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"answer\n": "!function spell.target\n"},
-        {"output_type": "class: !function spell.Task\noutput_type"},
-        {"test_split": "unsafe_code: true\ntest_split"},
-        {"dataset_path: json": "dataset_path: pandas"},
-        {"{{data": "{{trust_remote_code: true, data", "kwargs: {data": "kwargs: {trust_remote_code: true, data"},
-        {"test_split": "include: ../other/with_code.yaml\ntest_split"},
-        {"task: spell": "%TAG !f! !func\n---\ntask: spell", "answer\n": "!f!tion spell.target\n"},
-    ],
-)
-def test_code_in_a_folder_of_tasks_needs_the_flag(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, str]) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "with_code.yaml").write_text("doc_to_text: !function spell.text\n")
-    folder = own_task(tmp_path / "tasks", **change)
-    marker = tmp_path / "ran"
-    (folder / "spell.py").write_text(f"open({str(marker)!r}, 'w').close()\ntarget = text = lambda doc: 'a'\n")
-    with pytest.raises(ModekitError, match="brings code of its own"):
-        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
-    assert not marker.exists()
-
-
-def test_code_in_another_encoding_is_seen_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = own_task(tmp_path / "tasks", **{"answer\n": "!function spell.target\n"})
-    (folder / "spell.yaml").write_bytes((folder / "spell.yaml").read_text().encode("utf-16"))
-    with pytest.raises(ModekitError, match="brings code of its own"):
-        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
-    (folder / "spell.yaml").write_text("task: [")
-    with pytest.raises(ModekitError, match="cannot be read"):
-        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
-
-
-def test_templates_stay_in_their_sandbox(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    reach = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
-    folder = own_task(tmp_path / "tasks", **{'"{{word}}"': json.dumps(reach)})
-    with pytest.raises(TextError, match="SecurityError"):
-        evaluate_tasks(checkpoint, ["spell"], folders=[folder])
-
-
 def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     assert "pip install 'modekit[eval]'" in refuse("eval", asked.root / "OUT", "--tasks", "glosses")
@@ -660,7 +671,7 @@ def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def only_stages(stderr: str) -> bool:
-    return all(re.match(r"\d+:\d\d  (starting|score )", line) for line in stderr.splitlines())
+    return all(re.match(r"\d+:\d\d  (starting|prepare tasks|score )", line) for line in stderr.splitlines())
 
 
 def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

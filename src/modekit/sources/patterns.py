@@ -62,20 +62,28 @@ class Patterns:
             self.seconds -= time.perf_counter() - begin
 
     def _read(self, pattern: str) -> regex.Pattern[str]:
-        import regex  # here, as few adapters have patterns
-
         try:
-            with warnings.catch_warnings():  # of what other versions of Python may make of it
-                warnings.simplefilter("ignore")
-                re.compile(pattern)
-                _check_size(pattern)
-                self._known[pattern] = regex.compile(pattern, regex.VERSION0, cache_pattern=False)
-        except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+            self._known[pattern] = bounded(pattern)
+        except ValueError as error:
             raise SourceError(
                 "a pattern in adapter_config.json is no regular expression, or none that can be used", where=self.where,
                 found=f"{pattern[:200]}: {error}", remedy=_REMEDY,
             ) from None  # fmt: skip
         return self._known[pattern]
+
+
+def bounded(pattern: str) -> regex.Pattern[str]:
+    """A pattern that stops when it is told to, and means what it means to `re`. Raises ValueError for any other."""
+    import regex  # here, as few adapters have patterns
+
+    try:
+        with warnings.catch_warnings():  # of what other versions of Python may make of it
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+            _check_size(pattern)
+            return regex.compile(pattern, regex.VERSION0, cache_pattern=False)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_size(pattern: str) -> None:

@@ -25,6 +25,7 @@ from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, task
 from modekit.evaluation.tasks.harness import (
     Metric,
     Scored,
+    build_requests,
     harness_task,
     metrics_of,
     named_tasks,
@@ -95,13 +96,15 @@ def evaluate_tasks(
             raise ModekitError(
                 "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
             )
+    run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     require_harness()
     chosen = _chosen(checkpoint, models, run)
     notes: list[str] = []
     with quiet(run.trust_remote_code):
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
-        tasks = _question_tasks(checkpoint, forms, seen, seed, notes)
+        tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():
+            build_requests(name, made, limit)
             tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
         scored = _run(checkpoint, tasks, chosen, limit, notes, run)
     results = kept_results(checkpoint, _results(tasks, scored, notes))
@@ -133,7 +136,7 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Mo
 
 
 def _question_tasks(
-    checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, notes: list[str]
+    checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, limit: int | None, notes: list[str]
 ) -> list[_Task]:
     if not forms:
         return []
@@ -147,6 +150,7 @@ def _question_tasks(
     for name, (form, questions) in tasks_of(forms, made).items():
         own = {"process_results": process_results} if form == "generation" else {}
         task = harness_task({**task_config(form, questions, folder.resolve()), **own})
+        build_requests(name, task, limit)
         tasks.append(_Task(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
     for form in forms:
         if form not in {task.group for task in tasks}:
@@ -164,9 +168,6 @@ def _run(
 ) -> dict[str, dict[str, Scored]]:
     """Model -> task -> its items. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    run.begin("prepare the questions")
-    for task in tasks:
-        task.made.build_all_requests(limit=limit)
     total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
 
     def advance(count: int) -> None:
@@ -177,8 +178,8 @@ def _run(
     scored: dict[str, dict[str, Scored]] = {}
     for model in models:
         stage = f"score {model.name}"
+        advance(0)  # what is left is said while the model loads
         loaded = model.load()
-        advance(0)
         if isinstance(loaded, str):
             notes.append(f"{model.name} left out: {loaded}")
             continue

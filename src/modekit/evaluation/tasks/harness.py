@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import importlib
 import logging
 import warnings
@@ -16,8 +17,18 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, TextError
-from modekit.evaluation.tasks.trust import check_folder
+from modekit.evaluation.tasks.folder import check_exists, leaves, read_folders
+from modekit.evaluation.tasks.patterns import Patterns
+from modekit.evaluation.tasks.templates import Templates
 
+_SEED = 1234  # of few-shot examples, as in the harness's own command
+_MOST_REQUESTS = 200_000  # of one task
+_MOST_CHARACTERS = 2**28  # of one task's prompts
+_LONGEST_ITEM = 2**20  # characters
+_DATA_REMEDY = (
+    "its data set has to be on this machine or on a hub that can be reached: connect, unset HF_HUB_OFFLINE, or give tasks "
+    "whose data are files"
+)
 _PREFERRED = ("acc_norm", "acc", "exact_match")  # of the metrics of a task that is not ours; else its first
 
 
@@ -45,22 +56,24 @@ def require_harness() -> None:
             importlib.import_module(name)
     except ImportError as error:
         raise ModekitError(
-            "tasks need lm-evaluation-harness, which is not installed", where="modekit eval --tasks", found=error,
+            "tasks need lm-evaluation-harness, which is not installed",
+            where="modekit eval --tasks",
+            found=error,
             remedy="pip install 'modekit[eval]'",
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextmanager
 def quiet(trusted: bool) -> Iterator[None]:
-    """While open the harness logs, warns and draws nothing, and templates of tasks run in a sandbox unless trusted."""
+    """While open the harness logs, warns and draws nothing. Unless trusted, templates and patterns of tasks are bounded."""
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
+    import lm_eval.filters.extraction
     import lm_eval.utils
-    from jinja2.sandbox import SandboxedEnvironment
 
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
-    own = lm_eval.utils.env
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -71,9 +84,10 @@ def quiet(trusted: bool) -> Iterator[None]:
             stack.callback(datasets.enable_progress_bars)
         stack.enter_context(_replaced(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable))
         if not trusted:
-            sandbox = SandboxedEnvironment(loader=own.loader, undefined=own.undefined)
-            sandbox.filters.update(own.filters)
-            stack.enter_context(_replaced(lm_eval.utils, "env", sandbox))
+            templates, patterns = stack.enter_context(Templates()), Patterns()
+            stack.enter_context(_replaced(lm_eval.utils, "apply_template", templates.render))
+            for module in (lm_eval.api.metrics, lm_eval.filters.extraction):
+                stack.enter_context(_replaced(module, "re", patterns))
         yield
 
 
@@ -97,40 +111,119 @@ def harness_task(config: Mapping[str, Any]) -> Any:
 def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Any]:
     """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own; `others` could be meant, too.
 
-    Raises ModekitError when a name is unknown or a folder brings code without the flag, TextError when a task's data cannot
-    be had.
+    Raises ModekitError when a name is unknown or a folder asks for more than data without the flag, TextError when a task's
+    data cannot be had.
     """
-    from lm_eval.tasks import TaskManager
-
     for folder in folders:
-        check_folder(folder, trusted=trusted)
-    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
-    if any(not manager.match_tasks([name]) for name in names):  # its own are thousands of files, read only when asked for
-        manager = TaskManager(include_path=[str(folder) for folder in folders])
+        check_exists(folder)
+    manager = _trusted_tasks(names, folders) if trusted else _checked_tasks(names, folders)
     tasks: dict[str, Any] = {}
     for name in names:
         matching = manager.match_tasks([name])
         if not matching:
-            close = difflib.get_close_matches(name, [*others, *manager.all_tasks], 3)
-            raise ModekitError(
-                "unknown task", where="--tasks", found=name, expected=f"perhaps {', '.join(close)}" if close else None,
-                remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",
-            )  # fmt: skip
+            raise _unknown(name, [*others, *manager.all_tasks])
         for match in matching:
-            tasks.update(_load(manager, match))
+            with raising(f"--tasks {match}", "the task cannot be loaded", _DATA_REMEDY):
+                tasks.update(manager.load([match])["tasks"])
     return tasks
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _trusted_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The harness's own way: it reads the folders, and runs what their files name."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+    if all(manager.match_tasks([name]) for name in names):
+        return manager
+    return TaskManager(include_path=[str(folder) for folder in folders])  # with its own: thousands of files
+
+
+def _checked_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The harness with the folders' tasks as data. Its own are read only where a name, or a group's member, is not theirs."""
+    from lm_eval.tasks import TaskManager
+
+    entries = read_folders(folders)
+    matching = [match for name in names for match in fnmatch.filter(entries, name)]
+    reached = leaves(matching, entries)
+    whole = reached <= set(entries) and all(fnmatch.filter(entries, name) for name in names)
+    manager = TaskManager(include_defaults=not whole)
+    index = manager.task_index
+    for name in entries if not whole else ():
+        if name in index:
+            raise ModekitError(
+                "a task file takes the name of one of the harness's own tasks",
+                where="--include-path",
+                found=name,
+                remedy="give it another name, or leave the folder out",
+            )
+    for name in sorted(reached - set(entries)):
+        if name not in index:
+            raise _unknown(name, [*entries, *index])
+    index.update(entries)
+    manager.all_tasks[:] = sorted(index)
+    return manager
+
+
+def _unknown(name: str, known: Sequence[str]) -> ModekitError:
+    close = difflib.get_close_matches(name, known, 3)
+    return ModekitError(
+        "unknown task",
+        where="--tasks",
+        found=name,
+        expected=f"perhaps {', '.join(close)}" if close else None,
+        remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",
+    )
+
+
+@contextmanager
+def raising(where: str, what: str, remedy: str) -> Iterator[None]:
+    """While open, whatever goes wrong in the harness ends in TextError."""
     try:
-        return dict(manager.load([name])["tasks"])
-    except Exception as error:  # data sets, the hub and templates raise errors that share no base class
+        yield
+    except ModekitError:
+        raise
+    except Exception as error:  # data sets, the hub, filters and metrics raise errors that share no base class
         said = " ".join(str(error).split())[:300]
-        raise TextError(
-            "the task cannot be loaded", where=f"--tasks {name}", found=f"{type(error).__name__}: {said}",
-            remedy="its data set has to be on this machine or on a hub that can be reached: connect, unset HF_HUB_OFFLINE, "
-            "or give tasks whose data are files",
-        ) from None  # fmt: skip
+        raise TextError(what, where=where, found=f"{type(error).__name__}: {said}", remedy=remedy) from error
+
+
+def build_requests(name: str, task: Any, limit: int | None) -> None:
+    """Make what a task asks, once for all models. Raises TextError where that is too much, or does not work."""
+    with raising(f"--tasks {name}", "the task cannot be asked", "check its text, answers and few-shot examples"):
+        _check_size(name, task, limit)
+        task.set_fewshot_seed(_SEED)
+        task.build_all_requests(limit=limit)
+        task.build_all_requests = lambda **_: None  # the harness would draw other few-shot examples for every model
+
+
+def _check_size(name: str, task: Any, limit: int | None) -> None:
+    """Raise TextError for requests that no memory holds: counted one at a time, and the text of each item first."""
+    shots, asked, characters = task.config.num_fewshot or 0, 0, 0
+    task.set_fewshot_seed(_SEED)
+    for doc in task.sampler.df if shots else ():
+        _check_item(name, doc)
+    for _, doc in task.doc_iterator(limit=limit):
+        _check_item(name, doc)
+        prompt = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+        answers = len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 1
+        asked, characters = asked + answers * task.config.repeats, characters + len(str(prompt))
+        if asked > _MOST_REQUESTS or characters > _MOST_CHARACTERS:
+            raise _too_large(name, f"{asked:,} requests and {characters:,} characters, and more")
+
+
+def _check_item(name: str, doc: object) -> None:
+    if len(str(doc)) > _LONGEST_ITEM:
+        raise _too_large(name, f"an item of more than {_LONGEST_ITEM:,} characters")
+
+
+def _too_large(name: str, found: str) -> TextError:
+    return TextError(
+        "the task is too large",
+        where=f"--tasks {name}",
+        found=found,
+        expected=f"at most {_MOST_REQUESTS:,} requests and {_MOST_CHARACTERS:,} characters",
+        remedy="give --limit",
+    )
 
 
 def run_tasks(
@@ -147,18 +240,19 @@ def run_tasks(
 
     from modekit.evaluation.tasks.scoring import LoadedModel
 
-    try:
+    for task in tasks.values():
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+    remedy = "run the tasks one at a time to see which, and check its text and lengths"
+    with raising(", ".join(tasks)[:200], "a task cannot be run on this model", remedy):
         found = evaluate(
-            lm=LoadedModel(model, tokenizer, advance), task_dict={"tasks": dict(tasks), "groups": {}}, limit=limit,
-            bootstrap_iters=0, confirm_run_unsafe_code=trusted,
-        )  # fmt: skip
-    except (AssertionError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise ModekitError(
-            "a task cannot be run on this model", where=", ".join(tasks)[:200], found=f"{type(error).__name__}: {said}",
-            remedy="run the tasks one at a time to see which, and check its text and lengths",
-        ) from error  # fmt: skip
-    return {name: _scored(found["samples"][name], found["results"][name]) for name in tasks}
+            lm=LoadedModel(model, tokenizer, advance),
+            task_dict={"tasks": dict(tasks), "groups": {}},
+            limit=limit,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=trusted,
+        )
+        return {name: _scored(found["samples"][name], found["results"][name]) for name in tasks}
 
 
 def _scored(samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Scored:

@@ -1,7 +1,4 @@
-"""lm-evaluation-harness's model over one that is already loaded. Imports lm_eval: only import it where the extra is there.
-
-Shape legend: B batch, S sequence, V vocabulary.
-"""
+"""lm-evaluation-harness's model over one that is already loaded. Imports lm_eval: only import it where the extra is there."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.evaluation.loss import tokens_per_pass
-from modekit.text.sequences import TokenSequence, make_batches
+from modekit.evaluation.tasks.shared import Asked, answers_of
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 _GENERATED = 16  # texts that are generated side by side
@@ -56,21 +52,37 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         if any(not continuation for _, continuation in pairs):
             raise ValueError("a continuation without tokens")
-        asked = list(dict.fromkeys(pairs))  # tasks ask the same again: a continuation by itself, another form's pair
         longest = self.max_length + 1  # the last token is predicted, not read
-        sequences = [TokenSequence((context + continuation)[-longest:], 0) for context, continuation in asked]
-        answers: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, bool]] = {}
+        asked = {}
+        for context, continuation in dict.fromkeys(pairs):  # tasks ask the same again: a continuation by itself
+            ids = (context + continuation)[-longest:]
+            asked[context, continuation] = Asked(ids, max(len(ids) - len(continuation), 1))
+        answers: dict[Asked, tuple[float, bool]] = {}
+        report = _Reports(self._advance, len(requests), sum(len(each.ids) for each in set(asked.values())))
         with torch.inference_mode():
-            for batch in make_batches(sequences, tokens=tokens_per_pass(self.model.config)):
-                ids_BS, mask_BS = batch.input_ids.to(self.device), batch.mask.to(self.device)
-                logits_BSV = self.model(input_ids=ids_BS[:, :-1], attention_mask=mask_BS[:, :-1].long(), use_cache=False).logits
-                for place, row in enumerate(batch.rows):
-                    length = len(sequences[row].ids)
-                    start = max(length - len(asked[row][1]), 1)
-                    target = ids_BS[place, start:length]
-                    log_p = logits_BSV[place, start - 1 : length - 1].float().log_softmax(-1)
-                    likeliest = bool((log_p.argmax(-1) == target).all())
-                    answers[asked[row]] = (float(log_p.gather(1, target[:, None]).double().sum()), likeliest)
-                self._advance(len(batch.rows))
-        self._advance(len(requests) - len(asked))
-        return [answers[pair] for pair in pairs]
+            for answered, tokens in answers_of(self.model, list(dict.fromkeys(asked.values()))):
+                answers.update(answered)
+                report.done(tokens)
+        report.end()
+        return [answers[asked[pair]] for pair in pairs]
+
+
+class _Reports:
+    """Requests counted by their tokens, so that the time left is not that of the longest, which come first."""
+
+    def __init__(self, advance: Callable[[int], object], requests: int, tokens: int) -> None:
+        self._advance, self._requests, self._tokens = advance, requests, tokens
+        self._read = self._said = 0
+
+    def done(self, tokens: int) -> None:
+        """Some more tokens are answered."""
+        self._read += tokens
+        self._say(self._requests * self._read // max(self._tokens, 1))
+
+    def end(self) -> None:
+        """All of them are."""
+        self._say(self._requests)
+
+    def _say(self, requests: int) -> None:
+        self._advance(requests - self._said)
+        self._said = requests
