@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
@@ -13,31 +14,82 @@ from modekit.text.chat import Conversation
 from modekit.text.pairs import Pair, both_kinds
 from modekit.text.records import TEXT_SUFFIXES, Record, read_file, read_hub
 from modekit.text.splits import digest_of
+from modekit.text.tables import SEPARATED
 
-_RECORDS = (".jsonl", ".parquet")  # whose documents have ids of their own
+MOST_TEXT = 2**28
+"""Bytes in memory of the documents of one text: 60 million tokens or so, far more than any fit or evaluation reads."""
+_HASH = 300  # bytes that a document takes besides its text
+_RECORDS = (".jsonl", ".parquet", *SEPARATED)  # whose documents have ids of their own
 
 
 def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]:
     """All documents of a domain, in an order that depends only on their text; exact duplicates once.
 
     Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
-    line ends; .jsonl and .parquet hold one document per record, text in `text`, a conversation in `messages`, or a pair in
-    `source` and `target` or in `translation`. Two plain files named as one, `news.en+news.fr`, are a pair per line. Anything
-    that is no path is taken for a hub data set (split `train`).
+    line ends; .jsonl, .parquet, .csv and .tsv hold one document per record, text in `text`, a conversation in `messages`, a
+    pair in `source` and `target` or in `translation`, or a prompt and its answer (exchanges.py). Two plain files named as one,
+    `news.en+news.fr`, are a pair per line. Anything that is no path is taken for a hub data set (split `train`). Of more than
+    MOST_TEXT those are kept that come first in this order: a sample by the hash, whatever the order of the files.
 
     Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
-    documents: dict[str, str] = {}
+    kept = _SmallestHashes(MOST_TEXT)
     kinds: dict[bool, str] = {}
     for spec in specs:
         for document in stream_documents([spec], root=root, where=where):
             kinds.setdefault(isinstance(document, Pair), spec)
             if len(kinds) > 1:
                 raise both_kinds(where=where, found=f"pairs in {kinds[True]}, plain text in {kinds[False]}: {document[:60]!r}")
-            documents[digest_of(document)] = document
+            kept.add(document)
+    documents = kept.documents()
     if not documents:
-        raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
-    return [documents[key] for key in sorted(documents)]
+        raise empty(specs, where)
+    return documents
+
+
+def empty(specs: Sequence[str], where: str) -> TextError:
+    """The error of texts without a document."""
+    return TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
+
+
+class _SmallestHashes:
+    """Of any number of documents, exact duplicates once, those with the smallest hashes, as many as there is room for."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self._size = room, 0
+        self._kept: dict[str, str] = {}
+        self._bound: str | None = None  # the smallest hash for which there was no room
+
+    def add(self, document: str) -> None:
+        """Keep a document where there is room."""
+        digest = digest_of(document)
+        if self._bound is not None and digest >= self._bound:
+            return
+        self._size += _bytes_of(document) if digest not in self._kept else 0
+        self._kept[digest] = document
+        if self._size > self._room * 5 // 4:
+            self._make_room()
+
+    def documents(self) -> list[str]:
+        """By their hashes."""
+        self._make_room()
+        return list(self._kept.values())
+
+    def _make_room(self) -> None:
+        ordered = sorted(self._kept)
+        size = 0
+        for place, digest in enumerate(ordered):
+            size += _bytes_of(self._kept[digest])
+            if size > self._room and place:
+                ordered, self._bound = ordered[:place], digest
+                break
+        self._kept = {digest: self._kept[digest] for digest in ordered}
+        self._size = sum(map(_bytes_of, self._kept.values()))
+
+
+def _bytes_of(document: str) -> int:
+    """In memory, about: pairs and conversations have their text twice."""
+    return getsizeof(document) * (1 + isinstance(document, Conversation | Pair)) + _HASH
 
 
 def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterator[str]:
@@ -61,7 +113,9 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
 
 def is_local(spec: str, root: Path) -> bool:
     """Whether a text is a file or folder, or two files joined by '+', there or not, rather than a hub data set."""
-    named = spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")) or "+" in spec  # no data set has one in its name
+    named = (
+        spec.endswith((*TEXT_SUFFIXES, *SEPARATED)) or spec.startswith((".", "/", "~")) or "+" in spec
+    )  # no data set has one in its name
     return named or locate(spec, root) is not None
 
 

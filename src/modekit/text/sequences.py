@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
-from modekit.text.chat import ChatTemplate, Conversation, needed_template
+from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, needed_template
+from modekit.text.exchanges import Exchange
 from modekit.text.pairs import Pair, both_kinds, of_one_kind
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
@@ -131,7 +132,7 @@ def encode(
 
     A document is never joined to another. Pieces of a single token are dropped (nothing in them can be predicted), and
     so is what is left of a document when it is shorter than `shortest_rest`. A conversation is written by the tokenizer's chat
-    template; TextError when there is none, or it does not take the messages.
+    template; TextError when there is none, or it does not take the messages. A prompt with its answer is plain text then.
 
     A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
     no longer fits into `max_tokens`. TextError where pairs and other text come together.
@@ -140,8 +141,7 @@ def encode(
     written as it would be without it, and the tag put before.
     """
     sequences: list[TokenSequence] = []
-    template: ChatTemplate | None = None
-    tags = _Tags(tokenizer)
+    templates, tags = _Templates(tokenizer), _Tags(tokenizer)
     total = 0
     for document in of_one_kind(documents):
         if isinstance(document, Pair):
@@ -151,8 +151,8 @@ def encode(
                 break
             sequences += [] if pair is None else [pair]
             continue
-        if isinstance(document, Conversation):
-            template = template or needed_template(tokenizer, "messages")
+        template = templates.of(document)
+        if template is not None and isinstance(document, Conversation):
             text = template.text(document.messages)
             ids, offsets = _tokenise(tokenizer, text, max_tokens - total, whole=True)
             written = _Written(text, ids, offsets, template.opening(document.messages))
@@ -199,6 +199,23 @@ class _Tag:
     def before(self, sequence: TokenSequence) -> TokenSequence:
         """A sequence with the tag."""
         return sequence.with_tag(self.token, place_of_tag(self.opening, sequence.ids))
+
+
+class _Templates:
+    """What writes conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def _own(self) -> ChatTemplate | None:
+        return chat_template_of(self.tokenizer)
+
+    def of(self, document: str) -> ChatTemplate | None:
+        """None for what is read as plain text. Raises TextError for messages without a template."""
+        if not isinstance(document, Conversation):
+            return None
+        return self._own if isinstance(document, Exchange) else self._own or needed_template(self.tokenizer, "messages")
 
 
 class _Tags:
