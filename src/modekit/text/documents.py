@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from sys import getsizeof
 
@@ -18,6 +19,7 @@ from modekit.text.tables import SEPARATED
 
 MOST_TEXT = 2**28
 """Bytes in memory of the documents of one text: 60 million tokens or so, far more than any fit or evaluation reads."""
+_BEGINNING, _BEGINNINGS = 2**16, 64  # bytes of a file's beginning, and of how many files of a text
 _HASH = 300  # bytes that a document takes besides its text
 _RECORDS = (".jsonl", ".parquet", *SEPARATED)  # whose documents have ids of their own
 
@@ -133,6 +135,13 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
             raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
 
 
+def check_beginnings(specs: Sequence[str], *, root: Path, where: str) -> None:
+    """Raise TextError for what is wrong with the beginning of a text: with that of some of its files, not with all of it."""
+    for spec in specs:
+        for _ in _read_spec(spec, root=root, where=where, most=_BEGINNING):
+            pass
+
+
 def found_in(documents: Sequence[str], specs: Sequence[str], root: Path) -> str:
     """What `read_documents` found there, in words: 1 document in 1 file."""
     found = [_files_of(spec, root) for spec in specs]
@@ -175,10 +184,11 @@ def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     return total
 
 
-def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[Record]:
+def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[Record]:
+    """The records of a text; with `most` of some of its files, and of each about so many bytes."""
     path, both = locate(spec, root), aligned_files(spec, root)
     if both is not None:
-        yield from map(Record, read_aligned(*both, where=where))
+        yield from map(Record, islice(read_aligned(*both, where=where), most))
         return
     if path is None:
         check_present([spec], root=root, where=where)
@@ -190,8 +200,8 @@ def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[Record]:
             "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
             remedy="put text there, or correct the path",
         )  # fmt: skip
-    for file in files:
+    for file in files if most is None else files[:_BEGINNINGS]:
         relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
         plain = file.suffix not in _RECORDS
-        for record in read_file(file, where=where):
+        for record in read_file(file, where=where, most=most):
             yield Record(record.document, relative) if plain else record
