@@ -1,4 +1,4 @@
-"""What a build says when it is done: two experts that are one model, and domains of which the router has read hardly anything."""
+"""What a build says when it is done: which experts are one model, and of which domains the router has read hardly anything."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def _of_text(record: Record) -> Iterator[str]:
     for name, read in record.router.text.items():
         if read["documents"] < _FEWEST_DOCUMENTS or read["tokens"] < _FEWEST_TOKENS:
             yield (
-                f"{name}: the router was set from {read['documents']:,} documents and {read['tokens']:,} tokens of its text, which "
-                f"is too little to learn a domain from: give at least {_FEWEST_DOCUMENTS} documents and {_FEWEST_TOKENS} tokens"
+                f"{name}: the router was set from {read['documents']:,} documents and {read['tokens']:,} tokens of its text, too "
+                f"little to learn a domain from: give at least {_FEWEST_DOCUMENTS} documents and {_FEWEST_TOKENS} tokens"
             )
