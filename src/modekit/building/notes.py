@@ -35,6 +35,6 @@ def _of_text(record: Record) -> Iterator[str]:
     for name, read in record.router.text.items():
         if read["documents"] < _FEWEST_DOCUMENTS or read["tokens"] < _FEWEST_TOKENS:
             yield (
-                f"{name}: the router was set from {read['documents']:,} documents and {read['tokens']:,} tokens of its text, too "
-                f"little to learn a domain from: give at least {_FEWEST_DOCUMENTS} documents and {_FEWEST_TOKENS} tokens"
+                f"{name}: the router was set from {read['documents']:,} documents and {read['tokens']:,} tokens of its text, "
+                f"too little to learn a domain from: give at least {_FEWEST_DOCUMENTS} documents and {_FEWEST_TOKENS} tokens"
             )

@@ -6,6 +6,7 @@ Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -264,8 +265,9 @@ def _encoded(tags: _Tags, pair: Pair, longest: int) -> TokenSequence | None:
     if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
         return None
     tokenizer, tag = tags.tokenizer, tags.of(pair.source)
-    ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
-    target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
+    with _panics_told(tokenizer):
+        ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
+        target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
     if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
         return None
     sequence = TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
@@ -286,9 +288,10 @@ def _tokenise(
     length, most = max(_LONG, wanted), max(4 * _LONG, _THIN * wanted)
     while True:
         end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
-        encoded = tokenizer(
-            document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
-        )
+        with _panics_told(tokenizer):
+            encoded = tokenizer(
+                document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
+            )
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
         if end == len(document) or len(ids) >= wanted + _PAST:
@@ -296,6 +299,20 @@ def _tokenise(
         if length >= most:
             return ids[:-_PAST], None if offsets is None else offsets[:-_PAST]
         length *= 4
+
+
+@contextmanager
+def _panics_told(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Where a tokenizer gives up on a text, as one does whose patterns find no end in it, TextError says so."""
+    try:
+        yield
+    except BaseException as error:  # a panic of Rust is no Exception, and its class cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TextError(
+            "the tokenizer cannot read the text", where=str(tokenizer.name_or_path), found=str(error)[:300],
+            remedy="its regular expressions find no end in the text: use a tokenizer of a source that you trust, or other text",
+        ) from None  # fmt: skip
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:
