@@ -1,7 +1,7 @@
 """Whatever strangers write, what reads it before there is a checkpoint ends in a plan or in modekit's own error, soon.
 
 Every target begins with a good file and opens the real door on hostile variants of it (tests/mutations.py). `make test` takes a
-few hundred inputs of each, `make test-all` 18,700 together.
+few hundred inputs of each, `make test-all` 23,800 together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
@@ -24,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from adapter_folders import UP, write_adapter
 from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, tiny_model
+from damage import damaged_bytes
 from modekit.errors import ModekitError, SourceError
 from modekit.experts.distill.kept_file import HEADER_FILE, LOGITS_FILE, FromDisk, Header, check_kept, keep, read_kept
 from modekit.planning.make import make_plan
@@ -35,6 +38,7 @@ from modekit.sources.families import FAMILIES
 from modekit.sources.model import open_source, read_header
 from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
+from modekit.text.glance import check_texts
 from modekit.text.sequences import TokenSequence, encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 from pair_models import PAIR_FAMILIES
@@ -44,8 +48,8 @@ MOST_TEXT = 20_000
 """Characters of any message."""
 QUICK, SLOW = 150, 1_700
 TARGETS = [
-    "headers", "configs", "families", "indexes", "adapters", "recipes", "tokenizers", "texts", "unlabelled", "templates",
-    "taught",
+    "headers", "configs", "families", "indexes", "adapters", "recipes", "mergekit", "tokenizers", "texts", "tables", "parquets",
+    "unlabelled", "templates", "taught",
 ]  # fmt: skip
 
 
@@ -327,6 +331,8 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
         hostile_json({"text": "some words", "meta": {"id": 1}}), hostile_json({"messages": said, "id": 1}),
         hostile_json({"source": "some words", "target": "andere"}),
         hostile_json({"translation": {"en": "words", "de": "Worte"}}),
+        hostile_json({"instruction": "what is fever", "input": "", "output": "a thing"}),
+        hostile_json({"conversations": [{"from": "human", "value": "what is fever"}, {"from": "gpt", "value": "a thing"}]}),
     ]  # fmt: skip
     lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
     text = lines.map("\n".join)
@@ -338,6 +344,65 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
         return encode(tokenizer, documents, max_tokens=64, sequence_length=16)
 
     return st.tuples(hostile_bytes(text), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
+
+
+def fuzz_tables(root: Path, recipe: dict[str, Any]) -> Target:
+    """Values that are separated, as a plan looks at them."""
+    cells = ["text", "prompt", "completion", "id", '"', '""', '"a, b"', ",", ";", "\t", "\n", "\r\n", "\r", "word", "", "é"]
+    whole = st.lists(st.sampled_from(cells), max_size=40).map("".join)
+    rows = st.lists(st.lists(st.sampled_from(cells), max_size=5).map(",".join), min_size=1, max_size=8).map("\n".join)
+    text = st.one_of(whole, rows.map(lambda body: f"text,id\n{body}"), rows.map(lambda body: f"prompt,completion\n{body}"))
+
+    def door(drawn: tuple[bytes, str]) -> object:
+        path = root / "text" / f"law{drawn[1]}"
+        path.write_bytes(drawn[0])
+        experts = [{**recipe["experts"][0], "text": f"./text/{path.name}"}]
+        return check_texts(parse_recipe({**recipe, "experts": experts}), root, "text")
+
+    return st.tuples(hostile_bytes(text), st.sampled_from([".csv", ".tsv"])), door
+
+
+def fuzz_parquets(root: Path, _: dict[str, Any]) -> Target:
+    """Tables of text and of lists, compressed or not, with other bytes in them."""
+    said = [[{"role": "user", "content": f"what is fever {n}"}, {"role": "assistant", "content": "a"}] for n in range(9)]
+    tables = [pa.table({"text": [f"some words {n}" for n in range(9)], "id": range(9)}), pa.table({"messages": said})]
+    ways = [
+        {"compression": "zstd"}, {"compression": "none", "use_dictionary": False},
+        {"data_page_version": "2.0", "row_group_size": 4}, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},
+    ]  # fmt: skip
+    files = []
+    for table in tables:
+        for way in ways if "text" in table.column_names else ways[:3]:
+            encoding = {"text": "DELTA_BYTE_ARRAY", "id": "PLAIN"} if "column_encoding" in way else None
+            parquet.write_table(table, root / "law.parquet", **{**way, "column_encoding": encoding})
+            files.append((root / "law.parquet").read_bytes())
+
+    def door(content: bytes) -> object:
+        (root / "law.parquet").write_bytes(content)
+        return read_documents(["law.parquet"], root=root, where="law")
+
+    return st.sampled_from(files).flatmap(damaged_bytes), door
+
+
+def fuzz_mergekit(root: Path, _: dict[str, Any]) -> Target:
+    """Recipes of mergekit, whose keys alone are modekit's at times."""
+    expert = {"source_model": "./law", "positive_prompts": ["court"], "negative_prompts": ["code"]}
+    moe = {
+        "base_model": "./base",
+        "gate_mode": "hidden",
+        "experts_per_token": 1,
+        "dtype": "bfloat16",
+        "experts": [expert, expert],
+    }
+    models = [{"model": "./base"}, {"model": "./law", "parameters": {"weight": 0.5}}]
+    merge = {"merge_method": "ties", "base_model": "./base", "models": models, "dtype": "float32"}
+    own = {"base_model": "./base", "experts": [{"name": "law", "model": "./law"}], "mixture": RANDOM}
+
+    def door(content: bytes) -> object:
+        (root / "recipe.yaml").write_bytes(content)
+        return load_recipe(root / "recipe.yaml")
+
+    return hostile_bytes(st.one_of(hostile_json(moe), hostile_json(merge), st.just(json.dumps(own)))), door
 
 
 def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
@@ -410,4 +475,7 @@ def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:
 def warm(bench: Workshop) -> Iterator[None]:
     """What is imported once is not counted as what an input costs."""
     planned(bench.root, bench.recipe)
+    (bench.root / "warm").mkdir()
+    parquet.write_table(pa.table({"text": ["a document " * 100_000]}), bench.root / "warm" / "law.parquet")
+    read_documents(["warm"], root=bench.root, where="warm")
     yield

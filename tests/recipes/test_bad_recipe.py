@@ -87,7 +87,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
         "mixture.backbone cannot be merged", "every expert",
     ]),
     ("fit without text", with_mixture(router={"fit": "lda"}), [
-        "router fit 'lda' needs text", "law, code", "add experts[].text",
+        "router fit 'lda' needs text", "law, code", "add experts[].text", "experts[].prompts", "fit: arrow", "chance",
     ]),
     ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),
     ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
@@ -100,6 +100,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ]),
     ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "write for example", "{law: 1"]),
     ("router by one word", with_mixture(router="lexical"), ["mixture.router", "write for example", "{fit: lexical}"]),
+    ("expert by its path", {**GOOD, "experts": ["./law", EXPERTS[1]]}, ["experts[0]", "write {name: NAME, model: ./law}"]),
     ("misspelt fit", with_mixture(router={"fit": "lexicl"}), ["mixture.router.fit", "did you mean 'lexical'?", "'lexicl'"]),
     ("misspelt method", with_mixture(method="routng", **RANDOM), ["mixture.method", "did you mean 'routing'?"]),
     ("misspelt part", with_mixture(modules=["corss_q"], **RANDOM), ["mixture.modules[0]", "did you mean 'cross_q'?"]),
@@ -163,6 +164,8 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:
 
 def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     assert "the recipe does not exist" in refuse("plan", tmp_path / "recipe.yaml")
-    assert "cannot be read" in refuse("plan", tmp_path)
+    assert "this is a folder" in refuse("plan", tmp_path) and "Errno" not in refuse("plan", tmp_path)
+    (tmp_path / "mine.yml").write_text("experts: []")
+    assert f"give the file in it: {tmp_path / 'mine.yml'}" in refuse("plan", tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"base_model: caf\xe9\n")
     assert "cannot be read" in refuse("plan", tmp_path / "latin.yaml")

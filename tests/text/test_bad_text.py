@@ -9,6 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from conftest import Workshop, write_text
 from modekit.text.documents import read_documents
@@ -232,6 +235,26 @@ def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
     message = refuse("fit", fitted, "--fit", "ridge")
     assert str(path) in message
     assert "delete the file" in message
+    assert tree(fitted) == before
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf", "shape", "tokens", "huge"])
+def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None:
+    """A stranger's whole file of numbers that no text gives; a fit from kept statistics does without the text."""
+    path = fitted / "router" / "law.safetensors"
+    with safe_open(path, "pt") as file:
+        about, tensors = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in sorted(tensors) if name.endswith(".sum"))
+    if damage == "tokens":
+        about["tokens"] = -3
+    else:
+        values = {"nan": float("nan"), "inf": float("inf"), "huge": 1e308}
+        tensors[name] = tensors[name][:-1].clone() if damage == "shape" else torch.full_like(tensors[name], values[damage])
+    save_file(tensors, path, metadata={"about": json.dumps(about)})
+    (fitted.parent / "text" / "law.jsonl").unlink()
+    before = tree(fitted)
+    message = refuse("fit", fitted, "--fit", "ridge")
+    assert "gates are not finite" in message if damage == "huge" else str(path) in message
     assert tree(fitted) == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import character_tokenizer
@@ -17,6 +17,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.text import sequences
 from modekit.text.documents import found_in, read_documents
 from modekit.text.held_out import RecipeTexts
+from modekit.text.pairs import Pair
 from modekit.text.sequences import encode
 from mutations import limited
 
@@ -67,6 +68,15 @@ def test_twenty_megabytes_on_one_line_cost_what_is_wanted(tmp_path: Path) -> Non
     for text in ("a" * 20_000_000, "b" + " " * 20_000_000 + "b"):  # not a token more than one, however far it is read
         with limited():
             assert encode(trained("wordpiece"), [text], max_tokens=500, sequence_length=128) == []
+
+
+@pytest.mark.parametrize("document", ["x" * 60, Pair("x" * 60, "x"), Pair("x", "x" * 60)])
+def test_a_pattern_that_finds_no_end(document: str) -> None:
+    """The tokenizers library gives up after some millions of steps, by a panic."""
+    tokenizer = Tokenizer(models.BPE({"x": 0, "y": 1}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
+    with limited(), pytest.raises(TextError, match="cannot read the text"):
+        encode(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [document], max_tokens=500, sequence_length=128)
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
 from modekit.text.directions import Directions
 from modekit.text.documents import is_local
-from modekit.text.held_out import check_texts_present, fit_documents
+from modekit.text.glance import check_texts
+from modekit.text.held_out import fit_documents
 from modekit.weights.stored import same_bytes
 
 # EIO may be the source's or the result's: copying through the process tells which.
@@ -62,7 +63,7 @@ def build(
     ends, and ends in the same bytes.
     """
     if before is None:  # of a mixture that is changed, what is kept does without its text
-        check_texts_present(plan.recipe, plan.root)
+        check_texts(plan.recipe, plan.root, plan.family.reads)
     if plan.recipe.mixture.needs_text:
         run.begin("check the text")
         _check_text(plan, before)

@@ -12,19 +12,20 @@ from modekit.planning.summary import summary
 from modekit.planning.work import fit_work
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
-from modekit.text.held_out import check_texts_present
+from modekit.text.glance import check_texts
 
 
 def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[str, Any]:
     """The plan of a recipe file as plain data; what `modekit plan --json` prints.
 
     With `measure` a layer is run for a second or two to say how long the fit will take on this machine (`fit.seconds`); that
-    alone imports torch. Raises what a build would raise for models, and TextError for a text that is not there.
+    alone imports torch. Raises what a build would raise for models, and TextError for a text as far as it is read here.
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run, headers_only=True)
-    check_texts_present(parsed, root)
+    notes = check_texts(parsed, root, plan.family.reads)
     found = {**summary(plan), "time": needed_time(plan).as_data()}
+    found["notes"] += notes
     if measure and found["fit"] is not None:
         found["fit"]["seconds"] = fit_seconds(plan)
     return found

@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
 from modekit.cli.printing.figures import bytes_of
-from modekit.cli.printing.mixtures import print_checks, print_plan, time_said
+from modekit.cli.printing.mixtures import print_checks, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
 from modekit.run import Run
@@ -47,6 +47,7 @@ def build(
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
     from modekit.building.needed_time import needed_time
+    from modekit.building.notes import notes_of
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.planning.make import make_plan
@@ -65,6 +66,7 @@ def build(
     if kept:
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
         out.print(Text(f"{said}`modekit fit` reads them, and makes them anew from the text", style="dim"))
+    print_notes(notes_of(checkpoint))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
 from modekit.planning.plan import Piece, Plan, PlannedTensor, joined
 from modekit.planning.shards import cut_into_shards
+from modekit.planning.twins import twins
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.libraries import check_library
 from modekit.recipes.recipe import Recipe, place_of_base
@@ -81,6 +82,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     notes = [
         *_notes(recipe, sources, family, mixed), *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
         *_notes_of_targets(recipe, sources, family), *lost_changes(recipe, sources, mixed), *layout.notes(),
+        *twins(recipe, sources),
     ]  # fmt: skip
     return Plan(
         recipe, root, family, layout.shape(str(root)), why, sources, cut_into_shards(body, recipe.output.shard_size),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
 from modekit.recipes.backbone import BackboneExpert, BackboneMerge
+from modekit.recipes.mergekit import check_not_mergekit
 from modekit.recipes.mixture import AlwaysOn, Mixture
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
@@ -36,11 +38,15 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises RecipeError that lists every problem with its key; a misspelt key is answered with the nearest known one.
     """
-    return parse_recipe(read_recipe(path), where=str(path))
+    raw = read_recipe(path)
+    check_not_mergekit(raw, parse_recipe, str(path))
+    return parse_recipe(raw, where=str(path))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, unchecked. Raises RecipeError."""
+    if path.is_dir():
+        raise _folder(path)
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
@@ -57,6 +63,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
             remedy="see docs/recipe.md",
         )  # fmt: skip
     return raw
+
+
+def _folder(path: Path) -> RecipeError:
+    """The error of a folder in a recipe's place."""
+    with suppress(OSError):  # not ours to read
+        inside = next((file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")), None)
+        if inside is not None:
+            return RecipeError("this is a folder, not a recipe", where=str(path), remedy=f"give the file in it: {inside}")
+    return RecipeError("this is a folder, not a recipe", where=str(path), remedy="give the path of a recipe.yaml")
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -101,6 +116,9 @@ def _message(problem: dict[str, Any]) -> str:
         return f"not a name; write {NAME_RULE}"
     if problem["type"] in {"dict_type", "model_type"} and problem["loc"] and problem["loc"][-1] in _EXAMPLES:
         return f"not a mapping of keys; write for example {_EXAMPLES[problem['loc'][-1]]}"
+    if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:
+        model = found[:_LONGEST_KEY] if isinstance(found, str) else "PATH"
+        return f"not a mapping of keys; write {{name: NAME, model: {model}}}, or adapter: in place of model:"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']*)'", str(context.get("expected"))))

@@ -16,11 +16,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import FITS
 from modekit.recipes.mixture import Mixture
-from modekit.recipes.strict import BASE, Name, Strict, checked
+from modekit.recipes.strict import BASE, TAKEN, Name, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
-_TAKEN = (BASE, "oracle", "mixture")
 _MOST_EXPERTS = 1024  # an expert is a tensor or more in every layer of the plan, whatever lies on disk
 _MOST_LABELS = 256  # of an expert
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -134,7 +133,7 @@ class Recipe(Strict):
             raise ValueError(f"a mixture has {_MOST_EXPERTS} experts at most (found {len(experts)}); leave some out")
         seen: set[str] = set()
         for expert in experts:
-            if expert.name in _TAKEN:
+            if expert.name in TAKEN:
                 raise ValueError(f"an expert cannot be named '{expert.name}', which means a row of the evaluation; rename it")
             if expert.name in seen:
                 raise ValueError(f"two experts are named '{expert.name}'; names must differ")
@@ -179,7 +178,7 @@ class Recipe(Strict):
             for label in expert.labels or ():
                 if label == expert.name:
                     yield f"experts '{label}': the expert's own name is a label of it in any case; remove it from 'labels'"
-                elif label in _TAKEN:
+                elif label in TAKEN:
                     yield f"experts '{expert.name}': '{label}' cannot be a label, as it names a model; remove it"
                 elif label in known:
                     yield f"experts '{expert.name}': the label '{label}' is {known[label]} already; a label leads to one expert"
@@ -223,7 +222,8 @@ class Recipe(Strict):
         if self.mixture.needs_text and silent:
             yield (
                 f"router fit '{self.mixture.router.fit}' needs text of every domain; missing: {', '.join(silent)} "
-                "(add experts[].text, or use router: {fit: random})"
+                "(add experts[].text, or a few short texts as experts[].prompts; without any, adapters can take "
+                "router: {fit: arrow}, and all others router: {fit: random}, which leaves the choice to chance)"
             )
         if any(expert.negative_prompts for expert in self.experts) and not self.mixture.router.row.takes_negatives:
             fits = " or ".join(row.name for row in FITS.values() if row.takes_negatives)

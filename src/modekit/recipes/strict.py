@@ -19,24 +19,26 @@ from pydantic import (
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
 
-_NAME, _LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
-Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=_LONGEST_NAME)]
+_NAME, LONGEST_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 64
+Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=LONGEST_NAME)]
 """Of an expert and its domain; also a file's name."""
 NAME_RULE = "letters, digits, '_', '.' and '-', 64 at most, a letter or digit first"
 """What a `Name` is, in words."""
 
+TAKEN = (BASE, "oracle", "mixture")
+"""What no expert can be named: rows of the evaluation."""
 _Model = TypeVar("_Model", bound=BaseModel)
 _LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
 
 
 def is_name(found: str) -> bool:
     """Whether it could be a `Name`."""
-    return len(found) <= _LONGEST_NAME and re.fullmatch(_NAME, found) is not None
+    return len(found) <= LONGEST_NAME and re.fullmatch(_NAME, found) is not None
 
 
 def breaks_name_rule(problem: str, context: Mapping[str, Any]) -> bool:
     """Whether pydantic's problem of this type is that of a `Name`, whose pattern nobody should have to read."""
-    return context.get("pattern") == _NAME or (problem == "string_too_long" and context.get("max_length") == _LONGEST_NAME)
+    return context.get("pattern") == _NAME or (problem == "string_too_long" and context.get("max_length") == LONGEST_NAME)
 
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +10,7 @@ from modekit.errors import TextError
 from modekit.files.read import open_regular
 from modekit.recipes.paths import locate, sides_of
 from modekit.text.pairs import Pair, whole_pair
-from modekit.text.records import plain_text
+from modekit.text.plain import lines_of, plain_text
 
 
 def aligned_files(spec: str, root: Path) -> tuple[Path, Path] | None:
@@ -31,8 +30,8 @@ def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
     counts = [0, 0]
     try:
         with open_regular(source) as first, open_regular(target) as second:
-            lines = zip_longest(io.BufferedReader(first), io.BufferedReader(second))  # cut at \n alone, not at U+2028
-            for number, both in enumerate(lines, 1):
+            streams = (lines_of(first, where=f"{where}: {source.name}"), lines_of(second, where=f"{where}: {target.name}"))
+            for number, both in enumerate(zip_longest(*streams), 1):
                 counts = [counts[side] + (line is not None) for side, line in enumerate(both)]
                 if counts[0] == counts[1]:
                     places = (f"{where}: {file.name}:{number}" for file in (source, target))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
@@ -13,31 +15,83 @@ from modekit.text.chat import Conversation
 from modekit.text.pairs import Pair, both_kinds
 from modekit.text.records import TEXT_SUFFIXES, Record, read_file, read_hub
 from modekit.text.splits import digest_of
+from modekit.text.tables import SEPARATED
 
-_RECORDS = (".jsonl", ".parquet")  # whose documents have ids of their own
+MOST_TEXT = 2**28
+"""Bytes in memory of the documents of one text: 60 million tokens or so, far more than any fit or evaluation reads."""
+_BEGINNING, _BEGINNINGS = 2**16, 64  # bytes of a file's beginning, and of how many files of a text
+_HASH = 300  # bytes that a document takes besides its text
+_RECORDS = (".jsonl", ".parquet", *SEPARATED)  # whose documents have ids of their own
 
 
 def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]:
     """All documents of a domain, in an order that depends only on their text; exact duplicates once.
 
     Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
-    line ends; .jsonl and .parquet hold one document per record, text in `text`, a conversation in `messages`, or a pair in
-    `source` and `target` or in `translation`. Two plain files named as one, `news.en+news.fr`, are a pair per line. Anything
-    that is no path is taken for a hub data set (split `train`).
+    line ends; .jsonl, .parquet, .csv and .tsv hold one document per record, text in `text`, a conversation in `messages`, a
+    pair in `source` and `target` or in `translation`, or a prompt and its answer (exchanges.py). Two plain files named as one,
+    `news.en+news.fr`, are a pair per line. Anything that is no path is taken for a hub data set (split `train`). Of more than
+    MOST_TEXT those are kept that come first in this order: a sample by the hash, whatever the order of the files.
 
     Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
-    documents: dict[str, str] = {}
+    kept = _SmallestHashes(MOST_TEXT)
     kinds: dict[bool, str] = {}
     for spec in specs:
         for document in stream_documents([spec], root=root, where=where):
             kinds.setdefault(isinstance(document, Pair), spec)
             if len(kinds) > 1:
                 raise both_kinds(where=where, found=f"pairs in {kinds[True]}, plain text in {kinds[False]}: {document[:60]!r}")
-            documents[digest_of(document)] = document
+            kept.add(document)
+    documents = kept.documents()
     if not documents:
-        raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
-    return [documents[key] for key in sorted(documents)]
+        raise empty(specs, where)
+    return documents
+
+
+def empty(specs: Sequence[str], where: str) -> TextError:
+    """The error of texts without a document."""
+    return TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
+
+
+class _SmallestHashes:
+    """Of any number of documents, exact duplicates once, those with the smallest hashes, as many as there is room for."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self._size = room, 0
+        self._kept: dict[str, str] = {}
+        self._bound: str | None = None  # the smallest hash for which there was no room
+
+    def add(self, document: str) -> None:
+        """Keep a document where there is room."""
+        digest = digest_of(document)
+        if self._bound is not None and digest >= self._bound:
+            return
+        self._size += _bytes_of(document) if digest not in self._kept else 0
+        self._kept[digest] = document
+        if self._size > self._room * 5 // 4:
+            self._make_room()
+
+    def documents(self) -> list[str]:
+        """By their hashes."""
+        self._make_room()
+        return list(self._kept.values())
+
+    def _make_room(self) -> None:
+        ordered = sorted(self._kept)
+        size = 0
+        for place, digest in enumerate(ordered):
+            size += _bytes_of(self._kept[digest])
+            if size > self._room and place:
+                ordered, self._bound = ordered[:place], digest
+                break
+        self._kept = {digest: self._kept[digest] for digest in ordered}
+        self._size = sum(map(_bytes_of, self._kept.values()))
+
+
+def _bytes_of(document: str) -> int:
+    """In memory, about: pairs and conversations have their text twice."""
+    return getsizeof(document) * (1 + isinstance(document, Conversation | Pair)) + _HASH
 
 
 def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterator[str]:
@@ -61,7 +115,9 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
 
 def is_local(spec: str, root: Path) -> bool:
     """Whether a text is a file or folder, or two files joined by '+', there or not, rather than a hub data set."""
-    named = spec.endswith(TEXT_SUFFIXES) or spec.startswith((".", "/", "~")) or "+" in spec  # no data set has one in its name
+    named = (
+        spec.endswith((*TEXT_SUFFIXES, *SEPARATED)) or spec.startswith((".", "/", "~")) or "+" in spec
+    )  # no data set has one in its name
     return named or locate(spec, root) is not None
 
 
@@ -77,6 +133,13 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
                 )  # fmt: skip
             remedy = "correct the paths: 'a+b' are two files with a line for a line" if "+" in spec else "correct the path"
             raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
+
+
+def check_beginnings(specs: Sequence[str], *, root: Path, where: str) -> None:
+    """Raise TextError for what is wrong with the beginning of a text: with that of some of its files, not with all of it."""
+    for spec in specs:
+        for _ in _read_spec(spec, root=root, where=where, most=_BEGINNING):
+            pass
 
 
 def found_in(documents: Sequence[str], specs: Sequence[str], root: Path) -> str:
@@ -121,10 +184,11 @@ def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     return total
 
 
-def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[Record]:
+def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[Record]:
+    """The records of a text; with `most` of some of its files, and of each about so many bytes."""
     path, both = locate(spec, root), aligned_files(spec, root)
     if both is not None:
-        yield from map(Record, read_aligned(*both, where=where))
+        yield from map(Record, islice(read_aligned(*both, where=where), most))
         return
     if path is None:
         check_present([spec], root=root, where=where)
@@ -136,8 +200,8 @@ def _read_spec(spec: str, *, root: Path, where: str) -> Iterator[Record]:
             "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
             remedy="put text there, or correct the path",
         )  # fmt: skip
-    for file in files:
+    for file in files if most is None else files[:_BEGINNINGS]:
         relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
         plain = file.suffix not in _RECORDS
-        for record in read_file(file, where=where):
+        for record in read_file(file, where=where, most=most):
             yield Record(record.document, relative) if plain else record

@@ -6,12 +6,14 @@ Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
-from modekit.text.chat import ChatTemplate, Conversation, needed_template
+from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, needed_template
+from modekit.text.exchanges import Exchange
 from modekit.text.pairs import Pair, both_kinds, of_one_kind
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
@@ -131,7 +133,7 @@ def encode(
 
     A document is never joined to another. Pieces of a single token are dropped (nothing in them can be predicted), and
     so is what is left of a document when it is shorter than `shortest_rest`. A conversation is written by the tokenizer's chat
-    template; TextError when there is none, or it does not take the messages.
+    template; TextError when there is none, or it does not take the messages. A prompt with its answer is plain text then.
 
     A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
     no longer fits into `max_tokens`. TextError where pairs and other text come together.
@@ -140,8 +142,7 @@ def encode(
     written as it would be without it, and the tag put before.
     """
     sequences: list[TokenSequence] = []
-    template: ChatTemplate | None = None
-    tags = _Tags(tokenizer)
+    templates, tags = _Templates(tokenizer), _Tags(tokenizer)
     total = 0
     for document in of_one_kind(documents):
         if isinstance(document, Pair):
@@ -151,8 +152,8 @@ def encode(
                 break
             sequences += [] if pair is None else [pair]
             continue
-        if isinstance(document, Conversation):
-            template = template or needed_template(tokenizer, "messages")
+        template = templates.of(document)
+        if template is not None and isinstance(document, Conversation):
             text = template.text(document.messages)
             ids, offsets = _tokenise(tokenizer, text, max_tokens - total, whole=True)
             written = _Written(text, ids, offsets, template.opening(document.messages))
@@ -201,6 +202,23 @@ class _Tag:
         return sequence.with_tag(self.token, place_of_tag(self.opening, sequence.ids))
 
 
+class _Templates:
+    """What writes conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def _own(self) -> ChatTemplate | None:
+        return chat_template_of(self.tokenizer)
+
+    def of(self, document: str) -> ChatTemplate | None:
+        """None for what is read as plain text. Raises TextError for messages without a template."""
+        if not isinstance(document, Conversation):
+            return None
+        return self._own if isinstance(document, Exchange) else self._own or needed_template(self.tokenizer, "messages")
+
+
 class _Tags:
     """The tags of many documents, which all stand behind the same special tokens."""
 
@@ -247,8 +265,9 @@ def _encoded(tags: _Tags, pair: Pair, longest: int) -> TokenSequence | None:
     if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
         return None
     tokenizer, tag = tags.tokenizer, tags.of(pair.source)
-    ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
-    target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
+    with _panics_told(tokenizer):
+        ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
+        target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
     if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
         return None
     sequence = TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
@@ -269,9 +288,10 @@ def _tokenise(
     length, most = max(_LONG, wanted), max(4 * _LONG, _THIN * wanted)
     while True:
         end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
-        encoded = tokenizer(
-            document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
-        )
+        with _panics_told(tokenizer):
+            encoded = tokenizer(
+                document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
+            )
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
         if end == len(document) or len(ids) >= wanted + _PAST:
@@ -279,6 +299,20 @@ def _tokenise(
         if length >= most:
             return ids[:-_PAST], None if offsets is None else offsets[:-_PAST]
         length *= 4
+
+
+@contextmanager
+def _panics_told(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Where a tokenizer gives up on a text, as one does whose patterns find no end in it, TextError says so."""
+    try:
+        yield
+    except BaseException as error:  # a panic of Rust is no Exception, and its class cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TextError(
+            "the tokenizer cannot read the text", where=str(tokenizer.name_or_path), found=str(error)[:300],
+            remedy="its regular expressions find no end in the text: use a tokenizer of a source that you trust, or other text",
+        ) from None  # fmt: skip
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:

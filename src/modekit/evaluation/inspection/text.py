@@ -39,7 +39,7 @@ from modekit.loaded.passes import has_encoder
 from modekit.planning.slot import RouterPosition
 from modekit.run import QUIET, Run
 from modekit.text.chat import message_of, needed_template
-from modekit.text.records import decode
+from modekit.text.plain import decode
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 

@@ -1,0 +1,59 @@
+"""A glance at the texts of a recipe before anything is written: `plan` says what is wrong with one, as `build` does.
+
+Small texts are read whole, by what reads them for the fit; of larger ones the beginning of some files. So a plan stays under a
+second. Data sets of the hub are not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from modekit.recipes.recipe import Recipe
+from modekit.sources.family import Reads
+from modekit.text.directions import Directions
+from modekit.text.documents import bytes_of_text, check_beginnings, is_local
+from modekit.text.held_out import DomainText, check_texts_present, fit_documents, read_text
+
+_WHOLE = 2**22  # bytes of a text that is read whole
+_PACKED = 8  # as many bytes of text as this has one of a parquet file, about
+_FEWEST_DOCUMENTS, _FEWEST_CHARACTERS = 10, 2_000  # of a text that says what its domain is
+
+
+def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
+    """What to say of the texts of a recipe whose base `reads` plain text or pairs.
+
+    Raises TextError for a text that is not there, and for what is wrong with the part of it that is read.
+    """
+    check_texts_present(recipe, root)
+    notes: list[str] = []
+    directions = Directions(recipe.mixture.modules)
+    for place, expert in enumerate(recipe.experts):
+        where = f"experts[{place}] '{expert.name}': text"
+        text = _read(expert.text or [], root, where)
+        if recipe.mixture.needs_text and (text is not None or not expert.text):
+            directions.add(fit_documents(expert, root, place, reads=reads), where=where)
+        if text is not None:
+            notes += _too_little(expert.name, text)
+    for domain, specs in recipe.eval.items():
+        _read(specs, root, f"eval.{domain}")
+    return notes
+
+
+def _read(specs: Sequence[str], root: Path, where: str) -> DomainText | None:
+    """A text, read whole; None where there is none, or it is too large for that. Raises TextError."""
+    if not specs or not all(is_local(spec, root) for spec in specs):
+        return None
+    if sum(bytes_of_text([spec], root) * (_PACKED if spec.endswith(".parquet") else 1) for spec in specs) <= _WHOLE:
+        return read_text(specs, root=root, where=where)
+    check_beginnings(specs, root=root, where=where)
+    return None
+
+
+def _too_little(name: str, text: DomainText) -> Iterator[str]:
+    characters = sum(map(len, text.documents))
+    if len(text.documents) < _FEWEST_DOCUMENTS or characters < _FEWEST_CHARACTERS:
+        yield (
+            f"{name}: its text is {text.found} with {characters:,} characters, too little to learn a domain from: give at "
+            f"least {_FEWEST_DOCUMENTS} documents and {_FEWEST_CHARACTERS:,} characters; hundreds of documents are better"
+        )

@@ -1,0 +1,139 @@
+"""Records as other tools write them: prompts with answers, turns of `from` and `value`, tables that separate their values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from chatting import word_tokenizer
+from modekit.errors import TextError
+from modekit.text.chat import Conversation
+from modekit.text.documents import read_documents
+from modekit.text.exchanges import Exchange
+from modekit.text.pairs import Pair
+from modekit.text.records import data_of
+from modekit.text.sequences import encode
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+SAID = ["what is fever", "a thing"]
+EXCHANGES: list[dict[str, Any]] = [
+    {"prompt": SAID[0], "completion": SAID[1]}, {"prompt": SAID[0], "response": SAID[1], "source": "web"},
+    {"instruction": SAID[0], "input": "", "output": SAID[1]}, {"instruction": SAID[0], "context": None, "response": SAID[1]},
+    {"question": SAID[0], "answer": SAID[1]}, {"query": SAID[0], "response": SAID[1]}, {"input": SAID[0], "output": SAID[1]},
+]  # fmt: skip
+TURNS = [{"from": "system", "value": "be kind"}, {"from": "human", "value": SAID[0]}, {"from": "gpt", "value": SAID[1]}]
+
+
+def read(path: Path, *records: dict[str, Any]) -> list[str]:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_documents([path.name], root=path.parent, where="law")
+
+
+@pytest.mark.parametrize("record", EXCHANGES)
+def test_a_prompt_and_its_answer_are_a_chat_where_there_is_a_template_and_else_plain_text(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    (document,) = read(tmp_path / "law.jsonl", record)
+    assert isinstance(document, Exchange) and document == "what is fever\n\na thing"
+    for template, text in ((TEMPLATE, "user what is fever assistant a thing "), (None, "what is fever\n\na thing")):
+        tokenizer = word_tokenizer(template)
+        (sequence,) = encode(tokenizer, [document], max_tokens=99, sequence_length=99)
+        assert list(sequence.ids) == tokenizer(text, add_special_tokens=template is None)["input_ids"]
+
+
+def test_what_is_asked_about_stands_behind_what_is_asked(tmp_path: Path) -> None:
+    (document,) = read(tmp_path / "law.jsonl", {"instruction": "sum up", "input": "a long text", "output": "short"})
+    assert document == "sum up\n\na long text\n\nshort"
+    assert isinstance(document, Conversation) and [message["role"] for message in document.messages] == ["user", "assistant"]
+
+
+def test_turns_of_from_and_value_are_a_conversation(tmp_path: Path) -> None:
+    for key, turns in (("conversations", TURNS), ("conversations", [{"role": "user", "content": SAID[0]}])):
+        (document,) = read(tmp_path / "law.jsonl", {key: turns})
+        assert isinstance(document, Conversation) and not isinstance(document, Exchange)
+    (document,) = read(tmp_path / "law.jsonl", {"conversations": TURNS})
+    assert isinstance(document, Conversation) and [m["role"] for m in document.messages] == ["system", "user", "assistant"]
+    with pytest.raises(TextError, match="chat template"):
+        encode(word_tokenizer(None), [document], max_tokens=99, sequence_length=99)
+    said = [{"role": "user", "content": SAID[0]}], [{"role": "assistant", "content": SAID[1]}]
+    (document,) = read(tmp_path / "law.jsonl", {"prompt": said[0], "completion": said[1]})
+    assert isinstance(document, Conversation) and len(document.messages) == 2
+
+
+def test_text_messages_and_pairs_come_first(tmp_path: Path) -> None:
+    asked = EXCHANGES[0]
+    assert read(tmp_path / "law.jsonl", {**asked, "text": "plain"}) == ["plain"]
+    (document,) = read(tmp_path / "law.jsonl", {**asked, "messages": [{"role": "user", "content": "hello"}]})
+    assert document == "hello"
+    (document,) = read(tmp_path / "law.jsonl", {**asked, "source": "a", "target": "b"})
+    assert isinstance(document, Pair)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"prompt": "x"}, {"prompt": 3, "completion": "x"}, {"answer": "x"}, {"conversations": [3]}, {"conversations": [{}]}],
+)
+def test_half_of_an_exchange_is_none(tmp_path: Path, record: dict[str, Any]) -> None:
+    with pytest.raises(TextError, match="a prompt and its answer"):
+        read(tmp_path / "law.jsonl", record)
+
+
+def test_a_record_made_of_it_gives_it_back(tmp_path: Path) -> None:
+    for record in EXCHANGES:
+        (document,) = read(tmp_path / "law.jsonl", record)
+        (again,) = read(tmp_path / "law.jsonl", data_of(document))
+        assert type(again) is type(document) and again.said == document.said  # type: ignore[attr-defined]
+
+
+# tables
+
+
+@pytest.mark.parametrize(("name", "separator"), [("law.csv", ","), ("law.csv", ";"), ("law.tsv", "\t")])
+def test_values_that_are_separated(tmp_path: Path, name: str, separator: str) -> None:
+    lines = [["id", "text"], ["1", '"a ""quoted"" word\nof two lines"'], ["2", "naïve"], ["3", ""], ["4"]]
+    (tmp_path / name).write_text("\ufeff" + "\r\n".join(separator.join(line) for line in lines))
+    assert set(read_documents([name], root=tmp_path, where="law")) == {'a "quoted" word\nof two lines', "naïve"}
+    (tmp_path / name).write_text(f"question{separator}answer\n{separator.join(SAID)}\n")
+    (document,) = read_documents([name], root=tmp_path, where="law")
+    assert isinstance(document, Exchange)
+
+
+def test_a_table_of_exchanges(tmp_path: Path) -> None:
+    parquet.write_table(
+        pa.table({"instruction": [SAID[0]], "input": [""], "output": [SAID[1]], "n": [1]}), tmp_path / "a.parquet"
+    )
+    parquet.write_table(pa.table({"conversations": [TURNS]}), tmp_path / "b.parquet")
+    assert isinstance(read_documents(["a.parquet"], root=tmp_path, where="law")[0], Exchange)
+    assert isinstance(read_documents(["b.parquet"], root=tmp_path, where="law")[0], Conversation)
+
+
+def test_a_table_without_names_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "law.csv").write_text("The court held.,1\nThe lease ended.,2\n")
+    with pytest.raises(TextError, match="no readable column") as caught:
+        read_documents(["law.csv"], root=tmp_path, where="law")
+    assert "The court held." in str(caught.value) and "in the first line" in str(caught.value.remedy)
+
+
+def test_a_folder_is_not_searched_for_tables_that_often_hold_no_text(tmp_path: Path) -> None:
+    (tmp_path / "numbers.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "law.txt").write_text("The court held.")
+    assert read_documents(["."], root=tmp_path, where="law") == ["The court held."]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("law.jsonl.gz", "`gunzip -k law.jsonl.gz`"), ("law.txt.xz", "`unxz -k"), ("law.zip", "`unzip"), ("law.json", "`jq -c"),
+        ("law.pdf", "save it as .txt"), ("law.en", "law.en+OTHER"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_says_what_makes_text_of_it(tmp_path: Path, name: str, remedy: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(TextError, match="kind of text file") as caught:
+        read_documents([name], root=tmp_path, where="law")
+    assert remedy in str(caught.value.remedy)
