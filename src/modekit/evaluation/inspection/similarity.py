@@ -11,6 +11,7 @@ Shape legend: E experts, O and I rows and columns of a tensor, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,7 +47,8 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     Two experts that changed nothing are alike (1); one that changed something and one that did not have 0. Where the base
     model's folder is gone and the checkpoint does not hold the base's tensors, the experts' tensors are compared as they are.
     """
-    mixed = _with_base(checkpoint)
+    base = _base_tensors(checkpoint)
+    mixed = [_with_base(tensor, base or {}, checkpoint) for tensor in checkpoint.shape.mixed_tensors(checkpoint.tensors)]
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
     with OpenFiles() as opened:
@@ -59,10 +61,8 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     if whole:
         of = f"the experts' own tensors ({whole} of {len(mixed)}) and what they changed of the base model in the others"
         of = of if whole < len(mixed) else f"the experts' own tensors ({len(mixed)})"
-        notes.append(
-            "the base model is no longer where the recipe found it: experts were compared whole, so that even unrelated "
-            "changes look alike"
-        )
+        missing = "is no longer where the recipe found it" if base is None else f"has {whole} of these tensors in another shape"
+        notes.append(f"the base model {missing}: experts were compared whole, so that even unrelated changes look alike")
     return Similarity(_cosines(gram), of, notes)
 
 
@@ -79,9 +79,10 @@ def _cosines(gram: Array64) -> Array64:
 def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     """Inner products of the experts' changes of one tensor, (E, E)."""
 
-    def read(part: TensorPart, start: int, stop: int) -> Array64:
-        values = Stored(opened, part.ref)[part.start + start : part.start + stop]
-        return to_float32(values).astype(np.float64) / part.factor
+    def read(part: TensorPart, first: int, last: int) -> Array64:
+        width = part.width or columns
+        values = to_float32(Stored(opened, part.ref)[part.start + first * width : part.start + last * width])
+        return values.astype(np.float64).reshape(-1, width)[:, :columns].ravel() / part.factor
 
     def whole(ref: TensorRef) -> Array64:
         return to_float32(as_array(opened.read(ref), ref.dtype)).astype(np.float64).reshape(ref.shape)
@@ -100,9 +101,8 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     own = list(tensor.own)
     for first in range(0, rows if own else 0, step):
         last = min(rows, first + step)
-        start, stop = first * columns, last * columns
-        base = read(tensor.base, start, stop) if tensor.base is not None else 0.0
-        changes = np.stack([read(tensor.own[expert], start, stop) - base for expert in own])
+        base = read(tensor.base, first, last) if tensor.base is not None else 0.0
+        changes = np.stack([read(tensor.own[expert], first, last) - base for expert in own])
         gram[np.ix_(own, own)] += changes @ changes.T
         for other, (a_other, b_other) in factors.items():
             for number, expert in enumerate(own):
@@ -113,22 +113,22 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     return gram
 
 
-def _with_base(checkpoint: Checkpoint) -> list[MixedTensor]:
-    """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
+def _base_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorRef] | None:
+    """Those of the base model; None when its folder is gone."""
     folder = checkpoint.source_folder(checkpoint.record.sources[0])
     try:
-        tensors = open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
+        return open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
     except SourceError:
-        tensors = {}
+        return None
 
-    def found(mixed: MixedTensor) -> MixedTensor:
-        if mixed.base is not None or mixed.holds_changes:
-            return mixed
-        tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
-        ref = tensors.get(mixed.name, tensors.get(tied))
-        return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 
-    return [found(mixed) for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors)]
+def _with_base(mixed: MixedTensor, tensors: Mapping[str, TensorRef], checkpoint: Checkpoint) -> MixedTensor:
+    """What is compared, with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
+    if mixed.base is not None or mixed.holds_changes:
+        return mixed
+    tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
+    ref = tensors.get(mixed.name, tensors.get(tied))
+    return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 
 
 def _is_whole(tensor: MixedTensor) -> bool:
