@@ -160,7 +160,7 @@ def test_a_merged_backbone_with_fewer_bits_and_one_expert(tmp_path: Path) -> Non
     assert "it is the mixture's merged backbone" in said
     found = json.loads((tmp_path / "GGUF" / EXPORT_FILE).read_text())
     for each in (found["base"], found["adapters"][0]):
-        assert 1e-6 < each["proof"]["typical"] < 0.1 and abs(each["proof"]["loss"]) < 0.01
+        assert 1e-6 < each["proof"]["typical"] < 0.1 and abs(each["proof"]["loss"]["share"]) < 0.01
 
 
 WHOLE = "as whole tensors of its own"

@@ -33,6 +33,7 @@ class ServeOptions:
     parallel: Annotated[int, typer.Option(min=1, max=256, help="Conversations at once (llama, vllm).")] = 4
     outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (llama; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (llama).")] = None
+    accept: Annotated[bool, typer.Option("--accept", help="Take a file although it lost more than allowed (llama).")] = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
 
@@ -46,7 +47,7 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
 
     settings = ServeSettings(
         options.engine, options.host, options.port, options.context, options.parallel,
-        GgufSettings(options.outtype, options.pre_tokenizer),
+        GgufSettings(options.outtype, options.pre_tokenizer, options.accept),
     )  # fmt: skip
     opened = open_checkpoint(resolved(checkpoint))
     with ExitStack() as stack:

@@ -20,9 +20,11 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
-from modekit.engines.proof import Proof, prove
+from modekit.engines.proof import compare
+from modekit.engines.proof_result import EXACT, Loss, Proof
+from modekit.engines.proof_texts import ProofTexts, texts_of
 from modekit.engines.settings import GgufSettings, Outtype
-from modekit.errors import UnsupportedError
+from modekit.errors import ModekitError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
@@ -88,7 +90,11 @@ def export_gguf(
             guess = guessed_pre_tokenizer(checkpoint.folder)
             convert(checkpoint.folder, file, Conversion(made["outtype"], settings.pre_tokenizer, guess, finer))
             stage.record("converted", True)
-        proof = prove(checkpoint.folder, file, made["outtype"], run=run)
+        texts = texts_of(checkpoint)
+        proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
+        if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
+            proof = proof.beside(_loss_of_base(checkpoint, stage.folder, made, texts, run))
+        proof = proof.judged(file, accept=settings.accept)
         written = Written(out / name, proof, (*_notes(shape), *proof.notes))
         write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **written.as_data()})
     return [written]
@@ -112,9 +118,29 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
 
 def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
     """What decides what the file holds."""
-    outtype = settings.outtype or _BY_DTYPE[checkpoint.config["dtype"]]
+    outtype = settings.outtype or _own_outtype(checkpoint)
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
     return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
+
+
+def _own_outtype(checkpoint: Checkpoint) -> Outtype:
+    """That which stores weights as the checkpoint does."""
+    return _BY_DTYPE[checkpoint.config["dtype"]]
+
+
+def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any], texts: ProofTexts, run: Run) -> Loss | None:
+    """What the dense base model loses when it is stored alike; None where it is gone, or does not run in llama.cpp.
+
+    Its file is written into `folder` and removed.
+    """
+    base, file = checkpoint.source_folder(checkpoint.record.sources[0]), folder / "base.gguf"
+    try:
+        convert(base, file, Conversion(made["outtype"], made["pre_tokenizer"], guessed_pre_tokenizer(base)))
+        return compare(base, file, made["outtype"], texts=texts, run=run).loss
+    except ModekitError:
+        return None
+    finally:
+        remove(file)
 
 
 def _name(checkpoint: Checkpoint, made: Mapping[str, Any]) -> str:
