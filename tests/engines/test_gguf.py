@@ -295,8 +295,23 @@ def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
         write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
     experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
     checkpoint = built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
-    with pytest.raises(UnsupportedError, match="it keeps adapters"):
+    with pytest.raises(UnsupportedError, match=r"it keeps adapters \(a, b\)"):
         export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+
+
+@pytest.mark.parametrize(("mixed", "reason"), [
+    ({"router": {"fit": "random", "granularity": "context"}}, "only the modekit architecture says granularity: context"),
+    ({"modules": ["mlp", "q"], "router": {"fit": "random"}}, "only the modekit architecture says modules other than"),
+    ({"router": {"fit": "random"}}, "its recipe asks for the modekit architecture (output.format)"),
+], ids=["router", "modules", "asked"])  # fmt: skip
+def test_whole_models_are_refused_for_the_true_reason(tmp_path: Path, mixed: dict[str, Any], reason: str) -> None:
+    """They keep no adapters, and llama.cpp would not take them as such."""
+    recipe = {"base_model": "./medicine", "experts": model_experts(tmp_path), "mixture": mixed}
+    checkpoint = built(tmp_path, {**recipe, "output": {"format": "modekit"}})
+    message = refuse("export", checkpoint.folder, tmp_path / "GGUF", "--gguf")
+    assert reason in message and "it keeps adapters" not in message and "law: it is a full model" in message
+    assert "llama.cpp does not run the mixture" in message and "native architecture" in message
+    assert reason in str(checkpoint.shape.without_gguf)
 
 
 def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Path) -> None:
