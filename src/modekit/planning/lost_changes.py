@@ -41,7 +41,7 @@ def lost_changes(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, m
 
 
 def lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
-    """A note for each adapter of which something is lost; arguments as `lost_changes`. Raises UnsupportedError when that is all of it."""
+    """A note for each adapter of which something is lost, of the same arguments. Raises UnsupportedError when that is all."""
     merged, backbone = recipe.mixture.merge is not None, recipe.mixture.backbone
     kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
