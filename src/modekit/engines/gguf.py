@@ -134,6 +134,7 @@ def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any],
     Its file is written into `folder` and removed.
     """
     base, file = checkpoint.source_folder(checkpoint.record.sources[0]), folder / "base.gguf"
+    run.progress("convert the base model", 0, 1)
     try:
         convert(base, file, Conversion(made["outtype"], made["pre_tokenizer"], guessed_pre_tokenizer(base)))
         return compare(base, file, made["outtype"], texts=texts, run=run).loss
