@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines import converter
+from modekit.engines import converter, proof_result
 from modekit.engines.converter import Conversion, convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
 from modekit.engines.proof import prove
+from modekit.engines.proof_result import Loss, Proof
+from modekit.engines.proof_texts import MOST_TOKENS, shipped_texts, texts_of
 from modekit.engines.settings import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
+from modekit.loaded.load import load_tokenizer
 from modekit.sources.native import NATIVES
+from refusal import refuse
 from sources.test_families import LLAMA3_ROPE, WINDOWED, YARN_ROPE
 
 EXACT = GgufSettings("f32")
@@ -101,7 +107,10 @@ def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) ->
 @pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])
 def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: Any, apart: float) -> None:
     (written,) = export_gguf(mixtral, tmp_path / outtype, GgufSettings(outtype))
-    assert abs(written.proof.loss) < 0.01 and 1e-6 < written.proof.typical < written.proof.difference < apart
+    proof = written.proof
+    assert not proof.loss.is_too_large and abs(proof.loss.share) < 0.01 and 1e-6 < proof.typical < proof.difference < apart
+    assert proof.base is not None and abs(proof.base.share) < 0.01 and proof.loss.spread <= 0.01 / 3
+    assert "held-out text of medicine, law" in proof.text and proof.tokens >= 500
     assert written.file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
 
 
@@ -112,7 +121,7 @@ def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
     file = tmp_path / "coarse.gguf"
     convert(checkpoint.folder, file, Conversion("q8_0", guess="gpt-2"))
     try:
-        coarse = prove(checkpoint.folder, file, "q8_0").typical
+        coarse = prove(checkpoint.folder, file, "q8_0", texts=texts_of(checkpoint)).typical
     except EngineError as error:
         assert "not as good" in str(error)
         coarse = 1.0
@@ -129,6 +138,68 @@ def test_another_model_is_no_proof(mixtral: Checkpoint, tmp_path: Path) -> None:
         prove(mixtral.folder, file, "f32")
     with pytest.raises(EngineError, match="not as good"):
         prove(mixtral.folder, file, "q8_0")
+
+
+def _lossy(share: float, error: float, base: Loss | None = None, typical: float = 0.05) -> Proof:
+    return Proof("q8_0", 60, 96, "text", 40, 4000, 0.4, typical, 10.0 * (1 + share), 10.0, Loss(share, error), base)
+
+
+def test_a_loss_is_refused_only_where_it_is_surely_too_large(tmp_path: Path) -> None:
+    """The mixture that 212 tokens of four texts had refused: 1.06 % more perplexity, and as much spread."""
+    file = tmp_path / "x.gguf"
+    assert _lossy(0.0106, 0.006).judged(file).accepted is False
+    with pytest.raises(EngineError, match=r"(?s)not as good.*\+1\.60% .* 0\.50%") as error:
+        _lossy(0.016, 0.0025).judged(file)
+    assert "--accept" in str(error.value.remedy) and "--outtype f32" in str(error.value.remedy)
+    kept = _lossy(0.016, 0.0025).judged(file, accept=True)
+    assert kept.accepted and "--accept" in kept.notes[-1] and kept.loss.share == 0.016
+    with pytest.raises(EngineError, match="not as good"):
+        _lossy(0.0, 0.001, typical=0.11).judged(file)
+    for broken in (Loss(math.nan, 0.001), Loss(math.nan, math.inf), Loss(math.inf, math.nan), Loss(0.5, 0.0)):
+        assert broken.is_too_large
+
+
+@pytest.mark.parametrize(("base", "blamed"), [
+    (Loss(0.015, 0.002), "so it is the bits"), (Loss(0.001, 0.001), "so it is this mixture"),
+])  # fmt: skip
+def test_the_base_says_what_is_to_blame(tmp_path: Path, base: Loss, blamed: str) -> None:
+    with pytest.raises(EngineError) as error:
+        _lossy(0.016, 0.0025, base).judged(tmp_path / "x.gguf")
+    assert blamed in str(error.value.remedy) and f"base model at q8_0 {base}" in str(error.value.found)
+
+
+def test_accepting_lets_no_other_model_pass_as_exact(mixtral: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="another model than transformers"):
+        accepted = GgufSettings("f32", accept=True)
+        export_gguf(mixture(tmp_path, "mistral", {"sliding_window": 4}), tmp_path / "GGUF", accepted)
+    assert not list(tmp_path.glob("GGUF*"))
+
+
+def test_a_file_that_loses_too_much_is_kept_where_the_user_says_so(
+    mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command line; what is refused has its numbers in the message, what is kept has them in export.json."""
+    monkeypatch.setattr(proof_result, "LARGEST_TYPICAL", 1e-6)
+    words = ("export", mixtral.folder, tmp_path / "GGUF", "--gguf", "--outtype", "q8_0")
+    message = refuse(*words)
+    assert "not as good" in message and "keep the file as it is with --accept" in message and not (tmp_path / "GGUF").exists()
+    code, stdout, stderr = ended(*words, "--accept")
+    assert code == 0, stderr
+    assert "was kept since --accept says so" in " ".join(stdout.split())
+    said = json.loads((tmp_path / "GGUF" / EXPORT_FILE).read_text())
+    assert said["proof"]["accepted"] is True and said["proof"]["loss"]["standard_error"] > 0
+    assert any("--accept" in note for note in said["notes"])
+    assert "the setting has no effect" in refuse("export", mixtral.folder, tmp_path / "x", "--accept")
+
+
+def test_without_text_of_its_own_it_is_compared_on_text_that_ships(mixtral: Checkpoint) -> None:
+    assert texts_of(mixtral).name.startswith("held-out text of medicine, law")
+    recipe = mixtral.record.recipe
+    bare = recipe.model_copy(update={"experts": [each.model_copy(update={"text": None}) for each in recipe.experts]})
+    texts = texts_of(replace(mixtral, record=mixtral.record.model_copy(update={"recipe": bare})))
+    assert texts == shipped_texts() and texts.name == "text that comes with modekit"
+    tokens = [len(ids) for ids in texts.ids(load_tokenizer(mixtral.folder), 1_000)]
+    assert sum(tokens) == MOST_TOKENS and len(tokens) >= 30 and max(tokens) <= 128
 
 
 def test_a_window_that_llama_cpp_lacks_is_found(tmp_path: Path) -> None:
@@ -224,8 +295,23 @@ def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
         write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
     experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
     checkpoint = built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
-    with pytest.raises(UnsupportedError, match="it keeps adapters"):
+    with pytest.raises(UnsupportedError, match=r"it keeps adapters \(a, b\)"):
         export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+
+
+@pytest.mark.parametrize(("mixed", "reason"), [
+    ({"router": {"fit": "random", "granularity": "context"}}, "only the modekit architecture says granularity: context"),
+    ({"modules": ["mlp", "q"], "router": {"fit": "random"}}, "only the modekit architecture says modules other than"),
+    ({"router": {"fit": "random"}}, "its recipe asks for the modekit architecture (output.format)"),
+], ids=["router", "modules", "asked"])  # fmt: skip
+def test_whole_models_are_refused_for_the_true_reason(tmp_path: Path, mixed: dict[str, Any], reason: str) -> None:
+    """They keep no adapters, and llama.cpp would not take them as such."""
+    recipe = {"base_model": "./medicine", "experts": model_experts(tmp_path), "mixture": mixed}
+    checkpoint = built(tmp_path, {**recipe, "output": {"format": "modekit"}})
+    message = refuse("export", checkpoint.folder, tmp_path / "GGUF", "--gguf")
+    assert reason in message and "it keeps adapters" not in message and "law: it is a full model" in message
+    assert "llama.cpp does not run the mixture" in message and "native architecture" in message
+    assert reason in str(checkpoint.shape.without_gguf)
 
 
 def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_merged_backbone_with_fewer_bits_and_one_expert(tmp_path: Path) -> Non
     assert "it is the mixture's merged backbone" in said
     found = json.loads((tmp_path / "GGUF" / EXPORT_FILE).read_text())
     for each in (found["base"], found["adapters"][0]):
-        assert 1e-6 < each["proof"]["typical"] < 0.1 and abs(each["proof"]["loss"]) < 0.01
+        assert 1e-6 < each["proof"]["typical"] < 0.1 and abs(each["proof"]["loss"]["share"]) < 0.01
 
 
 WHOLE = "as whole tensors of its own"
@@ -188,7 +188,7 @@ def test_what_llama_cpp_has_no_form_for_is_refused_at_once(tmp_path: Path) -> No
 
 def test_parts_that_a_family_holds_in_one_are_refused(tmp_path: Path) -> None:
     checkpoint = mixture(tmp_path, "phi3", ["patterns"])
-    with pytest.raises(UnsupportedError, match="does not run these experts") as error:
+    with pytest.raises(UnsupportedError, match="does not run the mixture, nor one of its experts") as error:
         chosen_adapters(checkpoint, None)
     assert "parts in one" in str(error.value.found) and "native architecture" in str(error.value.remedy)
 

@@ -335,6 +335,38 @@ def test_similarity_of_native_experts(
     assert ("own tensors" in found.of) == ("no longer" in " ".join(found.notes)) == (not base_is_there)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("llama", {}), ("granite", {}), ("qwen3", {"head_dim": 8})], ids=["llama", "fused", "qwen3"]
+)
+def test_similarity_leaves_out_the_channels_of_a_lexical_router(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    """The experts changed the same as in a mixture without channels, and the base model is where it was."""
+    from conftest import make_workshop
+
+    workshop = make_workshop(tmp_path, model_type, **overrides)
+    plain = similarity(open_checkpoint(workshop.build()))
+    checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}))
+    assert checkpoint.shape.channels is not None
+    found = similarity(checkpoint)
+    torch.testing.assert_close(torch.tensor(found.experts), torch.tensor(plain.experts), atol=1e-6, rtol=0)
+    assert found.notes == [] and found.of == plain.of
+    (tmp_path / "base").rename(tmp_path / "gone")
+    assert "no longer where" in " ".join(similarity(checkpoint).notes)
+
+
+def test_a_base_of_another_shape_is_not_said_to_be_gone(tmp_path: Path) -> None:
+    from conftest import make_workshop
+
+    checkpoint = open_checkpoint(make_workshop(tmp_path / "one").build())
+    other = make_workshop(tmp_path / "other", hidden_size=64)
+    base = checkpoint.source_folder(checkpoint.record.sources[0])
+    base.rename(tmp_path / "gone")
+    (other.root / "base").rename(base)
+    (note,) = similarity(checkpoint).notes
+    assert "has 9 of these tensors in another shape" in note and "no longer where" not in note
+
+
 def test_similarity_sees_through_given_weights(shared_workshop: Workshop, tmp_path: Path) -> None:
     """Weights are folded into the last projection of native experts; the experts are as alike as without them."""
     plain = similarity(built(shared_workshop, tmp_path, "native")).experts

@@ -446,6 +446,51 @@ def test_a_phone_scrolls_tables_and_not_the_page(opened: Opened) -> None:
     assert narrow <= 390
 
 
+_SEEN = """(table) => TITLES.map((title) => {
+  const head = [...table.querySelectorAll("thead th")].find((cell) => cell.textContent.trim() === title);
+  const box = table.closest(".box").getBoundingClientRect(), at = head.getBoundingClientRect();
+  return at.left >= box.left && at.right <= Math.min(box.right - 32, innerWidth);
+})"""
+"""Whether columns stand whole in what is seen of their box, before the edge where it fades."""
+
+
+@pytest.mark.parametrize(("section", "titles"), [
+    ("worth", ["model", "gap closed", "mean"]), ("members", ["expert", "gain", "gap closed"]),
+    ("search", ["variant", "gap closed"]), ("sources", ["used as", "model"]), ("size", ["what", "how much"]),
+])  # fmt: skip
+def test_a_phone_shows_the_columns_that_matter(opened: Opened, section: str, titles: list[str]) -> None:
+    tab = opened(viewport={"width": 390, "height": 800}, device_scale_factor=2)
+    seen = tab.locator(f"#{section} table").first.evaluate(_SEEN.replace("TITLES", json.dumps(titles)))
+    assert seen == [True] * len(titles)
+
+
+def test_a_table_says_that_it_goes_on_to_the_right_until_it_is_at_its_end(opened: Opened) -> None:
+    """By a line over the table and a fading edge; where all of it is seen neither is there."""
+    sign = "node => getComputedStyle(node.querySelector('caption'), '::after').content + getComputedStyle(node).maskImage"
+    tab = opened(viewport={"width": 390, "height": 800})
+    wide = [box for box in tab.locator(".box:has(caption)").all() if box.is_visible()]
+    goes_on = [box.evaluate("node => node.scrollWidth - node.clientWidth > 2") for box in wide]
+    assert [box.evaluate(sign) != "nonenone" for box in wide] == goes_on and True in goes_on and False in goes_on
+    box = wide[goes_on.index(True)]
+    assert "More columns to the right" in box.evaluate(sign) and "gradient" in box.evaluate(sign)
+    box.evaluate("node => { node.scrollLeft = node.scrollWidth; }")
+    tab.wait_for_function("node => !node.classList.contains('more')", arg=box.element_handle())
+    assert box.evaluate(sign) == "nonenone"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_digests_are_shortened_and_make_no_tall_rows(page: Path, opened: Opened, width: int) -> None:
+    data = data_of(page)["provenance"]
+    tab = opened(viewport={"width": width, "height": 800})
+    shown = tab.locator("#sources .hash")
+    whole = [file["blake3"] for source in data["sources"] for file in source["files"]]
+    found = shown.evaluate_all("nodes => nodes.map(node => [node.title, node.textContent])")
+    assert {*whole, data["recipe_digest"]} <= {title for title, _ in found}
+    assert all(text == f"{title[:12]}…" for title, text in found)
+    heights = shown.evaluate_all("nodes => nodes.map(node => node.getClientRects().length)")
+    assert set(heights) == {1}
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_tables_of_the_layers_are_seen_whole(told: Checkpoint, tmp_path: Path, opened: Opened, width: int) -> None:
     kept = (told.folder / "results" / "inspect.json").read_text()

@@ -73,7 +73,7 @@ def test_missing_folders(bench: Workshop) -> None:
     for spec in ("./nowhere", "../nowhere/at/all", "~nobody-of-that-name/adapter", "x" * 300, "a\0b", file):
         experts = [{"name": "law", "adapter": spec}]
         message = refuse_build(bench, experts=experts)
-        assert "model folder does not exist" in message
+        assert ("a file is named in place of a folder" if spec == file else "model folder does not exist") in message
         assert "experts[0] 'law'" in message
 
 
@@ -337,6 +337,17 @@ def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) 
     for form, mixture in (("native", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
         (note,) = [note for note in planned(bench, form, mixture=mixture).notes if "also changes" in note]
         assert note.startswith("law: ") and "q_proj (3 tensors)" in note and "lost" in note
+        assert ("mixtral mixes whole FFNs alone; output: {format: modekit}" in note) == (form == "native"), note
+        assert "mixture.backbone: average" in note
+
+
+def test_what_a_native_mixture_would_lose_the_modekit_architecture_keeps(bench: Workshop) -> None:
+    """The way that messages of lost tensors name is one that works."""
+    write_adapter(law(bench), Q, target_modules=["q_proj"])
+    native = refuse_build(bench, output={"format": "native"})
+    assert "changes nothing that this recipe mixes" in native and "mixture.layers" not in native
+    assert "mixtral mixes whole FFNs alone; output: {format: modekit} mixes any part (mixture.modules)" in native
+    assert not any("lost" in note and note.startswith("law") for note in planned(bench, "modekit").notes)
 
 
 # Routers
@@ -355,6 +366,7 @@ def test_routers_of_adapters_refuse_what_is_no_low_rank_change(bench: Workshop, 
     experts = [{"name": "plain", "model": "base"}, bench.recipe["experts"][1]]
     message = refuse_build(bench, experts=experts, mixture={"router": {"fit": fit}})
     assert "no low-rank change" in message and "expert 'law': model.layers.0.mlp.up_proj" in message
+    assert "as plain LoRA (without DoRA" in message and "as: lora" not in message
 
 
 @pytest.mark.parametrize("fit", ["arrow", "spectr", "seqr", "phatgoose"])
@@ -374,8 +386,9 @@ def test_routers_of_adapters_have_nothing_to_score_at_the_embedding(bench: Works
 
 
 def test_as_lora_of_what_is_no_full_model(bench: Workshop) -> None:
-    for expert in ({"name": "law", "adapter": "./law", "as": "lora"}, {"name": "law", "model": "base", "as": "lora"}):
-        assert "'as: lora' makes an adapter of a full model" in refuse_build(bench, experts=[expert])
+    for expert, kind in (({"adapter": "./law"}, "already an adapter"), ({"model": "base"}, "the base model itself")):
+        message = refuse_build(bench, experts=[{"name": "law", "as": "lora", **expert}])
+        assert "'as: lora' keeps a low-rank part of a full model" in message and f"this is {kind}: remove 'as'" in message
     assert "'rank' has no effect" in refuse_build(bench, experts=[{"name": "law", "adapter": "./law", "rank": 2}])
 
 

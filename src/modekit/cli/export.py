@@ -34,6 +34,7 @@ class ExportOptions:
     gguf: Annotated[bool, typer.Option("--gguf", help="GGUF files for llama.cpp, compared there with transformers.")] = False
     outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (--gguf; default: as the checkpoint).")] = None
     pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (--gguf).")] = None
+    accept: Annotated[bool, typer.Option("--accept", help="Keep a file although it lost more than allowed (--gguf).")] = False
     overwrite: Overwrite = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
@@ -52,7 +53,7 @@ def export(
     if options.gguf:
         _export_gguf(open_checkpoint(resolved(checkpoint)), output, options)
         return
-    only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer}
+    only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer, "--accept": options.accept or None}
     refuse_without_effect("only --gguf reads it", only)
     _export_adapters(open_checkpoint(resolved(checkpoint)), output, options)
 
@@ -66,7 +67,7 @@ def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -
     else:
         refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
         exported = export_gguf
-    settings = GgufSettings(options.outtype, options.pre_tokenizer)
+    settings = GgufSettings(options.outtype, options.pre_tokenizer, options.accept)
     with drawn_progress() as progress:
         run = Run(options.trust_remote_code, progress, options.fsync)
         written = exported(checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite), run=run)

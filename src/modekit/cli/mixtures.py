@@ -86,11 +86,10 @@ class FitOptions:
     temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of a random router.")] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed (random, lexical, classifier, phatgoose).")] = None
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too, or not (reads the text again).")
     ] = None
-
     unseen: Annotated[
         bool | None, typer.Option("--unseen/--no-unseen", help="Send text of no domain to the base, an expert, or not.")
     ] = None

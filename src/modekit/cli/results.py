@@ -117,7 +117,7 @@ class DemoKind:
         typer.Option("--translation", help="Models that translate messages of programs, mixed; scored by loss, BLEU and chrF."),
     ] = False
     real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke test: the same steps, too short to be good.")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run in minutes: figures mean nothing.")] = False
 
     def what(self) -> What:
         """The kind. Raises ModekitError for two at once, and for another base where the demo trains its own."""

@@ -48,6 +48,7 @@ class ServeOptions:
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (llama; default: detected).")
     ] = None
+    accept: Annotated[bool, typer.Option("--accept", help="Serve a file that lost more than allowed (llama).")] = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
 
@@ -58,6 +59,7 @@ class ServeOptions:
             "threads": self.threads,
             "outtype": self.outtype,
             "pre_tokenizer": self.pre_tokenizer,
+            "accept": self.accept or None,
         }
 
 
@@ -83,7 +85,7 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         options.parallel,
         options.threads,
         options.no_key,
-        GgufSettings(options.outtype, options.pre_tokenizer),
+        GgufSettings(options.outtype, options.pre_tokenizer, options.accept),
     )
     with ExitStack() as stack:
         with drawn_progress() as progress:

@@ -37,11 +37,15 @@ from modekit.run import Run
 
 @dataclass(frozen=True)
 class DemoResults:
-    """Results per seed, and the names of the mixtures in order; what they write, where that was scored."""
+    """Results per seed, and the names of the mixtures in order; what they write, where that was scored.
+
+    `quick`: the models were trained for a few steps, so that the figures say nothing.
+    """
 
     per_seed: Mapping[int, Mapping[str, Results]]
     seconds: float
     translated: Mapping[int, TranslatedTable] = field(default_factory=dict)
+    quick: bool = False
 
     def merged(self, seed: int) -> Results:
         """One table of a seed: the dense rows and the oracle once, then every mixture under its name."""
@@ -54,8 +58,11 @@ class DemoResults:
             Row(name if row.name == "mixture" else f"{name} {row.name}", *_rest(row))
             for name, results in by_mixture.items() for row in results.rows if row.kind == "mixture"
         ]  # fmt: skip
-        rows = with_gaps(rows, gaps_of(rows, first.domains))  # mixtures may come of other models than the first one's
-        return Results(rows, first.domains, first.unseen, first.text, first.notes)
+        table, notes = self.translated.get(seed), [*([_SMOKE_RUN] if self.quick else []), *first.notes]
+        gaps = gaps_of(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
+        if table is not None and not table.anyone_translates:
+            gaps, notes = {}, [_NO_TRANSLATION, *notes]
+        return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes)
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -91,6 +98,10 @@ class DemoResults:
             for name, values in figures.items():
                 summary[row.name] |= _mean_and_deviation(name, values)
         return summary
+
+
+_SMOKE_RUN = "a smoke run (--quick): models of a few steps show that every part runs, and their figures say nothing of quality"
+_NO_TRANSLATION = "no model here translates (mean BLEU below 1), so no share of the gap is shown"
 
 
 def _share(value: float | None, of: float | None) -> float | None:
@@ -134,7 +145,7 @@ def run_demo(
             per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)
         if what == "translation":
             translated[seed] = translated_table({name: folder_of_mixture(folder, name) for name in per_seed[seed]})
-    results = DemoResults(per_seed, time.monotonic() - started, translated)
+    results = DemoResults(per_seed, time.monotonic() - started, translated, quick)
     _write(out / "results", results)
     return results
 

@@ -6,12 +6,11 @@ text/NOTICE.
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from modekit.files.write import make_folder, write_file
+from modekit.text.shipped import shipped_file, shipped_notice
 
 DOMAINS = ("medicine", "law", "science", "code")
 GENERAL = "general"
@@ -23,11 +22,10 @@ LANGUAGES = ("english", "french", "german")
 def unpack_text(folder: Path, names: Sequence[str] = (*DOMAINS, GENERAL, UNSEEN)) -> dict[str, Path]:
     """Write the text of each name as FOLDER/<name>.jsonl, where it can be looked at; returns the paths."""
     make_folder(folder)
-    shipped = files("modekit.demo") / "text"
-    write_file(folder / "NOTICE", (shipped / "NOTICE").read_bytes())
+    write_file(folder / "NOTICE", shipped_notice())
     paths = {}
     for domain in names:
         paths[domain] = folder / f"{domain}.jsonl"
         if not paths[domain].exists():
-            write_file(paths[domain], lzma.decompress((shipped / f"{domain}.jsonl.xz").read_bytes()))
+            write_file(paths[domain], shipped_file(domain))
     return paths

@@ -37,6 +37,7 @@ from modekit.text.pairs import Pair
 from modekit.text.splits import documents_of_split
 
 VOCABULARY = 2_000
+_LEAST_BLEU = 1.0  # below it a model writes no translations, and shares of a gap between such say nothing
 DOMAIN_SHARE = 0.25  # of each domain's pairs that the base is trained on, too: it knows the domains' words, and little more
 _DECODING = Decoding(batch=64, max_new_tokens=96)
 ARCHITECTURE: dict[str, Any] = {
@@ -114,6 +115,12 @@ class TranslatedTable:
     domains: Sequence[str]
     unseen: Sequence[str]
     signatures: Mapping[str, str]
+
+    @property
+    def anyone_translates(self) -> bool:
+        """Whether a model has a mean BLEU that is worth a comparison."""
+        means = [row.mean(self.domains) for row in self.rows]
+        return any(mean is not None and mean.bleu >= _LEAST_BLEU for mean in means)
 
     def names(self) -> list[str]:
         """Of the rows, in their order."""

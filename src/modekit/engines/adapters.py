@@ -23,7 +23,10 @@ from modekit.sources.model import TensorRef
 from modekit.sources.names import module_of, split_layer
 from modekit.weights.numeric import as_array, to_float32
 
-_NATIVE = "mix whole FFNs in a native architecture (output.format: native), or serve the mixture with vLLM or transformers"
+_NATIVE = (
+    "where the base model has a native architecture, mix whole FFNs in it (output.format: native; `modekit plan` says "
+    "whether it has one); else serve the mixture with vLLM or transformers"
+)
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,17 @@ def chosen_adapters(checkpoint: Checkpoint, names: Sequence[str] | None) -> list
     asked = [name for name in found if name not in base] if names is None else list(dict.fromkeys(names))
     chosen = [(name, found.get(name, "there is no such expert")) for name in asked]
     reasons = [f"{name}: {reason}" for name, reason in chosen if isinstance(reason, str)]
+    able = [name for name, adapter in found.items() if isinstance(adapter, Adapter)]
+    if not able:
+        raise UnsupportedError(
+            "llama.cpp does not run the mixture, nor one of its experts as an adapter", where=str(checkpoint.folder),
+            found="; ".join(filter(None, [checkpoint.shape.without_gguf, *reasons])), remedy=_NATIVE,
+        )  # fmt: skip
     if reasons or not chosen:
-        able = [name for name, adapter in found.items() if isinstance(adapter, Adapter)]
         raise UnsupportedError(
             "llama.cpp does not run these experts as adapters", where=str(checkpoint.folder),
-            found="; ".join(reasons) or "no expert but the base", expected=f"{', '.join(able) or 'no expert of this mixture'}",
-            remedy=" ".join(["name these:", *(f"--expert {name}" for name in able)]) if able else _NATIVE,
+            found="; ".join(reasons) or "no expert but the base", expected=", ".join(able),
+            remedy=" ".join(["name these:", *(f"--expert {name}" for name in able)]),
         )  # fmt: skip
     return [adapter for _, adapter in chosen if isinstance(adapter, Adapter)]
 

@@ -21,16 +21,18 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
-from modekit.engines.proof import Proof, prove
+from modekit.engines.proof import compare
+from modekit.engines.proof_result import EXACT, Loss, Proof
+from modekit.engines.proof_texts import ProofTexts, texts_of
 from modekit.engines.settings import GgufSettings, Outtype
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.files.libraries import library_writes
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import write_json
+from modekit.files.write import remove, write_json
 from modekit.planning.shape import Shape
 from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3
@@ -92,7 +94,11 @@ def export_gguf(
             with library_writes(stage.folder) as folder:
                 convert(checkpoint.folder, folder / name, how)
             stage.record("converted", True)
-        proof = prove(checkpoint.folder, stage.folder / name, made["outtype"], run=run)
+        file, texts = stage.folder / name, texts_of(checkpoint)
+        proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
+        if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
+            proof = proof.beside(_loss_of_base(checkpoint, stage.folder, made, texts, run))
+        proof = proof.judged(file, accept=settings.accept)
         written = Written(out / name, proof, (*_notes(shape), *proof.notes))
         write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **written.as_data()})
     keep_proven(_claim(made, written.file, run))
@@ -119,7 +125,7 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
 
 def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
     """What decides what the file holds."""
-    outtype = settings.outtype or _BY_DTYPE[checkpoint.config["dtype"]]
+    outtype = settings.outtype or _own_outtype(checkpoint)
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
     return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
 
@@ -127,6 +133,29 @@ def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
 def _claim(made: Mapping[str, Any], file: Path, run: Run) -> str:
     """That a file, by its bytes, is the mixture. Raises SourceError where it cannot be read."""
     return json.dumps([made, known_blake3(file, partial(run.progress, f"look at {file.name}"))], sort_keys=True)
+
+
+def _own_outtype(checkpoint: Checkpoint) -> Outtype:
+    """That which stores weights as the checkpoint does."""
+    return _BY_DTYPE[checkpoint.config["dtype"]]
+
+
+def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any], texts: ProofTexts, run: Run) -> Loss | None:
+    """What the dense base model loses when it is stored alike; None where it is gone, or does not run in llama.cpp.
+
+    Its file is written into `folder` and removed.
+    """
+    base, file = checkpoint.source_folder(checkpoint.record.sources[0]), folder / "base.gguf"
+    run.begin("convert the base model")
+    try:
+        with library_writes(folder) as written:
+            how = Conversion(made["outtype"], made["pre_tokenizer"], guessed_pre_tokenizer(base))
+            convert(base, written / file.name, how)
+        return compare(base, file, made["outtype"], texts=texts, run=run).loss
+    except ModekitError:
+        return None
+    finally:
+        remove(file)
 
 
 def _name(checkpoint: Checkpoint, made: Mapping[str, Any]) -> str:

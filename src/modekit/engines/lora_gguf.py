@@ -10,6 +10,7 @@ transformers that always takes this expert.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import Conversion, check_installed, convert
 from modekit.engines.gguf import EXPORT_FILE, Written, made_of
 from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
-from modekit.engines.proof import Proof, in_both
+from modekit.engines.proof import in_both
+from modekit.engines.proof_result import EXACT, Proof
+from modekit.engines.proof_texts import texts_of
 from modekit.engines.settings import GgufSettings
 from modekit.files.libraries import library_writes
 from modekit.files.output import Replace
@@ -63,10 +66,14 @@ def export_adapters_gguf(
                 how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
                 convert(checkpoint.folder, folder / names[0], how)
             stage.record("converted", True)
-        base, *proofs = prove_adapters(checkpoint, files, adapters, made["outtype"], run=run)
+        base, *proofs = prove_adapters(
+            checkpoint, files, adapters, GgufSettings(made["outtype"], accept=settings.accept), run=run
+        )
         written = [Written(out / files[0].name, base, (*_notes(checkpoint), *base.notes))]
         for adapter, proof in zip(adapters, proofs, strict=True):
-            written.append(Written(out / _file_of(adapter), proof, tuple(_notes_of(adapter, checkpoint)), adapter.name))
+            written.append(
+                Written(out / _file_of(adapter), proof, (*_notes_of(adapter, checkpoint), *proof.notes), adapter.name)
+            )
         said = [each.as_data() for each in written]
         record = {**made, "transformers": version("transformers"), "base": said[0], "adapters": said[1:]}
         write_json(stage.folder / EXPORT_FILE, record)
@@ -74,20 +81,24 @@ def export_adapters_gguf(
 
 
 def prove_adapters(
-    checkpoint: Checkpoint, files: Sequence[Path], adapters: Sequence[Adapter], outtype: str, *, run: Run = QUIET
+    checkpoint: Checkpoint, files: Sequence[Path], adapters: Sequence[Adapter], settings: GgufSettings, *, run: Run = QUIET
 ) -> list[Proof]:
     """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order.
 
     Raises EngineError where one is another model, or lost too much.
     """
+    outtype, texts = str(settings.outtype), texts_of(checkpoint)
     with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:
         both.model.use_expert(adapters[0].name)
         with _without_changes(both.model):
-            proofs = [both.proof(files[0], outtype, run=run)]
+            proofs = [both.proof(files[0], outtype, texts=texts, run=run).judged(files[0], accept=settings.accept)]
+        told_once = dataclasses.replace(both, notes=())
+        loss_of_base = None if outtype == EXACT else proofs[0].loss
         for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
             both.model.use_expert(adapter.name)
             both.llama.use_adapter(place)
-            proofs.append(both.proof(file, outtype, run=run))
+            proof = told_once.proof(file, outtype, texts=texts, run=run).beside(loss_of_base)
+            proofs.append(proof.judged(file, accept=settings.accept))
     return proofs
 
 

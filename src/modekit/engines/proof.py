@@ -1,13 +1,14 @@
 """Is a GGUF file in llama.cpp the model that transformers has? Asked before anybody is told that it is.
 
-Three questions, over texts of several kinds:
+Three questions:
 
-* tokens: does llama.cpp cut the texts into the very same ids?
-* greedy: does it write the same tokens after the beginnings of the texts, and with the same log-probabilities?
-* perplexity: exp of the mean negative log-probability of every token of the texts, each after those before it.
+* tokens: does llama.cpp cut texts of several kinds into the very same ids?
+* greedy: does it write the same tokens after the beginnings of these texts?
+* log-probabilities: what does it think of every token of a text, each after those before it?
 
-With float32 weights all must agree, up to the rounding of sums; stored with fewer bits the model is another one, and what it
-may lose is bounded by its perplexity.
+With float32 weights all must agree, up to the rounding of sums. Stored with fewer bits the model is another one, and what it
+may lose is bounded by its perplexity (exp of the mean negative log-probability): over texts enough that the loss, a mean of
+differences token by token, is known within its standard error.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modekit.engines.llama import Llama
+from modekit.engines.proof_result import EXACT, Loss, Proof
+from modekit.engines.proof_texts import FEWEST_TEXTS, LONGEST, ProofTexts, shipped_texts
 from modekit.engines.threads import default_threads
 from modekit.errors import EngineError, TextError
+from modekit.evaluation.uncertainty import mean_error
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of, message_of
@@ -36,60 +39,28 @@ TEXTS = (
     "Item 27:  4,096 kg at 19.95 \u2013 \u201cas is\u201d, we're told\n\n\tTotal\t81,715.20  (VAT 7%)\n",
 )
 """Prose, code, other languages, numbers and white space."""
-EXACT = "f32"
-"""The outtype with which all must agree."""
 GREEDY_TOKENS = 24
-TOLERANCE = 2e-3  # nats, of log-probabilities with float32 weights
-LARGEST_LOSS = 0.01  # of perplexity, with fewer bits
-LARGEST_TYPICAL = 0.1  # nats, of log-probabilities on average, with fewer bits: another model of the same quality is no proof
 _CHAT = [message_of("user", "Hi"), message_of("assistant", "Hello."), message_of("user", "Why?")]
 _BEGINNING = 8  # tokens after which the model writes on
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What was found.
-
-    Attributes:
-        tokens: tokens whose log-probabilities were compared: those of the texts, and those written.
-        same, written: of the tokens written greedily, those that both write, up to the first that differs in a text, and all.
-        difference, typical: largest and mean difference of the log-probabilities of a token, in nats.
-        perplexity, in_transformers: over all these tokens.
-        notes: where llama.cpp reads a text otherwise, though the model is the same.
-    """
-
-    tokens: int
-    same: int
-    written: int
-    difference: float
-    typical: float
-    perplexity: float
-    in_transformers: float
-    notes: tuple[str, ...] = ()
-
-    @property
-    def loss(self) -> float:
-        """How much larger the perplexity is, as a share."""
-        return self.perplexity / self.in_transformers - 1
-
-    def __str__(self) -> str:
-        return (
-            f"{self.same} of {self.written} greedy tokens as in transformers, log-probabilities {self.typical:.1e} apart "
-            f"(at most {self.difference:.1e}), perplexity {self.perplexity:.5g} ({self.loss:+.2%})"
-        )
-
-    def as_data(self) -> dict[str, Any]:
-        """For a record."""
-        return {name: value for name, value in vars(self).items() if name != "notes"} | {"loss": self.loss}
+_Compared = tuple[list[float], list[float]]
+"""Log-probabilities of the tokens of one text, by transformers and by llama.cpp."""
 
 
-def prove(folder: Path, file: Path, outtype: str, *, run: Run = QUIET) -> Proof:
+def prove(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
     """Compare a GGUF file, whose weights are stored as `outtype`, with the model folder that it was made of.
 
-    Raises EngineError where they are not the same model, or it lost too much.
+    `texts`: what it is compared on where that is not float32; None: text that comes with modekit. Raises EngineError where they
+    are not the same model, or it lost too much.
     """
+    return compare(folder, file, outtype, texts=texts, run=run).judged(file)
+
+
+def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
+    """The same, but not judged. Raises EngineError as `in_both`."""
     with in_both(folder, file, run=run) as both:
-        return both.proof(file, outtype, run=run)
+        return both.proof(file, outtype, texts=texts, run=run)
 
 
 @dataclass(frozen=True)
@@ -97,26 +68,54 @@ class InBoth:
     """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked.
 
     Attributes:
-        texts: ids of the texts.
+        beginnings: ids of texts of several kinds.
+        longest: tokens of the longest text that the model can read.
         notes: where llama.cpp reads a text otherwise.
     """
 
     model: Any
     llama: Llama
-    texts: Sequence[list[int]]
+    tokenizer: Any
+    beginnings: Sequence[list[int]]
+    longest: int
     notes: tuple[str, ...]
 
-    def proof(self, file: Path, outtype: str, *, run: Run = QUIET) -> Proof:
-        """Compare the two as they are now; `file` is what messages name. Raises EngineError as `prove`."""
-        found = []
-        for done, ids in enumerate(self.texts):
-            run.progress(f"compare {file.name} in llama.cpp", done, len(self.texts))
-            found.append(_compare(self.model, self.llama, ids))
-        proof = _summed_up(found, self.notes)
+    def proof(self, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
+        """Compare the two as they are now, without a judgement; `file` is what messages name. `texts` as `prove`."""
+        written = [(_greedy(self.model, ids), self.llama.greedy(ids, GREEDY_TOKENS)) for ids in self._begun]
         if outtype == EXACT:
-            _refuse_difference(proof, file)
-        _refuse_loss(proof, file)
-        return proof
+            goes_on = [ids + ours for ids, (ours, _) in zip(self._begun, written, strict=True)]
+            name, compared = "short, of several kinds", [self._compared(ids) for ids in (*self.beginnings, *goes_on)]
+        else:
+            texts = texts or shipped_texts()
+            name, compared = texts.name, self._compared_till_known(texts, file, run)
+        ours, theirs = ([value for text in compared for value in text[engine]] for engine in (0, 1))
+        apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        return Proof(
+            outtype=outtype, same=sum(_parting(*each) for each in written),
+            written=sum(max(map(len, each)) for each in written), text=name, texts=len(compared),
+            tokens=len(ours), difference=max(apart), typical=sum(apart) / len(apart),
+            perplexity=_perplexity(theirs), in_transformers=_perplexity(ours), loss=_loss(compared), notes=self.notes,
+        )  # fmt: skip
+
+    @property
+    def _begun(self) -> list[list[int]]:
+        return [ids[:_BEGINNING] for ids in self.beginnings]
+
+    def _compared(self, ids: list[int]) -> _Compared:
+        return _logprobs(self.model, ids), self.llama.logprobs(ids)
+
+    def _compared_till_known(self, texts: ProofTexts, file: Path, run: Run) -> list[_Compared]:
+        """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
+        wanted = list(texts.ids(self.tokenizer, self.longest)) or self.beginnings
+        compared: list[_Compared] = []
+        for done, ids in enumerate(wanted):
+            run.progress(f"compare {file.name} in llama.cpp", done, len(wanted))
+            compared.append(self._compared(ids))
+            if len(compared) >= FEWEST_TEXTS and _loss(compared).is_known:
+                break
+        run.progress(f"compare {file.name} in llama.cpp", len(wanted), len(wanted))
+        return compared
 
 
 @contextmanager
@@ -128,26 +127,12 @@ def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run
     tokenizer = load_tokenizer(folder, run=run)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     model = load_model(folder, run=run)
-    texts = [ids[: int(model.config.max_position_embeddings) - GREEDY_TOKENS - 1] for ids in texts]
-    context = max(map(len, texts)) + GREEDY_TOKENS + 1
+    most = int(model.config.max_position_embeddings)
+    texts = [ids[: most - GREEDY_TOKENS - 1] for ids in texts]
+    context = max(LONGEST, *map(len, texts)) + GREEDY_TOKENS + 1
     with Llama(file, context=context, threads=default_threads(), adapters=adapters) as llama:
         _check_tokens(llama, texts, folder)
-        yield InBoth(model, llama, texts, tuple(_other_readings(llama, tokenizer)))
-
-
-@dataclass(frozen=True)
-class _Text:
-    """What was found with one text: tokens written greedily by transformers and llama.cpp, log-probabilities by both."""
-
-    written: tuple[list[int], list[int]]
-    logprobs: tuple[list[float], list[float]]
-
-
-def _compare(model: Any, llama: Llama, ids: list[int]) -> _Text:
-    begun = ids[:_BEGINNING]
-    written = _greedy(model, begun), llama.greedy(begun, GREEDY_TOKENS)
-    ours, theirs = ([*logprobs(ids), *logprobs(begun + written[0])] for logprobs in (partial(_logprobs, model), llama.logprobs))
-    return _Text(written, (ours, theirs))
+        yield InBoth(model, llama, tokenizer, texts, most - 1, tuple(_other_readings(llama, tokenizer)))
 
 
 def _check_tokens(llama: Llama, texts: Sequence[Sequence[int]], folder: Path) -> None:
@@ -204,36 +189,14 @@ def _logprobs(model: Any, ids: list[int]) -> list[float]:
     return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])]
 
 
-def _summed_up(texts: Sequence[_Text], notes: tuple[str, ...]) -> Proof:
-    same = sum(_parting(*text.written) for text in texts)
-    ours, theirs = ([value for text in texts for value in text.logprobs[engine]] for engine in (0, 1))
-    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    return Proof(
-        tokens=len(ours), same=same, written=sum(max(map(len, text.written)) for text in texts),
-        difference=max(apart), typical=sum(apart) / len(apart), perplexity=_perplexity(theirs),
-        in_transformers=_perplexity(ours), notes=notes,
-    )  # fmt: skip
+def _loss(compared: Sequence[_Compared]) -> Loss:
+    """Its standard error is that over texts, whose tokens depend on each other."""
+    sums = [sum(ours) - sum(theirs) for ours, theirs in compared]
+    counts = [len(ours) for ours, _ in compared]
+    ratio = math.exp(sum(sums) / sum(counts))
+    error = mean_error(sums, counts) if len(compared) > 1 else None
+    return Loss(ratio - 1, math.inf if error is None else ratio * error)
 
 
 def _perplexity(logprobs: Sequence[float]) -> float:
     return math.exp(-sum(logprobs) / len(logprobs))
-
-
-def _refuse_difference(proof: Proof, file: Path) -> None:
-    """Raise EngineError where llama.cpp computes another model."""
-    if proof.same < proof.written or not proof.difference <= TOLERANCE:
-        raise EngineError(
-            "llama.cpp computes another model than transformers", where=str(file), found=str(proof),
-            expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
-            remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
-        )  # fmt: skip
-
-
-def _refuse_loss(proof: Proof, file: Path) -> None:
-    """Raise EngineError where the stored weights are too coarse, or the model is another one."""
-    if not (abs(proof.loss) <= LARGEST_LOSS and proof.typical <= LARGEST_TYPICAL):
-        raise EngineError(
-            "the model in llama.cpp is not as good as in transformers", where=str(file), found=str(proof),
-            expected=f"perplexity within {LARGEST_LOSS:.0%}, log-probabilities {LARGEST_TYPICAL:g} apart on average",
-            remedy=f"choose --outtype {EXACT}, which shows whether it is the bits",
-        )  # fmt: skip

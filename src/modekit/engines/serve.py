@@ -248,7 +248,7 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-_OF_LLAMA = frozenset({"outtype", "pre_tokenizer", "parallel", "threads"})
+_OF_LLAMA = frozenset({"outtype", "pre_tokenizer", "parallel", "threads", "accept"})
 ENGINES: Mapping[str, Engine] = {
     "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared, _OF_LLAMA),
     "vllm": Engine("modekit.engines.vllm_process", _vllm_refusal, _vllm_prepared, frozenset({"parallel"}), _vllm_environment),

@@ -16,10 +16,12 @@ class GgufSettings:
     Attributes:
         outtype: how weights are stored; None: as the checkpoint has them.
         pre_tokenizer: llama.cpp's name for how the tokenizer cuts words; None: as the converter knows it.
+        accept: keep a file of fewer bits although it lost more than its proof allows.
     """
 
     outtype: Outtype | None = None
     pre_tokenizer: str | None = None
+    accept: bool = False
 
 
 @dataclass(frozen=True)

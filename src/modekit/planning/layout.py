@@ -35,5 +35,9 @@ class Layout(Protocol):
     def shape(self, where: str) -> Shape:
         """What the headers of the result will say; `where` names it in messages."""
 
+    @property
+    def mixes_more(self) -> str:
+        """What a recipe has to say so that more parts and layers are mixed, for messages."""
+
     def notes(self) -> Iterable[str]:
         """What a user should know of this shape."""

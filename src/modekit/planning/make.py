@@ -14,7 +14,7 @@ from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.planning.channels import channels_of
 from modekit.planning.copied_files import COPIED_FILES, copied_files
 from modekit.planning.layout import CodeOf, Layout
-from modekit.planning.lost_changes import lost_changes
+from modekit.planning.lost_changes import lost_changes, lost_of_adapters
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.pieces import piece_of
@@ -80,8 +80,9 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
     notes = [
-        *_notes(recipe, sources, family, mixed), *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
-        *_notes_of_targets(recipe, sources, family), *lost_changes(recipe, sources, mixed), *layout.notes(),
+        *_notes(recipe, sources, family), *lost_of_adapters(recipe, sources, layout.mixes_more, mixed),
+        *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
+        *_notes_of_targets(recipe, sources, family), *lost_changes(recipe, sources, layout.mixes_more, mixed), *layout.notes(),
         *twins(recipe, sources),
     ]  # fmt: skip
     return Plan(
@@ -186,7 +187,7 @@ class _Giver:
         return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
 
 
-def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, mixed: set[str]) -> Iterable[str]:
+def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> Iterable[str]:
     if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
         yield (
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
@@ -202,7 +203,6 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, mix
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             yield from (f"{expert.name}: {note}" for note in source.notes)
-            yield from _lost(recipe, expert.name, source, mixed)
 
 
 def _notes_of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
@@ -239,27 +239,3 @@ def _notes_of_targets(recipe: Recipe, sources: tuple[ModelSource, ...], family: 
     named = zip(recipe.names, sources[1:], strict=True)
     own = {name: each for name, each in named if each is not sources[0] and not isinstance(each, AdapterSource)}
     return forced_by_one_side(sources[0], own) if family.pair else ()
-
-
-def _lost(recipe: Recipe, name: str, source: AdapterSource, mixed: set[str]) -> Iterable[str]:
-    """What of an adapter is lost in the mixture. Raises UnsupportedError when that is all of it."""
-    changed = {*source.changes, *source.bias_changes, *source.replaced}
-    outside = changed - mixed
-    if not changed & mixed:
-        raise UnsupportedError(
-            "the adapter changes nothing that this recipe mixes", where=f"{source.label} ({source.spec})",
-            found=f"it changes {_kinds(changed)}",
-            remedy="mix these parts and layers (mixture.modules, mixture.layers), or remove the expert",
-        )  # fmt: skip
-    merged, backbone = recipe.mixture.merge is not None, recipe.mixture.backbone
-    kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
-    if outside and not merged and kept != name:
-        yield (
-            f"{name}: its adapter also changes {_kinds(outside)} ({len(outside)} tensors), which is not mixed here: "
-            f"on this backbone that is lost; mix more (mixture.modules, mixture.layers), or merge the backbone (average)"
-        )
-
-
-def _kinds(names: set[str]) -> str:
-    """The distinct last parts of tensor names, for a message."""
-    return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))

@@ -12,11 +12,16 @@ from modekit.sources.model import TensorRef
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Elements of a tensor from `start` on, divided by a factor that the checkpoint has folded in."""
+    """Elements of a tensor from `start` on, divided by a factor that the checkpoint has folded in.
+
+    Attributes:
+        width: elements of a stored row, where it has more than a row of the mixed tensor; None: as many.
+    """
 
     ref: TensorRef
     start: int = 0
     factor: float = 1.0
+    width: int | None = None
 
 
 @dataclass(frozen=True)

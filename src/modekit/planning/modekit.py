@@ -72,6 +72,11 @@ class ModekitLayout:
         """As it is."""
         return tensor
 
+    @property
+    def mixes_more(self) -> str:
+        """By naming it."""
+        return "mix these parts and layers, too (mixture.modules, mixture.layers)"
+
     def notes(self) -> Iterable[str]:
         """What a user should know of this shape."""
         for expert, name in enumerate(self._recipe.names):
@@ -149,7 +154,7 @@ class ModekitLayout:
         for leader in self._places:
             for place in self._places.read_by(leader) if self._places.leaders[leader.module] == leader.module else ():
                 if place.own:
-                    raise whole_module_unscored(self._recipe.names[place.own[0]], place.module)
+                    raise whole_module_unscored(self._recipe.experts[place.own[0]], place.module)
 
     def _low_rank_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """A and B of all experts, each in one tensor."""

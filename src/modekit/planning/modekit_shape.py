@@ -79,7 +79,15 @@ class ModekitShape(Shape):
     @property
     def without_gguf(self) -> str | None:
         """Always something."""
-        return "it has an encoder" if self.mixture.family.pair else "it keeps adapters, or mixes more than whole FFNs"
+        if self.mixture.family.pair:
+            return "it has an encoder"
+        adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.lora_rank is not None]
+        reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
+        beyond = self.recipe.mixture.beyond_native()
+        reasons += [f"only the modekit architecture says {', '.join(beyond)}"] if beyond else []
+        if not reasons and self.recipe.output.format == "modekit":
+            reasons = ["its recipe asks for the modekit architecture (output.format)"]
+        return "; ".join(reasons) or f"no native architecture says a mixture of '{self.family.model_type}' models"
 
     @property
     def also_runs_in(self) -> str:

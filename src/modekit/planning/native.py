@@ -69,6 +69,13 @@ class NativeLayout:
             return tensor
         return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._family))
 
+    @property
+    def mixes_more(self) -> str:
+        """In the other architecture."""
+        return (
+            f"{self._native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
+        )
+
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
         if self._base.config.get("sliding_window") and self._native.native_type == "mixtral":

@@ -185,13 +185,23 @@ class NativeShape(Shape):
             raise disagreement(f"{self.where}: {name}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
-        """gate, up and down of every layer."""
+        """gate, up and down of every layer, without the channels besides the base's."""
         for layer in range(self._layers):
             for part, path in self.native.family.mlp.items():
                 shape, parts = self._fused(tensors, layer, part) if self.native.fused else self._apart(tensors, layer, part)
                 # Of an expert with weight 0 the last projection is zero: nothing is left of it to compare.
                 own = {expert: each for expert, each in parts.items() if each.factor > 0}
-                yield MixedTensor(in_layer(layer, path), shape, own=own)
+                yield self._narrowed(MixedTensor(in_layer(layer, path), shape, own=own), part)
+
+    def _narrowed(self, tensor: MixedTensor, part: str) -> MixedTensor:
+        """In the base's shape: the channels are the last rows of down, and the last columns of gate and up."""
+        if self.channels is None:
+            return tensor
+        rows, columns = tensor.shape
+        if part == "down":
+            return replace(tensor, shape=(rows - self.channels.spare, columns))
+        own = {expert: replace(each, width=columns) for expert, each in tensor.own.items()}
+        return replace(tensor, shape=(rows, columns - self.channels.spare), own=own)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Counted from the tensors alone where they have no channels besides the base's."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import AlwaysOn, Average, Ngram, Routing
-from modekit.recipes.recipe import Recipe, place_of_base
+from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
 from modekit.sources.family import Family
@@ -63,9 +63,14 @@ def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
     return outside or reads_it
 
 
-def whole_module_unscored(expert: str, module: str) -> UnsupportedError:
+def whole_module_unscored(expert: Expert, module: str) -> UnsupportedError:
     """The error for a fit that scores low-rank changes where an expert has a module of its own."""
+    remedy = "choose a router fit that reads text (lexical or logistic)"
+    if expert.adapter is not None:
+        remedy += ", or train the adapter as plain LoRA (without DoRA, IA3 and modules_to_save)"
+    elif expert.lora_rank is None:
+        remedy += ", or keep a low-rank part of the model (as: lora)"
     return UnsupportedError(
-        "the expert's part is no low-rank change that this router could score", where=f"expert '{expert}': {module}",
-        remedy="choose a fit that reads text (logistic), or take the expert as lora",
+        "the expert's part is no low-rank change that this router could score", where=f"expert '{expert.name}': {module}",
+        remedy=remedy,
     )  # fmt: skip

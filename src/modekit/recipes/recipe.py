@@ -60,8 +60,9 @@ class Expert(Strict):
         problems = []
         if (self.model is None) == (self.adapter is None):
             problems.append("give either 'model' or 'adapter'")
-        if self.as_ == "lora" and (self.model is None or self.model == BASE):
-            problems.append("'as: lora' makes an adapter of a full model; it has no effect here, remove it")
+        if self.as_ == "lora" and (self.adapter is not None or self.model == BASE):
+            kind = "already an adapter" if self.adapter is not None else "the base model itself"
+            problems.append(f"'as: lora' keeps a low-rank part of a full model, and this is {kind}: remove 'as'")
         if self.rank is not None and self.as_ != "lora":
             problems.append("'rank' has no effect without 'as: lora'; remove it (an adapter has the rank it was trained with)")
         return checked(self, problems)

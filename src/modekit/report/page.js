@@ -4,6 +4,11 @@
   const part = (id) => document.getElementById(id);
   const list = part("tokens");
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+  document.querySelectorAll(".box").forEach((box) => {
+    const sign = () => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
+    box.addEventListener("scroll", sign, {passive: true});
+    new ResizeObserver(sign).observe(box);
+  });
   if (!list) return;
   const choice = part("sample"), layer = part("layer"), shown = part("layer-name"), detail = part("detail"), about = part("about");
   let text = 0, active = 0;

@@ -84,7 +84,7 @@ def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Ten
     for module in mixture.readers(leader_of(slot)):
         place = mixture.places[module]
         if expert in place.own:
-            raise whole_module_unscored(checkpoint.names[expert], module)
+            raise whole_module_unscored(checkpoint.record.recipe.experts[expert], module)
         if place.ranks[expert]:
             a_RD, b_OR = low_rank_tensors(checkpoint, module, place.ranks, expert)
             parts.append(place.scales[expert] * torch.linalg.qr(b_OR.double()).R @ a_RD.double())

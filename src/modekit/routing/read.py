@@ -31,8 +31,8 @@ from modekit.text.splits import digest_of, text_record
 
 
 def read_statistics(
-    checkpoint: Checkpoint, recipe: Recipe, root: Path, routers: Mapping[Path, Router], *, run: Run = QUIET,
-    ) -> None:  # fmt: skip
+    checkpoint: Checkpoint, recipe: Recipe, root: Path, routers: Mapping[Path, Router], *, run: Run = QUIET
+) -> None:
     """Make the statistics of several routers, folder -> settings, that differ only in what they average, in one reading.
 
     `fit_router` finds them in those folders. Raises TextError.

@@ -20,7 +20,7 @@ from typing import Any
 from modekit.errors import SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.model_config import check_no_code, read_config, refuse_adapter
+from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -195,6 +195,26 @@ class ModelSource:
             ) from None  # fmt: skip
 
 
+NO_FOLDER = "model folder does not exist"
+
+
+def no_model_folder(path: Path, where: str) -> SourceError:
+    """The error for a path that is no folder: nothing, or a file."""
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file system has
+        is_file = False
+    if path.suffix.lower() == ".gguf" and is_file:
+        return SourceError(
+            "the model is a GGUF file, which modekit does not read yet", where=where, found=str(path),
+            remedy=f"{SAFETENSORS} from which the file was made",
+        )  # fmt: skip
+    if is_file:
+        remedy = "name the folder of the model or adapter that the file is part of"
+        return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
+    return SourceError(NO_FOLDER, where=where, found=str(path), remedy="correct the path")
+
+
 def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:
     """Read config and headers of a model folder.
 
@@ -202,7 +222,7 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     """
     where = f"{label} ({spec})"
     if not folder.is_dir():
-        raise SourceError("model folder does not exist", where=where, found=str(folder), remedy="correct the path")
+        raise no_model_folder(folder, where)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
     tensors: dict[str, TensorRef] = {}
@@ -231,6 +251,7 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
     if single.exists():
         return [single]
     refuse_adapter(folder, where=where)
+    refuse_gguf(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles:
         raise SourceError(

@@ -20,6 +20,7 @@ from modekit.run import Run
 
 _DEEPEST = 32  # containers within each other
 _SAVE_AGAIN = "download or save the model again"
+SAFETENSORS = "name the folder of the model in safetensors (config.json, model*.safetensors, tokenizer)"
 _REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
 """Keys by which transformers reads other files than config.json and the weights that modekit checks."""
 _CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels", *_REDIRECTS})
@@ -155,6 +156,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, Any]:
             raise ValueError("nested too deeply")
     except FileNotFoundError:
         refuse_adapter(folder, where=where)
+        refuse_gguf(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
         raise SourceError("config.json cannot be read", where=where, found=error, remedy=_SAVE_AGAIN) from None
@@ -169,6 +171,16 @@ def refuse_adapter(folder: Path, *, where: str) -> None:
         raise SourceError(
             "this is an adapter, not a full model", where=where,
             remedy="name it as adapter: in place of model: in the recipe",
+        ) from None  # fmt: skip
+
+
+def refuse_gguf(folder: Path, *, where: str) -> None:
+    """Raise SourceError where a folder that lacks a model holds GGUF files."""
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        raise SourceError(
+            "the weights are in GGUF, which modekit does not read yet", where=where, found=", ".join(files[:3]),
+            remedy=f"{SAFETENSORS} from which they were made",
         ) from None  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from modekit.errors import SourceError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
-from modekit.sources.model import ModelSource, open_source
+from modekit.sources.model import NO_FOLDER, ModelSource, no_model_folder, open_source
 
 
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
@@ -24,10 +24,8 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
             return folder
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         folder = root / spec
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise SourceError(
-            "model folder does not exist", where=f"{label} ({spec})", found=str(folder), remedy="correct the path"
-        )
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or folder.name.lower().endswith(".gguf"):
+        raise no_model_folder(folder, f"{label} ({spec})")
     return None
 
 
@@ -108,9 +106,12 @@ def _check_folders(recipe: Recipe, root: Path) -> None:
     if len(missing) == 1:
         raise missing[0]
     if missing:
+        same = {error.what for error in missing} == {NO_FOLDER}
         raise SourceError(
-            f"{len(missing)} model folders do not exist", where="; ".join(str(error.where) for error in missing),
-            found="; ".join(str(error.found) for error in missing), remedy="correct the paths",
+            f"{len(missing)} model folders do not exist" if same else f"{len(missing)} models cannot be opened",
+            where="; ".join(str(error.where) for error in missing),
+            found="; ".join(str(error.found) if same else f"{error.what} ({error.found})" for error in missing),
+            remedy="; ".join(dict.fromkeys(str(error.remedy) for error in missing)),
         )  # fmt: skip
 
 

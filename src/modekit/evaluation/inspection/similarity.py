@@ -11,7 +11,7 @@ Shape legend: E experts, O and I rows and columns of a tensor, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +48,9 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     Two experts that changed nothing are alike (1); one that changed something and one that did not have 0. Where the base
     model's folder is gone and the checkpoint does not hold the base's tensors, the experts' tensors are compared as they are.
     """
-    mixed, without_base = _with_base(checkpoint, run)
+    kept = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
+    base, without_base = _base_tensors(checkpoint, kept, run)
+    mixed = [_with_base(tensor, base, checkpoint) for tensor in kept]
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
     run.begin("compare experts", len(mixed))
@@ -62,9 +64,8 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     if whole:
         of = f"the experts' own tensors ({whole} of {len(mixed)}) and what they changed of the base model in the others"
         of = of if whole < len(mixed) else f"the experts' own tensors ({len(mixed)})"
-        notes.append(
-            f"experts were compared whole, so that even unrelated changes look alike, without the base model: {without_base}"
-        )
+        why = without_base or f"it has {whole} of these tensors in another shape"
+        notes.append(f"experts were compared whole, so that even unrelated changes look alike, without the base model: {why}")
     return Similarity(_cosines(gram), of, notes)
 
 
@@ -81,9 +82,10 @@ def _cosines(gram: Array64) -> Array64:
 def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     """Inner products of the experts' changes of one tensor, (E, E)."""
 
-    def read(part: TensorPart, start: int, stop: int) -> Array64:
-        values = Stored(opened, part.ref)[part.start + start : part.start + stop]
-        return to_float32(values).astype(np.float64) / part.factor
+    def read(part: TensorPart, first: int, last: int) -> Array64:
+        width = part.width or columns
+        values = to_float32(Stored(opened, part.ref)[part.start + first * width : part.start + last * width])
+        return values.astype(np.float64).reshape(-1, width)[:, :columns].ravel() / part.factor
 
     def whole(ref: TensorRef) -> Array64:
         return to_float32(as_array(opened.read(ref), ref.dtype)).astype(np.float64).reshape(ref.shape)
@@ -102,9 +104,8 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     own = list(tensor.own)
     for first in range(0, rows if own else 0, step):
         last = min(rows, first + step)
-        start, stop = first * columns, last * columns
-        base = read(tensor.base, start, stop) if tensor.base is not None else 0.0
-        changes = np.stack([read(tensor.own[expert], start, stop) - base for expert in own])
+        base = read(tensor.base, first, last) if tensor.base is not None else 0.0
+        changes = np.stack([read(tensor.own[expert], first, last) - base for expert in own])
         gram[np.ix_(own, own)] += changes @ changes.T
         for other, (a_other, b_other) in factors.items():
             for number, expert in enumerate(own):
@@ -115,30 +116,27 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     return gram
 
 
-def _with_base(checkpoint: Checkpoint, run: Run) -> tuple[list[MixedTensor], str | None]:
-    """What is compared, each with the base's tensor: the checkpoint's own, or the base model's while that is what it was; and
-    why it is not.
-    """
-    tensors: Mapping[str, TensorRef] = {}
-    kept = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
+def _base_tensors(checkpoint: Checkpoint, kept: Sequence[MixedTensor], run: Run) -> tuple[Mapping[str, TensorRef], str | None]:
+    """Those of the base model, while it is what it was and the checkpoint does not have them all; and why there are none."""
     if all(mixed.base is not None or mixed.holds_changes for mixed in kept):
-        return kept, None
+        return {}, None
     without_base = why_not(checkpoint, None, run=run)
-    if without_base is None:
-        folder = checkpoint.source_folder(checkpoint.record.sources[0])
-        try:
-            tensors = open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors  # no code is run
-        except SourceError as error:
-            without_base = error.what
+    if without_base is not None:
+        return {}, without_base
+    folder = checkpoint.source_folder(checkpoint.record.sources[0])
+    try:
+        return open_source("base_model", str(folder), folder, run=Run(trust_remote_code=True)).tensors, None  # no code is run
+    except SourceError as error:
+        return {}, error.what
 
-    def found(mixed: MixedTensor) -> MixedTensor:
-        if mixed.base is not None or mixed.holds_changes:
-            return mixed
-        tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
-        ref = tensors.get(mixed.name, tensors.get(tied))
-        return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 
-    return [found(mixed) for mixed in kept], without_base
+def _with_base(mixed: MixedTensor, tensors: Mapping[str, TensorRef], checkpoint: Checkpoint) -> MixedTensor:
+    """What is compared, with the base's tensor: the checkpoint's own, or the base model's while its folder is there."""
+    if mixed.base is not None or mixed.holds_changes:
+        return mixed
+    tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
+    ref = tensors.get(mixed.name, tensors.get(tied))
+    return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
 
 
 def _is_whole(tensor: MixedTensor) -> bool:

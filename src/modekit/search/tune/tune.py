@@ -49,7 +49,8 @@ from modekit.weights.stored import same_bytes
 
 def tune(
     recipe: Recipe, root: Path, out: Path, *, space: Space | None = None, settings: TuneSettings | None = None,
-    native: bool = False, overwrite: bool = False, run: Run = QUIET, ) -> TuneResults:  # fmt: skip
+    native: bool = False, overwrite: bool = False, run: Run = QUIET,
+) -> TuneResults:  # fmt: skip
     """Search, build the best at `out` and write what was found.
 
     `native`: only what a native architecture says, which is what OUT is then built in. Raises what `make_plan` and `build`

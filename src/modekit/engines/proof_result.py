@@ -1,0 +1,130 @@
+"""What the proof of a GGUF file found (proof.py), and whether it is enough."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modekit.errors import EngineError
+
+EXACT = "f32"
+"""The outtype with which all must agree."""
+TOLERANCE = 2e-3  # nats, of log-probabilities with float32 weights
+LARGEST_LOSS = 0.01  # of perplexity, with fewer bits
+LARGEST_TYPICAL = 0.1  # nats, of log-probabilities on average, with fewer bits: another model of the same quality is no proof
+_SURE = 2.0  # standard errors
+_BOUND = (
+    f"perplexity at most {LARGEST_LOSS:.0%} higher, two standard errors aside, and log-probabilities within "
+    f"{LARGEST_TYPICAL:g} on average"
+)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much larger a perplexity is in llama.cpp than in transformers, as a share, and the standard error of that."""
+
+    share: float
+    standard_error: float
+
+    @property
+    def spread(self) -> float:
+        """Two standard errors."""
+        return _SURE * self.standard_error
+
+    @property
+    def is_too_large(self) -> bool:
+        """Surely larger than what fewer bits may lose."""
+        return not self.share - self.spread <= LARGEST_LOSS
+
+    @property
+    def is_known(self) -> bool:
+        """Known well, or beyond doubt too large: more text would change no decision."""
+        return self.spread <= LARGEST_LOSS / 3 or self.share - 2 * self.spread > LARGEST_LOSS
+
+    def __str__(self) -> str:
+        return f"{self.share:+.2%} \u00b1 {self.spread:.2%}"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found.
+
+    Attributes:
+        outtype: how the file stores weights.
+        same, written: of the tokens written greedily, those that both write, up to the first that differs in a text, and all.
+        text: what the log-probabilities are of, in words.
+        texts, tokens: how many were compared.
+        difference, typical: largest and mean difference of the log-probabilities of a token, in nats.
+        perplexity, in_transformers: over all these tokens.
+        loss: of perplexity.
+        base: that of the dense base model, stored alike and over the same texts; None where it was not asked.
+        accepted: whether it lost too much, and is kept since the user said so.
+        notes: where llama.cpp reads a text otherwise, though the model is the same.
+    """
+
+    outtype: str
+    same: int
+    written: int
+    text: str
+    texts: int
+    tokens: int
+    difference: float
+    typical: float
+    perplexity: float
+    in_transformers: float
+    loss: Loss
+    base: Loss | None = None
+    accepted: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        base = "" if self.base is None else f"; the dense base model at {self.outtype} {self.base}"
+        return (
+            f"{self.same} of {self.written} greedy tokens as in transformers, log-probabilities {self.typical:.1e} apart "
+            f"(at most {self.difference:.1e}), perplexity {self.perplexity:.5g} ({self.loss}{base}) "
+            f"over {self.tokens:,} tokens of {self.texts:,} texts ({self.text})"
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """For a record."""
+        return {name: value for name, value in asdict(self).items() if name != "notes"}
+
+    def beside(self, base: Loss | None) -> Proof:
+        """The same, with what the dense base model lost."""
+        return replace(self, base=base)
+
+    def judged(self, file: Path, *, accept: bool = False) -> Proof:
+        """The same, marked where only `accept` lets it pass; `file` is what messages name.
+
+        Raises EngineError where llama.cpp computes another model, whatever is accepted, or fewer bits lost too much.
+        """
+        if self.outtype == EXACT:
+            return self._exact(file)
+        if not self.loss.is_too_large and self.typical <= LARGEST_TYPICAL:
+            return self
+        if not accept:
+            raise EngineError(
+                "the model in llama.cpp is not as good as in transformers", where=str(file), found=str(self),
+                expected=_BOUND, remedy=f"{self._blame} or keep the file as it is with --accept",
+            )  # fmt: skip
+        note = f"it lost more than a proof allows ({_BOUND}), and was kept since --accept says so"
+        return replace(self, accepted=True, notes=(*self.notes, note))
+
+    def _exact(self, file: Path) -> Proof:
+        if self.same < self.written or not self.difference <= TOLERANCE:
+            raise EngineError(
+                "llama.cpp computes another model than transformers", where=str(file), found=str(self),
+                expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
+                remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
+            )  # fmt: skip
+        return self
+
+    @property
+    def _blame(self) -> str:
+        """What to do, as far as the base model tells whether the bits or the mixture are to blame."""
+        if self.base is None:
+            return f"choose --outtype {EXACT}, which shows whether it is the bits,"
+        if self.base.is_too_large or self.base.share + self.base.spread >= self.loss.share - self.loss.spread:
+            return f"the dense base model loses as much at {self.outtype}, so it is the bits: choose a finer --outtype,"
+        return f"the dense base model loses less at {self.outtype}, so it is this mixture: choose a finer --outtype,"
