@@ -104,7 +104,7 @@ class Guard:
                 content = await asyncio.wait_for(_read(receive), BODY_S)
             except (TimeoutError, asyncio.TimeoutError):
                 raise RefusedError(408, "the request did not come") from None
-            body = await self._aside(len(content), _body_of, content)
+            body = await self._aside(len(content), body_of, content)
             if self._fitted is not None:
                 body = await self._fitted(body)
                 content = await self._aside(len(content), _written, body)
@@ -161,13 +161,13 @@ async def _read(receive: Receive) -> bytes:
             return bytes(content)
 
 
-def _body_of(content: bytes) -> Body:
+def body_of(content: bytes) -> Body:
     """A request's JSON. Raises RefusedError."""
     try:
         text = content.decode()
         if values_in(text) > MOST_VALUES:
             raise RefusedError(413, f"the request has too many values; it may have at most {MOST_VALUES:,}")
-        body = json.loads(text)
+        body = json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError):
         raise RefusedError(400, "the request is not JSON in UTF-8") from None
     if not isinstance(body, dict):
@@ -178,6 +178,11 @@ def _body_of(content: bytes) -> Body:
     if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
         raise RefusedError(413, f"messages: {len(messages):,} found; a request may have at most {MOST_MESSAGES:,}")
     return body
+
+
+def no_constant(name: str) -> float:
+    """For `parse_constant`: NaN and Infinity are no JSON. Raises ValueError."""
+    raise ValueError(name)
 
 
 def values_in(text: str) -> int:

@@ -23,11 +23,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from modekit.engines.bounds import check_chat, checked_request
-from modekit.engines.guard import ANSWERS, App, Guard, RefusedError, error_of
+from modekit.engines.bounds import check_chat, check_request
+from modekit.engines.guard import ANSWERS, BODY, App, Body, Guard, RefusedError, error_of
 from modekit.engines.keeper import Keeper
 from modekit.engines.passing import GoneError, unless_gone, whole_events
+from modekit.engines.request_template import RequestTemplate
 
+_CHATS = "/v1/chat/completions"
 _BACK_S = 15.0  # that a request waits for an engine that is started again
 _LOOK_S = 0.1
 _SHOWN = 60
@@ -36,9 +38,6 @@ _ENDED = "the engine ended while it was answering, and is started again; send th
 _HINT = re.compile(r"( - hint:|,? (?:please )?try (?:increasing|using|setting)|\.? [Ss]tart it with ).*", re.DOTALL)
 """What engines advise their own users to do, who have other options."""
 _JSON: Mapping[str, str] = {"content-type": "application/json"}
-_NO_TEMPLATE = (
-    "the model has no chat template; send a prompt to /v1/completions (or build it on a base with chat_template.jinja)"
-)
 _WITHOUT_SCORES = {"llama", "transformers"}
 _NOT_DONE: Mapping[str, str] = {
     "echo": "add the prompt to the answer yourself",
@@ -57,21 +56,21 @@ class Proxy:
         keeper: keeps it running.
         model: the name under which it serves the mixture.
         inner_key: what the engine wants to see.
-        chats: whether the mixture has a chat template.
+        template: the mixture's chat template, for an engine that runs it without limits; None where the engine sees to it.
         born: seconds of the epoch, for the list of models.
     """
 
     keeper: Keeper
     model: str
     inner_key: str
-    chats: bool
+    template: RequestTemplate | None
     born: int = field(default_factory=lambda: int(time.time()))
     _client: aiohttp.ClientSession = field(init=False)
 
     def app(self, key: str | None) -> App:
         """As an ASGI application for clients with a key, if any."""
         routes = [
-            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route(_CHATS, self._complete, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
@@ -93,22 +92,25 @@ class Proxy:
 
     async def _complete(self, request: Request) -> Response:
         try:
+            path, body = request.url.path, request.scope[BODY]
             # A thread of its own, so that a long request does not hold up the others' answers.
-            return await self._answer(request, await asyncio.to_thread(self._checked, request.url.path, await request.body()))
+            content = await asyncio.to_thread(self._checked, path, body)
+            if self.template is not None and path == _CHATS:
+                await self.template.checked(body)
+            return await self._answer(request, content)
         except RefusedError as error:
             return JSONResponse(error_of(error.status, error.why), error.status, _AGAIN if error.status == 503 else None)
         except (ClientDisconnect, GoneError):
             return Response(status_code=499)
 
-    def _checked(self, path: str, content: bytes) -> bytes:
+    def _checked(self, path: str, body: Body) -> bytes:
         """A request as the engine gets it. Raises RefusedError."""
-        asked = checked_request(content)
-        model = asked.setdefault("model", self.model)
+        asked = {"model": self.model, **body}
+        check_request(asked)
+        model = asked["model"]
         if model != self.model:
             raise RefusedError(404, f"there is no model {str(model)[:_SHOWN]!r}; there is {self.model!r}")
-        if path.endswith("/chat/completions"):
-            if not self.chats:
-                raise RefusedError(400, _NO_TEMPLATE)
+        if path == _CHATS:
             check_chat(asked)
         elif self.keeper.engine in _WITHOUT_SCORES:
             for key, advice in _NOT_DONE.items():

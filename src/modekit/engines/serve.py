@@ -35,7 +35,6 @@ from modekit.engines.settings import EngineName, ServeSettings
 from modekit.engines.threads import default_threads, threads_environment
 from modekit.errors import CheckpointError, EngineError, UnsupportedError
 from modekit.run import QUIET, Run
-from modekit.sources.tokenizer import chat_template
 
 _INNER = "127.0.0.1"  # where engines listen
 _PARALLEL = 4
@@ -51,6 +50,7 @@ class Engine:
         prepared: what the process needs to know besides the settings that all share.
         options: those of `modekit serve` that it reads besides the ones that all read.
         environment: what it finds in its environment.
+        bounds_template: whether it runs chat templates within their limits itself.
     """
 
     module: str
@@ -58,6 +58,7 @@ class Engine:
     prepared: Callable[[Checkpoint, ServeSettings, Run], Mapping[str, Any]]
     options: frozenset[str]
     environment: Callable[[], Mapping[str, str]] = dict
+    bounds_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     """
     check_packages(("starlette", "uvicorn", "aiohttp"))
     from modekit.engines.proxy import Proxy
+    from modekit.engines.request_template import RequestTemplate
+    from modekit.loaded.load import load_tokenizer
 
     name, why = choose_engine(checkpoint, settings.engine)
     engine, key = ENGINES[name], key_in(KEY)
@@ -125,7 +128,8 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
         }
         run.begin(f"start {name}")
         with Keeper(name, lambda: Child(engine.module, wanted, environment)) as keeper:
-            app = Proxy(keeper, checkpoint.folder.name, inner_key, chat_template(checkpoint.folder) is not None).app(key)
+            template = None if engine.bounds_template else RequestTemplate(load_tokenizer(checkpoint.folder, run=run))
+            app = Proxy(keeper, checkpoint.folder.name, inner_key, template).app(key)
             with answering(app, listener):
                 yield Served(url_of(*listener.getsockname()[:2]), name, why, threads, keeper)
 
@@ -253,7 +257,11 @@ ENGINES: Mapping[str, Engine] = {
     "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared, _OF_LLAMA),
     "vllm": Engine("modekit.engines.vllm_process", _vllm_refusal, _vllm_prepared, frozenset({"parallel"}), _vllm_environment),
     "transformers": Engine(
-        "modekit.engines.transformers_process", _transformers_refusal, _transformers_prepared, frozenset({"threads"})
+        "modekit.engines.transformers_process",
+        _transformers_refusal,
+        _transformers_prepared,
+        frozenset({"threads"}),
+        bounds_template=True,
     ),
 }
 """By name, the best first."""
