@@ -1,4 +1,4 @@
-"""What a request may ask of an engine: one table of bounds, checked before the engine sees the request.
+"""What a request may ask of an engine: one table of bounds, checked before the engine sees the request. Its size is guard.py's.
 
 An engine bounds little of this itself: a JSON schema with many choices keeps llama.cpp from all other requests, one with
 `minItems` of a thousand million took 7 GB, and a grammar with deep brackets ended the process.
@@ -84,7 +84,6 @@ BOUNDS: Sequence[Bound] = (
     Bound(_keys("logit_bias"), _entries, "entries", 1_024),
     Bound(_keys(_STOPS), _entries, "texts", 16),
     Bound(_keys(_STOPS), _characters, "characters", 256),
-    Bound(_keys("messages"), _entries, "messages", 4_096, 1),
     Bound(_keys("messages"), _values, "values", 2**16),
     Bound(_keys("tools functions"), _entries, "tools", 128),
     Bound(_keys("prompt"), _prompts, "prompts", 64),
