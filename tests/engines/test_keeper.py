@@ -227,7 +227,7 @@ def test_openais_client(served: Served, mixture: Checkpoint) -> None:
         with pytest.raises(openai.NotFoundError, match=f"there is no model 'gpt-4'; there is '{name}'"):
             ai.completions.create(model="gpt-4", prompt="the")
         refusals: list[tuple[str, dict[str, Any]]] = [
-            ("messages: 0 messages found", {"messages": []}),
+            ("messages: the list is empty", {"messages": []}),
             ("echo: llama does not do this", {"prompt": "the", "echo": True}),
             ("logprobs: llama does not do this; ask /v1/chat/completions", {"prompt": "the", "logprobs": 2}),
             ("best_of: llama does not do this", {"prompt": "the", "best_of": 2}),
