@@ -41,6 +41,7 @@ from modekit.report.push import pack
 from modekit.routing.counts import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.routing.statistics import load_statistics
+from modekit.routing.text_router import TextRouter
 from modekit.routing.token_text import TokenText, load_token_text
 from modekit.training.ended import Ended, Trained
 from modekit.training.folder import TrainingFolder
@@ -223,6 +224,28 @@ def refit_from_statistics(folder: Path) -> None:
 @many(60)
 def test_a_damaged_native_checkpoint(native: Stranger, data: st.DataObject) -> None:
     damage_and_read(native, data, native.files, read_everything)
+
+
+@pytest.fixture(scope="module")
+def lexical(workshop: Workshop) -> Stranger:
+    """Whose router's table lies in the embedding."""
+    mixture = {"top_k": 1, "router": {"fit": "lexical"}}
+    return Stranger(workshop.build("LEXICAL", mixture=mixture, output={"format": "native"}))
+
+
+@many(60)
+def test_a_damaged_table_in_an_embedding(lexical: Stranger, data: st.DataObject) -> None:
+    heads = ["model-embedding.safetensors", "model-router.safetensors", "modekit.json", "config.json"]
+    damage_and_read(lexical, data, heads, read_router)
+
+
+def read_router(folder: Path) -> None:
+    """The router alone: what it says is numbers, or it says nothing."""
+    with told():
+        verify(open_with_any_router(folder), reload=False)
+    with told():
+        decided = TextRouter(open_checkpoint(folder)).decide("fever artery lesion")
+        assert all(0 <= each <= 1 for each in decided.probabilities.values())
 
 
 @many(60)
