@@ -638,7 +638,7 @@ def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     message = refuse("eval", out, "--tasks", "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
     assert "where:    --seen" in message and "no questions are asked for" in message
     message = refuse("eval", out, "--tasks", "spell", "--include-path", own_task(tmp_path / "a", **{"word": "nothing"}))
-    assert "the task cannot be loaded" in message
+    assert "a task's template cannot be used" in message and "'nothing' is undefined" in message
 
 
 @pytest.mark.slow
