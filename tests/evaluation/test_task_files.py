@@ -70,8 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (made / place).parent.mkdir(parents=True, exist_ok=True)
         (made / place).write_text(EVIL.format(sentinel=str(tmp_path / "ran")))
     lines = [json.dumps({"word": f"word {n}", "answer": n % 3, "choices": ["a", "b"]}) for n in range(4)]
-    for place in (made / "spell.jsonl", tmp_path / "outside.jsonl"):
-        place.write_text("\n".join(lines))
+    for file in (made / "spell.jsonl", tmp_path / "outside.jsonl"):
+        file.write_text("\n".join(lines))
     (tmp_path / "outside.yaml").write_text("doc_to_text: !function tasks.spell.text\n")
     (tmp_path / "plain.yaml").write_text("num_fewshot: 0\n")
     (made / "spell.yaml").write_text(OWN)

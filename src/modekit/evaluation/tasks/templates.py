@@ -65,8 +65,7 @@ class Templates:
             "a task's template cannot be used",
             where="--tasks",
             found=f"{problem[:300]} ({' '.join(template.split())[:200]})",
-            expected=f"a text of at most {LONGEST:,} characters",
-            remedy="correct the template",
+            remedy=f"correct the template, which may give at most {LONGEST:,} characters",
         )
 
     def _started(self) -> subprocess.Popen[bytes]:
