@@ -1,31 +1,35 @@
 """The headers of a parquet file's pages: how much memory its values take, before any of them is read.
 
-The file's own metadata may say anything; readers believe the headers of the pages, which are in Thrift's compact protocol.
+The file's own metadata may say anything; readers believe the headers of the pages. Both are in Thrift's compact protocol, which
+is read here: what pyarrow offers for it ends the process on some damaged files.
 """
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from pyarrow.parquet import ColumnChunkMetaData, FileMetaData
-
+_MAGIC = b"PAR1"
 _FIRST, _MOST = 2**12, 2**24  # bytes of a header: those that are read at first, and at most
-_DEEPEST = 8  # structures and lists within each other
+_DEEPEST = 12  # structures and lists within each other
 _PAGES = 2**17  # of a file: they have a megabyte each, or 20,000 rows
+_MOST_VALUES = 2**22  # of a structure with all that stands in it
+_ROWS, _GROUPS, _CHUNKS, _ABOUT = 3, 4, 1, 3  # fields of a file, of a group of rows, and of a column in it
+_TYPE, _PATH, _CHUNK_SIZE, _DATA_START, _DICTIONARY_START = 1, 3, 7, 9, 11  # fields of what a file says about a column
 _SIZE, _STORED, _DATA, _DATA_2 = 2, 3, 5, 8  # fields of a page's header
 _VALUES, _ENCODING, _ENCODING_2 = 1, 2, 4  # fields of the header of a page of data
-_TEXT = "BYTE_ARRAY"
+_TEXT = 6  # the type BYTE_ARRAY
 _SHARED_BEGINNINGS = 7  # the encoding DELTA_BYTE_ARRAY: every value may be as long as all that the page stores
 _BYTE, _BINARY, _STRUCT = 3, 8, 12  # kinds of values
 _BOOLEANS, _INTEGERS, _LISTS = (1, 2), (4, 5, 6), (9, 10)
 _FIXED = {_BYTE: 1, 7: 8}
 
-Fields = dict[int, "int | Fields"]
-"""Number of a field -> its number or structure; text and lists are left out."""
+Value: TypeAlias = "int | bytes | list[Value] | Fields | None"
+Fields: TypeAlias = "dict[int, Value]"
+"""Number of a field -> its value; None where that is of a kind that nobody asks for."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +37,43 @@ class Pages:
     """What the columns that are read are stored in.
 
     Attributes:
+        rows: as the file says.
         largest: bytes in memory of the largest page of every column together; no value is larger.
         values: how many values a column has, lists within rows included.
-        lists: paths of columns whose rows are lists of text, in which one value may stand many times.
+        inner: paths of text within lists and structures, where one value may stand many times in a row.
     """
 
+    rows: int
     largest: int
     values: int
-    lists: Sequence[str]
+    inner: Sequence[str]
 
 
-def look_at_pages(stream: io.FileIO, metadata: FileMetaData, columns: Sequence[str]) -> Pages:
+def look_at_pages(stream: io.FileIO, columns: Sequence[str]) -> Pages:
     """Read the headers of the pages of some columns. Raises OSError, and ValueError where they are none."""
-    largest: dict[str, int] = {}
-    values: dict[str, int] = {}
-    kinds = [metadata.schema.column(place) for place in range(metadata.num_columns)]
-    read = [place for place, kind in enumerate(kinds) if kind.path.partition(".")[0] in columns]
-    chunks = ((place, metadata.row_group(group).column(place)) for group in range(metadata.num_row_groups) for place in read)
-    pages = ((place, page) for place, chunk in chunks for page in _pages_of(stream, chunk))
-    for number, (place, page) in enumerate(pages):
+    about = _about(stream)
+    chunks = [chunk for chunk in _chunks(about) if chunk.path[0] in columns]
+    largest: dict[tuple[str, ...], int] = {}
+    values: dict[tuple[str, ...], int] = {}
+    pages = ((chunk.path, page) for chunk in chunks for page in _pages_of(stream, chunk))
+    for number, (path, page) in enumerate(pages):
         if number >= _PAGES:
             raise ValueError(f"more than {_PAGES:,} pages")
-        path, in_lists = kinds[place].path, kinds[place].max_repetition_level > 0
-        largest[path] = max(largest.get(path, 0), page.most_in_lists if in_lists else page.size)
+        size = page.size * max(1, page.values) if page.shares_beginnings and len(path) > 1 else page.size
+        largest[path] = max(largest.get(path, 0), size)
         values[path] = values.get(path, 0) + page.values
-    lists = [kinds[place].path for place in read if kinds[place].max_repetition_level and kinds[place].physical_type == _TEXT]
-    return Pages(sum(largest.values()), max(values.values(), default=0), lists)
+    inner = dict.fromkeys(".".join(chunk.path) for chunk in chunks if len(chunk.path) > 1 and chunk.is_text)
+    return Pages(_number(about, _ROWS), sum(largest.values()), max(values.values(), default=0), list(inner))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Where the pages of a column stand, of one group of rows."""
+
+    path: tuple[str, ...]
+    is_text: bool
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -67,17 +82,42 @@ class _Page:
     values: int
     shares_beginnings: bool
 
-    @property
-    def most_in_lists(self) -> int:
-        """Bytes of its values, where one row may have all of them."""
-        return self.size * max(1, self.values) if self.shares_beginnings else self.size
+
+def _about(stream: io.FileIO) -> Fields:
+    """What a file says of itself at its end."""
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, end - 8))
+    tail = stream.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or not 0 < length <= end - 8:
+        raise ValueError("no end of a parquet file")
+    stream.seek(end - 8 - length)
+    try:
+        return _Header(stream.read(length)).structure()
+    except IndexError:
+        raise ValueError("an end of a parquet file that is cut off") from None
 
 
-def _pages_of(stream: io.FileIO, chunk: ColumnChunkMetaData) -> Iterator[_Page]:
-    starts = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
-    place = min(start for start in starts if start)
-    end = place + chunk.total_compressed_size
-    while place < end:
+def _chunks(about: Fields) -> Iterator[_Chunk]:
+    for group in _structures(about.get(_GROUPS)):
+        for chunk in _structures(group.get(_CHUNKS)):
+            for said in _structures([chunk.get(_ABOUT)]):
+                path = said.get(_PATH)
+                parts = path if isinstance(path, list) else []
+                names = tuple(part.decode("utf-8", "replace") for part in parts if isinstance(part, bytes))
+                starts = [start for start in (_number(said, _DATA_START), _number(said, _DICTIONARY_START)) if start > 0]
+                if not names or not starts:
+                    raise ValueError("a column without a place")
+                yield _Chunk(names, _number(said, _TYPE) == _TEXT, min(starts), min(starts) + _number(said, _CHUNK_SIZE))
+
+
+def _structures(value: Value) -> Iterator[Fields]:
+    return (each for each in value if isinstance(each, dict)) if isinstance(value, list) else iter(())
+
+
+def _pages_of(stream: io.FileIO, chunk: _Chunk) -> Iterator[_Page]:
+    place = chunk.start
+    while place < chunk.end:
         header, length = _header_at(stream, place)
         size, stored = _number(header, _SIZE), _number(header, _STORED)
         if min(size, stored) < 0:
@@ -114,7 +154,7 @@ class _Header:
 
     def __init__(self, content: bytes) -> None:
         self._content = content
-        self.place = 0
+        self.place = self._values = 0
 
     def structure(self, depth: int = 0) -> Fields:
         """The fields of a structure that begins here."""
@@ -122,14 +162,13 @@ class _Header:
         name = 0
         while kind := (byte := self._byte()) & 15:
             name = name + (byte >> 4) if byte >> 4 else self._signed()
-            value = self._value(kind, depth)
-            if value is not None:
-                fields[name] = value
+            fields[name] = self._value(kind, depth)
         return fields
 
-    def _value(self, kind: int, depth: int) -> int | Fields | None:
-        if depth > _DEEPEST:
-            raise ValueError("a page's header that nests too deeply")
+    def _value(self, kind: int, depth: int) -> Value:
+        self._values += 1
+        if depth > _DEEPEST or self._values > _MOST_VALUES:
+            raise ValueError("a header that nests too deeply, or has too many values")
         if kind in _INTEGERS:
             return self._signed()
         if kind == _STRUCT:
@@ -137,11 +176,12 @@ class _Header:
         if kind in _LISTS:
             size = self._byte()
             inner = _BYTE if size & 15 in _BOOLEANS else size & 15
-            for _ in range(size >> 4 if size >> 4 < 15 else self._unsigned()):
-                self._value(inner, depth + 1)
-        elif kind not in _BOOLEANS:
-            self._skip(self._unsigned() if kind == _BINARY else self._fixed(kind))
-        return None
+            return [self._value(inner, depth + 1) for _ in range(size >> 4 if size >> 4 < 15 else self._unsigned())]
+        if kind in _BOOLEANS:
+            return None
+        length = self._unsigned() if kind == _BINARY else self._fixed(kind)
+        self._skip(length)
+        return self._content[self.place - length : self.place]
 
     @staticmethod
     def _fixed(kind: int) -> int:

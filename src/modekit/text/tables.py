@@ -21,7 +21,6 @@ from modekit.text.plain import LARGEST, lines_of, plain_text, too_large
 
 if TYPE_CHECKING:
     from pyarrow import Array, RecordBatch
-    from pyarrow.parquet import FileMetaData
 
 Row = Mapping[str, object]
 TEXT, MESSAGES, ID = "text", "messages", "id"
@@ -34,6 +33,10 @@ _ROWS = 2**20  # of a table, more only as far as its file is larger: a row of no
 _BATCH, _BATCH_BYTES = 64, 2**26  # rows in memory at once, and about how much they may take
 _LARGEST_PAGES = 2**29  # bytes: one of every column is in memory at once
 _EXPANDED, _TIMES = 2**28, 1_000  # bytes of text that any file may hold, and that one of its bytes may become besides
+_NAME_THEM = (
+    "save the documents as strings in a column named 'text', conversations in 'messages', or pairs of strings in 'source' and "
+    "'target'"
+)
 _OBJECT = 64  # bytes that a value takes besides its text
 _SEPARATORS = ",;\t"
 
@@ -81,13 +84,12 @@ def read_parquet(file: Path, *, where: str) -> Iterator[Row]:
     except ImportError:
         raise TextError("reading .parquet needs pyarrow", where=where, remedy="pip install 'modekit[data]'") from None
     try:
+        with open_regular(file) as stream, parquet.ParquetFile(stream) as table:
+            columns = check_columns(table.schema_arrow.names, where=where, remedy=_NAME_THEM)
         with open_regular(file) as stream:
-            metadata = parquet.read_metadata(stream)
-            columns = _columns_of(metadata, where)
-            pages = look_at_pages(stream, metadata, columns)
-            size = file.stat().st_size
-            _check_size(metadata.num_rows, pages, size, where)
-            with parquet.ParquetFile(stream, metadata=metadata, read_dictionary=pages.lists, buffer_size=2**20) as table:
+            pages, size = look_at_pages(stream, columns), file.stat().st_size
+            _check_size(pages, size, where)
+            with parquet.ParquetFile(stream, read_dictionary=pages.inner, buffer_size=2**20) as table:
                 rows = max(1, min(_BATCH, _BATCH_BYTES // max(1, pages.largest)))
                 batches = (batch.select(columns) for batch in table.iter_batches(rows, columns=columns))
                 yield from _rows_of(batches, _EXPANDED + _TIMES * size, where)
@@ -100,20 +102,11 @@ def read_parquet(file: Path, *, where: str) -> Iterator[Row]:
         ) from None  # fmt: skip
 
 
-def _columns_of(metadata: FileMetaData, where: str) -> list[str]:
-    names = metadata.schema.to_arrow_schema().names
-    return check_columns(
-        names,
-        where=where,
-        remedy="save the documents as strings in a column named 'text', conversations in "
-        "'messages', or pairs of strings in 'source' and 'target'",
-    )
-
-
-def _check_size(rows: int, pages: Pages, size: int, where: str) -> None:
-    """Raise TextError where the pages say much more than their file can hold."""
-    if max(rows, pages.values) > _ROWS + 8 * size:
-        raise ValueError(f"{max(rows, pages.values):,} rows in {size:,} bytes")
+def _check_size(pages: Pages, size: int, where: str) -> None:
+    """Raise TextError, or ValueError, where the pages say much more than their file can hold."""
+    count = max(pages.rows, pages.values)
+    if count > _ROWS + 8 * size:
+        raise ValueError(f"{count:,} rows in {size:,} bytes")
     if pages.largest > _LARGEST_PAGES:
         raise too_large("a page of the table", where=where, found=f"{pages.largest:,} bytes", most=_LARGEST_PAGES)
 
