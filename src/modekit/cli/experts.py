@@ -17,7 +17,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -58,20 +58,22 @@ def specialize(
     """Fine-tune a base model on one domain so that it mixes well, or on several that it reads with their tags; with --teacher,
     distil another model into it.
     """
-    from modekit.experts.specialize import checked_choice, specialize
-    from modekit.loaded.next_token import Training
     from modekit.sources.open import model_folder
 
     taught.check()
     labelled.check(taught.teacher)
-    train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
-    training = Training(
-        steps=options.steps, learning_rate=rate, batch_tokens=options.batch_tokens, sequence_length=options.sequence_length,
-        seed=options.seed,
-    )  # fmt: skip
-    folder = model_folder(base, None, root=Path.cwd(), label="BASE")
     with drawn_progress() as progress:
         run = Run(options.trust_remote_code, progress, options.fsync)
+        run.begin(LIBRARIES)
+        from modekit.experts.specialize import checked_choice, specialize
+        from modekit.loaded.next_token import Training
+
+        train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
+        training = Training(
+            steps=options.steps, learning_rate=rate, batch_tokens=options.batch_tokens,
+            sequence_length=options.sequence_length, seed=options.seed,
+        )  # fmt: skip
+        folder = model_folder(base, None, root=Path.cwd(), label="BASE")
         if taught.teacher is not None:
             from modekit.experts.distill.distill import distill
 

@@ -24,6 +24,8 @@ from modekit.run import DETAIL, Progress
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, TaskID
 
+LIBRARIES = "load the libraries"
+"""First phase of commands that run models: on a busy machine that alone takes long."""
 EVERY = 30.0
 """Seconds after which a line says again how far the command is."""
 _RECENT = 60.0

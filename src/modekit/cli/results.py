@@ -16,7 +16,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_results, print_summary
 from modekit.cli.printing.translation import print_translated
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.cli.tasks import TaskOptions, score_tasks
 from modekit.cli.told import ToldOptions
@@ -84,10 +84,12 @@ def evaluate(
         return
     refuse_without_effect("it belongs to --tasks", of_tasks.beside_tasks())
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.evaluation.evaluate import evaluate
-    from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.evaluation.evaluate import evaluate
+        from modekit.evaluation.results_folder import RESULTS_FOLDER
+
         results = evaluate(
             open_checkpoint(resolved(checkpoint)), tokens_per_domain=held_out.tokens or TABLE_TOKENS,
             sequence_length=held_out.sequence_length or 512, labels=held_out.asked(),

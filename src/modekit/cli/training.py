@@ -12,7 +12,7 @@ import typer
 
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.mixtures import print_training
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -121,11 +121,13 @@ def train(
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.training.settings import given_settings
-    from modekit.training.train import train
 
     wanted = given_settings(said.said(), options.settings, held_out_tokens=options.tokens)
     tokens = SAMPLE_TOKENS if options.tokens is None else options.tokens
     with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.training.train import train
+
         done = train(
             open_checkpoint(resolved(checkpoint)), wanted, texts=texts_by_domain(text), root=Path.cwd(),
             out=resolved(options.output) if options.output is not None else None, evaluate_tokens=tokens or None,
