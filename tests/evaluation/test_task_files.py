@@ -17,7 +17,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.tasks.ask import evaluate_tasks
 from modekit.evaluation.tasks.patterns import Patterns
-from modekit.evaluation.tasks.templates import Templates
+from modekit.evaluation.tasks.templates import render
 
 OWN = """task: spell
 dataset_path: json
@@ -265,7 +265,7 @@ TEMPLATES = {
         "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
         "processor",
     ),
-    "takes all memory": ("{{ [1] * 999999999 }}", "Memory"),
+    "takes all memory": ("{{ [1] * 999999999 }}", "memory"),
     "is a long text": ("{{ 'x' * 9999999 }}", "characters"),
     "replaces for ever": ("{{ ('a' * 40 ~ 'b') | regex_replace('(a+)+$', '') }}", "processor"),
 }
@@ -274,34 +274,25 @@ TEMPLATES = {
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_template_ends(case: str) -> None:
     template, shown = TEMPLATES[case]
-    with Templates() as templates:
-        with pytest.raises(TextError, match="a task's template cannot be used") as ended:
-            templates.render(template, {"word": "a"})
-        assert shown in str(ended.value.found)
-        assert templates.render("{{ word }}", {"word": "still here"}) == "still here"
-
-
-def test_a_template_ends_by_the_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system limits no processor time."""
-    monkeypatch.setattr("modekit.evaluation.tasks.templates._PATIENCE_S", 1)
-    with Templates() as templates, pytest.raises(TextError, match="template cannot be used"):
-        templates.render(TEMPLATES["loops"][0], {})
+    with pytest.raises(TextError, match="a task's template cannot be used") as ended:
+        render(template, {"word": "a"})
+    assert shown in str(ended.value.found)
+    assert render("{{ word }}", {"word": "still here"}) == "still here"
 
 
 def test_templates_say_what_the_harness_makes_of_them() -> None:
     doc = {"word": "a\n", "choices": ["x", "ß"], "more": {"n": [1, 2]}}
-    with Templates() as templates:
-        for template in (
-            "{{word}}\n",
-            "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}",
-            "{{more.n}}",
-            "{{choices|join('|')}}",
-            "{{ word | regex_replace('a', 'b') }}",
-            "{{ ['x', word.strip()] }}",
-        ):
-            assert templates.render(template, doc) == lm_eval.utils.apply_template(template, doc)
-        with pytest.raises(TextError, match="UndefinedError"):
-            templates.render("{{ nothing }}", doc)
+    for template in (
+        "{{word}}\n",
+        "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}",
+        "{{more.n}}",
+        "{{choices|join('|')}}",
+        "{{ word | regex_replace('a', 'b') }}",
+        "{{ ['x', word.strip()] }}",
+    ):
+        assert render(template, doc) == lm_eval.utils.apply_template(template, doc)
+    with pytest.raises(TextError, match="UndefinedError"):
+        render("{{ nothing }}", doc)
 
 
 def test_patterns_say_what_the_harness_makes_of_them_and_end() -> None:

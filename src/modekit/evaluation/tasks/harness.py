@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.tasks.folder import check_exists, leaves, read_folders
 from modekit.evaluation.tasks.patterns import Patterns
-from modekit.evaluation.tasks.templates import Templates
+from modekit.evaluation.tasks.templates import render
 
 _SEED = 1234  # of few-shot examples, as in the harness's own command
 _MOST_REQUESTS = 200_000  # of one task
@@ -84,8 +84,8 @@ def quiet(trusted: bool) -> Iterator[None]:
             stack.callback(datasets.enable_progress_bars)
         stack.enter_context(_replaced(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable))
         if not trusted:
-            templates, patterns = stack.enter_context(Templates()), Patterns()
-            stack.enter_context(_replaced(lm_eval.utils, "apply_template", templates.render))
+            patterns = Patterns()
+            stack.enter_context(_replaced(lm_eval.utils, "apply_template", render))
             for module in (lm_eval.api.metrics, lm_eval.filters.extraction):
                 stack.enter_context(_replaced(module, "re", patterns))
         yield
