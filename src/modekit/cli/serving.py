@@ -93,8 +93,8 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
             served = stack.enter_context(serving(opened, settings, run=run))
         threads = "" if served.threads is None else f", {served.threads} thread{'s' if served.threads > 1 else ''}"
         said = f": {served.engine} ({served.why}){threads}, model {opened.folder.name}; Ctrl-C ends it"
-        out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
         with suppress(KeyboardInterrupt):
+            out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
             served.wait()
 
 
