@@ -331,7 +331,8 @@ def test_gradients_with_checkpointing_are_those_without(bench: Bench) -> None:
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and any("router.gate" in name for name in found[0])
     for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], atol=1e-5 * float(gradient.abs().max()), rtol=1e-4, msg=name)
+        # computed again in blocks of other shapes: sums in float32 round otherwise, by how much depends on the processor
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-4 * float(gradient.abs().max()), rtol=1e-4, msg=name)
 
 
 def test_it_is_proven_and_saved_again_as_it_was(bench: Bench, tmp_path: Path) -> None:
@@ -567,7 +568,7 @@ def test_files_that_cannot_go_along_are_refused_before_anything_is_written(folde
     said: list[str] = []
     with pytest.raises(SourceError, match=r"a file of the base model cannot be read[\s\S]*spiece\.model"):
         build(make_plan(recipe, tmp_path), tmp_path / "out", run=Run(progress=lambda what, *_: said.append(what)))
-    assert not said
+    assert said == ["check the models"]
     pieces.unlink()
     pieces.mkdir()
     with pytest.raises(SourceError, match=r"no regular file[\s\S]*put the file itself there, or remove") as caught:

@@ -866,11 +866,11 @@ READS: dict[str, dict[str, Any]] = {
     "context": {"granularity": "context", "decay": [0, 0.7, 1.0]},
     "sequence": {"granularity": "sequence", "prefix": 6},
 }
-BATCHES: dict[str, Callable[[list[TokenSequence]], Iterator[Batch]]] = {
-    "one by one": lambda sequences: make_batches(sequences, tokens=1),
-    "small, last first": lambda sequences: iter(list(make_batches(sequences, tokens=70))[::-1]),
-    "other pads": lambda sequences: make_batches(sequences, pad_id=7),
-    "wider": lambda sequences: (wider(batch) for batch in make_batches(sequences)),
+BATCHES: dict[str, Callable[[list[TokenSequence], int], Iterator[Batch]]] = {
+    "one by one": lambda sequences, tokens: make_batches(sequences, tokens=1),
+    "small, last first": lambda sequences, tokens: iter(list(make_batches(sequences, tokens=70))[::-1]),
+    "other pads": lambda sequences, tokens: make_batches(sequences, tokens=tokens, pad_id=7),
+    "wider": lambda sequences, tokens: (wider(batch) for batch in make_batches(sequences, tokens=tokens)),
 }
 
 
