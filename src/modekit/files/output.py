@@ -161,8 +161,9 @@ def check_room(out: Path, needed: int) -> None:
     """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
     new = work_folder(out) / NEW
     needed -= sum((new / name).lstat().st_size for name in files_below(new))
-    free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
-    if needed > free:
+    disk = shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
+    free = disk.free
+    if disk.total and needed > free:  # some file systems do not say how large they are
         raise OutputError(
             "the disk has too little free space", where=str(out), found=f"{free:,} bytes free",
             expected=f"{needed:,} bytes", remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
