@@ -58,7 +58,9 @@ def test_names_in_the_source() -> None:
         for file in (ROOT / "src/modekit").rglob("*.py")
         for name in sorted(names_of(file))
         for other, word in ruled_out().items()
-        if uses(other, name) and not (other == "parent" and name in {"parent", "parents"})  # of a folder, as pathlib says
+        if uses(other, name)
+        and not (other == "parent" and name in {"parent", "parents"})  # of a folder, as pathlib says
+        and not (other == name == "compile" and file.name == "patterns.py")  # of what stands in for the module re
     ]
     assert not wrong
 

@@ -109,7 +109,7 @@ def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: An
     (written,) = export_gguf(mixtral, tmp_path / outtype, GgufSettings(outtype))
     proof = written.proof
     assert not proof.loss.is_too_large and abs(proof.loss.share) < 0.01 and 1e-6 < proof.typical < proof.difference < apart
-    assert proof.base is not None and abs(proof.base.share) < 0.01 and proof.loss.spread <= 0.01 / 3
+    assert proof.base is not None and abs(proof.base.share) < 0.01 and proof.loss.margin <= 0.01 / 3
     assert "held-out text of medicine, law" in proof.text and proof.tokens >= 500
     assert written.file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
 

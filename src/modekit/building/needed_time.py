@@ -25,7 +25,7 @@ _COPY_SECONDS, _FIT_SECONDS = 0.5, 10.0
 """Processor time of what does not grow with the work: a command that starts; libraries and models that are loaded, text that is
 tokenised, a table that is trained.
 """
-_SPREAD = 1.6
+_FACTOR = 1.6
 _MEASURED_SECONDS = 0.1
 _ROWS, _WIDTH = 256, 1_024  # of the products that are measured
 _ACCELERATOR = Path("/dev/nvidia0")
@@ -48,7 +48,7 @@ class NeededTime:
     def range(self) -> tuple[float, float]:
         """The least and the most that it takes, as far as one can tell."""
         middle = self.write + self.fit
-        return middle / _SPREAD, middle * _SPREAD
+        return middle / _FACTOR, middle * _FACTOR
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""

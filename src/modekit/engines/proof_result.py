@@ -28,22 +28,22 @@ class Loss:
     standard_error: float
 
     @property
-    def spread(self) -> float:
+    def margin(self) -> float:
         """Two standard errors."""
         return _SURE * self.standard_error
 
     @property
     def is_too_large(self) -> bool:
         """Surely larger than what fewer bits may lose."""
-        return not self.share - self.spread <= LARGEST_LOSS
+        return not self.share - self.margin <= LARGEST_LOSS
 
     @property
     def is_known(self) -> bool:
         """Known well, or beyond doubt too large: more text would change no decision."""
-        return self.spread <= LARGEST_LOSS / 3 or self.share - 2 * self.spread > LARGEST_LOSS
+        return self.margin <= LARGEST_LOSS / 3 or self.share - 2 * self.margin > LARGEST_LOSS
 
     def __str__(self) -> str:
-        return f"{self.share:+.2%} \u00b1 {self.spread:.2%}"
+        return f"{self.share:+.2%} \u00b1 {self.margin:.2%}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,6 @@ class Proof:
         """What to do, as far as the base model tells whether the bits or the mixture are to blame."""
         if self.base is None:
             return f"choose --outtype {EXACT}, which shows whether it is the bits,"
-        if self.base.is_too_large or self.base.share + self.base.spread >= self.loss.share - self.loss.spread:
+        if self.base.is_too_large or self.base.share + self.base.margin >= self.loss.share - self.loss.margin:
             return f"the dense base model loses as much at {self.outtype}, so it is the bits: choose a finer --outtype,"
         return f"the dense base model loses less at {self.outtype}, so it is this mixture: choose a finer --outtype,"
