@@ -84,7 +84,7 @@ def test_killed_here_and_there(writing_shop: Workshop, tmp_path: Path, name: str
 @pytest.mark.parametrize("fate", ["interrupt", "full", "stuck"])
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in _TAKES_LONG])
 def test_it_befalls_here_and_there(writing_shop: Workshop, tmp_path: Path, name: str, fate: Fate) -> None:
-    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride * RARER[fate], fate)
+    try_moments(writing_shop, tmp_path, COMMANDS[name], COMMANDS[name].stride * 3 * RARER[fate], fate)
 
 
 @pytest.mark.hostile
