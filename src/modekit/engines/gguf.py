@@ -28,7 +28,7 @@ from modekit.engines.settings import GgufSettings, Outtype
 from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.files.libraries import library_writes
 from modekit.files.marker import foreign_files
-from modekit.files.output import Replace, mend
+from modekit.files.output import Replace, is_there
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
@@ -112,7 +112,7 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
     (files/user_cache.py). Any other is made and proven anew. Raises as `export_gguf`.
     """
     try:
-        mend(out)
+        is_there(out)  # tidied up, if it is
         made = made_of(checkpoint, settings)
         file, known = out / _name(checkpoint, made), read_json(out / EXPORT_FILE)
         said = foreign_files(out) == [] and all(known.get(key) == value for key, value in made.items()) and file.is_file()
