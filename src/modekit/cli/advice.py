@@ -24,11 +24,9 @@ def advise(
     tokens: Annotated[
         int, typer.Option(min=64, help="Held-out tokens per domain to measure on (select split).")
     ] = SAMPLE_TOKENS,
-    native: Annotated[
-        bool, typer.Option("--native", help="The result must open in an architecture that other tools know.")
-    ] = False,
+    native: Annotated[bool, typer.Option("--native", help="Advise only mixtures that run without modekit.")] = False,
     write: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the advised recipe, with its reasons as comments.")
+        Path | None, typer.Option(metavar="FILE", help="File for the advised recipe, with reasons as comments.")
     ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,

@@ -22,10 +22,10 @@ class ChatOptions:
     """Options of `--chat`."""
 
     chat: Annotated[
-        bool, typer.Option("--chat", help="In place of text: short questions in the chat template, and who leads on them.")
+        bool, typer.Option("--chat", help="Ask short questions in the chat template and show which expert leads.")
     ] = False
-    system: Annotated[str | None, typer.Option(help="With --chat: this system prompt in place of the template's own.")] = None
-    questions: Annotated[int | None, typer.Option(min=1, help="With --chat: questions per domain (default 32).")] = None
+    system: Annotated[str | None, typer.Option(help="System prompt (with --chat; default: the template's own).")] = None
+    questions: Annotated[int | None, typer.Option(min=1, help="Questions per domain (with --chat; default 32).")] = None
 
     def beside_chat(self) -> dict[str, object]:
         """Those that mean nothing without --chat."""

@@ -34,12 +34,12 @@ class BalanceOptions:
     """How much of each domain is kept."""
 
     max_diff_percent: Annotated[
-        float, typer.Option(help="The domains' totals of tokens differ by this much at most, in every split.")
+        float, typer.Option(help="Largest difference of the domains' token totals in percent, in every split.")
     ] = 5.0
-    common: Annotated[bool, typer.Option("--common", help="Only documents that every domain has, by their id.")] = False
-    validation: Annotated[float, typer.Option(help="Share of the documents that is held out; 0: none.")] = 0.1
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of a domain at most, both splits together.")] = None
-    seed: Annotated[int, typer.Option(help="Of the order in which documents are chosen and written.")] = 0
+    common: Annotated[bool, typer.Option("--common", help="Keep only documents whose id every domain has.")] = False
+    validation: Annotated[float, typer.Option(help="Share of documents to hold out (0: none).")] = 0.1
+    max_tokens: Annotated[int | None, typer.Option(help="Limit of tokens per domain, both splits together.")] = None
+    seed: Annotated[int, typer.Option(help="Random seed of the order in which documents are chosen and written.")] = 0
 
     def settings(self) -> BalanceSettings:
         """For the room that does it, which checks them."""
@@ -90,9 +90,9 @@ def make_tokenizer(
     output: Output,
     text: Text,
     said: DataOutput,
-    vocabulary: Annotated[int, typer.Option(help="Tokens that it has at most.")] = 8_000,
+    vocabulary: Annotated[int, typer.Option(help="Largest size of the vocabulary.")] = 8_000,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a model whose tokenizer it is compared with.")
+        str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a model whose tokenizer to compare with.")
     ] = None,
 ) -> None:
     """Train a byte-level BPE in which every domain weighs the same, and say how many tokens it makes of each."""

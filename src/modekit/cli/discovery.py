@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 class DiscoverOptions:
     """How many domains, and by what documents are alike."""
 
-    domains: Annotated[int | None, typer.Option(help="How many; left out, held-out likelihood proposes it.")] = None
-    most: Annotated[int | None, typer.Option(help="Without --domains: how many are tried (default 12).")] = None
+    domains: Annotated[int | None, typer.Option(help="Number of domains (default: chosen by held-out likelihood).")] = None
+    most: Annotated[int | None, typer.Option(help="Largest number of domains to try (default 12; without --domains).")] = None
     features: Annotated[
         str, typer.Option(help="words; tokens: n-grams of the base's tokens; hidden: the base's hidden states.")
     ] = "words"
     model: Annotated[
         str | None, typer.Option(metavar="BASE", help="Folder or hub id of the base model, for tokens and hidden.")
     ] = None
-    sample: Annotated[int, typer.Option(help="Documents that groups are learned from at most.")] = 8_192
-    seed: Annotated[int, typer.Option(min=0, help="Of the search for groups.")] = 0
+    sample: Annotated[int, typer.Option(help="Largest number of documents to learn the groups from.")] = 8_192
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the grouping.")] = 0
 
     def settings(self) -> DiscoverSettings:
         """Checked. Raises ModekitError, and SourceError for a base model that is not there."""
@@ -56,7 +56,7 @@ class DiscoverOutput:
     """What is said of the groups, and how."""
 
     mixture: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="A mixture: say which groups its text router knows an expert for.")
+        Path | None, typer.Option(metavar="OUT", help="Mixture whose router is asked which groups it has an expert for.")
     ] = None
     overwrite: Overwrite = False
     fsync: Fsync = True
@@ -67,7 +67,7 @@ class DiscoverOutput:
 @app.command()
 @grouped
 def discover(
-    text: Annotated[list[str], typer.Option(help="Unlabelled text: file, folder or hub data set; may be given several times.")],
+    text: Annotated[list[str], typer.Option(help="Unlabelled text: file, folder or hub data set; repeatable.")],
     options: DiscoverOptions,
     said: DiscoverOutput,
     output: Annotated[

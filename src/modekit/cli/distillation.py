@@ -31,28 +31,28 @@ class TeacherOptions:
         list[str] | None,
         typer.Option(help="NAME or NAME=WEIGHT; repeatable: forward_kl (default), reverse_kl, teacher_ce, total_variation."),
     ] = None
-    temperature: Annotated[float | None, typer.Option(help="Of teacher and student in it (default 2).")] = None
+    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of teacher and student (default 2).")] = None
     weights: Annotated[
-        float | None, typer.Option(help="What the text counts, from 0 to 1; the teacher counts the rest (default 0.5).")
+        float | None, typer.Option(help="Weight of the text loss (0 to 1); the teacher loss gets the rest (default 0.5).")
     ] = None
     adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="In place of --weights: whichever of the two losses rises counts less.")
+        bool, typer.Option("--adaptive", help="Adapt the weights: a loss that rises counts less (instead of --weights).")
     ] = False
     alternate: Annotated[
-        bool, typer.Option("--alternate", help="Text and teacher in turn, step by step, in place of their sum.")
+        bool, typer.Option("--alternate", help="Alternate steps on text and teacher, instead of their sum.")
     ] = False
     mix: Annotated[
         str | None,
         typer.Option(
-            help="How several --text share the steps; default: shuffled together. equal: as much of each in every step; turns: "
-            "one of them a step."
+            help="How several --text share the steps (default: shuffled together). equal: the same amount of each in every step; "
+            "turns: one text per step."
         ),
     ] = None
     keep_teacher: Annotated[
-        Path | None, typer.Option(help="Keep what the teacher says in this folder; it is read from there the next time.")
+        Path | None, typer.Option(help="Folder for the teacher's answers; the next command reads them from there.")
     ] = None
     teacher_top_k: Annotated[
-        int | None, typer.Option(min=1, help="Tokens kept of it at each place (--keep-teacher; default 64).")
+        int | None, typer.Option(min=1, help="Most probable tokens to keep per position (--keep-teacher; default 64).")
     ] = None
 
     def check(self) -> None:

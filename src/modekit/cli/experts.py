@@ -28,7 +28,8 @@ class SpecializeOptions:
     """How an expert is trained."""
 
     train: Annotated[
-        str, typer.Option(help="mlp: only the FFN moves; lora: OUT is an adapter, a PEFT folder; full: everything moves.")
+        str,
+        typer.Option(help="mlp: train the FFN alone; lora: train an adapter (OUT is a PEFT folder); full: train everything."),
     ] = "mlp"
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter (--train lora; default 16).")] = None
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None
@@ -37,7 +38,7 @@ class SpecializeOptions:
     ] = None
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
-    seed: Annotated[int, typer.Option(help="Order of the text.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed of the order of the text.")] = 0
     overwrite: Overwrite = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
@@ -48,9 +49,7 @@ class SpecializeOptions:
 def specialize(
     base: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    text: Annotated[
-        list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; may be given several times.")
-    ],
+    text: Annotated[list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; repeatable.")],
     options: SpecializeOptions,
     labelled: LabelOptions,
     taught: TeacherOptions,
@@ -91,15 +90,13 @@ def specialize(
 class ExtractOptions:
     """How large an adapter becomes, and by what its error is measured."""
 
-    rank: Annotated[int | None, typer.Option(help="Rank of every module's change.")] = None
+    rank: Annotated[int | None, typer.Option(help="Rank of every module's adapter.")] = None
     energy: Annotated[
-        float | None, typer.Option(help="In place of --rank: the smallest ranks that keep this share of the squared change.")
+        float | None, typer.Option(help="Share of the squared change that the ranks must keep (instead of --rank).")
     ] = None
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None
     module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text by whose activations the error is weighed; may be given several times.")
-    ] = None
+    text: Annotated[list[str] | None, typer.Option(help="Text whose activations weigh the error; repeatable.")] = None
     tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None
     overwrite: Overwrite = False
     fsync: Fsync = True

@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 class ExportOptions:
     """What is written, and how."""
 
-    expert: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given several times.")] = None
-    gguf: Annotated[bool, typer.Option("--gguf", help="GGUF files for llama.cpp, compared there with transformers.")] = False
-    outtype: Annotated[Outtype | None, typer.Option(help="How weights are stored (--gguf; default: as the checkpoint).")] = None
-    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of how text is cut into words (--gguf).")] = None
-    accept: Annotated[bool, typer.Option("--accept", help="Keep a file although it lost more than allowed (--gguf).")] = False
+    expert: Annotated[list[str] | None, typer.Option(help="Only this expert; repeatable.")] = None
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write GGUF files for llama.cpp and compare them with transformers.")] = (
+        False
+    )
+    outtype: Annotated[Outtype | None, typer.Option(help="Type of the weights (--gguf; default: as in the checkpoint).")] = None
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (--gguf; default: detected).")
+    ] = None
+    accept: Annotated[bool, typer.Option("--accept", help="Keep a file that lost more than allowed (--gguf).")] = False
     overwrite: Overwrite = False
     fsync: Fsync = True
     trust_remote_code: Trust = False

@@ -23,11 +23,11 @@ from modekit.text.amounts import SAMPLE_TOKENS
 class TextOptions:
     """A text to show in place of the tables."""
 
-    text: Annotated[str | None, typer.Option(help="Show this text instead, word by word; - is standard input.")] = None
-    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same with the text in a file.")] = None
-    chat: Annotated[bool, typer.Option("--chat", help="With a text: as a message of the user, in the chat template.")] = False
-    system: Annotated[str | None, typer.Option(help="With --chat: this system prompt in place of the template's own.")] = None
-    layer: Annotated[int | None, typer.Option(min=0, help="With a text: only this layer's routers.")] = None
+    text: Annotated[str | None, typer.Option(help="Show this text word by word; - reads standard input.")] = None
+    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Show the text of this file word by word.")] = None
+    chat: Annotated[bool, typer.Option("--chat", help="Read the text as a user message in the chat template.")] = False
+    system: Annotated[str | None, typer.Option(help="System prompt (with --chat; default: the template's own).")] = None
+    layer: Annotated[int | None, typer.Option(min=0, help="Only the routers of this layer (with a text).")] = None
 
     def given(self) -> list[str]:
         """Those that were given."""

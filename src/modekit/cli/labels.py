@@ -26,21 +26,15 @@ class LabelOptions:
         bool,
         typer.Option(
             "--tags",
-            help="Each --text is label=FILE and read with a reserved token for its label, which BASE gets if it has none.",
+            help="Read each --text label=FILE with a reserved token for its label; BASE gets missing ones.",
         ),
     ] = False
-    randomise: Annotated[
-        float | None, typer.Option(help="Probability that a text is read under a label drawn anew (--tags; default 0).")
-    ] = None
+    randomise: Annotated[float | None, typer.Option(help="Probability of a random label (--tags; default 0).")] = None
     randomise_to: Annotated[
         str | None,
-        typer.Option(
-            help="What such a label becomes: all (default; its own, too), others, generic (none), half (none or another)."
-        ),
+        typer.Option(help="Labels to draw from: all (default; its own, too), others, generic (none), half (none or another)."),
     ] = None
-    generic: Annotated[
-        list[str] | None, typer.Option(help="Text of no domain, read without a tag; may be given several times.")
-    ] = None
+    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, read without a tag; repeatable.")] = None
     generic_share: Annotated[float | None, typer.Option(help="Its share of the tokens that are read (default 0.3).")] = None
 
     def check(self, teacher: str | None) -> None:

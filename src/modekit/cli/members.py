@@ -38,13 +38,13 @@ class ModelOptions:
 
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a full model, or the word base.")] = None
     adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter.")] = None
-    text: Annotated[list[str] | None, typer.Option(help="Text of its domain; may be given several times.")] = None
+    text: Annotated[list[str] | None, typer.Option(help="Text of its domain; repeatable.")] = None
     as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
     label: Annotated[
         list[str] | None,
-        typer.Option(help="Another name under which texts of its domain are known; may be given several times."),
+        typer.Option(help="Another name under which texts of its domain are known; repeatable."),
     ] = None
 
     def new(self, weight: float | None = None) -> NewExpert:
@@ -67,12 +67,12 @@ class DoorOptions:
     """What is measured before an expert is let in."""
 
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="First measure what it brings, and whom it resembles.")
+        bool, typer.Option("--measure/--no-measure", help="Measure first what the expert adds, and which expert it resembles.")
     ] = True
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text (select split) to measure on.")] = (
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split).")] = (
         SAMPLE_TOKENS
     )
-    force: Annotated[bool, typer.Option("--force", help="Let it in whatever was measured.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Add the expert whatever was measured.")] = False
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class WriteOptions:
     """Where the new mixture goes, and how."""
 
     output: Annotated[
-        Path | None, typer.Option("--out", metavar="NEW", help="Write another folder, and leave this one as it is.")
+        Path | None, typer.Option("--out", metavar="NEW", help="Folder for the new mixture (default: OUT itself).")
     ] = None
-    refit: Annotated[bool, typer.Option("--refit", help="Set a trained router anew.")] = False
+    refit: Annotated[bool, typer.Option("--refit", help="Fit a trained router again.")] = False
     overwrite: Overwrite = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
@@ -96,7 +96,7 @@ def add(
     model: ModelOptions,
     door: DoorOptions,
     write: WriteOptions,
-    weight: Annotated[float | None, typer.Option(help="Its weight, where a linear mixture has given weights.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the expert in a linear mixture with given weights.")] = None,
 ) -> None:
     """Let one more expert in; the others' models and texts are not needed."""
     from modekit.members.wanted import adding
@@ -126,7 +126,7 @@ def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
 @app.command()
 @grouped
 def rename(
-    checkpoint: OutFolder, name: Name, new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="What it is to be.")],
+    checkpoint: OutFolder, name: Name, new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="The new name.")],
     write: WriteOptions,
 ) -> None:  # fmt: skip
     """Give an expert and its domain another name."""

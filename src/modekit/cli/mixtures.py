@@ -24,7 +24,7 @@ from modekit.run import Run
 def plan(
     recipe: RecipePath,
     measure: Annotated[
-        bool, typer.Option("--time", help="Also run one layer for a second or two, to say how long the fit will take here.")
+        bool, typer.Option("--time", help="Also run one layer for a second or two, for a better estimate of the fit's time.")
     ] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -74,27 +74,27 @@ class FitOptions:
     """What becomes of the router; None leaves a setting as it is."""
 
     method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None
-    router: Annotated[str | None, typer.Option("--fit", help="As mixture.router.fit in a recipe.")] = None
-    features: Annotated[str | None, typer.Option(help="Of a classifier: tfidf, ngrams or hidden.")] = None
+    router: Annotated[str | None, typer.Option("--fit", help="Router fit, as mixture.router.fit in a recipe.")] = None
+    features: Annotated[str | None, typer.Option(help="Features of a classifier: tfidf, ngrams or hidden.")] = None
     classifier: Annotated[
-        str | None, typer.Option(help="logistic, sgd, naive_bayes, centroid, or auto: the best on held-out text.")
+        str | None, typer.Option(help="Classifier: logistic, sgd, naive_bayes, centroid, or auto (the best on held-out text).")
     ] = None
     granularity: Annotated[
         str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
     ] = None
     top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
-    temperature: Annotated[float | None, typer.Option(help="Divides the router's logits.")] = None
+    temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
     seed: Annotated[int | None, typer.Option(help="Random seed (random, lexical, classifier, phatgoose).")] = None
     chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too, or not (reads the text again).")
+        bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too (reads the text again).")
     ] = None
     unseen: Annotated[
-        bool | None, typer.Option("--unseen/--no-unseen", help="Send text of no domain to the base, an expert, or not.")
+        bool | None, typer.Option("--unseen/--no-unseen", help="Send text of no domain to the base, which must be an expert.")
     ] = None
     false_alarms: Annotated[
-        float | None, typer.Option(help="With unseen: share of a domain's tokens that may go to the base.")
+        float | None, typer.Option(help="Share of a domain's tokens that may go to the base (with unseen).")
     ] = None
 
     def changes(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from modekit.cli.shell import OutFolder, Overwrite, app, resolved
 @app.command()
 def report(
     checkpoint: OutFolder,
-    output: Annotated[Path | None, typer.Option("--out", help="The page to write; default OUT/results/report.html.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="File for the page (default OUT/results/report.html).")] = None,
 ) -> None:
     """Write one page that shows what the mixture is and is worth, its numbers as JSON, and plots for papers."""
     from modekit.checkpoint.checkpoint import open_checkpoint
@@ -44,9 +44,9 @@ def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
 @app.command()
 def push(
     checkpoint: OutFolder,
-    repo: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the hub; made when it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository for you alone.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go and what would stay.")] = False,
+    repo: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the hub; created if missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded and what would stay.")] = False,
 ) -> None:
     """Upload the mixture to the hub: without the router's statistics, and without paths of this machine."""
     from modekit.checkpoint.checkpoint import open_checkpoint

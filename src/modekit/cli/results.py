@@ -150,7 +150,7 @@ def demo(
         Path | None,
         typer.Option("--out", help="Folder of the demo; what is there is kept and used. Default: demo, demo-full, ..."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run, from 0.")] = 1,
 ) -> None:
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
     from modekit.demo.demo import folder_of, run_demo

@@ -31,10 +31,10 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe.yaml.")]
 OutFolder = Annotated[Path, typer.Argument(help="The checkpoint folder.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that bring code of their own.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow models that bring code of their own.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
 Fsync = Annotated[
-    bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has it all, so that a power loss costs nothing.")
+    bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
@@ -53,7 +53,7 @@ def _say_version(wanted: bool) -> None:
 def _one_process(
     context: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", help="Print the version and end.", callback=_say_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True)
     ] = False,
 ) -> None:
     from modekit.processes import launched

@@ -25,19 +25,19 @@ class TaskOptions:
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="In place of text: tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
-            "continuations, generation), with commas between them."
+            help="Score tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
+            "continuations, generation), separated by commas."
         ),
     ] = None
-    models: Annotated[str | None, typer.Option(help="With --tasks: only these rows (base,medicine,mixture).")] = None
+    models: Annotated[str | None, typer.Option(help="Rows to score, such as base,medicine,mixture (with --tasks).")] = None
     include_path: Annotated[
-        list[Path] | None, typer.Option(help="With --tasks: a folder of your own YAML tasks; may be given several times.")
+        list[Path] | None, typer.Option(help="Folder of your own YAML tasks (with --tasks); repeatable.")
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: items per task at most.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of items per task (with --tasks).")] = None
     seen: Annotated[
-        list[str] | None, typer.Option(help="With questions: text the base was trained on, whose terms are not asked for.")
+        list[str] | None, typer.Option(help="Text that the base was trained on; its terms are not asked for (with questions).")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="With questions: which are drawn, and the wrong answers (default 0).")] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed of the questions (default 0).")] = None
 
     def beside_tasks(self) -> dict[str, object]:
         """Those that mean nothing without --tasks."""

@@ -17,13 +17,11 @@ class ToldOptions:
 
     labels: Annotated[
         str | None,
-        typer.Option(
-            metavar="right,wrong,none", help="Also score the mixture that is told labels: some of right, wrong, none, or all."
-        ),
+        typer.Option(metavar="right,wrong,none", help="Labels to score the mixture with: some of right, wrong, none, or all."),
     ] = None
     by: Annotated[
         Literal["gate", "tag"] | None,
-        typer.Option(help="How labels are told: gate (default), all weight on the expert, or tag, its token before the text."),
+        typer.Option(help="How a label acts: gate (default; all weight on its expert) or tag (its token before the text)."),
     ] = None
 
     def of_labels(self) -> dict[str, object]:

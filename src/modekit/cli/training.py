@@ -26,7 +26,9 @@ class SettingOptions:
 
     what: Annotated[
         list[str] | None,
-        typer.Option(help="What moves: routers (default), attention, norms, mlp, embeddings, head, experts, all; repeatable."),
+        typer.Option(
+            help="What to train: routers (default), attention, norms, mlp, embeddings, head, experts, all; repeatable."
+        ),
     ] = None
     loss: Annotated[
         list[str] | None,
@@ -36,7 +38,8 @@ class SettingOptions:
         ),
     ] = None
     cheap: Annotated[
-        bool, typer.Option("--cheap", help="Gates alone, on kept activations with domain labels: no pass back.")
+        bool,
+        typer.Option("--cheap", help="Train gates alone, on kept activations with domain labels, without backpropagation."),
     ] = False
     regime: Annotated[
         str | None,
@@ -46,37 +49,41 @@ class SettingOptions:
         ),
     ] = None
     teacher: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a model to distil from, in place of the domains' own experts.")
+        str | None, typer.Option(help="Folder or hub id of one teacher for all text (default: each domain's own expert).")
     ] = None
     lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank, folded in at the end.")] = None
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of routers (default 5e-3).")] = None
-    backbone_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of all else (default 1e-4).")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of routers (default 5e-3).")] = None
+    backbone_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of everything else (default 1e-4).")
+    ] = None
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step, of all processes together (default 4096).")] = None
     sequence_length: Annotated[int | None, typer.Option(help="Longest piece of a document, in tokens (default 512).")] = None
-    share: Annotated[float | None, typer.Option(help="Share of the documents that is trained on (default 1).")] = None
+    share: Annotated[float | None, typer.Option(help="Share of the documents to train on (default 1).")] = None
     select_tokens: Annotated[
         int | None,
         typer.Option(help="Held-out tokens per domain on which states are compared (default 8192; no more than --tokens)."),
     ] = None
-    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, to keep the way back to the base.")] = None
-    generic_share: Annotated[float | None, typer.Option(help="Its share of the tokens (default 0.1).")] = None
-    tags: Annotated[
-        bool, typer.Option("--tags", help="Read every text with its domain's tag, of a mixture that knows tags.")
-    ] = False
+    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, so that other text still goes to the base.")] = (
+        None
+    )
+    generic_share: Annotated[float | None, typer.Option(help="Share of tokens from --generic (default 0.1).")] = None
+    tags: Annotated[bool, typer.Option("--tags", help="Put its domain's tag before every text (the tokenizer needs tags).")] = (
+        False
+    )
     randomise: Annotated[
         float | None,
         typer.Option(
-            help="Probability that a label is drawn anew (domain randomisation; with label, distill, --tags or --regime joint)."
+            help="Probability of a random label (domain randomisation; with label, distill, --tags or --regime joint)."
         ),
     ] = None
     randomise_to: Annotated[
         str | None,
         typer.Option(
-            help="What it becomes: half (default; none or another, in equal parts), all (its own, too), others, generic (none)."
+            help="Labels to draw from: half (default; none or another, evenly), all (its own, too), others, generic (none)."
         ),
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None
 
     def said(self) -> dict[str, Any]:
         """The settings that were given, by their names in a settings file."""
@@ -92,11 +99,9 @@ class TrainOptions:
     """Options that say where from, where to and how loudly."""
 
     settings: Annotated[
-        Path | None, typer.Option(help="YAML with all settings by name (docs/training.md); options above count more.")
+        Path | None, typer.Option(help="YAML with settings by name (docs/training.md); options of the command line win.")
     ] = None
-    output: Annotated[
-        Path | None, typer.Option("--out", help="Write the trained mixture here and leave the first as it is.")
-    ] = None
+    output: Annotated[Path | None, typer.Option("--out", help="Folder for the trained mixture (default: OUT itself).")] = None
     tokens: Annotated[
         int | None,
         typer.Option(min=0, help="Held-out tokens per domain for the tables before and after (default 8192); 0: none."),
@@ -114,7 +119,7 @@ def train(
     options: TrainOptions,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="domain=FILE, FOLDER or data set; may be given several times. Default: the recipe's text."),
+        typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text."),
     ] = None,
 ) -> None:
     """Make a mixture better by gradient; by default only its routers move. Works under torchrun and accelerate launch."""

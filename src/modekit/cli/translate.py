@@ -25,13 +25,15 @@ class TranslationOptions:
     """Options of `--translate`."""
 
     translate: Annotated[
-        bool, typer.Option("--translate", help="In place of loss: translations of held-out sources, scored by sacrebleu.")
+        bool, typer.Option("--translate", help="Translate held-out sources and score them with sacrebleu.")
     ] = False
-    beams: Annotated[int | None, typer.Option(min=1, help="With --translate: beams (default 1, greedy).")] = None
-    pairs: Annotated[int | None, typer.Option(min=1, help="With --translate: pairs per domain at most (default 200).")] = None
-    batch: Annotated[int | None, typer.Option(min=1, help="With --translate: sources at a time (default 16).")] = None
+    beams: Annotated[int | None, typer.Option(min=1, help="Number of beams (with --translate; default 1, greedy).")] = None
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of pairs per domain (with --translate; default 200).")
+    ] = None
+    batch: Annotated[int | None, typer.Option(min=1, help="Sources per batch (with --translate; default 16).")] = None
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="With --translate: tokens of a translation at most (default 256).")
+        int | None, typer.Option(min=1, help="Longest translation in tokens (with --translate; default 256).")
     ] = None
 
     def beside_translate(self) -> dict[str, object]:

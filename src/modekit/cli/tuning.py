@@ -25,16 +25,18 @@ from modekit.text.amounts import SAMPLE_TOKENS
 class TuneOptions:
     """How much is searched, where, and by how many."""
 
-    trials: Annotated[int, typer.Option(min=1, help="Variants to try; the fixed ones among them always are.")] = 48
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain to choose by, and to report on.")] = (
+    trials: Annotated[int, typer.Option(min=1, help="Number of candidates, fixed baselines included.")] = 48
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain, for the choice and for the report.")] = (
         SAMPLE_TOKENS
     )
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
-    space: Annotated[Path | None, typer.Option(help="YAML with the axes of the search (docs/tune.md).")] = None
-    native: Annotated[bool, typer.Option("--native", help="Only what runs without modekit (vLLM, llama.cpp).")] = False
-    processes: Annotated[int, typer.Option(min=1, help="Processes that search at once.")] = 1
-    ray: Annotated[bool, typer.Option("--ray", help="Let Ray place them: on the cluster of RAY_ADDRESS, else here.")] = False
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the search.")] = 0
+    space: Annotated[Path | None, typer.Option(help="YAML file with the axes of the search (docs/tune.md).")] = None
+    native: Annotated[bool, typer.Option("--native", help="Only mixtures that run without modekit (vLLM, llama.cpp).")] = False
+    processes: Annotated[int, typer.Option(min=1, help="Number of parallel processes.")] = 1
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the processes on Ray: the cluster of RAY_ADDRESS, or this machine.")
+    ] = False
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the search.")] = 0
     overwrite: Overwrite = False
     fsync: Fsync = True
     as_json: AsJson = False
