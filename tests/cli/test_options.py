@@ -92,8 +92,9 @@ def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: P
         text=True,
         check=True,
     )
-    said, deletable = done.stdout.splitlines()
+    said, deletable, *notes = done.stdout.splitlines()
     assert "router fitted" in said and "OUT/router: " in deletable and "may be deleted" in deletable
+    assert all(line.startswith("note: ") for line in notes), notes
     # Progress went beside it, and counts the text of all domains together.
     stages = [line for line in done.stderr.splitlines() if "  read " in line]
     assert [line.split()[2].rstrip(":") for line in stages] == ["medicine", "law", "code"]

@@ -44,7 +44,7 @@ class TeacherOptions:
     mix: Annotated[
         str | None,
         typer.Option(
-            help="How several --text share the steps (default: shuffled together). equal: the same amount of each in every step; "
+            help="How several --text share the steps (default: shuffled together). equal: as much of each in every step; "
             "turns: one text per step."
         ),
     ] = None
