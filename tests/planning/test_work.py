@@ -125,4 +125,4 @@ def test_a_build_says_its_time_before_it_begins(shared_workshop: Workshop, tmp_p
     recipe = workshop.write(mixture={"method": "routing", "router": {"fit": "random"}})
     command = [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "OUT")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
-    assert said[0].startswith("takes about ") and said[1].startswith("0:00  ")
+    assert said[0].startswith("0:00  takes about ") and said[1].startswith("0:00  ")

@@ -55,7 +55,7 @@ def build(
 
     made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
     new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
-    err.print(Text.assemble("takes ", time_said(needed_time(made).as_data())), soft_wrap=True)
+    err.print(Text.assemble("0:00  takes ", time_said(needed_time(made).as_data())), soft_wrap=True)
     with drawn_progress() as progress:
         checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
