@@ -364,7 +364,7 @@ def test_a_base_of_another_shape_is_not_said_to_be_gone(tmp_path: Path) -> None:
     base.rename(tmp_path / "gone")
     (other.root / "base").rename(base)
     (note,) = similarity(checkpoint).notes
-    assert "has 9 of these tensors in another shape" in note and "no longer where" not in note
+    assert "(config.json) has changed since the mixture was built" in note and "no longer where" not in note
 
 
 def test_similarity_sees_through_given_weights(shared_workshop: Workshop, tmp_path: Path) -> None:

@@ -673,7 +673,7 @@ def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def only_stages(stderr: str) -> bool:
-    return all(re.match(r"\d+:\d\d  (starting|prepare tasks|score )", line) for line in stderr.splitlines())
+    return all(re.match(r"\d+:\d\d  (starting|prepare tasks|score |load )", line) for line in stderr.splitlines())
 
 
 def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from modekit.checkpoint.record import Record
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.planning.copied_files import COPIED_FILES
+from modekit.planning.modekit_shape import without_names
 
 
 def identity_of(record: Record, config: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -32,15 +33,8 @@ def identity_of(record: Record, config: Mapping[str, Any], folder: Path) -> dict
         "trained": _digest_of(sorted(record.trained.items())) if record.trained else "",
         "router_sha256": record.router.sha256,
         "evidence_sha256": record.router.evidence,
-        "files": _digest_of([_without_names(config), *(_content_digest(folder / name) for name in sorted(COPIED_FILES))]),
+        "files": _digest_of([without_names(config), *(_content_digest(folder / name) for name in sorted(COPIED_FILES))]),
     }
-
-
-def _without_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what the experts are called, which says the recipe: no result changes with it."""
-    said = config.get("modekit")
-    own = {key: value for key, value in said.items() if key != "experts"} if isinstance(said, Mapping) else said
-    return {**config, "modekit": own}
 
 
 def _content_digest(path: Path) -> str:

@@ -246,3 +246,10 @@ def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTe
         width, rows = ref.shape[1], {expert: row for row, expert in enumerate(place.biased)}
         added = {expert: TensorPart(ref, rows[expert] * width, 1.0 / place.scales[expert]) for expert in biased}
         yield MixedTensor(f"{module}.bias", (width,), own=added, holds_changes=True)
+
+
+def without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A mixture's config without what its experts are called, which the recipe says: no result changes with it."""
+    said = config.get("modekit")
+    own = {key: value for key, value in said.items() if key != "experts"} if isinstance(said, Mapping) else said
+    return {**config, "modekit": own}
