@@ -32,9 +32,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("settings.json", "study.log"):
         (tmp_path / name).touch()
         no_file(tmp_path / name, "pipe")
-    with in_time(), pytest.raises(TuneError, match="not a file of its own"):
-        read_kept(tmp_path / "settings.json", dict[str, Any])
     with in_time(), pytest.raises(TuneError, match="not a regular file"):
+        read_kept(tmp_path / "settings.json", dict[str, Any])
+    with in_time(), pytest.raises(TuneError, match="not a file of its own"):
         prepare(job(tmp_path))
 
 
