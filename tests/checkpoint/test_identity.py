@@ -118,6 +118,48 @@ def test_a_file_beside_the_weights_belongs_to_it(bench: Workshop, file: str) -> 
     assert open_checkpoint(out).identity != before
 
 
+def losses(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+    rows = evaluate(checkpoint, tokens_per_domain=100, sequence_length=32).rows
+    return {row.name: {domain: score.loss for domain, score in row.scores.items()} for row in rows}
+
+
+def test_a_shard_of_the_mixture_that_changed_is_scored_and_put_back_is_too(bench: Workshop) -> None:
+    """The mixture that is there is scored, whatever modekit.json says that it was made from."""
+    out = bench.build()
+    before = open_checkpoint(out)
+    expected, identity = losses(before), before.identity
+    shard = next(iter(sorted(out.glob("model-expert-*.safetensors"))))
+    kept = shard.read_bytes()
+    save_file({name: tensor * 0.1 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    changed = open_checkpoint(out)
+    assert changed.identity != identity and not belongs_to(read_results(changed), changed)
+    found = losses(changed)
+    assert {name for name in found if found[name] != expected[name]} == {"oracle", "mixture"}
+    shard.write_bytes(kept)
+    again = open_checkpoint(out)
+    assert again.identity == identity and losses(again) == expected
+
+
+def test_another_tokenizer_makes_every_row_anew(bench: Workshop) -> None:
+    out = bench.build()
+    before = {row.name: row.identity for row in evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32).rows}
+    (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text() + "\n")
+    after = {row.name: row.identity for row in evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32).rows}
+    assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
+
+
+def test_a_table_that_somebody_else_wrote_is_no_score(bench: Workshop) -> None:
+    out = bench.build()
+    expected = losses(open_checkpoint(out))
+    file = out / "results" / "eval.json"
+    said = json.loads(file.read_text())
+    for row in said["rows"]:
+        for score in row["domains"].values():
+            score["loss"] = 1.0
+    file.write_text(json.dumps(said))
+    assert losses(open_checkpoint(out)) == expected
+
+
 def test_a_name_changes_no_row(bench: Workshop) -> None:
     """Scores of `eval` say what experts compute, not what they are called; all that lists names is of another mixture."""
     before = open_checkpoint(bench.build(output={"format": "modekit"}, mixture={"router": {"fit": "random"}}))

@@ -62,6 +62,8 @@ def messages(count: int) -> bytes:
     (b'{"prompt": ' + b"[" * 200_000, 400, "not JSON"),
     (json.dumps({"prompt": '{"a": [1, 2, "\\n"], }\\' * 200_000}).encode(), 200, ""),
     ("{\"prompt\": \"\u2222\"}".encode("utf-16"), 400, "JSON in UTF-8"),
+    (b'{"x": [' + b",".join([b"9" * 4_300] * 1_800) + b"]}", 400, "not JSON"),
+    (json.dumps({f"k{n}": 1 for n in range(70_000)}).encode(), 413, "at most 65,536"),
     (b"[1]", 400, "must be a JSON object"),
     (b"\xff", 400, "JSON in UTF-8"),
 ], ids=lambda value: value[:24].decode(errors="replace") if isinstance(value, bytes) else None)  # fmt: skip

@@ -179,7 +179,7 @@ class Checkpoint:
     @cached_property
     def identity(self) -> dict[str, str]:
         """What names it as it is, so that results of another one, or of an earlier state, are recognised (identity.py)."""
-        return identity_of(self.record, self.config, self.folder)
+        return identity_of(self.record, self.config, self.folder, {ref.file for ref in self.tensors.values()})
 
     @property
     def names(self) -> list[str]:

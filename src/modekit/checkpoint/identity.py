@@ -4,17 +4,21 @@ sources            the digests of the models that it was made from, weights and 
 trained            the digests of the tensors that a training moved since
 router_sha256      the gates
 evidence_sha256    what a lexical router keeps in the embedding
-files              config.json, tokenizer, chat template, as they lie there now
+weights            the weight files as they lie there now, but for the two that a router is written into
+embedding          the embedding of a lexical router, where it has a file of its own
+tokenizer          tokenizer, chat template, generation config, as they lie there now
+config             config.json, as it lies there now
 recipe_digest      what was made of all this, and what the experts are called
 
-A recipe and these sources give the same bytes every time, so that no gigabyte of the mixture itself has to be read.
+A weight file is read for its digest once: what was found is kept while its size, times and inode are what they were
+(files/user_cache.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,13 @@ from modekit.checkpoint.record import Record
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.planning.copied_files import COPIED_FILES
 from modekit.planning.modekit_shape import without_names
+from modekit.planning.plan import EMBEDDING_FILE, ROUTER_FILE
+from modekit.sources.contents import known_blake3
 
 
-def identity_of(record: Record, config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Of the mixture in a folder, by its record and config.json."""
+def identity_of(record: Record, config: Mapping[str, Any], folder: Path, weights: Iterable[Path]) -> dict[str, str]:
+    """Of the mixture in a folder, by its record, config.json and weight files. Raises SourceError."""
+    digests = {file.name: known_blake3(file) for file in sorted(weights) if file.name != ROUTER_FILE}
     made_from = [[source.digests for source in record.sources], record.expert_sources]
     return {
         "recipe_digest": record.recipe_digest,
@@ -33,7 +40,10 @@ def identity_of(record: Record, config: Mapping[str, Any], folder: Path) -> dict
         "trained": _digest_of(sorted(record.trained.items())) if record.trained else "",
         "router_sha256": record.router.sha256,
         "evidence_sha256": record.router.evidence,
-        "files": _digest_of([without_names(config), *(_content_digest(folder / name) for name in sorted(COPIED_FILES))]),
+        "embedding": digests.pop(EMBEDDING_FILE, ""),
+        "weights": _digest_of(digests),
+        "tokenizer": _digest_of([_content_digest(folder / name) for name in sorted(COPIED_FILES)]),
+        "config": _digest_of(without_names(config)),
     }
 
 

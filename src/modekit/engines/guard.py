@@ -28,6 +28,8 @@ _LOG = logging.getLogger("modekit.guard")
 LARGEST_BODY = 2**23
 MOST_VALUES = 2**18
 """Lists, objects and what is in them: a prompt may be a list of as many tokens. Python builds them in 0.1 seconds."""
+_MOST_KEYS = 2**16
+_MOST_DIGITS = 40
 MOST_MESSAGES = 4_096
 """A context of 131,072 tokens is full of messages of 32 tokens."""
 MOST_AT_ONCE = 256
@@ -167,7 +169,9 @@ def body_of(content: bytes) -> Body:
         text = content.decode()
         if values_in(text) > MOST_VALUES:
             raise RefusedError(413, f"the request has too many values; it may have at most {MOST_VALUES:,}")
-        body = json.loads(text, parse_constant=no_constant)
+        if _outside_strings(text).count(":") > _MOST_KEYS:
+            raise RefusedError(413, f"the request has too many keys; it may have at most {_MOST_KEYS:,}")
+        body = json.loads(text, parse_constant=no_constant, parse_int=_short_integer)
     except (ValueError, RecursionError):
         raise RefusedError(400, "the request is not JSON in UTF-8") from None
     if not isinstance(body, dict):
@@ -180,6 +184,13 @@ def body_of(content: bytes) -> Body:
     return body
 
 
+def _short_integer(digits: str) -> int:
+    """For `parse_int`: numbers of thousands of digits hold the interpreter while they are read. Raises ValueError."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
 def no_constant(name: str) -> float:
     """For `parse_constant`: NaN and Infinity are no JSON. Raises ValueError."""
     raise ValueError(name)
@@ -190,12 +201,20 @@ def values_in(text: str) -> int:
 
     Beyond MOST_VALUES it may be another number beyond it.
     """
-    bare = text.replace("\\\\", "").replace('\\"', "")  # now a quote begins or ends a string
-    entries = bare.count('"') // 4  # which have a key and a string at most
+    entries = _bare(text).count('"') // 4  # which have a key and a string at most
     if entries > MOST_VALUES:
         return entries
-    outside = "".join(bare.split('"')[::2])
+    outside = _outside_strings(text)
     return outside.count(",") + outside.count("[") + outside.count("{")
+
+
+def _bare(text: str) -> str:
+    """A JSON text in which every quote begins or ends a string."""
+    return text.replace("\\\\", "").replace('\\"', "")
+
+
+def _outside_strings(text: str) -> str:
+    return "".join(_bare(text).split('"')[::2])
 
 
 def _written(body: Body) -> bytes:

@@ -21,7 +21,7 @@ from modekit.evaluation.labels import Labels, check_labels, longest_with_tag
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.notes import label_notes, notes_of
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import read_results, write_table
+from modekit.evaluation.results_folder import rows_scored_here, write_table
 from modekit.files.read import UNREADABLE
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
@@ -59,7 +59,7 @@ def evaluate(
     )  # fmt: skip
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
-    rows = _run(jobs, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
+    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
     gaps = gaps_of(rows, [domain.name for domain in domains])
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
     if gapless:
@@ -79,14 +79,14 @@ def evaluate(
     return results
 
 
-def _run(jobs: Sequence[Job], domains: Sequence[Domain], known: Sequence[Row], run: Run) -> list[Row]:
+def _run(jobs: Sequence[Job], checkpoint: Checkpoint, domains: Sequence[Domain], known: Sequence[Row], run: Run) -> list[Row]:
     """Every job's scores, taken over where `known` rows have them; one model is in memory at a time."""
     earlier = {(row.identity, name): score for row in known for name, score in row.scores.items()}
     total = sum(domain.scored_tokens for domain in domains) * len(jobs)
     done = 0
     rows: list[Row] = []
     for job in jobs:
-        identity = row_identity(job.identity, [domain.record for domain in domains])
+        identity = row_identity(job.identity, checkpoint, [domain.record for domain in domains])
         model: PreTrainedModel | None = None
         scores: dict[str, Score] = {}
         for domain in domains:
@@ -107,6 +107,6 @@ def _run(jobs: Sequence[Job], domains: Sequence[Domain], known: Sequence[Row], r
 
 def _rows_on_disk(checkpoint: Checkpoint) -> Sequence[Row]:
     try:
-        return read_results(checkpoint).rows
+        return rows_scored_here(checkpoint)
     except UNREADABLE:
         return []  # absent, or of another version: then every row is run

@@ -21,13 +21,13 @@ def belongs_to(results: Results, checkpoint: Checkpoint) -> bool:
     if mixture is None or any(set(results.text.get(name, {})) != set(_RECORD_KEYS) for name in names):
         return False
     carried, decided = mixture_identities(checkpoint)
-    return mixture.identity == row_identity(f"{carried} {decided}", [results.text[name] for name in names])
+    return mixture.identity == row_identity(f"{carried} {decided}", checkpoint, [results.text[name] for name in names])
 
 
-def row_identity(model: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Names a model on text: sha256 of both."""
+def row_identity(model: str, checkpoint: Checkpoint, records: Sequence[Mapping[str, Any]]) -> str:
+    """Names a model on text, as the mixture's tokenizer reads it: sha256 of all three."""
     ordered = [{key: record[key] for key in _RECORD_KEYS} for record in records]  # a file may hold them in another order
-    return hashlib.sha256(f"{model} {ordered}".encode()).hexdigest()
+    return hashlib.sha256(f"{model} {checkpoint.identity['tokenizer']} {ordered}".encode()).hexdigest()
 
 
 def mixture_identities(checkpoint: Checkpoint) -> tuple[str, str]:
@@ -38,6 +38,6 @@ def mixture_identities(checkpoint: Checkpoint) -> tuple[str, str]:
     said, recipe = checkpoint.identity, checkpoint.record.recipe
     low_rank = [expert.lora_rank for expert in recipe.experts]
     carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
-    carried = f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['trained']}"
+    carried = f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['weights']}"
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
-    return carried, f"{decides} {said['router_sha256']} {said['evidence_sha256']} {said['files']}"
+    return carried, f"{decides} {said['router_sha256']} {said['evidence_sha256']} {said['embedding']} {said['config']}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.results import Results, results_from_data
+from modekit.evaluation.results import Results, Row, results_from_data
 from modekit.files.change import change_together
-from modekit.files.read import read_json
+from modekit.files.read import LARGE, parse_json, read_bytes, read_json
+from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
@@ -17,6 +19,15 @@ RESULTS_FILE = "eval.json"
 def read_results(checkpoint: Checkpoint) -> Results:
     """The table that eval.json holds, whatever it was made of. Raises OSError and ValueError."""
     return results_from_data(read_json(checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE))
+
+
+def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
+    """The rows of eval.json, if this user's modekit wrote that very file; else none. Raises OSError and ValueError.
+
+    A file that somebody else brought is shown as what it says (`modekit report`), but no row of it stands for a score.
+    """
+    content = read_bytes(checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE, LARGE)
+    return results_from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
 
 
 def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of: str | None = None) -> None:
@@ -30,4 +41,10 @@ def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of:
 
 def write_table(checkpoint: Checkpoint, results: Results) -> None:
     """Write eval.json and eval.md."""
-    write_results(checkpoint, {RESULTS_FILE: json_bytes(results.as_data()), "eval.md": results.markdown().encode()})
+    content = json_bytes(results.as_data())
+    write_results(checkpoint, {RESULTS_FILE: content, "eval.md": results.markdown().encode()})
+    keep_proven(_claim(content))
+
+
+def _claim(content: bytes) -> str:
+    return f"{RESULTS_FILE} {hashlib.sha256(content).hexdigest()}"
