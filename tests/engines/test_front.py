@@ -254,7 +254,7 @@ def test_many_turns_take_no_longer(mixtures: dict[str, Checkpoint]) -> None:
 def test_large_requests_leave_the_health_check_its_turn(running: Running) -> None:
     """Eight at once: those of 200,000 turns are refused, and the largest that are taken are read in another thread."""
     turns = json.dumps({"model": "auto", "messages": [{"role": "user", "content": "hi"}] * 200_000}).encode()
-    values = json.dumps({"model": "auto", "prompt": [{"a": 1}] * (MOST_VALUES // 3)}).encode()
+    values = json.dumps({"model": "auto", "prompt": [[1]] * (MOST_VALUES // 3)}).encode()
     text = json.dumps({"model": "auto", "messages": [{"role": "user", "content": "fever " * 9}] * MOST_MESSAGES}).encode()
     taken = []
     with ThreadPoolExecutor(8) as pool:

@@ -230,7 +230,8 @@ sys.stdin.readline()
 @pytest.mark.parametrize("how", ["ends", "killed"])
 def test_the_child_ends_with_its_parent(how: str, source: str) -> None:
     command = [sys.executable, "-c", PARENT.format(source=source)]
-    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # as this process imports
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert parent.stdin is not None and parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
     sleeper = next(each for each in psutil.Process(parent.pid).children() if each.pid != child.pid)

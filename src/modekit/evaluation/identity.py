@@ -38,6 +38,7 @@ def mixture_identities(checkpoint: Checkpoint) -> tuple[str, str]:
     said, recipe = checkpoint.identity, checkpoint.record.recipe
     low_rank = [expert.lora_rank for expert in recipe.experts]
     carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
-    carried = f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['weights']}"
+    carried = f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['trained']}"
+    carried += f" {said['weights']}"
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
     return carried, f"{decides} {said['router_sha256']} {said['evidence_sha256']} {said['embedding']} {said['config']}"

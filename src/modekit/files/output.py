@@ -160,7 +160,7 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
 def check_room(out: Path, needed: int) -> None:
     """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
     new = work_folder(out) / NEW
-    needed -= sum((new / name).lstat().st_size for name in files_below(new))
+    needed -= sum(_size_of(new / name) for name in files_below(new))
     disk = shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
     free = disk.free
     if disk.total and needed > free:  # some file systems do not say how large they are
@@ -168,6 +168,14 @@ def check_room(out: Path, needed: int) -> None:
             "the disk has too little free space", where=str(out), found=f"{free:,} bytes free",
             expected=f"{needed:,} bytes", remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
         )  # fmt: skip
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file; 0 where another command has just taken it away."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
