@@ -40,28 +40,48 @@ from modekit.recipes.read import parse_recipe
 ADAPTERS = 8
 PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TIMED = {
-    "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 4096,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
-        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
     },
     "timed": {**TIMED, "vocab_size": 32_000, "num_hidden_layers": 24},
     "tiny": {
-        "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
     },
     "mistral": {
-        "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
-}  # fmt: skip
+}
 NAMES = {
-    "small": "SmolLM2-135M's", "timed": "hidden 1024, 24 layers, vocabulary 32,000", "tiny": "TinyLlama-1.1B's",
+    "small": "SmolLM2-135M's",
+    "timed": "hidden 1024, 24 layers, vocabulary 32,000",
+    "tiny": "TinyLlama-1.1B's",
     "mistral": "Mistral-7B's",
-}  # fmt: skip
+}
 MIXTURES: dict[str, dict[str, Any]] = {
     "routing, top_k 2": {"method": "routing", "top_k": 2},
     "routing, top_k 2, per model": {"method": "routing", "top_k": 2, "router": {"per": "model"}},
@@ -140,9 +160,11 @@ def save_models(folder: Path, shape: dict[str, Any], rank: int, dtype: torch.dty
 def save_mixture(out: Path, adapters: list[Path], mixture: dict[str, Any], form: str = "modekit") -> Path:
     fit = {} if mixture["method"] == "linear" else {"router": {"fit": "random", **mixture.get("router", {})}}
     recipe = {
-        "base_model": "./base", "mixture": {**mixture, **fit}, "output": {"format": form},
+        "base_model": "./base",
+        "mixture": {**mixture, **fit},
+        "output": {"format": form},
         "experts": [{"name": f"e{place}", "adapter": f"./{adapter.name}"} for place, adapter in enumerate(adapters)],
-    }  # fmt: skip
+    }
     build(make_plan(parse_recipe(recipe), out.parent), out)
     return out
 

@@ -71,10 +71,17 @@ with OpenFiles() as opened:
 def make_models(folder: Path, layers: int) -> None:
     """Llama-shaped bf16 models with hidden 1024, F 2816, vocabulary 32,000, tied embeddings."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32_000, "hidden_size": 1024,
-        "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "tie_word_embeddings": True, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32_000, 1024), "model.norm.weight": (1024,)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."

@@ -120,9 +120,14 @@ def styles(arguments: argparse.Namespace) -> None:
     of = {name: list(documents(arguments.wheels, name))[:400] for name in ("medicine", "law", "german", "french", "general")}
     of["code"] = list(source_of_a_library(arguments.wheels))
     wanted = [
-        ("medicine", "law", "german", "french", "general"), ("medicine", "law", "french", "code"), ("medicine", "law", "code"),
-        ("german", "french", "general"), ("medicine", "law", "french"), ("medicine", "general"), ("law", "general", "code"),
-    ]  # fmt: skip
+        ("medicine", "law", "german", "french", "general"),
+        ("medicine", "law", "french", "code"),
+        ("medicine", "law", "code"),
+        ("german", "french", "general"),
+        ("medicine", "law", "french"),
+        ("medicine", "general"),
+        ("law", "general", "code"),
+    ]
     table(arguments, [(domains, labelled(domains, of)) for domains in wanted])
 
 
@@ -224,9 +229,11 @@ def ways(arguments: argparse.Namespace) -> None:
         for seed in range(arguments.seeds):
             names, points, rows = prepared(labels, seed, kind())
             groupings = (
-                likeliest(points, rows, 4, seed), inertia_best(points, 4, seed), gaussians(points, 4, seed).predict(points),
+                likeliest(points, rows, 4, seed),
+                inertia_best(points, 4, seed),
+                gaussians(points, 4, seed).predict(points),
                 multinomial(points, rows, 4, seed),
-            )  # fmt: skip
+            )
             for figure, found in zip(figures, groupings, strict=True):
                 figure.append(purity(names, found))
         row(name, *map(spread, figures), f"{(time.perf_counter() - started) / arguments.seeds:.1f}")
@@ -295,9 +302,11 @@ def mixtures(folder: Path) -> Iterator[tuple[str, str, Any]]:
             experts = [{"name": name, "model": f"./{name}", "text": texts[name]} for name in DOMAINS if name != lacks]
             experts += [{"name": "base-model", "model": "base", "text": texts[GENERAL]}] if with_base else []
             recipe = {
-                "base_model": "./tiny", "experts": experts, "mixture": {"router": {"fit": fit}},
+                "base_model": "./tiny",
+                "experts": experts,
+                "mixture": {"router": {"fit": fit}},
                 "output": {"format": "modekit"},
-            }  # fmt: skip
+            }
             plan = make_plan(parse_recipe(recipe), folder)
             yield (
                 f"{fit}{', the base an expert' if with_base else ''}",

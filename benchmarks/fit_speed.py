@@ -34,9 +34,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 49_152, (arguments.tokens // 512, 512))
     sequences = [TokenSequence(tuple(row), 0) for row in ids.tolist()]
@@ -51,8 +56,10 @@ def main() -> None:
         return capture_domain(view, sequences, [], reads=[GateInput(TOKEN, None, {})], keep_tokens=4096, advance=lambda _: None)
 
     jobs: dict[str, Callable[[], Any]] = {
-        "forward": lambda: forward(model), "decoder only": lambda: forward(model.model), "capture": capture,
-    }  # fmt: skip
+        "forward": lambda: forward(model),
+        "decoder only": lambda: forward(model.model),
+        "capture": capture,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for round_ in range(arguments.rounds + 1):
         for name in sorted(jobs, reverse=bool(round_ % 2)):

@@ -85,9 +85,11 @@ def run_seed(folder: Path, split: Any, only: Sequence[str]) -> dict[str, dict[st
         gaps = {each: (_sum(base[each]) - _sum(losses[each])) / (_sum(base[each]) - _sum(own[each])) for each in own}
         waits = sorted(waiting_times(model, checkpoint, held_out))
         rows[name] = {
-            **gaps, UNSEEN: _sum(losses[UNSEEN]) / _sum(base[UNSEEN]), "median": statistics.median(waits),
+            **gaps,
+            UNSEEN: _sum(losses[UNSEEN]) / _sum(base[UNSEEN]),
+            "median": statistics.median(waits),
             "most": waits[int(0.9 * (len(waits) - 1))],
-        }  # fmt: skip
+        }
         print(f"{folder.name} {name}: {statistics.fmean(gaps.values()):.4f} {rows[name]}", flush=True)
     return rows
 

@@ -32,9 +32,15 @@ def make_models(root: Path, hidden: int, layers: int) -> None:
     """A base, experts, and a text for each in words of its own."""
     heads = hidden // 128
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), max_position_embeddings=2_048, head_dim=128,
-    )  # fmt: skip
+        vocab_size=WORDS,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        max_position_embeddings=2_048,
+        head_dim=128,
+    )
     tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     for number in range(EXPERTS + 1):
@@ -66,8 +72,10 @@ def main() -> None:
             checkpoint = build(make_plan(parse_recipe(recipe, where="cost"), root), root / f"OUT{top_k}")
             loaded[f"lexical, top-{top_k}"] = load_model(checkpoint.folder)
             active = checkpoint.parameters
-            print(f"top-{top_k}: {active.active / active.dense:.3f} of the base's parameters per token, "
-                  f"embeddings aside", flush=True)  # fmt: skip
+            print(
+                f"top-{top_k}: {active.active / active.dense:.3f} of the base's parameters per token, embeddings aside",
+                flush=True,
+            )
         ids = torch.randint(1, WORDS, (1, arguments.tokens), generator=torch.Generator().manual_seed(0))
         seconds: dict[str, list[float]] = {name: [] for name in loaded}
         for number in range(arguments.rounds + 2):

@@ -76,11 +76,17 @@ def shapes_of(shape: Shape, layers: int) -> dict[str, tuple[int, ...]]:
 def make_models(folder: Path, names: list[str], shape: Shape, layers: int) -> None:
     """Base and experts, random in every tensor."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn, "num_hidden_layers": layers, "num_attention_heads": shape.heads,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "tie_word_embeddings": True, "dtype": "bfloat16",
-    }  # fmt: skip
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
     entries = [(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in shapes_of(shape, layers).items()]
     header = safetensors_header(entries)
     for seed, name in enumerate(names):
@@ -215,8 +221,11 @@ def resident(folder: Path, names: list[str]) -> None:
             recipe = yaml.safe_load(write_recipe(folder, names[:count], "random").read_text())
             path = folder / f"{form}-{count}.yaml"
             path.write_text(yaml.safe_dump({**recipe, "output": {"format": form}}))
-            subprocess.run([sys.executable, "-m", "modekit", "build", path, folder / path.stem, "--no-fsync"], check=True,
-                           stdout=subprocess.DEVNULL)  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-m", "modekit", "build", path, folder / path.stem, "--no-fsync"],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             done = subprocess.run([sys.executable, "-c", RESIDENT, folder / path.stem], check=True, capture_output=True)
             found.append(int(done.stdout))
         two, every = found

@@ -46,9 +46,21 @@ LANGUAGES = ("de", "fr", "es", "it", "nl", "pl", "pt-br", "ro", "ru", "sv", "da"
 WHEELS = {"hpo": "medicine", "licences": "law", "german": "german", "french": "french", "english": "general"}
 SOURCES = {"perl": ("/usr/share/perl", "*.pm"), "c": ("/usr/include", "*.h"), "tcl": ("/usr/share/tcltk", "*.tcl")}
 ORDER = (
-    *DOMAINS, UNSEEN, GENERAL, "hpo", "sympy", "perl", "c", "tcl", *(f"man {name}" for name in LANGUAGES[:5]), "licences",
-    "german", "french", "english", *(f"man {name}" for name in LANGUAGES[5:]),
-)  # fmt: skip
+    *DOMAINS,
+    UNSEEN,
+    GENERAL,
+    "hpo",
+    "sympy",
+    "perl",
+    "c",
+    "tcl",
+    *(f"man {name}" for name in LANGUAGES[:5]),
+    "licences",
+    "german",
+    "french",
+    "english",
+    *(f"man {name}" for name in LANGUAGES[5:]),
+)
 COUNTS = (2, 4, 8, 16, 32)
 DOCUMENT, MOST = 1_500, 400
 """Characters of a document, and documents of a domain."""

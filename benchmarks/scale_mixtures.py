@@ -108,9 +108,8 @@ def run_seed(base: Path, texts: Mapping[str, Path], folder: Path) -> dict[str, d
                 own = own_losses(model, checkpoint, domains)
             found = mean_losses(model, domains)
             closed = {
-                each: (base_losses[each] - found[each]) / (base_losses[each] - own[each])
-                for each in map(slug, ORDER[:count])
-            }  # fmt: skip
+                each: (base_losses[each] - found[each]) / (base_losses[each] - own[each]) for each in map(slug, ORDER[:count])
+            }
             least = min(closed, key=closed.__getitem__)
             row = rows[f"{count} experts, top-{top_k}"] = {
                 "gap closed": statistics.fmean(closed.values()),

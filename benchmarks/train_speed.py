@@ -71,9 +71,10 @@ def measure(folder: Path, tokens: int, repeats: int, passes: int) -> None:
                     mixture(input_ids=item["input_ids"], use_cache=False, **mask)
 
         def step(
-            objective: Objective = objective, moving: list[torch.nn.Parameter] = moving,
+            objective: Objective = objective,
+            moving: list[torch.nn.Parameter] = moving,
             optimizer: torch.optim.Optimizer = optimizer,
-        ) -> None:  # fmt: skip
+        ) -> None:
             for number in range(len(parts)):
                 objective(**batches[number])["loss"].backward()
             torch.nn.utils.clip_grad_norm_(moving, 1.0)

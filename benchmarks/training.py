@@ -45,17 +45,30 @@ NGRAM = {**TOP2, "router": {"fit": "ngram"}}
 
 FULL = {"steps": 150, "batch_tokens": 3072, "learning_rate": 6e-3, "patience": 8}
 ATTENTION = {
-    **FULL, "what": ["routers", "attention"], "steps": 180, "learning_rate": 3e-3, "backbone_learning_rate": 2e-3,
+    **FULL,
+    "what": ["routers", "attention"],
+    "steps": 180,
+    "learning_rate": 3e-3,
+    "backbone_learning_rate": 2e-3,
     "weight_decay": 0.01,
-}  # fmt: skip
+}
 ROBUST = {
-    **ATTENTION, "losses": {"lm": 1.0, "label": 0.1}, "randomise": 0.2, "generic": ["../text/general.jsonl"],
+    **ATTENTION,
+    "losses": {"lm": 1.0, "label": 0.1},
+    "randomise": 0.2,
+    "generic": ["../text/general.jsonl"],
     "generic_share": 0.1,
-}  # fmt: skip
+}
 FIVE_PERCENT = {
-    "what": ["routers", "attention", "embeddings", "head", "norms"], "losses": {"distill": 1.0}, "share": 0.05,
-    "steps": 240, "batch_tokens": 3072, "learning_rate": 1e-3, "backbone_learning_rate": 3e-3, "patience": 6,
-}  # fmt: skip
+    "what": ["routers", "attention", "embeddings", "head", "norms"],
+    "losses": {"distill": 1.0},
+    "share": 0.05,
+    "steps": 240,
+    "batch_tokens": 3072,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate": 3e-3,
+    "patience": 6,
+}
 
 Variant = tuple[dict[str, Any], dict[str, Any] | None]
 """What the recipe says of the mixture, and the settings of its training."""
@@ -85,10 +98,11 @@ FIVE: dict[str, Variant] = {
     "FFN experts, average, distill, token router": ({**TOKEN, "backbone": "average"}, FIVE_PERCENT),
     "attention and FFN experts, average": (MOST, None),
     "attention and FFN experts, average, distill": (
-        MOST, {**FIVE_PERCENT, "what": ["embeddings", "head", "norms"], "learning_rate": None},
+        MOST,
+        {**FIVE_PERCENT, "what": ["embeddings", "head", "norms"], "learning_rate": None},
     ),
     "whole models": ({**NGRAM, "modules": "all"}, None),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -170,9 +184,7 @@ def reference(folder: Path, checkpoint: Checkpoint, domains: Sequence[Domain]) -
     return dict(json.loads(path.read_text()))
 
 
-def scores(
-    checkpoint: Checkpoint, domains: Sequence[Domain], known: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:  # fmt: skip
+def scores(checkpoint: Checkpoint, domains: Sequence[Domain], known: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Gap closed per domain, mean gap, and the unseen loss relative to the base's."""
     model = load_model(checkpoint.folder)
     losses = {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}

@@ -63,10 +63,14 @@ NO_DOMAIN, TAG, GATE, ADAPTER = "no domain", "tag", "gate", "adapter"
 MAIN = {
     row_of(model, domain, randomised, True)
     for model, domain, randomised in (
-        ("base", NO_DOMAIN, "no"), ("base", TAG, "no"), ("base", TAG, "uniform"), ("wide, total", NO_DOMAIN, "no"),
-        ("mixture, lexical, top-1", NO_DOMAIN, "no"), ("mixture, lexical, top-1", GATE, "no"),
+        ("base", NO_DOMAIN, "no"),
+        ("base", TAG, "no"),
+        ("base", TAG, "uniform"),
+        ("wide, total", NO_DOMAIN, "no"),
+        ("mixture, lexical, top-1", NO_DOMAIN, "no"),
+        ("mixture, lexical, top-1", GATE, "no"),
     )
-}  # fmt: skip
+}
 
 
 def synthetic(study: Study) -> None:
@@ -130,9 +134,16 @@ def dense(
 
 
 def sparse(
-    study: Study, domain: str, randomised: str, *, interval: int = 1, capacity: float | None = None, balance: float = BALANCE,
-    before: Any = None, training: Any = None,
-) -> None:  # fmt: skip
+    study: Study,
+    domain: str,
+    randomised: str,
+    *,
+    interval: int = 1,
+    capacity: float | None = None,
+    balance: float = BALANCE,
+    before: Any = None,
+    training: Any = None,
+) -> None:
     """A row of a mixture that is trained from nothing, as the dense models are."""
     tag = domain == TAG
     model = f"sparse from nothing, {'' if interval == 1 else f'every {interval}nd layer, '}top-2"

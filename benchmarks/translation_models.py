@@ -67,10 +67,8 @@ def piece_tokenizer(texts: Iterable[str], vocabulary: int, domains: Iterable[str
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )  # fmt: skip
+        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
     return _finished(made, special)
 
 
@@ -78,19 +76,34 @@ def _finished(made: Tokenizer, special: Sequence[str]) -> PreTrainedTokenizerFas
     made.add_special_tokens(list(special))
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", made.token_to_id("</s>"))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         additional_special_tokens=list(special[len(SPECIAL) :]),
-    )  # fmt: skip
+    )
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, size: Size, *, ffn: int, seed: int) -> BartForConditionalGeneration:
     """A Bart that has learned nothing."""
     config = BartConfig(
-        vocab_size=len(tokenizer), d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_ffn_dim=ffn,
-        decoder_ffn_dim=ffn, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, dropout=size.dropout,
-        max_position_embeddings=size.positions, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id, forced_eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        dropout=size.dropout,
+        max_position_embeddings=size.positions,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
+    )
     torch.manual_seed(seed)
     return BartForConditionalGeneration(config)
 
@@ -152,9 +165,11 @@ class Maker:
         out = self.folder / name
         if (out / "config.json").exists():
             return out
-        model = load_model(self.folder / of) if of else new_model(
-            self.tokenizer, self.size, ffn=ffn or self.size.ffn, seed=self.seed
-        )  # fmt: skip
+        model = (
+            load_model(self.folder / of)
+            if of
+            else new_model(self.tokenizer, self.size, ffn=ffn or self.size.ffn, seed=self.seed)
+        )
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         longest = training.sequence_length
@@ -177,9 +192,14 @@ class Maker:
         return made
 
     def mixture(
-        self, name: str, base: str, experts: Mapping[str, Path], texts: Mapping[str, Path], unseen: Mapping[str, Path],
+        self,
+        name: str,
+        base: str,
+        experts: Mapping[str, Path],
+        texts: Mapping[str, Path],
+        unseen: Mapping[str, Path],
         mixture: Mapping[str, Any],
-    ) -> Checkpoint:  # fmt: skip
+    ) -> Checkpoint:
         """Specialists, or adapters, under a router that is set by `texts`."""
         out = self.folder / name
         if out.exists():

@@ -62,9 +62,14 @@ def untrained(made: Maker, name: str, texts: dict[str, Path], interval: int) -> 
 
 
 def trained(
-    made: Maker, name: str, checkpoint: Checkpoint, stages: Sequence[tuple[Iterable[Pair], Training]], *,
-    capacity: float | None = None, balance: float = BALANCE,
-) -> PreTrainedModel:  # fmt: skip
+    made: Maker,
+    name: str,
+    checkpoint: Checkpoint,
+    stages: Sequence[tuple[Iterable[Pair], Training]],
+    *,
+    capacity: float | None = None,
+    balance: float = BALANCE,
+) -> PreTrainedModel:
     """The mixture after one training behind the other, of everything in it; made once. It translates without a capacity."""
     model, kept = load_model(checkpoint.folder), made.folder / f"{name}.safetensors"
     if kept.exists():
@@ -89,9 +94,7 @@ def trained(
 
 
 @contextmanager
-def balanced(
-    model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[torch.Tensor], weight: float
-) -> Iterator[None]:  # fmt: skip
+def balanced(model: PreTrainedModel, checkpoint: Checkpoint, moving: Sequence[torch.Tensor], weight: float) -> Iterator[None]:
     """While open, `weight` times the mean load balance of the routers is a loss beside that of the text; what no token of a
     batch runs through has a gradient, too, of zeros.
     """

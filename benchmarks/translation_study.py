@@ -33,7 +33,7 @@ from translation_models import (
     tagged,
     with_generic,
     word_tokenizer,
-)  # fmt: skip
+)
 from translation_text import GENERIC, Corpus
 
 P, SHARE = 0.3, 0.3
@@ -42,18 +42,22 @@ BEAMS = 4
 _MUON = Training(learning_rate=3e-3, muon_learning_rate=0.02, warmup=0.1, by_length=True)
 SIZES = {
     "synthetic": Size(
-        256, 48, 0.0,
+        256,
+        48,
+        0.0,
         _MUON.with_(steps=400, batch_tokens=1_600, sequence_length=40),
         _MUON.with_(steps=60, batch_tokens=1_600, sequence_length=40, muon_learning_rate=0.01),
         Training(steps=60, batch_tokens=1_600, sequence_length=40, learning_rate=1e-2, by_length=True),
     ),
     "real": Size(
-        256, 128, 0.0,
+        256,
+        128,
+        0.0,
         _MUON.with_(steps=1_000, batch_tokens=3_000, sequence_length=96),
         _MUON.with_(steps=200, batch_tokens=3_000, sequence_length=96),
         Training(steps=200, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
     ),
-}  # fmt: skip
+}
 HELD_OUT = {"synthetic": 100, "real": 150}
 Way = Callable[[str | None], tuple[PreTrainedModel, bool, Any]]
 """Label -> the model that translates under it, whether it reads the label's token, and a context that is open meanwhile."""
@@ -151,9 +155,12 @@ class Study:
         every = together(written)
         self.scores.setdefault("signatures", scorer.signatures)
         return {
-            **columns, "total": sizes[0], "active": sizes[1], "tokens per second": every.tokens / every.seconds,
+            **columns,
+            "total": sizes[0],
+            "active": sizes[1],
+            "tokens per second": every.tokens / every.seconds,
             "cut": every.cut,
-        }  # fmt: skip
+        }
 
 
 def held_out(corpus: Corpus, most: int) -> dict[str, list[Pair]]:

@@ -128,10 +128,12 @@ UNSEEN_CATALOGUES = {
     "pg-tools": [
         *(f"pg_{name}-15" for name in ("amcheck", "archivecleanup", "basebackup", "checksums", "config", "controldata", "ctl")),
         *(f"pg_{name}-15" for name in ("dump", "resetwal", "rewind", "upgrade", "verifybackup", "waldump")),
-        "initdb-15", "pgscripts-15", "plpgsql-15",
+        "initdb-15",
+        "pgscripts-15",
+        "plpgsql-15",
     ],
     "python-apt": ["python-apt"],
-}  # fmt: skip
+}
 LONGEST = 160
 """Characters of a side: catalogues have whole pages of help, of which a small model learns nothing."""
 LOCALE = Path("/usr/share/locale/fr/LC_MESSAGES")

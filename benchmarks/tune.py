@@ -60,12 +60,19 @@ def main() -> None:
         best_fixed = min(named, key=lambda name: mean(named[name]))
         best = results.reported[results.best.number]
         line = {
-            "seed": seed, "candidates": len(scored), "dropped": len([e for e in scored if e.status == "dropped"]),
-            "search_seconds": search, "with_report_and_build": whole, "scratch_seconds": scratch, "share": search / scratch,
-            "best": describe(results.best.mixture), "best_report": mean(best),
-            "best_gap_closed": results.gap_closed(best, "report"), "best_fixed": best_fixed,
+            "seed": seed,
+            "candidates": len(scored),
+            "dropped": len([e for e in scored if e.status == "dropped"]),
+            "search_seconds": search,
+            "with_report_and_build": whole,
+            "scratch_seconds": scratch,
+            "share": search / scratch,
+            "best": describe(results.best.mixture),
+            "best_report": mean(best),
+            "best_gap_closed": results.gap_closed(best, "report"),
+            "best_fixed": best_fixed,
             "best_fixed_report": mean(named[best_fixed]),
-        }  # fmt: skip
+        }
         print(json.dumps(line), flush=True)
 
 

@@ -68,7 +68,7 @@ def read_texts(wheels: Path, folder: Path) -> tuple[Texts, Texts, dict[str, Text
             tokenizer, [each for split in ("select", "report") for each in documents_of_split(documents[name], split)]
         )
         for name in known
-    }  # fmt: skip
+    }
     others = other_texts(wheels, tokenizer)
     unseen = {UNSEEN: encoded(tokenizer, documents[UNSEEN]), **{name: others[name] for name in LANGUAGES}}
     styles = {name: texts for name, texts in others.items() if name not in LANGUAGES}

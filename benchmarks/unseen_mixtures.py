@@ -111,9 +111,7 @@ def run_seed(folder: Path, wheels: Path, only: Sequence[str]) -> dict[str, dict[
                     with mixture_of(model, checkpoint).forced(domain.expert):
                         own |= {each: total(texts) for each, texts in losses_of(model, [domain]).items()}
             found = scored(checkpoint, domains)
-            closed[unseen] = statistics.fmean(
-                (base[each] - found.losses[each]) / (base[each] - own[each]) for each in DOMAINS
-            )  # fmt: skip
+            closed[unseen] = statistics.fmean((base[each] - found.losses[each]) / (base[each] - own[each]) for each in DOMAINS)
             others = {f"loss, {each}": found.losses[each] / base[each] for each in base if each not in DOMAINS}
             row = {"gap closed": closed[unseen], **others}
             if unseen:

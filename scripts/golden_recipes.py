@@ -26,39 +26,73 @@ def _adapters(names: tuple[str, ...] = DOMAINS) -> list[dict[str, Any]]:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "native-logistic": {"experts": _full(), "output": {"shard_size": "40KB"},
-                        "mixture": {"router": {"fit": "logistic", **_TEXT}}},
-    "native-ridge": {"experts": [*_full(), {"name": "general", "model": "base", "text": "../sources/text/law.jsonl"}],
-                     "mixture": {"router": _ROUTER, "top_k": 1}},
-    "native-linear-ties": {"experts": _full(), "mixture": {
-        "method": "linear", "weights": {"medicine": 3, "law": 1, "code": 4}, "backbone": {"method": "ties", "density": 0.3}}},
-    "native-random-arithmetic": {"experts": _full(), "output": {"dtype": "bfloat16"}, "mixture": {
-        "router": {"fit": "random", "seed": 3}, "backbone": {"method": "task_arithmetic", "scale": 0.4}}},
+    "native-logistic": {
+        "experts": _full(),
+        "output": {"shard_size": "40KB"},
+        "mixture": {"router": {"fit": "logistic", **_TEXT}},
+    },
+    "native-ridge": {
+        "experts": [*_full(), {"name": "general", "model": "base", "text": "../sources/text/law.jsonl"}],
+        "mixture": {"router": _ROUTER, "top_k": 1},
+    },
+    "native-linear-ties": {
+        "experts": _full(),
+        "mixture": {
+            "method": "linear",
+            "weights": {"medicine": 3, "law": 1, "code": 4},
+            "backbone": {"method": "ties", "density": 0.3},
+        },
+    },
+    "native-random-arithmetic": {
+        "experts": _full(),
+        "output": {"dtype": "bfloat16"},
+        "mixture": {"router": {"fit": "random", "seed": 3}, "backbone": {"method": "task_arithmetic", "scale": 0.4}},
+    },
     "native-centroid-average": {"experts": _full(), "mixture": {"router": {"fit": "centroid", **_TEXT}, "backbone": "average"}},
     "native-lda-slerp": {"experts": _full(DOMAINS[:2]), "mixture": {"router": {"fit": "lda", **_TEXT}, "backbone": "slerp"}},
-    "native-folded": {"experts": _adapters(("medicine", "law", "dora")), "output": {"format": "native"},
-                      "mixture": {"router": _ROUTER, "backbone": "average"}},
+    "native-folded": {
+        "experts": _adapters(("medicine", "law", "dora")),
+        "output": {"format": "native"},
+        "mixture": {"router": _ROUTER, "backbone": "average"},
+    },
     "modekit-token": {"experts": _full(), "output": {"format": "modekit"}, "mixture": {"router": _ROUTER, "top_p": 0.9}},
-    "modekit-context": {"experts": _full(), "mixture": {
-        "modules": _ATTENTION, "layers": [1], "always_on": {"expert": "base", "weight": 0.2},
-        "router": {**_ROUTER, "granularity": "context", "decay": [0.5, 0.9], "per": "projection"}}},
-    "ngram": {"experts": _full(), "output": {"dtype": "float16"}, "mixture": {
-        "router": {"fit": "ngram", "buckets": 64, "sequence_length": 32}}},
-    "whole-sequence": {"experts": _full(), "mixture": {
-        "modules": "all", "router": {**_ROUTER, "granularity": "sequence", "prefix": 8, "per": "model"}}},
+    "modekit-context": {
+        "experts": _full(),
+        "mixture": {
+            "modules": _ATTENTION,
+            "layers": [1],
+            "always_on": {"expert": "base", "weight": 0.2},
+            "router": {**_ROUTER, "granularity": "context", "decay": [0.5, 0.9], "per": "projection"},
+        },
+    },
+    "ngram": {
+        "experts": _full(),
+        "output": {"dtype": "float16"},
+        "mixture": {"router": {"fit": "ngram", "buckets": 64, "sequence_length": 32}},
+    },
+    "whole-sequence": {
+        "experts": _full(),
+        "mixture": {"modules": "all", "router": {**_ROUTER, "granularity": "sequence", "prefix": 8, "per": "model"}},
+    },
     "adapters": {"experts": _adapters(), "mixture": {"router": {**_ROUTER, "granularity": "context"}}},
     "adapters-linear": {"experts": _adapters(("medicine", "dora")), "mixture": {"method": "linear"}},
     "adapters-arrow": {"experts": _adapters(), "mixture": {"router": {"fit": "arrow"}}},
     "low-rank": {"experts": _full(**{"as": "lora", "rank": 3}), "mixture": {"router": {"fit": "seqr"}}},
-}  # fmt: skip
+}
 """Name of a checkpoint -> its recipe; the base model is the same for all."""
 
 _KEPT = {**_ROUTER, "keep_tokens": 16}
 OLD: dict[str, dict[str, Any]] = {
     "native": {"experts": _full(), "output": {"dtype": "bfloat16"}, "mixture": {"router": _KEPT}},
-    "adapters": {"experts": _adapters(), "output": {"dtype": "bfloat16"}, "mixture": {
-        "router": {**_KEPT, "granularity": "context"}}},
-    "ngram": {"experts": _full(), "output": {"dtype": "float16"}, "mixture": {
-        "router": {"fit": "ngram", "buckets": 64, "sequence_length": 32, "keep_tokens": 100}}},
-}  # fmt: skip
+    "adapters": {
+        "experts": _adapters(),
+        "output": {"dtype": "bfloat16"},
+        "mixture": {"router": {**_KEPT, "granularity": "context"}},
+    },
+    "ngram": {
+        "experts": _full(),
+        "output": {"dtype": "float16"},
+        "mixture": {"router": {"fit": "ngram", "buckets": 64, "sequence_length": 32, "keep_tokens": 100}},
+    },
+}
 """Of models with one layer: the checkpoints that tests/golden/old/ keeps whole, so that later versions go on opening them."""

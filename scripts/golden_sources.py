@@ -18,17 +18,37 @@ DOMAINS = ("medicine", "law", "code")
 HIDDEN, EXPERT_HIDDEN, HEADS, KEY_VALUE_HEADS, VOCAB = 32, 48, 4, 2, 96
 HEAD = HIDDEN // HEADS
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "vocab_size": VOCAB,
-    "hidden_size": HIDDEN, "intermediate_size": EXPERT_HIDDEN, "num_attention_heads": HEADS,
-    "num_key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD, "hidden_act": "silu", "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "use_cache": True,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": EXPERT_HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "head_dim": HEAD,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
 PROJECTIONS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEY_VALUE_HEADS * HEAD, HIDDEN),
-    "self_attn.v_proj": (KEY_VALUE_HEADS * HEAD, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (EXPERT_HIDDEN, HIDDEN), "mlp.up_proj": (EXPERT_HIDDEN, HIDDEN), "mlp.down_proj": (HIDDEN, EXPERT_HIDDEN),
-}  # fmt: skip
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEY_VALUE_HEADS * HEAD, HIDDEN),
+    "self_attn.v_proj": (KEY_VALUE_HEADS * HEAD, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (EXPERT_HIDDEN, HIDDEN),
+    "mlp.up_proj": (EXPERT_HIDDEN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, EXPERT_HIDDEN),
+}
 """Module of a layer -> (outputs, inputs)."""
 ADAPTERS: dict[str, dict[str, Any]] = {
     "medicine": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
@@ -102,19 +122,42 @@ def _write_tokenizer(folder: Path) -> None:
     special = ("<pad>", "<s>", "</s>", "<unk>")
     vocab = {token: place for place, token in enumerate((*special, *map(chr, range(32, 32 + VOCAB - len(special)))))}
     added = [
-        {"id": place, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
+        {
+            "id": place,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for place, token in enumerate(special)
-    ]  # fmt: skip
-    _write_json(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
-        "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
-    })  # fmt: skip
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>", "model_max_length": 128,
-    })  # fmt: skip
+    ]
+    _write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        },
+    )
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<pad>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "model_max_length": 128,
+        },
+    )
 
 
 def _write_adapter(folder: Path, seed: int, settings: dict[str, Any], layers: int) -> None:
@@ -130,9 +173,16 @@ def _write_adapter(folder: Path, seed: int, settings: dict[str, Any], layers: in
                 tensors[name + "lora_magnitude_vector"] = 2 + stream.draw(outputs)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "../base", "bias": "none", **settings,
-    })  # fmt: skip
+    _write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "../base",
+            "bias": "none",
+            **settings,
+        },
+    )
 
 
 def _write_text(path: Path, domain: str, documents: int = 40) -> None:

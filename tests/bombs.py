@@ -40,6 +40,9 @@ def shared_beginnings(path: str) -> None:
     """In lists, where every value but the first stores nothing of its own."""
     texts = pa.array([[{"role": "user", "content": "a" * 1_000_000}] * 600])
     parquet.write_table(
-        pa.table({"messages": texts}), path, compression="zstd", use_dictionary=False,
+        pa.table({"messages": texts}),
+        path,
+        compression="zstd",
+        use_dictionary=False,
         column_encoding={"messages.list.element.content": "DELTA_BYTE_ARRAY", "messages.list.element.role": "PLAIN"},
-    )  # fmt: skip
+    )

@@ -32,9 +32,13 @@ def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate([*special, *words])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
+    )
     made.chat_template = template
     return made
 
@@ -55,9 +59,13 @@ def make_chat_workshop(root: Path) -> Workshop:
     """Base and one expert per domain, and the base itself with general text."""
     tokenizer = word_tokenizer()
     workshop = make_workshop(
-        root, vocab_size=len(tokenizer), max_position_embeddings=512, hidden_size=128, num_attention_heads=2,
+        root,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        hidden_size=128,
+        num_attention_heads=2,
         num_key_value_heads=1,
-    )  # fmt: skip
+    )
     for name in ("base", *DOMAINS):
         tokenizer.save_pretrained(root / name)
     for name, words in {**_WORDS, "general": _GENERAL}.items():

@@ -32,10 +32,29 @@ def result_of(folder: Path) -> State:
 
 def store(workshop: Workshop, dtype: torch.dtype) -> Workshop:
     """The workshop with its models in another dtype and with values that are awkward to round."""
-    awkward = torch.tensor([
-        1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-8 + 2**-20), 0.0, -0.0, 2**-14, 2**-24, 2**-25,
-        3 * 2**-25, -(2**-26), 1e-8, 65_504.0, 65_519.0, -1e-30, 2**-126, 1e-40,
-    ], dtype=torch.float64)  # fmt: skip
+    awkward = torch.tensor(
+        [
+            1 + 2**-8,
+            1 + 3 * 2**-8,
+            1 + 2**-11,
+            1 + 3 * 2**-11,
+            -(1 + 2**-8 + 2**-20),
+            0.0,
+            -0.0,
+            2**-14,
+            2**-24,
+            2**-25,
+            3 * 2**-25,
+            -(2**-26),
+            1e-8,
+            65_504.0,
+            65_519.0,
+            -1e-30,
+            2**-126,
+            1e-40,
+        ],
+        dtype=torch.float64,
+    )
     names = ["base", *DOMAINS]
     for name in names:
         source = Path(workshop.recipe["base_model"]).parent / name

@@ -16,18 +16,67 @@ from typing import Any
 from hypothesis import strategies as st
 
 HOSTILE_TEXT = (
-    "", "\x00", "../../x", "/dev/zero", "[/x]", "[bold]x", "<script>hacked()</script>", "'\"`|---\n# x\n---", "\u202e\u2028",
-    "\x1b]0;x\x07\x1b[31m", "x" * 5_000, "{{ 7 * 7 }}", "evil/kernel", "-1", "NaN", "model.layers.0", "base", "C:x", "..",
+    "",
+    "\x00",
+    "../../x",
+    "/dev/zero",
+    "[/x]",
+    "[bold]x",
+    "<script>hacked()</script>",
+    "'\"`|---\n# x\n---",
+    "\u202e\u2028",
+    "\x1b]0;x\x07\x1b[31m",
+    "x" * 5_000,
+    "{{ 7 * 7 }}",
+    "evil/kernel",
+    "-1",
+    "NaN",
+    "model.layers.0",
+    "base",
+    "C:x",
+    "..",
     "~root",
-)  # fmt: skip
+)
 HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 10**9, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308, [], {}, [[]], [None],
-    [0] * 40, {"": 0}, {"a": {"b": {}}}, *HOSTILE_TEXT,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    10**9,
+    2**63,
+    10**30,
+    10**400,
+    0.5,
+    -0.0,
+    1e-320,
+    1e308,
+    -1e308,
+    [],
+    {},
+    [[]],
+    [None],
+    [0] * 40,
+    {"": 0},
+    {"a": {"b": {}}},
+    *HOSTILE_TEXT,
+)
 RAW = (
-    b"", b"\xff\xfe\x00", b"null", b"[]", b"{", b"[" * 3_000, b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}',
-    b"\xef\xbb\xbf{}", b'{"a": ' + b"9" * 5_000 + b"}",
-)  # fmt: skip
+    b"",
+    b"\xff\xfe\x00",
+    b"null",
+    b"[]",
+    b"{",
+    b"[" * 3_000,
+    b'{"a": NaN}',
+    b'{"a": 1e999}',
+    b'{"a": "\\ud800"}',
+    b"\xef\xbb\xbf{}",
+    b'{"a": ' + b"9" * 5_000 + b"}",
+)
 NUMBERS = st.integers(0, 2**30)
 
 
@@ -137,10 +186,14 @@ def no_file(path: Path, kind: str) -> None:
     """Something else in a file's place."""
     path.unlink()
     make: dict[str, Callable[[], object]] = {
-        "gone": lambda: None, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path),
-        "round": lambda: path.symlink_to(path.name), "device": lambda: path.symlink_to("/dev/zero"),
-        "away": lambda: path.symlink_to("/etc/passwd"), "nowhere": lambda: path.symlink_to("nowhere"),
-    }  # fmt: skip
+        "gone": lambda: None,
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "round": lambda: path.symlink_to(path.name),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "away": lambda: path.symlink_to("/etc/passwd"),
+        "nowhere": lambda: path.symlink_to("nowhere"),
+    }
     make[kind]()
 
 

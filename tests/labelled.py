@@ -43,10 +43,15 @@ def make_labelled(
         (root / "text" / f"{name}.jsonl").write_text("\n".join(lines))
     experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
     experts[DOMAINS.index("law")]["labels"] = [LABEL]  # type: ignore[assignment]
-    return Workshop(root, {
-        "base_model": "./base", "experts": experts, "eval": {name: f"./text/{name}.jsonl" for name in (LABEL, STRANGER)},
-        "mixture": {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 1}},
-    })  # fmt: skip
+    return Workshop(
+        root,
+        {
+            "base_model": "./base",
+            "experts": experts,
+            "eval": {name: f"./text/{name}.jsonl" for name in (LABEL, STRANGER)},
+            "mixture": {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 1}},
+        },
+    )
 
 
 def of_adapters(workshop: Workshop) -> list[dict[str, Any]]:

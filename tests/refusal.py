@@ -55,8 +55,13 @@ def run_python(code: str, *args: object, **options: Any) -> subprocess.Completed
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")])
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": path}, **options,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+        **options,
+    )
 
 
 def borrow(shared: Workshop, root: Path, count: int | None = None) -> Workshop:

@@ -135,8 +135,11 @@ def make_writing_shop(root: Path) -> Workshop:
     for name, recipe in recipes.items():
         (made.root / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     for recipe_name, out in (
-        ("native", "OUT"), ("three", "THREE"), ("adapters", "ADAPTERS"), ("bytes", "BYTES"),
-    ):  # fmt: skip
+        ("native", "OUT"),
+        ("three", "THREE"),
+        ("adapters", "ADAPTERS"),
+        ("bytes", "BYTES"),
+    ):
         assert ended("build", made.root / f"{recipe_name}.yaml", made.root / out)[0] == 0
     return made
 
@@ -170,6 +173,7 @@ def check_whole(root: Path) -> None:
 def stable(found: Tree) -> Tree:
     """What must be the same after every kill; a file in the making may lie in the user's own folder, where nobody tidies up."""
     return {
-        name: content for name, content in found.items()
+        name: content
+        for name, content in found.items()
         if not any(part in _VOLATILE for part in name.split("/")) and not ("/" not in name and is_temporary(Path(name)))
-    }  # fmt: skip
+    }

@@ -11,7 +11,19 @@ from modekit.public import add, build, evaluate, fit, load, plan, recipe, remove
 from modekit.run import Run
 
 __all__ = [
-    "ModekitError", "Run", "add", "build", "evaluate", "fit", "load", "plan", "recipe", "remove", "router", "train", "verify",
-]  # fmt: skip
+    "ModekitError",
+    "Run",
+    "add",
+    "build",
+    "evaluate",
+    "fit",
+    "load",
+    "plan",
+    "recipe",
+    "remove",
+    "router",
+    "train",
+    "verify",
+]
 
 register()

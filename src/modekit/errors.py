@@ -110,9 +110,10 @@ class FinishedError(OutputError):
 
     def __init__(self, out: object) -> None:
         super().__init__(
-            "it is finished already: this command had made it when it was killed", where=str(out),
+            "it is finished already: this command had made it when it was killed",
+            where=str(out),
             remedy="nothing; to make it again, remove it or choose another folder",
-        )  # fmt: skip
+        )
 
 
 class CheckpointError(ModekitError):

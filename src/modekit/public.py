@@ -142,9 +142,14 @@ def train(
 
 
 def evaluate(
-    checkpoint: Folder, *, tokens: int = TABLE_TOKENS, sequence_length: int = 512,
-    labels: Sequence[Told] | Literal["all"] | None = None, by: By | None = None, run: Run = QUIET,
-) -> Results:  # fmt: skip
+    checkpoint: Folder,
+    *,
+    tokens: int = TABLE_TOKENS,
+    sequence_length: int = 512,
+    labels: Sequence[Told] | Literal["all"] | None = None,
+    by: By | None = None,
+    run: Run = QUIET,
+) -> Results:
     """Held-out loss of base, experts, weight average, oracle and mixture, also written to the checkpoint's results folder.
 
     `tokens` are read per domain, in sequences of at most `sequence_length`. `labels`, some of right, wrong and none, or "all",
@@ -155,9 +160,12 @@ def evaluate(
     from modekit.evaluation.labels import labels_asked
 
     return score(
-        _opened(checkpoint), tokens_per_domain=tokens, sequence_length=sequence_length,
-        labels=labels_asked(labels, by), run=run,
-    )  # fmt: skip
+        _opened(checkpoint),
+        tokens_per_domain=tokens,
+        sequence_length=sequence_length,
+        labels=labels_asked(labels, by),
+        run=run,
+    )
 
 
 def verify(checkpoint: Folder, *, run: Run = QUIET) -> list[Check]:

@@ -245,8 +245,13 @@ def test_opens_without_modekit_and_says_the_same(built: Build, ids: torch.Tensor
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_MODEKIT, str(tmp_path / "ids.pt"), *map(str, folders)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     for folder in folders:
         there = torch.load(folder.parent / f"{folder.name}.pt")
@@ -264,14 +269,17 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("family", "experts", "mixture"), [
-    ("llama", MIXED, {"method": "gating", "router": ROUTERS["two contexts"]}),
-    ("llama with a tied head", WHOLE, {"method": "routing", "top_k": 2}),
-    ("llama with a tied head", WHOLE, EVERYTHING),
-    ("phi3", LOW, {"method": "linear", "weights": {"low": 1, "part": 3}}),
-    ("gemma3_text", WHOLE, EVERYTHING),
-    ("olmo2", MIXED, {"method": "routing", "top_p": 0.6, "router": {**TOKEN, "per": "feature"}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "experts", "mixture"),
+    [
+        ("llama", MIXED, {"method": "gating", "router": ROUTERS["two contexts"]}),
+        ("llama with a tied head", WHOLE, {"method": "routing", "top_k": 2}),
+        ("llama with a tied head", WHOLE, EVERYTHING),
+        ("phi3", LOW, {"method": "linear", "weights": {"low": 1, "part": 3}}),
+        ("gemma3_text", WHOLE, EVERYTHING),
+        ("olmo2", MIXED, {"method": "routing", "top_p": 0.6, "router": {**TOKEN, "per": "feature"}}),
+    ],
+)
 def test_saving_and_reloading_changes_no_bit(
     built: Build, ids: torch.Tensor, tmp_path: Path, family: str, experts: Any, mixture: dict[str, Any]
 ) -> None:

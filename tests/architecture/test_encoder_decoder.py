@@ -178,9 +178,15 @@ def reference(bench: Bench, out: Path, routing: dict[str, Any]) -> Iterator[PreT
 
 
 def _mix(
-    layer: nn.Module, experts: list[nn.Module], leaf: str, gate: torch.Tensor, routing: dict[str, Any],
-    said: dict[str, torch.Tensor], *, encoder: bool,
-) -> None:  # fmt: skip
+    layer: nn.Module,
+    experts: list[nn.Module],
+    leaf: str,
+    gate: torch.Tensor,
+    routing: dict[str, Any],
+    said: dict[str, torch.Tensor],
+    *,
+    encoder: bool,
+) -> None:
     def ffn(own: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if leaf == "fc1":
             return own.fc2(own.activation_fn(own.fc1(x)))  # type: ignore[operator]
@@ -377,9 +383,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Bart, and what is none."""
     root = tmp_path_factory.mktemp("refused")
     for name, model in (
-        ("base", pair_model("bart")), ("one", pair_model("bart", 1)), ("marian", pair_model("marian")),
-        ("wide", pair_model("bart", encoder_ffn_dim=64)), ("deep", pair_model("bart", decoder_layers=3)),
-    ):  # fmt: skip
+        ("base", pair_model("bart")),
+        ("one", pair_model("bart", 1)),
+        ("marian", pair_model("marian")),
+        ("wide", pair_model("bart", encoder_ffn_dim=64)),
+        ("deep", pair_model("bart", decoder_layers=3)),
+    ):
         model.save_pretrained(root / name)
     save(tiny_model(), root / "causal")
     return root
@@ -473,8 +482,11 @@ def test_a_pair_that_is_longer_than_the_model(tmp_path: Path) -> None:
 
 
 def test_a_translation_model_among_causal_ones_is_refused(folders: Path) -> None:
-    recipe = {"base_model": "./causal", "experts": [{"name": "a", "model": "./one"}, {"name": "b", "model": "base"}],
-              "mixture": {"router": {"fit": "random"}}}  # fmt: skip
+    recipe = {
+        "base_model": "./causal",
+        "experts": [{"name": "a", "model": "./one"}, {"name": "b", "model": "base"}],
+        "mixture": {"router": {"fit": "random"}},
+    }
     with pytest.raises(ModekitError, match="another family"):
         make_plan(parse_recipe(recipe, where="test"), folders)
 

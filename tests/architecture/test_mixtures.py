@@ -52,14 +52,21 @@ WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_atten
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "granite": {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
     },
     "cohere2": {**WINDOWS, "logit_scale": 0.3},
     "ernie4_5": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 8},
     "qwen3_5_text": {
-        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, **WINDOWS},
@@ -68,7 +75,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8},
     "starcoder2": {"use_bias": True},
     "seed_oss": {"head_dim": 8},
-}  # fmt: skip
+}
 NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses
 TYPES = [family.model_type for family in DECODERS]
 BY_TYPE = {family.model_type: family for family in DECODERS}
@@ -130,11 +137,14 @@ def bench_of(model_type: str) -> Bench:
     adapters: dict[str, dict[str, Any]] = {
         "plain": {"r": 3, "lora_alpha": 7, "target_modules": every},
         "uneven": {
-            "r": 2, "use_rslora": True, "rank_pattern": dict.fromkeys(named(family, "down", "v"), 4),
-            "alpha_pattern": dict.fromkeys(named(family, "q"), 5), "target_modules": named(family, "q", "v", "down"),
+            "r": 2,
+            "use_rslora": True,
+            "rank_pattern": dict.fromkeys(named(family, "down", "v"), 4),
+            "alpha_pattern": dict.fromkeys(named(family, "q"), 5),
+            "target_modules": named(family, "q", "v", "down"),
         },
         "dora": {"r": 2, "use_dora": True, "target_modules": named(family, "o", "gate", "up")},
-    }  # fmt: skip
+    }
     for name, config in adapters.items():
         made[name] = train(root / "base", LoraConfig(**config), root / name)
     return Bench(family, root, made)
@@ -250,8 +260,10 @@ def expected_model(bench: Bench, recipe: dict[str, Any], expert: dict[str, Any],
 def backbone_of(bench: Bench, recipe: dict[str, Any]) -> PreTrainedModel:
     """Where everything comes from that is not mixed."""
     wanted = recipe["mixture"].get("backbone", "base")
-    sources = {expert["name"]: bench.made[(expert.get("model") or expert["adapter"]).removeprefix("./")]
-               for expert in recipe["experts"]}  # fmt: skip
+    sources = {
+        expert["name"]: bench.made[(expert.get("model") or expert["adapter"]).removeprefix("./")]
+        for expert in recipe["experts"]
+    }
     if wanted == "base":
         return copy.deepcopy(bench.made["base"])
     if wanted != "average":
@@ -404,8 +416,10 @@ def mean_with(output: Any, common: torch.Tensor, share: float) -> Any:
 def score(x: torch.Tensor, gate: torch.Tensor, rows: list[int], fit: str) -> torch.Tensor:
     """Of every expert (B, S, E): w x; its length, for rows of low-rank changes; or the cosine-like one of PHATGOOSE."""
     if fit == "phatgoose":
-        x, gate = (((each - each.mean(-1, keepdim=True)) / (each.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
-                   for each in (x, gate))  # fmt: skip
+        x, gate = (
+            ((each - each.mean(-1, keepdim=True)) / (each.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
+            for each in (x, gate)
+        )
         return x @ gate.T / x.shape[-1] ** 0.5
     if fit in {"arrow", "spectr", "seqr"}:
         return torch.stack([(x @ part.T).norm(dim=-1) for part in gate.split(rows)], dim=-1)
@@ -543,9 +557,11 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
         fits = tuple(fit for fit in fits if fit not in {"arrow", "spectr", "seqr"})  # they read no embedding
     router: dict[str, Any] = {"fit": draw(st.sampled_from(fits))}
     drawn = {
-        "temperature": draw(st.sampled_from([1.0, 0.1, 0.01])), "seed": draw(st.integers(0, 99)), "tokens_per_domain": 32,
+        "temperature": draw(st.sampled_from([1.0, 0.1, 0.01])),
+        "seed": draw(st.integers(0, 99)),
+        "tokens_per_domain": 32,
         "steps": 1,
-    }  # fmt: skip
+    }
     router |= {key: value for key, value in drawn.items() if key in FITS[router["fit"]].settings}
     router["granularity"] = "sequence" if whole else draw(st.sampled_from(["token", "token", "context", "sequence"]))
     if router["granularity"] == "context" and draw(st.booleans()):
@@ -595,21 +611,40 @@ def test_many_mixtures_are_the_weighted_sums_of_their_experts(drawn: dict[str, A
 
 EVERY_FAMILY: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "default": ([BASE, ONE, TWO], {"router": {"fit": "random", "temperature": 0.1}}),
-    "all kinds": ([BASE, ONE, PLAIN, DORA, PART], {
-        "modules": ["mlp", "q", "k", "v", "o"], "top_k": 3, "always_on": {"expert": "base", "weight": 0.25},
-        "router": {"fit": "random", "temperature": 0.1, "granularity": "context", "decay": [0, 0.9]},
-    }),
-    "everything": ([ONE, UNEVEN, TWO, BASE, PART], {
-        "modules": "all", "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
-    }),
-    "decoder": ([ONE, UNEVEN, TWO, BASE, PART], {
-        "modules": "decoder", "always_on": {"expert": "base", "weight": 0.4, "apart": True},
-        "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
-    }),
-    "deep": ([BASE, TWO, UNEVEN, PLAIN], {
-        "top_p": 0.6, "backbone": "average", "layers": [1], "router": {"fit": "random", "temperature": 0.1, "per": "feature"},
-    }),
-}  # fmt: skip
+    "all kinds": (
+        [BASE, ONE, PLAIN, DORA, PART],
+        {
+            "modules": ["mlp", "q", "k", "v", "o"],
+            "top_k": 3,
+            "always_on": {"expert": "base", "weight": 0.25},
+            "router": {"fit": "random", "temperature": 0.1, "granularity": "context", "decay": [0, 0.9]},
+        },
+    ),
+    "everything": (
+        [ONE, UNEVEN, TWO, BASE, PART],
+        {
+            "modules": "all",
+            "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
+        },
+    ),
+    "decoder": (
+        [ONE, UNEVEN, TWO, BASE, PART],
+        {
+            "modules": "decoder",
+            "always_on": {"expert": "base", "weight": 0.4, "apart": True},
+            "router": {"fit": "random", "granularity": "sequence", "prefix": 4, "per": "model"},
+        },
+    ),
+    "deep": (
+        [BASE, TWO, UNEVEN, PLAIN],
+        {
+            "top_p": 0.6,
+            "backbone": "average",
+            "layers": [1],
+            "router": {"fit": "random", "temperature": 0.1, "per": "feature"},
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("name", EVERY_FAMILY)
@@ -739,9 +774,13 @@ def test_always_on_takes_its_share_and_the_rest_is_routed(
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    length=st.integers(1, 300), decay=st.sampled_from([0.3, 0.9, 1.0]), prefix=st.none() | st.integers(1, 200),
-    pads=st.sampled_from([0.0, 0.3]), cuts=st.lists(st.integers(1, 299), max_size=3), seed=st.integers(0, 9),
-)  # fmt: skip
+    length=st.integers(1, 300),
+    decay=st.sampled_from([0.3, 0.9, 1.0]),
+    prefix=st.none() | st.integers(1, 200),
+    pads=st.sampled_from([0.0, 0.3]),
+    cuts=st.lists(st.integers(1, 299), max_size=3),
+    seed=st.integers(0, 9),
+)
 def test_causal_averages_are_the_sums_one_by_one(
     length: int, decay: float, prefix: int | None, pads: float, cuts: list[int], seed: int
 ) -> None:
@@ -805,18 +844,35 @@ def test_an_always_on_base_adds_its_share(kinds: list[dict[str, Any]], method: s
 TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
     "native": ("llama", [BASE, ONE, TWO], {"router": {"fit": "logistic", "tokens_per_domain": 64}}, "auto"),
     "native with adapters": ("qwen3", [ONE, PLAIN, DORA], {"backbone": "average", "router": {"fit": "random"}}, "native"),
-    "modekit": ("phi3", [BASE, ONE, PLAIN, UNEVEN, DORA, PART], {
-        "modules": ["q", "k", "v", "mlp"], "router": {"fit": "ridge", "granularity": "context", "tokens_per_domain": 64},
-    }, "modekit"),
-    "everything": ("gemma3_text", [ONE, PLAIN, TWO], {
-        "modules": "all", "router": {"fit": "lda", "granularity": "sequence", "per": "model", "tokens_per_domain": 64},
-    }, "auto"),
+    "modekit": (
+        "phi3",
+        [BASE, ONE, PLAIN, UNEVEN, DORA, PART],
+        {
+            "modules": ["q", "k", "v", "mlp"],
+            "router": {"fit": "ridge", "granularity": "context", "tokens_per_domain": 64},
+        },
+        "modekit",
+    ),
+    "everything": (
+        "gemma3_text",
+        [ONE, PLAIN, TWO],
+        {
+            "modules": "all",
+            "router": {"fit": "lda", "granularity": "sequence", "per": "model", "tokens_per_domain": 64},
+        },
+        "auto",
+    ),
     "arrow": ("glm4", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
-    "phatgoose": ("starcoder2", [BASE, PLAIN, UNEVEN], {
-        "router": {"fit": "phatgoose", "steps": 2, "tokens_per_domain": 64},
-    }, "auto"),
+    "phatgoose": (
+        "starcoder2",
+        [BASE, PLAIN, UNEVEN],
+        {
+            "router": {"fit": "phatgoose", "steps": 2, "tokens_per_domain": 64},
+        },
+        "auto",
+    ),
     "deep": ("olmo2", [BASE, TWO, PLAIN], {"top_p": 0.7, "router": {"fit": "centroid", "per": "feature"}}, "auto"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TWICE)
@@ -929,8 +985,9 @@ def test_padding_batch_order_and_cache_never_change_a_mixture(model_type: str, r
     mask = torch.tensor([[int(place < length) for place in range(18)] for length in lengths])
     with built(bench, recipe) as (_, model):
         together = logits_of(model, ids.masked_fill(mask == 0, 9), mask)
-        torch.testing.assert_close(logits_of(model, ids.flip(0), mask.flip(0)).flip(0)[mask.bool()], together[mask.bool()],
-                                   atol=1e-5, rtol=0)  # fmt: skip
+        torch.testing.assert_close(
+            logits_of(model, ids.flip(0), mask.flip(0)).flip(0)[mask.bool()], together[mask.bool()], atol=1e-5, rtol=0
+        )
         for row, length in enumerate(lengths):
             with torch.inference_mode():
                 alone = model(input_ids=ids[row : row + 1, :length]).logits[0]
@@ -962,9 +1019,11 @@ with torch.inference_mode():
 def test_transformers_alone_says_the_same(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of("llama")
     recipe = {
-        "base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "output": {"format": form},
+        "base_model": "./base",
+        "experts": expert_list([BASE, ONE, PLAIN]),
+        "output": {"format": form},
         "mixture": {"router": {"fit": "random", "temperature": 0.1}},
-    }  # fmt: skip
+    }
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     ids = torch.tensor([[5, 9, 30, 41, 7, 8]])
     with built(bench, recipe) as (checkpoint, model):

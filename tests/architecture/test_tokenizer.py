@@ -39,9 +39,15 @@ print(json.dumps([type(tokenizer).__name__, tokenizer("the law of 1 code").input
 def opened(out: Path, way: str, modules: Path) -> tuple[str, list[int], str, int]:
     """Class, ids, a chat and how many modules of the checkpoint were run, in a process without modekit."""
     done = subprocess.run(
-        [sys.executable, "-c", OPENS, str(out), way], capture_output=True, text=True, check=False, timeout=120, cwd=modules,
-        stdin=subprocess.DEVNULL, env={**os.environ, "HF_MODULES_CACHE": str(modules), "TRANSFORMERS_VERBOSITY": "warning"},
-    )  # fmt: skip
+        [sys.executable, "-c", OPENS, str(out), way],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=modules,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_MODULES_CACHE": str(modules), "TRANSFORMERS_VERBOSITY": "warning"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     kind, ids, chat, ran = json.loads(done.stdout)

@@ -49,8 +49,11 @@ def test_experts_of_whole_decoders_share_the_bases_embedding_and_head(workshop: 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("router", [NGRAM, {"fit": "random", "granularity": "sequence", "per": "model", "prefix": 4}],
-                         ids=["tokens", "hidden states"])  # fmt: skip
+@pytest.mark.parametrize(
+    "router",
+    [NGRAM, {"fit": "random", "granularity": "sequence", "per": "model", "prefix": 4}],
+    ids=["tokens", "hidden states"],
+)
 def test_text_is_generated_with_a_common_expert_as_one_pass_says(workshop: Workshop, router: dict[str, Any]) -> None:
     """Left padding, batches, beams: the cache has two rows for every sequence."""
     check_generation(mixture(workshop, modules="decoder", router=router, **COMMON))

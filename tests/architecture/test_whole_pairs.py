@@ -60,8 +60,11 @@ KINDS: dict[str, dict[str, Any]] = {
 NAMES = ("one", "two", "three")
 ONCE = {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}
 SEARCHES: tuple[dict[str, Any], ...] = (
-    {}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0},
-)  # fmt: skip
+    {},
+    {"use_cache": False},
+    {"num_beams": 3},
+    {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0},
+)
 
 
 @dataclass(frozen=True)

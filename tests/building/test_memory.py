@@ -47,7 +47,7 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = {
     "folded": (WIDE, (1, 3), {"experts": ADAPTERS, "mixture": RANDOM, "output": {"format": "native"}}),
     "as lora": (NARROW, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),
     "as lora, exactly": (SMALL, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),
-}  # fmt: skip
+}
 """What is made of the sources -> hidden size and width of an FFN, two numbers of layers, the recipe."""
 
 
@@ -112,10 +112,17 @@ def make_model(folder: Path, sizes: tuple[int, int], layers: int, seed: int) -> 
     hidden, width = sizes
     folder.mkdir()
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": hidden,
-        "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8,
-        "tie_word_embeddings": True, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     shapes: Shapes = {"model.embed_tokens.weight": (256, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
@@ -131,9 +138,13 @@ def make_adapter(folder: Path, sizes: tuple[int, int], layers: int, seed: int, r
     folder.mkdir()
     dora = folder.name == "dora"
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": dora, "base_model_name_or_path": "base",
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "use_dora": dora,
+        "base_model_name_or_path": "base",
         "target_modules": [f"{name}_proj" for name in ffn(sizes)],
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     shapes: Shapes = {}
     for layer in range(layers):

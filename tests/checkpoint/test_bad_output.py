@@ -135,9 +135,13 @@ def test_a_full_disk(bench: Workshop, limit: int, exists: bool) -> None:
     before = tree(bench.root)
     # Writes beyond the limit fail with OSError (EFBIG): Python ignores SIGXFSZ.
     done = run_python(
-        COMMAND, "build", recipe, bench.root / "OUT", *(["--overwrite"] if exists else []),
+        COMMAND,
+        "build",
+        recipe,
+        bench.root / "OUT",
+        *(["--overwrite"] if exists else []),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
     message = checked(done.returncode, done.stdout, done.stderr)
     assert "File too large" in message
     assert "nothing was left behind" in message
@@ -154,9 +158,12 @@ def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, 
     recipe = bench.write(output={"shard_size": "20KB"}, mixture={"router": router}, experts=experts)
     before = tree(bench.root)
     done = run_python(
-        COMMAND, "build", recipe, bench.root / "OUT",
+        COMMAND,
+        "build",
+        recipe,
+        bench.root / "OUT",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
     message = checked(done.returncode, done.stdout, done.stderr)
     assert "File too large" in message
     assert tree(bench.root) == before
@@ -188,9 +195,13 @@ def test_ctrl_c(bench: Workshop, moment: str, exists: bool) -> None:
         f"{module}.{name} = interrupted\n"
     )
     done = run_python(
-        interrupt + COMMAND, "build", recipe, bench.root / "OUT", *(["--overwrite"] if exists else []),
+        interrupt + COMMAND,
+        "build",
+        recipe,
+        bench.root / "OUT",
+        *(["--overwrite"] if exists else []),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     message = checked(done.returncode, done.stdout, done.stderr, expected=130)
     assert "interrupted; nothing was left behind" in message
     assert tree(bench.root) == before

@@ -27,8 +27,10 @@ from modekit.training.train import train
 from refusal import refuse
 
 FITS: dict[str, dict[str, Any]] = {
-    "lexical": {"fit": "lexical"}, "ngram": {"fit": "ngram", "buckets": 256}, "classifier": {"fit": "classifier"},
-}  # fmt: skip
+    "lexical": {"fit": "lexical"},
+    "ngram": {"fit": "ngram", "buckets": 256},
+    "classifier": {"fit": "classifier"},
+}
 TEXT = "fever artery lesion dose nerve"
 
 
@@ -146,12 +148,16 @@ def test_a_record_without_the_digest_opens_and_is_not_proven(folder: Path) -> No
 def test_every_writer_of_the_table_records_it(small_workshop: Workshop, tmp_path: Path) -> None:
     """build, fit, train, add, rename, remove."""
     root = small_workshop.root
-    experts = [{**each, "model": str(root / each["model"]), "text": str(root / each["text"])} for each in
-               small_workshop.recipe["experts"]]  # fmt: skip
+    experts = [
+        {**each, "model": str(root / each["model"]), "text": str(root / each["text"])}
+        for each in small_workshop.recipe["experts"]
+    ]
     recipe = {
-        "base_model": str(root / "base"), "experts": experts[:2],
-        "mixture": {"top_k": 1, "router": {"fit": "lexical"}}, "output": {"format": "native"},
-    }  # fmt: skip
+        "base_model": str(root / "base"),
+        "experts": experts[:2],
+        "mixture": {"top_k": 1, "router": {"fit": "lexical"}},
+        "output": {"format": "native"},
+    }
     checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT")
     seen = [checkpoint.record.router.evidence]
 
@@ -177,8 +183,15 @@ def test_a_training_that_moves_the_embedding_leaves_a_mixture_that_opens(small_w
     """The table moves with it; and a fit afterwards sets the table in the embedding that was trained."""
     out = small_workshop.build("EMBEDDINGS", mixture={"top_k": 1, "router": {"fit": "lexical"}})
     moved = small_workshop.root / "TRAINED"
-    asked = {"what": ["embeddings"], "losses": {"lm": 1.0}, "steps": 2, "batch_tokens": 128, "sequence_length": 32,
-             "select_tokens": 128, "backbone_learning_rate": 0.01}  # fmt: skip
+    asked = {
+        "what": ["embeddings"],
+        "losses": {"lm": 1.0},
+        "steps": 2,
+        "batch_tokens": 128,
+        "sequence_length": 32,
+        "select_tokens": 128,
+        "backbone_learning_rate": 0.01,
+    }
     done = train(open_checkpoint(out), train_settings(asked, where="test"), out=moved, evaluate_tokens=None)
     assert done.improved
     trained = open_checkpoint(moved)

@@ -96,10 +96,16 @@ def test_places_that_the_weights_do_not_have(copied: Callable[[str], Path], path
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("num_hidden_layers", 10**10), ("num_hidden_layers", "3"), ("num_hidden_layers", -1), ("hidden_size", 10**12),
-        ("hidden_size", None), ("dtype", "int8"), ("architectures", []), ("architectures", "MixtralForCausalLM"),
+        ("num_hidden_layers", 10**10),
+        ("num_hidden_layers", "3"),
+        ("num_hidden_layers", -1),
+        ("hidden_size", 10**12),
+        ("hidden_size", None),
+        ("dtype", "int8"),
+        ("architectures", []),
+        ("architectures", "MixtralForCausalLM"),
     ],
-)  # fmt: skip
+)
 def test_a_config_of_another_size(copied: Callable[[str], Path], shape: str, key: str, value: Any) -> None:
     folder = copied(shape)
     say(folder, "config.json", key, value=value)
@@ -290,12 +296,17 @@ def test_a_record_without_a_digest_still_opens(copied: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("recipe_digest",), "`<script>`"), (("router", "sha256"), "x"), (("dense_parameters",), 0),
-        (("dense_parameters",), 10**400), (("sources",), []), (("sources", 0, "files", "model.safetensors", "size"), -1),
-        (("expert_sources",), [10**9] * 3), (("training",), [{"settings": {"what": 7}}]),
+        (("recipe_digest",), "`<script>`"),
+        (("router", "sha256"), "x"),
+        (("dense_parameters",), 0),
+        (("dense_parameters",), 10**400),
+        (("sources",), []),
+        (("sources", 0, "files", "model.safetensors", "size"), -1),
+        (("expert_sources",), [10**9] * 3),
+        (("training",), [{"settings": {"what": 7}}]),
         (("router", "settings", "decay"), [0.5] * 300),
     ],
-)  # fmt: skip
+)
 def test_a_record_that_cannot_be_shown(copied: Callable[[str], Path], path: Any, value: Any) -> None:
     folder = copied("native")
     say(folder, "modekit.json", *path, value=value)

@@ -74,9 +74,24 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
 
 
 COMMANDS = [
-    "", "advise", "discover", "plan", "build", "fit", "eval", "verify", "specialize", "extract", "export", "demo", "schema",
-    "push", "data", "data balance", "data tokenizer",
-]  # fmt: skip
+    "",
+    "advise",
+    "discover",
+    "plan",
+    "build",
+    "fit",
+    "eval",
+    "verify",
+    "specialize",
+    "extract",
+    "export",
+    "demo",
+    "schema",
+    "push",
+    "data",
+    "data balance",
+    "data tokenizer",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

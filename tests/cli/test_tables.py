@@ -116,14 +116,25 @@ def test_tune(shown: Callable[..., str]) -> None:
 
 def test_plan(shown: Callable[..., str]) -> None:
     summary = {
-        "architecture": "ModekitForCausalLM", "also_runs_in": "transformers alone", "why": "why " * 40, "method": "routing",
-        "experts": [{"name": name, "model": f"./{name}"} for name in NAMES], "top_k": 2, "router": "logistic",
-        "backbone": "base", "parameters": {"total": 10**12, "active": 10**11}, "tensors": {"total": 1113, "copy": 1113},
-        "shards": 3, "dtype": "bfloat16", "bytes": {"read": 10**12, "written": 10**12, "statistics": 10**9},
-        "disk": {"needed": 1, "free": 2}, "memory": {"build": 1, "fit": 2, "load": 3}, "notes": ["note " * 40],
+        "architecture": "ModekitForCausalLM",
+        "also_runs_in": "transformers alone",
+        "why": "why " * 40,
+        "method": "routing",
+        "experts": [{"name": name, "model": f"./{name}"} for name in NAMES],
+        "top_k": 2,
+        "router": "logistic",
+        "backbone": "base",
+        "parameters": {"total": 10**12, "active": 10**11},
+        "tensors": {"total": 1113, "copy": 1113},
+        "shards": 3,
+        "dtype": "bfloat16",
+        "bytes": {"read": 10**12, "written": 10**12, "statistics": 10**9},
+        "disk": {"needed": 1, "free": 2},
+        "memory": {"build": 1, "fit": 2, "load": 3},
+        "notes": ["note " * 40],
         "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
         "time": {"write": 40.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
-    }  # fmt: skip
+    }
     check_whole(shown, ["1000.00B total"], mixtures.print_plan, summary)
     for name in NAMES:
         assert name in "".join(plain(shown(80, mixtures.print_plan, summary)).split())
@@ -160,8 +171,9 @@ def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
 
 def test_tasks(shown: Callable[..., str]) -> None:
     rows = {name: Estimate(0.1234, 0.1, 0.2) for name in ["base", *NAMES, "mixture"]}
-    scores = Some(metric="acc", chance=0.25, higher_is_better=True, items=1234, rows=rows, differences=rows, domain=None,
-                  unseen=False)  # fmt: skip
+    scores = Some(
+        metric="acc", chance=0.25, higher_is_better=True, items=1234, rows=rows, differences=rows, domain=None, unseen=False
+    )
     found = Some(tasks=dict.fromkeys(NAMES, scores), macro={"acc": scores}, models=["base", *NAMES, "mixture"], notes=[])
     assert {"metric", "chance", "items", "rows", "differences"} <= set(TaskScores.__dataclass_fields__)
     check_whole(shown, [*NAMES, "0.123", "1234"], tasks.print_tasks, found)
@@ -171,14 +183,26 @@ def test_inspect(shown: Callable[..., str]) -> None:
     size = len(NAMES)
     weights = [[0.123] * size] * 3
     entry = {
-        "shares": weights, "chosen": weights, "agreement": [0.5] * 3, "entropy": [1.25] * 3, "loss": 12.345, "named": 0.1,
+        "shares": weights,
+        "chosen": weights,
+        "agreement": [0.5] * 3,
+        "entropy": [1.25] * 3,
+        "loss": 12.345,
+        "named": 0.1,
         "without": dict.fromkeys(NAMES, 0.456),
-    }  # fmt: skip
+    }
     data = {
-        "experts": NAMES, "per_domain": {name: {**entry, "expert": name} for name in NAMES}, "unseen": [], "domains": NAMES,
-        "utilisation": weights, "routers": [{"layer": layer, "module": "mlp"} for layer in range(3)], "dead": [],
-        "similarity": {"of": "weights", "experts": [[0.789] * size] * size}, "notes": [], "top_tokens": {},
-    }  # fmt: skip
+        "experts": NAMES,
+        "per_domain": {name: {**entry, "expert": name} for name in NAMES},
+        "unseen": [],
+        "domains": NAMES,
+        "utilisation": weights,
+        "routers": [{"layer": layer, "module": "mlp"} for layer in range(3)],
+        "dead": [],
+        "similarity": {"of": "weights", "experts": [[0.789] * size] * size},
+        "notes": [],
+        "top_tokens": {},
+    }
     check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], lambda: inspection.print_inspection(Some(), data))
     scores = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
     told = {"at": [32, 64, 128, 256], "auroc": scores, "to_base": dict.fromkeys(NAMES, 0.0123)}
@@ -188,13 +212,28 @@ def test_inspect(shown: Callable[..., str]) -> None:
 
 def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
     layers = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
-    entry = {"shares": [[1.0]] * 3, "chosen": [[1.0]] * 3, "agreement": [0.5] * 3, "entropy": [1.25] * 3, "loss": 1.0,
-             "named": 0.1, "without": {}, "expert": "law"}  # fmt: skip
+    entry = {
+        "shares": [[1.0]] * 3,
+        "chosen": [[1.0]] * 3,
+        "agreement": [0.5] * 3,
+        "entropy": [1.25] * 3,
+        "loss": 1.0,
+        "named": 0.1,
+        "without": {},
+        "expert": "law",
+    }
     data = {
-        "experts": ["law"], "per_domain": {"law": entry}, "unseen": [], "domains": ["law"], "utilisation": [[1.0]] * 3,
-        "routers": [{"layer": layer, "module": "fc1"} for layer in layers], "dead": [], "notes": [], "top_tokens": {},
+        "experts": ["law"],
+        "per_domain": {"law": entry},
+        "unseen": [],
+        "domains": ["law"],
+        "utilisation": [[1.0]] * 3,
+        "routers": [{"layer": layer, "module": "fc1"} for layer in layers],
+        "dead": [],
+        "notes": [],
+        "top_tokens": {},
         "similarity": {"of": "weights", "experts": [[1.0]]},
-    }  # fmt: skip
+    }
     said = shown(None, inspection.print_inspection, Path("OUT"), data)
     places = [said.index(layer) for layer in layers]
     assert places == sorted(places)
@@ -206,17 +245,28 @@ def test_advise(shown: Callable[..., str]) -> None:
     parts = {place: {"ffn": None, "all": None} for place in places}
     share = {"ffn": Some(value=0.5, error=0.25), "all": Some(value=1.0, error=None)}
     drift = Some(
-        moved=[{1}] * 8, groups=["ffn", "attention"], relative=lambda *_: 0.000712, share=lambda *_: 0.5,
-        total=lambda _: 0.00123, cosine=lambda *_: 0.25,
-    )  # fmt: skip
+        moved=[{1}] * 8,
+        groups=["ffn", "attention"],
+        relative=lambda *_: 0.000712,
+        share=lambda *_: 0.5,
+        total=lambda _: 0.00123,
+        cosine=lambda *_: 0.25,
+    )
     measured = Some(
         gains=Some(whole=dict.fromkeys([-1, *places], losses), parts=parts, on_average={}),
-        confusion=Some(domains=[*places], named=[[0.789] * 8] * 8), texts={place: {"tokens": 8192} for place in places},
-    )  # fmt: skip
+        confusion=Some(domains=[*places], named=[[0.789] * 8] * 8),
+        texts={place: {"tokens": 8192} for place in places},
+    )
     found = Some(
-        usable=[*places], drift=drift, measured=measured, findings=[], recipe=None, choices=[], shares=lambda _: share,
+        usable=[*places],
+        drift=drift,
+        measured=measured,
+        findings=[],
+        recipe=None,
+        choices=[],
+        shares=lambda _: share,
         name=lambda place: "base" if place < 0 else NAMES[place],
-    )  # fmt: skip
+    )
     cells = [*NAMES, "0.000712", "0.00123", "0.25", "12.346", "0.50 ± 0.25", "1.00", "0.79"]
     check_whole(shown, cells, advice.print_advice, found)
     for width, own in ((80, "text in bold"), (None, "text marked *")):
@@ -274,5 +324,10 @@ def test_small_figures_keep_their_digits(value: float, said: str) -> None:
 
 def test_times_in_words() -> None:
     assert [time_of(s) for s in (0.1, 12, 100, 400, 6000, 50_000)] == [
-        "under a second", "about 12 s", "about 1.7 minutes", "about 6.7 minutes", "about 1.7 hours", "about 14 hours",
-    ]  # fmt: skip
+        "under a second",
+        "about 12 s",
+        "about 1.7 minutes",
+        "about 6.7 minutes",
+        "about 1.7 hours",
+        "about 14 hours",
+    ]

@@ -107,10 +107,21 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
     table = run_demo(tmp_path / "demo", quick=True, what="lora", run=Run(progress=silent)).merged(0)
     assert [row.name for row in table.rows] == [
-        "base", *DOMAINS, "weight average", "oracle", "oracle folded", "oracle folded average", "linear", "routing",
-        "context", "ngram", "lexical", "lexical-top-1",
-        "routing folded", "routing folded average",
-    ]  # fmt: skip
+        "base",
+        *DOMAINS,
+        "weight average",
+        "oracle",
+        "oracle folded",
+        "oracle folded average",
+        "linear",
+        "routing",
+        "context",
+        "ngram",
+        "lexical",
+        "lexical-top-1",
+        "routing folded",
+        "routing folded average",
+    ]
     for name in DOMAINS:  # low-rank experts are carried whole; folded into FFNs they leave their attention behind
         assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
     seed = tmp_path / "demo" / "seed0"
@@ -122,7 +133,7 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_quick_demo_of_students_shows_all_ways_and_makes_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     first = run_demo(tmp_path / "demo", quick=True, what="modular", run=Run(progress=silent))
     table = first.merged(0)
     ways = ["ple", "jeet", "moe-ce", "moe-ce without the base beside it", "ffn"]

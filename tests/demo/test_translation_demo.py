@@ -124,8 +124,11 @@ def test_options_without_effect_and_a_lack_of_sacrebleu_are_said_before_anything
 def test_shares_of_a_gap_are_shown_where_a_model_translates_and_a_smoke_run_says_so() -> None:
     """BLEU of 0.0 everywhere: the losses differ, and nothing was gained."""
     losses: list[tuple[RowKind, str, float]] = [
-        ("base", "base", 7.0), ("expert", "gui", 6.0), ("oracle", "oracle", 6.0), ("mixture", "mixture", 6.02),
-    ]  # fmt: skip
+        ("base", "base", 7.0),
+        ("expert", "gui", 6.0),
+        ("oracle", "oracle", 6.0),
+        ("mixture", "mixture", 6.02),
+    ]
     rows = [Row(name, kind, 1, 1, {"gui": Score(loss, 2.0, 1.0)}, name) for kind, name, loss in losses]
     results = Results(rows, ["gui"], [], {}, [])
     for bleu, quick in ((0.0, True), (0.9, False), (14.0, False)):

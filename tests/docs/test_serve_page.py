@@ -147,8 +147,20 @@ def workers(root: Path, stack: ExitStack) -> None:
     for said, name in (("8001", "medicine"), ("8002", "law")):
         file = root / f"{name}.gguf"
         convert(root / name, file, Conversion("f32", guess="gpt-2"))
-        child = stack.enter_context(Child("modekit.engines.llama_process", {
-            "model": str(file), "name": name, "host": "127.0.0.1", "port": int(port_of(said)), "key": None, "context": 96,
-            "parallel": 2, "threads": 1, "exact": False,
-        }))  # fmt: skip
+        child = stack.enter_context(
+            Child(
+                "modekit.engines.llama_process",
+                {
+                    "model": str(file),
+                    "name": name,
+                    "host": "127.0.0.1",
+                    "port": int(port_of(said)),
+                    "key": None,
+                    "context": 96,
+                    "parallel": 2,
+                    "threads": 1,
+                    "exact": False,
+                },
+            )
+        )
         assert child.answer() is not None

@@ -101,9 +101,15 @@ async def hanging(_request: web.Request) -> web.Response:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("handler", "whole", "expected"), [
-    (good, True, SAID), (piecewise, False, SAID), (long, False, bytes(module._SHORT + 1)),
-], ids=["short", "in pieces", "long"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("handler", "whole", "expected"),
+    [
+        (good, True, SAID),
+        (piecewise, False, SAID),
+        (long, False, bytes(module._SHORT + 1)),
+    ],
+    ids=["short", "in pieces", "long"],
+)
 def test_short_answers_are_taken_whole(handler: Handler, whole: bool, expected: bytes) -> None:
     async def then(workers: Workers) -> None:
         async with workers.asked("law", PATH, b"{}") as answer:
@@ -238,10 +244,18 @@ async def passed_on(workers: Workers) -> bytes:
 EVENT, CHUNKS = b'data: {"choices": [{"text": "a"}]}\n\n', b'data: {"choices": [{"text": "'
 
 
-@pytest.mark.parametrize("parts", [
-    (EVENT,), (EVENT, EVENT + CHUNKS), (EVENT, b": still here\n\n", CHUNKS[:9]), (EVENT[:-1],),
-    (EVENT.replace(b"\n", b"\r\n"), CHUNKS), (EVENT[:9], EVENT[9:] + EVENT[:-2], b"\n"),
-], ids=["between", "within", "comment", "before the blank line", "line ends", "any pieces"])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (EVENT,),
+        (EVENT, EVENT + CHUNKS),
+        (EVENT, b": still here\n\n", CHUNKS[:9]),
+        (EVENT[:-1],),
+        (EVENT.replace(b"\n", b"\r\n"), CHUNKS),
+        (EVENT[:9], EVENT[9:] + EVENT[:-2], b"\n"),
+    ],
+    ids=["between", "within", "comment", "before the blank line", "line ends", "any pieces"],
+)
 def test_a_stream_that_breaks_off_ends_with_an_error(parts: tuple[bytes, ...]) -> None:
     """And with no half event before it, which a client could not read."""
     sent = with_workers(streaming(*parts), then=passed_on).replace(b"\r\n", b"\n").decode()

@@ -121,10 +121,20 @@ def worker(root: Path, model: str, name: str) -> Child:
     file = root / f"{model}.gguf"
     if not file.exists():
         convert(root / model, file, Conversion("f32", guess="gpt-2"))
-    return Child("modekit.engines.llama_process", {
-        "model": str(file), "name": name, "host": "127.0.0.1", "port": 0, "key": None, "context": 96, "parallel": 4,
-        "threads": 1, "exact": False,
-    })  # fmt: skip
+    return Child(
+        "modekit.engines.llama_process",
+        {
+            "model": str(file),
+            "name": name,
+            "host": "127.0.0.1",
+            "port": 0,
+            "key": None,
+            "context": 96,
+            "parallel": 4,
+            "threads": 1,
+            "exact": False,
+        },
+    )
 
 
 class Running:

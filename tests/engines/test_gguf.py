@@ -43,21 +43,35 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "qwen2_moe", {}),
     ("qwen3", "qwen3_moe", {"head_dim": 16}),
     ("qwen3", "mellum", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "layer_types": WINDOWED}),
-    ("granite", "granitemoe", {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2,
-    }),
+    (
+        "granite",
+        "granitemoe",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
-]  # fmt: skip
+]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),
     ("hunyuan_v1_dense", {"head_dim": 8}),
     ("qwen3", {"head_dim": 8, "attention_bias": True}),
-    ("qwen3_5_text", {
-        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    }),
-]  # fmt: skip
+    (
+        "qwen3_5_text",
+        {
+            "head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+]
 
 
 def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any] = RANDOM) -> Checkpoint:
@@ -95,10 +109,14 @@ def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, o
     assert not list(tmp_path.glob("GGUF*"))
 
 
-@pytest.mark.parametrize("mixed", [
-    {"top_k": 1, "router": {"fit": "lexical"}},
-    {"top_k": 2, "router": {"fit": "lexical", "decay": [0.9]}},
-], ids=["mean", "fading"])  # fmt: skip
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        {"top_k": 1, "router": {"fit": "lexical"}},
+        {"top_k": 2, "router": {"fit": "lexical", "decay": [0.9]}},
+    ],
+    ids=["mean", "fading"],
+)
 def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
     proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT)[0].proof
     assert proof.same == proof.written and proof.difference < 1e-4
@@ -159,9 +177,13 @@ def test_a_loss_is_refused_only_where_it_is_surely_too_large(tmp_path: Path) -> 
         assert broken.is_too_large
 
 
-@pytest.mark.parametrize(("base", "blamed"), [
-    (Loss(0.015, 0.002), "so it is the bits"), (Loss(0.001, 0.001), "so it is this mixture"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("base", "blamed"),
+    [
+        (Loss(0.015, 0.002), "so it is the bits"),
+        (Loss(0.001, 0.001), "so it is this mixture"),
+    ],
+)
 def test_the_base_says_what_is_to_blame(tmp_path: Path, base: Loss, blamed: str) -> None:
     with pytest.raises(EngineError) as error:
         _lossy(0.016, 0.0025, base).judged(tmp_path / "x.gguf")
@@ -222,13 +244,16 @@ def test_a_tokenizer_that_nobody_knows_is_refused(mixtral: Checkpoint, tmp_path:
     assert "pre-tokenizer was not recognized" in str(error.value.found)
 
 
-@pytest.mark.parametrize(("steps", "name"), [
-    ([{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}], "gpt-2"),
-    ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
-    ([{"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}], None),
-    ([{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel", "use_regex": False}], None),
-    ([{"type": "Whitespace"}], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}], "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
+        ([{"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}], None),
+        ([{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel", "use_regex": False}], None),
+        ([{"type": "Whitespace"}], None),
+    ],
+)
 def test_names_of_common_pre_tokenizers(tmp_path: Path, steps: list[dict[str, Any]], name: str | None) -> None:
     content = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -299,11 +324,15 @@ def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
         export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
 
 
-@pytest.mark.parametrize(("mixed", "reason"), [
-    ({"router": {"fit": "random", "granularity": "context"}}, "only the modekit architecture says granularity: context"),
-    ({"modules": ["mlp", "q"], "router": {"fit": "random"}}, "only the modekit architecture says modules other than"),
-    ({"router": {"fit": "random"}}, "its recipe asks for the modekit architecture (output.format)"),
-], ids=["router", "modules", "asked"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mixed", "reason"),
+    [
+        ({"router": {"fit": "random", "granularity": "context"}}, "only the modekit architecture says granularity: context"),
+        ({"modules": ["mlp", "q"], "router": {"fit": "random"}}, "only the modekit architecture says modules other than"),
+        ({"router": {"fit": "random"}}, "its recipe asks for the modekit architecture (output.format)"),
+    ],
+    ids=["router", "modules", "asked"],
+)
 def test_whole_models_are_refused_for_the_true_reason(tmp_path: Path, mixed: dict[str, Any], reason: str) -> None:
     """They keep no adapters, and llama.cpp would not take them as such."""
     recipe = {"base_model": "./medicine", "experts": model_experts(tmp_path), "mixture": mixed}

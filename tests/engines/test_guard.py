@@ -49,24 +49,28 @@ def messages(count: int) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "hi"}] * count}).encode()
 
 
-@pytest.mark.parametrize(("content", "status", "why"), [
-    (messages(MOST_MESSAGES), 200, f'"messages": {MOST_MESSAGES}'),
-    (messages(MOST_MESSAGES + 1), 413, "messages: 4,097 found; a request may have at most 4,096"),
-    (messages(200_000)[: LARGEST_BODY - 2] + b"]}", 413, "at most 262,144"),
-    (b'{"messages": []}', 400, "give at least one message"),
-    (json.dumps({"prompt": list(range(100_000))}).encode(), 200, ""),
-    (b'{"prompt": [' + b"[]," * 2_000_000 + b"1]}", 413, "at most 262,144"),
-    (b'{"prompt": [' + b"{}," * 2_000_000 + b"1]}", 413, "at most 262,144"),
-    (b'{"prompt": [' + b'"",' * 2_000_000 + b"1]}", 413, "at most 262,144"),
-    (b'{"prompt": ' + b"[" * 2_000_000, 413, "at most 262,144"),
-    (b'{"prompt": ' + b"[" * 200_000, 400, "not JSON"),
-    (json.dumps({"prompt": '{"a": [1, 2, "\\n"], }\\' * 200_000}).encode(), 200, ""),
-    ("{\"prompt\": \"\u2222\"}".encode("utf-16"), 400, "JSON in UTF-8"),
-    (b'{"x": [' + b",".join([b"9" * 4_300] * 1_800) + b"]}", 400, "not JSON"),
-    (json.dumps({f"k{n}": 1 for n in range(70_000)}).encode(), 413, "at most 65,536"),
-    (b"[1]", 400, "must be a JSON object"),
-    (b"\xff", 400, "JSON in UTF-8"),
-], ids=lambda value: value[:24].decode(errors="replace") if isinstance(value, bytes) else None)  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "status", "why"),
+    [
+        (messages(MOST_MESSAGES), 200, f'"messages": {MOST_MESSAGES}'),
+        (messages(MOST_MESSAGES + 1), 413, "messages: 4,097 found; a request may have at most 4,096"),
+        (messages(200_000)[: LARGEST_BODY - 2] + b"]}", 413, "at most 262,144"),
+        (b'{"messages": []}', 400, "give at least one message"),
+        (json.dumps({"prompt": list(range(100_000))}).encode(), 200, ""),
+        (b'{"prompt": [' + b"[]," * 2_000_000 + b"1]}", 413, "at most 262,144"),
+        (b'{"prompt": [' + b"{}," * 2_000_000 + b"1]}", 413, "at most 262,144"),
+        (b'{"prompt": [' + b'"",' * 2_000_000 + b"1]}", 413, "at most 262,144"),
+        (b'{"prompt": ' + b"[" * 2_000_000, 413, "at most 262,144"),
+        (b'{"prompt": ' + b"[" * 200_000, 400, "not JSON"),
+        (json.dumps({"prompt": '{"a": [1, 2, "\\n"], }\\' * 200_000}).encode(), 200, ""),
+        ('{"prompt": "\u2222"}'.encode("utf-16"), 400, "JSON in UTF-8"),
+        (b'{"x": [' + b",".join([b"9" * 4_300] * 1_800) + b"]}", 400, "not JSON"),
+        (json.dumps({f"k{n}": 1 for n in range(70_000)}).encode(), 413, "at most 65,536"),
+        (b"[1]", 400, "must be a JSON object"),
+        (b"\xff", 400, "JSON in UTF-8"),
+    ],
+    ids=lambda value: value[:24].decode(errors="replace") if isinstance(value, bytes) else None,
+)
 def test_a_request_is_counted_before_it_is_built(content: bytes, status: int, why: str) -> None:
     found, said = asked(Guard(echo, None), content)
     assert found == status and why in said
@@ -75,8 +79,9 @@ def test_a_request_is_counted_before_it_is_built(content: bytes, status: int, wh
 _KEYS = st.text(alphabet='ab"\\,[{:\n\u2222\ud800', max_size=4)
 _VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), _KEYS),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(_KEYS, inner, max_size=5), max_leaves=40,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(_KEYS, inner, max_size=5),
+    max_leaves=40,
+)
 
 
 def counted(value: object) -> int:

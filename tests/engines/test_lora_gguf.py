@@ -37,22 +37,23 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 EXACT = GgufSettings("f32")
 PATTERNS: dict[str, Any] = {
-    "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": "all-linear",
+    "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
     "alpha_pattern": {"k_proj": 11},
-}  # fmt: skip
+}
 RSLORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 KINDS: dict[str, peft.PeftConfig] = {
     "patterns": peft.LoraConfig(task_type="CAUSAL_LM", **PATTERNS),
     "rslora": peft.LoraConfig(task_type="CAUSAL_LM", **RSLORA),
     "dora": peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj", "up_proj"]),
-    "ia3": peft.IA3Config(
-        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    ),
+    "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "biased": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, lora_bias=True, target_modules=["q_proj"]),
     "biases": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, bias="all", target_modules=["v_proj"]),
     "saved": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["o_proj"], modules_to_save=["lm_head"]),
     "head": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["o_proj", "lm_head"]),
-}  # fmt: skip
+}
 SCALED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2}
 FAMILIES: list[tuple[str, dict[str, Any]]] = [("qwen2", {}), ("granite", SCALED)]
 
@@ -99,8 +100,9 @@ def test_llama_cpp_computes_every_adapter(written: list[Written]) -> None:
     said = json.loads((folder / EXPORT_FILE).read_text())
     assert foreign_files(folder) == [] and said["base"]["proof"]["same"] == 96
     assert [(each["expert"], each["file"]) for each in said["adapters"]] == [
-        ("patterns", "patterns.lora.gguf"), ("rslora", "rslora.lora.gguf"),
-    ]  # fmt: skip
+        ("patterns", "patterns.lora.gguf"),
+        ("rslora", "rslora.lora.gguf"),
+    ]
     assert any("3 of 21 modules is folded into B" in note for note in written[1].notes) and written[2].notes == ()
 
 
@@ -121,9 +123,12 @@ def test_peft_computes_the_same(lora: Checkpoint, written: list[Written]) -> Non
             with torch.no_grad():
                 logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
                 greedy = model.generate(
-                    input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False,
+                    input_ids=torch.tensor([ids]),
+                    attention_mask=torch.ones(1, len(ids)),
+                    max_new_tokens=24,
+                    do_sample=False,
                     pad_token_id=0,
-                )  # fmt: skip
+                )
             expected = [float(logprobs[at, token]) for at, token in enumerate(ids[1:])]
             assert llama.logprobs(ids) == pytest.approx(expected, abs=1e-4)
             assert llama.greedy(ids, 24) == greedy[0, len(ids) :].tolist()
@@ -165,8 +170,14 @@ def test_a_merged_backbone_with_fewer_bits_and_one_expert(tmp_path: Path) -> Non
 
 WHOLE = "as whole tensors of its own"
 REFUSED = {
-    "dora": WHOLE, "ia3": WHOLE, "biases": WHOLE, "saved": WHOLE, "head": WHOLE, "biased": "no biases", "full": "a full model",
-}  # fmt: skip
+    "dora": WHOLE,
+    "ia3": WHOLE,
+    "biases": WHOLE,
+    "saved": WHOLE,
+    "head": WHOLE,
+    "biased": "no biases",
+    "full": "a full model",
+}
 
 
 def test_what_llama_cpp_has_no_form_for_is_refused_at_once(tmp_path: Path) -> None:
@@ -209,9 +220,15 @@ def test_the_backbone_is_the_base(lora: Checkpoint) -> None:
     assert all(lora.tensors[name].shape == source[known].shape for name, known in names.items())
 
 
-@pytest.mark.parametrize(("scales", "alpha", "folded"), [
-    ([2.0, 2.0], 8.0, []), ([2.0, 0.0], 8.0, ["1"]), ([0.0, 0.0], 1.0, ["0", "1"]), ([7 / 4, 7 / 4], 7.0, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scales", "alpha", "folded"),
+    [
+        ([2.0, 2.0], 8.0, []),
+        ([2.0, 0.0], 8.0, ["1"]),
+        ([0.0, 0.0], 1.0, ["0", "1"]),
+        ([7 / 4, 7 / 4], 7.0, []),
+    ],
+)
 def test_one_alpha_for_all_modules(scales: list[float], alpha: float, folded: list[str]) -> None:
     """Never zero, which llama.cpp takes for a scale of one."""
     ref = TensorRef("x", Path("x"), "F32", (4, 4), 0, 64)
@@ -234,8 +251,12 @@ def test_what_is_more_than_another_order_of_rows_is_no_place_for_an_adapter() ->
     name, rows = place_of(_Model(lambda weight: weight[[2, 0, 1]]), "model.layers.7.x.weight", (3, 2))
     assert name == "blk.7.x.weight" and rows.tolist() == [2, 0, 1]
     for made in (
-        [lambda weight: weight.T], [lambda weight: weight + 1], [lambda weight: weight[:, [1, 0]]], [lambda weight: weight[:2]],
-        [lambda weight: weight, lambda weight: weight], [],
-    ):  # fmt: skip
+        [lambda weight: weight.T],
+        [lambda weight: weight + 1],
+        [lambda weight: weight[:, [1, 0]]],
+        [lambda weight: weight[:2]],
+        [lambda weight: weight, lambda weight: weight],
+        [],
+    ):
         with pytest.raises(ValueError, match="its rows in some order"):
             place_of(_Model(*made), "model.layers.7.x.weight", (3, 2))

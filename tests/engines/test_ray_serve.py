@@ -76,11 +76,19 @@ def served(mixture: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         log = stack.enter_context((tmp_path / "serve.log").open("w"))
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("serve"), "run", tmp_path / "ray_serve.yaml"], stdout=log, stderr=log,
-            env={**kept, KEY: "secret", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1",
-                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"},
+            [Path(sys.executable).with_name("serve"), "run", tmp_path / "ray_serve.yaml"],
+            stdout=log,
+            stderr=log,
+            env={
+                **kept,
+                KEY: "secret",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_TMPDIR": str(temporary),
+                "OMP_NUM_THREADS": "1",
+                "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            },
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        )
         stack.callback(process.wait, 60)
         stack.callback(process.send_signal, signal.SIGINT)
         address, end = "http://127.0.0.1:18437", time.monotonic() + PATIENCE_S

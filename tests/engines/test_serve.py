@@ -66,9 +66,10 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
     assert not (root / "imported").exists()
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(case, id="-".join(case), marks=[IN_VLLM] if case[1] == "vllm" else []) for case in CASES
-])  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, id="-".join(case), marks=[IN_VLLM] if case[1] == "vllm" else []) for case in CASES],
+)
 def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> Iterator[tuple[Served, Checkpoint]]:
     shape, engine = request.param
     settings = ServeSettings(engine, port=0, parallel=4, context=64, gguf=GgufSettings("f32"))
@@ -211,8 +212,15 @@ def test_an_answer_ends_where_the_context_does(running: tuple[Served, Checkpoint
     """Whatever a request says of it: transformers by itself would write on."""
     served, checkpoint = running
     good = {"model": checkpoint.folder.name, "prompt": "the heart moves", "temperature": 0}
-    for more in ({}, {"max_tokens": None}, {"max_tokens": 10_000}, {"max_tokens": 1, "max_completion_tokens": 10_000},
-                 {"generation_config": '{"max_new_tokens": 10000}'}, {"max_tokens": -5}, {"max_tokens": 1e300}):  # fmt: skip
+    for more in (
+        {},
+        {"max_tokens": None},
+        {"max_tokens": 10_000},
+        {"max_tokens": 1, "max_completion_tokens": 10_000},
+        {"generation_config": '{"max_new_tokens": 10000}'},
+        {"max_tokens": -5},
+        {"max_tokens": 1e300},
+    ):
         status, answer = asked(served, "/v1/completions", {**good, **more})
         assert 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64 * 4, more
         assert served.engine == "llama" or 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64
@@ -392,9 +400,13 @@ def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: 
     folder = str(mixtures["native"].folder)
     command = [sys.executable, "-m", "modekit", "serve", folder, "--port", "0", "--outtype", "f32", "--engine", engine]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ},
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     address = process.stdout.readline().split("/v1")[0]
     with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:

@@ -36,19 +36,31 @@ WHOLE_HEADS: dict[str, Any] = {
     "max_position_embeddings": 512,
 }  # of families whose heads are hidden size / heads
 FLEXIBLE = {
-    "llama", "mistral", "qwen3", "ernie4_5", "hunyuan_v1_dense", "qwen3_5_text", "gemma", "gemma2", "gemma3_text",
-    "glm4", "seed_oss",
-}  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen3",
+    "ernie4_5",
+    "hunyuan_v1_dense",
+    "qwen3_5_text",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "seed_oss",
+}
 NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these
 ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA]
 ROWS += [row for row in NOT_IN_LLAMA if row[0] not in NOT_RUN] + [("cohere2", {"tie_word_embeddings": False})]
 DIFFERS = [row for row in ROWS if row[1].get("attention_bias") or (row[0] == "cohere2" and "sliding_window" in row[1])]
 LINEAR = {"fit": "ridge"}
 MEMORY = {
-    "context": {**LINEAR, "granularity": "context"}, "sequence": {**LINEAR, "granularity": "sequence"},
-    "ngram": {"fit": "ngram"}, "lexical": {"fit": "lexical"}, "orders": {"fit": "lexical", "orders": [1, 2]},
+    "context": {**LINEAR, "granularity": "context"},
+    "sequence": {**LINEAR, "granularity": "sequence"},
+    "ngram": {"fit": "ngram"},
+    "lexical": {"fit": "lexical"},
+    "orders": {"fit": "lexical", "orders": [1, 2]},
     "fading": {"fit": "lexical", "decay": [0.9, 0.5]},
-}  # fmt: skip
+}
 
 
 def wide(dense: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +119,14 @@ def in_transformers(checkpoint: Checkpoint, prompts: list[list[int]], count: int
     answers = []
     for ids in prompts:
         made = model.generate(
-            torch.tensor([ids]), max_new_tokens=count, do_sample=False, output_scores=True, return_dict_in_generate=True,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([ids]),
+            max_new_tokens=count,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         answers.append((made.sequences[0, len(ids) :].tolist(), [float(step.log_softmax(-1).max()) for step in made.scores]))
     return answers
 
@@ -211,11 +228,15 @@ def test_what_routers_remember_goes_where_keys_and_values_go(
         assert others or far > 10 * CLOSE
 
 
-@pytest.mark.parametrize(("dense", "mixed", "words"), [
-    ("llama", {"modules": "all", "router": {"fit": "ngram"}}, "heads of their own"),
-    ("llama", {"router": {**MEMORY["context"], "per": "feature"}, "modules": ["up"]}, "decide per feature"),
-    ("qwen3_5_text", {"router": {"fit": "ngram"}}, "linear attention"),
-], ids=["head", "feature", "linear"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dense", "mixed", "words"),
+    [
+        ("llama", {"modules": "all", "router": {"fit": "ngram"}}, "heads of their own"),
+        ("llama", {"router": {**MEMORY["context"], "per": "feature"}, "modules": ["up"]}, "decide per feature"),
+        ("qwen3_5_text", {"router": {"fit": "ngram"}}, "linear attention"),
+    ],
+    ids=["head", "feature", "linear"],
+)
 def test_what_it_cannot_serve_is_refused_at_the_start(tmp_path: Path, dense: str, mixed: dict[str, Any], words: str) -> None:
     checkpoint = mixture(tmp_path, dense, wide(dense, OVERRIDES.get(dense, {})), mixed, format="modekit")
     with pytest.raises(AssertionError, match=words):

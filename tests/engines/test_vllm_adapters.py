@@ -49,10 +49,27 @@ def vllm(root: Path) -> Iterator[str]:
     """The base in vLLM, which takes adapters at run time."""
     port = free_port("127.0.0.1", 0)
     words = [
-        "--model", "./base", "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8", "--enable-lora", "--max-loras", "4",
-        "--max-lora-rank", "8",
-    ]  # fmt: skip
+        "--model",
+        "./base",
+        "--served-model-name",
+        "base",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "8",
+        "--enable-lora",
+        "--max-loras",
+        "4",
+        "--max-lora-rank",
+        "8",
+    ]
     environment = {**os.environ, **ENGINES["vllm"].environment(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words], cwd=root, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"

@@ -18,16 +18,18 @@ def main() -> None:
     for _ in range(wanted["turns"]):
         prompts = [{"prompt_token_ids": ids} for ids in wanted["prompts"]]
         answers = model.generate(prompts, sampling, use_tqdm=False)
-        turns.append({
-            "shared": [each.num_cached_tokens for each in answers],
-            "answers": [
-                (
-                    list(made.token_ids),
-                    [step[token].logprob for token, step in zip(made.token_ids, made.logprobs, strict=True)],
-                )
-                for made in (each.outputs[0] for each in answers)
-            ],
-        })  # fmt: skip
+        turns.append(
+            {
+                "shared": [each.num_cached_tokens for each in answers],
+                "answers": [
+                    (
+                        list(made.token_ids),
+                        [step[token].logprob for token, step in zip(made.token_ids, made.logprobs, strict=True)],
+                    )
+                    for made in (each.outputs[0] for each in answers)
+                ],
+            }
+        )
     sys.stdout.write("\n" + json.dumps(turns) + "\n")
 
 

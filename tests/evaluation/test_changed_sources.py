@@ -170,9 +170,13 @@ def test_it_does_not_teach(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build(output={"format": "modekit"}))
     change(bench.root / "law", 3.0)
     settings: dict[str, Any] = {
-        "what": ["routers"], "losses": {"distill": 1.0}, "steps": 1, "batch_tokens": 64, "sequence_length": 32,
+        "what": ["routers"],
+        "losses": {"distill": 1.0},
+        "steps": 1,
+        "batch_tokens": 64,
+        "sequence_length": 32,
         "select_tokens": 64,
-    }  # fmt: skip
+    }
     trained = train(checkpoint, train_settings(settings, where="test"), out=bench.root / "TRAINED", evaluate_tokens=None)
     assert any("law was taught by what the mixture has of it" in note for note in trained.record.notes)
 

@@ -111,9 +111,7 @@ def test_an_expert_that_is_always_on_can_be_left_out(
         torch.testing.assert_close(logits_of(model, ids), logits_of(smaller, ids), atol=1e-4, rtol=1e-4)
 
 
-def without(
-    shared: Workshop, root: Path, name: str, place: int, model: PreTrainedModel, **changes: Any
-) -> PreTrainedModel:  # fmt: skip
+def without(shared: Workshop, root: Path, name: str, place: int, model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     """The same mixture built without one expert, its gates those of `model` without that expert's rows."""
     root.mkdir()
     workshop = borrow(shared, root)
@@ -153,9 +151,23 @@ def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_pat
 def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     """What docs/inspect.md promises of inspect.json."""
     assert set(data) == {
-        "format", "checkpoint", "experts", "domains", "unseen", "routers", "top_k", "per_domain", "utilisation", "dead",
-        "similarity", "top_tokens", "evidence", "told_apart", "texts", "notes",
-    }  # fmt: skip
+        "format",
+        "checkpoint",
+        "experts",
+        "domains",
+        "unseen",
+        "routers",
+        "top_k",
+        "per_domain",
+        "utilisation",
+        "dead",
+        "similarity",
+        "top_tokens",
+        "evidence",
+        "told_apart",
+        "texts",
+        "notes",
+    }
     assert (data["told_apart"] is None) == (checkpoint.record.recipe.mixture.router.fit not in ("ngram", "lexical"))
     assert (data["evidence"] is None) == (checkpoint.record.recipe.mixture.router.fit != "lexical")
     count, routers = len(data["experts"]), len(data["routers"])
@@ -165,8 +177,17 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     assert set(data["per_domain"]) == {*data["domains"], *data["unseen"]}
     for name, entry in data["per_domain"].items():
         assert set(entry) == {
-            "expert", "documents", "tokens", "loss", "shares", "chosen", "entropy", "agreement", "without", "named",
-        }  # fmt: skip
+            "expert",
+            "documents",
+            "tokens",
+            "loss",
+            "shares",
+            "chosen",
+            "entropy",
+            "agreement",
+            "without",
+            "named",
+        }
         assert (entry["expert"] is None) == (entry["agreement"] is None) == (entry["named"] is None) == (name in data["unseen"])
         for key in ("shares", "chosen"):
             assert [len(row) for row in entry[key]] == [count] * routers
@@ -301,8 +322,9 @@ def test_copies_are_alike_and_none_is_missed(shared_workshop: Workshop, tmp_path
     workshop = borrow(shared_workshop, tmp_path)
     law = workshop.recipe["experts"][1]
     workshop.recipe["experts"] = [{**law, "name": name} for name in ("one", "two")] + [
-        {"name": "three", "model": "base", "text": law["text"]}, {"name": "four", "model": "base", "text": law["text"]},
-    ]  # fmt: skip
+        {"name": "three", "model": "base", "text": law["text"]},
+        {"name": "four", "model": "base", "text": law["text"]},
+    ]
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 4, "router": RANDOM}))
     cosines = similarity(checkpoint).experts
     assert cosines.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
@@ -316,9 +338,7 @@ def test_copies_are_alike_and_none_is_missed(shared_workshop: Workshop, tmp_path
     ("model_type", "overrides"), [("llama", {}), ("granite", {}), ("qwen3", {"head_dim": 8})], ids=["llama", "fused", "qwen3"]
 )
 @pytest.mark.parametrize("base_is_there", [True, False])
-def test_similarity_of_native_experts(
-    tmp_path: Path, model_type: str, overrides: dict[str, Any], base_is_there: bool
-) -> None:  # fmt: skip
+def test_similarity_of_native_experts(tmp_path: Path, model_type: str, overrides: dict[str, Any], base_is_there: bool) -> None:
     from conftest import make_workshop
 
     workshop = make_workshop(tmp_path, model_type, **overrides)
@@ -385,9 +405,12 @@ def test_similarity_of_low_rank_whole_and_unchanged_experts(
     workshop = borrow(shared_workshop, tmp_path)
     medicine, law, code = workshop.recipe["experts"]
     experts = [
-        {**medicine, "as": "lora", "rank": 3}, law, {**code, "as": "lora", "rank": 5}, {"name": "plain", "model": "base"},
+        {**medicine, "as": "lora", "rank": 3},
+        law,
+        {**code, "as": "lora", "rank": 5},
+        {"name": "plain", "model": "base"},
         {**medicine, "name": "same", "as": "lora", "rank": 3},
-    ]  # fmt: skip
+    ]
     checkpoint = open_checkpoint(workshop.build(experts=experts, mixture={"router": RANDOM}))
     tensors = {name: tensor.double() for name, tensor in result_of(checkpoint.folder).items()}
     changes: list[list[torch.Tensor]] = [[] for _ in experts]

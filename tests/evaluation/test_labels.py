@@ -416,9 +416,11 @@ def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> No
     assert [row["name"] for row in data["rows"]][-6:] == TAG_ROWS
     assert "mixture, right label" not in modekit("eval", folder, *options)
     refused = [
-        (("--labels", "left"), "no such labels"), (("--labels", "right,right"), "no such labels"),
-        (("--chat", "--by", "tag"), "the setting has no effect"), (("--tasks", "x", "--labels", "all"), "no effect"),
-    ]  # fmt: skip
+        (("--labels", "left"), "no such labels"),
+        (("--labels", "right,right"), "no such labels"),
+        (("--chat", "--by", "tag"), "the setting has no effect"),
+        (("--tasks", "x", "--labels", "all"), "no effect"),
+    ]
     for wrong, said in refused:
         code, _, error = ended("eval", folder, *wrong)
         assert code == 2 and said in error, wrong

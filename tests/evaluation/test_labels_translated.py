@@ -115,8 +115,11 @@ def test_by_gate_the_experts_of_the_labels_write(checkpoint: Checkpoint, beams: 
 def test_by_tag_the_source_begins_with_the_label(checkpoint: Checkpoint, shop: Workshop, beams: int) -> None:
     results = run(checkpoint, beams, Labels("tag", ("right", "wrong")))
     assert [row.name for row in results.rows][-4:] == [
-        "mixture, right tag", "mixture, wrong tag", "base, right tag", "base, wrong tag"
-    ]  # fmt: skip
+        "mixture, right tag",
+        "mixture, wrong tag",
+        "base, right tag",
+        "base, wrong tag",
+    ]
     models = {"mixture": load_model(checkpoint.folder), "base": load_model(shop.root / "base")}
     tags = {"right": {"code": "code", LABEL: "law"}, "wrong": {"code": "medicine", LABEL: "code", STRANGER: "medicine"}}
     differs = 0
@@ -143,9 +146,13 @@ def test_sources_with_tags_of_their_own_have_none_where_none_is_told(shop: Works
     checkpoint = open_checkpoint(shop.build("OWN", experts=experts, eval={}))
     seen: list[tuple[int, int]] = []
     results = evaluate_translation(
-        checkpoint, pairs=PAIRS, decoding=Decoding(1, 2, TOKENS), labels=Labels("tag"), write=False,
+        checkpoint,
+        pairs=PAIRS,
+        decoding=Decoding(1, 2, TOKENS),
+        labels=Labels("tag"),
+        write=False,
         run=Run(progress=lambda stage, done, total: seen.append((done, total)) if stage.startswith("translate") else None),
-    )  # fmt: skip
+    )
     assert seen[-1] == (11 * 3 * PAIRS, 11 * 3 * PAIRS)  # base, mixture and three experts, and three of either under tags
     differs = 0
     for name, folder in (("mixture", checkpoint.folder), ("base", shop.root / "base")):

@@ -38,9 +38,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         (workshop.root / "text" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     general = {"name": "general", "model": "base", "text": "./text/general.jsonl"}
     workshop.recipe |= {
-        "experts": [*workshop.recipe["experts"], general], "eval": {"music": "./text/music.jsonl"},
+        "experts": [*workshop.recipe["experts"], general],
+        "eval": {"music": "./text/music.jsonl"},
         "output": {"format": "modekit"},
-    }  # fmt: skip
+    }
     return workshop
 
 

@@ -69,18 +69,29 @@ def make_shop(root: Path, model_type: str = "t5") -> Workshop:
         model = writer(model_type, seed) if model_type == "t5" else pair_model(model_type, seed)
         model.save_pretrained(root / name)
         GenerationConfig(
-            do_sample=True, min_length=5, num_beams=4, no_repeat_ngram_size=1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
-            decoder_start_token_id=model.config.decoder_start_token_id, bad_words_ids=[[5]],
-        ).save_pretrained(root / name)  # fmt: skip
+            do_sample=True,
+            min_length=5,
+            num_beams=4,
+            no_repeat_ngram_size=1,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=1,
+            decoder_start_token_id=model.config.decoder_start_token_id,
+            bad_words_ids=[[5]],
+        ).save_pretrained(root / name)
         tokenizer_of().save_pretrained(root / name)
         write_pairs(root / f"{name}.jsonl", seed, unseen=name == "base")
     experts = [{"name": name, "model": f"./{name}"} for name in EXPERTS]
     experts[-1]["text"] = "./songs.jsonl"
-    return Workshop(root, {
-        "base_model": "./base", "experts": experts,
-        "eval": {"news": "./news.jsonl", "law": "./law.jsonl", "mail": "./base.jsonl"},
-        "mixture": {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 1}},
-    })  # fmt: skip
+    return Workshop(
+        root,
+        {
+            "base_model": "./base",
+            "experts": experts,
+            "eval": {"news": "./news.jsonl", "law": "./law.jsonl", "mail": "./base.jsonl"},
+            "mixture": {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 1}},
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +119,14 @@ def by_hand(checkpoint: Checkpoint, domain: str, expert: int | None, base: Path 
     for pair in held.documents[:5]:
         ids = torch.tensor([tokenizer(pair.source)["input_ids"]])
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=2, max_new_tokens=8, min_length=0,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=2,
+            max_new_tokens=8,
+            min_length=0,
             no_repeat_ngram_size=0,
-        )  # fmt: skip
+        )
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True).strip())
         references.append(pair.target)
     return texts, references
@@ -141,9 +157,7 @@ def test_the_oracle_is_every_domains_own_expert(checkpoint: Checkpoint, results:
     assert 0 < oracle.tokens < sum(results.row(name).tokens for name in EXPERTS)
     assert [row.name for row in results.rows] == ["base", *EXPERTS, "oracle", "mixture"]
     mixture = results.row("mixture")
-    assert (mixture.total_parameters, mixture.active_parameters) == (
-        checkpoint.parameters.total, checkpoint.parameters.active
-    )  # fmt: skip
+    assert (mixture.total_parameters, mixture.active_parameters) == (checkpoint.parameters.total, checkpoint.parameters.active)
     assert results.row("base").total_parameters == results.row("law").active_parameters == checkpoint.parameters.dense
 
 
@@ -174,9 +188,18 @@ def test_neither_batch_nor_padding_changes_a_translation(model_type: str, beams:
 def test_a_models_own_settings_are_left_aside_but_for_its_tokens() -> None:
     model = pair_model("marian")
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=9.0, min_length=9, num_beams=4, bad_words_ids=[[4]], forced_eos_token_id=2, max_length=3,
-        pad_token_id=0, eos_token_id=[2, 3], decoder_start_token_id=0, length_penalty=5.0,
-    )  # fmt: skip
+        do_sample=True,
+        temperature=9.0,
+        min_length=9,
+        num_beams=4,
+        bad_words_ids=[[4]],
+        forced_eos_token_id=2,
+        max_length=3,
+        pad_token_id=0,
+        eos_token_id=[2, 3],
+        decoder_start_token_id=0,
+        length_penalty=5.0,
+    )
     assert set_decoding(model, Decoding(1, 16, 7), 6)
     settings = model.generation_config
     assert settings.bad_words_ids == [[4]] and settings.eos_token_id == [2, 3] and settings.forced_eos_token_id == 2

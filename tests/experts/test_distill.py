@@ -38,9 +38,13 @@ def shop(tmp_path: Path) -> Workshop:
     made = make_workshop(tmp_path, num_hidden_layers=1)
     save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2), tmp_path / "untaught")
     specialize(
-        tmp_path / "untaught", tmp_path / "teacher", ["./text/law.jsonl"], root=tmp_path, train="full",
+        tmp_path / "untaught",
+        tmp_path / "teacher",
+        ["./text/law.jsonl"],
+        root=tmp_path,
+        train="full",
         training=TRAINING.with_(steps=60),
-    )  # fmt: skip
+    )
     return made
 
 
@@ -238,7 +242,7 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
         (("--teacher", "teacher", "--batch-tokens", "8"), "batch_tokens"),
         (("--teacher", "teacher", "--keep-teacher", "teacher/kept"), "must not touch"),
     ],
-)  # fmt: skip
+)
 def test_dead_and_wrong_options_are_refused(
     small_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
 ) -> None:
@@ -253,9 +257,24 @@ def test_dead_and_wrong_options_are_refused(
 def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop.root)
     said = modekit(
-        "specialize", "base", "NEW", "--text", "text/law.jsonl", "--teacher", "teacher", "--distill", "reverse_kl=2",
-        "--temperature", "1", "--adaptive", "--keep-teacher", "KEPT", "--teacher-top-k", "8", *TYPED,
-    )  # fmt: skip
+        "specialize",
+        "base",
+        "NEW",
+        "--text",
+        "text/law.jsonl",
+        "--teacher",
+        "teacher",
+        "--distill",
+        "reverse_kl=2",
+        "--temperature",
+        "1",
+        "--adaptive",
+        "--keep-teacher",
+        "KEPT",
+        "--teacher-top-k",
+        "8",
+        *TYPED,
+    )
     assert "KL to the teacher" in " ".join(said.split()) and "the teacher's top 8 and the rest" in " ".join(said.split())
     record = json.loads((shop.root / "NEW" / "specialist.json").read_text())
     assert record["teacher"]["losses"] == {"reverse_kl": 2.0} and record["teacher"]["kept_top_k"] == 8

@@ -49,9 +49,15 @@ def asked(shop: Workshop, **changes: Any) -> Distillation:
 
 def header_of(top_k: int) -> Header:
     return Header(
-        teacher="t", teacher_digest="0" * 64, tokenizer_digest="1" * 64, text_digest="2" * 64, vocabulary=96, top_k=top_k,
-        temperatures=(1.0, 2.0), tokens=sum(len(each.ids) for each in SEQUENCES),
-    )  # fmt: skip
+        teacher="t",
+        teacher_digest="0" * 64,
+        tokenizer_digest="1" * 64,
+        text_digest="2" * 64,
+        vocabulary=96,
+        top_k=top_k,
+        temperatures=(1.0, 2.0),
+        tokens=sum(len(each.ids) for each in SEQUENCES),
+    )
 
 
 @pytest.mark.parametrize("top_k", [5, 96])
@@ -136,7 +142,7 @@ def test_text_with_tags_of_its_own_is_learned_alike_from_what_is_kept(tmp_path: 
         ({"settings": DistillSettings(temperature=3.0)}, "temperatures 1, 2"),
         ({"teacher": True}, "another teacher"),
     ],
-)  # fmt: skip
+)
 def test_what_is_kept_of_something_else_is_refused_and_stays(shop: Workshop, changes: dict[str, Any], said: str) -> None:
     distill(asked(shop), shop.root / "one")
     if changes.pop("teacher", False):
@@ -181,10 +187,17 @@ def test_a_pass_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
 @pytest.mark.parametrize(
     "damage",
     [
-        {"format": 2}, {"top_k": 0}, {"top_k": 10**9}, {"temperatures": []}, {"temperatures": [0.0]}, {"tokens": "x"},
-        {"teacher": "a\nb"}, {"more": 1}, None,
+        {"format": 2},
+        {"top_k": 0},
+        {"top_k": 10**9},
+        {"temperatures": []},
+        {"temperatures": [0.0]},
+        {"tokens": "x"},
+        {"teacher": "a\nb"},
+        {"more": 1},
+        None,
     ],
-)  # fmt: skip
+)
 def test_a_damaged_header_is_said(shop: Workshop, damage: dict[str, Any] | None) -> None:
     distill(asked(shop), shop.root / "one")
     path = shop.root / "KEPT" / "teacher.json"

@@ -49,9 +49,11 @@ def test_losses_are_their_formulas_at_a_temperature() -> None:
     student, teacher = logits(1), logits(2)
     q, p = (student / 2).softmax(-1), (teacher / 2).softmax(-1)
     wanted = {
-        "forward_kl": 4 * (p * (p / q).log()).sum(), "reverse_kl": 4 * (q * (q / p).log()).sum(),
-        "teacher_ce": -4 * (p * q.log()).sum(), "total_variation": (p - q).abs().sum() / 2,
-    }  # fmt: skip
+        "forward_kl": 4 * (p * (p / q).log()).sum(),
+        "reverse_kl": 4 * (q * (q / p).log()).sum(),
+        "teacher_ce": -4 * (p * q.log()).sum(),
+        "total_variation": (p - q).abs().sum() / 2,
+    }
     for name, value in wanted.items():
         assert distillation(name, student, teacher, 2.0) == pytest.approx(float(value), rel=1e-4), name
 

@@ -81,9 +81,18 @@ def test_a_fixed_share_stays_and_two_alternating_steps_are_two_combined_ones() -
 
 @pytest.mark.parametrize(
     "values",
-    [{"losses": {"forward_kl": 0.0}}, {"losses": {}}, {"losses": {"kl": 1.0}}, {"temperature": 0.0}, {"weights": 1.1},
-     {"weights": -0.1}, {"adaptive": True, "weights": 0.5}, {"temperature": float("nan")}, {"top_k": 3}],
-)  # fmt: skip
+    [
+        {"losses": {"forward_kl": 0.0}},
+        {"losses": {}},
+        {"losses": {"kl": 1.0}},
+        {"temperature": 0.0},
+        {"weights": 1.1},
+        {"weights": -0.1},
+        {"adaptive": True, "weights": 0.5},
+        {"temperature": float("nan")},
+        {"top_k": 3},
+    ],
+)
 def test_wrong_and_dead_settings_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(TrainingError, match="the settings of this distillation are wrong"):
         distill_settings(dict(values), where="test")

@@ -29,12 +29,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "up_proj"]},
     "rslora": {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["v_proj", "down_proj"]},
     "patterns": {
-        "r": 2, "lora_alpha": 3, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
         "alpha_pattern": {"k_proj": 11},
     },
     "some layers": {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
     "bias of its own": {"r": 2, "lora_alpha": 3, "lora_bias": True, "target_modules": ["q_proj", "k_proj"]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -52,14 +55,10 @@ def bench(tmp_path: Path) -> Workshop:
 
 WHOLE: dict[str, peft.PeftConfig] = {
     "dora": peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj", "up_proj"]),
-    "ia3": peft.IA3Config(
-        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    ),
+    "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "biases": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, bias="all", target_modules=["v_proj"]),
-    "head": peft.LoraConfig(
-        task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["o_proj"], modules_to_save=["lm_head"]
-    ),
-}  # fmt: skip
+    "head": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["o_proj"], modules_to_save=["lm_head"]),
+}
 """Adapters that are no plain low-rank change everywhere, so that a mixture keeps whole modules of them."""
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -149,9 +148,11 @@ def test_what_was_folded_cannot_be_given_back_without_its_folder(whole_bench: Wo
     checkpoint = open_checkpoint(out)
     assert adapter_experts(checkpoint) == ["rslora"]
     for name, reason in (
-        ("dora", "its own folder is gone"), ("ia3", "adapter_model.safetensors in its own folder has changed"),
-        ("biases", "adapter_config.json in its own folder has changed"), ("head", "adapter_config.json"),
-    ):  # fmt: skip
+        ("dora", "its own folder is gone"),
+        ("ia3", "adapter_model.safetensors in its own folder has changed"),
+        ("biases", "adapter_config.json in its own folder has changed"),
+        ("head", "adapter_config.json"),
+    ):
         message = refuse("export", out, root / "exported", "--expert", "rslora", "--expert", name)
         assert f"expert '{name}'" in message and reason in message
     assert not (root / "exported").exists()

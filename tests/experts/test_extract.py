@@ -189,9 +189,12 @@ def test_the_same_difference_gives_the_same_bytes(shape: tuple[int, int]) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(
-    outputs=st.integers(1, 12), inputs=st.integers(1, 12), rank=st.integers(1, 14), exponent=st.integers(-120, 120),
+    outputs=st.integers(1, 12),
+    inputs=st.integers(1, 12),
+    rank=st.integers(1, 14),
+    exponent=st.integers(-120, 120),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_every_scale_and_shape_is_optimal(outputs: int, inputs: int, rank: int, exponent: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     delta = (generator.standard_normal((outputs, inputs)) * 2.0**exponent).astype(np.float32)

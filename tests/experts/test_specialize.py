@@ -73,9 +73,7 @@ def test_the_ffn_of_both_stacks_moves_with_its_biases(model_type: str, tmp_path:
     for name in before:
         in_ffn = ".fc1." in name or ".fc2." in name or ".DenseReluDense." in name
         assert torch.equal(before[name], after[name]) != in_ffn, name
-    assert_close(
-        logits_of(load_model(built(tmp_path, {}, "new")), inputs()), logits_of(load_model(tmp_path / "new"), inputs())
-    )  # fmt: skip
+    assert_close(logits_of(load_model(built(tmp_path, {}, "new")), inputs()), logits_of(load_model(tmp_path / "new"), inputs()))
 
 
 def test_full_moves_everything(workshop: Workshop) -> None:
@@ -127,9 +125,12 @@ def test_the_same_seed_gives_the_same_bytes(workshop: Workshop) -> None:
 def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="not finite"):
         specialize(
-            workshop.root / "base", workshop.root / "new", ["./text/law.jsonl"], root=workshop.root,
+            workshop.root / "base",
+            workshop.root / "new",
+            ["./text/law.jsonl"],
+            root=workshop.root,
             training=TRAINING.with_(learning_rate=1e30, clip=1e30),
-        )  # fmt: skip
+        )
     assert not list(workshop.root.glob("new*"))
 
 
@@ -213,9 +214,13 @@ def test_held_out_text_is_scored_up_to_a_bound_and_every_phase_is_named_first(wo
     seen: list[tuple[str, int, int]] = []
     asked = TRAINING.with_(held_out_tokens=100)
     specialize(
-        workshop.root / "base", workshop.root / "new", ["./text/law.jsonl"], root=workshop.root, training=asked,
+        workshop.root / "base",
+        workshop.root / "new",
+        ["./text/law.jsonl"],
+        root=workshop.root,
+        training=asked,
         run=Run(progress=lambda stage, done, total: seen.append((stage, done, total))),
-    )  # fmt: skip
+    )
     for when in ("score before", "score after"):
         assert 0 < max(total for stage, _, total in seen if stage == when) < 100
         assert next(done for stage, done, _ in seen if stage == when) == 0

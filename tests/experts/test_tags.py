@@ -598,7 +598,7 @@ LAW = ("--text", "law=text/law.jsonl", "--tags")
         (("--text", "text/law.jsonl", "--randomise", "0.1"), "no effect"),
         ((*LAW, "--teacher", "untied"), "no effect"),
     ],
-)  # fmt: skip
+)
 def test_options_that_are_wrong_or_dead_are_refused(
     shop: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
 ) -> None:
@@ -613,9 +613,24 @@ def test_the_command_line_trains_with_tags_and_a_name_with_a_sign_is_a_file_with
     monkeypatch.chdir(shop)
     few = ("--steps", "1", "--sequence-length", "32")
     modekit(
-        "specialize", "tied", str(tmp_path / "OUT"), "--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl", "--tags",
-        "--randomise", "0.2", "--randomise-to", "others", "--generic", "text/medicine.jsonl", "--generic-share", "0.25", *few,
-    )  # fmt: skip
+        "specialize",
+        "tied",
+        str(tmp_path / "OUT"),
+        "--text",
+        "law=text/law.jsonl",
+        "--text",
+        "code=text/code.jsonl",
+        "--tags",
+        "--randomise",
+        "0.2",
+        "--randomise-to",
+        "others",
+        "--generic",
+        "text/medicine.jsonl",
+        "--generic-share",
+        "0.25",
+        *few,
+    )
     record = json.loads((tmp_path / "OUT" / "specialist.json").read_text())
     assert record["labels"] == {"tags": ["law", "code"], "randomise": 0.2, "randomise_to": "others"}
     assert record["generic"]["share"] == pytest.approx(0.25, abs=0.01)

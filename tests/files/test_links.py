@@ -33,9 +33,10 @@ def places(root: Path, words: tuple[str, ...], moment: int) -> list[str]:
     shutil.copytree(root, whole)
     later = {path.relative_to(whole).as_posix() for path in changed_paths(lambda: run_in(whole, words), whole)}
     return sorted(
-        name for name in left | later
+        name
+        for name in left | later
         if any(part.endswith(SIDE) for part in name.split("/")) and ".tmp" not in name and "tfevents" not in name
-    )  # fmt: skip
+    )
 
 
 def plant(path: Path, elsewhere: Path, way: str) -> bool:
@@ -111,9 +112,11 @@ def test_what_leads_out_of_a_folder_is_found_at_every_depth(tmp_path: Path) -> N
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("mine")
     for make in (
-        lambda path: path.symlink_to(tmp_path / "mine"), lambda path: path.symlink_to("nowhere"), os.mkfifo,
+        lambda path: path.symlink_to(tmp_path / "mine"),
+        lambda path: path.symlink_to("nowhere"),
+        os.mkfifo,
         lambda path: os.link(tmp_path / "mine" / "letter", path),
-    ):  # fmt: skip
+    ):
         make(folder / "a" / "b" / "entry")
         with pytest.raises(OutputError, match="a/b/entry"):
             check_own(folder)

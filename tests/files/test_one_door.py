@@ -12,15 +12,50 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "modekit"
 CALLS = {
-    "write_text", "write_bytes", "mkdir", "makedirs", "rmdir", "unlink", "rename", "touch", "symlink_to", "hardlink_to",
-    "rmtree", "copyfile", "copy2", "copytree", "copyfileobj", "truncate", "symlink",
-    "link", "mkstemp", "NamedTemporaryFile", "TemporaryDirectory", "FileLock", "FileIO", "savez", "to_csv",
-}  # fmt: skip
+    "write_text",
+    "write_bytes",
+    "mkdir",
+    "makedirs",
+    "rmdir",
+    "unlink",
+    "rename",
+    "touch",
+    "symlink_to",
+    "hardlink_to",
+    "rmtree",
+    "copyfile",
+    "copy2",
+    "copytree",
+    "copyfileobj",
+    "truncate",
+    "symlink",
+    "link",
+    "mkstemp",
+    "NamedTemporaryFile",
+    "TemporaryDirectory",
+    "FileLock",
+    "FileIO",
+    "savez",
+    "to_csv",
+}
 LIBRARIES = {
-    "save_file", "save_pretrained", "savefig", "convert", "_save_checkpoint", "TrainingArguments", "TensorBoardCallback",
-    "SummaryWriter", "JournalFileBackend", "JournalFileOpenLock", "snapshot_download", "hf_hub_download", "to_parquet",
-    "save_to_disk", "save_model", "FileHandler",
-}  # fmt: skip
+    "save_file",
+    "save_pretrained",
+    "savefig",
+    "convert",
+    "_save_checkpoint",
+    "TrainingArguments",
+    "TensorBoardCallback",
+    "SummaryWriter",
+    "JournalFileBackend",
+    "JournalFileOpenLock",
+    "snapshot_download",
+    "hf_hub_download",
+    "to_parquet",
+    "save_to_disk",
+    "save_model",
+    "FileHandler",
+}
 """Calls by which another library comes to write files."""
 DOORS = {"library_writes", "appearing"}
 """What gives it a place: a call in such a block is in order."""

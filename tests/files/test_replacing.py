@@ -147,9 +147,23 @@ def test_a_training_in_place_keeps_what_the_user_put_there(bench: Workshop) -> N
     (out / "notes.txt").write_text("mine")
     (out / "link").symlink_to("../recipe.yaml")
     modekit(
-        "train", out, "--what", "experts", "--backbone-learning-rate", "0.01", "--steps", "2", "--batch-tokens", "128",
-        "--sequence-length", "32", "--select-tokens", "100", "--tokens", "0",
-    )  # fmt: skip
+        "train",
+        out,
+        "--what",
+        "experts",
+        "--backbone-learning-rate",
+        "0.01",
+        "--steps",
+        "2",
+        "--batch-tokens",
+        "128",
+        "--sequence-length",
+        "32",
+        "--select-tokens",
+        "100",
+        "--tokens",
+        "0",
+    )
     assert json.loads((out / "modekit.json").read_text())["trained"]
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "link").readlink() == Path("../recipe.yaml")

@@ -52,9 +52,15 @@ SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediat
 ROUTER = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 OLD_COUNTS = Path(__file__).parents[1] / "golden" / "old" / "checkpoints" / "ngram" / "router"
 TASK = TaskScores(
-    "accuracy", True, 0.25, 40, {"base": Estimate(0.3, 0.2, 0.4), "mixture": Estimate(0.5)}, {"base": Estimate(0.2)}, "law",
+    "accuracy",
+    True,
+    0.25,
+    40,
+    {"base": Estimate(0.3, 0.2, 0.4), "mixture": Estimate(0.5)},
+    {"base": Estimate(0.2)},
+    "law",
     tasks=("a",),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -81,10 +87,16 @@ def native(workshop: Workshop) -> Stranger:
     """Fitted, trained, and with everything that a report can show."""
     checkpoint = open_checkpoint(workshop.build("NATIVE", mixture={"method": "routing", "top_k": 2, "router": ROUTER}))
     asked = train_settings(
-        {"steps": 2, "batch_tokens": 200, "sequence_length": 32, "select_tokens": 200, "evaluate_every": 1,
-         "learning_rate": 0.02},
+        {
+            "steps": 2,
+            "batch_tokens": 200,
+            "sequence_length": 32,
+            "select_tokens": 200,
+            "evaluate_every": 1,
+            "learning_rate": 0.02,
+        },
         where="test",
-    )  # fmt: skip
+    )
     return with_results(train(checkpoint, asked, evaluate_tokens=200).checkpoint)
 
 
@@ -102,13 +114,22 @@ def with_results(checkpoint: Checkpoint) -> Stranger:
     inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
     save_results(checkpoint, TaskResults({"modekit_law_questions": TASK, "qa": TASK}, {"questions": TASK}, ["a note"]))
     variant = {
-        "name": "ridge", "description": "ridge, top-2", "status": "scored", "mean_loss": 3.1, "active": 10_000, "native": True,
-        "report": {"mean_loss": 3.2, "gap_closed": 0.5}, "best": True, "pareto": True,
-    }  # fmt: skip
+        "name": "ridge",
+        "description": "ridge, top-2",
+        "status": "scored",
+        "mean_loss": 3.1,
+        "active": 10_000,
+        "native": True,
+        "report": {"mean_loss": 3.2, "gap_closed": 0.5},
+        "best": True,
+        "pareto": True,
+    }
     search = {
-        "format": 1, "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}, "seconds": 1.5,
+        "format": 1,
+        "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest},
+        "seconds": 1.5,
         "candidates": [variant, {**variant, "mean_loss": 3.4, "best": False}],
-    }  # fmt: skip
+    }
     (checkpoint.folder / "results" / "tune.json").write_text(json.dumps(search))
     write_card(checkpoint, ask_hub=False)
     return Stranger(checkpoint.folder)

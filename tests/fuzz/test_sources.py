@@ -48,9 +48,21 @@ MOST_TEXT = 20_000
 """Characters of any message."""
 QUICK, SLOW = 150, 1_700
 TARGETS = [
-    "headers", "configs", "families", "indexes", "adapters", "recipes", "mergekit", "tokenizers", "texts", "tables", "parquets",
-    "unlabelled", "templates", "taught",
-]  # fmt: skip
+    "headers",
+    "configs",
+    "families",
+    "indexes",
+    "adapters",
+    "recipes",
+    "mergekit",
+    "tokenizers",
+    "texts",
+    "tables",
+    "parquets",
+    "unlabelled",
+    "templates",
+    "taught",
+]
 
 
 def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
@@ -239,10 +251,16 @@ def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:
     folder = root / "code"
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {
-        "exclude_modules": None, "modules_to_save": None, "rank_pattern": {"up_proj": 4},
+        "exclude_modules": None,
+        "modules_to_save": None,
+        "rank_pattern": {"up_proj": 4},
         "alpha_pattern": {r"layers\.1\..*": 8},
-        "layers_to_transform": None, "layers_pattern": None, "use_rslora": False, "bias": "none", "init_lora_weights": True,
-    }  # fmt: skip
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "use_rslora": False,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
     header = header_of(folder / "adapter_model.safetensors")
     header.pop("__metadata__", None)
     data = max(entry["data_offsets"][1] for entry in header.values())
@@ -258,28 +276,65 @@ def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:
 
 
 YAML = [
-    "2001-99-99", "!!int x", "!!bool x", "!!map [a]", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}",
-    "!!omap [a]", "!!null x",
-    "!!python/object/apply:os.system [x]", "*a", "&a [*a]", "0x" + "f" * 9_000, "0b1", "1:99:99", ".inf", ".nan", "-.inf",
+    "2001-99-99",
+    "!!int x",
+    "!!bool x",
+    "!!map [a]",
+    "!!float x",
+    "!!timestamp x",
+    "!!binary x",
+    "!!set {a}",
+    "!!omap [a]",
+    "!!null x",
+    "!!python/object/apply:os.system [x]",
+    "*a",
+    "&a [*a]",
+    "0x" + "f" * 9_000,
+    "0b1",
+    "1:99:99",
+    ".inf",
+    ".nan",
+    "-.inf",
     "1_000",
-    '"\\ud800"', "!!str 3", "? [a]\n: b", "<<: {a: b}", "{<<: [{a: b}, {c: d}]}", "&b {<<: *b}", "1e400", "~", "''",
-    "[" * 400, "{[a]: b}",
-    "2001-01-01", "!!int ''", "0o17", "017", "-", "|", "%", "@", "\t",
-]  # fmt: skip
+    '"\\ud800"',
+    "!!str 3",
+    "? [a]\n: b",
+    "<<: {a: b}",
+    "{<<: [{a: b}, {c: d}]}",
+    "&b {<<: *b}",
+    "1e400",
+    "~",
+    "''",
+    "[" * 400,
+    "{[a]: b}",
+    "2001-01-01",
+    "!!int ''",
+    "0o17",
+    "017",
+    "-",
+    "|",
+    "%",
+    "@",
+    "\t",
+]
 
 
 def fuzz_recipes(root: Path, recipe: dict[str, Any]) -> Target:
     """YAML, some of it that only YAML says; recipes with most of the keys that there are."""
     full = {
-        **recipe, "eval": {"law": ["./text/law.jsonl"]},
+        **recipe,
+        "eval": {"law": ["./text/law.jsonl"]},
         "output": {"format": "modekit", "dtype": "source", "shard_size": "5GB"},
         "mixture": {
-            "method": "routing", "top_k": 2, "modules": ["mlp"], "layers": [0, "0-1"],
+            "method": "routing",
+            "top_k": 2,
+            "modules": ["mlp"],
+            "layers": [0, "0-1"],
             "backbone": {"method": "ties", "scale": 1.0},
             "always_on": {"expert": "law", "weight": 0.5},
             "router": {"fit": "random", "seed": 1, "granularity": "context", "decay": [0.5]},
         },
-    }  # fmt: skip
+    }
     weights = {**recipe, "mixture": {"method": "linear", "weights": {"law": 1, "code": 2.5}, "backbone": "base"}}
     only_yaml = st.booleans().flatmap(lambda only: st.sampled_from([Raw(text) for text in YAML]) if only else VALUES)
 
@@ -328,12 +383,13 @@ def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:
     tokenizer = word_tokenizer()
     said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
     records = [
-        hostile_json({"text": "some words", "meta": {"id": 1}}), hostile_json({"messages": said, "id": 1}),
+        hostile_json({"text": "some words", "meta": {"id": 1}}),
+        hostile_json({"messages": said, "id": 1}),
         hostile_json({"source": "some words", "target": "andere"}),
         hostile_json({"translation": {"en": "words", "de": "Worte"}}),
         hostile_json({"instruction": "what is fever", "input": "", "output": "a thing"}),
         hostile_json({"conversations": [{"from": "human", "value": "what is fever"}, {"from": "gpt", "value": "a thing"}]}),
-    ]  # fmt: skip
+    ]
     lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
     text = lines.map("\n".join)
 
@@ -367,9 +423,11 @@ def fuzz_parquets(root: Path, _: dict[str, Any]) -> Target:
     said = [[{"role": "user", "content": f"what is fever {n}"}, {"role": "assistant", "content": "a"}] for n in range(9)]
     tables = [pa.table({"text": [f"some words {n}" for n in range(9)], "id": range(9)}), pa.table({"messages": said})]
     ways = [
-        {"compression": "zstd"}, {"compression": "none", "use_dictionary": False},
-        {"data_page_version": "2.0", "row_group_size": 4}, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},
-    ]  # fmt: skip
+        {"compression": "zstd"},
+        {"compression": "none", "use_dictionary": False},
+        {"data_page_version": "2.0", "row_group_size": 4},
+        {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},
+    ]
     files = []
     for table in tables:
         for way in ways if "text" in table.column_names else ways[:3]:
@@ -416,8 +474,10 @@ def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
     size = 8 + int.from_bytes(content[:8], "little")
     values = hostile_json(json.loads(content[8:size]))
     item = {
-        "input_ids": torch.tensor([[4, 5, 6]]), "real": torch.ones(1, 3, dtype=torch.bool), "position": torch.arange(3)[None],
-    }  # fmt: skip
+        "input_ids": torch.tensor([[4, 5, 6]]),
+        "real": torch.ones(1, 3, dtype=torch.bool),
+        "position": torch.arange(3)[None],
+    }
 
     def door(drawn: tuple[bytes, bytes | None]) -> object:
         said, its_values = drawn
@@ -455,13 +515,49 @@ def fuzz_unlabelled(root: Path, _: dict[str, Any]) -> Target:
 def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:
     """What a model says of how a conversation is written."""
     pieces = [
-        "{% for message in messages %}", "{% endfor %}", "{{ message['content'] }}", "{{ message.role }}", "{% if ",
-        "{% endif %}", "loop.first", "%}",
-        "{{ ", " }}", "messages[0]", "['role']", "| trim", "| tojson", "* 99999999", "range(9999)", "none",
-        "raise_exception('no')", "{% set x = ", "namespace(a=1)", "{% macro m() %}", "{% endmacro %}", "m()", "'", "[", "]",
-        "[::-1]", "{% generation %}", "{% include 'a' %}", "add_generation_prompt", "strftime_now('%Y')", "{#", "#}", "{%- ",
-        "-%}", "\x00", ".__class__", "~ bos_token", "⁂user⁂", "{{ cycler.__init__.__globals__ }}", "{% break %}", "// 0",
-    ]  # fmt: skip
+        "{% for message in messages %}",
+        "{% endfor %}",
+        "{{ message['content'] }}",
+        "{{ message.role }}",
+        "{% if ",
+        "{% endif %}",
+        "loop.first",
+        "%}",
+        "{{ ",
+        " }}",
+        "messages[0]",
+        "['role']",
+        "| trim",
+        "| tojson",
+        "* 99999999",
+        "range(9999)",
+        "none",
+        "raise_exception('no')",
+        "{% set x = ",
+        "namespace(a=1)",
+        "{% macro m() %}",
+        "{% endmacro %}",
+        "m()",
+        "'",
+        "[",
+        "]",
+        "[::-1]",
+        "{% generation %}",
+        "{% include 'a' %}",
+        "add_generation_prompt",
+        "strftime_now('%Y')",
+        "{#",
+        "#}",
+        "{%- ",
+        "-%}",
+        "\x00",
+        ".__class__",
+        "~ bos_token",
+        "⁂user⁂",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% break %}",
+        "// 0",
+    ]
     said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": "a thing"}]
 
     def door(text: str) -> object:

@@ -32,9 +32,7 @@ def sequences() -> list[TokenSequence]:
 def own_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> list[float]:
     """What the model itself says of each pair alone, per token of its target."""
     with torch.inference_mode():
-        return [
-            float(model(input_ids=torch.tensor([each.ids]), labels=torch.tensor([each.target])).loss) for each in sequences
-        ]  # fmt: skip
+        return [float(model(input_ids=torch.tensor([each.ids]), labels=torch.tensor([each.target])).loss) for each in sequences]
 
 
 @pytest.mark.parametrize("family", PAIR_FAMILIES)
@@ -97,8 +95,9 @@ def test_training_learns_pairs_and_shares_have_the_gradients_of_the_whole(family
 def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSequence]) -> None:
     plain = [TokenSequence((5, 6, 7), 2)]
     for model, text, what in (
-        (pair_model("bart"), plain, "needs pairs"), (tiny_model(), sequences, "reads plain text"),
-    ):  # fmt: skip
+        (pair_model("bart"), plain, "needs pairs"),
+        (tiny_model(), sequences, "reads plain text"),
+    ):
         with pytest.raises(TextError, match=what):
             score_domain(model, Domain("d", 0, text, {}), lambda _: None)
         with pytest.raises(TextError, match=what):

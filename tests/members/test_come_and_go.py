@@ -89,8 +89,11 @@ def expert(name: str) -> dict[str, Any]:
 
 def recipe(kind: Kind, names: Sequence[str]) -> dict[str, Any]:
     return {
-        "base_model": "./base", "experts": [expert(name) for name in names], "mixture": kind.mixture, "output": kind.output,
-    }  # fmt: skip
+        "base_model": "./base",
+        "experts": [expert(name) for name in names],
+        "mixture": kind.mixture,
+        "output": kind.output,
+    }
 
 
 def built(shop: Workshop, kind: Kind, names: Sequence[str], out: Path) -> Checkpoint:
@@ -169,8 +172,11 @@ def test_another_model_in_the_place_of_one(shop: Workshop, tmp_path: Path, name:
     wanted = build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted")
     check_same(replaced.folder, wanted.folder)
     assert replaced.record.history[-1].model_dump(exclude={"on", "door"}) == {
-        "what": "replace", "expert": first, "was": f"./{first}", "source": f"./{third}",
-    }  # fmt: skip
+        "what": "replace",
+        "expert": first,
+        "was": f"./{first}",
+        "source": f"./{third}",
+    }
 
 
 @pytest.mark.parametrize("name", ["native ridge", "native lexical", "adapters", "whole models by n-grams"])
@@ -326,8 +332,10 @@ def test_the_history_says_who_came_and_went(shop: Workshop, tmp_path: Path) -> N
     write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
     record = open_checkpoint(out).record
     assert [(each.what, each.expert, each.was) for each in record.history] == [
-        ("add", "code", None), ("rename", "python", "code"), ("remove", "law", "./law"),
-    ]  # fmt: skip
+        ("add", "code", None),
+        ("rename", "python", "code"),
+        ("remove", "law", "./law"),
+    ]
     assert record.recipe.names == ["medicine", "python"]
 
 

@@ -174,11 +174,10 @@ def test_the_door_refuses_and_can_be_forced(at: Path, shop: Workshop, shared_wor
 def test_who_is_in_and_worth_what(at: Path, shop: Workshop) -> None:
     before = members_of(open_checkpoint(at))
     assert [(member.name, member.kind, member.since, member.gain) for member in before] == [
-        ("medicine", "full model", None, None), ("law", "full model", None, None),
-    ]  # fmt: skip
-    assert before[0].nbytes == sum(
-        ref.nbytes for name, ref in open_checkpoint(at).tensors.items() if ".experts.0." in name
-    )  # fmt: skip
+        ("medicine", "full model", None, None),
+        ("law", "full model", None, None),
+    ]
+    assert before[0].nbytes == sum(ref.nbytes for name, ref in open_checkpoint(at).tensors.items() if ".experts.0." in name)
     evaluate(open_checkpoint(at), tokens_per_domain=300)
     after = members_of(open_checkpoint(at))
     assert all(member.gain is not None for member in after)

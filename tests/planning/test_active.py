@@ -43,9 +43,10 @@ def run_by_a_token(checkpoint: Checkpoint) -> int:
             parameter.data.zero_()
     idle = {
         id(module): module
-        for mixed in model.modules() if isinstance(mixed, Mixed)
+        for mixed in model.modules()
+        if isinstance(mixed, Mixed)
         for module in (*mixed.experts, *([mixed.base] if mixed.base is not None else []))
-    }  # fmt: skip
+    }
     for module in idle.values():
         module.register_forward_hook(lambda module, *_: idle.pop(id(module), None) and None)
     with torch.inference_mode():

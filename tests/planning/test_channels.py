@@ -224,23 +224,40 @@ def test_recency_is_an_exponential_average(size: int, decay: float) -> None:
     assert np.abs(weights / weights.sum() - formula / formula.sum()).sum() / 2 < {32: 0.03, 64: 0.02, 128: 0.015}[size]
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_type": "default", "rope_theta": 10_000.0}, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
-    {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-     "original_max_position_embeddings": 32},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10_000.0},
+        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 50_000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+)
 def test_turns_are_those_of_transformers(rope: dict[str, Any]) -> None:
     model = tiny_model(head_dim=16, rope_parameters=rope)
     said = turns_per_token({"head_dim": 16, "rope_parameters": rope})
     torch.testing.assert_close(torch.tensor(said), model.model.rotary_emb.inv_freq)
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}, {"rope_type": "default", "rope_theta": 0},
-    {"rope_type": "default", "rope_theta": -5.0}, {"rope_type": "default", "rope_theta": float("inf")},
-    {"rope_type": "default", "rope_theta": "much"}, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 0},
-    {"rope_type": "llama3", "rope_theta": 10_000.0}, {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0},
+        {"rope_type": "default", "rope_theta": 0},
+        {"rope_type": "default", "rope_theta": -5.0},
+        {"rope_type": "default", "rope_theta": float("inf")},
+        {"rope_type": "default", "rope_theta": "much"},
+        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 0},
+        {"rope_type": "llama3", "rope_theta": 10_000.0},
+        {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    ],
+)
 def test_turns_that_are_not_known_are_none(rope: dict[str, Any]) -> None:
     assert turns_per_token({"head_dim": 16, "rope_parameters": rope}) is None
     for size in (0, 2, -4, 10**12):
@@ -256,10 +273,13 @@ def test_architectures_that_cannot_are_refused_with_the_reason(tmp_path: Path, n
         make_plan(recipe_of(["base"] * 2), tmp_path)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"decay": [0.5]}, "cannot fade so fast"),
-    ({"decay": [0.98, 0.99, 1.0]}, "more averages than the new head has queries"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decay": [0.5]}, "cannot fade so fast"),
+        ({"decay": [0.98, 0.99, 1.0]}, "more averages than the new head has queries"),
+    ],
+)
 def test_what_a_head_cannot_say_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     save(tiny_model(), tmp_path / "base")
     write_text(tmp_path / "text")

@@ -50,18 +50,29 @@ def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
 
 
 LLAMA_8B = {
-    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
-    "tie_word_embeddings": False, "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
 
 
 def sparse_8b(folder: Path) -> None:
     """A Llama-3-8B folder whose files hold headers and no data on disk."""
     folder.mkdir()
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (128_256, 4096), "lm_head.weight": (128_256, 4096), "model.norm.weight": (4096,),
-    }  # fmt: skip
+        "model.embed_tokens.weight": (128_256, 4096),
+        "lm_head.weight": (128_256, 4096),
+        "model.norm.weight": (4096,),
+    }
     for layer in range(32):
         p = f"model.layers.{layer}."
         shapes |= {p + f"mlp.{name}_proj.weight": (14_336, 4096) for name in ("gate", "up")}

@@ -84,8 +84,11 @@ def test_a_path_through_a_link_is_the_folder_that_it_leads_to(
     assert checkpoint.folder == tmp_path / "deep" / "er" / "OUT"
     sources = [checkpoint.source_folder(source) for source in checkpoint.record.sources]
     assert sources[0] == small_workshop.root / "base" and all(folder.is_dir() for folder in sources)
-    added = modekit.add(modekit.remove(checkpoint, "code", out=tmp_path / "link" / "LESS"), bench.recipe["experts"][2],
-                        out=tmp_path / "link" / "MORE")  # fmt: skip
+    added = modekit.add(
+        modekit.remove(checkpoint, "code", out=tmp_path / "link" / "LESS"),
+        bench.recipe["experts"][2],
+        out=tmp_path / "link" / "MORE",
+    )
     for each in (added, modekit.train(added, steps=1, what=["routers"], speed="cheap", out=tmp_path / "link" / "T").checkpoint):
         assert all(each.source_folder(source).is_dir() for source in each.record.sources)
 

@@ -33,12 +33,22 @@ def with_mixture(**mixture: Any) -> dict[str, Any]:
 NAMED = ("not a name", "letters, digits, '_', '.' and '-', 64 at most")
 ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("misspelt key", {**GOOD, "expets": []}, ["expets: unknown key", "did you mean 'experts'?"]),
-    ("misspelt inner key", with_mixture(router={"fit": "random", "temprature": 2}), [
-        "mixture.router.temprature: unknown key", "did you mean 'temperature'?",
-    ]),
-    ("misspelt key of an expert", {**GOOD, "experts": [{**EXPERTS[0], "modle": "x"}, EXPERTS[1]]}, [
-        "experts[0].modle: unknown key", "did you mean 'model'?",
-    ]),
+    (
+        "misspelt inner key",
+        with_mixture(router={"fit": "random", "temprature": 2}),
+        [
+            "mixture.router.temprature: unknown key",
+            "did you mean 'temperature'?",
+        ],
+    ),
+    (
+        "misspelt key of an expert",
+        {**GOOD, "experts": [{**EXPERTS[0], "modle": "x"}, EXPERTS[1]]},
+        [
+            "experts[0].modle: unknown key",
+            "did you mean 'model'?",
+        ],
+    ),
     ("unknown key", {**GOOD, "zzz": 1}, ["zzz: unknown key", "remove it"]),
     ("missing key", {"experts": EXPERTS, "mixture": RANDOM}, ["base_model: missing"]),
     ("no experts", {**GOOD, "experts": []}, ["experts", "at least 1"]),
@@ -50,61 +60,127 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("top_k over E", with_mixture(**RANDOM, top_k=3), ["mixture.top_k is 3", "only 2 experts"]),
     ("top_k of zero", with_mixture(**RANDOM, top_k=0), ["mixture.top_k", "greater than or equal to 1", "found 0"]),
     ("temperature of zero", with_mixture(router={"fit": "random", "temperature": 0}), ["mixture.router.temperature"]),
-    ("infinite temperature", with_mixture(router={"fit": "random", "temperature": float("inf")}), [
-        "mixture.router.temperature", "finite",
-    ]),
+    (
+        "infinite temperature",
+        with_mixture(router={"fit": "random", "temperature": float("inf")}),
+        [
+            "mixture.router.temperature",
+            "finite",
+        ],
+    ),
     ("router under linear", with_mixture(method="linear", **RANDOM), ["mixture: 'router' has no effect", "remove it"]),
-    ("weights under routing", with_mixture(**RANDOM, weights={"law": 1, "code": 2}), [
-        "mixture: 'weights' has no effect", "remove it or use method: linear",
-    ]),
+    (
+        "weights under routing",
+        with_mixture(**RANDOM, weights={"law": 1, "code": 2}),
+        [
+            "mixture: 'weights' has no effect",
+            "remove it or use method: linear",
+        ],
+    ),
     ("top_k under gating", with_mixture(method="gating", top_k=2, **RANDOM), ["mixture: 'top_k' has no effect", "remove it"]),
     ("weights that miss an expert", with_mixture(method="linear", weights={"law": 1}), ["mixture.weights", "law, code"]),
     ("negative weight", with_mixture(method="linear", weights={"law": 1, "code": -1}), ["mixture: 'weights' must be >= 0"]),
     ("weights all zero", with_mixture(method="linear", weights={"law": 0, "code": 0}), ["mixture: 'weights'", "not all zero"]),
-    ("weight that is no number", with_mixture(method="linear", weights={"law": 1, "code": float("nan")}), [
-        "mixture.weights.code", "finite",
-    ]),
-    ("negative_prompts without centroid", {**GOOD, "experts": [{**EXPERTS[0], "negative_prompts": ["x"]}, EXPERTS[1]]}, [
-        "'negative_prompts' have no effect", "remove them",
-    ]),
-    ("density under average", with_mixture(**RANDOM, backbone={"method": "average", "density": 0.5}), [
-        "mixture.backbone: 'density' has no effect with method 'average'", "remove it",
-    ]),
-    ("density out of range", with_mixture(**RANDOM, backbone={"method": "ties", "density": 2}), [
-        "mixture.backbone.density", "less than or equal to 1", "found 2",
-    ]),
-    ("misspelt merge setting", with_mixture(**RANDOM, backbone={"method": "ties", "densty": 0.5}), [
-        "mixture.backbone.densty: unknown key", "did you mean 'density'?",
-    ]),
+    (
+        "weight that is no number",
+        with_mixture(method="linear", weights={"law": 1, "code": float("nan")}),
+        [
+            "mixture.weights.code",
+            "finite",
+        ],
+    ),
+    (
+        "negative_prompts without centroid",
+        {**GOOD, "experts": [{**EXPERTS[0], "negative_prompts": ["x"]}, EXPERTS[1]]},
+        [
+            "'negative_prompts' have no effect",
+            "remove them",
+        ],
+    ),
+    (
+        "density under average",
+        with_mixture(**RANDOM, backbone={"method": "average", "density": 0.5}),
+        [
+            "mixture.backbone: 'density' has no effect with method 'average'",
+            "remove it",
+        ],
+    ),
+    (
+        "density out of range",
+        with_mixture(**RANDOM, backbone={"method": "ties", "density": 2}),
+        [
+            "mixture.backbone.density",
+            "less than or equal to 1",
+            "found 2",
+        ],
+    ),
+    (
+        "misspelt merge setting",
+        with_mixture(**RANDOM, backbone={"method": "ties", "densty": 0.5}),
+        [
+            "mixture.backbone.densty: unknown key",
+            "did you mean 'density'?",
+        ],
+    ),
     ("unknown backbone", with_mixture(**RANDOM, backbone="avrage"), ["mixture.backbone", "'average'", "'avrage'"]),
-    ("backbone of a stranger", with_mixture(**RANDOM, backbone={"expert": "poetry"}), [
-        "mixture.backbone.expert 'poetry'", "law, code",
-    ]),
-    ("slerp of three", {**with_mixture(**RANDOM, backbone="slerp"), "experts": [*EXPERTS, {"name": "x", "model": "./x"}]}, [
-        "slerp", "exactly two", "found 3",
-    ]),
-    ("merge of nothing", {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]}, [
-        "mixture.backbone cannot be merged", "every expert",
-    ]),
-    ("fit without text", with_mixture(router={"fit": "lda"}), [
-        "router fit 'lda' needs text", "law, code", "add experts[].text", "experts[].prompts", "fit: arrow", "chance",
-    ]),
+    (
+        "backbone of a stranger",
+        with_mixture(**RANDOM, backbone={"expert": "poetry"}),
+        [
+            "mixture.backbone.expert 'poetry'",
+            "law, code",
+        ],
+    ),
+    (
+        "slerp of three",
+        {**with_mixture(**RANDOM, backbone="slerp"), "experts": [*EXPERTS, {"name": "x", "model": "./x"}]},
+        [
+            "slerp",
+            "exactly two",
+            "found 3",
+        ],
+    ),
+    (
+        "merge of nothing",
+        {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]},
+        [
+            "mixture.backbone cannot be merged",
+            "every expert",
+        ],
+    ),
+    (
+        "fit without text",
+        with_mixture(router={"fit": "lda"}),
+        [
+            "router fit 'lda' needs text",
+            "law, code",
+            "add experts[].text",
+            "experts[].prompts",
+            "fit: arrow",
+            "chance",
+        ],
+    ),
     ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),
     ("unknown size", {**GOOD, "output": {"shard_size": "5 parsecs"}}, ["output.shard_size", "not a size", "GB"]),
     ("endless size", {**GOOD, "output": {"shard_size": "infGB"}}, ["output.shard_size", "not a size"]),
     ("eval of a bad name", {**GOOD, "eval": {"a b": "./x.txt"}}, ["eval.a b: not a name"]),
     ("name of two words", {**GOOD, "experts": [{**EXPERTS[0], "name": "a b"}, EXPERTS[1]]}, ["experts[0].name", *NAMED]),
     ("name that is too long", {**GOOD, "experts": [{**EXPERTS[0], "name": "a" * 65}, EXPERTS[1]]}, ["experts[0].name", *NAMED]),
-    ("label of two words", {**GOOD, "experts": [{**EXPERTS[0], "labels": ["a b"]}, EXPERTS[1]]}, [
-        "experts[0].labels[0]", *NAMED,
-    ]),
+    (
+        "label of two words",
+        {**GOOD, "experts": [{**EXPERTS[0], "labels": ["a b"]}, EXPERTS[1]]},
+        [
+            "experts[0].labels[0]",
+            *NAMED,
+        ],
+    ),
     ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "write for example", "{law: 1"]),
     ("router by one word", with_mixture(router="lexical"), ["mixture.router", "write for example", "{fit: lexical}"]),
     ("expert by its path", {**GOOD, "experts": ["./law", EXPERTS[1]]}, ["experts[0]", "write {name: NAME, model: ./law}"]),
     ("misspelt fit", with_mixture(router={"fit": "lexicl"}), ["mixture.router.fit", "did you mean 'lexical'?", "'lexicl'"]),
     ("misspelt method", with_mixture(method="routng", **RANDOM), ["mixture.method", "did you mean 'routing'?"]),
     ("misspelt part", with_mixture(modules=["corss_q"], **RANDOM), ["mixture.modules[0]", "did you mean 'cross_q'?"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("recipe", "parts"), [case[1:] for case in ONE_PROBLEM], ids=[case[0] for case in ONE_PROBLEM])
@@ -126,9 +202,14 @@ def test_several_problems_are_reported_together(tmp_path: Path) -> None:
     problems = refuse_recipe(tmp_path, recipe)
     places = [problem.split(":")[0] for problem in problems]
     assert places == [
-        "base_model", "experts[0]", "experts[1].text", "mixture.router.l2", "output.dtype", "output.shard_size",
+        "base_model",
+        "experts[0]",
+        "experts[1].text",
+        "mixture.router.l2",
+        "output.dtype",
+        "output.shard_size",
         "base_modle",
-    ]  # fmt: skip
+    ]
 
 
 def test_settings_that_contradict_each_other_are_reported_together(tmp_path: Path) -> None:

@@ -39,14 +39,17 @@ def test_data_that_is_no_recipe_is_left_for_the_check(experts: object) -> None:
 ROUTER = {"fit": "ridge", "granularity": "context", "decay": [0.5], "l2": 0.1, "seed": 3, "per": "feature", "noise": 0.1}
 
 
-@pytest.mark.parametrize(("asked", "left"), [
-    ({"fit": "ridge"}, {"granularity", "decay", "l2", "per", "noise"}),
-    ({"fit": "random"}, {"granularity", "decay", "seed", "per", "noise"}),
-    ({"fit": "arrow"}, {"granularity", "decay", "noise"}),
-    ({"fit": "ngram"}, {"noise"}),
-    ({"granularity": "token"}, {"granularity", "l2", "per", "noise"}),
-    ({"fit": "ngram", "per": "feature", "l2": 1.0, "decay": [0.9]}, {"per", "l2", "decay", "noise"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ({"fit": "ridge"}, {"granularity", "decay", "l2", "per", "noise"}),
+        ({"fit": "random"}, {"granularity", "decay", "seed", "per", "noise"}),
+        ({"fit": "arrow"}, {"granularity", "decay", "noise"}),
+        ({"fit": "ngram"}, {"noise"}),
+        ({"granularity": "token"}, {"granularity", "l2", "per", "noise"}),
+        ({"fit": "ngram", "per": "feature", "l2": 1.0, "decay": [0.9]}, {"per", "l2", "decay", "noise"}),
+    ],
+)
 def test_a_router_keeps_what_its_fit_reads_and_what_is_asked_for(asked: dict[str, Any], left: set[str]) -> None:
     router = changed_mixture({"router": ROUTER}, {"router": asked})["router"]
     assert router.keys() - {"fit"} == left
@@ -58,18 +61,28 @@ def test_a_decay_of_evidence_is_none_of_averages() -> None:
     assert back == {"router": {"fit": "lda", "granularity": "context"}}
 
 
-@pytest.mark.parametrize(("mixture", "changes", "expected"), [
-    ({"top_k": 1}, {"method": "gating"}, {"method": "gating"}),
-    ({"top_p": 0.5}, {"top_k": 1}, {"top_k": 1}),
-    ({"top_k": 1}, {"top_p": 0.5}, {"top_p": 0.5}),
-    ({"weights": {"law": 1.0}, "method": "linear"}, {"method": "routing"}, {"method": "routing"}),
-    ({"always_on": {"expert": "law"}}, {"method": "gating"}, {"method": "gating"}),
-    ({"always_on": {"expert": "law", "weight": 0.5}}, {"method": "linear"}, {"method": "linear"}),
-    ({"router": {"fit": "ridge"}}, {"method": "linear"}, {"method": "linear"}),
-    ({"router": {"fit": "ridge"}}, {"method": "linear", "router": {"l2": 1.0}}, {"method": "linear", "router": {"l2": 1.0}}),
-    ({"modules": "all", "router": {"fit": "ngram"}}, {"router": {"fit": "lda"}},
-     {"modules": "all", "router": {"fit": "lda", "granularity": "sequence", "per": "model"}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mixture", "changes", "expected"),
+    [
+        ({"top_k": 1}, {"method": "gating"}, {"method": "gating"}),
+        ({"top_p": 0.5}, {"top_k": 1}, {"top_k": 1}),
+        ({"top_k": 1}, {"top_p": 0.5}, {"top_p": 0.5}),
+        ({"weights": {"law": 1.0}, "method": "linear"}, {"method": "routing"}, {"method": "routing"}),
+        ({"always_on": {"expert": "law"}}, {"method": "gating"}, {"method": "gating"}),
+        ({"always_on": {"expert": "law", "weight": 0.5}}, {"method": "linear"}, {"method": "linear"}),
+        ({"router": {"fit": "ridge"}}, {"method": "linear"}, {"method": "linear"}),
+        (
+            {"router": {"fit": "ridge"}},
+            {"method": "linear", "router": {"l2": 1.0}},
+            {"method": "linear", "router": {"l2": 1.0}},
+        ),
+        (
+            {"modules": "all", "router": {"fit": "ngram"}},
+            {"router": {"fit": "lda"}},
+            {"modules": "all", "router": {"fit": "lda", "granularity": "sequence", "per": "model"}},
+        ),
+    ],
+)
 def test_a_mixture_keeps_what_its_method_reads(
     mixture: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]
 ) -> None:
@@ -79,9 +92,24 @@ def test_a_mixture_keeps_what_its_method_reads(
 @pytest.mark.parametrize("name", FITS)
 def test_settings_with_effect_are_accepted(name: str) -> None:
     router = {
-        "fit": name, "temperature": 2.0, "l2": 0.1, "tokens_per_domain": 100, "sequence_length": 16, "keep_tokens": 0,
-        "seed": 1, "steps": 3, "jitter": 0.1, "order": 1, "buckets": 64, "smoothing": 1.0, "granularity": "sequence",
-        "prefix": 3, "decay": [0.5, 0.9], "per": "feature", "noise": 0.1, "compute_dtype": "bfloat16",
-    }  # fmt: skip
+        "fit": name,
+        "temperature": 2.0,
+        "l2": 0.1,
+        "tokens_per_domain": 100,
+        "sequence_length": 16,
+        "keep_tokens": 0,
+        "seed": 1,
+        "steps": 3,
+        "jitter": 0.1,
+        "order": 1,
+        "buckets": 64,
+        "smoothing": 1.0,
+        "granularity": "sequence",
+        "prefix": 3,
+        "decay": [0.5, 0.9],
+        "per": "feature",
+        "noise": 0.1,
+        "compute_dtype": "bfloat16",
+    }
     experts = [{"name": "law", "model": "./law", "as": "lora", "text": "a"}]
     parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": settings_with_effect(router)}})

@@ -39,12 +39,29 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "value",
     [
-        "2001-99-99", "!!int x", "!!int ''", "!!bool x", "!!float x", "!!timestamp x", "!!map [a]", "!!binary é", "!!set [a]",
-        "9" * 5_000, "-" + "9" * 5_000, "0x" + "f" * 9_000, "9" * 200, '"\\ud800"', "!!python/object/apply:os.system [x]",
-        "[" * 400, "{a: " * 400, "[" * 100_000, "*nobody", "&a [*a]",
+        "2001-99-99",
+        "!!int x",
+        "!!int ''",
+        "!!bool x",
+        "!!float x",
+        "!!timestamp x",
+        "!!map [a]",
+        "!!binary é",
+        "!!set [a]",
+        "9" * 5_000,
+        "-" + "9" * 5_000,
+        "0x" + "f" * 9_000,
+        "9" * 200,
+        '"\\ud800"',
+        "!!python/object/apply:os.system [x]",
+        "[" * 400,
+        "{a: " * 400,
+        "[" * 100_000,
+        "*nobody",
+        "&a [*a]",
     ],
     ids=lambda value: value[:12],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("key", ["base_model", "output", "zzz"])
 def test_values_that_are_none(path: Path, key: str, value: str) -> None:
     refused(path, f"{GOOD}more: {{{key}: {value}}}\n", "not YAML")

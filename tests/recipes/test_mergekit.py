@@ -13,20 +13,26 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.recipe import Recipe
 
 MOE: dict[str, Any] = {
-    "base_model": "org/base", "gate_mode": "hidden", "dtype": "bfloat16", "experts_per_token": 2,
+    "base_model": "org/base",
+    "gate_mode": "hidden",
+    "dtype": "bfloat16",
+    "experts_per_token": 2,
     "experts": [
         {"source_model": "org/law-7b", "positive_prompts": ["What is a tort?"], "negative_prompts": ["def f():"]},
         {"source_model": "other/law-7b", "positive_prompts": ["Write Python."]},
         {"source_model": "org/base", "positive_prompts": ["Hello"]},
     ],
-}  # fmt: skip
+}
 MERGE: dict[str, Any] = {
-    "merge_method": "ties", "base_model": "org/base", "dtype": "float16",
+    "merge_method": "ties",
+    "base_model": "org/base",
+    "dtype": "float16",
     "models": [
-        {"model": "org/base"}, {"model": "org/law", "parameters": {"weight": 0.4, "density": 0.5}},
+        {"model": "org/base"},
+        {"model": "org/law", "parameters": {"weight": 0.4, "density": 0.5}},
         {"model": "org/code", "parameters": {"weight": 0.6}},
     ],
-}  # fmt: skip
+}
 
 
 def becomes(path: Path, recipe: dict[str, Any]) -> Recipe:

@@ -54,10 +54,15 @@ def hostile_record(record: dict[str, Any]) -> None:
     record["router"]["report"] = {HOSTILE: HOSTILE}
     record["training"] = [
         {
-            "settings": {"what": [HOSTILE], "losses": {HOSTILE: 1.0}, "speed": HOSTILE}, "text": {HOSTILE: {}},
-            "parameters": 1, "steps": 1, "tokens": 1, "select_loss": {HOSTILE: {"before": 1.0}}, "notes": [HOSTILE],
+            "settings": {"what": [HOSTILE], "losses": {HOSTILE: 1.0}, "speed": HOSTILE},
+            "text": {HOSTILE: {}},
+            "parameters": 1,
+            "steps": 1,
+            "tokens": 1,
+            "select_loss": {HOSTILE: {"before": 1.0}},
+            "notes": [HOSTILE],
         }
-    ]  # fmt: skip
+    ]
 
 
 def test_a_card_and_a_page_of_hostile_names(checkpoint: Checkpoint) -> None:
@@ -96,10 +101,15 @@ def test_a_front_matter_that_never_ends(tmp_path: Path, content: str) -> None:
 
 
 TABLE = Results(
-    [Row(name, "mixture" if name == "mixture" else "expert", 10, 5, {"law": Score(3.0, 20.0, 1.0, blocks=(1.0, 2.0))}, "x")
-     for name in ("law", "mixture")],
-    ["law"], [], {"law": {"tokens": 3}}, ["a note"],
-)  # fmt: skip
+    [
+        Row(name, "mixture" if name == "mixture" else "expert", 10, 5, {"law": Score(3.0, 20.0, 1.0, blocks=(1.0, 2.0))}, "x")
+        for name in ("law", "mixture")
+    ],
+    ["law"],
+    [],
+    {"law": {"tokens": 3}},
+    ["a note"],
+)
 
 
 def test_a_table_comes_back() -> None:
@@ -109,14 +119,24 @@ def test_a_table_comes_back() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("rows",), None), (("rows", 0), []), (("rows", 0, "name"), 7), (("rows", 0, "name"), "a\nb"),
+        (("rows",), None),
+        (("rows", 0), []),
+        (("rows", 0, "name"), 7),
+        (("rows", 0, "name"), "a\nb"),
         (("rows", 0, "kind"), "<b>"),
-        (("rows", 0, "total_parameters"), 10**400), (("rows", 0, "total_parameters"), "many"), (("rows", 0, "domains"), [1]),
-        (("rows", 0, "domains", "law", "loss"), "3"), (("rows", 0, "domains", "law", "loss"), 10**400),
-        (("rows", 0, "domains", "law", "blocks"), ["a"]), (("rows", 1, "name"), "law"), (("domains",), ["law"] * 100_000),
-        (("text",), {"law": 3}), (("notes",), [1]), (("domains",), [f"{n}" for n in range(200_000)]),
+        (("rows", 0, "total_parameters"), 10**400),
+        (("rows", 0, "total_parameters"), "many"),
+        (("rows", 0, "domains"), [1]),
+        (("rows", 0, "domains", "law", "loss"), "3"),
+        (("rows", 0, "domains", "law", "loss"), 10**400),
+        (("rows", 0, "domains", "law", "blocks"), ["a"]),
+        (("rows", 1, "name"), "law"),
+        (("domains",), ["law"] * 100_000),
+        (("text",), {"law": 3}),
+        (("notes",), [1]),
+        (("domains",), [f"{n}" for n in range(200_000)]),
     ],
-)  # fmt: skip
+)
 def test_results_of_other_types_are_no_results(checkpoint: Checkpoint, path: tuple[Any, ...], value: Any) -> None:
     data = json.loads(json.dumps(TABLE.as_data()))
     holder: Any = data
@@ -155,8 +175,14 @@ def test_results_that_are_no_files_are_left_out(checkpoint: Checkpoint, name: st
 
 
 def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint) -> None:
-    scores = {"metric": "accuracy", "higher_is_better": True, "chance": 0.5, "items": 3, "rows": {"base": {"value": 0.5}},
-              "differences": {}}  # fmt: skip
+    scores = {
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "chance": 0.5,
+        "items": 3,
+        "rows": {"base": {"value": 0.5}},
+        "differences": {},
+    }
     for name in ("a\n# b", "<b>|c"):
         data = {"checkpoint": checkpoint.identity, "tasks": {name: scores}, "macro": {}, "notes": []}
         (checkpoint.folder / "results").mkdir(exist_ok=True)
@@ -169,9 +195,11 @@ def test_plots_of_too_many_rows_are_not_drawn(checkpoint: Checkpoint) -> None:
     content = make_content(checkpoint)
     names = [str(number) for number in range(1_000)]
     content["results"] = {
-        "rows": [{"name": name, "kind": "expert", "domains": {}} for name in names], "domains": names, "unseen": [],
+        "rows": [{"name": name, "kind": "expert", "domains": {}} for name in names],
+        "domains": names,
+        "unseen": [],
         "against_base": {name: {} for name in names},
-    }  # fmt: skip
+    }
     with in_time():
         assert make_plots(content) == {}
 
@@ -210,8 +238,12 @@ def test_statistics_that_would_fill_the_memory(tmp_path: Path) -> None:
     from modekit.routing.kept import save_kept
 
     width = 200_000
-    tensors = {"0.sum": torch.zeros(width), "0.outer_upper": torch.zeros(1), "0.negative": torch.zeros(width),
-               "0.sample": torch.zeros(1, width)}  # fmt: skip
+    tensors = {
+        "0.sum": torch.zeros(width),
+        "0.outer_upper": torch.zeros(1),
+        "0.negative": torch.zeros(width),
+        "0.sample": torch.zeros(1, width),
+    }
     about = {"tokens": 1, "slots": 1, "source": {"text": {}, "how": {"routers": [["x", width]], "averages": [{}]}}}
     save_kept(tmp_path / "law.safetensors", tensors, about)
     with in_time(), pytest.raises(CheckpointError, match="damaged"):

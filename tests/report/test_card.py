@@ -97,7 +97,7 @@ def test_licences_that_differ_are_named_in_plain_words(mine: Workshop) -> None:
         ("LICENSE", "\x00\xff", "other"),
         ("NOTICE", APACHE, None),
     ],
-)  # fmt: skip
+)
 def test_a_licence_file_is_known_by_its_title(mine: Workshop, name: str, content: str, expected: str | None) -> None:
     (mine.root / "law" / name).write_text(content, encoding="latin-1")
     source = sources_of(open_checkpoint(mine.build()))[2]
@@ -218,9 +218,11 @@ def test_texts_that_are_hub_data_sets_are_named(mine: Workshop) -> None:
 
 @pytest.mark.parametrize(
     "mixture",
-    [{"method": "routing", "top_k": 2, "router": {"fit": "random"}},
-     {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}],
-)  # fmt: skip
+    [
+        {"method": "routing", "top_k": 2, "router": {"fit": "random"}},
+        {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}},
+    ],
+)
 def test_the_snippet_runs(mine: Workshop, mixture: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(mine.build('A mix\'s "own" name', mixture=mixture))
     _, text = card_of(checkpoint)
@@ -281,11 +283,17 @@ def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
     row = {"total_parameters": 9, "active_parameters": 9, "tokens_per_second": None, "mean": None}
     scores = {"law": {"bleu": 12.34, "chrf": 45.67}, "mail": {"bleu": 1.0, "chrf": 2.0}}
     return {
-        "format": 1, "checkpoint": checkpoint.identity, "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
-        "signatures": {"bleu": "a|b", "chrf": "c"}, "domains": ["law", "code"], "unseen": ["mail"],
-        "notes": ["few <pairs>"], "rows": [{"name": "mixture", "kind": "mixture", "domains": scores, **row}],
-        "differences": {}, "examples": [],
-    }  # fmt: skip
+        "format": 1,
+        "checkpoint": checkpoint.identity,
+        "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
+        "signatures": {"bleu": "a|b", "chrf": "c"},
+        "domains": ["law", "code"],
+        "unseen": ["mail"],
+        "notes": ["few <pairs>"],
+        "rows": [{"name": "mixture", "kind": "mixture", "domains": scores, **row}],
+        "differences": {},
+        "examples": [],
+    }
 
 
 def test_the_recipe_in_it_is_the_recipe(mine: Workshop) -> None:

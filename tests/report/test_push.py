@@ -163,10 +163,15 @@ def refuse_push(out: Path) -> str:
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("gpt2", "gpt2"), ("./models/law", "./law"),
-        ("/a/b/law.jsonl", "./law.jsonl"), ("~/x", "./x"), ("a/b/c", "./c"), ("texts/law.jsonl", "./law.jsonl"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("gpt2", "gpt2"),
+        ("./models/law", "./law"),
+        ("/a/b/law.jsonl", "./law.jsonl"),
+        ("~/x", "./x"),
+        ("a/b/c", "./c"),
+        ("texts/law.jsonl", "./law.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_names_without_places(tmp_path: Path, spec: str, name: str) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "law.jsonl").write_text("")

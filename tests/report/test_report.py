@@ -35,17 +35,33 @@ from refusal import refuse, run_python, tree
 LIMIT = 2_000_000
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
 HOSTILE = (
-    "<script>window.hacked = 1</script>", "</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>",
-    "{{ 7 * 7 }}", "<!--", "]]>", "\u2028\u2029", "&lt;b&gt;", "' onmouseover='window.hacked=1", "a\nb", "\\u003c",
-    "</style>", "",
-)  # fmt: skip
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 1</script>",
+    "<img src=x onerror=window.hacked=1>",
+    "{{ 7 * 7 }}",
+    "<!--",
+    "]]>",
+    "\u2028\u2029",
+    "&lt;b&gt;",
+    "' onmouseover='window.hacked=1",
+    "a\nb",
+    "\\u003c",
+    "</style>",
+    "",
+)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def inspection_of(
-    checkpoint: Checkpoint, *, routers: list[tuple[int | None, str]] | None = None, domains: tuple[str, ...] = DOMAINS,
-    unseen: tuple[str, ...] = ("music",), tokens: int = 40, texts: int = 2, pieces: tuple[str, ...] = HOSTILE,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Checkpoint,
+    *,
+    routers: list[tuple[int | None, str]] | None = None,
+    domains: tuple[str, ...] = DOMAINS,
+    unseen: tuple[str, ...] = ("music",),
+    tokens: int = 40,
+    texts: int = 2,
+    pieces: tuple[str, ...] = HOSTILE,
+) -> dict[str, Any]:
     """An inspect.json of the agreed shape, with numbers that are drawn."""
     draw = np.random.default_rng(0)
     experts = checkpoint.names
@@ -56,14 +72,19 @@ def inspection_of(
 
     per_domain = {
         name: {
-            "expert": name if name in experts else None, "documents": 5, "tokens": 123, "loss": float(draw.uniform(3, 5)),
-            "shares": weights(len(routers)), "chosen": weights(len(routers)),
+            "expert": name if name in experts else None,
+            "documents": 5,
+            "tokens": 123,
+            "loss": float(draw.uniform(3, 5)),
+            "shares": weights(len(routers)),
+            "chosen": weights(len(routers)),
             "entropy": draw.uniform(0, 1, len(routers)).tolist(),
             "agreement": draw.uniform(0, 1, len(routers)).tolist() if name in experts else None,
-            "without": {expert: float(draw.normal(0, 0.1)) for expert in experts}, "named": 0.75 if name in experts else None,
+            "without": {expert: float(draw.normal(0, 0.1)) for expert in experts},
+            "named": 0.75 if name in experts else None,
         }
         for name in (*domains, *unseen)
-    }  # fmt: skip
+    }
     samples = []
     for name in (*domains, *unseen):
         for _ in range(texts):
@@ -71,18 +92,26 @@ def inspection_of(
             losses = [None, *draw.uniform(0, 9, tokens - 1).tolist()]
             samples.append(
                 {
-                    "domain": name, "text": "".join(words), "loss": float(np.mean(losses[1:])),
+                    "domain": name,
+                    "text": "".join(words),
+                    "loss": float(np.mean(losses[1:])),
                     "tokens": [{"text": word, "loss": loss} for word, loss in zip(words, losses, strict=True)],
                     "weights": weights(len(routers), tokens),
                     "without": {expert: float(draw.normal(0, 0.1)) for expert in experts},
                 }
-            )  # fmt: skip
+            )
     alike = draw.uniform(-0.2, 0.9, (len(experts), len(experts)))
     np.fill_diagonal(alike, 1)
     return rounded(
         {
-            "format": 1, "checkpoint": checkpoint.identity, "experts": experts, "domains": list(domains),
-            "unseen": list(unseen), "top_k": 2, "per_domain": per_domain, "utilisation": weights(len(routers)),
+            "format": 1,
+            "checkpoint": checkpoint.identity,
+            "experts": experts,
+            "domains": list(domains),
+            "unseen": list(unseen),
+            "top_k": 2,
+            "per_domain": per_domain,
+            "utilisation": weights(len(routers)),
             "routers": [{"name": f"r{i}.gate", "layer": layer, "module": module} for i, (layer, module) in enumerate(routers)],
             "dead": [{"router": 0, "expert": experts[-1]}],
             "similarity": {"experts": alike.tolist(), "of": "cosine of <b>changes</b>"},
@@ -91,12 +120,15 @@ def inspection_of(
             },
             "evidence": {expert: [{"token": piece, "weight": 1.25} for piece in pieces] for expert in experts},
             "told_apart": {
-                "at": [32, 256], "to_base": dict.fromkeys([*domains, *unseen], 0.25),
+                "at": [32, 256],
+                "to_base": dict.fromkeys([*domains, *unseen], 0.25),
                 "auroc": {"experts over <base>": {name: [0.75, None] for name in unseen}},
             },
-            "texts": samples, "notes": ["a note with <i>markup</i>"], "a key of a later version": 1,
+            "texts": samples,
+            "notes": ["a note with <i>markup</i>"],
+            "a key of a later version": 1,
         }
-    )  # type: ignore[no-any-return] # fmt: skip
+    )  # type: ignore[no-any-return]
 
 
 def put(checkpoint: Checkpoint, name: str, data: object) -> None:
@@ -106,41 +138,61 @@ def put(checkpoint: Checkpoint, name: str, data: object) -> None:
 
 
 TASKS = {
-    "format": 1, "notes": ["three <questions>"], "later": 1,
+    "format": 1,
+    "notes": ["three <questions>"],
+    "later": 1,
     "tasks": {
         "qa <i>1</i>": {
-            "metric": "accuracy", "rows": {"base": {"value": 0.25, "low": 0.2, "high": 0.31}, "mixture": {"value": 0.5}},
+            "metric": "accuracy",
+            "rows": {"base": {"value": 0.25, "low": 0.2, "high": 0.31}, "mixture": {"value": 0.5}},
         },
         "items": {"metric": "rouge", "rows": {"mixture": {"value": 0.125, "low": 0.1, "high": 0.15, "n": 3}}},
     },
-}  # fmt: skip
+}
 
 
 def chat_of(checkpoint: Checkpoint) -> dict[str, Any]:
     row = {"expert": "law", "questions": 8, "at_prompt": 0.875, "after_answer": 0.75, "leaders": {"law": 7, "code": 1}}
     silent = {"name": "small talk", "expert": None, "questions": 24, "at_prompt": None, "after_answer": None, "leaders": {}}
     return {
-        "format": 1, "checkpoint": checkpoint.identity, "experts": checkpoint.names, "system": "Be <b>brief</b>",
-        "answer_tokens": 16, "rows": [{"name": "law <i>", **row}, silent], "notes": ["24 <tokens>"],
-    }  # fmt: skip
+        "format": 1,
+        "checkpoint": checkpoint.identity,
+        "experts": checkpoint.names,
+        "system": "Be <b>brief</b>",
+        "answer_tokens": 16,
+        "rows": [{"name": "law <i>", **row}, silent],
+        "notes": ["24 <tokens>"],
+    }
 
 
 def search_of(checkpoint: Checkpoint) -> dict[str, Any]:
     def variant(name: str, status: str, loss: float, active: int, **marks: bool) -> dict[str, Any]:
         report = {"mean_loss": loss + 0.01, "gap_closed": 0.5} if status == "scored" else None
         return {
-            "name": name, "description": "ridge <b>T</b>", "status": status, "mean_loss": loss, "report": report,
-            "active": active, "native": True, "best": False, "pareto": False, **marks,
-        }  # fmt: skip
+            "name": name,
+            "description": "ridge <b>T</b>",
+            "status": status,
+            "mean_loss": loss,
+            "report": report,
+            "active": active,
+            "native": True,
+            "best": False,
+            "pareto": False,
+            **marks,
+        }
 
     return {
-        "format": 1, "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest}, "seconds": 12.5,
+        "format": 1,
+        "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest},
+        "seconds": 12.5,
         "candidates": [
-            variant("", "scored", 3.1, 2_000_000, best=True, pareto=True), variant("noisy", "scored", 3.4, 2_000_000),
-            variant("", "scored", 3.2, 1_500_000, pareto=True), variant("", "dropped", 3.9, 2_500_000),
+            variant("", "scored", 3.1, 2_000_000, best=True, pareto=True),
+            variant("noisy", "scored", 3.4, 2_000_000),
+            variant("", "scored", 3.2, 1_500_000, pareto=True),
+            variant("", "dropped", 3.9, 2_500_000),
             {**variant("gate-less", "dropped", 3.8, 2_000_000), "report": {"mean_loss": 3.7, "gap_closed": 0.1}},
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +209,16 @@ def told(workshop: Workshop) -> Checkpoint:
     workshop.recipe["eval"] = {"music": str(write_music(workshop.root))}
     checkpoint = open_checkpoint(workshop.build("TOLD", mixture=RIDGE))
     settings = train_settings(
-        {"steps": 4, "batch_tokens": 300, "sequence_length": 64, "select_tokens": 300, "evaluate_every": 1,
-         "learning_rate": 0.02},
+        {
+            "steps": 4,
+            "batch_tokens": 300,
+            "sequence_length": 64,
+            "select_tokens": 300,
+            "evaluate_every": 1,
+            "learning_rate": 0.02,
+        },
         where="test",
-    )  # fmt: skip
+    )
     done = train(checkpoint, settings, evaluate_tokens=400)
     assert done.improved
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
@@ -454,10 +512,16 @@ _SEEN = """(table) => TITLES.map((title) => {
 """Whether columns stand whole in what is seen of their box, before the edge where it fades."""
 
 
-@pytest.mark.parametrize(("section", "titles"), [
-    ("worth", ["model", "gap closed", "mean"]), ("members", ["expert", "gain", "gap closed"]),
-    ("search", ["variant", "gap closed"]), ("sources", ["used as", "model"]), ("size", ["what", "how much"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("section", "titles"),
+    [
+        ("worth", ["model", "gap closed", "mean"]),
+        ("members", ["expert", "gain", "gap closed"]),
+        ("search", ["variant", "gap closed"]),
+        ("sources", ["used as", "model"]),
+        ("size", ["what", "how much"]),
+    ],
+)
 def test_a_phone_shows_the_columns_that_matter(opened: Opened, section: str, titles: list[str]) -> None:
     tab = opened(viewport={"width": 390, "height": 800}, device_scale_factor=2)
     seen = tab.locator(f"#{section} table").first.evaluate(_SEEN.replace("TITLES", json.dumps(titles)))
@@ -797,14 +861,17 @@ def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
     domains = dict.fromkeys(DOMAINS, scored)
     row = {"total_parameters": 9, "active_parameters": 9, "tokens_per_second": None, "mean": scored, "domains": domains}
     return {
-        "format": 1, "checkpoint": checkpoint.identity, "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
-        "signatures": {"bleu": "a|b", "chrf": "c"}, "domains": list(DOMAINS), "unseen": [], "notes": ["few <pairs>"],
+        "format": 1,
+        "checkpoint": checkpoint.identity,
+        "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
+        "signatures": {"bleu": "a|b", "chrf": "c"},
+        "domains": list(DOMAINS),
+        "unseen": [],
+        "notes": ["few <pairs>"],
         "rows": [{"name": kind, "kind": kind, **row} for kind in ("base", "mixture")],
-        "differences": {
-            name: {"better": place, "worse": 3, "same": 4} for name, place in zip(DOMAINS, (0, 1, 2), strict=True)
-        },
+        "differences": {name: {"better": place, "worse": 3, "same": 4} for name, place in zip(DOMAINS, (0, 1, 2), strict=True)},
         "examples": [],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")

@@ -69,9 +69,10 @@ def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
-    "router", [{"fit": "ngram", "order": 1}, {"fit": "logistic"}, {"fit": "logistic", "granularity": "context"}],
+    "router",
+    [{"fit": "ngram", "order": 1}, {"fit": "logistic"}, {"fit": "logistic", "granularity": "context"}],
     ids=["ngram", "logistic", "context"],
-)  # fmt: skip
+)
 def test_other_fits_read_chats_too(shop: Workshop, router: dict[str, Any]) -> None:
     """Experts of random weights do not tell what a real model's routers read: that they are fitted on other text does."""
     checkpoint = build(shop, f"OTHER-{router['fit']}", **router)

@@ -230,27 +230,33 @@ def test_experts_of_another_kind_and_several_at_once_follow_it(shop: Workshop) -
     assert checkpoint.shape.without_vllm is not None and "counts the tokens" in checkpoint.shape.without_vllm
 
 
-@pytest.mark.parametrize(("router", "message"), [
-    ({"features": "tfidf", "order": 3}, "'order' has no effect with fit: classifier"),
-    ({"features": "hidden", "classifier": "naive_bayes"}, "naive Bayes counts tokens"),
-    ({"granularity": "sequence"}, "'granularity' has no effect"),
-    ({"prefix": 5000}, "1,024 at most"),
-    ({"decay": [0.9]}, "'decay' has no effect"),
-    ({"per": "projection"}, "one decision for the whole model"),
-    ({"classifier": "forest"}, "logistic"),
-    ({"features": "words"}, "tfidf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"features": "tfidf", "order": 3}, "'order' has no effect with fit: classifier"),
+        ({"features": "hidden", "classifier": "naive_bayes"}, "naive Bayes counts tokens"),
+        ({"granularity": "sequence"}, "'granularity' has no effect"),
+        ({"prefix": 5000}, "1,024 at most"),
+        ({"decay": [0.9]}, "'decay' has no effect"),
+        ({"per": "projection"}, "one decision for the whole model"),
+        ({"classifier": "forest"}, "logistic"),
+        ({"features": "words"}, "tfidf"),
+    ],
+)
 def test_what_it_does_not_read_is_refused(shop: Workshop, router: dict[str, Any], message: str) -> None:
     path = shop.write(mixture={"method": "routing", "router": {"fit": "classifier", **router}})
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
 
 
-@pytest.mark.parametrize("changes", [
-    {"router": {"fit": "logistic", "classifier": "sgd"}},
-    {"router": {"fit": "lexical", "features": "tfidf"}},
-    {"unseen": "base", "router": {"fit": "classifier"}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": {"fit": "logistic", "classifier": "sgd"}},
+        {"router": {"fit": "lexical", "features": "tfidf"}},
+        {"unseen": "base", "router": {"fit": "classifier"}},
+    ],
+)
 def test_its_settings_and_other_fits_do_not_mix(shop: Workshop, changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"no effect|decided anew"):
         load_recipe(shop.write(mixture={"method": "routing", **changes}))
@@ -269,11 +275,14 @@ def test_without_scikit_learn_the_plan_says_so(shop: Workshop, monkeypatch: pyte
         make_plan(load_recipe(path), shop.root)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"held_ids": torch.tensor([96], dtype=torch.int32), "held_lengths": torch.tensor([1], dtype=torch.int32)},
-    {"held_ids": torch.tensor([5, 6], dtype=torch.int32), "held_lengths": torch.tensor([3], dtype=torch.int32)},
-    {"held_ids": torch.tensor([5], dtype=torch.int32)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"held_ids": torch.tensor([96], dtype=torch.int32), "held_lengths": torch.tensor([1], dtype=torch.int32)},
+        {"held_ids": torch.tensor([5, 6], dtype=torch.int32), "held_lengths": torch.tensor([3], dtype=torch.int32)},
+        {"held_ids": torch.tensor([5], dtype=torch.int32)},
+    ],
+)
 def test_damaged_tokens_to_choose_by_are_refused(tmp_path: Path, wrong: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "law.safetensors"
     good = {"ids": torch.tensor([5], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)}

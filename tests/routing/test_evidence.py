@@ -76,8 +76,9 @@ def test_domains_count_equally_and_the_seed_decides() -> None:
     assert one.steps and not torch.equal(one.table, other.table)
     assert torch.equal(one.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), seed=3, schedule=few).table)
     twice = train_table([DOMAINS[0] * 2, *DOMAINS[1:]], HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0))
-    torch.testing.assert_close(twice.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0)).table,
-                               atol=0.05, rtol=0.05)  # fmt: skip
+    torch.testing.assert_close(
+        twice.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0)).table, atol=0.05, rtol=0.05
+    )
 
 
 def test_silent_rows_stay_silent() -> None:

@@ -79,9 +79,16 @@ def test_adapters_go_from_every_router_to_every_other(shop: Workshop) -> None:
 
 
 DECORATED: dict[str, Any] = {
-    "fit": "ridge", "granularity": "context", "decay": [0.5, 1.0], "jitter": 0.1, "noise": 0.1, "l2": 0.1, "keep_tokens": 0,
-    "tokens_per_domain": 40, "temperature": 2.0,
-}  # fmt: skip
+    "fit": "ridge",
+    "granularity": "context",
+    "decay": [0.5, 1.0],
+    "jitter": 0.1,
+    "noise": 0.1,
+    "l2": 0.1,
+    "keep_tokens": 0,
+    "tokens_per_domain": 40,
+    "temperature": 2.0,
+}
 
 
 FINER = [(name, per) for name in ("ridge", "ngram", "spectr", "phatgoose") for per in ("projection", "feature")]
@@ -151,12 +158,15 @@ def test_the_command_needs_no_more_than_the_name_of_the_fit(shop: Workshop, monk
     assert (settings.fit, settings.granularity, settings.decay) == ("ngram", "token", None)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"fit": "ngram", "granularity": "context"}, "'granularity' has no effect"),
-    ({"fit": "arrow", "l2": 0.5}, "'l2' has no effect with fit: arrow"),
-    ({"fit": "logistic", "keep_tokens": 0}, "keep_tokens must be at least 1"),
-    ({"fit": "magic"}, "'centroid'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fit": "ngram", "granularity": "context"}, "'granularity' has no effect"),
+        ({"fit": "arrow", "l2": 0.5}, "'l2' has no effect with fit: arrow"),
+        ({"fit": "logistic", "keep_tokens": 0}, "keep_tokens must be at least 1"),
+        ({"fit": "magic"}, "'centroid'"),
+    ],
+)
 def test_what_is_asked_for_now_is_checked(shop: Workshop, changes: dict[str, Any], words: str) -> None:
     checkpoint = built(shop, "CHECKED", {"router": {"fit": "random"}}, adapters=True)
     with pytest.raises(RecipeError, match=words):

@@ -168,11 +168,14 @@ def test_auto_takes_the_modekit_architecture_where_no_native_one_carries_it(tmp_
     assert is_proven(verify(build_plan(plan, tmp_path / "OUT")))
 
 
-@pytest.mark.parametrize(("output", "message"), [
-    ({"channels": 48}, "multiple of 32"),
-    ({"channels": 32}, None),
-    ({"format": "modekit", "channels": 64}, "no effect"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"channels": 48}, "multiple of 32"),
+        ({"channels": 32}, None),
+        ({"format": "modekit", "channels": 64}, "no effect"),
+    ],
+)
 def test_channels_of_the_output(shop: Workshop, output: dict[str, Any], message: str | None) -> None:
     mixture = {"method": "routing", "router": {"fit": "lexical"}}
     path = shop.write(mixture=mixture, output=output)
@@ -240,16 +243,19 @@ def test_what_orders_mean_to_a_native_checkpoint(shared_workshop: Workshop) -> N
         load_recipe(shared_workshop.write(mixture=twice))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"ids": torch.tensor([96], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)},
-    {"ids": torch.tensor([-1], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)},
-    {"ids": torch.tensor([5, 6], dtype=torch.int32), "lengths": torch.tensor([3], dtype=torch.int32)},
-    {"ids": torch.tensor([5, 6], dtype=torch.int32), "lengths": torch.tensor([3, -1], dtype=torch.int32)},
-    {"ids": torch.tensor([], dtype=torch.int32), "lengths": torch.tensor([], dtype=torch.int32)},
-    {"ids": torch.tensor([5.0, float("nan")]), "lengths": torch.tensor([2], dtype=torch.int32)},
-    {"ids": torch.zeros((2, 2), dtype=torch.int32), "lengths": torch.tensor([4], dtype=torch.int32)},
-    {"ids": torch.tensor([5], dtype=torch.int32)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ids": torch.tensor([96], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)},
+        {"ids": torch.tensor([-1], dtype=torch.int32), "lengths": torch.tensor([1], dtype=torch.int32)},
+        {"ids": torch.tensor([5, 6], dtype=torch.int32), "lengths": torch.tensor([3], dtype=torch.int32)},
+        {"ids": torch.tensor([5, 6], dtype=torch.int32), "lengths": torch.tensor([3, -1], dtype=torch.int32)},
+        {"ids": torch.tensor([], dtype=torch.int32), "lengths": torch.tensor([], dtype=torch.int32)},
+        {"ids": torch.tensor([5.0, float("nan")]), "lengths": torch.tensor([2], dtype=torch.int32)},
+        {"ids": torch.zeros((2, 2), dtype=torch.int32), "lengths": torch.tensor([4], dtype=torch.int32)},
+        {"ids": torch.tensor([5], dtype=torch.int32)},
+    ],
+)
 def test_damaged_tokens_are_refused(tmp_path: Path, wrong: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "law.safetensors"
     save_kept(path, wrong, {"token_text": True, "source": {}})

@@ -20,23 +20,28 @@ TEXT = {"tokens_per_domain": 400, "sequence_length": 32}
 CONTEXT = {"fit": "ridge", "granularity": "context", **TEXT}
 
 
-@pytest.mark.parametrize(("built", "changes"), [
-    ({"router": CONTEXT}, {"router": {"granularity": "token"}}),
-    ({"router": {**CONTEXT, "decay": [0.5, 0.9]}}, {"router": {"granularity": "sequence"}}),
-    ({"router": CONTEXT, "top_p": 0.5}, {"top_k": 1}),
-    ({"router": CONTEXT, "top_k": 1}, {"top_p": 0.5}),
-    ({"router": CONTEXT, "top_p": 0.5, "always_on": {"expert": "law", "weight": 0.3}}, {"method": "linear"}),
-    ({"method": "linear", "modules": ["q", "mlp"], "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}},
-     {"method": "routing", "router": CONTEXT}),
-    ({"router": {**CONTEXT, "l2": 0.1, "decay": [0.5]}}, {"router": {"fit": "random", "granularity": "token"}}),
-    ({"router": {"fit": "random"}, "modules": ["q", "mlp"], "method": "gating"}, {"method": "routing", "router": CONTEXT}),
-    ({"router": CONTEXT, "modules": ["q", "v", "mlp"]}, {"router": {"per": "model"}}),
-    ({"router": {**CONTEXT, "per": "model"}, "modules": ["v", "mlp", "q"]}, {"method": "linear"}),
-    ({"router": {**CONTEXT, "per": "feature"}, "modules": ["k", "down"]}, {"router": {"per": "layer"}}),
-    ({"router": {**CONTEXT, "per": "layer"}, "modules": ["k", "down"]}, {"router": {"per": "feature"}}),
-    ({"router": {"fit": "ngram", "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
-    ({"router": {"fit": "random"}, "always_on": {"expert": "law"}, "modules": ["mlp", "q"]}, {"method": "gating"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("built", "changes"),
+    [
+        ({"router": CONTEXT}, {"router": {"granularity": "token"}}),
+        ({"router": {**CONTEXT, "decay": [0.5, 0.9]}}, {"router": {"granularity": "sequence"}}),
+        ({"router": CONTEXT, "top_p": 0.5}, {"top_k": 1}),
+        ({"router": CONTEXT, "top_k": 1}, {"top_p": 0.5}),
+        ({"router": CONTEXT, "top_p": 0.5, "always_on": {"expert": "law", "weight": 0.3}}, {"method": "linear"}),
+        (
+            {"method": "linear", "modules": ["q", "mlp"], "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}},
+            {"method": "routing", "router": CONTEXT},
+        ),
+        ({"router": {**CONTEXT, "l2": 0.1, "decay": [0.5]}}, {"router": {"fit": "random", "granularity": "token"}}),
+        ({"router": {"fit": "random"}, "modules": ["q", "mlp"], "method": "gating"}, {"method": "routing", "router": CONTEXT}),
+        ({"router": CONTEXT, "modules": ["q", "v", "mlp"]}, {"router": {"per": "model"}}),
+        ({"router": {**CONTEXT, "per": "model"}, "modules": ["v", "mlp", "q"]}, {"method": "linear"}),
+        ({"router": {**CONTEXT, "per": "feature"}, "modules": ["k", "down"]}, {"router": {"per": "layer"}}),
+        ({"router": {**CONTEXT, "per": "layer"}, "modules": ["k", "down"]}, {"router": {"per": "feature"}}),
+        ({"router": {"fit": "ngram", "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
+        ({"router": {"fit": "random"}, "always_on": {"expert": "law"}, "modules": ["mlp", "q"]}, {"method": "gating"}),
+    ],
+)
 def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: dict[str, Any], changes: dict[str, Any]) -> None:
     out = workshop.build(mixture=built)
     done = refit(open_checkpoint(out), changes)
@@ -46,19 +51,22 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
     assert_same_checkpoint(out, fresh)
 
 
-@pytest.mark.parametrize(("built", "changes", "where"), [
-    ({}, {"backbone": "average"}, "backbone"),
-    ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
-    ({"layers": [0, 1]}, {"layers": [0]}, "layers"),
-    ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
-    ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "ngram"}}, "per"),
-    ({"modules": "all", "router": {"fit": "ngram"}}, {"router": {"fit": "logistic"}}, "router.fit"),
-    ({"router": CONTEXT}, {"always_on": {"expert": "base", "weight": 0.5}}, "always_on"),
-    ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
-    ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot say granularity: context"),
-    ({"router": {"fit": "random"}}, {"top_p": 0.5}, "native checkpoint cannot say top_p"),
-    ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("built", "changes", "where"),
+    [
+        ({}, {"backbone": "average"}, "backbone"),
+        ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
+        ({"layers": [0, 1]}, {"layers": [0]}, "layers"),
+        ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
+        ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "ngram"}}, "per"),
+        ({"modules": "all", "router": {"fit": "ngram"}}, {"router": {"fit": "logistic"}}, "router.fit"),
+        ({"router": CONTEXT}, {"always_on": {"expert": "base", "weight": 0.5}}, "always_on"),
+        ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
+        ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot say granularity: context"),
+        ({"router": {"fit": "random"}}, {"top_p": 0.5}, "native checkpoint cannot say top_p"),
+        ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
+    ],
+)
 def test_what_needs_another_build_is_refused(
     workshop: Workshop, built: dict[str, Any], changes: dict[str, Any], where: str
 ) -> None:
@@ -90,16 +98,21 @@ def test_other_settings_without_effect_or_meaning(workshop: Workshop) -> None:
     assert "the text does not exist" in refuse("plan", workshop.root / "recipe.yaml")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda mixture: mixture.pop("dense_type"), lambda mixture: mixture.update(dense_type="nothing"),
-    lambda mixture: mixture.pop("experts"), lambda mixture: mixture["places"].update(more={}),
-    lambda mixture: next(iter(mixture["places"].values())).pop("ranks"),
-    lambda mixture: next(iter(mixture["places"].values())).update(ranks=["a"]),
-    lambda mixture: next(iter(mixture["places"].values())).pop("own"),
-    lambda mixture: next(iter(mixture["places"].values())).update(router="nowhere"),
-    lambda mixture: next(iter(mixture["places"].values())).update(own=[7]),
-    lambda mixture: mixture["routing"].update(method="guess"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda mixture: mixture.pop("dense_type"),
+        lambda mixture: mixture.update(dense_type="nothing"),
+        lambda mixture: mixture.pop("experts"),
+        lambda mixture: mixture["places"].update(more={}),
+        lambda mixture: next(iter(mixture["places"].values())).pop("ranks"),
+        lambda mixture: next(iter(mixture["places"].values())).update(ranks=["a"]),
+        lambda mixture: next(iter(mixture["places"].values())).pop("own"),
+        lambda mixture: next(iter(mixture["places"].values())).update(router="nowhere"),
+        lambda mixture: next(iter(mixture["places"].values())).update(own=[7]),
+        lambda mixture: mixture["routing"].update(method="guess"),
+    ],
+)
 @pytest.mark.parametrize("command", ["verify", "fit"])
 def test_a_damaged_config_is_named(workshop: Workshop, damage: Any, command: str) -> None:
     out = workshop.build(mixture={"router": {"fit": "random"}, "modules": ["q", "mlp"]})

@@ -97,7 +97,7 @@ def held_out(shop: Workshop, name: str) -> list[str]:
 @given(
     st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=60), min_size=1, max_size=4),
     st.floats(0.01, 0.9),
-)  # fmt: skip
+)
 def test_no_domain_loses_more_than_it_may_and_one_cannot_lose_more(leads: list[list[float]], alarms: float) -> None:
     room = room_of([torch.tensor(each) for each in leads], alarms)
     lost = [sum(lead < room for lead in each) for each in leads]
@@ -121,9 +121,7 @@ def texts(seed: int, favourites: list[int], count: int) -> list[Example]:
 def test_fresh_text_of_the_domains_raises_as_many_false_alarms_as_were_allowed(alarms: float) -> None:
     kinds, averaging = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], Averaging((0.9,))
     domains = [texts(number, kind, 600) for number, kind in enumerate(kinds)]
-    trained = train_table(
-        domains, 24, averaging, room=Room(2, alarms, of_all=True), schedule=Schedule(steps=60, aside=2)
-    )  # fmt: skip
+    trained = train_table(domains, 24, averaging, room=Room(2, alarms, of_all=True), schedule=Schedule(steps=60, aside=2))
     found = []
     for number, kind in enumerate(kinds[:2]):
         rows = torch.stack([each.rows for each in texts(90 + number, kind, 500)]).long()
@@ -235,11 +233,19 @@ def test_the_base_takes_all_of_a_token_and_of_no_other(mixture: Checkpoint) -> N
     torch.testing.assert_close(weights[0].sum(-1), torch.ones(len(leads)))
 
 
-@pytest.mark.parametrize("extra", [
-    {"always_on": {"expert": "base", "weight": 0.4}}, {"always_on": {"expert": "law", "weight": 0.4}},
-    {"method": "gating", "top_k": None}, {"top_k": None, "top_p": 0.9}, {"modules": ["q", "up"]}, {"modules": "all"},
-    {"router": {"orders": [1, 2], "buckets": 4096}},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"always_on": {"expert": "base", "weight": 0.4}},
+        {"always_on": {"expert": "law", "weight": 0.4}},
+        {"method": "gating", "top_k": None},
+        {"top_k": None, "top_p": 0.9},
+        {"modules": ["q", "up"]},
+        {"modules": "all"},
+        {"router": {"orders": [1, 2], "buckets": 4096}},
+    ],
+    ids=str,
+)
 def test_whatever_else_the_mixture_does(shop: Workshop, ids: torch.Tensor, extra: dict[str, Any]) -> None:
     checkpoint = build(shop, "EXTRA", **extra)
     assert is_proven(verify(checkpoint))
@@ -356,17 +362,20 @@ def test_the_plan_says_so(shop: Workshop, form: str, top_k: int, notes: int) -> 
     assert len(said) == notes and "5.0% of the tokens" in said[0]
 
 
-@pytest.mark.parametrize(("mixture", "message"), [
-    ({"method": "linear", "unseen": "base"}, "'unseen' has no effect with method 'linear'"),
-    ({"unseen": "base"}, "which fit 'logistic' does not do"),
-    ({"unseen": "base", "backbone": "average", "router": {"fit": "lexical"}}, "needs backbone: base"),
-    ({"unseen": "base", "router": {"fit": "ngram", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
-    ({"router": {"fit": "lexical", "false_alarms": 0.1}}, "'false_alarms' has no effect without unseen: base"),
-    ({"unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.0}}, "greater than 0"),
-    ({"unseen": "base", "router": {"fit": "lexical", "false_alarms": 1.0}}, "less than 1"),
-    ({"unseen": "law", "router": {"fit": "lexical"}}, "'base'"),
-    ({"router": {"fit": "ridge", "false_alarms": 0.1}}, "'false_alarms' has no effect with fit: ridge"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"method": "linear", "unseen": "base"}, "'unseen' has no effect with method 'linear'"),
+        ({"unseen": "base"}, "which fit 'logistic' does not do"),
+        ({"unseen": "base", "backbone": "average", "router": {"fit": "lexical"}}, "needs backbone: base"),
+        ({"unseen": "base", "router": {"fit": "ngram", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
+        ({"router": {"fit": "lexical", "false_alarms": 0.1}}, "'false_alarms' has no effect without unseen: base"),
+        ({"unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.0}}, "greater than 0"),
+        ({"unseen": "base", "router": {"fit": "lexical", "false_alarms": 1.0}}, "less than 1"),
+        ({"unseen": "law", "router": {"fit": "lexical"}}, "'base'"),
+        ({"router": {"fit": "ridge", "false_alarms": 0.1}}, "'false_alarms' has no effect with fit: ridge"),
+    ],
+)
 def test_what_cannot_work_is_refused(shop: Workshop, mixture: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe({**shop.recipe, "mixture": mixture})
@@ -392,10 +401,18 @@ def test_edits_drop_what_has_no_effect_any_more() -> None:
     assert changed_mixture(old, {"unseen": None, "router": {"false_alarms": 0.2}})["router"]["false_alarms"] == 0.2
 
 
-@pytest.mark.parametrize(("choice", "kept"), [
-    ({"router": "lexical"}, True), ({"router": "ngram"}, True), ({"router": "logistic"}, False), ({"router": "linear"}, False),
-    ({"router": "lexical", "backbone": "average"}, False), ({"router": "lexical", "backbone": "base"}, True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [
+        ({"router": "lexical"}, True),
+        ({"router": "ngram"}, True),
+        ({"router": "logistic"}, False),
+        ({"router": "linear"}, False),
+        ({"router": "lexical", "backbone": "average"}, False),
+        ({"router": "lexical", "backbone": "base"}, True),
+    ],
+    ids=str,
+)
 def test_a_search_tries_without_it_what_cannot_say_it(shop: Workshop, choice: dict[str, str], kept: bool) -> None:
     said = {"unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.1}}
     recipe = parse_recipe({**shop.recipe, "mixture": said})

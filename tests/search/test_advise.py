@@ -54,8 +54,9 @@ from rounding import assert_close
 TRAINING = Training(steps=12, learning_rate=5e-3, batch_tokens=512, sequence_length=64, held_out_tokens=200)
 TOKENS = 400
 PAIRS_OF_ALL_FAMILIES = [
-    *({"model_type": name} for name in PAIR_FAMILIES), {"model_type": "t5", "feed_forward_proj": "gated-gelu"},
-]  # fmt: skip
+    *({"model_type": name} for name in PAIR_FAMILIES),
+    {"model_type": "t5", "feed_forward_proj": "gated-gelu"},
+]
 
 
 def source(folder: Path, label: str = "model") -> ModelSource:
@@ -167,9 +168,14 @@ def test_groups_of_a_model_with_an_encoder_are_those_of_its_layers(said: dict[st
 
 
 _KINDS = {
-    "fc1": "ffn", "fc2": "ffn", "DenseReluDense": "ffn",
-    "self_attn": "attention", "encoder_attn": "attention", "SelfAttention": "attention", "EncDecAttention": "attention",
-}  # fmt: skip
+    "fc1": "ffn",
+    "fc2": "ffn",
+    "DenseReluDense": "ffn",
+    "self_attn": "attention",
+    "encoder_attn": "attention",
+    "SelfAttention": "attention",
+    "EncDecAttention": "attention",
+}
 
 
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
@@ -353,9 +359,14 @@ def test_adapters_stay_low_rank(trained: Workshop, tmp_path: Path) -> None:
     for expert in workshop.recipe["experts"][:2]:
         out = tmp_path / f"{expert['name']}-lora"
         specialize(
-            trained.root / "base", out, [expert["text"]], root=tmp_path, train="lora", rank=2,
+            trained.root / "base",
+            out,
+            [expert["text"]],
+            root=tmp_path,
+            train="lora",
+            rank=2,
             training=replace(TRAINING, learning_rate=2e-2),
-        )  # fmt: skip
+        )
         del expert["model"]
         expert["adapter"] = str(out)
     workshop.recipe["experts"][2] = {"name": "code", "model": "base", "text": str(trained.root / "text/code.jsonl")}
@@ -525,10 +536,17 @@ def of_losses(losses: dict[int, list[float]]) -> Gains:
 
 
 def test_an_expert_that_another_beats_on_its_own_text_is_named_even_when_it_is_the_base() -> None:
-    recipe = parse_recipe({
-        "base_model": "b", "mixture": {"method": "linear"},
-        "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "general", "model": "base"}],
-    })  # fmt: skip
+    recipe = parse_recipe(
+        {
+            "base_model": "b",
+            "mixture": {"method": "linear"},
+            "experts": [
+                {"name": "medicine", "model": "m"},
+                {"name": "law", "model": "l"},
+                {"name": "general", "model": "base"},
+            ],
+        }
+    )
     medicine, law = [2.0, 3.0, 3.44], [3.0, 2.0, 3.5]
 
     def found(base: list[float], medicine: list[float]) -> list[Finding]:
@@ -568,10 +586,13 @@ def test_a_base_with_text_that_an_expert_was_trained_on_is_named(trained: Worksh
 def test_what_full_models_changed_outside_of_what_is_mixed_is_said(
     mixture: dict[str, Any], changes: dict[str, Any], expected: tuple[str, str, str] | None
 ) -> None:
-    recipe = parse_recipe({
-        "base_model": "b", "mixture": {"method": "linear"},
-        "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "code", "model": "c"}],
-    })  # fmt: skip
+    recipe = parse_recipe(
+        {
+            "base_model": "b",
+            "mixture": {"method": "linear"},
+            "experts": [{"name": "medicine", "model": "m"}, {"name": "law", "model": "l"}, {"name": "code", "model": "c"}],
+        }
+    )
     squares = {"ffn": [1.0, 2.0, 1.0], "attention": [0.0, 2.0, 25.0], "embeddings": [0.005, 1.0, 24.0]}
     drift = Drift(dict.fromkeys(squares, 1.0), {group: np.diag(row) for group, row in squares.items()}, [], [], ())
     found = list(of_unmixed(recipe, drift, [0, 1, 2], mixture, replace(FACTS, **changes)))
@@ -677,9 +698,16 @@ def test_chat_templates_by_file(tmp_path: Path) -> None:
 # Rules
 
 FACTS = Facts(
-    native=False, experts=4, low_rank=False, outside_ffn=True, named_parts=True, shares=dict.fromkeys(PARTS, 1.0),
-    backbones=None, fit_text=True, told_apart=0.97,
-)  # fmt: skip
+    native=False,
+    experts=4,
+    low_rank=False,
+    outside_ffn=True,
+    named_parts=True,
+    shares=dict.fromkeys(PARTS, 1.0),
+    backbones=None,
+    fit_text=True,
+    told_apart=0.97,
+)
 APART = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
 WITH_ATTENTION = {**APART, "ffn + attention": 0.97}
 CONTEXT = {"fit": "logistic", "granularity": "context", "tokens_per_domain": 65_536}
@@ -708,7 +736,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"low_rank": True, "shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"shares": None, "fit_text": False}, {"backbone": "average", "method": "linear"}),
     ({"shares": None, "fit_text": False, "outside_ffn": False}, {"modules": "auto", "method": "linear"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("facts", "expected"), CASES)

@@ -276,10 +276,8 @@ def test_mixtures_that_cannot_say_it(shop: Workshop, tmp_path: Path) -> None:
 def test_tokens_and_hidden_states(shop: Workshop, tmp_path: Path, features: Any) -> None:
     settings = DiscoverSettings(domains=3, features=features, model=shop.root / "base")
     labels = {
-        json.loads(line)["text"]: path.stem
-        for path in (shop.root / "text").iterdir()
-        for line in path.read_text().splitlines()
-    }  # fmt: skip
+        json.loads(line)["text"]: path.stem for path in (shop.root / "text").iterdir() for line in path.read_text().splitlines()
+    }
     for out in ("OUT1", "OUT2"):
         discover(Unlabelled([str(shop.root / "text")], tmp_path), settings, out=tmp_path / out)
     assert tree(tmp_path / "OUT1") == tree(tmp_path / "OUT2")

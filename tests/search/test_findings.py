@@ -19,10 +19,13 @@ def gains(general: float, medicine: float) -> Gains:
     return Gains({BASE_INDEX: base, 0: {0: losses(3.0), 1: losses(medicine)}, 1: base}, {})
 
 
-RECIPE = parse_recipe({
-    "base_model": "./base", "mixture": {"method": "linear"},
-    "experts": [{"name": "medicine", "model": "./m"}, {"name": "general", "model": "base"}],
-})  # fmt: skip
+RECIPE = parse_recipe(
+    {
+        "base_model": "./base",
+        "mixture": {"method": "linear"},
+        "experts": [{"name": "medicine", "model": "./m"}, {"name": "general", "model": "base"}],
+    }
+)
 
 
 def test_a_base_expert_that_another_beats_on_its_text_is_a_finding() -> None:

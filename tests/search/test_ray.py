@@ -33,9 +33,18 @@ from modekit.search.tune.study import Job
 from refusal import refuse
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
-SPACE = {"router": ["linear", "ridge", "ngram"], "top_k": [1, 2], "backbone": ["base", "average"], "granularity": ["token"],
-         "temperature": [1.0], "layers": [None], "always_on": [None], "modules": ["auto"], "order": [2],
-         "ngram_decay": [0.98]}  # fmt: skip
+SPACE = {
+    "router": ["linear", "ridge", "ngram"],
+    "top_k": [1, 2],
+    "backbone": ["base", "average"],
+    "granularity": ["token"],
+    "temperature": [1.0],
+    "layers": [None],
+    "always_on": [None],
+    "modules": ["auto"],
+    "order": [2],
+    "ngram_decay": [0.98],
+}
 WORDS = ("--trials", 8, "--tokens", 300, "--sequence-length", 32)
 SOON_S = 15
 PATIENCE_S = 400  # Ray takes ten seconds to start where nothing else runs, and minutes on a busy machine
@@ -139,10 +148,13 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[objec
 def command(*words: object, **environment: str) -> subprocess.Popen[str]:
     """`modekit WORDS` as a user starts it, in a session by which its processes are known."""
     return subprocess.Popen(
-        [sys.executable, "-m", "modekit", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "modekit", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**{name: value for name, value in os.environ.items() if name != ADDRESS}, **environment},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a job in the background ignores
-    )  # fmt: skip
+    )
 
 
 def in_a_process(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:

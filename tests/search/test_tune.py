@@ -47,9 +47,16 @@ FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
 RIDGE = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
 SETTINGS = TuneSettings(trials=14, tokens_per_domain=300, sequence_length=32)
 SMALL = Space(
-    router=["linear", "random", "ridge", "ngram"], top_k=[1, 2, 3], backbone=["base", "average"], decay=[0.9], order=[2],
-    ngram_decay=[0.98], temperature=[0.5, 1.0], layers=[None], always_on=[None, 0.2],
-)  # fmt: skip
+    router=["linear", "random", "ridge", "ngram"],
+    top_k=[1, 2, 3],
+    backbone=["base", "average"],
+    decay=[0.9],
+    order=[2],
+    ngram_decay=[0.98],
+    temperature=[0.5, 1.0],
+    layers=[None],
+    always_on=[None, 0.2],
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +76,24 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "noisy": {"method": "routing", "top_k": 1, "router": {"fit": "random", "seed": 3}},
     "ridge": RIDGE,
     "ridge, hot, average": {
-        "method": "routing", "top_k": 3, "router": {**FIT, "fit": "ridge", "temperature": 0.5}, "backbone": "average",
+        "method": "routing",
+        "top_k": 3,
+        "router": {**FIT, "fit": "ridge", "temperature": 0.5},
+        "backbone": "average",
     },
     "ties": {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}, "backbone": {"method": "ties", "scale": 0.5}},
     "context": {**RIDGE, "router": {**FIT, "fit": "ridge", "granularity": "context", "decay": [0.9]}},
     "ngram": {"method": "routing", "top_k": 2, "router": {"fit": "ngram", "buckets": 512}},
     "classifier, hot": {"method": "routing", "top_k": 2, "router": {"fit": "classifier", "temperature": 0.5}},
     "classifier of hidden states": {
-        "method": "routing", "top_k": 2, "router": {**FIT, "fit": "classifier", "features": "hidden", "prefix": 9},
+        "method": "routing",
+        "top_k": 2,
+        "router": {**FIT, "fit": "classifier", "features": "hidden", "prefix": 9},
     },
     "upper layers": {**RIDGE, "layers": ["1-2"]},
     "always on": {**RIDGE, "always_on": {"expert": "base", "weight": 0.2}},
     "whole": {"method": "routing", "top_k": 2, "modules": "all", "router": {"fit": "ngram", "buckets": 512}},
-}  # fmt: skip
+}
 
 
 def test_what_is_scored_is_what_is_built(shop: Workshop, tmp_path: Path, ids: torch.Tensor) -> None:
@@ -324,8 +336,15 @@ def test_an_unfinished_line_is_cut_off(shop: Workshop) -> None:
 
 
 def test_a_process_that_dies_is_told(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = type("Context", (), {"Process": lambda *_, **__: type("Dead", (), {
-        "start": lambda _: None, "join": lambda _: None, "terminate": lambda _: None, "exitcode": -9})()})  # fmt: skip
+    context = type(
+        "Context",
+        (),
+        {
+            "Process": lambda *_, **__: type(
+                "Dead", (), {"start": lambda _: None, "join": lambda _: None, "terminate": lambda _: None, "exitcode": -9}
+            )()
+        },
+    )
     monkeypatch.setattr("multiprocessing.get_context", lambda _: context())
     settings = TuneSettings(trials=4, tokens_per_domain=300, sequence_length=32, processes=2)
     space = SMALL.model_copy(update={"router": ["linear"]})
@@ -387,9 +406,13 @@ def test_prompts_that_set_routers_choose_nothing(shop: Workshop) -> None:
     prompts = [each for each in documents if split_of(each) == "select"][:2]
     experts = [{**each, "prompts": prompts} if each["name"] == "law" else each for each in shop.recipe["experts"]]
     select = read_selection(
-        recipe_of(shop, experts=experts), shop.root, [shop.root / "base"], split="select", tokens_per_domain=10**6,
+        recipe_of(shop, experts=experts),
+        shop.root,
+        [shop.root / "base"],
+        split="select",
+        tokens_per_domain=10**6,
         sequence_length=64,
-    )  # fmt: skip
+    )
     assert not {digest_of(prompt)[:TRAINED_DIGITS] for prompt in prompts} & set(select.digests)
 
 
@@ -474,8 +497,14 @@ def test_pareto() -> None:
     def candidate(number: int, loss: float, active: int, status: str = "scored") -> Candidate:
         return Candidate(number, "", {}, status, "", {"a": loss}, 1, active, active, True, 0.0)
 
-    found = [candidate(0, 3.0, 10), candidate(1, 2.0, 20), candidate(2, 2.5, 15), candidate(3, 2.6, 17),
-             candidate(4, 1.0, 5, "dropped"), candidate(5, 3.0, 9)]  # fmt: skip
+    found = [
+        candidate(0, 3.0, 10),
+        candidate(1, 2.0, 20),
+        candidate(2, 2.5, 15),
+        candidate(3, 2.6, 17),
+        candidate(4, 1.0, 5, "dropped"),
+        candidate(5, 3.0, 9),
+    ]
     assert [each.number for each in pareto(found)] == [5, 2, 1]
 
 

@@ -184,7 +184,7 @@ def test_each_setting_of_lora(bases: Callable[[str], Path], tmp_path: Path, name
     ),
     feedforward=st.sampled_from([["down_proj"], ["_proj"], [], r".*up_proj"]),
     saved=st.sampled_from([None, ["lm_head", "norm"]]),
-)  # fmt: skip
+)
 def test_ia3_folds_to_what_peft_merges(
     bases: Callable[[str], Path], family: str, targets: Any, feedforward: Any, saved: list[str] | None
 ) -> None:
@@ -298,9 +298,15 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     "rank and alpha": ("llama", LoraConfig(r=5, lora_alpha=3, target_modules=ALL)),
     "rslora": ("llama", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=ALL)),
-    "rank_pattern and alpha_pattern": ("llama", LoraConfig(
-        r=2, target_modules=ALL, rank_pattern={"up_proj": 7, r"layers\.1\..*q_proj": 3}, alpha_pattern={"(down|v)_proj": 20},
-    )),
+    "rank_pattern and alpha_pattern": (
+        "llama",
+        LoraConfig(
+            r=2,
+            target_modules=ALL,
+            rank_pattern={"up_proj": 7, r"layers\.1\..*q_proj": 3},
+            alpha_pattern={"(down|v)_proj": 20},
+        ),
+    ),
     "uneven targets": ("qwen2", LoraConfig(r=3, target_modules=r".*layers\.0.*(q|down)_proj|.*layers\.1.*up_proj")),
     "named layers": ("llama", LoraConfig(r=3, target_modules=["up_proj", "o_proj"], layers_to_transform=[1])),
     "fan_in_fan_out": ("llama", LoraConfig(r=3, target_modules=ALL, fan_in_fan_out=True)),
@@ -310,27 +316,42 @@ BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     "lora_bias and biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, bias="lora_only")),
     "ia3": ("qwen2", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "embedding and head": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "up_proj"])),
-    "embedding and head, dora": ("llama", LoraConfig(
-        r=3, use_dora=True, target_modules=["embed_tokens", "lm_head", "up_proj"],
-    )),
+    "embedding and head, dora": (
+        "llama",
+        LoraConfig(
+            r=3,
+            use_dora=True,
+            target_modules=["embed_tokens", "lm_head", "up_proj"],
+        ),
+    ),
     "saved modules": ("llama", LoraConfig(r=3, target_modules=["up_proj"], modules_to_save=["norm", "o_proj", "lm_head"])),
     "saved FFN": ("llama", LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["down_proj"])),
-    "tied copies": ("tied llama", LoraConfig(
-        r=3, target_modules=["up_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True,
-    )),
+    "tied copies": (
+        "tied llama",
+        LoraConfig(
+            r=3,
+            target_modules=["up_proj"],
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
+        ),
+    ),
     "fused modules": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
     "fused modules, dora": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"], use_dora=True)),
-}  # fmt: skip
+}
 EVERYTHING = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
 NO_NATIVE = {"phi3"}
 
 
 def in_mixture(base: Path, adapter: Path, ids: torch.Tensor, out: Path, form: str, mixture: dict[str, Any]) -> torch.Tensor:
     """Logits of a mixture of base and adapter whose routers are fixed on the adapter."""
-    recipe = parse_recipe({
-        "base_model": str(base), "experts": [{"name": "plain", "model": "base"}, {"name": "law", "adapter": str(adapter)}],
-        "mixture": mixture, "output": {"format": form},
-    })  # fmt: skip
+    recipe = parse_recipe(
+        {
+            "base_model": str(base),
+            "experts": [{"name": "plain", "model": "base"}, {"name": "law", "adapter": str(adapter)}],
+            "mixture": mixture,
+            "output": {"format": form},
+        }
+    )
     checkpoint = build(make_plan(recipe, out.parent), out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with mixture_of(model, checkpoint).forced(0):
@@ -411,9 +432,11 @@ def _ref(name: str, shape: tuple[int, ...]) -> Any:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["lora", "dora", "embedding", "ia3"]),
-    rows=st.integers(1, 40), columns=st.integers(1, 40), block=st.integers(1, 2000),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    block=st.integers(1, 2000),
     cuts=st.lists(st.floats(0, 1), max_size=6),
-)  # fmt: skip
+)
 @example(kind="embedding", rows=40, columns=7, block=4, cuts=[0.1, 0.5])
 def test_any_slices_of_a_folded_weight_are_bit_for_bit_those_of_the_whole(
     kind: str, rows: int, columns: int, block: int, cuts: list[float]
@@ -572,8 +595,13 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert fields <= LoraSettings.model_fields.keys() | _NO_EFFECT | REFUSED_SETTINGS.keys()
     assert {field.name for field in dataclasses.fields(IA3Config)} <= {
-        *_NO_EFFECT, "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "feedforward_modules"
-    }  # fmt: skip
+        *_NO_EFFECT,
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "feedforward_modules",
+    }
 
 
 def test_what_a_default_config_says_is_accepted(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -584,17 +612,45 @@ def test_what_a_default_config_says_is_accepted(bases: Callable[[str], Path], tm
 @pytest.mark.parametrize(
     "changes",
     [
-        {"r": [4]}, {"r": "4"}, {"r": 0}, {"r": -4}, {"r": True}, {"r": 4.5}, {"r": None}, {"lora_alpha": [8]},
-        {"lora_alpha": "x"}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"lora_alpha": 10**400},
-        {"target_modules": 3}, {"target_modules": None}, {"target_modules": [1]}, {"target_modules": {"q_proj": 1}},
-        {"rank_pattern": [1]}, {"rank_pattern": {"q_proj": "4"}}, {"rank_pattern": {"q_proj": 0}},
-        {"alpha_pattern": {"q_proj": []}}, {"alpha_pattern": 3}, {"use_rslora": "yes"}, {"use_dora": 1}, {"bias": 7},
-        {"bias": "some"}, {"layers_to_transform": "1"}, {"layers_to_transform": [0.5]}, {"layers_pattern": 3},
-        {"modules_to_save": "lm_head"}, {"modules_to_save": [3]}, {"exclude_modules": 3}, {"init_lora_weights": 3},
-        {"fan_in_fan_out": []}, {"lora_bias": "no"}, {"peft_type": "IA3"}, {"peft_type": "IA3", "feedforward_modules": 1},
+        {"r": [4]},
+        {"r": "4"},
+        {"r": 0},
+        {"r": -4},
+        {"r": True},
+        {"r": 4.5},
+        {"r": None},
+        {"lora_alpha": [8]},
+        {"lora_alpha": "x"},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"target_modules": 3},
+        {"target_modules": None},
+        {"target_modules": [1]},
+        {"target_modules": {"q_proj": 1}},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"q_proj": "4"}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"alpha_pattern": {"q_proj": []}},
+        {"alpha_pattern": 3},
+        {"use_rslora": "yes"},
+        {"use_dora": 1},
+        {"bias": 7},
+        {"bias": "some"},
+        {"layers_to_transform": "1"},
+        {"layers_to_transform": [0.5]},
+        {"layers_pattern": 3},
+        {"modules_to_save": "lm_head"},
+        {"modules_to_save": [3]},
+        {"exclude_modules": 3},
+        {"init_lora_weights": 3},
+        {"fan_in_fan_out": []},
+        {"lora_bias": "no"},
+        {"peft_type": "IA3"},
+        {"peft_type": "IA3", "feedforward_modules": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refuses_values_of_the_wrong_kind(bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     key = "feedforward_modules" if "peft_type" in changes else next(iter(changes))
     endless = isinstance(changes.get(key), float) and not math.isfinite(changes[key])
@@ -604,11 +660,15 @@ def test_refuses_values_of_the_wrong_kind(bases: Callable[[str], Path], tmp_path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_modules": "(q_proj"}, {"exclude_modules": "["}, {"rank_pattern": {"(": 4}}, {"modules_to_save": ["("]},
-        {"layers_pattern": "(", "layers_to_transform": 1}, {"alpha_pattern": {"a{99999999999}": 1}},
+        {"target_modules": "(q_proj"},
+        {"exclude_modules": "["},
+        {"rank_pattern": {"(": 4}},
+        {"modules_to_save": ["("]},
+        {"layers_pattern": "(", "layers_to_transform": 1},
+        {"alpha_pattern": {"a{99999999999}": 1}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refuses_patterns_that_are_none(bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     refused(SourceError, bases("llama"), write_adapter(tmp_path, **changes), "regular expression")
 
@@ -655,9 +715,10 @@ def test_refuses_another_rank_than_the_config_s(bases: Callable[[str], Path], tm
 
 
 def test_refuses_layers_beyond_the_base_s(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    more = {Q.format(7) + part: value[:] for part, value in zip(
-        ("lora_A.weight", "lora_B.weight"), plain_tensors().values(), strict=False
-    )}  # fmt: skip
+    more = {
+        Q.format(7) + part: value[:]
+        for part, value in zip(("lora_A.weight", "lora_B.weight"), plain_tensors().values(), strict=False)
+    }
     write_adapter(tmp_path, {**plain_tensors(), **more})
     refused(MismatchError, bases("llama"), tmp_path, "more layers", "layer 7", "2 layers")
 

@@ -248,9 +248,17 @@ def test_targets_of_which_there_are_none(bench: Workshop) -> None:
         UP_A.replace("base_model.model.", "base_model.model.model."),
         UP_A.replace("base_model.model.", "../../../../"),
         UP_A.replace("lora_A", "lora_A.default"),
-        "/etc/passwd", "..", "", ".", "lora_A.weight", ".lora_A.weight", "\n", "[bold]x[/bold]", "x" * 10_000,
+        "/etc/passwd",
+        "..",
+        "",
+        ".",
+        "lora_A.weight",
+        ".lora_A.weight",
+        "\n",
+        "[bold]x[/bold]",
+        "x" * 10_000,
     ],
-)  # fmt: skip
+)
 def test_odd_names_of_tensors(bench: Workshop, key: str) -> None:
     write_adapter(law(bench), {**UP, key: np.ones((4, 32), np.float32)})
     refused(bench, "a part that the base model lacks", key[:100].strip())

@@ -26,9 +26,13 @@ from modekit.text.sequences import Batch
 from rounding import assert_close
 
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 50_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 50_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -48,18 +52,33 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3", "qwen3_moe", {"head_dim": 16}),
     ("qwen3", "qwen3_moe", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
     ("qwen3", "mellum", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "layer_types": WINDOWED}),
-    ("granite", "granitemoe", {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2,
-    }),
+    (
+        "granite",
+        "granitemoe",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
     ("olmo2", "flex_olmo", {"rms_norm_eps": 1e-3}),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", {"head_dim": 8}),
-    ("qwen3_5_text", "qwen3_5_moe_text", {
-        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    }),
-]  # fmt: skip
+    (
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        {
+            "head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+]
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]
 
 

@@ -83,14 +83,28 @@ def test_layers_that_are_only_numbered_high(bench: Workshop) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("num_attention_heads", 0), ("num_attention_heads", "4"), ("hidden_size", True), ("hidden_size", 10**400),
-        ("head_dim", 8.0), ("num_key_value_heads", [2]), ("vocab_size", None), ("hidden_act", ["silu"]), ("rope_theta", "x"),
-        ("rope_parameters", {"rope_type": ["yarn"]}), ("rope_parameters", {"rope_type": {}}), ("rope_scaling", {"type": {}}),
-        ("rope_scaling", {"factor": 10**400}), ("rope_parameters", [1]), ("layer_types", "full_attention"),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", "4"),
+        ("hidden_size", True),
+        ("hidden_size", 10**400),
+        ("head_dim", 8.0),
+        ("num_key_value_heads", [2]),
+        ("vocab_size", None),
+        ("hidden_act", ["silu"]),
+        ("rope_theta", "x"),
+        ("rope_parameters", {"rope_type": ["yarn"]}),
+        ("rope_parameters", {"rope_type": {}}),
+        ("rope_scaling", {"type": {}}),
+        ("rope_scaling", {"factor": 10**400}),
+        ("rope_parameters", [1]),
+        ("layer_types", "full_attention"),
         ("layer_types", [[]]),
-        ("sliding_window", "x"), ("tie_word_embeddings", "no"), ("rms_norm_eps", {}), ("use_sliding_window", 1),
+        ("sliding_window", "x"),
+        ("tie_word_embeddings", "no"),
+        ("rms_norm_eps", {}),
+        ("use_sliding_window", 1),
     ],
-)  # fmt: skip
+)
 def test_settings_of_another_kind(bench: Workshop, key: str, value: object) -> None:
     change_config(copy_base(bench), **{key: value})
     refused(bench, "base_model (./base): config.json", "config.json gives no usable")
@@ -113,12 +127,15 @@ def test_a_kernel_of_strangers_needs_consent(bench: Workshop, key: str, value: o
 @pytest.mark.parametrize(
     "changes",
     [
-        {"configuration_files": ["config.4.0.0.json"]}, {"transformers_weights": "other.safetensors"},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"transformers_weights": "other.safetensors"},
         {"fusion_config": {"x": 1}},
-        {"use_kernels": True}, {"kernel_config": {}}, {"text_config": {"auto_map": {"AutoModel": "x.Y"}}},
+        {"use_kernels": True},
+        {"kernel_config": {}},
+        {"text_config": {"auto_map": {"AutoModel": "x.Y"}}},
         {"vision": [{"_attn_implementation": "evil/kernel"}]},
     ],
-)  # fmt: skip
+)
 def test_other_files_and_code_need_consent(bench: Workshop, changes: dict[str, Any]) -> None:
     change_config(copy_base(bench), **changes)
     refused(bench, "base_model (./base)", "--trust-remote-code")

@@ -21,11 +21,14 @@ from modekit.sources.names import (
 @pytest.mark.parametrize(
     ("name", "layer", "path"),
     [
-        ("model.layers.3.mlp.up_proj", 3, "mlp.up_proj"), ("model.layers.12.mlp.up_proj.weight", 12, "mlp.up_proj.weight"),
-        ("lm_head", None, "lm_head"), ("model.norm.weight", None, "model.norm.weight"),
-        ("model.layers.x.mlp", None, "model.layers.x.mlp"), ("other.layers.3.mlp", None, "other.layers.3.mlp"),
+        ("model.layers.3.mlp.up_proj", 3, "mlp.up_proj"),
+        ("model.layers.12.mlp.up_proj.weight", 12, "mlp.up_proj.weight"),
+        ("lm_head", None, "lm_head"),
+        ("model.norm.weight", None, "model.norm.weight"),
+        ("model.layers.x.mlp", None, "model.layers.x.mlp"),
+        ("other.layers.3.mlp", None, "other.layers.3.mlp"),
     ],
-)  # fmt: skip
+)
 def test_a_name_is_a_layer_and_a_path(name: str, layer: int | None, path: str) -> None:
     assert split_layer(name) == (layer, path)
     if layer is not None:
@@ -34,9 +37,13 @@ def test_a_name_is_a_layer_and_a_path(name: str, layer: int | None, path: str) -
 
 def test_names_sort_as_the_model_runs() -> None:
     names = [
-        weight_of(EMBEDDING), in_layer(2, "mlp.up_proj.weight"), in_layer(10, "mlp.up_proj.weight"),
-        in_layer(10, "self_attn.q_proj.weight"), weight_of(HEAD), "model.norm.weight",
-    ]  # fmt: skip
+        weight_of(EMBEDDING),
+        in_layer(2, "mlp.up_proj.weight"),
+        in_layer(10, "mlp.up_proj.weight"),
+        in_layer(10, "self_attn.q_proj.weight"),
+        weight_of(HEAD),
+        "model.norm.weight",
+    ]
     mixed_up = [names[number] for number in (4, 2, 0, 5, 3, 1)]
     assert sorted(mixed_up, key=natural_key) == names
 
@@ -45,8 +52,9 @@ def test_layers_are_those_that_are_named() -> None:
     assert layers_of([weight_of(HEAD)]) == set()
     assert layers_of([in_layer(0, "a.weight"), in_layer(11, "a.weight"), weight_of(HEAD)]) == {0, 11}
     assert layers_of(["model.encoder.layers.3.fc1.weight", "decoder.block.0.layer.1.x", "shared.weight"]) == {
-        "encoder.3", "decoder.0",
-    }  # fmt: skip
+        "encoder.3",
+        "decoder.0",
+    }
 
 
 def test_names_of_two_stacks_are_taken_apart_and_sorted_as_they_run() -> None:

@@ -25,13 +25,51 @@ PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp")
 NAMES = [f"model.layers.{layer}.{part}" for layer in (0, 1, 12) for part in PARTS]
 NAMES += ["lm_head", "model.embed_tokens", "model.norm", "", "model.layers.1.self_attn.q_proj\n", "MODEL.Q_PROJ"]
 ATOMS = [
-    "q_proj", "up_proj", "mlp", "layers", "model", r"\.", ".", ".*", ".*?", ".+", r"\d", r"\d+", "[0-9]", "[01]+",
-    "[^.]*", r"[a-z_\d]+",
-    "(q|k|v)_proj", "(?:self_attn|mlp)", "(?=m)", "(?!.*norm)", "(?<=_)", r"\b", "^", "$", r"\w+", r"\W", "(?i:MODEL)",
-    "(a|b)?", "|",
-    "x{0,2}", r"\d{1,2}", ".{3,}", "(?P<n>l)", "[]a]", "[^]]", r"[\]]", r"\Z", r"\A", r"\s", "é", "(?s:.)", "(?:o)*",
-    "()", "_{2}",
-]  # fmt: skip
+    "q_proj",
+    "up_proj",
+    "mlp",
+    "layers",
+    "model",
+    r"\.",
+    ".",
+    ".*",
+    ".*?",
+    ".+",
+    r"\d",
+    r"\d+",
+    "[0-9]",
+    "[01]+",
+    "[^.]*",
+    r"[a-z_\d]+",
+    "(q|k|v)_proj",
+    "(?:self_attn|mlp)",
+    "(?=m)",
+    "(?!.*norm)",
+    "(?<=_)",
+    r"\b",
+    "^",
+    "$",
+    r"\w+",
+    r"\W",
+    "(?i:MODEL)",
+    "(a|b)?",
+    "|",
+    "x{0,2}",
+    r"\d{1,2}",
+    ".{3,}",
+    "(?P<n>l)",
+    "[]a]",
+    "[^]]",
+    r"[\]]",
+    r"\Z",
+    r"\A",
+    r"\s",
+    "é",
+    "(?s:.)",
+    "(?:o)*",
+    "()",
+    "_{2}",
+]
 HANGS = ["(a|a)*$", r"(?:[a-z]|\w)*[A-Z]", r"(.|a)*(.|\w)*\d", r"(?:(?:.|a)*|.)*[^-a]"]
 
 
@@ -75,12 +113,26 @@ def test_a_pattern_that_would_hang_is_stopped(pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(?:", "[[:alpha:]]", "a{e<=1}", "a{b", "(?x)a # )", "(?#(a)b", "((((a?){99}){99}){99}){99}", "(a?){1000000}", r"\p{L}",
-        "(?V1)a", "(?R)", "a{4294967296}", "(?:" * 5_000 + ")" * 5_000, "a{" + "9" * 5_000 + "}", "x" * 30_000, r"\L<x>",
+        "(?:",
+        "[[:alpha:]]",
+        "a{e<=1}",
+        "a{b",
+        "(?x)a # )",
+        "(?#(a)b",
+        "((((a?){99}){99}){99}){99}",
+        "(a?){1000000}",
+        r"\p{L}",
+        "(?V1)a",
+        "(?R)",
+        "a{4294967296}",
+        "(?:" * 5_000 + ")" * 5_000,
+        "a{" + "9" * 5_000 + "}",
+        "x" * 30_000,
+        r"\L<x>",
         "(?|a|b)",
     ],
     ids=lambda pattern: pattern[:12],
-)  # fmt: skip
+)
 def test_patterns_that_other_tools_take_otherwise_or_that_are_too_large(pattern: str) -> None:
     with limited(), pytest.raises(SourceError) as caught:
         Patterns().fullmatch(pattern, "aaa")
@@ -102,11 +154,15 @@ HANG = r"(?:[a-z0-9_]|\w|[^A-Z]|[a-z.0-9])*[A-Z]"
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_modules": HANG}, {"exclude_modules": HANG}, {"rank_pattern": {HANG: 4}}, {"alpha_pattern": {HANG: 4}},
-        {"modules_to_save": [HANG]}, {"layers_to_transform": [0], "layers_pattern": HANG},
+        {"target_modules": HANG},
+        {"exclude_modules": HANG},
+        {"rank_pattern": {HANG: 4}},
+        {"alpha_pattern": {HANG: 4}},
+        {"modules_to_save": [HANG]},
+        {"layers_to_transform": [0], "layers_pattern": HANG},
     ],
     ids=lambda changes: "+".join(changes),
-)  # fmt: skip
+)
 def test_no_pattern_hangs_a_plan(
     tmp_path: Path, shared_workshop: Workshop, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("law.parquet", b"not parquet at all", "the parquet file cannot be read"),
     ("law.md", HELD_OUT[0].encode(), "no document is left for the fit"),
     ("law.jsonl", "\n".join(json.dumps({"text": text}) for text in HELD_OUT).encode(), "no document is left for the fit"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "content", "part"), BAD_FILES)

@@ -18,8 +18,9 @@ from modekit.text.sequences import encode
 from modekit.text.splits import digest_of, split_of, text_record
 
 SAID: list[dict[str, str]] = [
-    {"role": "user", "content": "what is fever"}, {"role": "assistant", "content": "fever is a thing"},
-]  # fmt: skip
+    {"role": "user", "content": "what is fever"},
+    {"role": "assistant", "content": "fever is a thing"},
+]
 
 
 def read(tmp_path: Path, name: str, lines: list[Any]) -> list[str]:
@@ -71,9 +72,18 @@ def test_a_column_of_messages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    [[], "hello", [1], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "", "content": "x"}],
-     [{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "image", "url": "x"}]}], {"role": "user"}],
-)  # fmt: skip
+    [
+        [],
+        "hello",
+        [1],
+        [{"role": "user"}],
+        [{"role": 1, "content": "x"}],
+        [{"role": "", "content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+        {"role": "user"},
+    ],
+)
 def test_what_is_no_conversation_is_refused_by_its_line(tmp_path: Path, messages: Any) -> None:
     assert conversation_of(messages) is None
     with pytest.raises(TextError) as error:

@@ -163,9 +163,10 @@ def test_what_says_its_direction_may_have_several(
 def test_three_tags_in_one_text(corpora: dict[tuple[str, str], Corpus]) -> None:
     german, french = corpora["english", "german"], corpora["english", "french"]
     texts = [
-        told(german["wagtail"][:100], ">>deu<< {}"), told(swapped(german["trac"][:80]), ">>eng<< {}"),
+        told(german["wagtail"][:100], ">>deu<< {}"),
+        told(swapped(german["trac"][:80]), ">>eng<< {}"),
         told(french["trac"][:70], ">>fra<< {}"),
-    ]  # fmt: skip
+    ]
     check_pairs(random.Random(3).sample(list(chain(*texts)), 250), where="here")
 
 

@@ -22,10 +22,14 @@ from modekit.text.sequences import encode
 TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 SAID = ["what is fever", "a thing"]
 EXCHANGES: list[dict[str, Any]] = [
-    {"prompt": SAID[0], "completion": SAID[1]}, {"prompt": SAID[0], "response": SAID[1], "source": "web"},
-    {"instruction": SAID[0], "input": "", "output": SAID[1]}, {"instruction": SAID[0], "context": None, "response": SAID[1]},
-    {"question": SAID[0], "answer": SAID[1]}, {"query": SAID[0], "response": SAID[1]}, {"input": SAID[0], "output": SAID[1]},
-]  # fmt: skip
+    {"prompt": SAID[0], "completion": SAID[1]},
+    {"prompt": SAID[0], "response": SAID[1], "source": "web"},
+    {"instruction": SAID[0], "input": "", "output": SAID[1]},
+    {"instruction": SAID[0], "context": None, "response": SAID[1]},
+    {"question": SAID[0], "answer": SAID[1]},
+    {"query": SAID[0], "response": SAID[1]},
+    {"input": SAID[0], "output": SAID[1]},
+]
 TURNS = [{"from": "system", "value": "be kind"}, {"from": "human", "value": SAID[0]}, {"from": "gpt", "value": SAID[1]}]
 
 
@@ -128,10 +132,14 @@ def test_a_folder_is_not_searched_for_tables_that_often_hold_no_text(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("law.jsonl.gz", "`gunzip -k law.jsonl.gz`"), ("law.txt.xz", "`unxz -k"), ("law.zip", "`unzip"), ("law.json", "`jq -c"),
-        ("law.pdf", "save it as .txt"), ("law.en", "law.en+OTHER"),
+        ("law.jsonl.gz", "`gunzip -k law.jsonl.gz`"),
+        ("law.txt.xz", "`unxz -k"),
+        ("law.zip", "`unzip"),
+        ("law.json", "`jq -c"),
+        ("law.pdf", "save it as .txt"),
+        ("law.en", "law.en+OTHER"),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_kind_says_what_makes_text_of_it(tmp_path: Path, name: str, remedy: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(TextError, match="kind of text file") as caught:

@@ -17,12 +17,17 @@ from refusal import borrow, refuse, run_python
 
 MIXTURE = {"router": {"fit": "ngram", "buckets": 64}}
 BAD: dict[str, tuple[str, bytes]] = {
-    "a table without text": ("law.csv", b"a,b\n1,2\n"), "packed": ("law.jsonl.gz", b"\x1f\x8b"),
-    "latin-1": ("law.txt", b"caf\xe9 au lait"), "empty": ("law.txt", b" \n"), "no record": ("law.jsonl", b'{"body": "x"}\n'),
-    "no parquet": ("law.parquet", b"PAR1"), "binary": ("law.md", b"a\x00b"), "not there": ("other.txt", b"x"),
+    "a table without text": ("law.csv", b"a,b\n1,2\n"),
+    "packed": ("law.jsonl.gz", b"\x1f\x8b"),
+    "latin-1": ("law.txt", b"caf\xe9 au lait"),
+    "empty": ("law.txt", b" \n"),
+    "no record": ("law.jsonl", b'{"body": "x"}\n'),
+    "no parquet": ("law.parquet", b"PAR1"),
+    "binary": ("law.md", b"a\x00b"),
+    "not there": ("other.txt", b"x"),
     "pairs": ("law.jsonl", b'{"source": "a", "target": "b"}\n' * 3),
     "late": ("law.jsonl", b'{"text": "a document of some words"}\n' * 20_000 + b"{\n"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -25,9 +25,11 @@ from refusal import refuse, refuse_build
 PLAIN = [{"text": f"plain {number} text"} for number in range(60)]
 PAIRS = [data_of(pair) for pair in pairs(60)]
 FITS: dict[str, dict[str, Any]] = {
-    "lexical": {"fit": "lexical"}, "ngram": {"fit": "ngram", "buckets": 64}, "classifier": {"fit": "classifier"},
+    "lexical": {"fit": "lexical"},
+    "ngram": {"fit": "ngram", "buckets": 64},
+    "classifier": {"fit": "classifier"},
     "logistic": {"fit": "logistic"},
-}  # fmt: skip
+}
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:

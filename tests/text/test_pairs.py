@@ -48,10 +48,15 @@ def test_a_pair_is_both_sides() -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        {"source": "a", "target": 1}, {"source": "a"}, {"translation": {"en": "a"}}, {"translation": ["a", "b"]}, ["a", "b"],
-        {"translation": {"en": "a", "fr": "b", "de": "c"}}, {},
+        {"source": "a", "target": 1},
+        {"source": "a"},
+        {"translation": {"en": "a"}},
+        {"translation": ["a", "b"]},
+        ["a", "b"],
+        {"translation": {"en": "a", "fr": "b", "de": "c"}},
+        {},
     ],
-)  # fmt: skip
+)
 def test_what_is_no_pair(record: object) -> None:
     assert pair_of(record) is None
 

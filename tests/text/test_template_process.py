@@ -76,10 +76,15 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA, MISTRAL, ODD, TEMPLATE], ids=["chatml", "llama", "mistral", "odd", "tests"])
-@pytest.mark.parametrize("variables", [
-    {"add_generation_prompt": False}, {"add_generation_prompt": True, "tools": TOOLS},
-    {"continue_final_message": True}, {"who": "Ada", "date_string": "1 Jan", "bos_token": "<begin>"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": True, "tools": TOOLS},
+        {"continue_final_message": True},
+        {"who": "Ada", "date_string": "1 Jan", "bos_token": "<begin>"},
+    ],
+)
 def test_it_writes_what_transformers_writes(source: str, variables: dict[str, Any]) -> None:
     tokenizer = word_tokenizer(source)
     written = 0

@@ -28,8 +28,10 @@ from refusal import refuse, refuse_build
 
 TOO_LONG = "no pair is short enough to be read"
 ROUTERS: dict[str, dict[str, Any]] = {
-    "lexical": {"fit": "lexical"}, "ngram": {"fit": "ngram", "buckets": 64}, "logistic": {"fit": "logistic"},
-}  # fmt: skip
+    "lexical": {"fit": "lexical"},
+    "ngram": {"fit": "ngram", "buckets": 64},
+    "logistic": {"fit": "logistic"},
+}
 
 
 def long_pairs(path: Path, count: int = 60) -> str:

@@ -48,9 +48,19 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
 
 def settings(**said: object) -> TrainSettings:
     return train_settings(
-        {"regime": "joint", "steps": 3, "batch_tokens": 64, "sequence_length": 32, "backbone_learning_rate": 1e-2,
-         "weight_decay": 0.1, "select_tokens": 64, "evaluate_every": 1, **said}, where="test",
-    )  # fmt: skip
+        {
+            "regime": "joint",
+            "steps": 3,
+            "batch_tokens": 64,
+            "sequence_length": 32,
+            "backbone_learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "select_tokens": 64,
+            "evaluate_every": 1,
+            **said,
+        },
+        where="test",
+    )
 
 
 def owner(name: str) -> str:

@@ -23,10 +23,16 @@ from rounding import assert_close
 pytestmark = pytest.mark.slow
 FIT = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 TRAINING = {
-    "what": ["routers", "attention", "experts"], "losses": {"lm": 1.0, "label": 0.1, "distill": 0.5}, "steps": 4,
-    "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 2, "learning_rate": 0.05,
+    "what": ["routers", "attention", "experts"],
+    "losses": {"lm": 1.0, "label": 0.1, "distill": 0.5},
+    "steps": 4,
+    "batch_tokens": 400,
+    "sequence_length": 64,
+    "select_tokens": 400,
+    "evaluate_every": 2,
+    "learning_rate": 0.05,
     "backbone_learning_rate": 0.002,
-}  # fmt: skip
+}
 CONTEXT = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}
 
 
@@ -120,9 +126,12 @@ def test_a_training_that_was_killed_outright_ends_the_same(workshop: Workshop) -
 def test_other_commands_refuse_a_launcher(workshop: Workshop) -> None:
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "modekit", "plan", str(workshop.write())], capture_output=True, text=True, env=environment,
+        [sys.executable, "-m", "modekit", "plan", str(workshop.write())],
+        capture_output=True,
+        text=True,
+        env=environment,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and "this command runs in one process" in done.stderr
 
 

@@ -48,7 +48,7 @@ def test_how_it_ended_comes_back(folder: TrainingFolder) -> None:
 @pytest.mark.parametrize(
     "best",
     ["/etc/passwd", "../x.safetensors", "checkpoint-2/../../x.safetensors", "checkpoint-2", "moved/model.safetensors", "", 7],
-)  # fmt: skip
+)
 def test_the_best_state_lies_in_the_folder(folder: TrainingFolder, tmp_path: Path, best: object) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"x")
     folder.keep("trained", {**ended(folder).as_data(folder.path), "best": best})

@@ -54,9 +54,14 @@ from refusal import tree
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT: dict[str, Any] = {
-    "steps": 3, "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 1,
-    "learning_rate": 0.02, "backbone_learning_rate": 0.002,
-}  # fmt: skip
+    "steps": 3,
+    "batch_tokens": 400,
+    "sequence_length": 64,
+    "select_tokens": 400,
+    "evaluate_every": 1,
+    "learning_rate": 0.02,
+    "backbone_learning_rate": 0.002,
+}
 CONTEXT = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}
 FEW = {"method": "routing", "top_k": 2, "modules": ["q", "down"], "layers": [0, 2], "router": {"fit": "random"}}
 
@@ -131,9 +136,15 @@ def group_of(name: str, mixture: dict[str, Any] | None = None) -> str:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "granite": {}, "olmo2": {}, "cohere2": {},
-    "ernie4_5": {"head_dim": 16}, "hunyuan_v1_dense": {"head_dim": 8},
-}  # fmt: skip
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "granite": {},
+    "olmo2": {},
+    "cohere2": {},
+    "ernie4_5": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
+}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -287,11 +298,15 @@ def small_corpora() -> list[Corpus]:
     generator = torch.Generator().manual_seed(3)
     return [
         Corpus(
-            name, expert, [TokenSequence(tuple(torch.randint(3, 96, (size,), generator=generator).tolist()), size)
-                           for size in (9, 31, 17, 24)],
+            name,
+            expert,
+            [
+                TokenSequence(tuple(torch.randint(3, 96, (size,), generator=generator).tolist()), size)
+                for size in (9, 31, 17, 24)
+            ],
         )
         for expert, name in enumerate(DOMAINS)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_teacher_says_what_its_expert_says_of_every_token(workshop: Workshop) -> None:
@@ -352,9 +367,13 @@ def log_of(checkpoint: Checkpoint) -> list[dict[str, str]]:
 def test_an_adaptive_weight_follows_the_larger_loss(workshop: Workshop) -> None:
     checkpoint = built(workshop)
     objective = Objective(
-        load_model(checkpoint.folder), checkpoint, settings_of(losses={"lm": 1.0, "distill": 3.0}, adaptive=True),
-        teachers=[], train_top_k=None, packed=False,
-    )  # fmt: skip
+        load_model(checkpoint.folder),
+        checkpoint,
+        settings_of(losses={"lm": 1.0, "distill": 3.0}, adaptive=True),
+        teachers=[],
+        train_top_k=None,
+        packed=False,
+    )
     weights = objective._weights({"lm": torch.tensor(3.0), "distill": torch.tensor(1.0)})
     assert weights == pytest.approx({"lm": 3.0, "distill": 1.0})
     assert sum(weights.values()) == pytest.approx(4.0)
@@ -451,9 +470,7 @@ def test_only_fit_documents_move_anything_and_no_table_shows_them(workshop: Work
     recipe = workshop.recipe | {"eval": {"law": "./more.jsonl"}}
     again = open_checkpoint(checkpoint.folder)
     record = again.record.model_copy(update={"recipe": again.record.recipe.model_validate(recipe)})
-    held_out = held_out_domains(
-        Checkpoint(checkpoint.folder, record), tokens_per_domain=10**6, sequence_length=64
-    )  # fmt: skip
+    held_out = held_out_domains(Checkpoint(checkpoint.folder, record), tokens_per_domain=10**6, sequence_length=64)
     law = next(domain for domain in held_out if domain.name == "law")
     assert len(law.sequences) == 40 - len(trained_on) - len(selected_by)
 
@@ -509,21 +526,24 @@ def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -
     assert done.improved and tensors_of(whole.folder) == tensors_of(checkpoint.folder)
 
 
-@pytest.mark.parametrize(("file", "content"), [
-    ("trainer_state.json", b'{"epoch": 0.5, "global_st'),
-    ("trainer_state.json", b"[]"),
-    ("trainer_state.json", b"[" * 100_000),
-    ("trainer_state.json", {"global_step": "two"}),
-    ("trainer_state.json", {"global_step": -2}),
-    ("trainer_state.json", {"log_history": [{"loss": 1.0}]}),
-    ("trainer_state.json", {"log_history": [{"step": 1, "eval_loss": "low"}]}),
-    ("trainer_state.json", {"stateful_callbacks": {"EarlyStoppingCallback": [7]}}),
-    ("trainer_state.json", {"what nobody knows": 1}),
-    ("model.safetensors", b"cut short"),
-    ("optimizer.pt", b"cut short"),
-    ("scheduler.pt", b""),
-    ("rng_state.pth", b"PK\x03\x04"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trainer_state.json", b'{"epoch": 0.5, "global_st'),
+        ("trainer_state.json", b"[]"),
+        ("trainer_state.json", b"[" * 100_000),
+        ("trainer_state.json", {"global_step": "two"}),
+        ("trainer_state.json", {"global_step": -2}),
+        ("trainer_state.json", {"log_history": [{"loss": 1.0}]}),
+        ("trainer_state.json", {"log_history": [{"step": 1, "eval_loss": "low"}]}),
+        ("trainer_state.json", {"stateful_callbacks": {"EarlyStoppingCallback": [7]}}),
+        ("trainer_state.json", {"what nobody knows": 1}),
+        ("model.safetensors", b"cut short"),
+        ("optimizer.pt", b"cut short"),
+        ("scheduler.pt", b""),
+        ("rng_state.pth", b"PK\x03\x04"),
+    ],
+)
 def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, content: Any) -> None:
     """Whole when it was written, and changed since: the error is modekit's own, and what it says to do helps."""
     checkpoint = built(workshop)
@@ -838,9 +858,13 @@ def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, fa
 
 
 OVERRIDES_QWEN3_5 = {
-    "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}  # fmt: skip
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 
 
 @pytest.mark.parametrize(

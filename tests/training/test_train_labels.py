@@ -104,8 +104,10 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
     """The share from the command line, the mix from a file; so many tokens are read, short sets again and again."""
     (tmp_path / "train.yaml").write_text(json.dumps({**changes, "batch_tokens": 1000}))
     said = given_settings(SettingOptions(generic=["x"], generic_share=0.3).said(), tmp_path / "train.yaml")
-    made = [Corpus(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
-            for name, place, count in (("law", 0, 80), ("code", 1, 20), ("(generic)", GENERIC, 7))]  # fmt: skip
+    made = [
+        Corpus(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
+        for name, place, count in (("law", 0, 80), ("code", 1, 20), ("(generic)", GENERIC, 7))
+    ]
     wanted = [*(0.7 * share for share in domains), 0.3]
     assert shares(made, said) == pytest.approx(wanted)
     parts = plan_parts(made, said, steps=60, experts=2, parts=1, pack=True)

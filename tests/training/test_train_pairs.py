@@ -43,9 +43,19 @@ def pair_workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 def settings(**said: Any) -> TrainSettings:
     return train_settings(
-        {"what": ["all"], "steps": 4, "batch_tokens": 256, "sequence_length": 64, "learning_rate": 1e-2,
-         "backbone_learning_rate": 1e-3, "select_tokens": 256, "evaluate_every": 2, **said}, where="test",
-    )  # fmt: skip
+        {
+            "what": ["all"],
+            "steps": 4,
+            "batch_tokens": 256,
+            "sequence_length": 64,
+            "learning_rate": 1e-2,
+            "backbone_learning_rate": 1e-3,
+            "select_tokens": 256,
+            "evaluate_every": 2,
+            **said,
+        },
+        where="test",
+    )
 
 
 ROUTERS: dict[str, dict[str, Any]] = {

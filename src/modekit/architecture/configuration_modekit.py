@@ -41,10 +41,12 @@ def family_config(dense_type: str) -> type[PreTrainedConfig]:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # late: a config alone needs no torch
 
     members = {
-        "__module__": __name__, "__qualname__": f"{_FAMILY}{dense_type}", "_auto_class": "AutoConfig",
+        "__module__": __name__,
+        "__qualname__": f"{_FAMILY}{dense_type}",
+        "_auto_class": "AutoConfig",
         "model_type": ModekitConfig.model_type,
         "base_model_tp_plan": None,  # it would split some modules over devices and not the mixed ones that go with them
-    }  # fmt: skip
+    }
     config_class: type[PreTrainedConfig] = type("ModekitConfig", (CONFIG_MAPPING[dense_type],), members)
     if getattr(config_class, "is_encoder_decoder", False):
         from .modekit_pairs import ModekitForSeq2SeqLM

@@ -63,9 +63,15 @@ class Mixed(nn.Module):
         self.router: Router | None = None
         if place["router"] == name:
             self.router = Router(
-                name, flow, place["width"], experts, routing, place["rows"], place.get("features", 0),
+                name,
+                flow,
+                place["width"],
+                experts,
+                routing,
+                place["rows"],
+                place.get("features", 0),
                 of_source=place.get("of_source", False),
-            )  # fmt: skip
+            )
         self._leader = [self]
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self._reads_ids = isinstance(dense, nn.Embedding)

@@ -181,10 +181,14 @@ def pair_class(config_class: Any) -> Any:
     dense_config = config_class.__mro__[1]
     dense = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[dense_config]
     members = {
-        "__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {},
-        "__qualname__": f"ModekitForSeq2SeqLM_{dense_config.model_type}", "forward": _forward_of(dense),
+        "__module__": __name__,
+        "config_class": config_class,
+        "_can_compile_fullgraph": False,
+        "_tp_plan": {},
+        "__qualname__": f"ModekitForSeq2SeqLM_{dense_config.model_type}",
+        "forward": _forward_of(dense),
         "_auto_class": "AutoModelForSeq2SeqLM",
-    }  # fmt: skip
+    }
     return type("ModekitForSeq2SeqLM", (MixtureForSeq2SeqLM, dense), members)
 
 

@@ -44,9 +44,17 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, place: str, flow: Flow, width: int, experts: int, routing: Mapping[str, Any], rows: Sequence[int], features: int,
-        *, of_source: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        place: str,
+        flow: Flow,
+        width: int,
+        experts: int,
+        routing: Mapping[str, Any],
+        rows: Sequence[int],
+        features: int,
+        *,
+        of_source: bool = False,
+    ) -> None:
         super().__init__()
         self.of_source = of_source  # it stands in a decoder and reads an encoder's output
         self.in_decoder = place.removeprefix("model.").startswith("decoder.")

@@ -87,8 +87,9 @@ class Before:
         of_new = {
             file
             for source, origin in zip(self.plan.sources[1:], self.origins, strict=True)
-            for file in source.files if origin is None and source != self.plan.sources[0]
-        }  # fmt: skip
+            for file in source.files
+            if origin is None and source != self.plan.sources[0]
+        }
         known = {
             source.folder / name: each.blake3 for source, said in self.sources.items() for name, each in said.files.items()
         }

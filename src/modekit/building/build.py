@@ -51,9 +51,14 @@ _TrainedGates = Callable[[Fitting, Checkpoint, Origins], FittedRouter]
 
 
 def build(
-    plan: Plan, out: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None, before: Before | None = None,
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    beside: Mapping[str, bytes] | None = None,
+    before: Before | None = None,
     run: Run = QUIET,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `before`: the
     mixture that it changes, whose place it may take.
 
@@ -139,10 +144,11 @@ def _check_copies(plan: Plan, before: Before | None) -> None:
                     raise SourceError(
                         "a model's files hold two embeddings that are to be one",
                         where=f"{source.label} ({source.spec}): {name}",
-                        found=f"other values than {embedding}", expected="the same values, or no such tensor",
+                        found=f"other values than {embedding}",
+                        expected="the same values, or no such tensor",
                         remedy="give a model that shares its embedding; where they are meant to differ, its config.json must "
                         "say tie_word_embeddings: false (which T5 does not know)",
-                    )  # fmt: skip
+                    )
 
 
 def _content(file: Path) -> bytes:

@@ -76,9 +76,10 @@ class Inspector:
                 keep_digest(file, opened.state, known)
             if self._known.get(file, known) != known:
                 raise SourceError(
-                    "a model has changed since the mixture was built, and something of it is needed again", where=str(file),
+                    "a model has changed since the mixture was built, and something of it is needed again",
+                    where=str(file),
                     remedy="put back what it was, or build the mixture anew",
-                )  # fmt: skip
+                )
             self._hashes[str(file)] = known
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:

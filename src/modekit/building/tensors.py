@@ -103,9 +103,10 @@ def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
     if not is_finite(view, ref.dtype):
         source = next(source for source in plan.models if ref.file in source.files)
         raise SourceError(
-            "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {ref.name}",
+            "the weights hold NaN or Inf",
+            where=f"{source.label} ({source.spec}): {ref.name}",
             remedy="the model is damaged: save or download it again",
-        )  # fmt: skip
+        )
 
 
 def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
@@ -115,8 +116,9 @@ def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
         source = plan.models[piece.source]
         raise SourceError(
             "the expert's difference to the base model overflows float32",
-            where=f"{source.label} ({source.spec}): {piece.ref.name}", remedy="the model is damaged: save or download it again",
-        ) from None  # fmt: skip
+            where=f"{source.label} ({source.spec}): {piece.ref.name}",
+            remedy="the model is damaged: save or download it again",
+        ) from None
 
 
 def _converted(plan: Plan, piece: Piece, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
@@ -153,9 +155,10 @@ def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Itera
 def _refuse_overflow(plan: Plan, piece: Piece, tensor: PlannedTensor) -> NoReturn:
     source = plan.models[piece.source]
     raise SourceError(
-        f"the weights do not fit {DTYPES[tensor.dtype]}", where=f"{source.label} ({source.spec}): {piece.ref.name}",
+        f"the weights do not fit {DTYPES[tensor.dtype]}",
+        where=f"{source.label} ({source.spec}): {piece.ref.name}",
         remedy="choose output: {dtype: bfloat16} or float32",
-    )  # fmt: skip
+    )
 
 
 def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
@@ -166,7 +169,8 @@ def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[me
         merged = to_bytes(block.astype(np.float32) * np.float32(tensor.factor), tensor.dtype)
         if not is_finite(merged, tensor.dtype):
             raise SourceError(
-                f"the merged backbone overflows {DTYPES[tensor.dtype]}", where=f"mixture.backbone: {tensor.name}",
+                f"the merged backbone overflows {DTYPES[tensor.dtype]}",
+                where=f"mixture.backbone: {tensor.name}",
                 remedy="choose output: {dtype: bfloat16} or float32, or a smaller scale",
-            )  # fmt: skip
+            )
         yield merged

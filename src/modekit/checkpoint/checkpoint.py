@@ -161,10 +161,14 @@ class Checkpoint:
 
     def _other_router(self, found: str, expected: str, file: Path | None = None) -> CheckpointError:
         return CheckpointError(
-            "the router file is not the one that modekit.json records" if file is None
+            "the router file is not the one that modekit.json records"
+            if file is None
             else "the router's table in the embedding is not the one that modekit.json records",
-            where=str(file or self.folder / ROUTER_FILE), found=shortened(found), expected=expected, remedy=FIT_ANEW,
-        )  # fmt: skip
+            where=str(file or self.folder / ROUTER_FILE),
+            found=shortened(found),
+            expected=expected,
+            remedy=FIT_ANEW,
+        )
 
     @property
     def parameters(self) -> Parameters:
@@ -298,19 +302,25 @@ def open_with_any_router(folder: Path) -> Checkpoint:
         record = as_kind(read_json(path), Record)
     except FileNotFoundError:
         raise CheckpointError(
-            "not a modekit checkpoint: modekit.json is missing", where=str(folder),
-            found=None if os.path.lexists(folder) else "there is no such folder", remedy=_how_to_get_one(folder),
-        ) from None  # fmt: skip
+            "not a modekit checkpoint: modekit.json is missing",
+            where=str(folder),
+            found=None if os.path.lexists(folder) else "there is no such folder",
+            remedy=_how_to_get_one(folder),
+        ) from None
     except OSError as error:
         raise CheckpointError(
-            "modekit.json cannot be read", where=str(folder), found=shortened(error),
+            "modekit.json cannot be read",
+            where=str(folder),
+            found=shortened(error),
             remedy="give the folder that `modekit build` wrote",
-        ) from None  # fmt: skip
+        ) from None
     except ValueError as error:
         raise CheckpointError(
-            "modekit.json is damaged or of another version", where=str(folder), found=shortened(error),
+            "modekit.json is damaged or of another version",
+            where=str(folder),
+            found=shortened(error),
             remedy="build the mixture again with this version of modekit",
-        ) from None  # fmt: skip
+        ) from None
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint

@@ -38,16 +38,19 @@ def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDA
     parts = []
     with OpenFiles() as opened:
         for start, rows in _rows(opened, embedding):
-            sizes_V = row_sizes(channels.row_scale, to_float32(as_array(rows, embedding.dtype)).reshape(
-                -1, embedding.shape[1])[:, : channels.hidden])  # fmt: skip
+            sizes_V = row_sizes(
+                channels.row_scale,
+                to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])[:, : channels.hidden],
+            )
             values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
             parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
     columns = memoryview(b"".join(parts))
     if not is_finite(columns, embedding.dtype):
         raise RecipeError(
-            f"the router's evidence is not finite in {DTYPES[embedding.dtype]}", where="mixture.router",
+            f"the router's evidence is not finite in {DTYPES[embedding.dtype]}",
+            where="mixture.router",
             remedy="raise temperature, or fit on other text",
-        )  # fmt: skip
+        )
     return columns
 
 

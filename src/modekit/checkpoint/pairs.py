@@ -13,6 +13,9 @@ def refuse_pairs(checkpoint: Checkpoint, what: str, *, option: str, remedy: str 
     """
     if checkpoint.shape.family.pair:
         raise UnsupportedError(
-            what, where=f"{checkpoint.folder}: {option}" if option else str(checkpoint.folder), found="it has an encoder",
-            expected="a decoder alone", remedy=remedy or "call it in Python (docs/translation.md)",
-        )  # fmt: skip
+            what,
+            where=f"{checkpoint.folder}: {option}" if option else str(checkpoint.folder),
+            found="it has an encoder",
+            expected="a decoder alone",
+            remedy=remedy or "call it in Python (docs/translation.md)",
+        )

@@ -51,9 +51,10 @@ def router_bytes(slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> bytes
     data = [to_bytes(np.ascontiguousarray(gate).ravel(), dtype) for gate in gates]
     if not all(is_finite(view, dtype) for view in data):
         raise RecipeError(
-            f"the router's gates are not finite in {DTYPES[dtype]}", where="mixture.router",
+            f"the router's gates are not finite in {DTYPES[dtype]}",
+            where="mixture.router",
             remedy="raise temperature or l2, or fit on other text",
-        )  # fmt: skip
+        )
     header = safetensors_header((slot.name, dtype, slot.shape, len(view)) for slot, view in zip(slots, data, strict=True))
     return header + b"".join(data)
 

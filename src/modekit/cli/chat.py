@@ -44,9 +44,11 @@ def score_chat(checkpoint: Path, options: ChatOptions, *, as_json: bool, trust_r
     refuse_pairs(opened, "chats are with models that write a text on", option="--chat")
     with drawn_progress() as progress:
         results = evaluate_chat(
-            opened, questions=options.questions or 32, system=options.system,
+            opened,
+            questions=options.questions or 32,
+            system=options.system,
             run=Run(trust_remote_code, progress),
-        )  # fmt: skip
+        )
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
     else:

@@ -89,9 +89,12 @@ def discover(
     folder = None if output is None else resolved(output)
     with drawn_progress() as progress:
         discovery = discover(
-            Unlabelled(text, Path.cwd(), mixture), options.settings(), out=folder, replace=replaced_by(said.overwrite),
+            Unlabelled(text, Path.cwd(), mixture),
+            options.settings(),
+            out=folder,
+            replace=replaced_by(said.overwrite),
             run=Run(said.trust_remote_code, progress, said.fsync),
-        )  # fmt: skip
+        )
     if said.as_json:
         sys.stdout.write(json.dumps(discovery.as_data(), indent=2) + "\n")
     else:

@@ -69,9 +69,12 @@ class TeacherOptions:
         from modekit.experts.distill.settings import distill_settings, losses_of
 
         said = {
-            "losses": losses_of(self.distill) if self.distill else None, "temperature": self.temperature,
-            "weights": self.weights, "adaptive": self.adaptive or None, "alternate": self.alternate or None,
-        }  # fmt: skip
+            "losses": losses_of(self.distill) if self.distill else None,
+            "temperature": self.temperature,
+            "weights": self.weights,
+            "adaptive": self.adaptive or None,
+            "alternate": self.alternate or None,
+        }
         return distill_settings({name: value for name, value in said.items() if value is not None}, where="--teacher")
 
     def asked(self, student: Path, text: list[str], train: What, rank: int, training: Training) -> Distillation:
@@ -86,9 +89,18 @@ class TeacherOptions:
         kept = resolved(self.keep_teacher) if self.keep_teacher is not None else None
         teacher = model_folder(self.teacher, None, root=root, label="--teacher")
         return Distillation(
-            student, teacher, text, root, train, rank, training, settings,
-            kept, self.teacher_top_k or TOP_K, self._mix(text),
-        )  # fmt: skip
+            student,
+            teacher,
+            text,
+            root,
+            train,
+            rank,
+            training,
+            settings,
+            kept,
+            self.teacher_top_k or TOP_K,
+            self._mix(text),
+        )
 
     def _mix(self, text: list[str]) -> Mix | None:
         if self.mix is not None and self.mix not in ("equal", "turns"):

@@ -69,9 +69,12 @@ def specialize(
 
         train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
         training = Training(
-            steps=options.steps, learning_rate=rate, batch_tokens=options.batch_tokens,
-            sequence_length=options.sequence_length, seed=options.seed,
-        )  # fmt: skip
+            steps=options.steps,
+            learning_rate=rate,
+            batch_tokens=options.batch_tokens,
+            sequence_length=options.sequence_length,
+            seed=options.seed,
+        )
         folder = model_folder(base, None, root=Path.cwd(), label="BASE")
         if taught.teacher is not None:
             from modekit.experts.distill.distill import distill
@@ -80,9 +83,17 @@ def specialize(
             record = distill(asked, resolved(output), overwrite=options.overwrite, run=run)
         else:
             record = specialize(
-                folder, resolved(output), labelled.texts(text), root=Path.cwd(), train=train, rank=rank, training=training,
-                generic=labelled.of_no_domain(), overwrite=options.overwrite, run=run,
-            )  # fmt: skip
+                folder,
+                resolved(output),
+                labelled.texts(text),
+                root=Path.cwd(),
+                train=train,
+                rank=rank,
+                training=training,
+                generic=labelled.of_no_domain(),
+                overwrite=options.overwrite,
+                run=run,
+            )
     print_specialist(output, record)
 
 
@@ -122,15 +133,24 @@ def extract(
             "the setting has no effect", where="--tokens", found=options.tokens, remedy="remove it, or add --text"
         )
     settings = ExtractSettings(
-        rank=options.rank, energy=options.energy, max_rank=options.max_rank, modules=options.module,
-        texts=options.text or (), root=Path.cwd(), tokens=options.tokens or 16_384, base_name=base,
-    )  # fmt: skip
+        rank=options.rank,
+        energy=options.energy,
+        max_rank=options.max_rank,
+        modules=options.module,
+        texts=options.text or (),
+        root=Path.cwd(),
+        tokens=options.tokens or 16_384,
+        base_name=base,
+    )
     with drawn_progress() as progress:
         record = extract(
             model_folder(model, None, root=Path.cwd(), label="MODEL"),
-            model_folder(base, None, root=Path.cwd(), label="--base"), resolved(output), settings,
-            overwrite=options.overwrite, run=Run(options.trust_remote_code, progress, options.fsync),
-        )  # fmt: skip
+            model_folder(base, None, root=Path.cwd(), label="--base"),
+            resolved(output),
+            settings,
+            overwrite=options.overwrite,
+            run=Run(options.trust_remote_code, progress, options.fsync),
+        )
     if options.as_json:
         sys.stdout.write(json.dumps({**record, "notes": notes_of(record)}, indent=2) + "\n")
         return

@@ -86,9 +86,11 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
     ways = chosen_ways(checkpoint, options.expert) if options.expert else ways_out(checkpoint)
     if all(way.reason is not None for way in ways):
         raise ModekitError(
-            "no expert of this mixture is an adapter that could be written", where=str(checkpoint.folder),
-            found="; ".join(f"{way.name}: {way.reason}" for way in ways), remedy="see `modekit extract` for full models",
-        )  # fmt: skip
+            "no expert of this mixture is an adapter that could be written",
+            where=str(checkpoint.folder),
+            found="; ".join(f"{way.name}: {way.reason}" for way in ways),
+            remedy="see `modekit extract` for full models",
+        )
     for way in ways:
         if way.reason is not None:
             out.print(Text(f"{way.name}: not exported: {way.reason}", style="dim"))

@@ -32,9 +32,12 @@ class TextOptions:
     def given(self) -> list[str]:
         """Those that were given."""
         asked = {
-            "--text": self.text, "--text-file": self.text_file, "--chat": self.chat or None, "--system": self.system,
+            "--text": self.text,
+            "--text-file": self.text_file,
+            "--chat": self.chat or None,
+            "--system": self.system,
             "--layer": self.layer,
-        }  # fmt: skip
+        }
         return [option for option, value in asked.items() if value is not None]
 
 
@@ -61,9 +64,11 @@ def inspect(
     opened = open_checkpoint(resolved(checkpoint))
     for option in shown.given():
         refuse_pairs(
-            opened, "a source and its target are shown together, and this asks for one text", option=option,
+            opened,
+            "a source and its target are shown together, and this asks for one text",
+            option=option,
             remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
-        )  # fmt: skip
+        )
     if shown.text_file is not None or text == STDIN:
         text = read_text(shown.text_file)
     if layer is not None and text is None:
@@ -75,13 +80,19 @@ def inspect(
     with drawn_progress() as progress:
         if text is None:
             data = inspect(
-                opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=Run(trust_remote_code, progress),
-            )  # fmt: skip
+                opened,
+                tokens_per_domain=tokens,
+                sequence_length=sequence_length,
+                run=Run(trust_remote_code, progress),
+            )
         else:
             data = inspect_text(
-                opened, Said(shown.system, text) if shown.chat else text, layer=layer, sequence_length=sequence_length,
+                opened,
+                Said(shown.system, text) if shown.chat else text,
+                layer=layer,
+                sequence_length=sequence_length,
                 run=Run(trust_remote_code, progress),
-            )  # fmt: skip
+            )
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")
     elif text is None:

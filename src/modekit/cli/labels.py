@@ -51,14 +51,20 @@ class LabelOptions:
             refuse_without_effect("text of no domain (--generic FILE)", {"--generic-share": self.generic_share})
         if self.randomise is not None and not 0 <= self.randomise < 1:
             raise ModekitError(
-                "not a probability", where="--randomise", found=self.randomise, expected="at least 0, and below 1",
+                "not a probability",
+                where="--randomise",
+                found=self.randomise,
+                expected="at least 0, and below 1",
                 remedy="correct it",
-            )  # fmt: skip
+            )
         if self.generic_share is not None and not 0 < self.generic_share < 1:
             raise ModekitError(
-                "not a share", where="--generic-share", found=self.generic_share, expected="above 0, and below 1",
+                "not a share",
+                where="--generic-share",
+                found=self.generic_share,
+                expected="above 0, and below 1",
                 remedy="correct it",
-            )  # fmt: skip
+            )
 
     def texts(self, text: list[str]) -> Sequence[str] | Labelled:
         """What --text says, by label where it has labels. Raises ModekitError for a label that is none, or twice."""
@@ -83,9 +89,12 @@ class LabelOptions:
         choices = get_args(RandomiseTo)
         if self.randomise_to not in (None, *choices):
             raise ModekitError(
-                "unknown choice", where="--randomise-to", found=self.randomise_to, expected=", ".join(choices),
+                "unknown choice",
+                where="--randomise-to",
+                found=self.randomise_to,
+                expected=", ".join(choices),
                 remedy="write one of them",
-            )  # fmt: skip
+            )
         return cast("RandomiseTo", self.randomise_to or "all")
 
     @staticmethod
@@ -96,14 +105,19 @@ class LabelOptions:
         for label, specs in found.items():
             if not is_name(label):
                 raise ModekitError(
-                    "a label that no expert could have as its name", where="--text", found=label[:80],
-                    expected=NAME_RULE, remedy="write --text law=FILE",
-                )  # fmt: skip
+                    "a label that no expert could have as its name",
+                    where="--text",
+                    found=label[:80],
+                    expected=NAME_RULE,
+                    remedy="write --text law=FILE",
+                )
             if len(specs) > 1:
                 raise ModekitError(
-                    "a label is given twice", where=f"--text {label}=...", found=", ".join(specs),
+                    "a label is given twice",
+                    where=f"--text {label}=...",
+                    found=", ".join(specs),
                     remedy="put its texts into one folder, or leave one out",
-                )  # fmt: skip
+                )
         return found
 
 
@@ -115,6 +129,9 @@ def _refuse_labels(text: list[str]) -> None:
         label, sign, spec = each.partition("=")
         if sign and spec and locate(each, Path.cwd()) is None and locate(spec, Path.cwd()) is not None:
             raise ModekitError(
-                "a text with a label is read with --tags alone", where="--text", found=each[:200],
-                expected=f"--text {spec[:200]}", remedy=f"add --tags, or leave '{label[:64]}=' away",
-            )  # fmt: skip
+                "a text with a label is read with --tags alone",
+                where="--text",
+                found=each[:200],
+                expected=f"--text {spec[:200]}",
+                remedy=f"add --tags, or leave '{label[:64]}=' away",
+            )

@@ -56,9 +56,14 @@ class ModelOptions:
                 "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
             )
         said = {
-            "model": self.model, "adapter": self.adapter, "text": self.text, "as": self.as_, "rank": self.rank,
-            "revision": self.revision, "labels": self.label,
-        }  # fmt: skip
+            "model": self.model,
+            "adapter": self.adapter,
+            "text": self.text,
+            "as": self.as_,
+            "rank": self.rank,
+            "revision": self.revision,
+            "labels": self.label,
+        }
         return NewExpert({key: value for key, value in said.items() if value is not None}, Path.cwd(), weight)
 
 
@@ -126,9 +131,11 @@ def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
 @app.command()
 @grouped
 def rename(
-    checkpoint: OutFolder, name: Name, new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="The new name.")],
+    checkpoint: OutFolder,
+    name: Name,
+    new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="The new name.")],
     write: WriteOptions,
-) -> None:  # fmt: skip
+) -> None:
     """Give an expert and its domain another name."""
     from modekit.members.wanted import renaming
 
@@ -175,9 +182,11 @@ def _change(
         before = before.measured(found.numbers())
         if found.refused and not door.force:
             raise ModekitError(
-                "the expert is not let in", where=str(folder), found="; ".join(each.what for each in found.refused),
+                "the expert is not let in",
+                where=str(folder),
+                found="; ".join(each.what for each in found.refused),
                 remedy="do what is said above, or pass --force",
-            )  # fmt: skip
+            )
     with drawn_progress() as progress:
         run = Run(write.trust_remote_code, progress, write.fsync)
         done = build(before.plan, target, overwrite=write.overwrite, before=before, run=run)

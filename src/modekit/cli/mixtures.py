@@ -41,9 +41,12 @@ def plan(
 
 @app.command()
 def build(
-    recipe: RecipePath, output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    overwrite: Overwrite = False, fsync: Fsync = True, trust_remote_code: Trust = False,
-) -> None:  # fmt: skip
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    overwrite: Overwrite = False,
+    fsync: Fsync = True,
+    trust_remote_code: Trust = False,
+) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
     from modekit.building.needed_time import needed_time
@@ -133,9 +136,11 @@ def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = F
 
 @app.command()
 def verify(
-    checkpoint: OutFolder, as_json: AsJson = False, trust_remote_code: Trust = False,
+    checkpoint: OutFolder,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
-) -> None:  # fmt: skip
+) -> None:
     """Prove that the checkpoint is what it says; exit code 1 when it is not."""
     from modekit.building.verify import is_proven, verify
     from modekit.checkpoint.checkpoint import open_with_any_router

@@ -191,9 +191,12 @@ def _bars() -> Iterator[Progress]:
 
     works = Works(time.monotonic)
     columns = (
-        TextColumn("{task.description:<22}", markup=False), BarColumn(16), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<22}", markup=False),
+        BarColumn(16),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
         _time_left(works),
-    )  # fmt: skip
+    )
     with Bars(*columns, console=err, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 

@@ -91,10 +91,12 @@ def evaluate(
         from modekit.evaluation.results_folder import RESULTS_FOLDER
 
         results = evaluate(
-            open_checkpoint(resolved(checkpoint)), tokens_per_domain=held_out.tokens or TABLE_TOKENS,
-            sequence_length=held_out.sequence_length or 512, labels=held_out.asked(),
+            open_checkpoint(resolved(checkpoint)),
+            tokens_per_domain=held_out.tokens or TABLE_TOKENS,
+            sequence_length=held_out.sequence_length or 512,
+            labels=held_out.asked(),
             run=Run(trust_remote_code, progress),
-        )  # fmt: skip
+        )
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
     else:
@@ -124,8 +126,11 @@ class DemoKind:
     def what(self) -> What:
         """The kind. Raises ModekitError for two at once, and for another base where the demo trains its own."""
         kinds: dict[str, What] = {
-            "full": "full", "adapters": "lora", "modular": "modular", "translation": "translation",
-        }  # fmt: skip
+            "full": "full",
+            "adapters": "lora",
+            "modular": "modular",
+            "translation": "translation",
+        }
         asked = [name for name in kinds if getattr(self, name)]
         if len(asked) > 1:
             raise ModekitError(

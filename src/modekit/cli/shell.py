@@ -60,9 +60,11 @@ def _one_process(
 
     if launched() > 1 and context.invoked_subcommand not in {"fit", "train"}:
         raise ModekitError(
-            "this command runs in one process", where=f"modekit {context.invoked_subcommand}", found=f"{launched()} processes",
+            "this command runs in one process",
+            where=f"modekit {context.invoked_subcommand}",
+            found=f"{launched()} processes",
             remedy="start it without a launcher; fit and train know how to share their work",
-        )  # fmt: skip
+        )
 
 
 def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:

@@ -42,9 +42,12 @@ class TaskOptions:
     def beside_tasks(self) -> dict[str, object]:
         """Those that mean nothing without --tasks."""
         return {
-            "--models": self.models, "--include-path": self.include_path, "--limit": self.limit, "--seen": self.seen,
+            "--models": self.models,
+            "--include-path": self.include_path,
+            "--limit": self.limit,
+            "--seen": self.seen,
             "--seed": self.seed,
-        }  # fmt: skip
+        }
 
 
 def score_tasks(checkpoint: Path, options: TaskOptions, *, as_json: bool, trust_remote_code: bool) -> None:
@@ -57,12 +60,15 @@ def score_tasks(checkpoint: Path, options: TaskOptions, *, as_json: bool, trust_
     opened = open_checkpoint(resolved(checkpoint))
     with drawn_progress() as progress:
         results = evaluate_tasks(
-            opened, _listed(options.tasks or "", "--tasks"),
+            opened,
+            _listed(options.tasks or "", "--tasks"),
             models=_listed(options.models, "--models") if options.models is not None else (),
-            folders=[resolved(folder) for folder in options.include_path or ()], limit=options.limit,
-            seen=[str(resolved(Path(each))) for each in options.seen or ()], seed=options.seed or 0,
+            folders=[resolved(folder) for folder in options.include_path or ()],
+            limit=options.limit,
+            seen=[str(resolved(Path(each))) for each in options.seen or ()],
+            seed=options.seed or 0,
             run=Run(trust_remote_code, progress),
-        )  # fmt: skip
+        )
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(opened), indent=2) + "\n")
         return

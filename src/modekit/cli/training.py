@@ -134,10 +134,14 @@ def train(
         from modekit.training.train import train
 
         done = train(
-            open_checkpoint(resolved(checkpoint)), wanted, texts=texts_by_domain(text), root=Path.cwd(),
-            out=resolved(options.output) if options.output is not None else None, evaluate_tokens=tokens or None,
+            open_checkpoint(resolved(checkpoint)),
+            wanted,
+            texts=texts_by_domain(text),
+            root=Path.cwd(),
+            out=resolved(options.output) if options.output is not None else None,
+            evaluate_tokens=tokens or None,
             run=Run(options.trust_remote_code, progress, options.fsync),
-        )  # fmt: skip
+        )
     if processes().is_main:
         if options.as_json:
             record = {"improved": done.improved, **done.record.model_dump(mode="json")}

@@ -39,8 +39,11 @@ class TranslationOptions:
     def beside_translate(self) -> dict[str, object]:
         """Those that mean nothing without --translate."""
         return {
-            "--beams": self.beams, "--pairs": self.pairs, "--batch": self.batch, "--max-new-tokens": self.max_new_tokens,
-        }  # fmt: skip
+            "--beams": self.beams,
+            "--pairs": self.pairs,
+            "--batch": self.batch,
+            "--max-new-tokens": self.max_new_tokens,
+        }
 
 
 def score_translations(
@@ -56,9 +59,12 @@ def score_translations(
     decoding = Decoding(options.beams or 1, options.batch or 16, options.max_new_tokens or 256)
     with drawn_progress() as progress:
         results = evaluate_translation(
-            open_checkpoint(resolved(checkpoint)), pairs=options.pairs or 200, decoding=decoding, labels=labels,
+            open_checkpoint(resolved(checkpoint)),
+            pairs=options.pairs or 200,
+            decoding=decoding,
+            labels=labels,
             run=replace(run, progress=progress),
-        )  # fmt: skip
+        )
     if as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
     else:

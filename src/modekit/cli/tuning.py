@@ -69,9 +69,15 @@ def tune(
     )
     with drawn_progress() as progress:
         results = tune(
-            parsed, root, resolved(output), space=space, settings=settings, native=options.native,
-            overwrite=options.overwrite, run=Run(trust, progress, options.fsync),
-        )  # fmt: skip
+            parsed,
+            root,
+            resolved(output),
+            space=space,
+            settings=settings,
+            native=options.native,
+            overwrite=options.overwrite,
+            run=Run(trust, progress, options.fsync),
+        )
     if options.as_json:
         sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
         return

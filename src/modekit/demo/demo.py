@@ -52,12 +52,16 @@ class DemoResults:
         by_mixture = self.per_seed[seed]
         first = next(iter(by_mixture.values()))
         rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
-        rows += [Row(f"oracle {carried}".strip(), *_rest(results.row("oracle")))
-                 for carried, results in _by_what_is_carried(by_mixture).items()]  # fmt: skip
+        rows += [
+            Row(f"oracle {carried}".strip(), *_rest(results.row("oracle")))
+            for carried, results in _by_what_is_carried(by_mixture).items()
+        ]
         rows += [
             Row(name if row.name == "mixture" else f"{name} {row.name}", *_rest(row))
-            for name, results in by_mixture.items() for row in results.rows if row.kind == "mixture"
-        ]  # fmt: skip
+            for name, results in by_mixture.items()
+            for row in results.rows
+            if row.kind == "mixture"
+        ]
         table, notes = self.translated.get(seed), [*([_SMOKE_RUN] if self.quick else []), *first.notes]
         gaps = gaps_of(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
         if table is not None and not table.anyone_translates:
@@ -89,7 +93,7 @@ class DemoResults:
                     _share(each.mean_loss(unseen), table.row("base").mean_loss(unseen))
                     for each, table in zip(rows, tables, strict=True)
                 ],
-            }  # fmt: skip
+            }
             if self.translated:
                 written = [table.row(row.name) for table in self.translated.values() if row.name in table.names()]
                 figures["bleu"] = [_bleu(each.mean(domains)) for each in written]

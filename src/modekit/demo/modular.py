@@ -50,9 +50,13 @@ from modekit.training.train import train as train_mixture
 TEXTS = (*LANGUAGES, "code")
 TEACHER: dict[str, Any] = {**ARCHITECTURE, "vocab_size": 2_048, "hidden_size": 192, "intermediate_size": 576}
 STUDENT: dict[str, Any] = {
-    **TEACHER, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    **TEACHER,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "num_key_value_heads": 4,
-}  # fmt: skip
+}
 WITH_TEACHER, WITHOUT_TEACHER = DistillSettings(), DistillSettings(weights=1.0)
 CLASSIFIER = {"fit": "classifier"}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
@@ -105,18 +109,32 @@ class Languages:
                 new_model(STUDENT, self.seed, embedding=_EMBEDDING).save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
 
-    def student(self, name: str, language: str, steps: int, *, of: str = "student", what: What = "full",
-                settings: DistillSettings = WITH_TEACHER) -> Path:  # fmt: skip
+    def student(
+        self,
+        name: str,
+        language: str,
+        steps: int,
+        *,
+        of: str = "student",
+        what: What = "full",
+        settings: DistillSettings = WITH_TEACHER,
+    ) -> Path:
         """A student of the teacher, distilled on one language."""
         training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
-        return self._taught(name, Distillation(
-            self.folder / of, self.folder / "teacher", [str(self.texts[language])], self.folder, what,
-            training=training, settings=settings,
-        ))  # fmt: skip
+        return self._taught(
+            name,
+            Distillation(
+                self.folder / of,
+                self.folder / "teacher",
+                [str(self.texts[language])],
+                self.folder,
+                what,
+                training=training,
+                settings=settings,
+            ),
+        )
 
-    def session(
-        self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings = WITH_TEACHER
-    ) -> Path:  # fmt: skip
+    def session(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings = WITH_TEACHER) -> Path:
         """A student for all languages that reads some texts in one session."""
         return self._together(name, mix, texts, settings, self.budget.steps)
 
@@ -128,10 +146,12 @@ class Languages:
         """A mixture of models of this folder, one per language."""
         recipe = {
             "base_model": f"./{base}",
-            "experts": [{"name": language, "model": f"./{model}", "text": f"../text/{self.texts[language].name}"}
-                        for language, model in experts.items()],
+            "experts": [
+                {"name": language, "model": f"./{model}", "text": f"../text/{self.texts[language].name}"}
+                for language, model in experts.items()
+            ],
             "mixture": mixture,
-        }  # fmt: skip
+        }
         write_file(self.folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
         out = self.folder / name
         if is_there(out):
@@ -146,15 +166,22 @@ class Languages:
             return open_checkpoint(self.folder / name)
         settings = train_settings(
             {
-                "regime": "joint", "losses": {"lm": 0.5, "distill": 0.5}, "temperature": 2.0,
+                "regime": "joint",
+                "losses": {"lm": 0.5, "distill": 0.5},
+                "temperature": 2.0,
                 "teacher": str(self.folder / "teacher"),
-                "steps": self.budget.steps, "batch_tokens": _TRAINING.batch_tokens, "weight_decay": _TRAINING.weight_decay,
-                "sequence_length": _TRAINING.sequence_length, "backbone_learning_rate": _TRAINING.learning_rate,
+                "steps": self.budget.steps,
+                "batch_tokens": _TRAINING.batch_tokens,
+                "weight_decay": _TRAINING.weight_decay,
+                "sequence_length": _TRAINING.sequence_length,
+                "backbone_learning_rate": _TRAINING.learning_rate,
                 "warmup": _TRAINING.warmup,
-                "select_tokens": 2_048, "patience": 99, "seed": self.seed,
+                "select_tokens": 2_048,
+                "patience": 99,
+                "seed": self.seed,
             },
             where=name,
-        )  # fmt: skip
+        )
         train_mixture(start, settings, out=self.folder / name, evaluate_tokens=None, run=self.run.about(name))
         return open_checkpoint(self.folder / name)
 
@@ -164,10 +191,19 @@ class Languages:
         return evaluate(checkpoint, tokens_per_domain=self.budget.eval_tokens, known=known, run=named)
 
     def _together(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings, steps: int) -> Path:
-        return self._taught(name, Distillation(
-            self.folder / "student", self.folder / "teacher", [str(path) for path in texts.values()], self.folder, "full",
-            training=_TRAINING.with_(steps=steps, seed=1000 * self.seed), settings=settings, mix=mix,
-        ))  # fmt: skip
+        return self._taught(
+            name,
+            Distillation(
+                self.folder / "student",
+                self.folder / "teacher",
+                [str(path) for path in texts.values()],
+                self.folder,
+                "full",
+                training=_TRAINING.with_(steps=steps, seed=1000 * self.seed),
+                settings=settings,
+                mix=mix,
+            ),
+        )
 
     def _taught(self, name: str, asked: Distillation) -> Path:
         """The student of a name: the one that is there, or a new one."""
@@ -177,9 +213,7 @@ class Languages:
         return out
 
 
-def run_modular_seed(
-    folder: Path, texts: Mapping[str, Path], seed: int, budget: Budget, run: Run
-) -> dict[str, Results]:  # fmt: skip
+def run_modular_seed(folder: Path, texts: Mapping[str, Path], seed: int, budget: Budget, run: Run) -> dict[str, Results]:
     """Make what is not there yet, and return the table of every mixture by its name."""
     made = Languages(folder, texts, seed, budget, run)
     made.teacher()

@@ -64,16 +64,19 @@ def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -
     for place, name in enumerate(kind.domains):
         if not is_there(folder / name):
             training = kind.training.with_(seed=1000 * seed + place)
-            yield Task(
-                name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training)
-            )  # fmt: skip
+            yield Task(name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training))
 
 
 def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, training: Any, progress: Progress) -> None:
     specialize(
-        folder / "base", folder / name, [str(text)], root=folder, train=what, training=training,
+        folder / "base",
+        folder / name,
+        [str(text)],
+        root=folder,
+        train=what,
+        training=training,
         run=Run(progress=progress).about(name),
-    )  # fmt: skip
+    )
 
 
 def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, workers: Workers) -> dict[str, Results]:
@@ -122,7 +125,7 @@ def _score(
     run = Run(progress=lambda stage, done, total: progress(f"{name}: {stage.partition(' ')[0].rstrip(':')}", done, total))
     results = evaluate(
         checkpoint, tokens_per_domain=kind.size.eval_tokens, sequence_length=kind.training.sequence_length, known=known, run=run
-    )  # fmt: skip
+    )
     if isinstance(kind.size, PairSize):
         translate_once(checkpoint, kind.size.translated, run)
     return results

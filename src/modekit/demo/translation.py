@@ -41,14 +41,27 @@ _LEAST_BLEU = 1.0  # below it a model writes no translations, and shares of a ga
 DOMAIN_SHARE = 0.25  # of each domain's pairs that the base is trained on, too: it knows the domains' words, and little more
 _DECODING = Decoding(batch=64, max_new_tokens=96)
 ARCHITECTURE: dict[str, Any] = {
-    "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0,
+    "d_model": 128,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 256,
+    "decoder_ffn_dim": 256,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
     "forced_eos_token_id": None,
-}  # fmt: skip
+}
 BASE_TRAINING = Training(
-    batch_tokens=6_000, sequence_length=96, learning_rate=5e-3, muon_learning_rate=0.02, warmup=0.1, weight_decay=0.05,
-    by_length=True, autocast=True,
-)  # fmt: skip
+    batch_tokens=6_000,
+    sequence_length=96,
+    learning_rate=5e-3,
+    muon_learning_rate=0.02,
+    warmup=0.1,
+    weight_decay=0.05,
+    by_length=True,
+    autocast=True,
+)
 _DROPOUT = 0.2  # of the base, whose pairs are read many times; fine-tunes have none, which would be drawn without a seed
 
 
@@ -62,10 +75,16 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
     mixed = [*fit[GENERAL], *(pair for name in PAIRED for pair in fit[name][: int(DOMAIN_SHARE * len(fit[name]))])]
     training = BASE_TRAINING.with_(steps=steps, seed=seed)
     torch.manual_seed(seed)
-    model = BartForConditionalGeneration(BartConfig(
-        **{**ARCHITECTURE, "dropout": _DROPOUT}, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id,
-    ))  # fmt: skip
+    model = BartForConditionalGeneration(
+        BartConfig(
+            **{**ARCHITECTURE, "dropout": _DROPOUT},
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.eos_token_id,
+        )
+    )
     with staging(out, f"demo base of pairs {seed} {steps}", "model") as stage:
         sequences = training_sequences(tokenizer, mixed, training)
         train_language_model(model, list(model.parameters()), sequences, training, run=run.about("base"))
@@ -160,7 +179,11 @@ def translated_table(folders: Mapping[str, Path]) -> TranslatedTable:
     rows = [(row.name, row) for row in first.rows if row.kind != "mixture"]
     rows += [(name, row) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
     return TranslatedTable(
-        [TranslatedRow(name, {domain: TranslationScore(each.bleu, each.chrf) for domain, each in row.domains.items()})
-         for name, row in rows],
-        first.domains, first.unseen, first.signatures.model_dump(),
-    )  # fmt: skip
+        [
+            TranslatedRow(name, {domain: TranslationScore(each.bleu, each.chrf) for domain, each in row.domains.items()})
+            for name, row in rows
+        ],
+        first.domains,
+        first.unseen,
+        first.signatures.model_dump(),
+    )

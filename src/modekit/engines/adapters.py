@@ -78,15 +78,19 @@ def chosen_adapters(checkpoint: Checkpoint, names: Sequence[str] | None) -> list
     able = [name for name, adapter in found.items() if isinstance(adapter, Adapter)]
     if not able:
         raise UnsupportedError(
-            "llama.cpp does not run the mixture, nor one of its experts as an adapter", where=str(checkpoint.folder),
-            found="; ".join(filter(None, [checkpoint.shape.without_gguf, *reasons])), remedy=_NATIVE,
-        )  # fmt: skip
+            "llama.cpp does not run the mixture, nor one of its experts as an adapter",
+            where=str(checkpoint.folder),
+            found="; ".join(filter(None, [checkpoint.shape.without_gguf, *reasons])),
+            remedy=_NATIVE,
+        )
     if reasons or not chosen:
         raise UnsupportedError(
-            "llama.cpp does not run these experts as adapters", where=str(checkpoint.folder),
-            found="; ".join(reasons) or "no expert but the base", expected=", ".join(able),
+            "llama.cpp does not run these experts as adapters",
+            where=str(checkpoint.folder),
+            found="; ".join(reasons) or "no expert but the base",
+            expected=", ".join(able),
             remedy=" ".join(["name these:", *(f"--expert {name}" for name in able)]),
-        )  # fmt: skip
+        )
     return [adapter for _, adapter in chosen if isinstance(adapter, Adapter)]
 
 

@@ -145,8 +145,9 @@ def _mixture_of_qwen2() -> Any:
                 return
             name = re.sub(
                 r"\.mlp\.experts\.(\d+)\.(\w+)\.weight$",
-                lambda found: f".block_sparse_moe.experts.{found[1]}.{_NAMES[found[2]]}.weight", name,
-            )  # fmt: skip
+                lambda found: f".block_sparse_moe.experts.{found[1]}.{_NAMES[found[2]]}.weight",
+                name,
+            )
             yield from super().modify_tensors(data_torch, name, bid)
 
     return MixtureOfQwen2

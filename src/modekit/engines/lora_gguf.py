@@ -42,9 +42,14 @@ from modekit.run import QUIET, Run
 
 
 def export_adapters_gguf(
-    checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, experts: Sequence[str] | None = None,
-    replace: Replace = "nothing", run: Run = QUIET,
-) -> list[Written]:  # fmt: skip
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: GgufSettings,
+    *,
+    experts: Sequence[str] | None = None,
+    replace: Replace = "nothing",
+    run: Run = QUIET,
+) -> list[Written]:
     """Write a folder with the backbone and adapters as GGUF, proven in llama.cpp; returns the backbone's file and theirs.
 
     `experts`: those that are written; None: all. Raises UnsupportedError, before anything is written, when one of them has no

@@ -92,11 +92,19 @@ class InBoth:
         ours, theirs = ([value for text in compared for value in text[engine]] for engine in (0, 1))
         apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         return Proof(
-            outtype=outtype, same=sum(_parting(*each) for each in written),
-            written=sum(max(map(len, each)) for each in written), text=name, texts=len(compared),
-            tokens=len(ours), difference=max(apart), typical=sum(apart) / len(apart),
-            perplexity=_perplexity(theirs), in_transformers=_perplexity(ours), loss=_loss(compared), notes=self.notes,
-        )  # fmt: skip
+            outtype=outtype,
+            same=sum(_parting(*each) for each in written),
+            written=sum(max(map(len, each)) for each in written),
+            text=name,
+            texts=len(compared),
+            tokens=len(ours),
+            difference=max(apart),
+            typical=sum(apart) / len(apart),
+            perplexity=_perplexity(theirs),
+            in_transformers=_perplexity(ours),
+            loss=_loss(compared),
+            notes=self.notes,
+        )
 
     @property
     def _begun(self) -> list[list[int]]:
@@ -141,10 +149,12 @@ def _check_tokens(llama: Llama, texts: Sequence[Sequence[int]], folder: Path) ->
         if found != list(ids):
             place = _parting(found, ids)
             raise EngineError(
-                "llama.cpp cuts text into other tokens than the tokenizer", where=str(folder),
-                found=f"{found[place : place + 3]} at token {place} of {text!r}", expected=list(ids[place : place + 3]),
+                "llama.cpp cuts text into other tokens than the tokenizer",
+                where=str(folder),
+                found=f"{found[place : place + 3]} at token {place} of {text!r}",
+                expected=list(ids[place : place + 3]),
                 remedy="name the pre-tokenizer that llama.cpp has for it with --pre-tokenizer",
-            )  # fmt: skip
+            )
 
 
 def _other_readings(llama: Llama, tokenizer: Any) -> Iterator[str]:
@@ -177,9 +187,13 @@ def _greedy(model: Any, ids: list[int]) -> list[int]:
     """What transformers writes."""
     begun = torch.tensor([ids], device=model.device)
     made = model.generate(
-        begun, attention_mask=torch.ones_like(begun), max_new_tokens=GREEDY_TOKENS, do_sample=False, repetition_penalty=1.0,
+        begun,
+        attention_mask=torch.ones_like(begun),
+        max_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+        repetition_penalty=1.0,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     return [int(token) for token in made[0, len(ids) :]]
 
 

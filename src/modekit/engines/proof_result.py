@@ -105,19 +105,24 @@ class Proof:
             return self
         if not accept:
             raise EngineError(
-                "the model in llama.cpp is not as good as in transformers", where=str(file), found=str(self),
-                expected=_BOUND, remedy=f"{self._blame} or keep the file as it is with --accept",
-            )  # fmt: skip
+                "the model in llama.cpp is not as good as in transformers",
+                where=str(file),
+                found=str(self),
+                expected=_BOUND,
+                remedy=f"{self._blame} or keep the file as it is with --accept",
+            )
         note = f"it lost more than a proof allows ({_BOUND}), and was kept since --accept says so"
         return replace(self, accepted=True, notes=(*self.notes, note))
 
     def _exact(self, file: Path) -> Proof:
         if self.same < self.written or not self.difference <= TOLERANCE:
             raise EngineError(
-                "llama.cpp computes another model than transformers", where=str(file), found=str(self),
+                "llama.cpp computes another model than transformers",
+                where=str(file),
+                found=str(self),
                 expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
                 remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
-            )  # fmt: skip
+            )
         return self
 
     @property

@@ -44,10 +44,12 @@ def application(said: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         raise EngineError(
-            "an argument of the front is wrong", where=f"args: {'.'.join(map(str, problem['loc']))}",
-            found=shortened(problem["msg"]), expected=", ".join(FrontArguments.model_fields),
+            "an argument of the front is wrong",
+            where=f"args: {'.'.join(map(str, problem['loc']))}",
+            found=shortened(problem["msg"]),
+            expected=", ".join(FrontArguments.model_fields),
             remedy="correct the file that `serve run` was given",
-        ) from None  # fmt: skip
+        ) from None
 
     def app() -> App:
         return arguments.app()

@@ -54,7 +54,7 @@ class Address:
 
 def run_front(
     checkpoint: Checkpoint, settings: FrontSettings, at: Address, listening: Callable[[str], None], *, run: Run = QUIET
-) -> None:  # fmt: skip
+) -> None:
     """Serve until interrupted; `listening` is called with the address once it is heard.
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError when it cannot listen.
@@ -103,9 +103,12 @@ def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str
         expert, equals, model = each.partition("=")
         if expert not in known or not equals or not model:
             raise EngineError(
-                "that names no expert's model", where="--name", found=each, expected=f"EXPERT=MODEL of {', '.join(known)}",
+                "that names no expert's model",
+                where="--name",
+                found=each,
+                expected=f"EXPERT=MODEL of {', '.join(known)}",
                 remedy="name an expert of the mixture",
-            )  # fmt: skip
+            )
         names[expert] = model
     return names
 
@@ -123,6 +126,9 @@ def _check_urls(urls: Sequence[str]) -> None:
             good = False
         if not good or parsed.path.rstrip("/") not in {"", "/v1"}:
             raise EngineError(
-                "that is no address of a server", where="--worker", found=url, expected="such as http://127.0.0.1:8001",
+                "that is no address of a server",
+                where="--worker",
+                found=url,
+                expected="such as http://127.0.0.1:8001",
                 remedy=f"correct it; a key that the workers want is {WORKERS_KEY} in the environment",
-            )  # fmt: skip
+            )

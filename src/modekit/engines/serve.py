@@ -87,9 +87,11 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
         if reason is None:
             return asked, "asked for"
         raise UnsupportedError(
-            "the engine cannot serve the mixture", where=f"{checkpoint.folder}: --engine {asked}", found=reason,
+            "the engine cannot serve the mixture",
+            where=f"{checkpoint.folder}: --engine {asked}",
+            found=reason,
             remedy="leave --engine out, and one that can is taken",
-        )  # fmt: skip
+        )
     refused: list[str] = []
     for name, engine in ENGINES.items():
         reason = engine.refusal(checkpoint)
@@ -160,9 +162,12 @@ def longest_conversation(checkpoint: Checkpoint) -> int:
     longest = checkpoint.config.get("max_position_embeddings")
     if type(longest) is not int or longest < 1:
         raise CheckpointError(
-            "config.json does not say how long a text may be", where=f"{checkpoint.folder}: max_position_embeddings",
-            found=longest, expected="a whole number of tokens", remedy="add what the base model's config.json says",
-        )  # fmt: skip
+            "config.json does not say how long a text may be",
+            where=f"{checkpoint.folder}: max_position_embeddings",
+            found=longest,
+            expected="a whole number of tokens",
+            remedy="add what the base model's config.json says",
+        )
     return longest
 
 
@@ -179,9 +184,11 @@ def bound_socket(host: str, port: int) -> socket.socket:
             raise
     except (OSError, UnicodeError) as error:
         raise EngineError(
-            "the address cannot be listened on", where=f"{host}:{port}", found=getattr(error, "strerror", None) or str(error),
+            "the address cannot be listened on",
+            where=f"{host}:{port}",
+            found=getattr(error, "strerror", None) or str(error),
             remedy="choose another --port (0: any that is free) or --host",
-        ) from None  # fmt: skip
+        ) from None
     return bound
 
 
@@ -227,9 +234,11 @@ def _vllm_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) ->
 
     check_loadable(checkpoint.folder, run=run)
     return {
-        "model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code, "dtype": checkpoint.config["dtype"],
+        "model": str(checkpoint.folder),
+        "trust_remote_code": run.trust_remote_code,
+        "dtype": checkpoint.config["dtype"],
         "through_transformers": checkpoint.shape.through_transformers,
-    }  # fmt: skip
+    }
 
 
 def _vllm_environment() -> Mapping[str, str]:

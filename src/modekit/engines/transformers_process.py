@@ -106,9 +106,15 @@ def main() -> None:
             super().start_server()
 
     served = Guarded(
-        force_model=folder.name, host=settings["host"], port=settings["port"], device="auto", dtype="auto",
-        trust_remote_code=settings["trust_remote_code"], log_level="warning", non_blocking=True,
-    )  # fmt: skip
+        force_model=folder.name,
+        host=settings["host"],
+        port=settings["port"],
+        device="auto",
+        dtype="auto",
+        trust_remote_code=settings["trust_remote_code"],
+        log_level="warning",
+        non_blocking=True,
+    )
     while not served.server.started:
         if not served._thread.is_alive():
             raise SystemExit("the server ended before it listened")

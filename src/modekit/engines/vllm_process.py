@@ -38,11 +38,24 @@ def arguments_of(settings: Mapping[str, object]) -> list[str]:
     """The words of vLLM's command line."""
     folder = Path(str(settings["model"]))
     words = [
-        "--model", f"./{folder.name}", "--served-model-name", str(settings["name"]), "--host", str(settings["host"]),
-        "--port", str(settings["port"]), "--dtype", str(settings["dtype"]), "--max-model-len", str(settings["context"]),
-        "--max-num-seqs", str(settings["parallel"]), "--middleware", f"modekit.engines.vllm_process.{Before.__name__}",
+        "--model",
+        f"./{folder.name}",
+        "--served-model-name",
+        str(settings["name"]),
+        "--host",
+        str(settings["host"]),
+        "--port",
+        str(settings["port"]),
+        "--dtype",
+        str(settings["dtype"]),
+        "--max-model-len",
+        str(settings["context"]),
+        "--max-num-seqs",
+        str(settings["parallel"]),
+        "--middleware",
+        f"modekit.engines.vllm_process.{Before.__name__}",
         "--disable-uvicorn-access-log",
-    ]  # fmt: skip
+    ]
     words += ["--trust-remote-code"] if settings["trust_remote_code"] else []
     return words + (["--model-impl", "transformers"] if settings["through_transformers"] else [])
 

@@ -36,11 +36,31 @@ from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence
 
 GREETINGS = (
-    "Good afternoon", "Hey there!", "How have you been?", "Thanks so much!", "Can you tell me a funny story?",
-    "What are you able to do?", "Are you human?", "See you later", "Good night", "Cheers", "Alright", "Yes please, go ahead",
-    "No thanks", "What's up?", "It was nice talking to you", "That is all for now", "Let's chat", "I am so happy today",
-    "Guten Tag", "Wie geht es dir?", "Vielen Dank", "Merci beaucoup", "Bonsoir", "Hasta luego",
-)  # fmt: skip
+    "Good afternoon",
+    "Hey there!",
+    "How have you been?",
+    "Thanks so much!",
+    "Can you tell me a funny story?",
+    "What are you able to do?",
+    "Are you human?",
+    "See you later",
+    "Good night",
+    "Cheers",
+    "Alright",
+    "Yes please, go ahead",
+    "No thanks",
+    "What's up?",
+    "It was nice talking to you",
+    "That is all for now",
+    "Let's chat",
+    "I am so happy today",
+    "Guten Tag",
+    "Wie geht es dir?",
+    "Vielen Dank",
+    "Merci beaucoup",
+    "Bonsoir",
+    "Hasta luego",
+)
 """Small talk that no fit has seen (text/small_talk.py has other)."""
 CHAT_FILE = "chat.json"
 SMALL_TALK, CHANGE = "small talk", "change of domain"
@@ -85,8 +105,15 @@ class ChatResults:
     def markdown(self) -> str:
         """For chat.md."""
         titles = ["", "questions", "last prompt token", f"after {self.answer_tokens} tokens", *self.experts]
-        lines = [[row.name, str(row.questions), *map(share, (row.at_prompt, row.after_answer)),
-                  *(str(row.leaders.get(name, 0)) for name in self.experts)] for row in self.rows]  # fmt: skip
+        lines = [
+            [
+                row.name,
+                str(row.questions),
+                *map(share, (row.at_prompt, row.after_answer)),
+                *(str(row.leaders.get(name, 0)) for name in self.experts),
+            ]
+            for row in self.rows
+        ]
         return "\n".join([markdown_table(titles, lines), "", *(f"* {note}" for note in self.notes), ""])
 
 
@@ -196,9 +223,13 @@ def _cut(document: str, draw: random.Random) -> tuple[str, str]:
 
 
 def _leaders(
-    model: PreTrainedModel, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase,
-    answer_tokens: int, run: Run,
-) -> list[tuple[int, int]]:  # fmt: skip
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    answer_tokens: int,
+    run: Run,
+) -> list[tuple[int, int]]:
     """Who leads at the end of every prompt, and of its answer."""
     answered: list[TokenSequence] = []
     run.begin("answer", len(prompts))

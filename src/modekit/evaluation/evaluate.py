@@ -54,9 +54,12 @@ def evaluate(
         check_labels(checkpoint, labels, tokenizer)
         sequence_length = longest_with_tag(sequence_length, checkpoint.config) if labels.by == "tag" else sequence_length
     domains = held_out_domains(
-        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen,
+        checkpoint,
+        tokens_per_domain=tokens_per_domain,
+        sequence_length=sequence_length,
+        seen=seen,
         run=run,
-    )  # fmt: skip
+    )
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
     rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)

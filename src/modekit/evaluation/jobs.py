@@ -89,16 +89,26 @@ def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[Job]:
     load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
         yield Job(
-            "oracle", "oracle", total, active, f"oracle {carried}", load,
+            "oracle",
+            "oracle",
+            total,
+            active,
+            f"oracle {carried}",
+            load,
             text=lambda domain: None if domain.expert is None else domain,
             within=lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
-        )  # fmt: skip
+        )
     yield Job("mixture", "mixture", total, active, f"{carried} {decided}", load)
     if checkpoint.shape.routing.runs_common:
         yield Job(
-            ALONE, "mixture", total, active, f"alone {carried} {decided}", load,
+            ALONE,
+            "mixture",
+            total,
+            active,
+            f"alone {carried} {decided}",
+            load,
             within=lambda model, _domain: mixture_of(model, checkpoint).without_common(),
-        )  # fmt: skip
+        )
 
 
 def label_jobs(
@@ -137,9 +147,11 @@ def _by_gate(checkpoint: Checkpoint, job: Job, places: Mapping[str, int | None])
     """All weight on the expert whose label a domain is told; what the router would say is no part of the row."""
     carried, _ = mixture_identities(checkpoint)
     return replace(
-        job, identity=f"told {dict(places)} {carried}", text=lambda domain: domain if domain.name in places else None,
+        job,
+        identity=f"told {dict(places)} {carried}",
+        text=lambda domain: domain if domain.name in places else None,
         within=lambda model, domain: mixture_of(model, checkpoint).forced(places[domain.name] or 0),
-    )  # fmt: skip
+    )
 
 
 def _by_tag(job: Job, tags: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase) -> Job:

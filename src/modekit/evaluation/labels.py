@@ -42,9 +42,12 @@ class Labels:
     def __post_init__(self) -> None:
         if not set(self.told) <= set(TOLD) or len(set(self.told)) < len(self.told):
             raise ModekitError(
-                "no such labels", where="--labels", found=", ".join(map(str, self.told)),
-                expected=f"some of {', '.join(TOLD)}, each once, or all", remedy="write right,wrong",
-            )  # fmt: skip
+                "no such labels",
+                where="--labels",
+                found=", ".join(map(str, self.told)),
+                expected=f"some of {', '.join(TOLD)}, each once, or all",
+                remedy="write right,wrong",
+            )
         if self.by not in get_args(By):
             raise ModekitError(
                 "no such way to tell a label", where="--by", found=self.by, expected="gate or tag", remedy="name one"
@@ -110,16 +113,20 @@ def check_labels(checkpoint: Checkpoint, labels: Labels, tokenizer: PreTrainedTo
     recipe = checkpoint.record.recipe
     if labels.by == "gate" and recipe.mixture.weights is not None:
         raise MismatchError(
-            "a label cannot be told by the gate: no expert is whole in this mixture", where=f"{checkpoint.folder}: --labels",
-            found="mixture.weights, which are folded into the experts", remedy="leave --labels out, or build without weights",
-        )  # fmt: skip
+            "a label cannot be told by the gate: no expert is whole in this mixture",
+            where=f"{checkpoint.folder}: --labels",
+            found="mixture.weights, which are folded into the experts",
+            remedy="leave --labels out, or build without weights",
+        )
     missing = [name for name in recipe.names if name not in labels_of(tokenizer)] if labels.by == "tag" else []
     if missing:
         raise MismatchError(
-            "a label cannot be told by a tag: the tokenizer has none for it", where=f"{checkpoint.folder}: --by tag",
-            found=f"no tag for {', '.join(missing)}", expected=f"a token for every expert, such as {tag_of(missing[0])}",
+            "a label cannot be told by a tag: the tokenizer has none for it",
+            where=f"{checkpoint.folder}: --by tag",
+            found=f"no tag for {', '.join(missing)}",
+            expected=f"a token for every expert, such as {tag_of(missing[0])}",
             remedy="make base and experts with `modekit specialize --tags` and build again, or take --by gate",
-        )  # fmt: skip
+        )
 
 
 def longest_with_tag(sequence_length: int, config: Mapping[str, Any]) -> int:
@@ -147,9 +154,11 @@ def have_tags(texts: Iterable[Sequence[TokenSequence]]) -> bool:
 def no_place_for_a_tag(domain: str) -> TextError:
     """The error for conversations under `--by tag`."""
     return TextError(
-        "a conversation has no place for a tag: its template decides what stands first", where=domain,
-        expected="text, or pairs", remedy="take --by gate",
-    )  # fmt: skip
+        "a conversation has no place for a tag: its template decides what stands first",
+        where=domain,
+        expected="text, or pairs",
+        remedy="take --by gate",
+    )
 
 
 def notes_of_labels(labels: Labels, domains: Mapping[str, int | None], recipe: Recipe) -> Iterator[str]:

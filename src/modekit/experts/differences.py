@@ -67,8 +67,9 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
         if ".experts." in name:
             raise UnsupportedError(
                 "the experts of a mixture are no linear layers in memory, so an adapter cannot reach them",
-                where=f"{origin.label} ({origin.spec}): {name}", remedy="extract from dense models",
-            )  # fmt: skip
+                where=f"{origin.label} ({origin.spec}): {name}",
+                remedy="extract from dense models",
+            )
     return names
 
 
@@ -78,9 +79,10 @@ def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFile
     for source, ref in zip((tuned, origin), refs, strict=True):
         if not holds_only_finite(opened, ref):
             raise SourceError(
-                "the weights hold NaN or Inf", where=f"{source.label} ({source.spec}): {name}",
+                "the weights hold NaN or Inf",
+                where=f"{source.label} ({source.spec}): {name}",
                 remedy="the model is damaged: save or download it again",
-            )  # fmt: skip
+            )
     moved, still = (Stored(opened, ref) for ref in refs)
     squared_delta = squared_base = 0.0
     for part in blocks(len(still)):
@@ -99,9 +101,12 @@ def linears_of(pairs: Sequence[Pair]) -> list[Pair]:
             found.append((layer, module_of(path), pair))
     if not found:
         raise UnsupportedError(
-            "the model keeps its layers under other names", where="BASE", found=pairs[0].name if pairs else "no tensors",
-            expected="model.layers.N.*_proj.weight", remedy="save both models with a current transformers",
-        )  # fmt: skip
+            "the model keeps its layers under other names",
+            where="BASE",
+            found=pairs[0].name if pairs else "no tensors",
+            expected="model.layers.N.*_proj.weight",
+            remedy="save both models with a current transformers",
+        )
     return [pair for _, _, pair in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
 
 
@@ -112,9 +117,12 @@ def chosen_of(linears: Sequence[Pair], modules: Sequence[str] | None) -> list[Pa
     for ending in modules:
         if not any(_ends(pair, ending) for pair in linears):
             raise ModekitError(
-                "no linear weight of the decoder layers has this name", where="--module", found=ending,
-                expected=", ".join(dict.fromkeys(pair.kind for pair in linears)), remedy="write one of them",
-            )  # fmt: skip
+                "no linear weight of the decoder layers has this name",
+                where="--module",
+                found=ending,
+                expected=", ".join(dict.fromkeys(pair.kind for pair in linears)),
+                remedy="write one of them",
+            )
     return [pair for pair in linears if any(_ends(pair, ending) for ending in modules)]
 
 
@@ -132,7 +140,8 @@ def check_differs(chosen: Sequence[Pair], pairs: Sequence[Pair]) -> None:
             "the model is its base: no tensor differs", where="MODEL, BASE", remedy="give the fine-tuned model as MODEL"
         )
     raise MismatchError(
-        "no linear weight that could be adapted differs", where="MODEL, BASE",
+        "no linear weight that could be adapted differs",
+        where="MODEL, BASE",
         found="only " + ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else ""),
         remedy="use the full model: an adapter of its linear layers would be empty",
-    )  # fmt: skip
+    )

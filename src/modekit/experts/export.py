@@ -78,10 +78,12 @@ def chosen_ways(checkpoint: Checkpoint, names: list[str]) -> list[WayOut]:
         if reason is not None:
             able = ", ".join(way.name for way in ways.values() if way.reason is None)
             raise UnsupportedError(
-                "the expert is no adapter that PEFT could hold", where=f"{checkpoint.folder}: expert '{name}'", found=reason,
+                "the expert is no adapter that PEFT could hold",
+                where=f"{checkpoint.folder}: expert '{name}'",
+                found=reason,
                 expected=able or "an expert that can be exported (there is none here)",
                 remedy="name one of these, or see `modekit extract` for full models",
-            )  # fmt: skip
+            )
     return [ways[name] for name in names]
 
 
@@ -98,9 +100,14 @@ def write_way(checkpoint: Checkpoint, way: WayOut, out: Path, *, overwrite: bool
     given_back = way.own if way.as_it_came else None
     config = dict(given_back.config) if given_back is not None else parts_config(checkpoint, way.expert, _known(way))
     record = {
-        "expert": way.name, "identity": checkpoint.identity, "kind": _kind(config), "rank": config.get("r"),
-        "modules": len(places_of(checkpoint, way.expert)), "as_it_came": way.as_it_came, "notes": list(way.notes),
-    }  # fmt: skip
+        "expert": way.name,
+        "identity": checkpoint.identity,
+        "kind": _kind(config),
+        "rank": config.get("r"),
+        "modules": len(places_of(checkpoint, way.expert)),
+        "as_it_came": way.as_it_came,
+        "notes": list(way.notes),
+    }
     digest = hashlib.sha256(json.dumps([checkpoint.identity, way.name, way.as_it_came]).encode()).hexdigest()
     if not overwrite and _is_written(out, record):
         settle(out)

@@ -114,9 +114,12 @@ def extract(
             adapted.append(_adapt(pair, moment_II, opened, settings))
             run.progress("factorise", place + 1, len(chosen))
     record = {
-        "model": model.name, "base_model": settings.base_name or base.name, "settings": settings.size, "text": text,
+        "model": model.name,
+        "base_model": settings.base_name or base.name,
+        "settings": settings.size,
+        "text": text,
         **account(adapted, linears, pairs),
-    }  # fmt: skip
+    }
     run.begin("write")
     config = _adapter_config(adapted, linears, settings.base_name or str(base))
     with _staged(out, adapted, record, (model, base), replaced_by(overwrite), run) as stage:
@@ -129,9 +132,12 @@ def _check_settings(settings: ExtractSettings) -> None:
     rank, energy, max_rank = settings.rank, settings.energy, settings.max_rank
     if (rank is None) == (energy is None):
         raise ModekitError(
-            "the size of the adapter is not determined", where="--rank, --energy",
-            found="neither" if rank is None else "both", expected="one of them", remedy="give --rank 16 or --energy 0.9",
-        )  # fmt: skip
+            "the size of the adapter is not determined",
+            where="--rank, --energy",
+            found="neither" if rank is None else "both",
+            expected="one of them",
+            remedy="give --rank 16 or --energy 0.9",
+        )
     for where, value in (("--rank", rank), ("--max-rank", max_rank)):
         if value is not None and value < 1:
             raise ModekitError(
@@ -143,9 +149,11 @@ def _check_settings(settings: ExtractSettings) -> None:
         )
     if max_rank is not None and energy is None:
         raise ModekitError(
-            "the setting has no effect with a fixed rank", where="--max-rank", found=max_rank,
+            "the setting has no effect with a fixed rank",
+            where="--max-rank",
+            found=max_rank,
             remedy="remove it, or give --energy in place of --rank",
-        )  # fmt: skip
+        )
 
 
 _Moments = Iterator[tuple[Pair, npt.NDArray[np.float32] | None]]

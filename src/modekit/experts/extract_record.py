@@ -40,19 +40,24 @@ def account(adapted: Sequence[Adapted], linears: Sequence[Pair], pairs: Sequence
     return {
         "tensors": {
             entry.pair.name: {
-                "rank": entry.factors.rank, "error": entry.factors.error, "energy": 1 - entry.factors.error**2,
-                "weight_error": entry.plain_error, "drift": entry.pair.drift,
+                "rank": entry.factors.rank,
+                "error": entry.factors.error,
+                "energy": 1 - entry.factors.error**2,
+                "weight_error": entry.plain_error,
+                "drift": entry.pair.drift,
             }
             for entry in adapted
         },
         "kinds": {kind: _together(group) for kind, group in groups.items() if group},
         "totals": {
-            **_together(adapted), "parameters": parameters, "bytes": 4 * parameters,
+            **_together(adapted),
+            "parameters": parameters,
+            "bytes": 4 * parameters,
             "carried": kept / sum(pair.squared_delta for pair in pairs),
         },
         "unchanged": [pair.name for pair in linears if not pair.squared_delta],
         "not_carried": {pair.name: pair.drift for pair in pairs if pair.squared_delta and pair.name not in carried},
-    }  # fmt: skip
+    }
 
 
 def _together(adapted: Sequence[Adapted]) -> dict[str, Any]:
@@ -64,8 +69,11 @@ def _together(adapted: Sequence[Adapted]) -> dict[str, Any]:
     base = sum(entry.pair.squared_base for entry in adapted)
     mean_square = float(np.average(error**2, weights=squares))
     return {
-        "modules": len(adapted), "smallest_rank": min(ranks), "largest_rank": max(ranks),
-        "error": math.sqrt(mean_square), "energy": 1 - mean_square,
+        "modules": len(adapted),
+        "smallest_rank": min(ranks),
+        "largest_rank": max(ranks),
+        "error": math.sqrt(mean_square),
+        "energy": 1 - mean_square,
         "weight_error": math.sqrt(float(np.average(weight_error**2, weights=squares))),
         "drift": math.sqrt(float(squares.sum()) / base) if base else None,
-    }  # fmt: skip
+    }

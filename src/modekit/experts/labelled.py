@@ -202,7 +202,9 @@ def drawn_anew(sequences: Sequence[TokenSequence], asked: Labelled, reading: Rea
     """
     if asked.randomise_to in ("all", "others") and len(labels_of(reading.tokenizer)) == 1:
         raise TextError(
-            "there is no other label", where="--randomise-to", found=f"{asked.randomise_to}, and one label",
+            "there is no other label",
+            where="--randomise-to",
+            found=f"{asked.randomise_to}, and one label",
             remedy="write generic",
-        )  # fmt: skip
+        )
     return Drawn(sequences, reading.tokenizer, asked, reading.training.seed)

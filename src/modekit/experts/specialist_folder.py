@@ -91,9 +91,10 @@ def _interrupted(folder: Path, steps: str | None) -> InterruptError:
     if steps is None:
         return InterruptError("interrupted; nothing was kept", remedy="run the command again to start over")
     return InterruptError(
-        f"interrupted; the training is kept up to step {steps}", where=str(folder),
+        f"interrupted; the training is kept up to step {steps}",
+        where=str(folder),
         remedy="run the same command again to go on from there, or remove the folder",
-    )  # fmt: skip
+    )
 
 
 def digest_of_source(source: ModelSource) -> str:

@@ -190,20 +190,27 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     new = tuple(each for each in known if each in added or each >= rows)
     if new and config.get("share_encoder_decoder_embeddings") is False:
         raise UnsupportedError(
-            "encoder and decoder have an embedding each: new tags have no place", where="BASE, --tags",
-            found="share_encoder_decoder_embeddings: false", remedy="choose a base model that shares its embedding",
-        )  # fmt: skip
+            "encoder and decoder have an embedding each: new tags have no place",
+            where="BASE, --tags",
+            found="share_encoder_decoder_embeddings: false",
+            remedy="choose a base model that shares its embedding",
+        )
     if new and train == "mlp" and reading.training.weight_decay:
         raise TrainingError(
-            "weights that decay would move rows of the embedding that are to stay", where="weight_decay, new tags, --train mlp",
-            found=reading.training.weight_decay, expected="0", remedy="leave it out, or use --train full",
-        )  # fmt: skip
+            "weights that decay would move rows of the embedding that are to stay",
+            where="weight_decay, new tags, --train mlp",
+            found=reading.training.weight_decay,
+            expected="0",
+            remedy="leave it out, or use --train full",
+        )
     if new and train == "lora":
         raise SourceError(
             "an adapter has no place for new tags: they are rows of the embedding, and tokens of the tokenizer",
-            where="--tags --train lora", found=f"{len(new)} tags that BASE does not have, or has no rows for",
-            expected="a base that knows them", remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
-        )  # fmt: skip
+            where="--tags --train lora",
+            found=f"{len(new)} tags that BASE does not have, or has no rows for",
+            expected="a base that knows them",
+            remedy="make it first: modekit specialize BASE WITH-TAGS --tags --train mlp",
+        )
     return new
 
 

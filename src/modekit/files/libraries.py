@@ -70,6 +70,8 @@ def check_own(folder: Path) -> None:
     found = not_own(folder)
     if found is not None:
         raise OutputError(
-            "what would be written there would go elsewhere", where=str(folder), found=found,
+            "what would be written there would go elsewhere",
+            where=str(folder),
+            found=found,
             remedy="remove the folder to start over",
-        )  # fmt: skip
+        )

@@ -113,9 +113,11 @@ def mend_commit(work: Path, out: Path) -> None:
         old.rename(out)
     elif new.exists():
         raise OutputError(
-            "something else took the place of an old output that was being replaced", where=str(out),
-            found=f"the old one is in {old}", remedy="move what is there away, and run the command again",
-        )  # fmt: skip
+            "something else took the place of an old output that was being replaced",
+            where=str(out),
+            found=f"the old one is in {old}",
+            remedy="move what is there away, and run the command again",
+        )
     else:
         remove(old)
     if not new.exists():
@@ -145,16 +147,19 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
     foreign = foreign_files(out) if out.is_dir() else None
     if foreign is None:
         raise OutputError(
-            "the output path exists and holds something else, so it is not overwritten", where=str(out),
+            "the output path exists and holds something else, so it is not overwritten",
+            where=str(out),
             found="no mark of modekit's (the file .modekit, which every folder that it makes has)",
             remedy="choose another folder, or remove it yourself",
-        )  # fmt: skip
+        )
     if foreign:
         more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         raise OutputError(
-            "the output folder holds files that modekit did not write, or that were changed since", where=str(out),
-            found=", ".join(foreign[:_SHOWN]) + more, remedy="move them away, or choose another folder",
-        )  # fmt: skip
+            "the output folder holds files that modekit did not write, or that were changed since",
+            where=str(out),
+            found=", ".join(foreign[:_SHOWN]) + more,
+            remedy="move them away, or choose another folder",
+        )
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -165,9 +170,12 @@ def check_room(out: Path, needed: int) -> None:
     free = disk.free
     if disk.total and needed > free:  # some file systems do not say how large they are
         raise OutputError(
-            "the disk has too little free space", where=str(out), found=f"{free:,} bytes free",
-            expected=f"{needed:,} bytes", remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
-        )  # fmt: skip
+            "the disk has too little free space",
+            where=str(out),
+            found=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes",
+            remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
+        )
 
 
 def _size_of(path: Path) -> int:
@@ -188,6 +196,8 @@ def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
         )
         if relation:
             raise OutputError(
-                "the output must not touch what it is made from", where=str(out), found=f"it {relation} {source}",
+                "the output must not touch what it is made from",
+                where=str(out),
+                found=f"it {relation} {source}",
                 remedy="choose a folder beside it",
-            )  # fmt: skip
+            )

@@ -284,14 +284,16 @@ class Staging:
                     raise
         if not ours:
             raise OutputError(
-                "a folder that modekit did not make is in the way", where=str(self.work),
+                "a folder that modekit did not make is in the way",
+                where=str(self.work),
                 remedy="move it away, or choose another output folder",
-            )  # fmt: skip
+            )
         if not free:
             raise OutputError(
-                "another process is writing this output folder", where=str(self.out),
+                "another process is writing this output folder",
+                where=str(self.out),
                 remedy="wait for it, or choose another folder",
-            )  # fmt: skip
+            )
         if not is_work_folder(self.work, PARTIAL, self.out.name):  # whoever had it has just cleared it
             mark_work_folder(self.work, PARTIAL, self.out.name)
 
@@ -321,17 +323,20 @@ class AppearedError(OutputError):
 
     def __init__(self, out: Path) -> None:
         super().__init__(
-            "something else has appeared at the output path meanwhile", where=str(out),
+            "something else has appeared at the output path meanwhile",
+            where=str(out),
             remedy=f"move it away and run the same command again: it goes on from {work_folder(out).name}",
-        )  # fmt: skip
+        )
 
 
 def _failed(out: Path, error: OSError, left: str) -> OutputError:
     free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
     return OutputError(
-        f"writing failed; {left}", where=str(out), found=f"{error.strerror or error} ({free:,} bytes free)",
+        f"writing failed; {left}",
+        where=str(out),
+        found=f"{error.strerror or error} ({free:,} bytes free)",
         remedy="free space or choose another disk",
-    )  # fmt: skip
+    )
 
 
 def _left_of(out: Path, *, finished: bool = False) -> str:
@@ -373,10 +378,16 @@ def staging(
         settle(out)
         raise
     except OSError as error:
-        raise _failed(out, error, _left_of(out)) if error.errno in FULL else OutputError(
-            "the output folder cannot be written", where=str(out), found=error.strerror,
-            remedy="choose a folder that can be written",
-        ) from None  # fmt: skip
+        raise (
+            _failed(out, error, _left_of(out))
+            if error.errno in FULL
+            else OutputError(
+                "the output folder cannot be written",
+                where=str(out),
+                found=error.strerror,
+                remedy="choose a folder that can be written",
+            )
+        ) from None
     try:
         yield stage
         stage.commit()

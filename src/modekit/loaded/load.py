@@ -110,9 +110,7 @@ def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase
         if pieces and "tiktoken" in found:  # what transformers tries last with a file that it cannot read
             found = f"{' or '.join(pieces)} cannot be read as a sentencepiece model"
             remedy = "download or save the tokenizer again; sentencepiece must be installed"
-        raise SourceError(
-            "the model folder has no usable tokenizer", where=str(folder), found=found, remedy=remedy
-        ) from None  # fmt: skip
+        raise SourceError("the model folder has no usable tokenizer", where=str(folder), found=found, remedy=remedy) from None
     return tokenizer
 
 
@@ -129,9 +127,11 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
             )
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
         raise SourceError(
-            "transformers cannot load the model", where=str(folder), found=said_by(error),
+            "transformers cannot load the model",
+            where=str(folder),
+            found=said_by(error),
             remedy="save or build it again; memory must suffice for it",
-        ) from None  # fmt: skip
+        ) from None
     return model.to(default_device()).eval()
 
 

@@ -59,9 +59,11 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
         module = None
     if not isinstance(module, nn.Linear):
         raise UnsupportedError(
-            "the loaded model has no linear layer where its weights have one", where=name,
-            found=type(module).__name__ if module is not None else "nothing", remedy="leave it out, or extract without --text",
-        )  # fmt: skip
+            "the loaded model has no linear layer where its weights have one",
+            where=name,
+            found=type(module).__name__ if module is not None else "nothing",
+            remedy="leave it out, or extract without --text",
+        )
     return module
 
 
@@ -108,9 +110,10 @@ class _InputSums:
         """E[x x^T] (I, I) of one module."""
         if name not in self._owner:
             raise UnsupportedError(
-                "a linear layer is never run, so nothing is known of its inputs", where=name,
+                "a linear layer is never run, so nothing is known of its inputs",
+                where=name,
                 remedy="leave it out, or extract without --text",
-            )  # fmt: skip
+            )
         mean_II: npt.NDArray[np.float32] = (self._sums[self._owner[name]] / tokens).cpu().numpy()
         return mean_II
 

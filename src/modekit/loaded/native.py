@@ -273,9 +273,11 @@ def _wide(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _not_dense(checkpoint: Checkpoint, found: str) -> CheckpointError:
     return CheckpointError(
-        "one expert of the mixture is no model of the base's kind", where=f"{checkpoint.folder}: dense_config", found=found,
+        "one expert of the mixture is no model of the base's kind",
+        where=f"{checkpoint.folder}: dense_config",
+        found=found,
         remedy="build the mixture again",
-    )  # fmt: skip
+    )
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
@@ -284,9 +286,12 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     for key in _SIZES:
         if wide.get(key) != checkpoint.config.get(key):
             raise CheckpointError(
-                "modekit.json and config.json disagree", where=f"{checkpoint.folder}: dense_config.{key}",
-                found=wide.get(key), expected=checkpoint.config.get(key), remedy="build the mixture again",
-            )  # fmt: skip
+                "modekit.json and config.json disagree",
+                where=f"{checkpoint.folder}: dense_config.{key}",
+                found=wide.get(key),
+                expected=checkpoint.config.get(key),
+                remedy="build the mixture again",
+            )
 
 
 def _lies_in(name: str, block: str) -> bool:

@@ -82,9 +82,12 @@ class Passes(Sequence[TokenSequence]):
 def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
     """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
     return encode(
-        tokenizer, documents, max_tokens=training.max_tokens, sequence_length=training.sequence_length,
+        tokenizer,
+        documents,
+        max_tokens=training.max_tokens,
+        sequence_length=training.sequence_length,
         shortest_rest=training.sequence_length // 4,
-    )  # fmt: skip
+    )
 
 
 def train_language_model(

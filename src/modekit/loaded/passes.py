@@ -99,9 +99,11 @@ def _check_length(model: PreTrainedModel, batch: Batch) -> None:
     longest = max(batch.input_ids.shape[1], batch.target.shape[1])
     if longest > most:
         raise TextError(
-            "a side of a pair has more tokens than the model has positions", found=longest, expected=f"at most {most}",
+            "a side of a pair has more tokens than the model has positions",
+            found=longest,
+            expected=f"at most {most}",
             remedy=f"ask for a sequence_length of {most} (in a recipe under mixture.router), which leaves longer pairs out",
-        )  # fmt: skip
+        )
 
 
 def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
@@ -113,9 +115,10 @@ def _before(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     for key in ("decoder_start_token_id", "pad_token_id"):
         if model.config.model_type != "mbart" and getattr(model.config, key, None) is None:
             raise SourceError(
-                f"the model's config.json says no {key}, with which its decoder begins", where=str(model.config.name_or_path),
+                f"the model's config.json says no {key}, with which its decoder begins",
+                where=str(model.config.name_or_path),
                 remedy="write it into config.json, as generation_config.json or the model's page has it",
-            )  # fmt: skip
+            )
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         moved: torch.Tensor = shift(labels=labels)

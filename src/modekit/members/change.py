@@ -84,10 +84,11 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     if before is None:
         _check_routes_as_said(checkpoint)
         raise SourceError(
-            "the models are not those that the mixture was built from", where=str(checkpoint.folder),
+            "the models are not those that the mixture was built from",
+            where=str(checkpoint.folder),
             found="other settings, ranks or scales than the mixture has",
             remedy="put back what they were, or build the mixture anew",
-        )  # fmt: skip
+        )
     return before
 
 
@@ -100,16 +101,18 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
         source = opener.expert(number, expert, base)
     except SourceError as error:
         raise SourceError(
-            "an expert's model is gone, and this change needs it", where=label_of(number, expert), found=error.found,
+            "an expert's model is gone, and this change needs it",
+            where=label_of(number, expert),
+            found=error.found,
             remedy="put it back: with this change something that it gave takes another form (docs/experts.md)",
-        ) from None  # fmt: skip
+        ) from None
     changed = changed_settings(checkpoint.record.sources[checkpoint.record.expert_sources[number]], source.folder)
     if changed:
         raise SourceError(
             "a model has changed since the mixture was built, and something of it is needed again",
             where=f"{label_of(number, expert)}: {source.folder / changed[0]}",
             remedy="put back what it was, or build the mixture anew",
-        )  # fmt: skip
+        )
     return source
 
 
@@ -171,28 +174,33 @@ def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, new: Mapping[int, 
     known = record.sources[record.expert_sources[place]].files
     if {file.name: blake3_of(file) for file in source.files} == {name: file.blake3 for name, file in known.items()}:
         raise RecipeError(
-            "this very model exists in its place already", where=str(checkpoint.folder),
-            found=f"{wanted.change.expert}: {wanted.change.source}", remedy="name another model or text",
-        )  # fmt: skip
+            "this very model exists in its place already",
+            where=str(checkpoint.folder),
+            found=f"{wanted.change.expert}: {wanted.change.source}",
+            remedy="name another model or text",
+        )
 
 
 def _check_shape(checkpoint: Checkpoint, after: Plan) -> None:
     """Raise RecipeError when the new mixture would lie in another architecture."""
     if after.shape.native_type != checkpoint.shape.native_type:
         raise RecipeError(
-            "with this expert the mixture would need another architecture", where=str(checkpoint.folder),
+            "with this expert the mixture would need another architecture",
+            where=str(checkpoint.folder),
             found=f"{checkpoint.config['model_type']} now, {after.config['model_type']} then: {after.why}",
             remedy="give the expert in the form of the others (as: full or lora), or build the new recipe",
-        )  # fmt: skip
+        )
 
 
 def _check_routes_as_said(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when an older version wrote another way of routing for this recipe than this one does."""
     if checkpoint.with_recipe(checkpoint.record.recipe).config != checkpoint.config:
         raise CheckpointError(
-            "config.json routes in another way than the recipe in modekit.json", where=str(checkpoint.folder),
-            found="another way, as older versions of modekit wrote it", remedy="set the router anew with modekit fit OUT",
-        )  # fmt: skip
+            "config.json routes in another way than the recipe in modekit.json",
+            where=str(checkpoint.folder),
+            found="another way, as older versions of modekit wrote it",
+            remedy="set the router anew with modekit fit OUT",
+        )
 
 
 def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
@@ -215,9 +223,11 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
         differs = differs if same else f"{file.name} is another"
     if differs:
         raise SourceError(
-            "the base model is not the one that the mixture was built with", where=str(base.folder), found=differs,
+            "the base model is not the one that the mixture was built with",
+            where=str(base.folder),
+            found=differs,
             remedy="put it back, or build the mixture anew",
-        )  # fmt: skip
+        )
 
 
 def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], origins: Origins, before: Plan) -> None:
@@ -227,10 +237,11 @@ def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], orig
     lost = sorted(checkpoint.record.trained.keys() - set(names.values()) - of_gone)
     if lost:
         raise CheckpointError(
-            "the mixture was trained, and this change would undo that", where=str(checkpoint.folder),
+            "the mixture was trained, and this change would undo that",
+            where=str(checkpoint.folder),
             found=f"{len(lost)} tensors depend on who is in the mixture, first {lost[0]}",
             remedy="build the new recipe, and train it",
-        )  # fmt: skip
+        )
 
 
 def _statistics(checkpoint: Checkpoint, wanted: Wanted, taken: Taken) -> dict[str, str]:

@@ -153,9 +153,10 @@ def _likeness(
     found = compare(base, [new, *others.values()], sample, run=run)
     if found.damaged[0]:
         raise SourceError(
-            "the weights hold NaN or Inf", where=f"{new.label} ({new.spec}): {found.damaged[0][0]}",
+            "the weights hold NaN or Inf",
+            where=f"{new.label} ({new.spec}): {found.damaged[0][0]}",
             remedy="the model is damaged: save or download it again",
-        )  # fmt: skip
+        )
     if not found.moved[0]:  # in those layers: perhaps in others
         return compare(base, [new], groups, run=run).total(0), {}
     pairs = ((name, found.cosine(0, number), found.distance(0, number)) for number, name in enumerate(others, 1))
@@ -179,22 +180,30 @@ def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> 
         return
     if low_rank is not None:
         yield Finding(
-            "note", name, f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model",
+            "note",
+            name,
+            f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model",
             to_do="`modekit extract` says what a rank loses",
-        )  # fmt: skip
+        )
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
     if base - expert <= SMALLEST_GAIN:
         yield Finding(
-            "error", name, "it is not better than the base model on its own text", found,
+            "error",
+            name,
+            "it is not better than the base model on its own text",
+            found,
             "check that model and text belong together",
-        )  # fmt: skip
+        )
     elif base - mixture >= _SERVED * (base - expert):
         share = (base - mixture) / (base - expert)
         yield Finding(
-            "warning", name, f"the mixture has {share:.0%} of its gain without it", found,
+            "warning",
+            name,
+            f"the mixture has {share:.0%} of its gain without it",
+            found,
             "an expert for another domain would bring more",
-        )  # fmt: skip
+        )
 
 
 def _of_likeness(
@@ -210,10 +219,12 @@ def _of_likeness(
     for other, (cosine, distance) in likeness.items():
         if cosine >= NEAR_COSINE:
             yield Finding(
-                "error", name, f"it is nearly the same model as {other}",
+                "error",
+                name,
+                f"it is nearly the same model as {other}",
                 f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base",
                 f"put it in that one's place: modekit replace OUT {other} --model ...",
-            )  # fmt: skip
+            )
     if not drift:
         yield Finding("note", name, "it equals the base model", to_do="give --model base, which needs no tensors of its own")
 

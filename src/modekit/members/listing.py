@@ -53,11 +53,16 @@ def members_of(checkpoint: Checkpoint) -> list[Member]:
     licences = {name.removeprefix("expert "): source.said for source in sources_of(checkpoint) for name in source.used_as}
     return [
         Member(
-            expert.name, _kind(expert, teacher), expert.source, since.get(expert.name), size,
-            *_worth(results, expert.name), licences.get(expert.name, licences.get("base model", "")),
+            expert.name,
+            _kind(expert, teacher),
+            expert.source,
+            since.get(expert.name),
+            size,
+            *_worth(results, expert.name),
+            licences.get(expert.name, licences.get("base model", "")),
         )
         for expert, size, teacher in zip(record.recipe.experts, sizes, teachers_of(checkpoint), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _since(history: Sequence[Change]) -> dict[str, str]:

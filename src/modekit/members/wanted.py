@@ -80,9 +80,11 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
     data = as_written(checkpoint.record.recipe)
     if name in checkpoint.names:
         raise RecipeError(
-            "an expert of this name exists already", where=str(checkpoint.folder), found=f"{name}, one of {_list(checkpoint)}",
+            "an expert of this name exists already",
+            where=str(checkpoint.folder),
+            found=f"{name}, one of {_list(checkpoint)}",
             remedy="choose another name, or give it a new model with `modekit replace`",
-        )  # fmt: skip
+        )
     said = new.in_folder(checkpoint.recipe_root)
     data["experts"] = [*data["experts"], {"name": name, **said}]
     weights = checkpoint.record.recipe.mixture.weights
@@ -91,9 +93,11 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
     if weights is not None:
         if new.weight is None:
             raise RecipeError(
-                "the mixture's weights are given, and the new expert has none", where="mixture.weights",
-                found=", ".join(f"{key} {value:g}" for key, value in weights.items()), remedy="give it a weight (--weight)",
-            )  # fmt: skip
+                "the mixture's weights are given, and the new expert has none",
+                where="mixture.weights",
+                found=", ".join(f"{key} {value:g}" for key, value in weights.items()),
+                remedy="give it a weight (--weight)",
+            )
         data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
     origins = [*range(len(checkpoint.names)), None]
     return Wanted(_parsed(data, checkpoint), origins, _change("add", name, source=_source(said)))
@@ -105,9 +109,11 @@ def removing(checkpoint: Checkpoint, name: str) -> Wanted:
     _check_unused(checkpoint, name)
     if len(checkpoint.names) <= _FEWEST:
         raise RecipeError(
-            "a mixture of one expert is none", where=str(checkpoint.folder), found=f"it has {_list(checkpoint)}",
+            "a mixture of one expert is none",
+            where=str(checkpoint.folder),
+            found=f"it has {_list(checkpoint)}",
             remedy="use that model by itself, or add another expert first",
-        )  # fmt: skip
+        )
     data = as_written(checkpoint.record.recipe)
     gone = data["experts"].pop(number)
     data["eval"] = {key: texts for key, texts in data.get("eval", {}).items() if key != name}
@@ -163,9 +169,12 @@ def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
 def _number(checkpoint: Checkpoint, name: str) -> int:
     if name not in checkpoint.names:
         raise RecipeError(
-            "no expert of this name exists", where=str(checkpoint.folder), found=name, expected=_list(checkpoint),
+            "no expert of this name exists",
+            where=str(checkpoint.folder),
+            found=name,
+            expected=_list(checkpoint),
             remedy="name one of these",
-        )  # fmt: skip
+        )
     return checkpoint.names.index(name)
 
 
@@ -176,9 +185,11 @@ def _check_unused(checkpoint: Checkpoint, name: str) -> None:
     user = "backbone" if getattr(backbone, "expert", None) == name else user
     if user:
         raise RecipeError(
-            "the mixture stands on this expert", where=f"mixture.{user}", found=name,
+            "the mixture stands on this expert",
+            where=f"mixture.{user}",
+            found=name,
             remedy=f"build a recipe without it, or change mixture.{user} first",
-        )  # fmt: skip
+        )
 
 
 def _without_weight(data: dict[str, Any], name: str) -> None:

@@ -104,16 +104,21 @@ class Channels:
     def row_scale(self) -> Measured:
         """How r of an embedding's row is measured."""
         return Measured(
-            self.constant, self.eps * CONSTANT, self.embedding_scale,
+            self.constant,
+            self.eps * CONSTANT,
+            self.embedding_scale,
             norm_eps=self.norm_eps if self.widening.before_attention is not None else None,
-        )  # fmt: skip
+        )
 
     def widened(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config, the native or the dense one, with the channels and heads."""
         wide = {
-            **config, "hidden_size": self.hidden + self.spare, "num_attention_heads": self.heads + self.group,
-            "num_key_value_heads": self.kv_heads + 1, "rms_norm_eps": self.norm_eps * self.hidden / (self.hidden + self.spare),
-        }  # fmt: skip
+            **config,
+            "hidden_size": self.hidden + self.spare,
+            "num_attention_heads": self.heads + self.group,
+            "num_key_value_heads": self.kv_heads + 1,
+            "rms_norm_eps": self.norm_eps * self.hidden / (self.hidden + self.spare),
+        }
         if not self.widening.whole_heads or wide.get("head_dim") is not None:
             wide["head_dim"] = self.head_dim
         return wide
@@ -222,30 +227,45 @@ def channels_of(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> Cha
         return None
     if isinstance(native.widening, str):
         raise UnsupportedError(
-            f"{native.native_type} cannot carry a {fit.label} router: {native.widening}", where="mixture.router.fit",
+            f"{native.native_type} cannot carry a {fit.label} router: {native.widening}",
+            where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
-        )  # fmt: skip
+        )
     size, heads = int(dense["head_dim"]), int(dense["num_attention_heads"])
     group = heads // int(dense["num_key_value_heads"])
     decays, turns = _decays(recipe, native, dense)
     experts = len(recipe.experts)
     if len(decays) > group:
         raise UnsupportedError(
-            "more averages than the new head has queries", where="mixture.router.decay", found=len(decays),
-            expected=f"at most {group}, heads per key-value head of the base", remedy="name fewer decays",
-        )  # fmt: skip
+            "more averages than the new head has queries",
+            where="mixture.router.decay",
+            found=len(decays),
+            expected=f"at most {group}, heads per key-value head of the base",
+            remedy="name fewer decays",
+        )
     if len(decays) * experts > size:
         raise UnsupportedError(
-            "more experts than an attention head can carry evidence for", where="experts", found=len(decays) * experts,
+            "more experts than an attention head can carry evidence for",
+            where="experts",
+            found=len(decays) * experts,
             expected=f"experts times decays up to {size}, the size of a head",
             remedy="leave experts out, or output: {format: modekit}",
-        )  # fmt: skip
+        )
     return Channels(
-        int(dense["hidden_size"]), heads, int(dense["num_key_value_heads"]), size,
-        _spare(recipe, native.widening, 2 * len(decays) * experts + 1, group * size), experts, decays, native.widening,
-        float(dense["rms_norm_eps"]), float(dense.get("attention_multiplier") or size**-0.5),
-        float(dense.get("embedding_multiplier") or 1.0), float(dense.get("residual_multiplier") or 1.0), turns,
-    )  # fmt: skip
+        int(dense["hidden_size"]),
+        heads,
+        int(dense["num_key_value_heads"]),
+        size,
+        _spare(recipe, native.widening, 2 * len(decays) * experts + 1, group * size),
+        experts,
+        decays,
+        native.widening,
+        float(dense["rms_norm_eps"]),
+        float(dense.get("attention_multiplier") or size**-0.5),
+        float(dense.get("embedding_multiplier") or 1.0),
+        float(dense.get("residual_multiplier") or 1.0),
+        turns,
+    )
 
 
 def is_carried(family: Family, config: Mapping[str, Any], experts: int) -> bool:
@@ -273,13 +293,18 @@ def _decays(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> tuple[t
         if decay != 1.0 and turns is None:
             raise UnsupportedError(
                 f"{native.native_type} with this base's norms or rotary embedding cannot say that older tokens fade",
-                where="mixture.router.decay", found=decay, remedy="write decay: [1.0], the mean of the text so far",
-            )  # fmt: skip
+                where="mixture.router.decay",
+                found=decay,
+                remedy="write decay: [1.0], the mean of the text so far",
+            )
         if decay < _LEAST_DECAY:
             raise UnsupportedError(
-                "an attention head cannot fade so fast", where="mixture.router.decay", found=decay,
-                expected=f"{_LEAST_DECAY} to 1 in a native architecture", remedy="choose a decay in this range",
-            )  # fmt: skip
+                "an attention head cannot fade so fast",
+                where="mixture.router.decay",
+                found=decay,
+                expected=f"{_LEAST_DECAY} to 1 in a native architecture",
+                remedy="choose a decay in this range",
+            )
     return decays, tuple(turns or ())
 
 
@@ -289,13 +314,19 @@ def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> in
     if widening.whole_heads:
         if needed > of_heads or asked not in (None, of_heads):
             raise UnsupportedError(
-                "this architecture takes as many channels as its new heads are wide", where="output.channels",
-                found=asked or f"{needed} needed", expected=of_heads, remedy="leave output.channels out, or mix fewer experts",
-            )  # fmt: skip
+                "this architecture takes as many channels as its new heads are wide",
+                where="output.channels",
+                found=asked or f"{needed} needed",
+                expected=of_heads,
+                remedy="leave output.channels out, or mix fewer experts",
+            )
         return of_heads
     if asked is not None and asked < needed:
         raise UnsupportedError(
-            "too few channels for the evidence of so many experts", where="output.channels", found=asked,
-            expected=f"at least {needed}", remedy="leave it out, or raise it",
-        )  # fmt: skip
+            "too few channels for the evidence of so many experts",
+            where="output.channels",
+            found=asked,
+            expected=f"at least {needed}",
+            remedy="leave it out, or raise it",
+        )
     return asked or -(-needed // _STEP) * _STEP

@@ -33,10 +33,12 @@ def copied_files(folder: Path, names: Iterable[str], *, where: str) -> tuple[Pat
         if problem is not None:
             instead = " in place of the link" if path.is_symlink() else ", or remove what is there"
             raise SourceError(
-                "a file that would be copied into the result is not the model's own", where=f"{where}: {path.name}",
-                found=problem, expected="a file in the model's folder",
+                "a file that would be copied into the result is not the model's own",
+                where=f"{where}: {path.name}",
+                found=problem,
+                expected="a file in the model's folder",
                 remedy=f"put the file itself there{instead}",
-            )  # fmt: skip
+            )
     return tuple(found)
 
 

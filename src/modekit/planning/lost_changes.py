@@ -50,9 +50,11 @@ def lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: st
         changed = {*source.changes, *source.bias_changes, *source.replaced}
         if not changed & mixed:
             raise UnsupportedError(
-                "the adapter changes nothing that this recipe mixes", where=f"{source.label} ({source.spec})",
-                found=f"it changes {_kinds(changed)}", remedy=f"{way_out}, or remove the expert",
-            )  # fmt: skip
+                "the adapter changes nothing that this recipe mixes",
+                where=f"{source.label} ({source.spec})",
+                found=f"it changes {_kinds(changed)}",
+                remedy=f"{way_out}, or remove the expert",
+            )
         outside = changed - mixed
         if outside and not merged and kept != expert.name:
             yield (

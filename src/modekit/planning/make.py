@@ -80,15 +80,28 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
     copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
     notes = [
-        *_notes(recipe, sources, family), *lost_of_adapters(recipe, sources, layout.mixes_more, mixed),
-        *_notes_of_chats(recipe, base), *_notes_of_unseen(recipe, native),
-        *_notes_of_targets(recipe, sources, family), *lost_changes(recipe, sources, layout.mixes_more, mixed), *layout.notes(),
+        *_notes(recipe, sources, family),
+        *lost_of_adapters(recipe, sources, layout.mixes_more, mixed),
+        *_notes_of_chats(recipe, base),
+        *_notes_of_unseen(recipe, native),
+        *_notes_of_targets(recipe, sources, family),
+        *lost_changes(recipe, sources, layout.mixes_more, mixed),
+        *layout.notes(),
         *twins(recipe, sources),
-    ]  # fmt: skip
+    ]
     return Plan(
-        recipe, root, family, layout.shape(str(root)), why, sources, cut_into_shards(body, recipe.output.shard_size),
-        layout.router_dtype, copied, tuple(notes), run.trust_remote_code,
-    )  # fmt: skip
+        recipe,
+        root,
+        family,
+        layout.shape(str(root)),
+        why,
+        sources,
+        cut_into_shards(body, recipe.output.shard_size),
+        layout.router_dtype,
+        copied,
+        tuple(notes),
+        run.trust_remote_code,
+    )
 
 
 def _backbone(
@@ -124,9 +137,10 @@ def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> t
     if native is None and wanted == "native":
         raise UnsupportedError(
             f"no native architecture says a mixture of this '{family.model_type}' model exactly",
-            where=f"base_model ({base.spec})", found=" | ".join(tried),
+            where=f"base_model ({base.spec})",
+            found=" | ".join(tried),
             remedy="use output: {format: modekit}, or choose a base model without these features",
-        )  # fmt: skip
+        )
     if native is None:
         return None, " | ".join(tried)
     try:
@@ -158,10 +172,11 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
         check_library(recipe.mixture.fit)
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
-            "the router fit reads text and the base model has no tokenizer", where=where,
+            "the router fit reads text and the base model has no tokenizer",
+            where=where,
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
-        )  # fmt: skip
+        )
     check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
 
 
@@ -215,9 +230,11 @@ def _notes_of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
         yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
     elif asked:
         raise RecipeError(
-            "the router is to know chats, and the base model has no chat template", where="mixture.router.chat",
-            found=str(base.folder), remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
-        )  # fmt: skip
+            "the router is to know chats, and the base model has no chat template",
+            where="mixture.router.chat",
+            found=str(base.folder),
+            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
+        )
 
 
 def _notes_of_unseen(recipe: Recipe, native: Native | None) -> Iterable[str]:

@@ -26,8 +26,9 @@ from modekit.sources.pairs import PAIR_CLASS
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {
-    "AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM",
-}  # fmt: skip
+    "AutoModel": "modeling_modekit.ModekitModel",
+    "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM",
+}
 _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
@@ -117,17 +118,23 @@ class ModekitLayout:
         optional: dict[str, Any] = {"variant": self._family.variant} if self._family.variant else {}
         optional |= {"labels": labels} if labels else {}
         return MixtureConfig(
-            format=FORMAT, dense_type=self._family.model_type, experts=self._recipe.names,
-            routing=routing_config(self._recipe), places={place.module: self._entry(place) for place in self._places},
+            format=FORMAT,
+            dense_type=self._family.model_type,
+            experts=self._recipe.names,
+            routing=routing_config(self._recipe),
+            places={place.module: self._entry(place) for place in self._places},
             **optional,
-        )  # fmt: skip
+        )
 
     def _entry(self, place: PlannedPlace) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
         entry: dict[str, Any] = {
-            "ranks": place.ranks, "scales": place.scales, "own": place.own, "base": self._places.keeps_base(place),
+            "ranks": place.ranks,
+            "scales": place.scales,
+            "own": place.own,
+            "base": self._places.keeps_base(place),
             "router": self._places.leaders[place.module],
-        }  # fmt: skip
+        }
         biased = [expert for expert in range(self._count) if self._places.added_bias(place, expert) is not None]
         if biased:
             entry["biased"] = biased

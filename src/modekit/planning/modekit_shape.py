@@ -57,14 +57,18 @@ class ModekitShape(Shape):
             ) from None
         if said.experts != recipe.names:
             raise CheckpointError(
-                "config.json and modekit.json disagree", where=f"{where}: modekit.experts",
-                found=f"{len(said.experts)} experts of other names or in another order", remedy=BUILD_AGAIN,
-            )  # fmt: skip
+                "config.json and modekit.json disagree",
+                where=f"{where}: modekit.experts",
+                found=f"{len(said.experts)} experts of other names or in another order",
+                remedy=BUILD_AGAIN,
+            )
         if said.labels != recipe.other_labels:
             raise CheckpointError(
-                "config.json and modekit.json disagree", where=f"{where}: modekit.labels",
-                found=f"{len(said.labels)} other labels, or of other experts", remedy=BUILD_AGAIN,
-            )  # fmt: skip
+                "config.json and modekit.json disagree",
+                where=f"{where}: modekit.labels",
+                found=f"{len(said.labels)} other labels, or of other experts",
+                remedy=BUILD_AGAIN,
+            )
         try:
             check_values(config, where=where, pair=said.family.pair)
         except SourceError as error:
@@ -168,10 +172,12 @@ class ModekitShape(Shape):
                 kept = tensors.get(f"{module}.base.{leaf}")
                 shape = next(iter(own.values())).shape if kept is None else kept.shape
                 yield MixedTensor(
-                    place.tensor(module, leaf), shape, TensorPart(kept) if kept is not None else None,
+                    place.tensor(module, leaf),
+                    shape,
+                    TensorPart(kept) if kept is not None else None,
                     {expert: TensorPart(ref) for expert, ref in own.items()},
                     _low_rank(tensors, module, place) if leaf == "weight" else {},
-                )  # fmt: skip
+                )
             yield from _added_bias(tensors, module, place)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
@@ -179,7 +185,7 @@ class ModekitShape(Shape):
         leaves = _leaves(sizes)
         one = {
             module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
-        }  # fmt: skip
+        }
         total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
         return Parameters(total, sum(one.values()), total - idle, dense)
 

@@ -43,10 +43,11 @@ class NativeLayout:
         layer, path = split_layer(name)
         if layer is not None and path.startswith(f"{self._family.mlp_module}."):
             raise UnsupportedError(
-                "the FFN has a tensor that the native experts do not", where=f"base_model ({self._base.spec}): {name}",
+                "the FFN has a tensor that the native experts do not",
+                where=f"base_model ({self._base.spec}): {name}",
                 expected=", ".join(self._family.mlp.values()),
                 remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
-            )  # fmt: skip
+            )
         return name
 
     def mixed_names(self) -> set[str]:
@@ -56,9 +57,12 @@ class NativeLayout:
     def shape(self, where: str) -> NativeShape:
         """The native config.json."""
         config = self._native.native_config(
-            self._base.config, experts=len(self._recipe.experts), top_k=self._recipe.top_k,
-            expert_hidden=self._gate.shape[0], dtype=DTYPE_NAMES[self.router_dtype],
-        )  # fmt: skip
+            self._base.config,
+            experts=len(self._recipe.experts),
+            top_k=self._recipe.top_k,
+            expert_hidden=self._gate.shape[0],
+            dtype=DTYPE_NAMES[self.router_dtype],
+        )
         if self._channels is not None:
             config = self._channels.widened(config)
         return NativeShape(config, self._recipe, where, self._native, self._channels)
@@ -143,7 +147,7 @@ class NativeLayout:
                 "the adapter adds a bias where the native experts have none",
                 where=f"{source.label} ({source.spec}): {ref.name}",
                 remedy="use output: {format: modekit}",
-            )  # fmt: skip
+            )
         return replace(piece_of(self._sources, number, ref), expert=number - 1)
 
     def _factors(self) -> dict[str, float]:
@@ -156,7 +160,8 @@ class NativeLayout:
         factors = {name: len(weights) * weight / total for name, weight in weights.items()}
         if self._native.experts is None and set(factors.values()) != {1.0}:
             raise UnsupportedError(
-                "given weights cannot be folded into this family's fused experts", where="mixture.weights",
+                "given weights cannot be folded into this family's fused experts",
+                where="mixture.weights",
                 remedy="leave weights out (all experts equal), or use output: {format: modekit}",
-            )  # fmt: skip
+            )
         return factors

@@ -52,16 +52,21 @@ class NativeShape(Shape):
             native = native_of(str(native_type), str(dense.get("model_type")))
         except StopIteration:
             raise CheckpointError(
-                "modekit.json names a family that this version of modekit does not know", where=where, found=native_type,
+                "modekit.json names a family that this version of modekit does not know",
+                where=where,
+                found=native_type,
                 remedy="build the mixture again with this version of modekit",
-            ) from None  # fmt: skip
+            ) from None
         for key in (native.num_experts_key, native.top_k_key):
             count, most = config.get(key), len(recipe.experts)
             if type(count) is not int or not 1 <= count <= most:
                 raise CheckpointError(
-                    "config.json and modekit.json disagree", where=f"{where}: {key}", found=shortened(repr(count)),
-                    expected=f"1 to {most}, the number of experts", remedy=BUILD_AGAIN,
-                )  # fmt: skip
+                    "config.json and modekit.json disagree",
+                    where=f"{where}: {key}",
+                    found=shortened(repr(count)),
+                    expected=f"1 to {most}, the number of experts",
+                    remedy=BUILD_AGAIN,
+                )
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense))
 
     @property
@@ -135,9 +140,10 @@ class NativeShape(Shape):
     def mixture(self) -> MixtureConfig:
         """Nothing that could be asked for by place. Raises UnsupportedError."""
         raise UnsupportedError(
-            "a native checkpoint holds whole experts, no adapters", where=self.where,
+            "a native checkpoint holds whole experts, no adapters",
+            where=self.where,
             remedy="build the recipe with output: {format: modekit}, or see `modekit extract`",
-        )  # fmt: skip
+        )
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
         """With the recipe's top_k."""
@@ -258,13 +264,18 @@ def _channels_said_by(
         wide = {} if channels is None else channels.widened(config)
     except (UnsupportedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            "modekit.json does not say a base that could carry this router", where=f"{where}: dense_config",
-            found=shortened(str(error)), remedy=BUILD_AGAIN,
-        ) from None  # fmt: skip
+            "modekit.json does not say a base that could carry this router",
+            where=f"{where}: dense_config",
+            found=shortened(str(error)),
+            remedy=BUILD_AGAIN,
+        ) from None
     for key, value in wide.items():
         if config.get(key) != value:
             raise CheckpointError(
-                "config.json and modekit.json disagree", where=f"{where}: {key}", found=shortened(repr(config.get(key))),
-                expected=value, remedy=BUILD_AGAIN,
-            )  # fmt: skip
+                "config.json and modekit.json disagree",
+                where=f"{where}: {key}",
+                found=shortened(repr(config.get(key))),
+                expected=value,
+                remedy=BUILD_AGAIN,
+            )
     return channels

@@ -75,14 +75,20 @@ class MixedParts:
         unknown = [part for part in modules if part != "mlp" and part not in known]
         if unknown:
             raise UnsupportedError(
-                f"'{self._family.model_type}' has no such part", where="mixture.modules", found=", ".join(unknown),
-                expected=", ".join(["mlp", *known]), remedy="correct the list",
-            )  # fmt: skip
+                f"'{self._family.model_type}' has no such part",
+                where="mixture.modules",
+                found=", ".join(unknown),
+                expected=", ".join(["mlp", *known]),
+                remedy="correct the list",
+            )
         for part in modules:
             path = self._family.parts.get(part)
             partners = [other for other, its in self._family.parts.items() if its == path and other not in modules]
             if path is not None and partners:
                 raise UnsupportedError(
-                    f"'{self._family.model_type}' keeps these parts in one module ({path})", where="mixture.modules",
-                    found=part, expected=f"{', '.join([part, *partners])} together", remedy="name them all, or none",
-                )  # fmt: skip
+                    f"'{self._family.model_type}' keeps these parts in one module ({path})",
+                    where="mixture.modules",
+                    found=part,
+                    expected=f"{', '.join([part, *partners])} together",
+                    remedy="name them all, or none",
+                )

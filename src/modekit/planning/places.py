@@ -35,9 +35,10 @@ from modekit.sources.names import (
 )
 
 ATTENTION = {
-    **dict.fromkeys(("q", "k", "v", "o"), "attention"), **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
+    **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
     **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
-}  # fmt: skip
+}
 """Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
 Kind = LowRank | str | int | None
 """What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
@@ -104,22 +105,26 @@ def _check_pair(recipe: Recipe, family: Family) -> None:
     where, mixture = "mixture", recipe.mixture
     if mixture.modules == "decoder":
         raise UnsupportedError(
-            "modules: decoder is for models that are a decoder alone, and this one has an encoder", where=f"{where}.modules",
-            found=mixture.modules, expected="all: experts are whole models; auto, or a list of parts",
+            "modules: decoder is for models that are a decoder alone, and this one has an encoder",
+            where=f"{where}.modules",
+            found=mixture.modules,
+            expected="all: experts are whole models; auto, or a list of parts",
             remedy="write modules: all, or layers: [decoder] with modules: auto",
-        )  # fmt: skip
+        )
     router, once = mixture.router, mixture.fit is not None and mixture.fit.decides_once
     if mixture.method != "linear" and not once and (router.granularity == "sequence") != (router.scope == "model"):
         raise UnsupportedError(
             "in a model with an encoder one router serves all layers where it decides once per source, and only there",
-            where=f"{where}.router", found=f"granularity: {router.granularity}, a router per {router.scope}",
+            where=f"{where}.router",
+            found=f"granularity: {router.granularity}, a router per {router.scope}",
             remedy="write granularity: sequence and per: model together, or neither",
-        )  # fmt: skip
+        )
     if mixture.always_on is not None and mixture.always_on.apart:
         raise UnsupportedError(
-            "a common expert that runs apart is for models without an encoder", where=f"{where}.always_on",
+            "a common expert that runs apart is for models without an encoder",
+            where=f"{where}.always_on",
             remedy="leave 'apart' out",
-        )  # fmt: skip
+        )
 
 
 class Places:
@@ -196,9 +201,10 @@ class Places:
         places = list(self._of_everything() if self._whole else self._of_layers())
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
-                "no expert differs from the base in what is mixed", where="mixture.modules",
+                "no expert differs from the base in what is mixed",
+                where="mixture.modules",
                 remedy="mix other modules or layers, or add an expert that is not 'base'",
-            )  # fmt: skip
+            )
         self._check_reader(places[0].module)
         return places
 
@@ -208,10 +214,11 @@ class Places:
         once = mixture.fit is not None and mixture.router.scope == "model" and mixture.router.row.reads != "tokens"
         if self._family.pair and once and in_decoder(first):
             raise UnsupportedError(
-                "one router for all layers decides by the source, and must stand in the encoder", where="mixture.router.per",
+                "one router for all layers decides by the source, and must stand in the encoder",
+                where="mixture.router.per",
                 found=f"the first place that is mixed is {first}",
                 remedy="mix a part of the encoder, too, leave 'per' out, or choose fit: lexical",
-            )  # fmt: skip
+            )
 
     def _of_everything(self) -> Iterable[PlannedPlace]:
         """What runs first has the router, whether experts have a module of their own there or not."""
@@ -247,7 +254,7 @@ class Places:
                     f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
                     where=f"base_model ({self._base.spec}): {name}",
                     remedy="name the parts to mix under mixture.modules",
-                )  # fmt: skip
+                )
             modules.add(module_of(name))
         if any(module in modules for module in self._family.entrances if module != embedding):  # which runs in its place
             modules.remove(embedding)
@@ -258,9 +265,10 @@ class Places:
         for source in self._sources[1:]:
             if LOGITS_BIAS in source.tensors and LOGITS_BIAS not in self._base.tensors:
                 raise MismatchError(
-                    f"the expert has a {LOGITS_BIAS} and the base model none", where=f"{source.label} ({source.spec})",
+                    f"the expert has a {LOGITS_BIAS} and the base model none",
+                    where=f"{source.label} ({source.spec})",
                     remedy="open the base model with transformers and save it again, which writes one of zeros",
-                )  # fmt: skip
+                )
 
     def _place(self, module: str, group: str = "all", calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]

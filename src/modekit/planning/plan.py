@@ -300,8 +300,10 @@ class Plan:
             fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         factored = (
             working_bytes(piece.ref.shape, piece.factor.rank) + 8 * tensor.numel  # one expert's; the factors of all
-            for tensor in self.tensors for piece in tensor.pieces if piece.factor is not None
-        )  # fmt: skip
+            for tensor in self.tensors
+            for piece in tensor.pieces
+            if piece.factor is not None
+        )
         return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": self.bytes_written}
 
     def digest(self) -> str:

@@ -38,10 +38,14 @@ def routing_config(recipe: Recipe) -> Routing:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
             read["orders"] = [order for order in router.orders for _ in router.decays]
     return Routing(
-        method=mixture.method, top_k=recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
-        top_p=mixture.top_p, weights=weights, always_on=always_on, **read,
+        method=mixture.method,
+        top_k=recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
+        top_p=mixture.top_p,
+        weights=weights,
+        always_on=always_on,
+        **read,
         averages=[Average(**average) for average in router.averages],
-    )  # fmt: skip
+    )
 
 
 def gate_rows(router: Router, ranks: list[int]) -> list[int]:
@@ -71,6 +75,7 @@ def whole_module_unscored(expert: Expert, module: str) -> UnsupportedError:
     elif expert.lora_rank is None:
         remedy += ", or keep a low-rank part of the model (as: lora)"
     return UnsupportedError(
-        "the expert's part is no low-rank change that this router could score", where=f"expert '{expert.name}': {module}",
+        "the expert's part is no low-rank change that this router could score",
+        where=f"expert '{expert.name}': {module}",
         remedy=remedy,
-    )  # fmt: skip
+    )

@@ -59,8 +59,10 @@ def _weights(plan: Plan) -> int:
     parameters = plan.parameters()
     own = {tensor.name.partition(".experts.")[0] for tensor in plan.tensors if tensor.role == "expert"}
     backbone = sum(
-        tensor.numel for tensor in plan.tensors
-        if tensor.role == "backbone" and split_layer(tensor.name)[0] is not None
+        tensor.numel
+        for tensor in plan.tensors
+        if tensor.role == "backbone"
+        and split_layer(tensor.name)[0] is not None
         and tensor.name.partition(".base.")[0] not in own
-    )  # fmt: skip
+    )
     return backbone + parameters["per_expert"] + parameters["adapters"] // plan.experts

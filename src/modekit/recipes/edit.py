@@ -11,9 +11,12 @@ from modekit.recipes.router import READ_AT
 from modekit.recipes.strict import BASE
 
 _METHODS = {
-    "top_k": {"routing"}, "top_p": {"routing"}, "always_on": {"routing", "gating"}, "unseen": {"routing", "gating"},
+    "top_k": {"routing"},
+    "top_p": {"routing"},
+    "always_on": {"routing", "gating"},
+    "unseen": {"routing", "gating"},
     "weights": {"linear"},
-}  # fmt: skip
+}
 """Settings of a mixture -> methods that read them."""
 _BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
 """What a router that reads text as it runs needs where whole models are mixed."""

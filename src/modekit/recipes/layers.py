@@ -57,15 +57,20 @@ def _meant(entry: int | str, sizes: Mapping[str, int]) -> Iterator[Layer]:
     if stack not in sizes:
         raise RecipeError(
             "there is no such layer" if stack else "the model has an encoder and a decoder, and this names neither",
-            where="mixture.layers", found=entry, expected=", ".join(_said(name, count) for name, count in sizes.items()),
+            where="mixture.layers",
+            found=entry,
+            expected=", ".join(_said(name, count) for name, count in sizes.items()),
             remedy="correct the layers",
-        )  # fmt: skip
+        )
     last = sizes[stack] - 1 if last is None else last
     if last >= sizes[stack]:
         raise RecipeError(
-            "there is no such layer", where="mixture.layers", found=layer_at(stack, last),
-            expected=_said(stack, sizes[stack]), remedy="correct the layers",
-        )  # fmt: skip
+            "there is no such layer",
+            where="mixture.layers",
+            found=layer_at(stack, last),
+            expected=_said(stack, sizes[stack]),
+            remedy="correct the layers",
+        )
     yield from (layer_at(stack, number) for number in range(first, last + 1))
 
 

@@ -25,10 +25,13 @@ from modekit.recipes.strict_yaml import read_yaml
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 _MOST_PROBLEMS = 20  # shown at once; the others are counted
 _EXAMPLES: dict[object, str] = {
-    "weights": "weights: {law: 1, code: 3}", "eval": "eval: {law: held-out.jsonl}", "router": "router: {fit: lexical}",
-    "mixture": "mixture: {method: routing, top_k: 1}", "always_on": "always_on: {expert: law, weight: 0.2}",
+    "weights": "weights: {law: 1, code: 3}",
+    "eval": "eval: {law: held-out.jsonl}",
+    "router": "router: {fit: lexical}",
+    "mixture": "mixture: {method: routing, top_k: 1}",
+    "always_on": "always_on: {expert: law, weight: 0.2}",
     "output": "output: {format: native}",
-}  # fmt: skip
+}
 """Keys that hold keys -> how one is written."""
 _LONGEST_KEY, _LONGEST_LINE = 64, 400  # characters of a key in a problem, and of all of it
 
@@ -59,9 +62,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError("the recipe is not YAML", where=str(path), found=error, remedy="correct it at that place") from None
     if not isinstance(raw, dict):
         raise RecipeError(
-            "the recipe is not a mapping of keys", where=str(path), expected="base_model: ..., experts: [...]",
+            "the recipe is not a mapping of keys",
+            where=str(path),
+            expected="base_model: ..., experts: [...]",
             remedy="see docs/recipe.md",
-        )  # fmt: skip
+        )
     return raw
 
 
@@ -129,9 +134,14 @@ def _message(problem: dict[str, Any]) -> str:
 def _known_keys(place: tuple[object, ...]) -> list[str]:
     """The keys that may stand at a place of the recipe."""
     inner: dict[object, type[BaseModel]] = {
-        "experts": Expert, "mixture": Mixture, "router": Router, "output": Output, "always_on": AlwaysOn,
-        "BackboneMerge": BackboneMerge, "BackboneExpert": BackboneExpert,
-    }  # fmt: skip
+        "experts": Expert,
+        "mixture": Mixture,
+        "router": Router,
+        "output": Output,
+        "always_on": AlwaysOn,
+        "BackboneMerge": BackboneMerge,
+        "BackboneExpert": BackboneExpert,
+    }
     model = next((inner[part] for part in reversed(place) if part in inner), Recipe)
     return [field.alias or key for key, field in model.model_fields.items()]
 

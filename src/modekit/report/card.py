@@ -60,9 +60,10 @@ def write_card(checkpoint: Checkpoint, *, overwrite: bool = False, ask_hub: bool
     for path in files:
         if not overwrite and not is_ours(path):
             raise OutputError(
-                "a file that modekit did not write, or that was changed since, would be lost", where=str(path),
+                "a file that modekit did not write, or that was changed since, would be lost",
+                where=str(path),
                 remedy="move it away, or pass --overwrite",
-            )  # fmt: skip
+            )
     change_together(checkpoint.folder, made.contents)
     return Card(list(files), made.licence, made.notes)
 
@@ -147,11 +148,17 @@ def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardDat
     data_sets = list(dict.fromkeys(spec for spec in texts if not is_local(spec, root)))
     licence, name, link = _licence(sources)
     return ModelCardData(
-        base_model=bases or None, base_model_relation="merge" if bases else None, datasets=data_sets or None,
-        language=languages or None, license=licence, license_name=name, license_link=link, library_name="transformers",
+        base_model=bases or None,
+        base_model_relation="merge" if bases else None,
+        datasets=data_sets or None,
+        language=languages or None,
+        license=licence,
+        license_name=name,
+        license_link=link,
+        library_name="transformers",
         pipeline_tag="translation" if checkpoint.shape.family.pair else "text-generation",
         tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
-    )  # fmt: skip
+    )
 
 
 def _licence(sources: Sequence[Source]) -> tuple[str, str | None, str | None]:
@@ -168,10 +175,20 @@ def _licence(sources: Sequence[Source]) -> tuple[str, str | None, str | None]:
 def _body(checkpoint: Checkpoint, sources: Sequence[Source], known: Sequence[str], measured: _Measured) -> str:
     title = _plain(checkpoint.folder.name) or "mixture"
     parts = [
-        f"# {title}", _what(checkpoint), "## Use", _use(checkpoint), "## How it was made", _made(checkpoint),
-        "## What it is worth", _worth(measured), "## Sources and licences", _source_table(sources),
-        _notes(known), "## Limits", _limits(checkpoint, measured.results),
-    ]  # fmt: skip
+        f"# {title}",
+        _what(checkpoint),
+        "## Use",
+        _use(checkpoint),
+        "## How it was made",
+        _made(checkpoint),
+        "## What it is worth",
+        _worth(measured),
+        "## Sources and licences",
+        _source_table(sources),
+        _notes(known),
+        "## Limits",
+        _limits(checkpoint, measured.results),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -213,11 +230,13 @@ def _use(checkpoint: Checkpoint) -> str:
     if not checkpoint.shape.plain:
         lines = ["import modekit  # or, without it: from_pretrained(..., trust_remote_code=True)", *lines]
     lines += [
-        "", f"folder = {name}  # or this model's name on the hub",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)", f"model = {auto_class}.from_pretrained(folder)",
+        "",
+        f"folder = {name}  # or this model's name on the hub",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = {auto_class}.from_pretrained(folder)",
         *(_TRANSLATED if pair else _ASKED if chat_template(checkpoint.folder) else _CONTINUED),
         f"print(tokenizer.decode(output[0]{', skip_special_tokens=True' if pair else ''}))",
-    ]  # fmt: skip
+    ]
     return _fenced("\n".join(lines), "python")
 
 

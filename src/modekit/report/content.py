@@ -121,13 +121,16 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
     return {
         "parameters": {
-            "total": parameters.total, "active": parameters.active, "dense": parameters.dense, "gates": gates,
+            "total": parameters.total,
+            "active": parameters.active,
+            "dense": parameters.dense,
+            "gates": gates,
             "total_of_dense": parameters.total / parameters.dense,
             "active_of_dense": parameters.active / parameters.dense,
         },
         "bytes": {"weights": sum(file.stat().st_size for file in files), "statistics": kept},
         "routers": len(checkpoint.slots),
-    }  # fmt: skip
+    }
 
 
 def _results(results: Results) -> dict[str, Any]:
@@ -140,22 +143,30 @@ def _results(results: Results) -> dict[str, Any]:
         with_gap = [score for name, score in row.scores.items() if name in results.domains and score.gap_closed is not None]
         rows.append(
             {
-                "name": row.name, "kind": row.kind, "domains": scores,
-                "total_parameters": row.total_parameters, "active_parameters": row.active_parameters,
+                "name": row.name,
+                "kind": row.kind,
+                "domains": scores,
+                "total_parameters": row.total_parameters,
+                "active_parameters": row.active_parameters,
                 "mean": {
                     "loss": row.mean_loss(results.domains) if results.domains else None,
                     "gap_closed": row.mean_gap(results.domains),
                     "gap_error": _mean_error([score.gap_error for score in with_gap]),
                 },
             }
-        )  # fmt: skip
+        )
     every = [*results.domains, *results.unseen]
     lowest = {name: _best([(row.name, row.scores[name].loss) for row in results.rows if name in row.scores]) for name in every}
     text = {name: dict(results.text[name]) for name in every if name in results.text}
     return {
-        "domains": list(results.domains), "unseen": list(results.unseen), "rows": rows, "text": text,
-        "lowest": lowest, "against_base": _against_base(results), "notes": list(results.notes),
-    }  # fmt: skip
+        "domains": list(results.domains),
+        "unseen": list(results.unseen),
+        "rows": rows,
+        "text": text,
+        "lowest": lowest,
+        "against_base": _against_base(results),
+        "notes": list(results.notes),
+    }
 
 
 def _against_base(results: Results) -> dict[str, dict[str, float]]:
@@ -201,11 +212,13 @@ def _search(search: Search) -> dict[str, Any]:
     scored = [variant for variant in search.candidates if variant.status == "scored" and variant.mean_loss is not None]
     front = sorted((variant for variant in scored if variant.pareto), key=lambda variant: variant.active)
     return {
-        "variants": shown, "tried": len(search.candidates),
-        "dropped": sum(variant.status == "dropped" for variant in search.candidates), "seconds": search.seconds,
+        "variants": shown,
+        "tried": len(search.candidates),
+        "dropped": sum(variant.status == "dropped" for variant in search.candidates),
+        "seconds": search.seconds,
         "points": [[variant.active, variant.mean_loss] for variant in scored],
         "front": [[variant.active, variant.mean_loss] for variant in front],
-    }  # fmt: skip
+    }
 
 
 def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any] | None:
@@ -215,9 +228,13 @@ def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any]
     return {
         "runs": [
             {
-                "what": record.settings.get("what"), "losses": record.settings.get("losses"),
-                "speed": record.settings.get("speed"), "steps": record.steps, "tokens": record.tokens,
-                "parameters": record.parameters, "select_loss": _in_order(record.select_loss, checkpoint.names),
+                "what": record.settings.get("what"),
+                "losses": record.settings.get("losses"),
+                "speed": record.settings.get("speed"),
+                "steps": record.steps,
+                "tokens": record.tokens,
+                "parameters": record.parameters,
+                "select_loss": _in_order(record.select_loss, checkpoint.names),
                 "notes": record.notes,
             }
             for record in records
@@ -226,7 +243,7 @@ def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any]
         "curve": _curve(trained.curve, list(_in_order(records[-1].select_loss, checkpoint.names)))
         if trained is not None and trained.curve is not None
         else None,
-    }  # fmt: skip
+    }
 
 
 def _curve(curve: Curve, domains: Sequence[str]) -> dict[str, Any]:
@@ -239,19 +256,25 @@ def _curve(curve: Curve, domains: Sequence[str]) -> dict[str, Any]:
 
     held_out = {name: points(f"eval_{name}_loss", f"eval_{name}") for name in domains}
     return {
-        "training": points("loss"), "mean": points("eval_loss"), 
+        "training": points("loss"),
+        "mean": points("eval_loss"),
         "domains": {name: each for name, each in held_out.items() if each},
-    }  # fmt: skip
+    }
 
 
 def _members(checkpoint: Checkpoint) -> dict[str, Any]:
     experts = [
         {
-            "name": member.name, "kind": member.kind, "since": member.since, "bytes": member.nbytes, "gain": member.gain,
-            "gap_closed": member.gap_closed, "licence": member.licence,
+            "name": member.name,
+            "kind": member.kind,
+            "since": member.since,
+            "bytes": member.nbytes,
+            "gain": member.gain,
+            "gap_closed": member.gap_closed,
+            "licence": member.licence,
         }
         for member in members_of(checkpoint)
-    ]  # fmt: skip
+    ]
     return {"experts": experts, "history": [{"on": each.on, "said": each.said} for each in checkpoint.record.history]}
 
 
@@ -265,14 +288,16 @@ def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, An
         "router_sha256": record.router.sha256,
         "sources": [
             {
-                "label": source.label, "spec": source.spec, "revision": source.revision,
+                "label": source.label,
+                "spec": source.spec,
+                "revision": source.revision,
                 "files": [{"name": name, "size": file.size, "blake3": file.blake3} for name, file in source.files.items()],
             }
             for source in record.sources
         ],
         "texts": {"fit": _texts(_in_order(record.router.text, checkpoint.names)), "scored": _texts(scored)},
         "trained_tensors": len(record.trained),
-    }  # fmt: skip
+    }
 
 
 def _in_order(texts: dict[str, _Each], names: Sequence[str]) -> dict[str, _Each]:
@@ -281,9 +306,10 @@ def _in_order(texts: dict[str, _Each], names: Sequence[str]) -> dict[str, _Each]
 
 def _texts(texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     keys: Sequence[tuple[str, Callable[[Any], bool]]] = (
-        ("documents", lambda value: isinstance(value, int)), ("tokens", lambda value: isinstance(value, int)),
+        ("documents", lambda value: isinstance(value, int)),
+        ("tokens", lambda value: isinstance(value, int)),
         ("sha256", lambda value: isinstance(value, str)),
-    )  # fmt: skip
+    )
     return {
         name: {key: text[key] if key in text and is_kind(text[key]) else None for key, is_kind in keys}
         for name, text in texts.items()
@@ -292,6 +318,11 @@ def _texts(texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _licence(source: Source) -> dict[str, Any]:
     return {
-        "used_as": list(source.used_as), "spec": source.spec, "revision": source.revision, "licence": source.said,
-        "link": source.licence_link, "found": source.said_by, "known": source.licence is not None,
-    }  # fmt: skip
+        "used_as": list(source.used_as),
+        "spec": source.spec,
+        "revision": source.revision,
+        "licence": source.said,
+        "link": source.licence_link,
+        "found": source.said_by,
+        "known": source.licence is not None,
+    }

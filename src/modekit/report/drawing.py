@@ -34,11 +34,13 @@ def gap_bars(results: dict[str, Any], figures: Figures, *prefix: str | int) -> l
                 where = (*at, "rows", place, *path)
                 bars.append(
                     {
-                        "row": row["name"], "kind": row["kind"], "bar": _bar(value, error, low, high, row["kind"]),
+                        "row": row["name"],
+                        "kind": row["kind"],
+                        "bar": _bar(value, error, low, high, row["kind"]),
                         "value": figures.number("gap", *where, "gap_closed"),
                         "error": figures.number("error", *where, "gap_error") if error is not None else "",
                     }
-                )  # fmt: skip
+                )
         drawn.append({"name": name, "bars": bars})
     return drawn
 

@@ -61,22 +61,39 @@ def make_page(content: dict[str, Any]) -> str:
     style, script = (files("modekit.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     figures = Figures(content)
     samples = content["samples"]
-    return _template().render(
-        content=content, num=figures.number, style=Markup(style), script=Markup(script),
-        policy=_policy(style, script), generator=Markup(GENERATOR),
-        shade=shade, tint=tint, samples_json=_json_block({"experts": content["mixture"]["experts"], **(samples or {})}),
-        gap_bars=gap_bars(content["results"], figures) if content["results"] else None, line_chart=line_chart,
-        scatter_chart=scatter_chart, largest=_largest_change,
-    ).strip() + "\n"  # fmt: skip
+    return (
+        _template()
+        .render(
+            content=content,
+            num=figures.number,
+            style=Markup(style),
+            script=Markup(script),
+            policy=_policy(style, script),
+            generator=Markup(GENERATOR),
+            shade=shade,
+            tint=tint,
+            samples_json=_json_block({"experts": content["mixture"]["experts"], **(samples or {})}),
+            gap_bars=gap_bars(content["results"], figures) if content["results"] else None,
+            line_chart=line_chart,
+            scatter_chart=scatter_chart,
+            largest=_largest_change,
+        )
+        .strip()
+        + "\n"
+    )
 
 
 @cache
 def _template() -> Template:
     """The page's template, compiled once per process: compiling takes far longer than filling it."""
     environment = Environment(
-        loader=PackageLoader("modekit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=PackageLoader("modekit.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     return environment.get_template("page.html.jinja")
 
 

@@ -14,9 +14,16 @@ PALETTE = ("#0072b2", "#c95700", "#007a5a", "#aa4499", "#7a6a00", "#4b3aa8", "#a
 _LINES = ("-", "--", ":", "-.")
 _KIND_COLOURS = {"average": "#b5bdc4", "oracle": "#7d8892", "mixture": "#0a6aa8"}
 _SETTINGS: dict[str, Any] = {
-    "svg.hashsalt": "modekit", "svg.fonttype": "path", "text.parse_math": False, "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 200, "font.family": ["DejaVu Sans"],
-}  # fmt: skip
+    "svg.hashsalt": "modekit",
+    "svg.fonttype": "path",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "font.family": ["DejaVu Sans"],
+}
 _LONGEST_NAME = 24  # characters that a picture has room for
 _MOST_ROWS, _MOST_COLUMNS = 64, 512  # of a picture that is still to be read on paper
 
@@ -62,10 +69,15 @@ def _gap(figure: Any, content: dict[str, Any]) -> bool:
         scores = [row["domains"].get(name) or {} for name in domains]
         known = [(at, score) for at, score in enumerate(scores) if score.get("gap_closed") is not None]
         axes.bar(
-            [at + (place - (len(shown) - 1) / 2) * width for at, _ in known], [score["gap_closed"] for _, score in known],
-            width * 0.92, label=row["name"], color=_KIND_COLOURS[row["kind"]], capsize=2,
-            yerr=[score.get("gap_error") or 0.0 for _, score in known], error_kw={"elinewidth": 1},
-        )  # fmt: skip
+            [at + (place - (len(shown) - 1) / 2) * width for at, _ in known],
+            [score["gap_closed"] for _, score in known],
+            width * 0.92,
+            label=row["name"],
+            color=_KIND_COLOURS[row["kind"]],
+            capsize=2,
+            yerr=[score.get("gap_error") or 0.0 for _, score in known],
+            error_kw={"elinewidth": 1},
+        )
     axes.axhline(0, color="#55606b", linewidth=0.8)
     axes.axhline(1, color="#55606b", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(domains)), map(_short, domains))
@@ -151,9 +163,17 @@ def _pareto(figure: Any, content: dict[str, Any]) -> bool:
 
 
 def _heat(
-    figure: Any, axes: Any, values: list[list[float | None]], rows: list[str], columns: list[str],
-    shown: list[list[float | None]] | None, colours: str, low: float, high: float, label: str | None,
-) -> None:  # fmt: skip
+    figure: Any,
+    axes: Any,
+    values: list[list[float | None]],
+    rows: list[str],
+    columns: list[str],
+    shown: list[list[float | None]] | None,
+    colours: str,
+    low: float,
+    high: float,
+    label: str | None,
+) -> None:
     """A heat map with names on both sides and, with `shown`, a figure in each cell."""
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     image = axes.imshow(numbers, cmap=colours, vmin=low, vmax=high, aspect="auto")
@@ -175,6 +195,10 @@ def _short(name: str) -> str:
 
 
 _DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
-    "gap": _gap, "loss": _loss, "routing": _routing, "similarity": _similarity, "training": _training,
+    "gap": _gap,
+    "loss": _loss,
+    "routing": _routing,
+    "similarity": _similarity,
+    "training": _training,
     "pareto": _pareto,
-}  # fmt: skip
+}

@@ -98,9 +98,11 @@ def _check_links(folder: Path) -> None:
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not any(target.is_relative_to(each) for each in inside):
             raise OutputError(
-                "a link leads out of the folder, and what it names would go to the hub", where=str(path),
-                found=str(path.readlink()), remedy="put the file itself there, or remove the link",
-            )  # fmt: skip
+                "a link leads out of the folder, and what it names would go to the hub",
+                where=str(path),
+                found=str(path.readlink()),
+                remedy="put the file itself there, or remove the link",
+            )
 
 
 def push(parcel: Parcel, repo: str, *, private: bool | None = None) -> str:
@@ -128,13 +130,16 @@ def _explained(repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError:
-        raise OutputError("not a name of a repository", where="REPO", found=repo, expected="NAME or OWNER/NAME",
-                          remedy="correct it") from None  # fmt: skip
+        raise OutputError(
+            "not a name of a repository", where="REPO", found=repo, expected="NAME or OWNER/NAME", remedy="correct it"
+        ) from None
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise OutputError(
-            "the hub did not take it", where=repo, found=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            "the hub did not take it",
+            where=repo,
+            found=(str(error).strip().splitlines() or [type(error).__name__])[0],
             remedy="log in with `hf auth login`, as somebody who may write there, and push again",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _shown(checkpoint: Checkpoint) -> Record:
@@ -157,11 +162,15 @@ def _shown(checkpoint: Checkpoint) -> Record:
     ]
     return record.model_copy(
         update={
-            "recipe": recipe, "recipe_digest": recipe.digest(), "recipe_folder": ".", "sources": sources, "training": training,
+            "recipe": recipe,
+            "recipe_digest": recipe.digest(),
+            "recipe_folder": ".",
+            "sources": sources,
+            "training": training,
             "history": history,
             "dense_config": {key: value for key, value in record.dense_config.items() if key != "_name_or_path"},
         }
-    )  # fmt: skip
+    )
 
 
 def _private(checkpoint: Checkpoint) -> list[str]:

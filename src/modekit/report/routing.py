@@ -26,30 +26,40 @@ def routing_of(inspection: Inspection) -> dict[str, Any]:
     for name in every:
         usage = inspection.per_domain[name]
         per_domain[name] = {
-            "expert": usage.expert, "documents": usage.documents, "tokens": usage.tokens, "loss": usage.loss,
-            "shares": _gathered(usage.shares, groups), "mean_share": _mean_row(usage.shares),
-            "agreement": _mean(usage.agreement), "entropy": _mean(usage.entropy),
-            "without": {expert: usage.without.get(expert) for expert in inspection.experts}, "named": usage.named,
-        }  # fmt: skip
+            "expert": usage.expert,
+            "documents": usage.documents,
+            "tokens": usage.tokens,
+            "loss": usage.loss,
+            "shares": _gathered(usage.shares, groups),
+            "mean_share": _mean_row(usage.shares),
+            "agreement": _mean(usage.agreement),
+            "entropy": _mean(usage.entropy),
+            "without": {expert: usage.without.get(expert) for expert in inspection.experts},
+            "named": usage.named,
+        }
     return {
-        "experts": inspection.experts, "domains": inspection.domains, "unseen": inspection.unseen,
-        "rows": [_label(inspection, group) for group in groups], "per_domain": per_domain,
+        "experts": inspection.experts,
+        "domains": inspection.domains,
+        "unseen": inspection.unseen,
+        "rows": [_label(inspection, group) for group in groups],
+        "per_domain": per_domain,
         "utilisation": _gathered(inspection.utilisation, groups),
         "mean_utilisation": _mean_row(inspection.utilisation),
         "dead": [
             {"router": _router_label(inspection, dead.router), "expert": dead.expert}
-            for dead in inspection.dead if 0 <= dead.router < len(inspection.routers)
+            for dead in inspection.dead
+            if 0 <= dead.router < len(inspection.routers)
         ],
         "similarity": inspection.similarity.model_dump() if inspection.similarity is not None else None,
         "top_tokens": {
             name: [token.model_dump() for token in inspection.top_tokens.get(name, [])][:12] for name in inspection.experts
         },
-        "evidence": None if inspection.evidence is None else {
-            name: [token.model_dump() for token in inspection.evidence.get(name, [])][:12] for name in inspection.experts
-        },
+        "evidence": None
+        if inspection.evidence is None
+        else {name: [token.model_dump() for token in inspection.evidence.get(name, [])][:12] for name in inspection.experts},
         "told_apart": None if inspection.told_apart is None else inspection.told_apart.model_dump(),
         "notes": inspection.notes,
-    }  # fmt: skip
+    }
 
 
 def _groups(inspection: Inspection, domains: int) -> list[list[int]]:
@@ -143,6 +153,10 @@ def _sample(sample: Sample, most: int, inspection: Inspection) -> dict[str, Any]
     weights = [[[round(1000 * weight) for weight in row] for row in router[:most]] for router in sample.weights]
     without = {expert: sample.without.get(expert) for expert in inspection.experts}
     return {
-        "domain": sample.domain, "loss": sample.loss, "tokens": tokens, "weights": weights, "without": without,
+        "domain": sample.domain,
+        "loss": sample.loss,
+        "tokens": tokens,
+        "weights": weights,
+        "without": without,
         "cut": len(sample.tokens) - len(tokens),
-    }  # fmt: skip
+    }

@@ -46,9 +46,11 @@ def write_report(checkpoint: Checkpoint, *, page: Path | None = None) -> Report:
     page = page or own
     if page.is_dir() or page.suffix == ".json":
         raise OutputError(
-            "the page needs a name of its own", where=str(page), expected="a file like report.html",
+            "the page needs a name of its own",
+            where=str(page),
+            expected="a file like report.html",
             remedy="name the file to write",
-        )  # fmt: skip
+        )
     data = page.with_suffix(".json")
     plots = page.with_name(PLOTS_FOLDER if page == own else f"{page.stem}-{PLOTS_FOLDER}")
     content = make_content(checkpoint)

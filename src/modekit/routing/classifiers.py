@@ -117,9 +117,11 @@ def choose(names: Sequence[str], own: Sequence[Texts], held: Sequence[Texts], se
 def report_of(chosen: Chosen, held: Sequence[Texts]) -> dict[str, object]:
     """What the record says of a choice: the classifier, macro-F1 of all of them, on how many texts of each domain."""
     return {
-        "classifier": chosen.name, "macro_f1": dict(chosen.scores), "chosen_on": [int(texts.shape[0]) for texts in held],
+        "classifier": chosen.name,
+        "macro_f1": dict(chosen.scores),
+        "chosen_on": [int(texts.shape[0]) for texts in held],
         "calibrated": chosen.temperature,
-    }  # fmt: skip
+    }
 
 
 def _together(domains: Sequence[Texts]) -> tuple[Texts, np.ndarray]:
@@ -213,6 +215,9 @@ def _centroid(task: _Task) -> Linear:
 
 
 CLASSIFIERS: Mapping[str, Callable[[_Task], Linear]] = {
-    "logistic": _logistic, "sgd": _sgd, "naive_bayes": _naive_bayes, "centroid": _centroid,
-}  # fmt: skip
+    "logistic": _logistic,
+    "sgd": _sgd,
+    "naive_bayes": _naive_bayes,
+    "centroid": _centroid,
+}
 """By the name that a recipe has for it, in the order in which `auto` prefers them where they do equally well."""

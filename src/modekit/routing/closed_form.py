@@ -144,9 +144,11 @@ def logistic_beside(
 
 def _no_kept_tokens() -> RecipeError:
     return RecipeError(
-        "the logistic fit needs kept tokens and there are none", where="mixture.router.keep_tokens", expected="at least 1",
+        "the logistic fit needs kept tokens and there are none",
+        where="mixture.router.keep_tokens",
+        expected="at least 1",
         remedy="fit again with keep_tokens > 0, or choose ridge",
-    )  # fmt: skip
+    )
 
 
 def _scaled(tokens: _KeptTokens) -> tuple[_KeptTokens, torch.Tensor]:

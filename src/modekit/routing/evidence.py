@@ -102,9 +102,16 @@ class Trained:
 
 
 def train_table(
-    domains: Sequence[Examples], height: int, averaging: Averaging, *, seed: int = 0, silent: Sequence[int] = (),
-    room: Room | None = None, schedule: Schedule = Schedule(), advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Trained:  # fmt: skip
+    domains: Sequence[Examples],
+    height: int,
+    averaging: Averaging,
+    *,
+    seed: int = 0,
+    silent: Sequence[int] = (),
+    room: Room | None = None,
+    schedule: Schedule = Schedule(),
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Trained:
     """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `room`: the base's.
 
     `advance` is told the steps done and the most there can be.

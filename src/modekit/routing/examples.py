@@ -65,9 +65,14 @@ def examples_of(
 
 
 def read_chats(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, count: int,
-    *, most: int,
-) -> list[TokenSequence]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    expert: Expert,
+    settings: Router,
+    count: int,
+    *,
+    most: int,
+) -> list[TokenSequence]:
     """So many short questions cut from documents and, for the base, as much small talk, of at most `most` tokens together.
 
     None where the router does not know chats, and of pairs. Raises TextError as `read_examples`.
@@ -92,8 +97,9 @@ def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTe
     if template is None and settings.chat:
         raise TextError(
             "the router is to know chats, and the tokenizer has no chat template that shows what is said",
-            where="mixture.router.chat", remedy="remove 'chat', or put a chat_template.jinja beside the base model's tokenizer",
-        )  # fmt: skip
+            where="mixture.router.chat",
+            remedy="remove 'chat', or put a chat_template.jinja beside the base model's tokenizer",
+        )
     return template
 
 
@@ -111,9 +117,11 @@ def without_text(error: TextError, kept: object, how: dict[str, Any]) -> TextErr
     if kept == how or not isinstance(kept, dict) or kept != {key: value for key, value in how.items() if key != "chat"}:
         return error
     return TextError(
-        f"{error.what}, and what is kept of it knows no chats", where=error.where, found=error.found,
+        f"{error.what}, and what is kept of it knows no chats",
+        where=error.where,
+        found=error.found,
         remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT --no-chat`",
-    )  # fmt: skip
+    )
 
 
 def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int) -> Iterator[TokenSequence]:

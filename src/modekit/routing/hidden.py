@@ -47,9 +47,11 @@ def _fitted(domains: Sequence[DomainStatistics], settings: Router) -> tuple[npt.
     kept = [domain.slots[0].sample_ND.double().numpy() for domain in domains]
     if not all(map(len, kept)):
         raise RecipeError(
-            "the classifier needs kept inputs and there are none", where="mixture.router.keep_tokens", expected="at least 1",
+            "the classifier needs kept inputs and there are none",
+            where="mixture.router.keep_tokens",
+            expected="at least 1",
             remedy="fit again with keep_tokens > 0",
-        )  # fmt: skip
+        )
     scale = np.sqrt(np.mean([np.square(each).mean() for each in kept])) or 1.0
     split = [max(1, len(each) - len(each) // _ASIDE) for each in kept]
     held = [each[at:] / scale for each, at in zip(kept, split, strict=True)]

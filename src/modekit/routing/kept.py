@@ -58,6 +58,8 @@ def load_kept(path: Path, make: Callable[[Get, dict[str, Any]], _Statistics | No
         return None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes
         raise CheckpointError(
-            "the kept statistics are damaged", where=str(path), found=shortened(error) or type(error).__name__,
+            "the kept statistics are damaged",
+            where=str(path),
+            found=shortened(error) or type(error).__name__,
             remedy="delete the file and run `modekit fit` with the text at hand",
-        ) from None  # fmt: skip
+        ) from None

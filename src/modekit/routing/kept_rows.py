@@ -60,9 +60,10 @@ def _check(fitting: Fitting, before: Checkpoint, origins: Origins) -> None:
     found = f"fit: {fit.name}" if alone and fit is not None else "a router that is set as a whole"
     raise RecipeError(
         "the router was trained, and who is in the mixture cannot change beside what the training made",
-        where=str(before.folder), found=found,
+        where=str(before.folder),
+        found=found,
         remedy="pass --refit, which sets it anew from the text and the kept statistics, and train it again afterwards",
-    )  # fmt: skip
+    )
 
 
 def _rows_that_stay(slot: RouterSlot, was: RouterSlot, gate: _Gate, origins: Origins) -> _Gate:

@@ -44,10 +44,14 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
         made = made_texts(texts, room.base, special, int(fitting.checkpoint.config["vocab_size"]), settings.seed)
         examples[room.base] += [Example(table.rows(ids)) for ids in made]
     trained = train_table(
-        examples, table.height, averaging, seed=settings.seed, room=room,
+        examples,
+        table.height,
+        averaging,
+        seed=settings.seed,
+        room=room,
         silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in special],
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
-    )  # fmt: skip
+    )
     toward = trained.room - (0.0 if recipe.mixture.unseen is None else _LEAN)  # what it leans by is in what it may take
     leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
     table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
@@ -103,9 +107,8 @@ def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate |
     sequences = [text.sequences() for text in texts]
     changes = [] if template is None else changes_of_domain(template, sequences, longest)
     return [
-        [Example(table.rows(ids), start) for ids, start in chain(*own)]
-        for own in zip_longest(sequences, changes, fillvalue=())
-    ]  # fmt: skip
+        [Example(table.rows(ids), start) for ids, start in chain(*own)] for own in zip_longest(sequences, changes, fillvalue=())
+    ]
 
 
 def averaging_of(fitting: Fitting) -> Averaging:

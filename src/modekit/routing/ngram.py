@@ -114,8 +114,10 @@ class Counted:
         decay, leads = self.settings.averages[0]["decay"], []
         for place in (place for place in range(len(self.domains)) if place != unseen):
             said = [over_base(sums_NE, unseen) for sums_NE in self.sums(place)]
-            counted = [causal_average(torch.ones(1, len(each), 1), torch.ones(1, len(each)), decay, None, add_up=True)[0]
-                       for each in said]  # fmt: skip
+            counted = [
+                causal_average(torch.ones(1, len(each), 1), torch.ones(1, len(each)), decay, None, add_up=True)[0]
+                for each in said
+            ]
             leads.append(torch.cat([each / count[0, :, 0] for each, count in zip(said, counted, strict=True)]))
         return room_of(leads, self.settings.alarms)
 

@@ -47,9 +47,13 @@ def gates_on_channels(
 
 
 def _factors(
-    fitting: Fitting, channels: Channels, texts: Sequence[TokenText], table_VN: np.ndarray, evidence_VN: np.ndarray,
+    fitting: Fitting,
+    channels: Channels,
+    texts: Sequence[TokenText],
+    table_VN: np.ndarray,
+    evidence_VN: np.ndarray,
     averaging: Averaging,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Per router, by what the channels that reach it must be multiplied to be the average of the table."""
     view = expert_view(fitting.checkpoint, run=fitting.run)
     fitting.run.begin("measure the stream", len(texts))
@@ -80,9 +84,10 @@ def _factors(
                     mask_BS = batch.mask
                     wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
                     view.model.model(
-                        input_ids=batch.input_ids.to(view.model.device), attention_mask=batch.mask.long().to(view.model.device),
+                        input_ids=batch.input_ids.to(view.model.device),
+                        attention_mask=batch.mask.long().to(view.model.device),
                         use_cache=False,
-                    )  # fmt: skip
+                    )
                 fitting.run.progress("measure the stream", place + 1, len(texts))
     finally:
         for handle in handles:

@@ -38,9 +38,7 @@ def learned_gates(fitting: Fitting) -> FittedRouter:
     ]
     counts = [sum(sequence.size for sequence in own) for own in sequences]
     gates = _train_gates(fitting, sequences)
-    text = {
-        name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)
-    }  # fmt: skip
+    text = {name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)}
     record = RouterRecord(status="trained", settings=settings, sha256="", text=text, report={"tokens": counts})
     return FittedRouter(gates, record)
 
@@ -51,9 +49,11 @@ def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list
     model = load_model(checkpoint.folder).requires_grad_(False)
     gates = place_routers(model, checkpoint.shape.mixture)  # those of the folder may stand elsewhere, of another fit
     training = Training(
-        steps=settings.steps or STEPS, learning_rate=_LEARNING_RATE, sequence_length=settings.sequence_length,
+        steps=settings.steps or STEPS,
+        learning_rate=_LEARNING_RATE,
+        sequence_length=settings.sequence_length,
         seed=settings.seed,
-    )  # fmt: skip
+    )
     learned = [torch.zeros_like(gate) for gate in gates]
     for expert, (name, own) in enumerate(zip(checkpoint.names, sequences, strict=True)):
         if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):

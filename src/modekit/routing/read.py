@@ -138,10 +138,13 @@ class Reader:
             self._fitting.run.progress(f"read {first.name}", done, total)
 
         found = capture_domain(
-            self._view_of(first.place), first.sequences, first.negatives,
-            reads=[reader._gate_input(domain) for reader, domain in others], keep_tokens=self._settings.keep_tokens,
+            self._view_of(first.place),
+            first.sequences,
+            first.negatives,
+            reads=[reader._gate_input(domain) for reader, domain in others],
+            keep_tokens=self._settings.keep_tokens,
             advance=advance,
-        )  # fmt: skip
+        )
         if processes().is_main:
             self._fitting.run.begin(f"keep what was read of {first.name}")
             for domain, statistics in zip(domains, found, strict=True):

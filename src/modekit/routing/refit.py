@@ -56,14 +56,16 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
     beyond = checkpoint.shape.refusals(recipe)
     if beyond:
         raise RecipeError(
-            f"a native checkpoint cannot say {', '.join(beyond)}", where="mixture",
+            f"a native checkpoint cannot say {', '.join(beyond)}",
+            where="mixture",
             remedy="build again with output: {format: modekit}",
-        )  # fmt: skip
+        )
     for key in _other_tensors(checkpoint, recipe):
         raise RecipeError(
             "this change is in the experts, the backbone or the places of routers, not in what routers say",
-            where=f"mixture.{key}", remedy="change the recipe and build again",
-        )  # fmt: skip
+            where=f"mixture.{key}",
+            remedy="change the recipe and build again",
+        )
 
 
 def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:

@@ -63,10 +63,11 @@ class TextRouter:
         settings = checkpoint.record.router.settings
         if settings is None or not reads_tokens(checkpoint):
             raise UnsupportedError(
-                "the mixture's router needs the model", where=str(checkpoint.folder),
+                "the mixture's router needs the model",
+                where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
                 remedy="fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`, or build it so",
-            )  # fmt: skip
+            )
         self._folder, self._names = checkpoint.folder, checkpoint.names
         base = place_of_base(checkpoint.record.recipe.experts)
         self._unknown = BASE if base is None else self._names[base]

@@ -144,10 +144,12 @@ def _weights_file(folder: Path, *, where: str) -> Path:
         return folder / WEIGHTS_FILE
     if (folder / "adapter_model.bin").exists():
         raise SourceError(
-            "the adapter is pickled, which can run code when opened; modekit reads safetensors only", where=where,
-            found="adapter_model.bin", expected=WEIGHTS_FILE,
+            "the adapter is pickled, which can run code when opened; modekit reads safetensors only",
+            where=where,
+            found="adapter_model.bin",
+            expected=WEIGHTS_FILE,
             remedy="convert it once where you trust the file: load it with PEFT and save_pretrained to a new folder",
-        )  # fmt: skip
+        )
     raise SourceError("the adapter has no weights", where=where, expected=WEIGHTS_FILE, remedy=SAVE_AGAIN)
 
 
@@ -211,9 +213,11 @@ class _Rules:
             if len(parts[name].shape) == 2 and parts[name].shape[axis] != rank:
                 raise SourceError(
                     "the rank in the adapter file is not that in its config",
-                    where=f"{self.resolved.where}: {parts[name].name}", found=parts[name].shape[axis],
-                    expected=f"{rank}, by r and rank_pattern", remedy=SAVE_AGAIN,
-                )  # fmt: skip
+                    where=f"{self.resolved.where}: {parts[name].name}",
+                    found=parts[name].shape[axis],
+                    expected=f"{rank}, by r and rank_pattern",
+                    remedy=SAVE_AGAIN,
+                )
         self._check_shapes(parts, expected)
         if settings.lora_bias:
             self._check_has_bias(module)
@@ -235,9 +239,12 @@ class _Rules:
         missing = sorted(set(expected) - parts.keys())
         if missing:
             raise SourceError(
-                "the adapter lacks a part of a module", where=f"{self.resolved.where}: {module}",
-                found=", ".join(sorted(parts)), expected=", ".join(missing) + " as well", remedy=SAVE_AGAIN,
-            )  # fmt: skip
+                "the adapter lacks a part of a module",
+                where=f"{self.resolved.where}: {module}",
+                found=", ".join(sorted(parts)),
+                expected=", ".join(missing) + " as well",
+                remedy=SAVE_AGAIN,
+            )
         for part in sorted(parts.keys() - set(expected)):
             self.resolved.refuse_unexplained(parts[part], "the config does not ask for it")
 
@@ -251,6 +258,7 @@ class _Rules:
         for member in self.resolved.members(module):
             if f"{member}.bias" not in self.resolved.base.tensors:
                 raise UnsupportedError(
-                    "the adapter adds a bias (lora_bias) to a layer that has none", where=f"{self.resolved.where}: {member}",
+                    "the adapter adds a bias (lora_bias) to a layer that has none",
+                    where=f"{self.resolved.where}: {member}",
                     remedy="train the adapter without lora_bias",
-                )  # fmt: skip
+                )

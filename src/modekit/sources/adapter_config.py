@@ -30,12 +30,25 @@ _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 
 _NO_EFFECT = frozenset(
     {
-        "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-        "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "init_ia3_weights",
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "init_ia3_weights",
         # read only while the matching init_lora_weights initialises; those that change the base are refused there
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
     }
-)  # fmt: skip
+)
 """Settings that say nothing about what the saved weights do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 """Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
@@ -175,9 +188,10 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / "config.json").exists():
             raise SourceError(
-                "this is a full model, not an adapter", where=where,
+                "this is a full model, not an adapter",
+                where=where,
                 remedy="name it as model: in place of adapter: in the recipe",
-            ) from None  # fmt: skip
+            ) from None
         raise SourceError(
             f"{CONFIG_FILE} is missing", where=where, remedy="give an adapter that PEFT saved (save_pretrained)"
         ) from None
@@ -185,9 +199,11 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
         raise SourceError(f"{CONFIG_FILE} cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SourceError(
-            f"{CONFIG_FILE} names no peft_type", where=where, expected=" or ".join(_KINDS),
+            f"{CONFIG_FILE} names no peft_type",
+            where=where,
+            expected=" or ".join(_KINDS),
             remedy="give an adapter that PEFT saved (save_pretrained)",
-        )  # fmt: skip
+        )
     return config
 
 
@@ -200,15 +216,20 @@ def parse_settings(config: Mapping[str, Any], *, where: str) -> Settings:
     kind = _KINDS.get(config["peft_type"])
     if kind is None:
         raise UnsupportedError(
-            "an adapter of this kind cannot be read", where=where, found=f"peft_type {shortened(config['peft_type'])}",
-            expected=" or ".join(_KINDS), remedy=_MERGE_FIRST,
-        )  # fmt: skip
+            "an adapter of this kind cannot be read",
+            where=where,
+            found=f"peft_type {shortened(config['peft_type'])}",
+            expected=" or ".join(_KINDS),
+            remedy=_MERGE_FIRST,
+        )
     for key, value in config.items():
         if key not in kind.model_fields and key not in _NO_EFFECT and value not in (None, False, [], {}, ""):
             raise UnsupportedError(
-                "modekit does not know what this setting does to the weights", where=where, found=f"{key}: {shortened(value)}",
+                "modekit does not know what this setting does to the weights",
+                where=where,
+                found=f"{key}: {shortened(value)}",
                 remedy=_MERGE_FIRST,
-            )  # fmt: skip
+            )
     try:
         settings = kind.model_validate(dict(config))
     except ValidationError as error:
@@ -229,17 +250,19 @@ def parse_settings(config: Mapping[str, Any], *, where: str) -> Settings:
 def _check_lora(settings: LoraSettings, *, where: str) -> None:
     if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
         raise UnsupportedError(
-            "this initialisation may have changed the base model's weights, which the adapter does not hold", where=where,
+            "this initialisation may have changed the base model's weights, which the adapter does not hold",
+            where=where,
             found=f"init_lora_weights: {shortened(settings.init_lora_weights)}",
             remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE_FIRST,
-        )  # fmt: skip
+        )
     if settings.use_dora and settings.lora_bias:
         raise SourceError(
             "use_dora and lora_bias exclude each other in PEFT", where=where, found="both true", remedy=SAVE_AGAIN
         )
     if isinstance(settings.target_modules, str) and settings.layers_to_transform is not None:
         raise SourceError(
-            "layers_to_transform needs target_modules as a list, as in PEFT", where=where,
+            "layers_to_transform needs target_modules as a list, as in PEFT",
+            where=where,
             found=f"target_modules: {shortened(settings.target_modules)}",
             remedy="name the layers in the pattern of target_modules",
-        )  # fmt: skip
+        )

@@ -51,9 +51,12 @@ class Resolution:
         for ref in self.tensors.values():
             if ref.dtype not in DTYPE_NAMES:
                 raise SourceError(
-                    "tensor dtype cannot be used", where=f"{self.where}: {ref.name}", found=ref.dtype,
-                    expected=", ".join(DTYPE_NAMES), remedy="save the adapter in bf16, fp16 or fp32",
-                )  # fmt: skip
+                    "tensor dtype cannot be used",
+                    where=f"{self.where}: {ref.name}",
+                    found=ref.dtype,
+                    expected=", ".join(DTYPE_NAMES),
+                    remedy="save the adapter in bf16, fp16 or fp32",
+                )
         self._check_targets_are_there()
 
     @cached_property
@@ -108,9 +111,11 @@ class Resolution:
             name = key.removeprefix(_PREFIX)
             if name in found:
                 raise SourceError(
-                    "two tensors of the adapter mean the same", where=f"{self.where}: {name}",
-                    found=f"{found[name].name} and {key}", remedy=SAVE_AGAIN,
-                )  # fmt: skip
+                    "two tensors of the adapter mean the same",
+                    where=f"{self.where}: {name}",
+                    found=f"{found[name].name} and {key}",
+                    remedy=SAVE_AGAIN,
+                )
             found[name] = ref
         return found
 
@@ -170,9 +175,12 @@ class Resolution:
         missing = sorted(name for name in names if self.settings.saves(module_of(name)) and name not in self.whole)
         if missing:
             raise SourceError(
-                "the adapter file lacks tensors of modules_to_save", where=self.where, found=_some(missing),
-                expected=f"whole copies of modules_to_save: {shortened(self.settings.modules_to_save)}", remedy=SAVE_AGAIN,
-            )  # fmt: skip
+                "the adapter file lacks tensors of modules_to_save",
+                where=self.where,
+                found=_some(missing),
+                expected=f"whole copies of modules_to_save: {shortened(self.settings.modules_to_save)}",
+                remedy=SAVE_AGAIN,
+            )
         found = dict(self.whole)
         if self._is_tied and weight_of(HEAD) in found:
             head = found.pop(weight_of(HEAD))  # one parameter with the embedding, saved under both names
@@ -191,16 +199,20 @@ class Resolution:
             if len(ref.shape) != 2 or (self.is_ia3 and is_looked_up(module)):
                 raise UnsupportedError(
                     "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
-                    where=f"{self.where}: {name}", found=f"shape {list(ref.shape)}", expected="a 2-D weight",
+                    where=f"{self.where}: {name}",
+                    found=f"shape {list(ref.shape)}",
+                    expected="a 2-D weight",
                     remedy="train the adapter on linear layers",
-                )  # fmt: skip
+                )
         if members != (module,):
             twice = [member for member in members if member in self.parts]
             if twice:
                 raise SourceError(
-                    "the adapter has both a fused module and its parts", where=self.where,
-                    found=f"{module} and {_some(twice)}", remedy=SAVE_AGAIN,
-                )  # fmt: skip
+                    "the adapter has both a fused module and its parts",
+                    where=self.where,
+                    found=f"{module} and {_some(twice)}",
+                    remedy=SAVE_AGAIN,
+                )
         return weights
 
     def _check_targets_are_there(self) -> None:
@@ -216,53 +228,69 @@ class Resolution:
         missing |= {module for module in fused_modules - self.parts.keys() if self.settings.targets(module)}
         if missing:
             raise SourceError(
-                "the adapter file lacks modules that its config targets", where=self.where, found=_some(sorted(missing)),
-                expected=f"target_modules: {shortened(self.settings.target_modules)}", remedy=SAVE_AGAIN,
-            )  # fmt: skip
+                "the adapter file lacks modules that its config targets",
+                where=self.where,
+                found=_some(sorted(missing)),
+                expected=f"target_modules: {shortened(self.settings.target_modules)}",
+                remedy=SAVE_AGAIN,
+            )
 
     def _refuse_tied(self, ref: TensorRef) -> None:
         """PEFT computes both apart until it merges; then one change lands in both, so that no tied model is the adapter's."""
         raise UnsupportedError(
             "the adapter changes the embedding or the head, which are one tensor in this base model",
-            where=f"{self.where}: {ref.name}", found="tied embeddings in the base model",
+            where=f"{self.where}: {ref.name}",
+            found="tied embeddings in the base model",
             remedy="untie the base model first (save it with tie_word_embeddings: false), or train the adapter without "
             "embeddings and lm_head",
-        )  # fmt: skip
+        )
 
     def _refuse_shared(self, ref: TensorRef) -> None:
         raise UnsupportedError(
-            "the adapter changes an embedding that nothing of the model reads", where=f"{self.where}: {ref.name}",
+            "the adapter changes an embedding that nothing of the model reads",
+            where=f"{self.where}: {ref.name}",
             found=f"{self._embedding}: encoder and decoder read embeddings of their own, so that PEFT's model is the base",
             remedy="train the adapter without the embedding",
-        )  # fmt: skip
+        )
 
     def _refuse_unknown(self, ref: TensorRef, module: str) -> None:
         where = f"{self.where}: {ref.name}"
         layers, (layer, _) = layers_of(self._base_names), split_layer(module)
         if layer is not None and layer not in layers:
             raise MismatchError(
-                "the adapter has more layers than the base model", where=where, found=f"layer {layer}",
-                expected=f"{len(layers)} layers", remedy="use an adapter that was trained on this base model",
-            )  # fmt: skip
+                "the adapter has more layers than the base model",
+                where=where,
+                found=f"layer {layer}",
+                expected=f"{len(layers)} layers",
+                remedy="use an adapter that was trained on this base model",
+            )
         raise MismatchError(
-            "the adapter has a tensor for a part that the base model lacks", where=where, found=module,
+            "the adapter has a tensor for a part that the base model lacks",
+            where=where,
+            found=module,
             expected=f"a module of {self.base.spec} ({self.base.config.get('model_type')})",
             remedy="use an adapter that was trained on this base model",
-        )  # fmt: skip
+        )
 
     def refuse_unexplained(self, ref: TensorRef, why: str) -> None:
         """Raise SourceError for a tensor that the config gives no meaning."""
         raise SourceError(
-            "a tensor of the adapter would be lost", where=f"{self.where}: {ref.name}", found=why,
-            expected=f"only tensors that {CONFIG_FILE} explains", remedy=SAVE_AGAIN,
-        )  # fmt: skip
+            "a tensor of the adapter would be lost",
+            where=f"{self.where}: {ref.name}",
+            found=why,
+            expected=f"only tensors that {CONFIG_FILE} explains",
+            remedy=SAVE_AGAIN,
+        )
 
     def refuse_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> None:
         """Raise MismatchError for a tensor of another shape."""
         raise MismatchError(
-            "the adapter does not fit the base model's sizes", where=f"{self.where}: {ref.name}", found=list(ref.shape),
-            expected=f"{list(expected)}, for {self.base.spec}", remedy="use an adapter that was trained on this base model",
-        )  # fmt: skip
+            "the adapter does not fit the base model's sizes",
+            where=f"{self.where}: {ref.name}",
+            found=list(ref.shape),
+            expected=f"{list(expected)}, for {self.base.spec}",
+            remedy="use an adapter that was trained on this base model",
+        )
 
 
 def _some(names: list[str]) -> str:

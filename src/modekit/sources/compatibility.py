@@ -55,9 +55,10 @@ def check_sizes(source: ModelSource, family: Family) -> None:
             raise SourceError(
                 "the weights have fewer layers than config.json says",
                 where=f"{source.label}: {family.in_layer(layer_at(stack.name, lacking))}",
-                found=f"{len(own)} layers in {source.spec}", expected=f"{stack.count[0]} {count}",
+                found=f"{len(own)} layers in {source.spec}",
+                expected=f"{stack.count[0]} {count}",
                 remedy="check that the download is complete; correct config.json, or save the model again",
-            )  # fmt: skip
+            )
 
 
 def check_dtypes(source: ModelSource) -> None:
@@ -65,15 +66,19 @@ def check_dtypes(source: ModelSource) -> None:
     where = f"{source.label} ({source.spec})"
     if source.config.get("quantization_config"):
         raise SourceError(
-            "the model is quantised; its tensors cannot be mixed exactly", where=where,
+            "the model is quantised; its tensors cannot be mixed exactly",
+            where=where,
             remedy="give the unquantised model",
-        )  # fmt: skip
+        )
     for name, ref in source.tensors.items():
         if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
             raise SourceError(
-                "tensor dtype cannot be mixed", where=f"{where}: {name}", found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES), remedy="give the model in bf16, fp16 or fp32",
-            )  # fmt: skip
+                "tensor dtype cannot be mixed",
+                where=f"{where}: {name}",
+                found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES),
+                remedy="give the model in bf16, fp16 or fp32",
+            )
 
 
 def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
@@ -87,10 +92,12 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
     for name, shape in _configured_shapes(source, family, layers).items():
         if source.tensor(name).shape != shape:
             raise SourceError(
-                "a tensor has another shape than config.json says", where=f"{source.label} ({source.spec}): {name}",
-                found=list(source.tensor(name).shape), expected=list(shape),
+                "a tensor has another shape than config.json says",
+                where=f"{source.label} ({source.spec}): {name}",
+                found=list(source.tensor(name).shape),
+                expected=list(shape),
                 remedy="correct config.json, or save the model again",
-            )  # fmt: skip
+            )
 
 
 def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
@@ -104,9 +111,11 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
             continue
         if layer not in found:
             raise SourceError(
-                "the weights have more layers than config.json says", where=f"{source.label} ({source.spec}): {name}",
-                expected=_counted(layers), remedy="correct config.json, or save the model again",
-            )  # fmt: skip
+                "the weights have more layers than config.json says",
+                where=f"{source.label} ({source.spec}): {name}",
+                expected=_counted(layers),
+                remedy="correct config.json, or save the model again",
+            )
         if path not in family.stack_of(layer).first:
             found[layer].add(path)
     alike: dict[str, set[str]] = {}
@@ -150,22 +159,28 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     theirs_type = source.config.get("model_type")
     if theirs_type != family.model_type:
         raise MismatchError(
-            "the expert is of another family than the base model", where=where, found=theirs_type,
-            expected=family.model_type, remedy="use experts fine-tuned from this base model",
-        )  # fmt: skip
+            "the expert is of another family than the base model",
+            where=where,
+            found=theirs_type,
+            expected=family.model_type,
+            remedy="use experts fine-tuned from this base model",
+        )
     extra = sorted(name for name in own_names(source, family) if name not in base.tensors and name not in family.optional)
     if family.shares and extra == [weight_of(HEAD)]:
         raise MismatchError(
-            "the expert has a head of its own, and the base model's is its embedding", where=f"{source.label} ({source.spec})",
-            found=f"{extra[0]} in the expert's weights alone", expected="the same in both",
+            "the expert has a head of its own, and the base model's is its embedding",
+            where=f"{source.label} ({source.spec})",
+            found=f"{extra[0]} in the expert's weights alone",
+            expected="the same in both",
             remedy="save both with the same version of transformers, or use an expert fine-tuned from this base model",
-        )  # fmt: skip
+        )
     if extra:
         raise MismatchError(
-            "the expert has tensors that the base model lacks, and they would be lost", where=f"{source.label} ({source.spec})",
+            "the expert has tensors that the base model lacks, and they would be lost",
+            where=f"{source.label} ({source.spec})",
             found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
-        )  # fmt: skip
+        )
     ours, theirs = (family.meant(family.dense_config(each.config)) for each in (base, source))
     keys = [*CONFIG_MUST_MATCH, *family.must_match]
     if not family.pair and ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
@@ -173,9 +188,12 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):
             raise MismatchError(
-                f"the expert's {key} differs from the base model's", where=where, found=theirs.get(key),
-                expected=ours.get(key), remedy="use experts fine-tuned from this base model without changing its architecture",
-            )  # fmt: skip
+                f"the expert's {key} differs from the base model's",
+                where=where,
+                found=theirs.get(key),
+                expected=ours.get(key),
+                remedy="use experts fine-tuned from this base model without changing its architecture",
+            )
 
 
 def check_same_target(sources: Sequence[ModelSource]) -> None:
@@ -190,10 +208,11 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
             if value != expected:
                 raise MismatchError(
                     "two models begin what they write with another token: they were made for other languages",
-                    where=f"{source.label} ({source.spec}): {file}: {key}", found=value,
+                    where=f"{source.label} ({source.spec}): {file}: {key}",
+                    found=value,
                     expected=f"{expected}, as {first.label} ({first.spec}) has it",
                     remedy="use experts that write the same language, or correct the file if only it differs",
-                )  # fmt: skip
+                )
 
 
 def forced_by_one_side(base: ModelSource, experts: Mapping[str, ModelSource]) -> Iterator[str]:
@@ -266,7 +285,10 @@ def matching(source: ModelSource, name: str, ref: TensorRef) -> TensorRef:
     other = source.tensor(name)
     if other.shape != ref.shape:
         raise MismatchError(
-            "the expert's tensor has another shape than the base model's", where=f"{source.label} ({source.spec}): {name}",
-            found=list(other.shape), expected=list(ref.shape), remedy="use an expert fine-tuned from this base model",
-        )  # fmt: skip
+            "the expert's tensor has another shape than the base model's",
+            where=f"{source.label} ({source.spec}): {name}",
+            found=list(other.shape),
+            expected=list(ref.shape),
+            remedy="use an expert fine-tuned from this base model",
+        )
     return other

@@ -89,9 +89,11 @@ class WeightFile:
 
     def _unreadable(self, error: OSError) -> SourceError:
         return SourceError(
-            "a weight file cannot be read", where=str(self.path), found=error.strerror or error,
+            "a weight file cannot be read",
+            where=str(self.path),
+            found=error.strerror or error,
             remedy="put it back, make it readable, or mend the disk",
-        )  # fmt: skip
+        )
 
 
 class OpenFiles:

@@ -36,9 +36,11 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
         period = config.get(key) or default
         if not isinstance(period, int):
             raise SourceError(
-                f"config.json gives no usable {key}", found=period, expected="a whole number of layers",
+                f"config.json gives no usable {key}",
+                found=period,
+                expected="a whole number of layers",
                 remedy="download or save the model again",
-            )  # fmt: skip
+            )
         return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(int(config["num_hidden_layers"]))]
 
     return kinds
@@ -51,21 +53,32 @@ DECODERS: tuple[Family, ...] = (
     Family(
         model_type="llama",
         defaults={
-            **_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False,
+            **_TOKENS_OF_LLAMA,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
         },
     ),
     Family(
         model_type="mistral",
         defaults={
-            **_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072, "num_key_value_heads": 8,
+            **_TOKENS_OF_LLAMA,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
             "sliding_window": 4096,
         },
     ),
     Family(
         model_type="qwen2",
         defaults={
-            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None,
+            **_NO_TOKENS,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32_768,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "sliding_window": None,
         },
         layer_types=_windows_after,
     ),
@@ -73,31 +86,56 @@ DECODERS: tuple[Family, ...] = (
         model_type="qwen3",
         head_dim=128,
         defaults={
-            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None, "attention_bias": False,
+            **_NO_TOKENS,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32_768,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "sliding_window": None,
+            "attention_bias": False,
         },
         layer_types=_windows_after,
     ),
     Family(
         model_type="granite",
         defaults={
-            **_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False,
-            "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": 1.0,
+            **_TOKENS_OF_LLAMA,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "attention_multiplier": 1.0,
         },
     ),
     Family(
         model_type="olmo2",
         defaults={
-            "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50_279, "tie_word_embeddings": False,
-            "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu", "attention_bias": False,
+            "pad_token_id": 1,
+            "bos_token_id": None,
+            "eos_token_id": 50_279,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "hidden_act": "silu",
+            "attention_bias": False,
         },
     ),
     Family(
         model_type="cohere2",
         defaults={
-            "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255_001, "tie_word_embeddings": True,
-            "layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu", "attention_bias": False,
-            "logit_scale": 0.0625, "sliding_window": 4096,
+            "pad_token_id": 0,
+            "bos_token_id": 5,
+            "eos_token_id": 255_001,
+            "tie_word_embeddings": True,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
         },
         layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
     ),
@@ -106,24 +144,41 @@ DECODERS: tuple[Family, ...] = (
         head_dim=128,
         rope_theta=500_000.0,
         defaults={
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 131_072, "hidden_act": "silu", "use_bias": False, "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "hidden_act": "silu",
+            "use_bias": False,
+            "num_key_value_heads": 2,
         },
     ),
     Family(
         model_type="hunyuan_v1_dense",
         heads_first=("self_attn.query_layernorm", "self_attn.key_layernorm"),
         defaults={
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 2048, "hidden_act": "silu", "attention_bias": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "hidden_act": "silu",
+            "attention_bias": False,
         },
     ),
     Family(
         model_type="qwen3_5_text",
         head_dim=256,
         defaults={
-            **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "hidden_act": "silu",
-            "attention_bias": False, "num_key_value_heads": 4,
+            **_NO_TOKENS,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32_768,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "num_key_value_heads": 4,
         },
         layer_types=_every("full_attention_interval", 4, "linear_attention"),
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
@@ -185,7 +240,7 @@ DECODERS: tuple[Family, ...] = (
         head_dim=128,
         defaults={"hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 8, "attention_bias": True},
     ),
-)  # fmt: skip
+)
 
 FAMILIES: tuple[Family, ...] = (*DECODERS, *PAIRS)
 
@@ -199,10 +254,11 @@ def family_of(config: Config, *, where: str) -> Family:
     wraps = "text_config" in config
     raise UnsupportedError(
         f"models of the family '{model_type}' cannot be mixed"
-        + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""), where=where,
+        + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""),
+        where=where,
         expected=f"a family of {', '.join(sorted({row.model_type for row in FAMILIES}))}",
         remedy="choose a base model of one of these families",
-    )  # fmt: skip
+    )
 
 
 def own_family(config: Config, other: Family) -> Family:
@@ -212,12 +268,42 @@ def own_family(config: Config, other: Family) -> Family:
 
 
 CONFIG_MUST_MATCH = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
-    "tie_word_embeddings", "sliding_window", "layer_types", "vocab_size", "intermediate_size", "use_bias",
-    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
-    "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier", "logit_scale",
-    "hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "norm_epsilon",
-    "rope_local_base_freq", "partial_rotary_factor", "no_rope_layers", "clip_qkv",
-)  # fmt: skip
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "sliding_window",
+    "layer_types",
+    "vocab_size",
+    "intermediate_size",
+    "use_bias",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "attention_multiplier",
+    "logit_scale",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "norm_epsilon",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+    "no_rope_layers",
+    "clip_qkv",
+)
 """Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

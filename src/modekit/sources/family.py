@@ -24,9 +24,14 @@ READ_ALIKE = ({"q", "k", "v"}, {"cross_k", "cross_v"}, {"gate", "up"})
 """Parts of a layer that read the same input."""
 
 LINEAR = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -213,9 +218,11 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, An
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
         raise SourceError(
-            "the rotary settings in config.json are not a mapping", found=given, expected="rope_type, rope_theta, ...",
+            "the rotary settings in config.json are not a mapping",
+            found=given,
+            expected="rope_type, rope_theta, ...",
             remedy="download or save the model again",
-        )  # fmt: skip
+        )
     rope = dict(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))

@@ -76,16 +76,18 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except (RepositoryNotFoundError, HFValidationError):
         raise SourceError(
-            "neither a folder nor a model on the hub", where=where,
+            "neither a folder nor a model on the hub",
+            where=where,
             remedy="correct the path or the hub id (a private model needs a login)",
-        ) from None  # fmt: skip
+        ) from None
     except NotASafetensorsRepoError:
         raise SourceError(
             "the model on the hub has no safetensors weights", where=where, remedy="choose a revision with safetensors"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise SourceError(
-            "no such folder, and the hub cannot be reached for a model of that name", where=where,
+            "no such folder, and the hub cannot be reached for a model of that name",
+            where=where,
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             remedy="correct the path; or connect to the hub, or download the model elsewhere and give its folder",
-        ) from None  # fmt: skip
+        ) from None

@@ -23,13 +23,32 @@ from modekit.run import QUIET, Run
 from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
 
 ITEMSIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8,
-}  # fmt: skip
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+}
 _BITS = {
-    **{name: 8 * size for name, size in ITEMSIZE.items()}, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    **{name: 8 * size for name, size in ITEMSIZE.items()},
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 """Of every dtype that safetensors knows; those that cannot be mixed are refused by the plan, by name of the tensor."""
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
@@ -102,9 +121,11 @@ def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, FileSta
             (length,) = struct.unpack("<Q", raw_length)
             if length > min(size - 8, _LARGEST_HEADER):
                 raise SourceError(
-                    "not a safetensors file, or its header is truncated", where=where,
-                    found=f"a header of {length} bytes in a file of {size}", remedy=_REMEDY,
-                )  # fmt: skip
+                    "not a safetensors file, or its header is truncated",
+                    where=where,
+                    found=f"a header of {length} bytes in a file of {size}",
+                    remedy=_REMEDY,
+                )
             header = parse_json(stream.read(length).decode("utf-8"), once=True)
     except ValueError:
         raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
@@ -136,10 +157,11 @@ def _ref_of(name: str, entry: Mapping[str, Any], file: Path, extent: tuple[int, 
         raise ValueError("more elements than can be counted")
     if begin > end or ref.end > size or 8 * ref.nbytes != ref.numel * bits:
         raise SourceError(
-            "safetensors header and data disagree (truncated or damaged file)", where=f"{where}: {name}",
+            "safetensors header and data disagree (truncated or damaged file)",
+            where=f"{where}: {name}",
             found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data",
             remedy=_REMEDY,
-        )  # fmt: skip
+        )
     return ref
 
 
@@ -148,16 +170,21 @@ def _check_gapless(refs: Iterable[TensorRef], position: int, size: int, where: s
     for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
         if ref.start != position:
             raise SourceError(
-                "safetensors header and data disagree (tensors overlap or leave a hole)", where=f"{where}: {ref.name}",
-                found=f"it starts at byte {ref.start}", expected=f"byte {position}, where the tensor before it ends",
+                "safetensors header and data disagree (tensors overlap or leave a hole)",
+                where=f"{where}: {ref.name}",
+                found=f"it starts at byte {ref.start}",
+                expected=f"byte {position}, where the tensor before it ends",
                 remedy=_REMEDY,
-            )  # fmt: skip
+            )
         position = ref.end
     if position != size:
         raise SourceError(
-            "safetensors header and data disagree (bytes after the last tensor)", where=where, found=f"{size} bytes",
-            expected=f"{position}, where the last tensor ends", remedy=_REMEDY,
-        )  # fmt: skip
+            "safetensors header and data disagree (bytes after the last tensor)",
+            where=where,
+            found=f"{size} bytes",
+            expected=f"{position}, where the last tensor ends",
+            remedy=_REMEDY,
+        )
 
 
 @dataclass(frozen=True)
@@ -190,9 +217,11 @@ class ModelSource:
             return self.tensors[name]
         except KeyError:
             raise SourceError(
-                "tensor is missing", where=f"{self.label}: {name}", found=f"{len(self.tensors)} other tensors in {self.spec}",
+                "tensor is missing",
+                where=f"{self.label}: {name}",
+                found=f"{len(self.tensors)} other tensors in {self.spec}",
                 remedy="check that the download is complete and the model is of the base model's family",
-            ) from None  # fmt: skip
+            ) from None
 
 
 NO_FOLDER = "model folder does not exist"
@@ -206,9 +235,11 @@ def no_model_folder(path: Path, where: str) -> SourceError:
         is_file = False
     if path.suffix.lower() == ".gguf" and is_file:
         return SourceError(
-            "the model is a GGUF file, which modekit does not read yet", where=where, found=str(path),
+            "the model is a GGUF file, which modekit does not read yet",
+            where=where,
+            found=str(path),
             remedy=f"{SAFETENSORS} from which the file was made",
-        )  # fmt: skip
+        )
     if is_file:
         remedy = "name the folder of the model or adapter that the file is part of"
         return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
@@ -230,9 +261,11 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
         tensors.update(read_header(file, where=where))
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
-            "the folder holds both a model and an adapter", where=where, found="adapter_config.json",
+            "the folder holds both a model and an adapter",
+            where=where,
+            found="adapter_config.json",
             remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
-        )  # fmt: skip
+        )
     return ModelSource(label, spec, folder, revision, config, tensors)
 
 
@@ -244,9 +277,11 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise SourceError(
-                "shards named by the index are missing", where=where, found=", ".join(missing),
+                "shards named by the index are missing",
+                where=where,
+                found=", ".join(missing),
                 remedy="download the model again",
-            )  # fmt: skip
+            )
         return [folder / name for name in names]
     if single.exists():
         return [single]
@@ -277,7 +312,10 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
         ) from None
     if elsewhere:
         raise SourceError(
-            "the safetensors index names what is no weight file of this folder", where=where, found=elsewhere[0],
-            expected="names like model-00001-of-00002.safetensors", remedy="download or save the model again",
-        )  # fmt: skip
+            "the safetensors index names what is no weight file of this folder",
+            where=where,
+            found=elsewhere[0],
+            expected="names like model-00001-of-00002.safetensors",
+            remedy="download or save the model again",
+        )
     return names

@@ -169,9 +169,10 @@ def refuse_adapter(folder: Path, *, where: str) -> None:
     """Raise SourceError where a folder that lacks a model holds an adapter."""
     if (folder / "adapter_config.json").exists():
         raise SourceError(
-            "this is an adapter, not a full model", where=where,
+            "this is an adapter, not a full model",
+            where=where,
             remedy="name it as adapter: in place of model: in the recipe",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def refuse_gguf(folder: Path, *, where: str) -> None:
@@ -179,9 +180,11 @@ def refuse_gguf(folder: Path, *, where: str) -> None:
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
         raise SourceError(
-            "the weights are in GGUF, which modekit does not read yet", where=where, found=", ".join(files[:3]),
+            "the weights are in GGUF, which modekit does not read yet",
+            where=where,
+            found=", ".join(files[:3]),
             remedy=f"{SAFETENSORS} from which they were made",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
@@ -194,15 +197,19 @@ def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
     for key, value in _entries(config):
         if key == "auto_map" and value:
             raise SourceError(
-                "the model brings code of its own (auto_map in config.json)", where=where, found=value,
+                "the model brings code of its own (auto_map in config.json)",
+                where=where,
+                found=value,
                 remedy="check that the weights follow the named family, then pass --trust-remote-code",
-            )  # fmt: skip
+            )
         named = key.lstrip("_").removesuffix("_internal") in _IMPLEMENTATIONS and not _is_plain(value)
         if named or (key in _CODE and value not in (None, False)):
             raise SourceError(
-                f"config.json makes transformers use other code or files ({key[:64]})", where=where, found=value,
+                f"config.json makes transformers use other code or files ({key[:64]})",
+                where=where,
+                found=value,
                 remedy="remove the setting from config.json, or pass --trust-remote-code if you trust what it names",
-            )  # fmt: skip
+            )
 
 
 def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -> None:
@@ -237,18 +244,23 @@ def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
         raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=_SAVE_AGAIN)
     if config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
-            "encoder and decoder have embeddings of their own, which no mixture of this family has yet", where=where,
-            found="share_encoder_decoder_embeddings: false", remedy="choose a base model that shares its embedding",
-        )  # fmt: skip
+            "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
+            where=where,
+            found="share_encoder_decoder_embeddings: false",
+            remedy="choose a base model that shares its embedding",
+        )
 
 
 def _unusable(config: Mapping[str, Any], error: ValidationError, where: str) -> SourceError:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     return SourceError(
-        f"config.json gives no usable {name[:64]}", where=f"{where}: config.json", found=config.get(name, first["input"]),
-        expected=first["msg"], remedy=_SAVE_AGAIN,
-    )  # fmt: skip
+        f"config.json gives no usable {name[:64]}",
+        where=f"{where}: config.json",
+        found=config.get(name, first["input"]),
+        expected=first["msg"],
+        remedy=_SAVE_AGAIN,
+    )
 
 
 def _is_plain(value: object) -> bool:

@@ -107,8 +107,12 @@ NATIVES: tuple[Native, ...] = (
         native_class="Qwen2MoeForCausalLM",
         expert_hidden_key="moe_intermediate_size",
         fixed={
-            "norm_topk_prob": True, "qkv_bias": True, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
-            "mlp_only_layers": [], "output_router_logits": False,
+            "norm_topk_prob": True,
+            "qkv_bias": True,
+            "shared_expert_intermediate_size": 0,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
         },
         constants=(
             Constant("mlp.shared_expert.gate_proj.weight", ("0", "D")),
@@ -126,8 +130,12 @@ NATIVES: tuple[Native, ...] = (
         native_class="Qwen3MoeForCausalLM",
         expert_hidden_key="moe_intermediate_size",
         fixed={
-            "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False,
-            "use_sliding_window": False, "sliding_window": None,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
         },
         dropped=frozenset({"layer_types", "max_window_layers"}),
         rules=(
@@ -168,8 +176,11 @@ NATIVES: tuple[Native, ...] = (
         writes_head_dim=False,
         fixed={"norm_topk_prob": True, "output_router_logits": False},
         widening=Widening(
-            norms=("post_attention_layernorm", "post_feedforward_layernorm"), before_attention=None,
-            over_heads=("self_attn.q_norm", "self_attn.k_norm"), recency=False, whole_heads=True,
+            norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            before_attention=None,
+            over_heads=("self_attn.q_norm", "self_attn.k_norm"),
+            recency=False,
+            whole_heads=True,
         ),
         rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which FlexOlmo assumes")),
     ),
@@ -197,7 +208,10 @@ NATIVES: tuple[Native, ...] = (
         top_k_key="moe_k",
         expert_hidden_key="moe_intermediate_size",
         fixed={
-            "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
             "output_router_logits": False,
         },
         constants=(Constant("mlp.moe_statics.e_score_correction_bias", ("1", "E")),),
@@ -238,7 +252,7 @@ NATIVES: tuple[Native, ...] = (
         widening="its first layers have no attention that could average over the text",
         rules=(_SILU,),
     ),
-)  # fmt: skip
+)
 
 
 def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
@@ -257,10 +271,11 @@ def choose_native(family: Family, config: Config) -> tuple[Native | None, list[s
 def leaves_out(config: Config) -> bool:
     """Whether a native config is one whose tensors without a number are left out, so that transformers misses them."""
     return any(
-        row.native_type == config.get("model_type") and row.empty_names(1)
+        row.native_type == config.get("model_type")
+        and row.empty_names(1)
         and all(config.get(key) == value for key, value in row.fixed.items() if value == 0 and value is not False)
         for row in NATIVES
-    )  # fmt: skip
+    )
 
 
 def native_of(native_type: str, model_type: str) -> Native:

@@ -162,5 +162,11 @@ class Native:
 
 
 _NOT_ARCHITECTURE = (
-    "_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type",
-)  # fmt: skip
+    "_name_or_path",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "architectures",
+    "model_type",
+)

@@ -38,9 +38,11 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str) -> 
         return download(spec, revision, where=f"{label} ({spec})")
     if revision is not None:
         raise SourceError(
-            "a revision has no effect with a folder", where=f"{label} ({spec})", found=revision,
+            "a revision has no effect with a folder",
+            where=f"{label} ({spec})",
+            found=revision,
             remedy="remove revision, or name the model by its hub id",
-        )  # fmt: skip
+        )
     return folder
 
 
@@ -112,7 +114,7 @@ def _check_folders(recipe: Recipe, root: Path) -> None:
             where="; ".join(str(error.where) for error in missing),
             found="; ".join(str(error.found) if same else f"{error.what} ({error.found})" for error in missing),
             remedy="; ".join(dict.fromkeys(str(error.remedy) for error in missing)),
-        )  # fmt: skip
+        )
 
 
 def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -18,10 +18,21 @@ _SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_pro
 _CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
 _TWO = {"up": "fc1", "down": "fc2"}
 _BART_KEYS = (
-    "d_model", "vocab_size", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim",
-    "encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding",
-    "max_position_embeddings", "share_encoder_decoder_embeddings", "decoder_vocab_size", "tie_word_embeddings",
-)  # fmt: skip
+    "d_model",
+    "vocab_size",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "activation_function",
+    "scale_embedding",
+    "max_position_embeddings",
+    "share_encoder_decoder_embeddings",
+    "decoder_vocab_size",
+    "tie_word_embeddings",
+)
 _LEARNED = "embed_positions.weight"
 _SINUSOIDS = tuple(f"model.{stack}coder.embed_positions.{name}" for stack in ("en", "de") for name in ("weight", "weights"))
 
@@ -30,22 +41,37 @@ def _bart(model_type: str, *outside: str, **says: Any) -> Family:
     """A family whose layers are Bart's. `outside`: what encoder and decoder have besides them; `says`: other defaults."""
     stacks = tuple(
         Stack(
-            name=name, layers=f"model.{name}.layers.", count=(f"{name}_layers",), ffn="fc1",
-            parts={**_SELF, **(_CROSS if name == "decoder" else {}), **_TWO}, ffn_width=f"{name}_ffn_dim",
-            ffn_calls=("fc1", "activation_fn", "fc2"), outside=tuple(f"model.{name}.{each}" for each in outside),
+            name=name,
+            layers=f"model.{name}.layers.",
+            count=(f"{name}_layers",),
+            ffn="fc1",
+            parts={**_SELF, **(_CROSS if name == "decoder" else {}), **_TWO},
+            ffn_width=f"{name}_ffn_dim",
+            ffn_calls=("fc1", "activation_fn", "fc2"),
+            outside=tuple(f"model.{name}.{each}" for each in outside),
         )
         for name in ("encoder", "decoder")
-    )  # fmt: skip
+    )
     return Family(
-        model_type, stacks, rope_theta=None, without_vllm=_WITHOUT_VLLM, width="d_model", embedding="model.shared",
+        model_type,
+        stacks,
+        rope_theta=None,
+        without_vllm=_WITHOUT_VLLM,
+        width="d_model",
+        embedding="model.shared",
         defaults={
-            "tie_word_embeddings": True, "activation_function": "gelu", "scale_embedding": False,
-            "max_position_embeddings": 1024, **says,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu",
+            "scale_embedding": False,
+            "max_position_embeddings": 1024,
+            **says,
         },
-        copies=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"), must_match=_BART_KEYS,
-        computed=() if _LEARNED in outside else _SINUSOIDS, optional=("final_logits_bias",),
+        copies=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
+        must_match=_BART_KEYS,
+        computed=() if _LEARNED in outside else _SINUSOIDS,
+        optional=("final_logits_bias",),
         same_as={"decoder_vocab_size": "vocab_size"},
-    )  # fmt: skip
+    )
 
 
 def _t5(gated: bool) -> Family:
@@ -57,27 +83,54 @@ def _t5(gated: bool) -> Family:
         if name == "decoder":
             parts |= {f"cross_{part}": f"layer.1.EncDecAttention.{part}" for part in "qkvo"}
         parts |= {part: f"layer.{place}.DenseReluDense.{each}" for part, each in ffn.items()}
-        stacks.append(Stack(
-            name=name, layers=f"{name}.block.", count=count, parts=parts, ffn=f"layer.{place}.DenseReluDense",
-            ffn_width="d_ff", first=("layer.0.SelfAttention.relative_attention_bias.weight",),
-            outside=(f"{name}.final_layer_norm.weight",),
-        ))  # fmt: skip
+        stacks.append(
+            Stack(
+                name=name,
+                layers=f"{name}.block.",
+                count=count,
+                parts=parts,
+                ffn=f"layer.{place}.DenseReluDense",
+                ffn_width="d_ff",
+                first=("layer.0.SelfAttention.relative_attention_bias.weight",),
+                outside=(f"{name}.final_layer_norm.weight",),
+            )
+        )
     return Family(
-        "t5", tuple(stacks), variant="gated" if gated else "", is_variant=lambda config: _is_gated(config) == gated,
-        rope_theta=None, without_vllm=_WITHOUT_VLLM, width="d_model", embedding="shared",
+        "t5",
+        tuple(stacks),
+        variant="gated" if gated else "",
+        is_variant=lambda config: _is_gated(config) == gated,
+        rope_theta=None,
+        without_vllm=_WITHOUT_VLLM,
+        width="d_model",
+        embedding="shared",
         defaults={
-            "feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32,
-            "relative_attention_max_distance": 128, "tie_word_embeddings": True,
+            "feed_forward_proj": "relu",
+            "layer_norm_epsilon": 1e-6,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "tie_word_embeddings": True,
         },
         same_as={"num_decoder_layers": "num_layers"},
-        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), shares=True,
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        shares=True,
         must_match=(
-            "d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj",
-            "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "scale_decoder_outputs",
+            "d_model",
+            "vocab_size",
+            "d_kv",
+            "d_ff",
+            "num_layers",
+            "num_decoder_layers",
+            "num_heads",
+            "feed_forward_proj",
+            "relative_attention_num_buckets",
+            "relative_attention_max_distance",
+            "layer_norm_epsilon",
+            "scale_decoder_outputs",
             "dense_act_fn",
         ),
         meant=_t5_meant,
-    )  # fmt: skip
+    )
 
 
 def _t5_meant(config: Config) -> Config:
@@ -88,9 +141,11 @@ def _t5_meant(config: Config) -> Config:
     act = "gelu_new" if kind == "gated-gelu" else str(kind).rpartition("-")[2]
     scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     return {
-        **config, "dense_act_fn": config.get("dense_act_fn") or act, "scale_decoder_outputs": scales,
+        **config,
+        "dense_act_fn": config.get("dense_act_fn") or act,
+        "scale_decoder_outputs": scales,
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
 
 
 def _m2m_meant(config: Config) -> Config:

@@ -55,9 +55,11 @@ class Patterns:
             return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(self.seconds, 1e-6))
         except (TimeoutError, MemoryError):
             raise SourceError(
-                f"a pattern takes too long to match (more than {_SECONDS:.0f} seconds)", where=self.where,
-                found=pattern[:200], remedy=_REMEDY,
-            ) from None  # fmt: skip
+                f"a pattern takes too long to match (more than {_SECONDS:.0f} seconds)",
+                where=self.where,
+                found=pattern[:200],
+                remedy=_REMEDY,
+            ) from None
         finally:
             self.seconds -= time.perf_counter() - begin
 
@@ -66,9 +68,11 @@ class Patterns:
             self._known[pattern] = bounded(pattern)
         except ValueError as error:
             raise SourceError(
-                "a pattern in adapter_config.json is no regular expression, or none that can be used", where=self.where,
-                found=f"{pattern[:200]}: {error}", remedy=_REMEDY,
-            ) from None  # fmt: skip
+                "a pattern in adapter_config.json is no regular expression, or none that can be used",
+                where=self.where,
+                found=f"{pattern[:200]}: {error}",
+                remedy=_REMEDY,
+            ) from None
         return self._known[pattern]
 
 

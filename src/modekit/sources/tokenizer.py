@@ -14,10 +14,18 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json, read_te
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
     *PAIR_FILES,
-)  # fmt: skip
+)
 
 
 def gone_pair_files(folder: Path, copied: Iterable[Path]) -> list[str]:
@@ -34,23 +42,29 @@ def check_tokenizer_files(folder: Path, *, where: str) -> None:
     strange = [path.name for path in there if not path.is_file()]
     if strange:
         raise SourceError(
-            "the tokenizer cannot be read", where=where, found=f"{', '.join(strange)}: no regular file",
+            "the tokenizer cannot be read",
+            where=where,
+            found=f"{', '.join(strange)}: no regular file",
             remedy="download or save the model again",
-        )  # fmt: skip
+        )
     try:
         config = read_json(folder / "tokenizer_config.json", LARGE)
     except FileNotFoundError:
         return
     except UNREADABLE as error:
         raise SourceError(
-            "the tokenizer cannot be read", where=f"{where}: tokenizer_config.json", found=error,
+            "the tokenizer cannot be read",
+            where=f"{where}: tokenizer_config.json",
+            found=error,
             remedy="download or save the model again",
-        ) from None  # fmt: skip
+        ) from None
     if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
         raise SourceError(
-            "the tokenizer's config names other files than tokenizer.json", where=f"{where}: tokenizer_config.json",
-            expected="a mapping without fast_tokenizer_files", remedy="save the tokenizer again with transformers 5",
-        )  # fmt: skip
+            "the tokenizer's config names other files than tokenizer.json",
+            where=f"{where}: tokenizer_config.json",
+            expected="a mapping without fast_tokenizer_files",
+            remedy="save the tokenizer again with transformers 5",
+        )
 
 
 def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
@@ -127,9 +141,10 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Reade
     if ours == theirs:
         if our_merges is not None and their_merges is not None and our_merges != their_merges:
             raise MismatchError(
-                f"the {readers.theirs}'s tokenizer has the {readers.ours}'s tokens but joins them by other merges", where=where,
+                f"the {readers.theirs}'s tokenizer has the {readers.ours}'s tokens but joins them by other merges",
+                where=where,
                 remedy=readers.remedy,
-            )  # fmt: skip
+            )
         return
     differing = sorted(
         {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)},
@@ -163,10 +178,12 @@ def _check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers
             ) from None
         if not same:
             raise MismatchError(
-                f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s", where=where,
+                f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s",
+                where=where,
                 found="other content; saving again with another version can change a sentencepiece file, too",
-                expected=f"the {readers.ours}'s {name}", remedy=readers.remedy + readers.more,
-            )  # fmt: skip
+                expected=f"the {readers.ours}'s {name}",
+                remedy=readers.remedy + readers.more,
+            )
 
 
 def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
@@ -185,9 +202,12 @@ def beyond_rows(vocabulary: Mapping[str, int], vocab_size: int) -> list[str]:
 def no_embedding_for(tokens: Sequence[str], vocab_size: int, *, where: str, remedy: str) -> MismatchError:
     """The error of such tokens."""
     return MismatchError(
-        f"the tokenizer has {len(tokens)} tokens that the model has no embedding for", where=where,
-        found=", ".join(repr(token[:60]) for token in tokens[:5]), expected=f"ids below vocab_size {vocab_size}", remedy=remedy,
-    )  # fmt: skip
+        f"the tokenizer has {len(tokens)} tokens that the model has no embedding for",
+        where=where,
+        found=", ".join(repr(token[:60]) for token in tokens[:5]),
+        expected=f"ids below vocab_size {vocab_size}",
+        remedy=remedy,
+    )
 
 
 def chat_template(folder: Path) -> str | None:

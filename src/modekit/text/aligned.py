@@ -42,7 +42,9 @@ def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
         raise TextError("the text cannot be read", where=where, found=error.strerror, remedy="make it readable") from None
     if counts[0] != counts[1]:
         raise TextError(
-            "two files of parallel text have different numbers of lines", where=where,
-            found=f"{source.name}: {counts[0]:,} lines, {target.name}: {counts[1]:,} lines", expected="a line for a line",
+            "two files of parallel text have different numbers of lines",
+            where=where,
+            found=f"{source.name}: {counts[0]:,} lines, {target.name}: {counts[1]:,} lines",
+            expected="a line for a line",
             remedy="align the files: line 1 of one is the translation of line 1 of the other",
-        )  # fmt: skip
+        )

@@ -87,9 +87,11 @@ class ChatTemplate:
             return self.rendered(messages, {"add_generation_prompt": answer})
         except RenderError as error:
             raise TextError(
-                "the tokenizer's chat template does not take these messages", where=self._where,
-                found=f"{str(error)[:300]} (messages of {_shown(messages)})", remedy="correct the messages, or the template",
-            ) from None  # fmt: skip
+                "the tokenizer's chat template does not take these messages",
+                where=self._where,
+                found=f"{str(error)[:300]} (messages of {_shown(messages)})",
+                remedy="correct the messages, or the template",
+            ) from None
 
     def rendered(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]) -> str:
         """The messages as `apply_chat_template` writes them when it is given these keyword arguments. Raises RenderError."""
@@ -167,7 +169,9 @@ def needed_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTempl
     found = chat_template_of(tokenizer)
     if found is None:
         raise TextError(
-            "messages need a chat template, and the tokenizer has none", where=where, found=str(tokenizer.name_or_path),
+            "messages need a chat template, and the tokenizer has none",
+            where=where,
+            found=str(tokenizer.name_or_path),
             remedy="give plain text, or put a chat_template.jinja beside the base model's tokenizer",
-        )  # fmt: skip
+        )
     return found

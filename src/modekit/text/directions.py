@@ -52,10 +52,12 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
     equal = sum(pair.source == pair.target for pair in pairs)
     if equal >= _EQUAL * len(pairs):
         raise TextError(
-            "nearly all pairs have the same text on both sides", where=where,
+            "nearly all pairs have the same text on both sides",
+            where=where,
             found=f"{equal} of {len(pairs)} pairs, such as {next(p.source for p in pairs if p.source == p.target)[:60]!r}",
-            expected="a source and its translation", remedy="remove the pairs that are not translated",
-        )  # fmt: skip
+            expected="a source and its translation",
+            remedy="remove the pairs that are not translated",
+        )
     sides = [(pair, *both) for pair, both in zip(pairs, _sides(pairs), strict=True)]
     long = [each for each in sides if each[1].total() + each[2].total() >= _SHORTEST]
     if len(long) < _FEWEST:
@@ -67,11 +69,12 @@ def check_pairs(documents: Sequence[str], *, where: str) -> None:
         return
     if not _told_apart(fewer, most):
         raise TextError(
-            "some pairs of a text go one way and some the other", where=where,
+            "some pairs of a text go one way and some the other",
+            where=where,
             found=f"{len(fewer)} of {len(long)} pairs, such as {next(source for source, turn in clear if turn)[:60]!r}",
             expected="one language in all sources and the other in all targets",
             remedy="swap source and target of these pairs, or begin every source with what is to be done",
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -137,12 +140,13 @@ def _goes_as(text: _Text, known: _Text) -> bool:
     source, target = _nearer(text.source, known.source, known.target), _nearer(text.target, known.target, known.source)
     if source < -_CLEAR and target < -_CLEAR and not _told_apart(known.ends, text.ends):
         raise TextError(
-            "the pairs of two texts do not go the same way", where=f"{known.where} and {text.where}",
+            "the pairs of two texts do not go the same way",
+            where=f"{known.where} and {text.where}",
             found="the sources of the second read as the targets of the first, and its targets as their sources "
             f"(sources by {-source:.1f}, targets by {-target:.1f} nats per three characters)",
             expected="one language in all sources and the other in all targets",
             remedy="swap source and target of one of them, or begin every source with what is to be done",
-        )  # fmt: skip
+        )
     return source > _CLEAR and target > _CLEAR
 
 
@@ -196,9 +200,8 @@ def _say_so(some: Sequence[set[str]], others: Sequence[set[str]]) -> bool:
     here, there = Counter(chain.from_iterable(some)), Counter(chain.from_iterable(others))
     fewest = max(_FEWEST_OF_TEMPLATE, _TEMPLATE * len(some))
     templates = {
-        each for each, number in here.items()
-        if number >= fewest and there[each] * len(some) <= _RARER * number * len(others)
-    }  # fmt: skip
+        each for each, number in here.items() if number >= fewest and there[each] * len(some) <= _RARER * number * len(others)
+    }
     told, strange = (sum(not templates.isdisjoint(said) for said in group) for group in (some, others))
     return told >= _TOLD * len(some) and strange < (1 - _TOLD) * len(others)
 

@@ -128,9 +128,12 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
             sides = [side for side in spec.split("+") if side and locate(side, root) is not None]
             if len(sides) > 2:
                 raise TextError(
-                    "parallel text has two sides", where=where, found=f"{len(sides)} files: {', '.join(sides)}",
-                    expected="source+target", remedy="name two files; further pairs are a text of their own",
-                )  # fmt: skip
+                    "parallel text has two sides",
+                    where=where,
+                    found=f"{len(sides)} files: {', '.join(sides)}",
+                    expected="source+target",
+                    remedy="name two files; further pairs are a text of their own",
+                )
             remedy = "correct the paths: 'a+b' are two files with a line for a line" if "+" in spec else "correct the path"
             raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
 
@@ -197,9 +200,12 @@ def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) ->
     files = _files_in(path)
     if not files:
         raise TextError(
-            "the folder holds no text", where=where, found=str(path), expected=", ".join(TEXT_SUFFIXES),
+            "the folder holds no text",
+            where=where,
+            found=str(path),
+            expected=", ".join(TEXT_SUFFIXES),
             remedy="put text there, or correct the path",
-        )  # fmt: skip
+        )
     for file in files if most is None else files[:_BEGINNINGS]:
         relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
         plain = file.suffix not in _RECORDS

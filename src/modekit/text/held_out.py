@@ -129,10 +129,12 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
         check_kind(fit, reads, where=where)
     if prompts and (reads == "pairs" or any(isinstance(document, Pair) for document in fit)):
         raise TextError(
-            "prompts are plain text, and cannot stand beside pairs", where=f"experts[{place}] '{expert.name}': prompts",
-            found=repr(prompts[0][:60]), expected="no prompts: a model with an encoder needs a target for every source",
+            "prompts are plain text, and cannot stand beside pairs",
+            where=f"experts[{place}] '{expert.name}': prompts",
+            found=repr(prompts[0][:60]),
+            expected="no prompts: a model with an encoder needs a target for every source",
             remedy="remove them, or give them with their targets as text",
-        )  # fmt: skip
+        )
     documents = [*prompts, *fit]
     if not documents:
         raise text.nothing_left("no document is left for the fit after the held-out split")

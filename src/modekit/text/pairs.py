@@ -67,10 +67,12 @@ def whole_pair(source: str, target: str, *, where: str) -> Pair:
     empty = [name for name, side in sides.items() if not side]
     if empty:
         raise TextError(
-            f"a pair has an empty {' and an empty '.join(empty)}", where=where,
-            found=f"{sides[SOURCE][:30]!r} and {sides[TARGET][:30]!r}", expected="text on both sides",
+            f"a pair has an empty {' and an empty '.join(empty)}",
+            where=where,
+            found=f"{sides[SOURCE][:30]!r} and {sides[TARGET][:30]!r}",
+            expected="text on both sides",
             remedy="fill in what is missing, or remove the pair",
-        )  # fmt: skip
+        )
     return Pair(*sides.values())
 
 
@@ -87,10 +89,12 @@ def of_one_kind(documents: Iterable[str]) -> Iterator[str]:
 def both_kinds(*, where: str | None = None, found: str | None = None) -> TextError:
     """The error of pairs and other text that would be read together."""
     return TextError(
-        "the text of one domain has pairs and plain text", where=where, found=found,
+        "the text of one domain has pairs and plain text",
+        where=where,
+        found=found,
         expected="pairs alone, for models with an encoder, or plain text alone, for the others",
         remedy="leave out one kind: text files, records and prompts alike",
-    )  # fmt: skip
+    )
 
 
 def check_kind(documents: Iterable[str], reads: Reads, *, where: str) -> None:
@@ -104,12 +108,16 @@ def other_kind(reads: Reads, *, where: str | None = None, found: str | None = No
     """The error of text that is not of the kind that a model reads."""
     if reads == "pairs":
         return TextError(
-            "a model with an encoder needs pairs of source and target, and this is plain text", where=where, found=found,
+            "a model with an encoder needs pairs of source and target, and this is plain text",
+            where=where,
+            found=found,
             expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
             "or two files with a line for a line: news.en+news.fr",
             remedy="give parallel text; a record that has a 'text', too, is read as that alone: take it out",
-        )  # fmt: skip
+        )
     return TextError(
-        "a model without an encoder reads plain text, and these are pairs of source and target", where=where, found=found,
+        "a model without an encoder reads plain text, and these are pairs of source and target",
+        where=where,
+        found=found,
         remedy="give plain text, or write source and target of each pair into one text",
-    )  # fmt: skip
+    )

@@ -63,10 +63,12 @@ def lines_of(stream: io.FileIO, *, where: str) -> Iterator[bytes]:
 def too_large(what: str, *, where: str, found: str | None = None, most: int = LARGEST) -> TextError:
     """The error of what takes more memory than a document should."""
     return TextError(
-        f"{what} is too large to be read", where=where, found=found or f"more than {most:,} bytes",
+        f"{what} is too large to be read",
+        where=where,
+        found=found or f"more than {most:,} bytes",
         expected=f"at most {most:,} bytes",
         remedy="cut it into several documents; if it should not be this large, the file is damaged or made to fill the memory",
-    )  # fmt: skip
+    )
 
 
 def _without_nul(text: str, where: str) -> str:
@@ -84,6 +86,8 @@ def _not_utf8(error: UnicodeDecodeError, read: int, where: str) -> TextError:
     place = read - len(error.object) + error.start
     old = "UTF-16" if place == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "ISO-8859-1"
     return TextError(
-        "the text is not UTF-8 (binary file?)", where=where, found=f"byte {place}: {error.reason}",
+        "the text is not UTF-8 (binary file?)",
+        where=where,
+        found=f"byte {place}: {error.reason}",
         remedy=f"save it as UTF-8: `iconv -f {old} -t UTF-8 OLD > NEW` if it is {old}",
-    )  # fmt: skip
+    )

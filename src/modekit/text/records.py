@@ -26,10 +26,13 @@ _REMEDY = (
     "save it as .txt (plain text) or .jsonl (a record per line); a side of parallel text is named with the other: FILE+OTHER"
 )
 _REMEDIES = {
-    ".gz": "unpack it: `gunzip -k FILE`", ".bz2": "unpack it: `bunzip2 -k FILE`", ".xz": "unpack it: `unxz -k FILE`",
-    ".zst": "unpack it: `unzstd FILE`", ".zip": "unpack it: `unzip FILE`",
+    ".gz": "unpack it: `gunzip -k FILE`",
+    ".bz2": "unpack it: `bunzip2 -k FILE`",
+    ".xz": "unpack it: `unxz -k FILE`",
+    ".zst": "unpack it: `unzstd FILE`",
+    ".zip": "unpack it: `unzip FILE`",
     ".json": "write a record per line into a .jsonl: `jq -c '.[]' FILE > NEW.jsonl`",
-}  # fmt: skip
+}
 """Suffix of files that are no text yet -> what makes text of them."""
 _ROW = 64  # bytes that a row counts as besides its text
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
@@ -78,9 +81,12 @@ def read_file(file: Path, *, where: str, most: int | None = None) -> Iterator[Re
 def _unknown_kind(file: Path, where: str) -> TextError:
     remedy = next((said for suffix, said in _REMEDIES.items() if file.suffix.lower() == suffix), _REMEDY)
     return TextError(
-        "the kind of text file is not known", where=where, found=file.suffix or "no suffix",
-        expected=", ".join((*TEXT_SUFFIXES, *SEPARATED)), remedy=remedy.replace("FILE", file.name),
-    )  # fmt: skip
+        "the kind of text file is not known",
+        where=where,
+        found=file.suffix or "no suffix",
+        expected=", ".join((*TEXT_SUFFIXES, *SEPARATED)),
+        remedy=remedy.replace("FILE", file.name),
+    )
 
 
 def _read_lines(stream: io.FileIO, *, where: str, most: int | None) -> Iterator[Record]:
@@ -103,11 +109,12 @@ def _record(line: str, *, where: str) -> Record:
     if record is None:
         raise TextError(
             "not a JSON record with 'text', 'messages', a pair of texts, or a prompt and its answer",
-            where=where, found=line.strip()[:60],
+            where=where,
+            found=line.strip()[:60],
             expected='{"text": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]}, {"source": "...", "target": '
             '"..."}, {"translation": {"en": "...", "fr": "..."}} or {"prompt": "...", "completion": "..."}',
             remedy="correct or remove the line",
-        )  # fmt: skip
+        )
     return record
 
 
@@ -157,9 +164,11 @@ def read_hub(spec: str, *, where: str) -> Iterator[Record]:
         from datasets import load_dataset
     except ImportError:
         raise TextError(
-            "no such file or folder, and hub data sets cannot be read without the library", where=where, found=spec,
+            "no such file or folder, and hub data sets cannot be read without the library",
+            where=where,
+            found=spec,
             remedy="correct the path, or pip install 'modekit[data]' for hub data sets",
-        ) from None  # fmt: skip
+        ) from None
     try:
         for row, data in enumerate(islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS), 1):
             record = _record_of(data, where=f"{where}: {spec}: row {row}")
@@ -169,7 +178,8 @@ def read_hub(spec: str, *, where: str) -> Iterator[Record]:
         raise
     except Exception as error:  # network, missing data set, missing split: the library raises many kinds
         raise TextError(
-            "no such file or folder, and no hub data set that can be reached", where=where,
+            "no such file or folder, and no hub data set that can be reached",
+            where=where,
             found=f"{spec}: {type(error).__name__}",
             remedy="correct the path, or connect to the hub",
-        ) from None  # fmt: skip
+        ) from None

@@ -184,10 +184,12 @@ def none_fits(
     longer = "read more tokens" if few else "ask for a longer sequence_length, up to the model's positions"
     count = f"{len(documents)} pair{'' if len(documents) == 1 else 's'}, of which every one is longer"
     return TextError(
-        "no pair is short enough to be read", where=where, found=f"{found}: {count}" if found else count,
+        "no pair is short enough to be read",
+        where=where,
+        found=f"{found}: {count}" if found else count,
         expected=f"sides of at most {sequence_length} tokens" + (f", and of {most} together" if few else ""),
         remedy=f"give shorter pairs, or {longer}",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,11 @@ def _panics_told(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise TextError(
-            "the tokenizer cannot read the text", where=str(tokenizer.name_or_path), found=str(error)[:300],
+            "the tokenizer cannot read the text",
+            where=str(tokenizer.name_or_path),
+            found=str(error)[:300],
             remedy="its regular expressions find no end in the text: use a tokenizer of a source that you trust, or other text",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:

@@ -45,9 +45,12 @@ def digests_in(path: Path) -> set[str]:
         return set()
     except UNREADABLE as error:
         raise TextError(
-            "the list of documents that a model was made from cannot be read", where=str(path), found=error,
-            expected="digests, one per line", remedy="download the model again, or remove the file if its texts are others",
-        ) from None  # fmt: skip
+            "the list of documents that a model was made from cannot be read",
+            where=str(path),
+            found=error,
+            expected="digests, one per line",
+            remedy="download the model again, or remove the file if its texts are others",
+        ) from None
 
 
 def split_of(document: str) -> Split:

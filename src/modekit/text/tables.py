@@ -97,9 +97,11 @@ def read_parquet(file: Path, *, where: str) -> Iterator[Row]:
         raise
     except Exception as error:  # pyarrow's errors share no base class
         raise TextError(
-            "the parquet file cannot be read", where=where, found=(str(error) or type(error).__name__)[:300],
+            "the parquet file cannot be read",
+            where=where,
+            found=(str(error) or type(error).__name__)[:300],
             remedy="write it again: it is damaged, or no parquet file",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _check_size(pages: Pages, size: int, where: str) -> None:
@@ -157,7 +159,9 @@ def check_columns(names: Sequence[str], *, where: str, remedy: str) -> list[str]
     found = alone or whole or turns or (asked and answered and [*asked, *answered])
     if not found:
         raise TextError(
-            "the table has no readable column 'text' or 'messages', no pairs, and no prompts with answers", where=where,
-            found=f"columns {', '.join(names)}"[:300], remedy=remedy,
-        )  # fmt: skip
+            "the table has no readable column 'text' or 'messages', no pairs, and no prompts with answers",
+            where=where,
+            found=f"columns {', '.join(names)}"[:300],
+            remedy=remedy,
+        )
     return [*found, *([ID] if ID in names else [])]

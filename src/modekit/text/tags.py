@@ -59,15 +59,20 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], lab
     found = list(documents)
     if any(isinstance(document, Conversation) for document in found):
         raise TextError(
-            "a conversation has no place for a tag: its template decides what stands first", where=where,
-            expected="text, or pairs", remedy="leave --tags away, or give the conversations as text",
-        )  # fmt: skip
+            "a conversation has no place for a tag: its template decides what stands first",
+            where=where,
+            expected="text, or pairs",
+            remedy="leave --tags away, or give the conversations as text",
+        )
     source = _with_own_tag(tokenizer, found)
     if source is not None:
         raise TextError(
-            "a text begins with a tag already", where=where, found=shortened(source), expected="text without its tag",
+            "a text begins with a tag already",
+            where=where,
+            found=shortened(source),
+            expected="text without its tag",
             remedy=f"take the tags out of the text: {tag_of(label)} is put before it",
-        )  # fmt: skip
+        )
     return [tagged(document, label) for document in found]
 
 
@@ -77,9 +82,12 @@ def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], *,
     source = _with_own_tag(tokenizer, found)
     if source is not None:
         raise TextError(
-            "text of no domain begins with a tag", where=where, found=shortened(source), expected="text without a tag",
+            "text of no domain begins with a tag",
+            where=where,
+            found=shortened(source),
+            expected="text without a tag",
             remedy="take the tags out of the text, or give it as text of its domain",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -167,6 +175,8 @@ def _check_whole(tokenizer: PreTrainedTokenizerBase, tag: str, where: str) -> No
     ids: list[int] = tokenizer(f"{tag} {_SAMPLE}")["input_ids"]
     if found is None or ids.count(found) != 1:
         raise SourceError(
-            "the tokenizer has no place for a tag: it does not keep an added token whole", where=where,
-            found=f"{tag} is read as {ids[:8]}", remedy="use a base with another tokenizer, or leave --tags away",
-        )  # fmt: skip
+            "the tokenizer has no place for a tag: it does not keep an added token whole",
+            where=where,
+            found=f"{tag} is read as {ids[:8]}",
+            remedy="use a base with another tokenizer, or leave --tags away",
+        )

@@ -207,12 +207,16 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         length = max(2, *(sum(len(self._ids(draw)) for draw in row) for row in rows))
         shape = (len(rows), length)
         item = {
-            "input_ids": torch.full(shape, self._pad_id), "real": torch.zeros(shape, dtype=torch.bool),
-            "position_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, GENERIC),
-            "corpus": torch.zeros(shape, dtype=torch.int64), "position": torch.zeros(shape, dtype=torch.int64),
-            "targets": torch.tensor(part.step_targets), "expert": torch.tensor(part.expert),
+            "input_ids": torch.full(shape, self._pad_id),
+            "real": torch.zeros(shape, dtype=torch.bool),
+            "position_ids": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, GENERIC),
+            "corpus": torch.zeros(shape, dtype=torch.int64),
+            "position": torch.zeros(shape, dtype=torch.int64),
+            "targets": torch.tensor(part.step_targets),
+            "expert": torch.tensor(part.expert),
             **({"silent": torch.zeros(shape, dtype=torch.bool)} if self._has_silent else {}),
-        }  # fmt: skip
+        }
         for number, row in enumerate(rows):
             start = 0
             for draw in row:

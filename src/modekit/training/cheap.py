@@ -114,15 +114,17 @@ def train_cheap(
 def _refuse_other_scores(checkpoint: Checkpoint) -> None:
     if checkpoint.shape.family.pair:
         raise TrainingError(
-            "a cheap training reads text of one model without an encoder", where="speed",
+            "a cheap training reads text of one model without an encoder",
+            where="speed",
             remedy="train it end to end (without --cheap)",
-        )  # fmt: skip
+        )
     if checkpoint.shape.routing.score != "linear" or any(slot.features for slot in checkpoint.slots):
         raise TrainingError(
-            "a cheap training needs routers with one linear gate", where="speed",
+            "a cheap training needs routers with one linear gate",
+            where="speed",
             found=checkpoint.record.recipe.mixture.router.fit,
             remedy="train it end to end (without --cheap), or build with a linear router",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

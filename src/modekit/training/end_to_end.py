@@ -45,18 +45,24 @@ def train_end_to_end(
     distills = bool(DISTILLS & set(settings.losses))
     if distills and checkpoint.shape.family.pair:
         raise TrainingError(
-            "models with an encoder are not distilled yet", where="losses", found=", ".join(DISTILLS & set(settings.losses)),
+            "models with an encoder are not distilled yet",
+            where="losses",
+            found=", ".join(DISTILLS & set(settings.losses)),
             remedy="train them on text alone",
-        )  # fmt: skip
+        )
     lost = lost_teachers(checkpoint, corpora, run=run) if distills and request.teacher is None else {}
     notes += [f"{checkpoint.names[expert]} was taught by what the mixture has of it: {why}" for expert, why in lost.items()]
     teachers = make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run) if distills else []
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     done = run_trainer(
-        objective, Batches(corpora, parts, pad_id=0), [text.held_out for text in request.texts],
-        Schedule(steps, accumulate, in_bfloat16(settings, mixture.device)), folder, run,
-    )  # fmt: skip
+        objective,
+        Batches(corpora, parts, pad_id=0),
+        [text.held_out for text in request.texts],
+        Schedule(steps, accumulate, in_bfloat16(settings, mixture.device)),
+        folder,
+        run,
+    )
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
     if done.best is None:
@@ -92,9 +98,12 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
         wanted = settings.train_top_k or experts
         if wanted > experts:
             raise TrainingError(
-                "there are fewer experts", where="train_top_k", found=wanted, expected=f"at most {experts}, or 0 for all",
+                "there are fewer experts",
+                where="train_top_k",
+                found=wanted,
+                expected=f"at most {experts}, or 0 for all",
                 remedy="lower it",
-            )  # fmt: skip
+            )
         return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
     if own == 1 and experts > 1 and not has_no_router(checkpoint) and {"routers", "all"} & set(settings.what):
         return 2, [
@@ -113,9 +122,10 @@ def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
         what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"
         what = "models with an encoder" if pair else what
         raise TrainingError(
-            f"{what} read a row from its beginning, so that it can hold one document only", where="pack",
+            f"{what} read a row from its beginning, so that it can hold one document only",
+            where="pack",
             remedy="leave pack away",
-        )  # fmt: skip
+        )
     return not (averaging or running or pair) if settings.pack is None else settings.pack
 
 

@@ -49,11 +49,17 @@ class Ended:
         trained = self.trained
         failed = None if trained.failed is None else [trained.failed.what, trained.failed.where, str(trained.failed.found)]
         return {
-            "steps": trained.steps, "best_step": trained.best_step, "before": _without_nan(trained.before),
-            "after": _without_nan(trained.after), "stopped": trained.stopped, "failed": failed,
-            "best": None if trained.best is None else trained.best.relative_to(folder).as_posix(), "notes": self.notes,
-            "parameters": self.parameters, "tokens": self.tokens,
-        }  # fmt: skip
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+            "before": _without_nan(trained.before),
+            "after": _without_nan(trained.after),
+            "stopped": trained.stopped,
+            "failed": failed,
+            "best": None if trained.best is None else trained.best.relative_to(folder).as_posix(),
+            "notes": self.notes,
+            "parameters": self.parameters,
+            "tokens": self.tokens,
+        }
 
     @classmethod
     def from_data(cls, data: Any, folder: Path) -> Ended:

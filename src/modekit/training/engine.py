@@ -68,9 +68,11 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except NotFiniteError as error:
         failed = TrainingError(
-            "the loss is not finite: training stopped", where=error.where, found=error.found,
+            "the loss is not finite: training stopped",
+            where=error.where,
+            found=error.found,
             remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
-        )  # fmt: skip
+        )
     return _trained(trainer.state, schedule.steps, failed, folder)
 
 
@@ -89,9 +91,11 @@ def run_all_steps(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except NotFiniteError as error:
         raise TrainingError(
-            "the loss is not finite: training stopped", where=error.where, found=error.found,
+            "the loss is not finite: training stopped",
+            where=error.where,
+            found=error.found,
             remedy="lower the learning rate, or leave this text out",
-        ) from None  # fmt: skip
+        ) from None
     history: list[dict[str, float]] = trainer.state.log_history
     return history
 
@@ -117,17 +121,25 @@ def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path)
     after = _held_out(state, state.best_global_step)
     assert after is not None
     return Trained(
-        state.global_step, int(state.best_global_step), before, after, _why(state, steps), failed,
+        state.global_step,
+        int(state.best_global_step),
+        before,
+        after,
+        _why(state, steps),
+        failed,
         folder / f"checkpoint-{int(state.best_global_step)}" / STATE_FILE,
-    )  # fmt: skip
+    )
 
 
 def _held_out(state: Any, step: int) -> dict[str, float] | None:
     """Held-out losses by domain as they were logged after a step."""
     for entry in state.log_history:
         if entry.get("step") == step and "eval_loss" in entry:
-            return {key.removeprefix("eval_").removesuffix("_loss"): value for key, value in entry.items()
-                    if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss"}  # fmt: skip
+            return {
+                key.removeprefix("eval_").removesuffix("_loss"): value
+                for key, value in entry.items()
+                if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss"
+            }
     return None
 
 
@@ -139,13 +151,31 @@ def _arguments(objective: TrainedModule, schedule: Schedule, folder: Path, **jud
     settings, steps = objective.settings, schedule.steps
     every = min(steps, settings.evaluate_every or max(1, steps // 10))
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=schedule.accumulate,
-        max_grad_norm=settings.clip, eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
-        restore_callback_states_from_checkpoint=True, logging_steps=1, logging_nan_inf_filter=False, report_to=[],
-        disable_tqdm=True, remove_unused_columns=False, label_names=[], seed=settings.seed,
-        bf16=schedule.bfloat16, use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0, dataloader_pin_memory=False,
-        ddp_find_unused_parameters=objective.skips_parameters, log_level="error", **judging,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=schedule.accumulate,
+        max_grad_norm=settings.clip,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=[],
+        seed=settings.seed,
+        bf16=schedule.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=objective.skips_parameters,
+        log_level="error",
+        **judging,
+    )
     if arguments.n_gpu > 1:  # several devices without a launcher: Trainer would cut every part anew
         arguments._n_gpu = 1
     return arguments

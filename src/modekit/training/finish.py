@@ -86,16 +86,24 @@ def finish(
 def _record(request: Request, ended: Ended) -> TrainingRecord:
     trained = ended.trained
     return TrainingRecord(
-        settings=request.settings.model_dump(mode="json"), text={text.corpus.name: text.record for text in request.texts},
-        parameters=ended.parameters, steps=trained.steps, tokens=ended.tokens, notes=ended.notes,
+        settings=request.settings.model_dump(mode="json"),
+        text={text.corpus.name: text.record for text in request.texts},
+        parameters=ended.parameters,
+        steps=trained.steps,
+        tokens=ended.tokens,
+        notes=ended.notes,
         select_loss={name: {"before": before, "after": trained.after[name]} for name, before in trained.before.items()},
-    )  # fmt: skip
+    )
 
 
 def _write(
-    request: Request, ended: Ended, record: TrainingRecord, before: Results | None, folder: TrainingFolder | None,
+    request: Request,
+    ended: Ended,
+    record: TrainingRecord,
+    before: Results | None,
+    folder: TrainingFolder | None,
     run: Run,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """The trained mixture in its place. What a kill must not cost is kept first."""
     if folder is not None and before is not None:
         folder.keep("before", before.as_data())
@@ -142,9 +150,13 @@ def _evaluate(
     if request.evaluate_tokens is None:
         return None
     table = partial(
-        evaluate, checkpoint, tokens_per_domain=request.evaluate_tokens, run=run, known=before,
+        evaluate,
+        checkpoint,
+        tokens_per_domain=request.evaluate_tokens,
+        run=run,
+        known=before,
         seen={*request.trained_on, *request.selected_by},
-    )  # fmt: skip
+    )
     without: str | None = None
     try:
         if request.settings.tags:

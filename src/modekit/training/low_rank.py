@@ -72,9 +72,12 @@ def _inject(model: PreTrainedModel, modules: Sequence[str], stacks: Sequence[str
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(modules) or None, target_parameters=list(stacks) or None,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(modules) or None,
+        target_parameters=list(stacks) or None,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         inject_adapter_in_model(config, model)

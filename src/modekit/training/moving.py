@@ -38,10 +38,11 @@ class Moving:
         empty = [group for group in wanted if not self.groups[group] and "all" not in what]
         if empty:
             raise TrainingError(
-                f"this mixture has no {', no '.join(empty)} to train", where="what",
+                f"this mixture has no {', no '.join(empty)} to train",
+                where="what",
                 expected=", ".join(group for group in _PARTS if self.groups[group]),
                 remedy="leave it out" if empty != ["routers"] else "set a router first: modekit fit OUT --method routing",
-            )  # fmt: skip
+            )
         return list(dict.fromkeys(name for group in wanted for name in self.groups[group]))
 
 

@@ -60,23 +60,28 @@ class Request:
         routers_only = set(settings.what) == {"routers"}
         if has_no_router(checkpoint) and (routers_only or of_routers):
             raise TrainingError(
-                "this mixture has no router to train", where=str(checkpoint.folder),
+                "this mixture has no router to train",
+                where=str(checkpoint.folder),
                 found=f"method {checkpoint.record.recipe.mixture.method}",
                 remedy="set one first: modekit fit OUT --method routing --top-k 2",
-            )  # fmt: skip
+            )
         if settings.is_joint:
             self._check_joint()
         if settings.randomise > 0 and settings.randomise_to in ("all", "others") and len(checkpoint.names) == 1:
             raise TrainingError(
-                "there is no other label", where="randomise_to", found=f"{settings.randomise_to}, and one expert",
+                "there is no other label",
+                where="randomise_to",
+                found=f"{settings.randomise_to}, and one expert",
                 remedy="write randomise_to: generic",
-            )  # fmt: skip
+            )
         silent = silent_domains(checkpoint, self.texts)
         if silent and (settings.speed == "cheap" or "label" in settings.losses):
             raise TrainingError(
-                "labels of some domains alone would turn every router to them", where="--text",
-                found=f"no text of {', '.join(silent)}", remedy="give text of every domain, or train on lm or distill",
-            )  # fmt: skip
+                "labels of some domains alone would turn every router to them",
+                where="--text",
+                found=f"no text of {', '.join(silent)}",
+                remedy="give text of every domain, or train on lm or distill",
+            )
         if settings.speed == "cheap" and processes().count > 1:
             raise TrainingError("a cheap training is done by one process", where="speed", remedy="start it without a launcher")
 
@@ -85,21 +90,26 @@ class Request:
         shape = self.checkpoint.shape
         if shape.plain or any(any(place.ranks) for place in shape.mixture.places.values()):
             raise TrainingError(
-                "a joint training moves one expert a step, and the experts of this mixture lie in one tensor", where="regime",
+                "a joint training moves one expert a step, and the experts of this mixture lie in one tensor",
+                where="regime",
                 found=f"output.format {'native' if shape.plain else 'modekit, with adapters'}",
                 remedy="build it from whole models with output: {format: modekit}, or mixture: {modules: decoder}",
-            )  # fmt: skip
+            )
         if self.settings.generic and not shape.routing.runs_common:
             raise TrainingError(
-                "text of no domain has no expert of its own here", where="generic", found="regime: joint",
+                "text of no domain has no expert of its own here",
+                where="generic",
+                found="regime: joint",
                 remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
-            )  # fmt: skip
+            )
         if self.settings.takes_labels_away and not shape.routing.runs_common:
             raise TrainingError(
-                "a label that is taken away leaves a step's text to no expert here", where="randomise_to",
-                found=f"{self.settings.randomise_to}, regime: joint", expected="all or others, which name an expert",
+                "a label that is taken away leaves a step's text to no expert here",
+                where="randomise_to",
+                found=f"{self.settings.randomise_to}, regime: joint",
+                expected="all or others, which name an expert",
                 remedy="write one of these, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
-            )  # fmt: skip
+            )
 
 
 def has_no_router(checkpoint: Checkpoint) -> bool:
@@ -117,7 +127,8 @@ def memory_errors() -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(word in str(error) for word in words):
             raise
         raise TrainingError(
-            "there is not enough memory", found=(str(error).splitlines() or ["MemoryError"])[0][:200],
+            "there is not enough memory",
+            found=(str(error).splitlines() or ["MemoryError"])[0][:200],
             remedy="raise accumulate or set checkpointing: true, which go on from the last kept state; "
             "or lower batch_tokens or sequence_length",
-        ) from None  # fmt: skip
+        ) from None

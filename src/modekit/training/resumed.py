@@ -62,7 +62,8 @@ def state_read(state: Path, where: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # Trainer, torch and safetensors each have their own
         raise TrainingError(
-            "what an unfinished training left is damaged", where=str(where or state),
+            "what an unfinished training left is damaged",
+            where=str(where or state),
             found=shortened(error) or type(error).__name__,
             remedy=f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin anew",
-        ) from None  # fmt: skip
+        ) from None

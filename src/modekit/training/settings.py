@@ -23,9 +23,18 @@ Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "e
 """What may move; training/moving.py finds the parameters."""
 
 Loss = Literal[
-    "lm", "distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation", "label", "balance",
-    "importance", "z",
-]  # fmt: skip
+    "lm",
+    "distill",
+    "distill_reverse",
+    "forward_kl",
+    "reverse_kl",
+    "teacher_ce",
+    "total_variation",
+    "label",
+    "balance",
+    "importance",
+    "z",
+]
 """See training/losses.py."""
 
 RandomiseTo = Literal["half", "all", "others", "generic"]
@@ -160,10 +169,23 @@ class TrainSettings(BaseModel):
         }
         if self.speed == "cheap":
             only_full = (
-                "lora", "losses", "accumulate", "clip", "train_top_k", "generic", "randomise", "pack",
-                "checkpointing", "randomise_to",
-                "warmup", "batch_tokens", "evaluate_every", "precision", "regime", "teacher",
-            )  # fmt: skip
+                "lora",
+                "losses",
+                "accumulate",
+                "clip",
+                "train_top_k",
+                "generic",
+                "randomise",
+                "pack",
+                "checkpointing",
+                "randomise_to",
+                "warmup",
+                "batch_tokens",
+                "evaluate_every",
+                "precision",
+                "regime",
+                "teacher",
+            )
             dead |= dict.fromkeys(only_full, True)
             if set(self.what) != {"routers"}:
                 raise ValueError("speed: cheap moves routers only; write what: [routers], or speed: full")
@@ -213,9 +235,11 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
             key = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
             problems.append(f"{key}: {each['msg']}" if key else each["msg"].removeprefix("Value error, "))
         raise TrainingError(
-            "the settings of this training are wrong", where=where, found="; ".join(problems),
+            "the settings of this training are wrong",
+            where=where,
+            found="; ".join(problems),
             remedy="correct them; `modekit train --help` names them all",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def losses_said(said: Sequence[str], known: Mapping[Any, float], *, where: str) -> dict[str, float]:
@@ -232,9 +256,12 @@ def losses_said(said: Sequence[str], known: Mapping[Any, float], *, where: str) 
             weight = math.nan
         if math.isnan(weight) or name in weights or name not in known:
             raise TrainingError(
-                "unknown loss or weight, or a loss that is named twice", where=where, found=each,
-                expected=f"one of {', '.join(known)}, or NAME=WEIGHT", remedy="correct it",
-            )  # fmt: skip
+                "unknown loss or weight, or a loss that is named twice",
+                where=where,
+                found=each,
+                expected=f"one of {', '.join(known)}, or NAME=WEIGHT",
+                remedy="correct it",
+            )
         weights[name] = weight
     return weights
 

@@ -87,9 +87,11 @@ class StatesFolder:
             return None
         except UNREADABLE as error:
             raise TrainingError(
-                "what an unfinished training left is damaged", where=str(path), found=shortened(error),
+                "what an unfinished training left is damaged",
+                where=str(path),
+                found=shortened(error),
                 remedy=f"remove the folder {self.path.name} to begin anew",
-            ) from None  # fmt: skip
+            ) from None
 
     def keep(self, name: str, value: Any) -> None:
         """Keep plain data."""
@@ -125,9 +127,11 @@ class StatesFolder:
         problem = processes().agree(problem)
         if problem:
             raise TrainingError(
-                "an unfinished training is in the way", where=str(self.path), found=problem,
+                "an unfinished training is in the way",
+                where=str(self.path),
+                found=problem,
                 remedy="run the command that began it to finish it, or remove the folder",
-            )  # fmt: skip
+            )
 
     def _claim(self, request: str, state: str) -> str | None:
         if not claim_work_folder(self.path, "training", self.out.name):

@@ -121,7 +121,8 @@ def _read(model: PreTrainedModel, corpus: Corpus, expert: int | None, path: Path
     head = head_of(model)
     if isinstance(head.linear, Mixed):
         raise TrainingError(
-            "the expert's own model is gone, and the mixture's head cannot stand in for it", where=f"distill: {corpus.name}",
+            "the expert's own model is gone, and the mixture's head cannot stand in for it",
+            where=f"distill: {corpus.name}",
             remedy="put the model back where the recipe found it, or train without distillation",
-        )  # fmt: skip
+        )
     return Teacher(expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))

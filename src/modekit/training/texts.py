@@ -55,9 +55,11 @@ def read_texts(
     unknown = [name for name in texts if name not in names]
     if unknown:
         raise TextError(
-            "there is no expert for this domain", where=f"--text {unknown[0]}=...", expected=", ".join(names),
+            "there is no expert for this domain",
+            where=f"--text {unknown[0]}=...",
+            expected=", ".join(names),
             remedy="name a domain of the mixture; text of no domain goes under generic",
-        )  # fmt: skip
+        )
     own = recipe_texts(checkpoint)
     given: list[tuple[str, int, DomainText]] = []
     for place, name in enumerate(names):
@@ -92,11 +94,12 @@ class _Reader:
         without = [name for name in names if name not in known]
         if without:
             raise TrainingError(
-                f"the mixture's tokenizer has no tag for {', '.join(without)}", where="tags",
+                f"the mixture's tokenizer has no tag for {', '.join(without)}",
+                where="tags",
                 found=f"tags for {', '.join(known)}" if known else "no tags at all",
                 expected="a tag for the name of every expert",
                 remedy="leave it out, or mix experts of a base that knows tags: modekit specialize --tags",
-            )  # fmt: skip
+            )
         return cls(tokenizer, settings, tag_ids(tokenizer, names))
 
     def encode(self, documents: Sequence[str], name: str, expert: int, **bounds: int) -> list[TokenSequence]:
@@ -108,9 +111,7 @@ class _Reader:
         return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
 
 
-def _in_sequences(
-    name: str, expert: int, text: DomainText, select: Sequence[str], reader: _Reader
-) -> Text:  # fmt: skip
+def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[str], reader: _Reader) -> Text:
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
     settings = reader.settings
     fit = [document for document in text.fit() if _is_in_share(document, settings.share)]

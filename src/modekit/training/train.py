@@ -89,10 +89,12 @@ def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: R
     found = open_source("teacher", settings.teacher, folder, run=run).config.get("vocab_size")
     if found != checkpoint.config["vocab_size"]:
         raise TrainingError(
-            "the teacher's vocabulary has another size", where=where, found=found,
+            "the teacher's vocabulary has another size",
+            where=where,
+            found=found,
             expected=str(checkpoint.config["vocab_size"]),
             remedy="use a teacher whose embedding has as many rows as the mixture's",
-        )  # fmt: skip
+        )
     return folder
 
 

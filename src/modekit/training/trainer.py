@@ -38,13 +38,22 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
     """Reads the batches in their order, keeps only what moves, and judges states by the mean loss on `select`, if any."""
 
     def __init__(
-        self, objective: TrainedModule, batches: Batches, select: Sequence[Domain], arguments: TrainingArguments,
-        watchers: Sequence[TrainerCallback], run: Run,
-    ) -> None:  # fmt: skip
+        self,
+        objective: TrainedModule,
+        batches: Batches,
+        select: Sequence[Domain],
+        arguments: TrainingArguments,
+        watchers: Sequence[TrainerCallback],
+        run: Run,
+    ) -> None:
         super().__init__(
-            model=objective, args=arguments, train_dataset=batches, eval_dataset=batches, data_collator=lambda items: items[0],
+            model=objective,
+            args=arguments,
+            train_dataset=batches,
+            eval_dataset=batches,
+            data_collator=lambda items: items[0],
             callbacks=[*([EarlyStoppingCallback(objective.settings.patience)] if select else []), *watchers],
-        )  # fmt: skip
+        )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is per step, not per part: `compute_loss` sees to it
         self._objective = objective
@@ -74,10 +83,11 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
             groups = [
                 {"params": routers, "lr": self._settings.learning_rate, "weight_decay": 0.0},
                 {
-                    "params": others, "lr": self._settings.backbone_learning_rate,
+                    "params": others,
+                    "lr": self._settings.backbone_learning_rate,
                     "weight_decay": self._settings.weight_decay,
                 },
-            ]  # fmt: skip
+            ]
             self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer

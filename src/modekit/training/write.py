@@ -62,9 +62,13 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         return open_checkpoint(out)
     in_place = out == checkpoint.folder
     with staging(
-        out, f"train {training.settings} {sorted(record.trained.items())}", "checkpoint", sync=run.sync,
-        sources=() if in_place else [checkpoint.folder], replace="in place" if in_place else "nothing",
-    ) as stage:  # fmt: skip
+        out,
+        f"train {training.settings} {sorted(record.trained.items())}",
+        "checkpoint",
+        sync=run.sync,
+        sources=() if in_place else [checkpoint.folder],
+        replace="in place" if in_place else "nothing",
+    ) as stage:
         stage.areas = (STATISTICS_FOLDER,)
         if not in_place:
             stage.made_by, stage.settles = request.made_by, False
@@ -94,9 +98,12 @@ def _write_shards(checkpoint: Checkpoint, content: Mapping[str, memoryview], sta
 
 
 def _write_tensor(
-    inside: Sequence[tuple[str, TensorRef]], content: Mapping[str, memoryview], opened: OpenFiles, index: int,
+    inside: Sequence[tuple[str, TensorRef]],
+    content: Mapping[str, memoryview],
+    opened: OpenFiles,
+    index: int,
     stream: io.FileIO,
-) -> None:  # fmt: skip
+) -> None:
     name, ref = inside[index]
     write_all(stream, content[name] if name in content else opened.read(ref))
 

@@ -39,9 +39,14 @@ def print_members(members: Sequence[Member], history: Sequence[Change]) -> None:
     for member in members:
         figures = ["-" if value is None else f"{value:.3f}" for value in (member.gain, member.gap_closed)]
         table.add(
-            member.name, member.kind, bytes_of(member.nbytes), member.since or "the build", *figures, member.licence,
+            member.name,
+            member.kind,
+            bytes_of(member.nbytes),
+            member.since or "the build",
+            *figures,
+            member.licence,
             member.source,
-        )  # fmt: skip
+        )
     out.print("Gain: loss of the base less that of the mixture on the expert's domain, in nats per token (`modekit eval`).")
     out.print(table)
     for change in history:

@@ -137,9 +137,14 @@ def print_extract(record: dict[str, Any]) -> None:
     def add(name: str, row: dict[str, Any], style: str = "") -> None:
         low, high = row["smallest_rank"], row["largest_rank"]
         table.add(
-            name, str(row["modules"]), str(low) if low == high else f"{low}-{high}", _share(row["drift"]),
-            _share(row["weight_error"]), _share(row["error"]) if weighted else "-", style=style,
-        )  # fmt: skip
+            name,
+            str(row["modules"]),
+            str(low) if low == high else f"{low}-{high}",
+            _share(row["drift"]),
+            _share(row["weight_error"]),
+            _share(row["error"]) if weighted else "-",
+            style=style,
+        )
 
     for kind, row in record["kinds"].items():
         add(kind, row)

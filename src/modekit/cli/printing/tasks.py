@@ -72,6 +72,8 @@ def _cell(estimate: Estimate | None, metric: str, sign: str = "") -> str:
     value = f"{estimate.value:{sign}.{digits}f}"
     if estimate.low is None or estimate.high is None:
         return value
-    bounds = (f"{bound:{sign}.{fewer}f}".replace("0.", ".", 1) if fewer == 2 else f"{bound:{sign}.{fewer}f}"
-              for bound in (estimate.low, estimate.high))  # fmt: skip
+    bounds = (
+        f"{bound:{sign}.{fewer}f}".replace("0.", ".", 1) if fewer == 2 else f"{bound:{sign}.{fewer}f}"
+        for bound in (estimate.low, estimate.high)
+    )
     return f"{value}\n{' '.join(bounds)}"

@@ -195,9 +195,12 @@ def _begun(sequence: TokenSequence, longest: int) -> TokenSequence:
 
 
 def _of_samples(
-    model: PreTrainedModel, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence],
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[TokenSequence],
     advance: Advance,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """The entries of samples under `texts`. Of a pair they have the source, whose tokens have no loss, and behind it the
     target; where a router does not read, its weights are 0.
     """
@@ -217,10 +220,13 @@ def _of_samples(
         tokens = [{"text": text, "loss": loss} for text, loss in zip(texts, per_token, strict=True)]
         found.append(
             {
-                "text": "".join(texts), "loss": float(losses[row].sum(dtype=np.float64)) / sequence.scored, "tokens": tokens,
-                "weights": weights[row].tolist(), "without": named_changes(checkpoint, changes_EN[:, row] / sequence.scored),
+                "text": "".join(texts),
+                "loss": float(losses[row].sum(dtype=np.float64)) / sequence.scored,
+                "tokens": tokens,
+                "weights": weights[row].tolist(),
+                "without": named_changes(checkpoint, changes_EN[:, row] / sequence.scored),
             }
-        )  # fmt: skip
+        )
     return found
 
 

@@ -144,9 +144,10 @@ def _model_of(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
     model = load_model(checkpoint.folder, run=run)
     if has_encoder(model):
         raise TextError(
-            "a model with an encoder needs a source and its target, and this is one text", where="--text",
+            "a model with an encoder needs a source and its target, and this is one text",
+            where="--text",
             remedy="leave --text out: inspect.json has pairs of the held-out text, token by token",
-        )  # fmt: skip
+        )
     return model
 
 
@@ -155,10 +156,12 @@ def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[
     if not kept:
         layers = sorted({router.layer for router in routers if router.layer is not None})
         raise ModekitError(
-            "there is no router in this layer", where="--layer", found=layer,
+            "there is no router in this layer",
+            where="--layer",
+            found=layer,
             expected=f"one of {', '.join(map(str, layers))}" if layers else "none: one router serves the whole model",
             remedy="choose another layer, or leave --layer out for the mean over all routers",
-        )  # fmt: skip
+        )
     return kept
 
 

@@ -71,10 +71,12 @@ class TopTokens:
             best = np.lexsort((often_V, -self._counts_V[often_V], -shares_VE[:, place].round(6)))[:_SHOWN]
             found[name] = [
                 {
-                    "token": str(tokenizer.decode([int(often_V[row])])), "count": int(self._counts_V[often_V[row]]),
-                    "share": float(shares_VE[row, place]), "lift": float(shares_VE[row, place] / mean_E[place]),
+                    "token": str(tokenizer.decode([int(often_V[row])])),
+                    "count": int(self._counts_V[often_V[row]]),
+                    "share": float(shares_VE[row, place]),
+                    "lift": float(shares_VE[row, place] / mean_E[place]),
                 }
                 for row in best
                 if shares_VE[row, place] > 0
-            ]  # fmt: skip
+            ]
         return found

@@ -42,8 +42,12 @@ def told_apart(checkpoint: Checkpoint, domains: Sequence[Domain]) -> dict[str, A
         return None
     experts = checkpoint.record.recipe.experts
     found = {domain.name: scores_of(checkpoint, domain.sequences) for domain in domains}
-    seen = [each for domain in domains if domain.expert is not None and not experts[domain.expert].is_base
-            for each in found[domain.name]]  # fmt: skip
+    seen = [
+        each
+        for domain in domains
+        if domain.expert is not None and not experts[domain.expert].is_base
+        for each in found[domain.name]
+    ]
     decides = place_of_base(experts) is not None
     names = SCORES if decides else [name for name in SCORES if name != DECIDES]
     unseen = [domain.name for domain in domains if domain.expert is None]

@@ -58,6 +58,4 @@ def _word(trace: Mapping[str, Any], start: int, stop: int, text: str) -> Word:
     losses = [token["loss"] for token in trace["tokens"][start:stop] if token["loss"] is not None]
     weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace["weights"]], axis=0)
     over_base = trace.get("scores", {}).get(DECIDES)
-    return Word(
-        text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1]
-    )  # fmt: skip
+    return Word(text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1])

@@ -86,9 +86,11 @@ def evaluate_tasks(
     Raises ModekitError when the extra is missing, a name unknown, or a task cannot be run; TextError without text.
     """
     refuse_pairs(
-        checkpoint, "tasks ask models that write a text on", option="--tasks",
+        checkpoint,
+        "tasks ask models that write a text on",
+        option="--tasks",
         remedy="score its pairs: `modekit eval OUT`, and `modekit eval OUT --translate` for BLEU and chrF",
-    )  # fmt: skip
+    )
     others = [name for name in names if name not in GROUPS]
     forms = wanted_forms(names)
     for where, said, needed in (("--include-path", folders, others), ("--seen", seen, forms), ("--seed", seed, forms)):
@@ -194,9 +196,11 @@ def _run(
         del loaded
     if not scored:
         raise SourceError(
-            "none of the models that were asked for can be scored", where=str(checkpoint.folder), found="; ".join(notes),
+            "none of the models that were asked for can be scored",
+            where=str(checkpoint.folder),
+            found="; ".join(notes),
             remedy="ask for the mixture as well, or put the models back",
-        )  # fmt: skip
+        )
     return scored
 
 
@@ -252,9 +256,16 @@ def _scores(
     metric: Metric, items: int, drawn: Drawn, domain: str | None, unseen: bool, tasks: Sequence[str] = ()
 ) -> TaskScores:
     return TaskScores(
-        metric.name, metric.higher_is_better, metric.chance, items, rows(drawn), differences(drawn, MIXTURE), domain, unseen,
+        metric.name,
+        metric.higher_is_better,
+        metric.chance,
+        items,
+        rows(drawn),
+        differences(drawn, MIXTURE),
+        domain,
+        unseen,
         list(tasks),
-    )  # fmt: skip
+    )
 
 
 def _mean_metric(metrics: Sequence[Metric]) -> Metric:

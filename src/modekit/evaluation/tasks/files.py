@@ -22,26 +22,41 @@ _CHOICE: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_target": "a
 FORMS: dict[str, dict[str, Any]] = {
     # Which head makes the gloss likeliest, log p(gloss | head): the noisy channel of arXiv:2108.04106.
     "glosses": {
-        "output_type": "multiple_choice", "doc_to_text": "answer", "doc_to_choice": "heads", "doc_to_target": "gloss",
-        "target_delimiter": " ", "metric_list": [{"metric": "acc", **_ACCURACY}],
+        "output_type": "multiple_choice",
+        "doc_to_text": "answer",
+        "doc_to_choice": "heads",
+        "doc_to_target": "gloss",
+        "target_delimiter": " ",
+        "metric_list": [{"metric": "acc", **_ACCURACY}],
     },
     # Which term follows the gloss, log p(term | gloss) per character.
     "glosses_plain": {
-        **_CHOICE, "doc_to_text": "asked", "doc_to_choice": "terms", "target_delimiter": " ",
+        **_CHOICE,
+        "doc_to_text": "asked",
+        "doc_to_choice": "terms",
+        "target_delimiter": " ",
         "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
     },
     # Which continuation gains most by the beginning, log p(continuation | beginning) - log p(continuation).
     "continuations": {
-        **_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": "",
+        **_CHOICE,
+        "doc_to_text": "beginning",
+        "doc_to_choice": "continuations",
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}],
     },
     # Which continuation is likeliest, log p(continuation | beginning) per character.
     "continuations_plain": {
-        **_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": "",
+        **_CHOICE,
+        "doc_to_text": "beginning",
+        "doc_to_choice": "continuations",
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
     },
     "generation": {
-        "output_type": "generate_until", "doc_to_text": "prompt", "doc_to_target": "reference",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "reference",
         "generation_kwargs": {"until": ["\n\n", ". "], "max_gen_toks": 48, "do_sample": False},
         "metric_list": [
             {"metric": "chrf", **_ACCURACY},
@@ -49,7 +64,7 @@ FORMS: dict[str, dict[str, Any]] = {
             {"metric": "rougeL", **_ACCURACY},
         ],
     },
-}  # fmt: skip
+}
 """Form -> what its task file says; the kind of question is the form's first word."""
 
 GROUPS = {**{form: (form,) for form in FORMS}, "questions": ("glosses", "continuations")}

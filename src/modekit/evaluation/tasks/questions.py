@@ -62,10 +62,12 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
                 notes.append(f"{held.name}: no {kind}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
     if not made:
         raise TextError(
-            "no domain has enough held-out text for questions", where="experts[].text, eval", found="; ".join(notes),
+            "no domain has enough held-out text for questions",
+            where="experts[].text, eval",
+            found="; ".join(notes),
             expected=f"passages of {BEGINNING + CONTINUATION} words from {CHOICES} documents, or dictionary entries",
             remedy="give more or longer documents (one in ten is held out), or other text under eval",
-        )  # fmt: skip
+        )
     return made, notes
 
 

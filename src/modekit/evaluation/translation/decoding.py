@@ -18,9 +18,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from modekit.text.sequences import TokenSequence
 
 _OF_THE_MODEL = (
-    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-)  # fmt: skip
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
 """What of a model's generation_config.json is kept: which tokens a translation may have, and where."""
 
 
@@ -71,10 +78,17 @@ def set_decoding(model: PreTrainedModel, decoding: Decoding, begins: int | None)
     if kept["pad_token_id"] is None:
         kept["pad_token_id"] = _ends(kept["eos_token_id"])[0] if _ends(kept["eos_token_id"]) else 0
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, min_length=0, length_penalty=1.0,
-        early_stopping=False, no_repeat_ngram_size=0, repetition_penalty=1.0, num_return_sequences=1,
+        do_sample=False,
+        num_beams=decoding.beams,
+        max_new_tokens=decoding.max_new_tokens,
+        min_length=0,
+        length_penalty=1.0,
+        early_stopping=False,
+        no_repeat_ngram_size=0,
+        repetition_penalty=1.0,
+        num_return_sequences=1,
         **{name: value for name, value in kept.items() if value is not None},
-    )  # fmt: skip
+    )
     return forced
 
 

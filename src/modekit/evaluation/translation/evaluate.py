@@ -80,9 +80,14 @@ class _Row:
 
 
 def evaluate_translation(
-    checkpoint: Checkpoint, *, pairs: int = 200, decoding: Decoding | None = None, labels: Labels | None = None,
-    run: Run = QUIET, write: bool = True,
-) -> TranslationResults:  # fmt: skip
+    checkpoint: Checkpoint,
+    *,
+    pairs: int = 200,
+    decoding: Decoding | None = None,
+    labels: Labels | None = None,
+    run: Run = QUIET,
+    write: bool = True,
+) -> TranslationResults:
     """Translate so many pairs per domain and, with `write`, write OUT/results/translate.json and translate.md.
 
     Raises MismatchError for a mixture without an encoder, or labels that it cannot be told, ModekitError without sacrebleu,
@@ -114,10 +119,12 @@ def _check_encoder(checkpoint: Checkpoint) -> None:
     family = checkpoint.shape.family
     if not family.pair:
         raise MismatchError(
-            "only a model with an encoder translates", where=f"{checkpoint.folder}: --translate",
+            "only a model with an encoder translates",
+            where=f"{checkpoint.folder}: --translate",
             found=f"a mixture of {family.model_type} models, which write a text on",
-            expected="Bart, mBART, Marian, M2M100 or T5", remedy="leave out --translate: modekit eval scores such a mixture",
-        )  # fmt: skip
+            expected="Bart, mBART, Marian, M2M100 or T5",
+            remedy="leave out --translate: modekit eval scores such a mixture",
+        )
 
 
 def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]) -> _Domain:
@@ -151,9 +158,14 @@ class _Translator:
     """Runs every row over all domains; one model is in memory at a time."""
 
     def __init__(
-        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, domains: Sequence[_Domain], decoding: Decoding,
-        run: Run, notes: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: PreTrainedTokenizerBase,
+        domains: Sequence[_Domain],
+        decoding: Decoding,
+        run: Run,
+        notes: list[str],
+    ) -> None:
         self._checkpoint, self._tokenizer, self._domains = checkpoint, tokenizer, domains
         self._decoding, self._run, self._notes = decoding, run, notes
         self._begins = first_token(tokenizer, (pair for domain in domains for pair in domain.encoded))
@@ -263,9 +275,14 @@ def _results(
         scored,
         [domain.name for domain in domains if domain.expert is not None],
         [domain.name for domain in domains if domain.expert is None],
-        settings, scorer.signatures, records, differences, examples, checkpoint.identity,
+        settings,
+        scorer.signatures,
+        records,
+        differences,
+        examples,
+        checkpoint.identity,
         [*notes, *_notes(domains, scored, settings)],
-    )  # fmt: skip
+    )
 
 
 def _scored(checkpoint: Checkpoint, row: _Row, domains: Sequence[_Domain], scorer: Scorer) -> TranslationRow:

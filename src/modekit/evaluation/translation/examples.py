@@ -53,11 +53,18 @@ def compared(
     own = texts.get("own")
     return counted, [
         TranslationExample(
-            domain, _cut(pairs[row].source), _cut(pairs[row].target), _cut(texts["base"][row]),
-            None if own is None else _cut(own[row]), _cut(texts["mixture"][row]), base[row], mixture[row], gains[row],
+            domain,
+            _cut(pairs[row].source),
+            _cut(pairs[row].target),
+            _cut(texts["base"][row]),
+            None if own is None else _cut(own[row]),
+            _cut(texts["mixture"][row]),
+            base[row],
+            mixture[row],
+            gains[row],
         )
         for row in _most_different(gains)
-    ]  # fmt: skip
+    ]
 
 
 def _most_different(gains: Sequence[float]) -> list[int]:

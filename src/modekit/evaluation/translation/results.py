@@ -81,12 +81,18 @@ class TranslationResults:
                 }
             )
         return {
-            "format": 1, "checkpoint": dict(self.checkpoint), "settings": dict(self.settings),
-            "signatures": dict(self.signatures), "rows": rows, "domains": list(self.domains), "unseen": list(self.unseen),
+            "format": 1,
+            "checkpoint": dict(self.checkpoint),
+            "settings": dict(self.settings),
+            "signatures": dict(self.signatures),
+            "rows": rows,
+            "domains": list(self.domains),
+            "unseen": list(self.unseen),
             "text": {name: dict(record) for name, record in self.text.items()},
             "differences": {name: asdict(each) for name, each in self.differences.items()},
-            "examples": [asdict(each) for each in self.examples], "notes": list(self.notes),
-        }  # fmt: skip
+            "examples": [asdict(each) for each in self.examples],
+            "notes": list(self.notes),
+        }
 
     def said(self) -> str:
         """How all models wrote, in a line."""
@@ -132,8 +138,11 @@ def said_of(counted: Compared) -> str:
 
 def _lines(examples: Sequence[TranslationExample]) -> list[list[str]]:
     """A line per kind of text, a column per example."""
-    lines = [["source", *(each.source for each in examples)], ["reference", *(each.reference for each in examples)],
-             ["base", *(each.base for each in examples)]]  # fmt: skip
+    lines = [
+        ["source", *(each.source for each in examples)],
+        ["reference", *(each.reference for each in examples)],
+        ["base", *(each.base for each in examples)],
+    ]
     if any(each.own is not None for each in examples):
         lines.append(["own expert", *(each.own or "" for each in examples)])
     return [*lines, ["mixture", *(each.mixture for each in examples)]]

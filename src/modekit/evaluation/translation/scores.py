@@ -24,9 +24,12 @@ def require_sacrebleu(where: str = "modekit eval --translate") -> None:
         importlib.import_module("sacrebleu.metrics")
     except ImportError as error:
         raise ModekitError(
-            "translations are scored by sacrebleu, which is not installed", where=where, found=error,
-            expected="sacrebleu 2.4 or later", remedy="pip install 'modekit[translation]'",
-        ) from None  # fmt: skip
+            "translations are scored by sacrebleu, which is not installed",
+            where=where,
+            found=error,
+            expected="sacrebleu 2.4 or later",
+            remedy="pip install 'modekit[translation]'",
+        ) from None
 
 
 class Scorer:

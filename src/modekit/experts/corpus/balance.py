@@ -94,10 +94,12 @@ def _choices(counted: Sequence[Counted], settings: BalanceSettings) -> Choices:
         for domain, each in zip(counted, own, strict=True):
             if not each:
                 raise TextError(
-                    f"no document of a domain is in the {split} split", where=f"{WHERE} {domain.name}",
-                    found=f"{len(domain.tokens)} documents in all", expected=f"a share of about {_share(split, settings):g}",
+                    f"no document of a domain is in the {split} split",
+                    where=f"{WHERE} {domain.name}",
+                    found=f"{len(domain.tokens)} documents in all",
+                    expected=f"a share of about {_share(split, settings):g}",
                     remedy="give more documents, or another --validation (0: none)",
-                )  # fmt: skip
+                )
         most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * _share(split, settings)))
         choose = choose_common if settings.common else choose_apart
         choice = choose(own, settings.max_diff_percent, most, settings.seed)
@@ -118,11 +120,12 @@ def _share(split: Split, settings: BalanceSettings) -> float:
 def _check_common(counted: Sequence[Counted], units: Sequence[Mapping[Key, int]]) -> None:
     if not set.intersection(*(set(each) for each in units)):
         raise TextError(
-            "no document is in all domains", where="--common",
+            "no document is in all domains",
+            where="--common",
             found=", ".join(f"{domain.name}: {len(each)} ids" for domain, each in zip(counted, units, strict=True)),
             expected="the same 'id' in the records of every domain, or the same path of files below their folders",
             remedy="correct the ids, or leave out --common",
-        )  # fmt: skip
+        )
 
 
 def _nothing_left(
@@ -142,9 +145,11 @@ def _nothing_left(
     else:
         others = "cut long documents, or give more text"
     return TextError(
-        f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %", where=f"{PERCENT} ({split})",
-        found="; ".join(said), remedy=f"raise {' or '.join(raised)}, {others}",
-    )  # fmt: skip
+        f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %",
+        where=f"{PERCENT} ({split})",
+        found="; ".join(said),
+        remedy=f"raise {' or '.join(raised)}, {others}",
+    )
 
 
 def _domains(counted: Sequence[Counted], choices: Choices, settings: BalanceSettings, root: Path) -> list[BalancedDomain]:

@@ -63,9 +63,13 @@ class Part:
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "found": self.found.as_data(), "kept": self.kept.as_data(), "not_common": self.not_common.as_data(),
-            "over": self.over.as_data(), "dropped": round(self.dropped, 6), "sha256": self.sha256,
-        }  # fmt: skip
+            "found": self.found.as_data(),
+            "kept": self.kept.as_data(),
+            "not_common": self.not_common.as_data(),
+            "over": self.over.as_data(),
+            "dropped": round(self.dropped, 6),
+            "sha256": self.sha256,
+        }
 
 
 @dataclass
@@ -81,9 +85,12 @@ class BalancedDomain:
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "name": self.name, "text": self.text, "duplicates": self.duplicates, "without_tokens": self.silent,
+            "name": self.name,
+            "text": self.text,
+            "duplicates": self.duplicates,
+            "without_tokens": self.silent,
             **{split: part.as_data() for split, part in self.parts.items()},
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -127,13 +134,17 @@ class Balanced:
         found = ", ".join(f"{split} {self.diff_percent(split):.2f} %" for split in self.splits)
         return "\n".join(
             [
-                "# A balanced corpus", "",
-                f"Tokens of {self.tokenizer['name']}. Largest difference between two domains: {found}; asked for: {asked}.", "",
-                markdown_table(header, rows), "",
+                "# A balanced corpus",
+                "",
+                f"Tokens of {self.tokenizer['name']}. Largest difference between two domains: {found}; asked for: {asked}.",
+                "",
+                markdown_table(header, rows),
+                "",
                 *([*(f"* {note}" for note in notes_of(self)), ""] if notes_of(self) else []),
-                f"sha256 {self.sha256}", "",
+                f"sha256 {self.sha256}",
+                "",
             ]
-        )  # fmt: skip
+        )
 
 
 def table_of(balanced: Balanced) -> tuple[list[str], list[list[str]]]:

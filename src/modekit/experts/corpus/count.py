@@ -104,10 +104,12 @@ class Reader:
         for number, record in enumerate(stream_records([spec], root=self.root, where=where), 1):
             if self.common and record.id is None:
                 raise TextError(
-                    "a document has no id, by which the same one would be known in other domains", where=where,
-                    found=f"document {number}: {shortened(record.document)[:60]}", expected="a string in 'id' of every record",
+                    "a document has no id, by which the same one would be known in other domains",
+                    where=where,
+                    found=f"document {number}: {shortened(record.document)[:60]}",
+                    expected="a string in 'id' of every record",
                     remedy="give the records ids, or leave out --common",
-                )  # fmt: skip
+                )
             some = True
             done += len(record.document.encode())
             if number % _TOGETHER == 0:
@@ -131,9 +133,11 @@ class Reader:
                     found.unit_of.pop(key, None)
         if not found.tokens:
             raise TextError(
-                "the tokenizer makes no token of the text", where=f"{WHERE} {name}", found=spec,
+                "the tokenizer makes no token of the text",
+                where=f"{WHERE} {name}",
+                found=spec,
                 remedy="give a tokenizer that knows its letters",
-            )  # fmt: skip
+            )
         return found
 
     def _new(self, records: Iterable[Record], found: Counted) -> Iterator[tuple[Key, str]]:

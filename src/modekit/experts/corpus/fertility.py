@@ -48,12 +48,17 @@ class Fertility:
         """Plain data for JSON."""
         other = self.against_per_1000_bytes
         return {
-            "name": self.name, "documents": self.documents, "bytes": self.text_bytes, "words": self.words,
-            "tokens": self.tokens, "per_1000_bytes": round(self.per_1000_bytes, 4),
-            "per_word": round(self.per_word, 4), "against_tokens": self.against,
+            "name": self.name,
+            "documents": self.documents,
+            "bytes": self.text_bytes,
+            "words": self.words,
+            "tokens": self.tokens,
+            "per_1000_bytes": round(self.per_1000_bytes, 4),
+            "per_word": round(self.per_word, 4),
+            "against_tokens": self.against,
             "against_per_1000_bytes": None if other is None else round(other, 4),
             "change": None if self.change is None else round(self.change, 6),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ class Trained:
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON: what fertility.json says."""
         return {
-            "format": 1, "vocabulary": self.vocabulary, "asked": self.asked, "against": self.against,
-            "bytes_per_domain": self.trained_bytes, "domains": [each.as_data() for each in self.domains],
+            "format": 1,
+            "vocabulary": self.vocabulary,
+            "asked": self.asked,
+            "against": self.against,
+            "bytes_per_domain": self.trained_bytes,
+            "domains": [each.as_data() for each in self.domains],
             "notes": list(self.notes),
-        }  # fmt: skip
+        }

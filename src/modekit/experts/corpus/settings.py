@@ -71,22 +71,30 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path, *, least: int 
             TypeAdapter(Name).validate_python(name)
         except ValidationError:
             raise ModekitError(
-                "not a name of a domain", where=WHERE, found=name, expected="letters, digits, '.', '_' and '-', 64 at most",
+                "not a name of a domain",
+                where=WHERE,
+                found=name,
+                expected="letters, digits, '.', '_' and '-', 64 at most",
                 remedy="rename it",
-            ) from None  # fmt: skip
+            ) from None
         if len(specs) > 1 or name.lower() in seen:
             both = specs if len(specs) > 1 else [seen[name.lower()], *specs]
             raise ModekitError(
-                "a domain is named twice", where=f"{WHERE} {name}", found=", ".join(both),
+                "a domain is named twice",
+                where=f"{WHERE} {name}",
+                found=", ".join(both),
                 remedy="give it one text, a folder where there are several files, or rename one",
-            )  # fmt: skip
+            )
         seen[name.lower()] = specs[0]
         check_present(specs, root=root, where=f"{WHERE} {name}")
     if len(texts) < least:
         raise ModekitError(
-            "there is nothing to balance", where=WHERE, found=", ".join(texts) or "no domain",
-            expected=f"{least} domains or more", remedy="give every domain a --text NAME=PATH",
-        )  # fmt: skip
+            "there is nothing to balance",
+            where=WHERE,
+            found=", ".join(texts) or "no domain",
+            expected=f"{least} domains or more",
+            remedy="give every domain a --text NAME=PATH",
+        )
     chosen = {name: specs[0] for name, specs in texts.items()}
     _refuse_one_text_for_two(chosen, root)
     return chosen
@@ -98,7 +106,9 @@ def _refuse_one_text_for_two(texts: Mapping[str, str], root: Path) -> None:
         place = str(locate(spec, root) or spec)
         if place in whose:
             raise TextError(
-                "two domains have the same text", where=f"{WHERE} {name}", found=f"{spec}: that of {whose[place]}, too",
+                "two domains have the same text",
+                where=f"{WHERE} {name}",
+                found=f"{spec}: that of {whose[place]}, too",
                 remedy="correct the path",
-            )  # fmt: skip
+            )
         whose[place] = name

@@ -87,9 +87,12 @@ def train_tokenizer(mix: Mix, vocabulary: int, out: Path, *, replace: Replace = 
     """
     if not SMALLEST < vocabulary <= LARGEST:
         raise ModekitError(
-            "the setting is out of range", where="--vocabulary", found=vocabulary, expected=f"{SMALLEST + 1} to {LARGEST}",
+            "the setting is out of range",
+            where="--vocabulary",
+            found=vocabulary,
+            expected=f"{SMALLEST + 1} to {LARGEST}",
             remedy="correct it",
-        )  # fmt: skip
+        )
     texts = checked_texts(mix.texts, mix.root)
     found = [locate(spec, mix.root) for spec in texts.values()]
     sources = [path for path in (*found, mix.against_folder) if path is not None]
@@ -125,9 +128,12 @@ def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
     for split, size in sizes.items():
         if not size:
             raise TextError(
-                f"no document of a domain is in the {split} split", where=f"{WHERE} {name}", found=spec,
-                expected="one of ten documents to measure by, and more to train on", remedy=MORE,
-            )  # fmt: skip
+                f"no document of a domain is in the {split} split",
+                where=f"{WHERE} {name}",
+                found=spec,
+                expected="one of ten documents to measure by, and more to train on",
+                remedy=MORE,
+            )
     return domain
 
 

@@ -85,9 +85,11 @@ def _by_unit(counted: Counted, wanted: set[Key], lines: Mapping[Key, _Line]) -> 
     documents = counted.documents_of_units()
     if any(len(found.get(unit, ())) != documents[unit] for unit in wanted):
         raise TextError(
-            "the text changed while it was read", where=f"{WHERE} {counted.name}", found=counted.spec,
+            "the text changed while it was read",
+            where=f"{WHERE} {counted.name}",
+            found=counted.spec,
             remedy="run the command again when nobody writes there",
-        )  # fmt: skip
+        )
     return found
 
 

@@ -107,11 +107,17 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
 def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
     """The same settings as those of a mixture's training: everything that moves has the backbone's rate."""
     values = {
-        "what": ["all"], "steps": training.steps, "batch_tokens": training.batch_tokens, "seed": training.seed,
-        "sequence_length": training.sequence_length, "backbone_learning_rate": training.learning_rate,
-        "weight_decay": training.weight_decay, "warmup": training.warmup, "clip": training.clip,
+        "what": ["all"],
+        "steps": training.steps,
+        "batch_tokens": training.batch_tokens,
+        "seed": training.seed,
+        "sequence_length": training.sequence_length,
+        "backbone_learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "warmup": training.warmup,
+        "clip": training.clip,
         **({"regime": "joint"} if mix == "turns" else {}),
-    }  # fmt: skip
+    }
     try:
         return train_settings(values, where="modekit specialize --teacher")
     except TrainingError as error:
@@ -121,10 +127,15 @@ def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
 def _digests(asked: Distillation, pair: Pair, texts: Texts) -> tuple[str, str]:
     """Of what is asked for, and of what it starts from."""
     what = [
-        asked.train, asked.rank, dataclasses.asdict(asked.training), asked.settings.model_dump(mode="json"),
-        asked.top_k if asked.keep is not None else None, asked.mix, digest_of_sequences(texts.sequences),
+        asked.train,
+        asked.rank,
+        dataclasses.asdict(asked.training),
+        asked.settings.model_dump(mode="json"),
+        asked.top_k if asked.keep is not None else None,
+        asked.mix,
+        digest_of_sequences(texts.sequences),
         digest_of_sequences(texts.held_out),
-    ]  # fmt: skip
+    ]
     return digest_of_data(what), digest_of_data([pair.student_digest, pair.teacher_digest])
 
 
@@ -140,9 +151,7 @@ class _Taught:
     tokens: int
 
 
-def _teach(
-    asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
-) -> _Taught:  # fmt: skip
+def _teach(asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run) -> _Taught:
     teacher = _teacher(asked, pair, texts, run)
     student = load_model(asked.student, run=run)
     with torch.random.fork_rng():
@@ -155,9 +164,12 @@ def _teach(
     parts = texts.parts(engine, steps)
     module = Student(student, lesson, engine, steps)
     history = run_all_steps(
-        module, Batches([texts.corpus], parts, pad_id=0), Schedule(steps, 1, in_bfloat16(engine, student.device)),
-        folder.path, run,
-    )  # fmt: skip
+        module,
+        Batches([texts.corpus], parts, pad_id=0),
+        Schedule(steps, 1, in_bfloat16(engine, student.device)),
+        folder.path,
+        run,
+    )
     student.eval()
     after = _measured(student, lesson, held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
@@ -185,10 +197,15 @@ def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher
     if asked.keep is None:
         return BesideStudent(load_model(asked.teacher, run=run), pair.vocabulary)
     header = Header(
-        teacher=pair.teacher.spec, teacher_digest=pair.teacher_digest, tokenizer_digest=pair.tokenizer_digest,
-        text_digest=digest_of_sequences(texts.all), vocabulary=pair.vocabulary, top_k=min(asked.top_k, pair.vocabulary),
-        temperatures=tuple(sorted({1.0, asked.settings.temperature})), tokens=sum(len(each.ids) for each in texts.all),
-    )  # fmt: skip
+        teacher=pair.teacher.spec,
+        teacher_digest=pair.teacher_digest,
+        tokenizer_digest=pair.tokenizer_digest,
+        text_digest=digest_of_sequences(texts.all),
+        vocabulary=pair.vocabulary,
+        top_k=min(asked.top_k, pair.vocabulary),
+        temperatures=tuple(sorted({1.0, asked.settings.temperature})),
+        tokens=sum(len(each.ids) for each in texts.all),
+    )
     found = read_kept(asked.keep)
     if found is None:
         keep(asked.keep, header, load_model(asked.teacher, run=run), texts.all, run=run)
@@ -217,9 +234,13 @@ def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place
     _, save = taught.trainable
     run.begin("write")
     with staging(
-        place.out, _made_by(place.request), "adapter" if asked.train == "lora" else "model",
-        sources=(asked.student, asked.teacher), replace=replaced_by(place.overwrite), sync=run.sync,
-    ) as stage:  # fmt: skip
+        place.out,
+        _made_by(place.request),
+        "adapter" if asked.train == "lora" else "model",
+        sources=(asked.student, asked.teacher),
+        replace=replaced_by(place.overwrite),
+        sync=run.sync,
+    ) as stage:
         stage.settles = False
         with library_writes(stage.folder) as folder:
             save(folder)
@@ -239,8 +260,11 @@ def _record(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught) -> d
         "base_model": asked.student.name,
         **({"rank": asked.rank} if asked.train == "lora" else {}),
         "teacher": {
-            "name": pair.teacher.spec, "digest": pair.teacher_digest, "losses": settings.losses,
-            "temperature": settings.temperature, "weights": "adaptive" if settings.adaptive else settings.weights,
+            "name": pair.teacher.spec,
+            "digest": pair.teacher_digest,
+            "losses": settings.losses,
+            "temperature": settings.temperature,
+            "weights": "adaptive" if settings.adaptive else settings.weights,
             "combined": "in turn" if settings.alternate else "sum",
             "kept_top_k": asked.top_k if asked.keep is not None else None,
         },
@@ -249,12 +273,13 @@ def _record(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught) -> d
         "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
         "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
         "cross_entropy_weight": {
-            "lowest": min(each[SHARE] for each in steps), "highest": max(each[SHARE] for each in steps),
+            "lowest": min(each[SHARE] for each in steps),
+            "highest": max(each[SHARE] for each in steps),
             "mean": sum(each[SHARE] for each in steps) / len(steps),
         },
         "held_out_loss": dict(taught.loss),
         "held_out_kl": {**taught.kl, "over": taught.classes},
-    }  # fmt: skip
+    }
 
 
 def _steps(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:

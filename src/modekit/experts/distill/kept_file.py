@@ -84,9 +84,12 @@ def read_kept(folder: Path) -> Header | None:
         return read_as(folder / HEADER_FILE, Header, SMALL)
     except UNREADABLE as error:
         raise SourceError(
-            "no kept logits of a teacher that could be read", where=str(folder / HEADER_FILE), found=error,
-            expected="what --keep-teacher wrote", remedy="name another folder, or remove this one to have it made anew",
-        ) from None  # fmt: skip
+            "no kept logits of a teacher that could be read",
+            where=str(folder / HEADER_FILE),
+            found=error,
+            expected="what --keep-teacher wrote",
+            remedy="name another folder, or remove this one to have it made anew",
+        ) from None
 
 
 def check_kept(folder: Path, found: Header, wanted: Header) -> None:
@@ -107,9 +110,11 @@ def check_kept(folder: Path, found: Header, wanted: Header) -> None:
     different = [what for what, is_so in said.items() if is_so]
     if different:
         raise MismatchError(
-            "the kept logits are not those that this distillation needs", where=str(folder), found="; ".join(different),
+            "the kept logits are not those that this distillation needs",
+            where=str(folder),
+            found="; ".join(different),
             remedy="name another folder, or remove this one to have it made anew",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -181,9 +186,7 @@ class _Passes:
         with torch.inference_mode():
             for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(self._model.config))):
                 mask = batch.mask.to(self._model.device)
-                output = self._model(
-                    input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False
-                )  # fmt: skip
+                output = self._model(input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False)
                 places = (starts[torch.tensor(batch.rows)][:, None] + torch.arange(batch.mask.shape[1]))[batch.mask].numpy()
                 for name, values in zip(_NAMES, _kept_of(output.logits[mask][:, : header.vocabulary], header), strict=True):
                     found[name][places] = values.cpu().numpy()
@@ -253,6 +256,8 @@ class FromDisk:
 
     def _damaged(self, found: str) -> SourceError:
         return SourceError(
-            "the kept logits are damaged", where=str(self._folder / LOGITS_FILE), found=found,
+            "the kept logits are damaged",
+            where=str(self._folder / LOGITS_FILE),
+            found=found,
             remedy="remove the folder to have it made anew",
-        )  # fmt: skip
+        )

@@ -85,16 +85,22 @@ def _check_same(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, 
         count = len(ours.get_vocab().items() ^ theirs.get_vocab().items())
         found = f"{len(ours.get_vocab())} tokens (student), {len(theirs.get_vocab())} (teacher), {count} entries that differ"
         raise MismatchError(
-            "the teacher's tokenizer differs from the student's", where=where, found=found,
-            expected="the same token for the same id", remedy=_READERS.remedy,
-        )  # fmt: skip
+            "the teacher's tokenizer differs from the student's",
+            where=where,
+            found=found,
+            expected="the same token for the same id",
+            remedy=_READERS.remedy,
+        )
     special = {name: (getattr(ours, name), getattr(theirs, name)) for name in _SPECIAL}
     different = [f"{name} {mine} (student), {its} (teacher)" for name, (mine, its) in special.items() if mine != its]
     if different:
         raise MismatchError(
-            "the teacher's tokenizer has other special tokens than the student's", where=where, found="; ".join(different),
-            expected="the same ids", remedy=_READERS.remedy,
-        )  # fmt: skip
+            "the teacher's tokenizer has other special tokens than the student's",
+            where=where,
+            found="; ".join(different),
+            expected="the same ids",
+            remedy=_READERS.remedy,
+        )
 
 
 def _vocab_size(config: Mapping[str, Any]) -> int:

@@ -51,9 +51,11 @@ def distill_settings(values: dict[str, Any], *, where: str) -> DistillSettings:
         return DistillSettings.model_validate(values)
     except ValidationError as error:
         raise TrainingError(
-            "the settings of this distillation are wrong", where=where, found=problem_in(error),
+            "the settings of this distillation are wrong",
+            where=where,
+            found=problem_in(error),
             remedy="correct them; docs/distill.md has them all",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def losses_of(said: list[str]) -> dict[str, float]:

@@ -106,10 +106,12 @@ def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: Text) -> float
         for batch in make_batches(text.sequences, tokens=min(2_048, tokens_per_pass(student.config))):
             within = torch.arange(batch.mask.shape[1]).expand(batch.mask.shape)
             item = {
-                "input_ids": batch.input_ids.to(device), "real": batch.mask.to(device), "position_ids": within.to(device),
+                "input_ids": batch.input_ids.to(device),
+                "real": batch.mask.to(device),
+                "position_ids": within.to(device),
                 "position": starts[torch.tensor(batch.rows)][:, None] + within,
                 **({} if batch.silent is None else {"silent": batch.silent.to(device)}),
-            }  # fmt: skip
+            }
             predicted = predicted_in(item)
             logits = student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
             said = lesson.teacher.says(item, predicted)

@@ -61,7 +61,7 @@ class Texts:
 
 def read_texts(
     texts: Sequence[str], root: Path, tokenizer: PreTrainedTokenizerBase, training: Training, mix: Mix | None
-) -> Texts:  # fmt: skip
+) -> Texts:
     """All texts as one, or one by one where steps are shared out between them. Raises TextError where one has nothing left."""
     fit: list[str] = []
     sequences: list[TokenSequence] = []

@@ -107,9 +107,10 @@ class Advice:
         if confusion is None:
             return None
         return {
-            "domains": [self.name(index) for index in confusion.domains], "named": confusion.named.tolist(),
+            "domains": [self.name(index) for index in confusion.domains],
+            "named": confusion.named.tolist(),
             "told_apart": confusion.told_apart,
-        }  # fmt: skip
+        }
 
 
 def _drift_data(drift: Drift, index: int) -> dict[str, Any]:

@@ -121,7 +121,12 @@ def _advised(
     mixture: dict[str, Any] = {key: value for choice in reversed(choices) for key, value in choice.mixture.items()}
     output = {**(raw.get("output") or {}), **({"format": "native"} if native else {})}
     return with_mixture(
-        {**_without(raw, "experts", "mixture", "output", "eval"), "experts": experts, "mixture": {},
-         **({"output": output} if output else {}), **({"eval": raw["eval"]} if raw.get("eval") else {})},
+        {
+            **_without(raw, "experts", "mixture", "output", "eval"),
+            "experts": experts,
+            "mixture": {},
+            **({"output": output} if output else {}),
+            **({"eval": raw["eval"]} if raw.get("eval") else {}),
+        },
         mixture,
-    )  # fmt: skip
+    )

@@ -111,29 +111,39 @@ def _remarks(expert: Expert, source: ModelSource, base: ModelSource) -> Iterator
     ours, theirs = chat_template(base.folder), chat_template(source.folder)
     if theirs is not None and ours != theirs:
         yield Finding(
-            "warning", name, "its chat template is not the base model's, and a mixture has the base model's",
+            "warning",
+            name,
+            "its chat template is not the base model's, and a mixture has the base model's",
             "none in the base" if ours is None else "another one in the base",
             "if all experts share it, put it into the base model's folder before building; else prompt as each expert knows",
-        )  # fmt: skip
+        )
     if isinstance(source, AdapterSource):
         return
     ends = [model.config.get("eos_token_id") for model in (base, source)]
     if ends[0] != ends[1]:
         yield Finding(
-            "warning", name, "it ends its answers with another token than the base model",
-            f"eos_token_id {ends[1]}, base {ends[0]}", "name both in the base model's generation_config.json before building",
-        )  # fmt: skip
+            "warning",
+            name,
+            "it ends its answers with another token than the base model",
+            f"eos_token_id {ends[1]}, base {ends[0]}",
+            "name both in the base model's generation_config.json before building",
+        )
     ours_dtypes, theirs_dtypes = _dtypes(base), _dtypes(source)
     if ours_dtypes != theirs_dtypes:
         yield Finding(
-            "note", name, "its tensors have another dtype than the base model's", f"{theirs_dtypes}, base {ours_dtypes}",
+            "note",
+            name,
+            "its tensors have another dtype than the base model's",
+            f"{theirs_dtypes}, base {ours_dtypes}",
             f"a build casts to the base model's; output: {{dtype: {theirs_dtypes.split(', ')[0]}}} keeps these as they are",
-        )  # fmt: skip
+        )
     if expert.lora_rank is not None:
         yield Finding(
-            "note", name, f"as: lora keeps a part of rank {expert.lora_rank}; the figures here are of the whole model",
+            "note",
+            name,
+            f"as: lora keeps a part of rank {expert.lora_rank}; the figures here are of the whole model",
             to_do="`modekit extract` says what a rank loses",
-        )  # fmt: skip
+        )
 
 
 def _dtypes(source: ModelSource) -> str:

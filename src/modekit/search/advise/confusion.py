@@ -54,9 +54,7 @@ def measure_confusion(tokenizer: Any, experts: Sequence[Expert], texts: Mapping[
     for index, text in texts.items():
         try:
             if text.sequences:
-                statistics[index] = count_domain(
-                    tokenizer, text.fit, experts[index], ROUTER, {}, where=f"experts[{index}]"
-                )  # fmt: skip
+                statistics[index] = count_domain(tokenizer, text.fit, experts[index], ROUTER, {}, where=f"experts[{index}]")
         except TextError:  # nothing in the fit split
             continue
     if len(statistics) < 2:

@@ -100,9 +100,7 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[s
 def _pieces(sources: tuple[ModelSource, ...], name: str) -> dict[int, Piece]:
     """A tensor of the base (0), and of the experts (from 1 on) that may have another one."""
     ref = sources[0].tensor(name)
-    changed = [
-        index for index in range(1, len(sources)) if sources[index] is not sources[0] and touched(sources[index], name)
-    ]  # fmt: skip
+    changed = [index for index in range(1, len(sources)) if sources[index] is not sources[0] and touched(sources[index], name)]
     return {index: piece_of(sources, index, ref) for index in (0, *changed)}
 
 

@@ -55,7 +55,8 @@ def examine(
     drift = compare(models.base, models.by_index(len(recipe.experts)), groups, run=run)
     if drift.base_damaged:
         raise SourceError(
-            "the weights hold NaN or Inf", where=f"base_model ({models.base.spec}): {drift.base_damaged[0]}",
+            "the weights hold NaN or Inf",
+            where=f"base_model ({models.base.spec}): {drift.base_damaged[0]}",
             remedy="the model is damaged: save or download it again",
-        )  # fmt: skip
+        )
     return Examined(recipe, root, models, groups, drift, [index for index in models.experts if not drift.damaged[index]])

@@ -87,8 +87,10 @@ class Gains:
         """Of the gain of an expert on its own text."""
         return figure_of(
             lambda base, own, part: (base - part) / (base - own),
-            self.whole[BASE_INDEX][expert], self.whole[expert][expert], losses,
-        )  # fmt: skip
+            self.whole[BASE_INDEX][expert],
+            self.whole[expert][expert],
+            losses,
+        )
 
 
 def figure_of(figure: Callable[..., float], *losses: Losses) -> Figure:

@@ -31,25 +31,31 @@ def of_files(recipe: Recipe, drift: Drift, usable: Sequence[int]) -> Iterator[Fi
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield Finding(
-                "error", expert.name, "its weights hold NaN or Inf", names[0] + more,
+                "error",
+                expert.name,
+                "its weights hold NaN or Inf",
+                names[0] + more,
                 "the model is damaged: save or download it again",
-            )  # fmt: skip
+            )
     for index in usable:
         if not recipe.experts[index].is_base and not drift.moved[index]:
             yield Finding(
-                "warning", recipe.experts[index].name, "it equals the base model, tensor for tensor",
+                "warning",
+                recipe.experts[index].name,
+                "it equals the base model, tensor for tensor",
                 to_do="write model: base, which keeps its text's way back to the base, or leave it out",
-            )  # fmt: skip
+            )
     for first, second in combinations([index for index in usable if drift.moved[index]], 2):
         cosine, distance = drift.cosine(first, second), drift.distance(first, second)
         if cosine is not None and cosine >= NEAR_COSINE:
             same = distance <= _EQUAL
             yield Finding(
-                "warning", f"{recipe.names[first]}, {recipe.names[second]}",
+                "warning",
+                f"{recipe.names[first]}, {recipe.names[second]}",
                 "they are the same model" if same else "they moved almost the same way from the base",
                 f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way",
                 "keep one of them and give it both texts: two experts that do the same cost memory and bring nothing",
-            )  # fmt: skip
+            )
 
 
 def of_gains(recipe: Recipe, gains: Gains, moved: Collection[int], domains: Collection[int]) -> Iterator[Finding]:
@@ -63,14 +69,20 @@ def of_gains(recipe: Recipe, gains: Gains, moved: Collection[int], domains: Coll
 def _of_gain(name: str, gain: Figure) -> Iterator[Finding]:
     if not has_gain(gain):
         yield Finding(
-            "warning", name, "it is not better than the base model on its own text",
-            f"{said(gain)} nats per token", "check that text and model belong together; else write model: base",
-        )  # fmt: skip
+            "warning",
+            name,
+            "it is not better than the base model on its own text",
+            f"{said(gain)} nats per token",
+            "check that text and model belong together; else write model: base",
+        )
     elif gain.error is not None and gain.value < 2 * gain.error:
         yield Finding(
-            "note", name, "its gain is within what this much text can tell", f"{said(gain)} nats per token",
+            "note",
+            name,
+            "its gain is within what this much text can tell",
+            f"{said(gain)} nats per token",
             "give more text, or more --tokens",
-        )  # fmt: skip
+        )
 
 
 def _of_better(recipe: Recipe, gains: Gains, moved: Collection[int], index: int) -> Iterator[Finding]:
@@ -85,11 +97,14 @@ def _of_better(recipe: Recipe, gains: Gains, moved: Collection[int], index: int)
     others = [*rivals, *([BASE_INDEX] if index in moved else [])]
     is_worst = all(gains.whole[other][index].mean < gains.whole[index][index].mean for other in others)
     yield Finding(
-        "warning", recipe.names[index], f"{recipe.names[best]} is better on its text than it is itself",
+        "warning",
+        recipe.names[index],
+        f"{recipe.names[best]} is better on its text than it is itself",
         f"{said(better)} nats per token" + ("; it is the worst of all there" if is_worst and len(others) > 1 else ""),
-        "check that models and texts are not mixed up" if index in moved
+        "check that models and texts are not mixed up"
+        if index in moved
         else f"give this text to {recipe.names[best]}, or train an expert on it: the base is for what no expert knows better",
-    )  # fmt: skip
+    )
 
 
 def of_unmixed(
@@ -104,10 +119,12 @@ def of_unmixed(
     fate = "is averaged with that of the others" if mixture.get("backbone") == "average" else "stays behind"
     said_shares = ", ".join(f"{recipe.names[index]} {share:.0%}" for index, share in shares.items())
     yield Finding(
-        "note" if facts.carries(part) else "warning", ", ".join(recipe.names[index] for index in shares),
-        f"what changed outside of the parts that are mixed {fate}", f"{said_shares} of the squared difference from the base",
+        "note" if facts.carries(part) else "warning",
+        ", ".join(recipe.names[index] for index in shares),
+        f"what changed outside of the parts that are mixed {fate}",
+        f"{said_shares} of the squared difference from the base",
         "`modekit train` lets the backbone learn it" + ("" if facts.native else "; modules: all leaves nothing behind"),
-    )  # fmt: skip
+    )
 
 
 def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
@@ -116,10 +133,12 @@ def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
         mistaken = confusion.between(first, second)
         if mistaken >= _SAME_TEXT:
             yield Finding(
-                "warning", f"{recipe.names[first]}, {recipe.names[second]}", "their texts are nearly the same",
+                "warning",
+                f"{recipe.names[first]}, {recipe.names[second]}",
+                "their texts are nearly the same",
                 f"{mistaken:.0%} of their tokens are taken for the other's by n-grams (50% is one text)",
                 "no router can tell them apart by their words: make one domain of them, or give text that differs",
-            )  # fmt: skip
+            )
 
 
 def has_gain(gain: Figure) -> bool:

@@ -44,9 +44,11 @@ class Measured:
 
 NOTHING = Measured({}, frozenset(), frozenset(), None, None)
 _NO_TOKENIZER = Finding(
-    "warning", "base_model", "it has no tokenizer, so that no text can be read",
+    "warning",
+    "base_model",
+    "it has no tokenizer, so that no text can be read",
     to_do="save the tokenizer into the base model's folder",
-)  # fmt: skip
+)
 
 
 def measure_text(

@@ -38,9 +38,13 @@ class PatchedBase:
     """
 
     def __init__(
-        self, model: PreTrainedModel, sources: Sequence[ModelSource], groups: Mapping[str, Group],
-        moved: Sequence[frozenset[str]], opened: OpenFiles,
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        sources: Sequence[ModelSource],
+        groups: Mapping[str, Group],
+        moved: Sequence[frozenset[str]],
+        opened: OpenFiles,
+    ) -> None:
         self.model = model
         self._tensors: dict[str, torch.Tensor] = model.state_dict()  # shares its storage with the model
         self._sources, self._groups, self._moved = tuple(sources), groups, moved

@@ -152,7 +152,7 @@ EXPERTS: tuple[Rule, ...] = (
         ),
         "benchmarks/training.md: linear mixture of full fine-tunes 0.275 on the average, 0.141 on the base",
     ),
-)  # fmt: skip
+)
 
 ROUTERS: tuple[Rule, ...] = (
     Rule(

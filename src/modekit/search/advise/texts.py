@@ -60,9 +60,11 @@ def read_texts(
 
 def _without_text(name: str) -> Finding:
     return Finding(
-        "warning", name, "no text: what helps it is not known, and no router can be fitted for it",
+        "warning",
+        name,
+        "no text: what helps it is not known, and no router can be fitted for it",
         to_do="add experts[].text; a few hundred documents are enough for advice",
-    )  # fmt: skip
+    )
 
 
 def _too_little(name: str, count: int, tokens: int) -> Finding:

@@ -72,9 +72,13 @@ def discover(
     found = learn(sample, settings, space_of(settings, run), run)
     groups = _groups(sample, found.grouping.labels, serving, run)
     discovery = Discovery(
-        settings, groups, found.tried, {"documents": sample.documents, "sha256": sample.sha256},
-        None if unlabelled.mixture is None else unlabelled.mixture.folder.name, _notes(groups),
-    )  # fmt: skip
+        settings,
+        groups,
+        found.tried,
+        {"documents": sample.documents, "sha256": sample.sha256},
+        None if unlabelled.mixture is None else unlabelled.mixture.folder.name,
+        _notes(groups),
+    )
     if out is None:
         _put_to_groups(stream, sample, found, groups, None, run)
         return discovery

@@ -76,11 +76,15 @@ class Discovery:
             "groups": [_group_data(group) for group in self.groups],
             "next": None if self.next is None else self.next.name,
             "notes": list(self.notes),
-        }  # fmt: skip
+        }
 
 
 def _group_data(group: Group) -> dict[str, Any]:
     return {
-        "name": group.name, "file": group.file, "documents": group.documents, "characters": group.characters,
-        "words": list(group.words), "served": None if group.served is None else group.served.as_data(),
-    }  # fmt: skip
+        "name": group.name,
+        "file": group.file,
+        "documents": group.documents,
+        "characters": group.characters,
+        "words": list(group.words),
+        "served": None if group.served is None else group.served.as_data(),
+    }

@@ -53,9 +53,11 @@ def learn(sample: Sample, settings: DiscoverSettings, space: Space, run: Run) ->
     rows = rows[:, rare_units(rows)]
     if not rows.shape[1]:
         raise TextError(
-            "the documents have nothing in common", where=WHERE, found=f"{sample.documents:,} documents without a shared word",
+            "the documents have nothing in common",
+            where=WHERE,
+            found=f"{sample.documents:,} documents without a shared word",
             remedy="give more text",
-        )  # fmt: skip
+        )
     points = space.learn(sample.beginnings, max(DIRECTIONS, settings.domains or 0), settings.seed)
     tried: list[Tried] = []
     with one_thread():
@@ -72,9 +74,10 @@ def _grouped(points: Points, rows: Rows, domains: int, sample: Sample, seed: int
     found = group(points, rows, domains, background(rows), seed) if len(points) >= domains else None
     if found is None:
         raise TextError(
-            "the documents cannot be told into so many domains", where=f"--domains {domains}",
+            "the documents cannot be told into so many domains",
+            where=f"--domains {domains}",
             found=f"{sample.documents:,} documents, in {len(np.unique(points.round(9), axis=0)):,} places by what they have",
             remedy="give more text, or ask for fewer domains",
-        )  # fmt: skip
+        )
     order = np.argsort(-np.bincount(found.labels, minlength=domains), kind="stable")
     return Grouping(found.middles_GD[order], np.argsort(order)[found.labels])

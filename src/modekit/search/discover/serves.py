@@ -81,7 +81,9 @@ def check_tokenizer(model: Path, mixture: Path) -> None:
         check_same_tokenizer(model, mixture, where="--mixture")
     except MismatchError as error:
         raise MismatchError(
-            "the mixture has another tokenizer than the base model", where="--model, --mixture",
+            "the mixture has another tokenizer than the base model",
+            where="--model, --mixture",
             found=error.found or error.what,
-            expected="the base model of this mixture", remedy="give that model, or leave out --features and --model",
-        ) from None  # fmt: skip
+            expected="the base model of this mixture",
+            remedy="give that model, or leave out --features and --model",
+        ) from None

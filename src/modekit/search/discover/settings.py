@@ -43,19 +43,28 @@ def check_settings(settings: DiscoverSettings) -> None:
     for name, value in (("--domains", settings.domains), ("--most", settings.most)):
         if value is not None and not 2 <= value <= MOST_DOMAINS:
             raise ModekitError(
-                "no such number of domains to group documents into", where=name, found=value, expected=f"2 to {MOST_DOMAINS}",
+                "no such number of domains to group documents into",
+                where=name,
+                found=value,
+                expected=f"2 to {MOST_DOMAINS}",
                 remedy="write another number, or leave it out to have one proposed",
-            )  # fmt: skip
+            )
     if settings.sample < 2:
         raise ModekitError(
-            "too few documents to learn from", where="--sample", found=settings.sample, expected="2 or more",
+            "too few documents to learn from",
+            where="--sample",
+            found=settings.sample,
+            expected="2 or more",
             remedy="write a larger number",
-        )  # fmt: skip
+        )
     if settings.features == "words" and settings.model is not None:
         raise ModekitError(
-            "the setting has no effect", where="--model", found=settings.model.name, expected="--features tokens or hidden",
+            "the setting has no effect",
+            where="--model",
+            found=settings.model.name,
+            expected="--features tokens or hidden",
             remedy="remove it, or add --features",
-        )  # fmt: skip
+        )
     if settings.features != "words" and settings.model is None:
         raise ModekitError(
             "the base model is needed", where=f"--features {settings.features}", found="no --model", remedy="add --model BASE"

@@ -72,17 +72,20 @@ class Stream:
                 heapq.heapreplace(kept, (rank, document[:READ]))
         if count < 2:
             raise TextError(
-                "there is nothing to group" if count else "the text is empty", where=WHERE,
+                "there is nothing to group" if count else "the text is empty",
+                where=WHERE,
                 found=f"{', '.join(self._texts)}: {count} document{'' if count == 1 else 's'}",
                 expected="two documents or more",
                 remedy="give more text: separate documents by blank lines, or write one record per document into a .jsonl",
-            )  # fmt: skip
+            )
         return Sample([beginning for _, beginning in sorted(kept, reverse=True)], count, self.sha256)
 
     def check_same(self, sample: Sample) -> None:
         """Raise TextError when the reading that has just ended came upon other documents than the first."""
         if self.sha256 != sample.sha256:
             raise TextError(
-                "the text changed while it was read", where=WHERE, found=", ".join(self._texts),
+                "the text changed while it was read",
+                where=WHERE,
+                found=", ".join(self._texts),
                 remedy="run the command again when nobody writes there",
-            )  # fmt: skip
+            )

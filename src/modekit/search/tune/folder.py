@@ -67,10 +67,14 @@ def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str
     """
     folder = job.work
     asked = {
-        "recipe": job.recipe.digest(), "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
-        "native": native, "tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length,
-        "seed": settings.seed, **read,
-    }  # fmt: skip
+        "recipe": job.recipe.digest(),
+        "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
+        "native": native,
+        "tokens_per_domain": settings.tokens_per_domain,
+        "sequence_length": settings.sequence_length,
+        "seed": settings.seed,
+        **read,
+    }
     path = folder / _SETTINGS_FILE
     if not claim_work_folder(folder, "tuning", out_of(folder)):
         raise OutputError(
@@ -82,9 +86,11 @@ def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str
     if known != asked:
         changed = ", ".join(sorted(key for key in asked if known.get(key) != asked[key]))
         raise TuneError(
-            "the folder holds another search", where=str(folder), found=f"other {changed}",
+            "the folder holds another search",
+            where=str(folder),
+            found=f"other {changed}",
             remedy="remove the folder to start over, or choose another OUT",
-        )  # fmt: skip
+        )
 
 
 def read_kept(path: Path, kind: type[_Kind]) -> _Kind:
@@ -93,9 +99,11 @@ def read_kept(path: Path, kind: type[_Kind]) -> _Kind:
         return read_as(path, kind, LARGE)
     except UNREADABLE as error:
         raise TuneError(
-            "what a search left is damaged", where=str(path), found=shortened(error),
+            "what a search left is damaged",
+            where=str(path),
+            found=shortened(error),
             remedy=f"remove the folder {path.parent.name} to start over",
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextmanager

@@ -70,9 +70,10 @@ def _work_there(job: Job, selection: Selection, process: int) -> None:
     """What Ray runs, on whichever machine."""
     if not job.work.is_dir():
         raise TuneError(
-            "a machine of the cluster does not see the search's folder", where=f"{socket.gethostname()}: {job.work}",
+            "a machine of the cluster does not see the search's folder",
+            where=f"{socket.gethostname()}: {job.work}",
             remedy="put recipe, models, texts and OUT where all machines have them, by the same paths",
-        )  # fmt: skip
+        )
     work(job, selection, process=process)
 
 
@@ -85,9 +86,11 @@ def _check_end(ray: Any, ended: object, job: Job) -> None:
         if isinstance(cause, ModekitError):
             raise cause from None
         raise TuneError(
-            "a process of the search ended early", where=str(job.work), found=f"{type(cause).__name__}: {shortened(cause)}",
+            "a process of the search ended early",
+            where=str(job.work),
+            found=f"{type(cause).__name__}: {shortened(cause)}",
             remedy=_GO_ON,
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextmanager
@@ -117,9 +120,10 @@ def _start(ray: Any, address: str, processes: int) -> None:
     except (Exception, SystemExit) as error:  # Ray ends the process where it gives up
         raise TuneError(
             "Ray does not start" if address == "local" else "the Ray cluster cannot be joined",
-            where=f"{ADDRESS}={address}", found=shortened(error) or type(error).__name__,
+            where=f"{ADDRESS}={address}",
+            found=shortened(error) or type(error).__name__,
             remedy="all machines need the same Ray and Python; without RAY_ADDRESS Ray is started here",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def share_of(nodes: Sequence[Mapping[str, Any]], processes: int) -> dict[str, float]:
@@ -150,18 +154,22 @@ def check_answers(address: str) -> None:
         raise _no_answer(where, error.strerror or str(error) or type(error).__name__) from None
     except ValueError:
         raise TuneError(
-            "that is no address of a Ray cluster", where=where, expected="HOST:PORT, ray://HOST:PORT or auto",
+            "that is no address of a Ray cluster",
+            where=where,
+            expected="HOST:PORT, ray://HOST:PORT or auto",
             remedy=f"correct {ADDRESS}, or unset it: Ray is then started here",
-        ) from None  # fmt: skip
+        ) from None
     if answer is not None and answer[3:4] != _NO_SETTINGS[3:4]:
         raise _no_answer(where, "a server that is not Ray")
 
 
 def _no_answer(where: str, found: str) -> TuneError:
     return TuneError(
-        "the Ray cluster does not answer", where=where, found=found,
+        "the Ray cluster does not answer",
+        where=where,
+        found=found,
         remedy=f"see whether it runs (`ray status`), or unset {ADDRESS}: Ray is then started here",
-    )  # fmt: skip
+    )
 
 
 def _last_started() -> str | None:

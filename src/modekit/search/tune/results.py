@@ -65,17 +65,26 @@ class TuneResults:
                     "description": describe(candidate.mixture),
                     "mean_loss": candidate.mean if candidate.losses else None,
                     "gap_closed": self.gap_closed(candidate.losses, "select") if candidate.status == "scored" else None,
-                    "report": None if report is None else {
-                        "losses": dict(report), "mean_loss": _mean(report), "gap_closed": self.gap_closed(report, "report"),
+                    "report": None
+                    if report is None
+                    else {
+                        "losses": dict(report),
+                        "mean_loss": _mean(report),
+                        "gap_closed": self.gap_closed(report, "report"),
                     },
                     "best": candidate.number == self.best.number,
                     "pareto": candidate.number in front,
                 }
-            )  # fmt: skip
+            )
         return {
-            "format": 1, "candidates": rows, "reference": self.reference, "settings": dict(self.settings),
-            "space": dict(self.space), "text": self.text, "seconds": self.seconds,
-        }  # fmt: skip
+            "format": 1,
+            "candidates": rows,
+            "reference": self.reference,
+            "settings": dict(self.settings),
+            "space": dict(self.space),
+            "text": self.text,
+            "seconds": self.seconds,
+        }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and cells, best first."""
@@ -87,11 +96,17 @@ class TuneResults:
             gap = self.gap_closed(report, "report") if report is not None else None
             mark = "best" if candidate.number == self.best.number else "front" if candidate.number in front else ""
             name = f"{candidate.name}: " if candidate.name else ""
-            body.append([
-                mark, name + describe(candidate.mixture), _loss_text(candidate),
-                "-" if report is None else f"{_mean(report):.4f}", "-" if gap is None else f"{gap:.3f}",
-                f"{candidate.active / 1e6:.2f}M" if candidate.active else "-", _runs_as(candidate),
-            ])  # fmt: skip
+            body.append(
+                [
+                    mark,
+                    name + describe(candidate.mixture),
+                    _loss_text(candidate),
+                    "-" if report is None else f"{_mean(report):.4f}",
+                    "-" if gap is None else f"{gap:.3f}",
+                    f"{candidate.active / 1e6:.2f}M" if candidate.active else "-",
+                    _runs_as(candidate),
+                ]
+            )
         return header, body
 
     def markdown(self) -> str:

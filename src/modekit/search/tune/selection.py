@@ -43,9 +43,15 @@ def _part(domain: Domain, number: int) -> Domain:
 
 
 def read_selection(
-    recipe: Recipe, root: Path, model_folders: Sequence[Path], *, split: HeldOutSplit, tokens_per_domain: int,
-    sequence_length: int, run: Run = QUIET,
-) -> Selection:  # fmt: skip
+    recipe: Recipe,
+    root: Path,
+    model_folders: Sequence[Path],
+    *,
+    split: HeldOutSplit,
+    tokens_per_domain: int,
+    sequence_length: int,
+    run: Run = QUIET,
+) -> Selection:
     """Text of every domain that has an expert: what chooses, or what `modekit eval` will show of the mixture so chosen.
 
     `model_folders`: the base's first. Raises TextError when a domain has none.
@@ -96,9 +102,10 @@ class Tally:
             loss = score_domain(model, domain, lambda _: None).loss
             if loss != loss:
                 raise TuneError(
-                    "the loss is not a number", where=f"{where}, domain {domain.name}",
+                    "the loss is not a number",
+                    where=f"{where}, domain {domain.name}",
                     remedy="look for NaN in the models with `modekit build`, which checks every tensor",
-                )  # fmt: skip
+                )
             self._sums[domain.name] = self._sums.get(domain.name, 0.0) + loss * domain.scored_tokens
             self._tokens[domain.name] = self._tokens.get(domain.name, 0) + domain.scored_tokens
 

@@ -44,8 +44,7 @@ from modekit.sources.names import split_layer
 class SharedWeights:
     """The weights and statistics in a work folder. Processes may use it at once."""
 
-    def __init__(
-        self, work: Path, root: Path, *, averages: Sequence[float | None] = (), run: Run = QUIET) -> None:  # fmt: skip
+    def __init__(self, work: Path, root: Path, *, averages: Sequence[float | None] = (), run: Run = QUIET) -> None:
         self._work, self._root, self._run = work, root, run
         self._averages = averages
         self._gates: dict[str, Gates] = {}
@@ -115,10 +114,13 @@ class SharedWeights:
             return {self._statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [
-            router.model_copy(update={**update, "granularity": "token", "decay": None} if decay is None else
-                              {**update, "granularity": "context", "decay": [decay]})
+            router.model_copy(
+                update={**update, "granularity": "token", "decay": None}
+                if decay is None
+                else {**update, "granularity": "context", "decay": [decay]}
+            )
             for decay in dict.fromkeys([*self._averages, router.averages[0]["decay"]])
-        ]  # fmt: skip
+        ]
         return {self._statistics_of(recipe, each): each for each in routers}
 
     def must_read(self, recipe: Recipe) -> bool:
@@ -184,12 +186,16 @@ def _identities(plan: Plan, shard: Shard) -> list[Any]:
     merge = plan.recipe.mixture.merge
     return [
         [
-            tensor.name, tensor.dtype, list(tensor.shape), tensor.operation, tensor.factor,
+            tensor.name,
+            tensor.dtype,
+            list(tensor.shape),
+            tensor.operation,
+            tensor.factor,
             [piece.identity() for piece in tensor.pieces],
             merge.model_dump(mode="json") if tensor.operation == "merge" and merge is not None else None,
         ]
         for tensor in shard.tensors
-    ]  # fmt: skip
+    ]
 
 
 def _with_routers(recipe: Recipe) -> Recipe:

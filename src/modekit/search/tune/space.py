@@ -28,8 +28,12 @@ Ask = Callable[[str, Sequence[str]], str]
 
 LINEAR = "linear"
 _WHOLE: dict[str, dict[str, str]] = {
-    LINEAR: {}, "ngram": {}, "lexical": {}, "classifier": {}, "logistic": {"granularity": "sequence", "per": "model"},
-}  # fmt: skip
+    LINEAR: {},
+    "ngram": {},
+    "lexical": {},
+    "classifier": {},
+    "logistic": {"granularity": "sequence", "per": "model"},
+}
 """Routers that are tried where whole models are mixed -> settings with which they decide before the first layer."""
 
 
@@ -245,8 +249,11 @@ def read_space(path: Path, default: Space) -> Space:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise RecipeError(
-            "the space of the search has a problem", where=f"{path}: {place}", found=first["msg"],
-            expected=f"lists under {', '.join(Space.model_fields)}", remedy="correct it",
-        ) from None  # fmt: skip
+            "the space of the search has a problem",
+            where=f"{path}: {place}",
+            found=first["msg"],
+            expected=f"lists under {', '.join(Space.model_fields)}",
+            remedy="correct it",
+        ) from None
     except (OSError, ValueError) as error:
         raise RecipeError("the space of the search cannot be read", where=str(path), found=error, remedy="correct it") from None

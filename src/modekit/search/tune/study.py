@@ -90,9 +90,11 @@ def _told_of_damage(job: Job) -> Iterator[None]:
         raise
     except Exception as error:
         raise TuneError(
-            "what a search left is damaged", where=str(job.work / _STUDY_FILE), found=shortened(error) or type(error).__name__,
+            "what a search left is damaged",
+            where=str(job.work / _STUDY_FILE),
+            found=shortened(error) or type(error).__name__,
             remedy=f"remove the folder {job.work.name} to start over",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def open_study(job: Job, process: int = 0) -> optuna.Study:
@@ -276,9 +278,18 @@ class _Told(BaseModel):
 def _candidate(trial: optuna.trial.FrozenTrial, names: Mapping[int, str]) -> Candidate:
     told = as_kind(trial.user_attrs, _Told)
     return Candidate(
-        trial.number, told.name or names.get(trial.number) or "", as_kind(parse_json(told.key), dict[str, Any]),
-        _STATES[trial.state], told.why, told.losses, told.tokens, told.active, told.total, told.native, told.seconds,
-    )  # fmt: skip
+        trial.number,
+        told.name or names.get(trial.number) or "",
+        as_kind(parse_json(told.key), dict[str, Any]),
+        _STATES[trial.state],
+        told.why,
+        told.losses,
+        told.tokens,
+        told.active,
+        told.total,
+        told.native,
+        told.seconds,
+    )
 
 
 def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:

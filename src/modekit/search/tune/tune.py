@@ -48,9 +48,16 @@ from modekit.weights.stored import same_bytes
 
 
 def tune(
-    recipe: Recipe, root: Path, out: Path, *, space: Space | None = None, settings: TuneSettings | None = None,
-    native: bool = False, overwrite: bool = False, run: Run = QUIET,
-) -> TuneResults:  # fmt: skip
+    recipe: Recipe,
+    root: Path,
+    out: Path,
+    *,
+    space: Space | None = None,
+    settings: TuneSettings | None = None,
+    native: bool = False,
+    overwrite: bool = False,
+    run: Run = QUIET,
+) -> TuneResults:
     """Search, build the best at `out` and write what was found.
 
     `native`: only what a native architecture says, which is what OUT is then built in. Raises what `make_plan` and `build`
@@ -102,15 +109,19 @@ def _read_texts(job: Job, plan: Plan, settings: TuneSettings) -> dict[str, Selec
     splits: tuple[HeldOutSplit, ...] = ("select", "report")
     return {
         split: read_selection(
-            job.recipe, job.root, folders, split=split, tokens_per_domain=settings.tokens_per_domain,
-            sequence_length=settings.sequence_length, run=job.run,
+            job.recipe,
+            job.root,
+            folders,
+            split=split,
+            tokens_per_domain=settings.tokens_per_domain,
+            sequence_length=settings.sequence_length,
+            run=job.run,
         )
         for split in splits
-    }  # fmt: skip
+    }
 
 
-def _search(
-    job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:  # fmt: skip
+def _search(job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:
     """Try candidates, and score in full what is to be shown. Raises TuneError when none has a loss."""
     started = time.perf_counter()
     select, report = texts["select"], texts["report"]
@@ -120,21 +131,26 @@ def _search(
     best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
     if best is None:
         raise TuneError(
-            "no candidate could be scored", where=str(job.work), found=next((each.why for each in found), None),
+            "no candidate could be scored",
+            where=str(job.work),
+            found=next((each.why for each in found), None),
             remedy="widen the space of the search",
-        )  # fmt: skip
+        )
     searched = time.perf_counter() - started
     found = with_smaller_sizes(job, found, select, run)
     front = pareto(found)
     shown = [best, *(each for each in found if each.name), *front]
     return TuneResults(
-        candidates=found, best=best, front=front,
+        candidates=found,
+        best=best,
+        front=front,
         reported=score_all(job, shown, report, "reported.json", "report", run),
         reference=reference_losses(job, plan, texts, run),
-        settings=dataclasses.asdict(settings), space=job.space.model_dump(mode="json"),
+        settings=dataclasses.asdict(settings),
+        space=job.space.model_dump(mode="json"),
         text={split: {domain.name: dict(domain.record) for domain in text.domains} for split, text in texts.items()},
         seconds=searched,
-    )  # fmt: skip
+    )
 
 
 def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> dict[str, bytes]:
@@ -164,9 +180,12 @@ def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) ->
     )
     differ = not only_adapters and backbones_differ(recipe, root, run=Run(trust_remote_code=plan.trust_remote_code))
     return default_space(
-        recipe, layers=plan.layers, backbones_differ=differ,
-        only_adapters=only_adapters, native=native or recipe.output.format == "native",
-    )  # fmt: skip
+        recipe,
+        layers=plan.layers,
+        backbones_differ=differ,
+        only_adapters=only_adapters,
+        native=native or recipe.output.format == "native",
+    )
 
 
 def backbones_differ(recipe: Recipe, root: Path, *, run: Run = QUIET) -> bool:

@@ -166,7 +166,7 @@ class Router(nn.Module):
         averaged, state = causal_average(
             scores_BSG, mask_BS, average["decay"], flow.states.get(key), prefix=self.routing.get("prefix"),
             add_up=average.get("sum", False),
-        )  # fmt: skip
+        )
         flow.fresh[key] = state
         return averaged
 

@@ -45,7 +45,7 @@ def family_config(dense_type: str) -> type[PreTrainedConfig]:
         "__module__": __name__, "__qualname__": f"{_FAMILY}{dense_type}", "_auto_class": "AutoConfig",
         "model_type": ModekitConfig.model_type,
         "base_model_tp_plan": None,  # it would split some modules over devices and not the mixed ones that go with them
-    }  # fmt: skip
+    }
     config_class: type[PreTrainedConfig] = type("ModekitConfig", (CONFIG_MAPPING[dense_type],), members)
     AutoModel.register(config_class, ModekitModel, exist_ok=True)
     AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
