@@ -74,8 +74,25 @@ def _bart(model_type: str, *outside: str, **says: Any) -> Family:
     )
 
 
-def _t5(gated: bool) -> Family:
-    """T5 as it was, with one matrix before the activation, or `gated` as from version 1.1 on (Flan-T5), with two."""
+_T5_MUST_MATCH = (
+    "d_model",
+    "vocab_size",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_decoder_layers",
+    "num_heads",
+    "feed_forward_proj",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+    "scale_decoder_outputs",
+    "dense_act_fn",
+)
+
+
+def _t5_stacks(gated: bool) -> tuple[Stack, ...]:
+    """Encoder and decoder; `gated` has two matrices before the activation."""
     ffn = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if gated else {"up": "wi", "down": "wo"}
     stacks = []
     for name, place, count in (("encoder", 1, ("num_layers",)), ("decoder", 2, ("num_decoder_layers", "num_layers"))):
@@ -95,9 +112,14 @@ def _t5(gated: bool) -> Family:
                 outside=(f"{name}.final_layer_norm.weight",),
             )
         )
+    return tuple(stacks)
+
+
+def _t5(gated: bool) -> Family:
+    """T5 as it was, with one matrix before the activation, or `gated` as from version 1.1 on (Flan-T5), with two."""
     return Family(
         "t5",
-        tuple(stacks),
+        _t5_stacks(gated),
         variant="gated" if gated else "",
         is_variant=lambda config: _is_gated(config) == gated,
         rope_theta=None,
@@ -114,21 +136,7 @@ def _t5(gated: bool) -> Family:
         same_as={"num_decoder_layers": "num_layers"},
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         shares=True,
-        must_match=(
-            "d_model",
-            "vocab_size",
-            "d_kv",
-            "d_ff",
-            "num_layers",
-            "num_decoder_layers",
-            "num_heads",
-            "feed_forward_proj",
-            "relative_attention_num_buckets",
-            "relative_attention_max_distance",
-            "layer_norm_epsilon",
-            "scale_decoder_outputs",
-            "dense_act_fn",
-        ),
+        must_match=_T5_MUST_MATCH,
         meant=_t5_meant,
     )
 

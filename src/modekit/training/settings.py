@@ -62,6 +62,26 @@ _FEWEST_SELECT_TOKENS = 64
 OF_ROUTERS = {"label", "balance", "importance", "z"}
 """Losses that are taken of what routers say."""
 
+_ONLY_FULL = (
+    "lora",
+    "losses",
+    "accumulate",
+    "clip",
+    "train_top_k",
+    "generic",
+    "randomise",
+    "pack",
+    "checkpointing",
+    "randomise_to",
+    "warmup",
+    "batch_tokens",
+    "evaluate_every",
+    "precision",
+    "regime",
+    "teacher",
+)
+"""Settings that speed: cheap has no use for."""
+
 
 class TrainSettings(BaseModel):
     """Settings of one run; unknown keys and settings without effect are errors.
@@ -168,25 +188,7 @@ class TrainSettings(BaseModel):
             "cache_bytes": self.speed == "full",
         }
         if self.speed == "cheap":
-            only_full = (
-                "lora",
-                "losses",
-                "accumulate",
-                "clip",
-                "train_top_k",
-                "generic",
-                "randomise",
-                "pack",
-                "checkpointing",
-                "randomise_to",
-                "warmup",
-                "batch_tokens",
-                "evaluate_every",
-                "precision",
-                "regime",
-                "teacher",
-            )
-            dead |= dict.fromkeys(only_full, True)
+            dead |= dict.fromkeys(_ONLY_FULL, True)
             if set(self.what) != {"routers"}:
                 raise ValueError("speed: cheap moves routers only; write what: [routers], or speed: full")
         found = [key for key, is_dead in dead.items() if is_dead and key in said]

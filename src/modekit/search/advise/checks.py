@@ -117,8 +117,13 @@ def _remarks(expert: Expert, source: ModelSource, base: ModelSource) -> Iterator
             "none in the base" if ours is None else "another one in the base",
             "if all experts share it, put it into the base model's folder before building; else prompt as each expert knows",
         )
-    if isinstance(source, AdapterSource):
-        return
+    if not isinstance(source, AdapterSource):
+        yield from _remarks_on_model(expert, source, base)
+
+
+def _remarks_on_model(expert: Expert, source: ModelSource, base: ModelSource) -> Iterator[Finding]:
+    """Of a full model: where its settings are not the base's."""
+    name = expert.name
     ends = [model.config.get("eos_token_id") for model in (base, source)]
     if ends[0] != ends[1]:
         yield Finding(
