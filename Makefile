@@ -34,7 +34,7 @@ test-all: $(READY)  ## the tests and the slow ones
 	$(PYTEST) -m "not vllm and not ray and not hostile"
 
 test-hostile: $(READY)  ## every command killed, interrupted, raced, led by links and out of room; half an hour at most
-	timeout 1800 $(PYTEST) -m hostile tests/files
+	timeout 1800 $(PYTEST) -m hostile tests/files tests/demo
 
 test-vllm: $(VLLM)/.ready  ## mixtures in vLLM for processors, 4 GB in an environment of its own; half an hour
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm tests/engines tests/docs

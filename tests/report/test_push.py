@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM
 
 from conftest import Workshop, logits_of
+from kills import changed_paths
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
@@ -76,6 +77,15 @@ def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub:
     pushed = json.loads((hub / "me" / "mine" / "modekit.json").read_text())
     assert [(each["source"], each["was"]) for each in pushed["history"]] == [("./code", None), (None, "./law")]
     assert str(tmp_path) not in json.dumps(pushed) and str(shared_workshop.root) not in json.dumps(pushed)
+
+
+def test_a_push_changes_no_file_so_that_a_kill_leaves_the_mixture_as_it_was(
+    shared_workshop: Workshop, tmp_path: Path, hub: Path
+) -> None:
+    out = made(shared_workshop, tmp_path)
+    write_report(open_checkpoint(out))
+    assert changed_paths(lambda: push(pack(open_checkpoint(out)), "me/mine"), hub)
+    assert not changed_paths(lambda: push(pack(open_checkpoint(out)), "me/mine"), out)
 
 
 def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub: Path) -> None:
