@@ -109,9 +109,14 @@ def run_one_by_one(shop: Workshop, tmp_path: Path, words: Sequence[Sequence[str]
         root = shutil.copytree(shop.root, tmp_path / f"one by one {number}")
         for each in order:
             run_in(root, each)
-        found.append(stable(tree(root)))
+        found.append(outputs(root))
         shutil.rmtree(root)
     return found
+
+
+def outputs(root: Path) -> Tree:
+    """Without the states of a training that was refused in the end: it would go on from them."""
+    return {name: content for name, content in stable(tree(root)).items() if name.partition("/")[0] != "OUT.training"}
 
 
 def run_at_once(shop: Workshop, tmp_path: Path, name: str, races: int) -> None:
@@ -119,8 +124,9 @@ def run_at_once(shop: Workshop, tmp_path: Path, name: str, races: int) -> None:
     wanted = run_one_by_one(shop, tmp_path, words)
     for number in range(races):
         root = shutil.copytree(shop.root, tmp_path / f"at once {number}")
-        if "clean-up" in name:
-            befallen(partial(run_in, root, words[0]), root, 20 + 11 * number, "kill")
+        if "clean-up" in name and not befallen(partial(run_in, root, words[0]), root, 20 + 11 * number, "kill").came:
+            assert number > 3, "the hook saw too little"
+            return  # it had ended before, so that both find somebody's folder
 
         def run(place: int, root: Path = root, pause: float = 0.02 * (number % 8)) -> None:
             time.sleep(pause * place)
@@ -136,8 +142,13 @@ def run_at_once(shop: Workshop, tmp_path: Path, name: str, races: int) -> None:
         assert CRASHED not in codes, number
         assert DONE in codes, f"{number}: nobody got through"
         check_whole(root)
-        assert stable(tree(root)) in wanted, number
+        found = outputs(root)
+        assert found in wanted, f"{number}: {codes} {[_different(found, each) for each in wanted]}"
         shutil.rmtree(root)
+
+
+def _different(one: Tree, other: Tree) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name, "-") != other.get(name, "-"))
 
 
 @pytest.mark.parametrize("name", list(RACES)[:3])
