@@ -21,7 +21,6 @@ import modekit.cli.printing.tasks as tasks
 import modekit.cli.printing.translation as translation
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
-from modekit.cli.printing.figures import three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
 from modekit.demo.translation import TranslatedRow, TranslatedTable
 from modekit.evaluation.results import Results, Row, Score
@@ -31,6 +30,7 @@ from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
+from modekit.files.figures import three_digits, time_of
 from modekit.search.discover.choice import Tried
 from modekit.search.discover.discovery import Discovery, Group
 from modekit.search.discover.serves import Served

@@ -9,10 +9,10 @@ import typer
 from rich.text import Text
 
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.reports import print_parcel
 from modekit.cli.shell import OutFolder, Overwrite, app, resolved
+from modekit.files.figures import bytes_of
 
 
 @app.command()
@@ -36,9 +36,11 @@ def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.card import write_card
 
-    written = write_card(open_checkpoint(resolved(checkpoint)), overwrite=overwrite)
+    opened = open_checkpoint(resolved(checkpoint))
+    written = write_card(opened, overwrite=overwrite)
     print_notes(written.notes)
-    out.print(Text.assemble((", ".join(map(str, written.files)), "bold"), f": license {written.licence}"))
+    paths = ", ".join(str(opened.folder / name) for name in written.contents)
+    out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))
 
 
 @app.command()

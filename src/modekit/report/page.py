@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from modekit.files.figures import bytes_of, count_of
 from modekit.report.drawing import gap_bars, line_chart, scatter_chart
 
 
@@ -44,8 +45,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "lift": lambda value: f"{value:.1f}\u00d7",
     "weight": lambda value: f"{value:+.2f}",
     "count": lambda value: f"{value:,}",
-    "parameters": lambda value: f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.2f}M",
-    "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB",
+    "parameters": lambda value: count_of(int(value)),
+    "bytes": lambda value: bytes_of(int(value)),
     "value": lambda value: f"{value:.3g}",
 }
 """How a figure is written, by what it is."""
