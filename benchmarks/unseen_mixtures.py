@@ -85,8 +85,8 @@ def scored(checkpoint: Checkpoint, domains: Sequence[Domain]) -> Scored:
     losses = losses_of(load_model(checkpoint.folder), domains)
     told = told_apart(checkpoint, domains)
     assert told is not None
-    auroc = {name: row[-1] for name, row in told["auroc"].get("experts over base", {}).items()}
-    return Scored({name: total(texts) for name, texts in losses.items()}, auroc, told["to_base"] or {})
+    auroc = {name: row[-1] for name, row in told.auroc.get("experts over base", {}).items()}
+    return Scored({name: total(texts) for name, texts in losses.items()}, auroc, told.to_base or {})
 
 
 def total(texts: Sequence[torch.Tensor]) -> float:

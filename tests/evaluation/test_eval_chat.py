@@ -148,12 +148,12 @@ def test_a_template_without_a_system_prompt_says_so(shop: Workshop) -> None:
 
 
 def test_inspect_shows_the_prompt_word_by_word(checkpoint: Checkpoint) -> None:
-    said = inspect_text(checkpoint, Said("Be brief", "what is a fever"))
+    said = inspect_text(checkpoint, Said("Be brief", "what is a fever")).model_dump()
     assert said["text"].startswith("<|im_start|>system\nBe brief<|im_end|>") and said["text"].endswith(
         "<|im_start|>assistant\n"
     )
     assert max(zip(said["prompt_end"], checkpoint.names, strict=True))[1] == "medicine"
-    assert "prompt_end" not in inspect_text(checkpoint, "what is a fever")
+    assert inspect_text(checkpoint, "what is a fever").prompt_end is None
 
 
 def test_the_command_line(shop: Workshop, checkpoint: Checkpoint) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from modekit.evaluation.inspection.result import DomainTrace, Inspection
 from modekit.recipes.layers import Layer, order_of
-from modekit.report.inspection_file import Inspection, Sample
 from modekit.sources.family import Family
 
 SAMPLE_BYTES = 900_000
@@ -111,7 +111,7 @@ def samples_of(inspection: Inspection, family: Family) -> dict[str, Any]:
 
     Of a pair `source` says how many tokens stand before the target; of a text it is 0.
     """
-    by_domain: dict[str, list[Sample]] = {}
+    by_domain: dict[str, list[DomainTrace]] = {}
     for sample in inspection.texts:
         by_domain.setdefault(sample.domain, []).append(sample)
     order = [sample for turn in zip_longest(*by_domain.values()) for sample in turn if sample is not None]
@@ -127,7 +127,7 @@ def samples_of(inspection: Inspection, family: Family) -> dict[str, Any]:
     return {"routers": routers, "texts": kept, "left_out": len(order) - len(kept)}
 
 
-def _sample_within(sample: Sample, room: int, inspection: Inspection) -> dict[str, Any] | None:
+def _sample_within(sample: DomainTrace, room: int, inspection: Inspection) -> dict[str, Any] | None:
     """The beginning of a sample that fits; None when that is too short to be worth showing."""
     most = len(sample.tokens)
     while most >= min(_SHORTEST_SAMPLE, len(sample.tokens)) and most:
@@ -139,7 +139,7 @@ def _sample_within(sample: Sample, room: int, inspection: Inspection) -> dict[st
     return None
 
 
-def _source_tokens(sample: Sample) -> int:
+def _source_tokens(sample: DomainTrace) -> int:
     """How many tokens come before the first that is predicted: of a pair those of its source."""
     return next((place for place, token in enumerate(sample.tokens) if token.loss is not None), len(sample.tokens))
 
@@ -148,7 +148,7 @@ def _size(data: object) -> int:
     return len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _sample(sample: Sample, most: int, inspection: Inspection) -> dict[str, Any]:
+def _sample(sample: DomainTrace, most: int, inspection: Inspection) -> dict[str, Any]:
     tokens = [{"text": token.text, "loss": token.loss} for token in sample.tokens[:most]]
     weights = [[[round(1000 * weight) for weight in row] for row in router[:most]] for router in sample.weights]
     without = {expert: sample.without.get(expert) for expert in inspection.experts}
