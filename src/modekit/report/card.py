@@ -74,9 +74,8 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: Record | N
     known, table, problems = facts(sources), _source_table(sources), list[str]()
     values = {**_measured(checkpoint, problems), **_made_of(Checkpoint(checkpoint.folder, shown or checkpoint.record))}
     template = files("modekit.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        data, template_str=template, **values, source_table=table, facts=[plain(fact) for fact in known]
-    )
+    values |= {"source_table": table, "facts": [plain(fact) for fact in known]}
+    card = ModelCard.from_template(data, None, template, **values)
     notes = [*problems, *known]
     if data.base_model is None:
         notes.append("base_model is left out: the sources are folders, and none of them says what it was made from")
