@@ -23,7 +23,7 @@ from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
 from modekit.demo.translation import TranslatedRow, TranslatedTable
-from modekit.evaluation.inspection.result import Inspection, Similarity, ToldApart, Usage
+from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
@@ -181,7 +181,7 @@ def test_tasks(shown: Callable[..., str]) -> None:
     check_whole(shown, [*NAMES, "0.123", "1234"], tasks.print_tasks, found)
 
 
-def inspection_of(experts: list[str], layers: list[int | str], told: ToldApart | None = None) -> Inspection:
+def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetection | None = None) -> Inspection:
     size, routers = len(experts), len(layers)
     weights = [[0.123] * size] * routers
     usage = {"documents": 1, "tokens": 1, "shares": weights, "chosen": weights, "agreement": [0.5] * routers, "loss": 12.345}
@@ -208,7 +208,7 @@ def test_inspect(shown: Callable[..., str]) -> None:
     found = inspection_of(NAMES, [0, 1, 2])
     check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], inspection.print_inspection, Path("OUT"), found)
     scores: dict[str, dict[str, list[float | None]]] = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
-    told = ToldApart(at=[32, 64, 128, 256], auroc=scores, to_base=dict.fromkeys(NAMES, 0.0123))
+    told = UnseenDetection(at=[32, 64, 128, 256], auroc=scores, to_base=dict.fromkeys(NAMES, 0.0123))
     cells = [*NAMES, "experts over base", "0.987", "0.500", "1.000", "256", "1.2%"]
     found = inspection_of(NAMES, [0, 1, 2], told)
     check_whole(shown, cells, inspection.print_inspection, Path("OUT"), found)

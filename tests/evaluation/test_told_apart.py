@@ -19,7 +19,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.text import inspect_text
-from modekit.evaluation.inspection.unseen import auroc, told_apart
+from modekit.evaluation.inspection.unseen import auroc, detect_unseen
 from modekit.evaluation.inspection.words import words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -80,7 +80,7 @@ def test_auroc_of_nothing_is_nothing() -> None:
 
 
 def test_it_is_what_the_model_decides_by(mixture: Checkpoint, domains: list[Domain]) -> None:
-    told = told_apart(mixture, domains)
+    told = detect_unseen(mixture, domains)
     assert told is not None
     leads: dict[str, list[torch.Tensor]] = {}
     for name, logits in logits_of_model(mixture, domains):
@@ -95,7 +95,7 @@ def test_it_is_what_the_model_decides_by(mixture: Checkpoint, domains: list[Doma
 
 
 def test_text_that_is_far_from_all_is_told(mixture: Checkpoint, domains: list[Domain]) -> None:
-    told = told_apart(mixture, domains)
+    told = detect_unseen(mixture, domains)
     assert told is not None and told.auroc["experts over base"]["music"][0] > 0.95
     assert told.to_base["music"] > 0.6 > 0.15 > max(told.to_base[name] for name in ("medicine", "law", "code"))
 
@@ -104,20 +104,20 @@ def test_without_the_base_there_are_the_scores_that_need_none(shop: Workshop) ->
     experts = shop.recipe["experts"][:3]
     folder = shop.build("THREE", experts=experts, mixture={"router": {"fit": "lexical"}})
     checkpoint = open_checkpoint(folder)
-    told = told_apart(checkpoint, held_out_domains(checkpoint, **SMALL))
+    told = detect_unseen(checkpoint, held_out_domains(checkpoint, **SMALL))
     assert told is not None and told.to_base is None
     assert set(told.auroc) == {"largest probability", "entropy", "energy"}
 
 
 def test_a_router_that_reads_hidden_states_has_none(shop: Workshop) -> None:
     checkpoint = open_checkpoint(shop.build("HIDDEN", mixture={"router": {"fit": "random"}}))
-    assert told_apart(checkpoint, held_out_domains(checkpoint, **SMALL)) is None
+    assert detect_unseen(checkpoint, held_out_domains(checkpoint, **SMALL)) is None
     assert inspect_text(checkpoint, "fever artery").scores is None
 
 
 def test_inspect_and_report_show_it(mixture: Checkpoint, domains: list[Domain], tmp_path: Path) -> None:
     data = inspect(mixture, **SMALL)
-    told = told_apart(mixture, domains)
+    told = detect_unseen(mixture, domains)
     assert told is not None and data.told_apart.to_base["music"] == pytest.approx(told.to_base["music"], rel=1e-5)
     shown = run("inspect", mixture.folder, "--tokens", "400", "--sequence-length", "64")
     assert "AUROC: the domains' text against music" in shown and "Tokens on which the base leads" in shown

@@ -19,7 +19,7 @@ from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
-    from modekit.evaluation.inspection.text import Said
+    from modekit.evaluation.inspection.text import UserMessage
 
 _OPTIONS = ("--text", "--text-file", "--chat", "--system", "--layer")
 
@@ -35,24 +35,24 @@ class TextOptions:
     layer: Annotated[int | None, typer.Option(min=0, help="Only the routers of this layer (with a text).")] = None
 
     def given(self) -> list[str]:
-        """Those that were given."""
+        """The options that were given."""
         values = [self.text, self.text_file, self.chat or None, self.system, self.layer]
         return [option for option, value in zip(_OPTIONS, values, strict=True) if value is not None]
 
-    def read(self) -> str | Said | None:
-        """The text, or what a user says in a chat; None without one. Raises ModekitError, TextError."""
-        from modekit.evaluation.inspection.text import STDIN, Said, read_text
+    def read(self) -> str | UserMessage | None:
+        """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
+        from modekit.evaluation.inspection.text import STDIN, UserMessage, read_text
 
         if self.text is not None and self.text_file is not None:
             raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
         if self.system is not None and not self.chat:
-            raise ModekitError("it has an effect in a chat only", where="--system", remedy="add --chat, or leave it out")
+            raise ModekitError("this option needs --chat", where="--system", remedy="add --chat, or leave it out")
         if self.text is None and self.text_file is None:
             for option in self.given():
-                raise ModekitError("it has an effect with a text only", where=option, remedy="add --text, or leave it out")
+                raise ModekitError("this option needs a text", where=option, remedy="add --text, or leave it out")
             return None
         text = read_text(self.text_file) if self.text is None or self.text == STDIN else self.text
-        return Said(self.system, text) if self.chat else text
+        return UserMessage(self.system, text) if self.chat else text
 
 
 @app.command()
@@ -65,7 +65,7 @@ def inspect(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
+    """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.checkpoint.pairs import refuse_pairs
     from modekit.evaluation.inspection.inspect import inspect

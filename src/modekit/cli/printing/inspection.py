@@ -22,7 +22,7 @@ from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.recipes.layers import order_of
 
 if TYPE_CHECKING:
-    from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenWeight, ToldApart, TopToken
+    from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenWeight, TopToken, UnseenDetection
     from modekit.evaluation.inspection.words import Word
 
 _MOST_WORDS = 200
@@ -66,7 +66,7 @@ def print_inspection(folder: Path, found: Inspection) -> None:
         out.print("\nTokens that speak most for each expert, by the router's own table.")
         _print_tokens(found.evidence)
     if found.told_apart is not None:
-        _print_told_apart(found.told_apart)
+        _print_unseen(found.told_apart)
     print_notes(found.notes)
     out.print(Text(f"{folder}: inspect.json", style="dim"))
 
@@ -117,7 +117,7 @@ def _print_tokens(of_experts: Mapping[str, Sequence[TopToken] | Sequence[TokenWe
         out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
 
 
-def _print_told_apart(found: ToldApart) -> None:
+def _print_unseen(found: UnseenDetection) -> None:
     """How well running scores tell each unseen domain from the domains, and where the base leads."""
     for name in next(iter(found.auroc.values())):
         out.print(Text(f"\nAUROC: the domains' text against {name}, by the router's running score after so many tokens."))

@@ -37,7 +37,7 @@ from modekit.evaluation.inspection.result import (
 )
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
-from modekit.evaluation.inspection.unseen import told_apart
+from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
@@ -97,7 +97,7 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
         similarity=alike,
         top_tokens=top.by_expert(tokenizer, checkpoint.names),
         evidence=None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
-        told_apart=told_apart(checkpoint, domains),
+        told_apart=detect_unseen(checkpoint, domains),
         texts=shown,
         notes=[*_notes(checkpoint), *_notes_on_pairs(domains, samples), *alike.notes],
     )

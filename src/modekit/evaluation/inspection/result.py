@@ -146,7 +146,7 @@ class TokenWeight(Data):
     weight: Figure
 
 
-class ToldApart(Data):
+class UnseenDetection(Data):
     """How well running scores tell text of the domains from that of unseen ones (inspection/unseen.py).
 
     Attributes:
@@ -160,7 +160,7 @@ class ToldApart(Data):
     to_base: dict[str, Share] | None
 
     @model_validator(mode="after")
-    def _one_for_each(self) -> ToldApart:
+    def _one_for_each(self) -> UnseenDetection:
         if any(len(row) != len(self.at) for rows in self.auroc.values() for row in rows.values()):
             raise ValueError("told_apart.auroc has not a number for each of told_apart.at")
         return self
@@ -186,7 +186,7 @@ class Inspection(Data):
     similarity: Similarity | None
     top_tokens: dict[str, list[TopToken]]
     evidence: dict[str, list[TokenWeight]] | None = None
-    told_apart: ToldApart | None = None
+    told_apart: UnseenDetection | None = None
     texts: list[DomainTrace]
     notes: list[str]
 

@@ -60,8 +60,8 @@ def read_text(path: Path | None) -> str:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a user says in a chat, under a system prompt, or that of the template."""
+class UserMessage:
+    """A user's message in a chat; without a system prompt the template has its own."""
 
     system: str | None
     text: str
@@ -69,7 +69,7 @@ class Said:
 
 def inspect_text(
     checkpoint: Checkpoint,
-    text: str | Said,
+    text: str | UserMessage,
     *,
     layer: int | None = None,
     sequence_length: int = 512,
@@ -110,7 +110,7 @@ def inspect_text(
             tokens=[TokenLoss(text=token, loss=loss) for token, loss in zip(texts, per_token, strict=True)],
             weights=read.weights_RTE.tolist(),
             scores=_scores(checkpoint, windows),
-            prompt_end=read.weights_RTE[:, -1].mean(0).tolist() if isinstance(text, Said) else None,
+            prompt_end=read.weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
             without=named_changes(checkpoint, changes_EN.sum(1) / scored),
             notes=_notes(len(windows), length, detailed, without_base),
         )
@@ -162,9 +162,9 @@ def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[
     return kept
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list[int], list[str]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:
     """Token ids, and the text that belongs to each."""
-    written = _in_template(tokenizer, text) if isinstance(text, Said) else text
+    written = _in_template(tokenizer, text) if isinstance(text, UserMessage) else text
     clean = written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
     encoded: Any = {}
     if clean.strip():
@@ -180,7 +180,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: str | Said, length: int) -> tuple[list[TokenSequence], list[str], int]:
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, text: str | UserMessage, length: int
+) -> tuple[list[TokenSequence], list[str], int]:
     """Windows as `encode` cuts a document, each with the tag that the text begins with, if it does; the text of every token of
     them; and how many one has at most.
     """
@@ -205,7 +207,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str | Said, length: int) 
     return windows, shown, length
 
 
-def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:
+def _in_template(tokenizer: PreTrainedTokenizerBase, said: UserMessage) -> str:
     above = [] if said.system is None else [message_of("system", said.system)]
     return needed_template(tokenizer, "--chat").text([*above, message_of("user", said.text)], answer=True)
 

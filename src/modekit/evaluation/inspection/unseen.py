@@ -11,7 +11,7 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.inspection.result import ToldApart
+from modekit.evaluation.inspection.result import UnseenDetection
 from modekit.recipes.recipe import place_of_base
 from modekit.routing.running_logits import RunningLogits
 from modekit.routing.text_router import reads_tokens
@@ -30,7 +30,7 @@ def scores_of(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> lis
     return [dict(running_scores(logits(sequence.ids), base)) for sequence in sequences]
 
 
-def told_apart(checkpoint: Checkpoint, domains: Sequence[Domain]) -> ToldApart | None:
+def detect_unseen(checkpoint: Checkpoint, domains: Sequence[Domain]) -> UnseenDetection | None:
     """AUROC of the domains' text against that of each unseen domain, and where the base leads; None where the router reads more
     than tokens, and of pairs, where it decides by the whole source.
 
@@ -49,7 +49,7 @@ def told_apart(checkpoint: Checkpoint, domains: Sequence[Domain]) -> ToldApart |
     decides = place_of_base(experts) is not None
     names = SCORES if decides else [name for name in SCORES if name != DECIDES]
     unseen = [domain.name for domain in domains if domain.expert is None]
-    return ToldApart(
+    return UnseenDetection(
         at=list(AT),
         auroc={
             name: {other: [auroc(_after(seen, name, at), _after(found[other], name, at)) for at in AT] for other in unseen}
