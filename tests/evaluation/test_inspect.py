@@ -26,9 +26,10 @@ from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.cli.shell import main
+from modekit.errors import CheckpointError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.inspection.result import Inspection, TextTrace
+from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.inspection.tokens import split_text, token_texts
@@ -491,6 +492,13 @@ def test_a_single_expert_cannot_be_left_out(shared_workshop: Workshop, tmp_path:
     assert entry["without"] == {} and entry["named"] is None and "one expert" in data["notes"][0]
     printing_module.print_inspection(Path("OUT"), Inspection.model_validate(data))
     printing_module.print_trace(inspect_text(checkpoint, "fever and dose"))
+
+
+def test_figures_that_are_not_finite_are_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    with pytest.raises(CheckpointError, match="not finite") as refused, only_figures(checkpoint):
+        TokenLoss(text="a", loss=math.nan)
+    assert "modekit verify" in str(refused.value)
 
 
 # One text.

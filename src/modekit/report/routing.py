@@ -26,21 +26,15 @@ def routing_of(inspection: Inspection) -> dict[str, object]:
     for name in every:
         usage = inspection.per_domain[name]
         per_domain[name] = {
-            "expert": usage.expert,
-            "documents": usage.documents,
-            "tokens": usage.tokens,
-            "loss": usage.loss,
+            **usage.model_dump(include={"expert", "documents", "tokens", "loss", "named"}),
             "shares": _gathered(usage.shares, groups),
             "mean_share": _mean_row(usage.shares),
             "agreement": _mean(usage.agreement),
             "entropy": _mean(usage.entropy),
             "without": {expert: usage.without.get(expert) for expert in inspection.experts},
-            "named": usage.named,
         }
     return {
-        "experts": inspection.experts,
-        "domains": inspection.domains,
-        "unseen": inspection.unseen,
+        **inspection.model_dump(include={"experts", "domains", "unseen", "similarity", "told_apart", "notes"}),
         "rows": [_label(inspection, group) for group in groups],
         "per_domain": per_domain,
         "utilisation": _gathered(inspection.utilisation, groups),
@@ -50,11 +44,8 @@ def routing_of(inspection: Inspection) -> dict[str, object]:
             for dead in inspection.dead
             if 0 <= dead.router < len(inspection.routers)
         ],
-        "similarity": inspection.similarity,
         "top_tokens": {name: inspection.top_tokens.get(name, [])[:12] for name in inspection.experts},
         "evidence": evidence and {name: evidence.get(name, [])[:12] for name in inspection.experts},
-        "told_apart": inspection.told_apart,
-        "notes": inspection.notes,
     }
 
 
