@@ -26,7 +26,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.inspection.unseen import told_apart
+from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
@@ -83,10 +83,10 @@ def texts_of(checkpoint: Checkpoint, wheels: Path) -> list[Domain]:
 
 def scored(checkpoint: Checkpoint, domains: Sequence[Domain]) -> Scored:
     losses = losses_of(load_model(checkpoint.folder), domains)
-    told = told_apart(checkpoint, domains)
+    told = detect_unseen(checkpoint, domains)
     assert told is not None
-    auroc = {name: row[-1] for name, row in told["auroc"].get("experts over base", {}).items()}
-    return Scored({name: total(texts) for name, texts in losses.items()}, auroc, told["to_base"] or {})
+    auroc = {name: row[-1] for name, row in told.auroc.get("experts over base", {}).items()}
+    return Scored({name: total(texts) for name, texts in losses.items()}, auroc, told.to_base or {})
 
 
 def total(texts: Sequence[torch.Tensor]) -> float:

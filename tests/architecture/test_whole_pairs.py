@@ -421,7 +421,7 @@ def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop,
     for domain, score in rows["oracle"].scores.items():
         assert score.loss == pytest.approx(rows[domain].scores[domain].loss, rel=1e-4)
         assert score.loss == pytest.approx(rows["mixture"].scores[domain].loss, rel=1e-4) or not by_tokens
-    assert not any("no longer where" in note for note in inspect(checkpoint, **SMALL)["notes"])
+    assert not any("no longer where" in note for note in inspect(checkpoint, **SMALL).notes)
 
 
 def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:

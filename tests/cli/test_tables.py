@@ -21,9 +21,9 @@ import modekit.cli.printing.tasks as tasks
 import modekit.cli.printing.translation as translation
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
-from modekit.cli.printing.figures import three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
 from modekit.demo.translation import TranslatedRow, TranslatedTable
+from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
@@ -31,6 +31,8 @@ from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
+from modekit.files.figures import three_digits, time_of
+from modekit.planning.slot import RouterPosition
 from modekit.search.discover.choice import Tried
 from modekit.search.discover.discovery import Discovery, Group
 from modekit.search.discover.serves import Served
@@ -179,63 +181,43 @@ def test_tasks(shown: Callable[..., str]) -> None:
     check_whole(shown, [*NAMES, "0.123", "1234"], tasks.print_tasks, found)
 
 
+def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetection | None = None) -> Inspection:
+    size, routers = len(experts), len(layers)
+    weights = [[0.123] * size] * routers
+    usage = {"documents": 1, "tokens": 1, "shares": weights, "chosen": weights, "agreement": [0.5] * routers, "loss": 12.345}
+    usage |= {"entropy": [1.25] * routers, "named": 0.1, "without": dict.fromkeys(experts, 0.456)}
+    return Inspection(
+        checkpoint={},
+        experts=experts,
+        domains=experts,
+        unseen=[],
+        routers=[RouterPosition("gate", layer, "mlp") for layer in layers],
+        top_k=1,
+        per_domain={name: Usage.model_validate({**usage, "expert": name}) for name in experts},
+        utilisation=weights,
+        dead=[],
+        similarity=Similarity(experts=[[0.789] * size] * size, of="weights"),
+        top_tokens={},
+        told_apart=told,
+        texts=[],
+        notes=[],
+    )
+
+
 def test_inspect(shown: Callable[..., str]) -> None:
-    size = len(NAMES)
-    weights = [[0.123] * size] * 3
-    entry = {
-        "shares": weights,
-        "chosen": weights,
-        "agreement": [0.5] * 3,
-        "entropy": [1.25] * 3,
-        "loss": 12.345,
-        "named": 0.1,
-        "without": dict.fromkeys(NAMES, 0.456),
-    }
-    data = {
-        "experts": NAMES,
-        "per_domain": {name: {**entry, "expert": name} for name in NAMES},
-        "unseen": [],
-        "domains": NAMES,
-        "utilisation": weights,
-        "routers": [{"layer": layer, "module": "mlp"} for layer in range(3)],
-        "dead": [],
-        "similarity": {"of": "weights", "experts": [[0.789] * size] * size},
-        "notes": [],
-        "top_tokens": {},
-    }
-    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], lambda: inspection.print_inspection(Some(), data))
-    scores = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
-    told = {"at": [32, 64, 128, 256], "auroc": scores, "to_base": dict.fromkeys(NAMES, 0.0123)}
+    found = inspection_of(NAMES, [0, 1, 2])
+    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], inspection.print_inspection, Path("OUT"), found)
+    scores: dict[str, dict[str, list[float | None]]] = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
+    told = UnseenDetection(at=[32, 64, 128, 256], auroc=scores, to_base=dict.fromkeys(NAMES, 0.0123))
     cells = [*NAMES, "experts over base", "0.987", "0.500", "1.000", "256", "1.2%"]
-    check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "told_apart": told}))
+    found = inspection_of(NAMES, [0, 1, 2], told)
+    check_whole(shown, cells, inspection.print_inspection, Path("OUT"), found)
 
 
 def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
-    layers = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
-    entry = {
-        "shares": [[1.0]] * 3,
-        "chosen": [[1.0]] * 3,
-        "agreement": [0.5] * 3,
-        "entropy": [1.25] * 3,
-        "loss": 1.0,
-        "named": 0.1,
-        "without": {},
-        "expert": "law",
-    }
-    data = {
-        "experts": ["law"],
-        "per_domain": {"law": entry},
-        "unseen": [],
-        "domains": ["law"],
-        "utilisation": [[1.0]] * 3,
-        "routers": [{"layer": layer, "module": "fc1"} for layer in layers],
-        "dead": [],
-        "notes": [],
-        "top_tokens": {},
-        "similarity": {"of": "weights", "experts": [[1.0]]},
-    }
-    said = shown(None, inspection.print_inspection, Path("OUT"), data)
-    places = [said.index(layer) for layer in layers]
+    layers: list[int | str] = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
+    said = shown(None, inspection.print_inspection, Path("OUT"), inspection_of(["law"], layers))
+    places = [said.index(str(layer)) for layer in layers]
     assert places == sorted(places)
 
 

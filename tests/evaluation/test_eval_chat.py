@@ -16,7 +16,7 @@ from modekit.errors import TextError
 from modekit.evaluation import chat
 from modekit.evaluation.chat import CHANGE, GREETINGS, SMALL_TALK, ChatResults, evaluate_chat
 from modekit.evaluation.domains import held_out_texts
-from modekit.evaluation.inspection.text import Said, inspect_text
+from modekit.evaluation.inspection.text import UserMessage, inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.chat import ChatTemplate, Conversation
 from modekit.text.small_talk import SMALL_TALK as FITTED
@@ -132,7 +132,7 @@ def test_without_a_template_there_is_no_chat(shared_workshop: Workshop) -> None:
     with pytest.raises(TextError, match="messages need a chat template"):
         evaluate_chat(plain)
     with pytest.raises(TextError, match="messages need a chat template"):
-        inspect_text(plain, Said(None, "what is fever"))
+        inspect_text(plain, UserMessage(None, "what is fever"))
 
 
 def test_a_template_without_a_system_prompt_says_so(shop: Workshop) -> None:
@@ -148,12 +148,12 @@ def test_a_template_without_a_system_prompt_says_so(shop: Workshop) -> None:
 
 
 def test_inspect_shows_the_prompt_word_by_word(checkpoint: Checkpoint) -> None:
-    said = inspect_text(checkpoint, Said("Be brief", "what is a fever"))
+    said = inspect_text(checkpoint, UserMessage("Be brief", "what is a fever")).model_dump()
     assert said["text"].startswith("<|im_start|>system\nBe brief<|im_end|>") and said["text"].endswith(
         "<|im_start|>assistant\n"
     )
     assert max(zip(said["prompt_end"], checkpoint.names, strict=True))[1] == "medicine"
-    assert "prompt_end" not in inspect_text(checkpoint, "what is a fever")
+    assert inspect_text(checkpoint, "what is a fever").prompt_end is None
 
 
 def test_the_command_line(shop: Workshop, checkpoint: Checkpoint) -> None:

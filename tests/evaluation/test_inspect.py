@@ -26,8 +26,10 @@ from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.cli.shell import main
+from modekit.errors import CheckpointError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.inspection.tokens import split_text, token_texts
@@ -137,7 +139,7 @@ def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_pat
     """Of the modekit architecture, whose modules keep what they used; every way to decide."""
     for name in ("token", "gating", "top_p", "context", "ngram", "always on", "always base", "feature", "linear"):
         checkpoint = built(shared_workshop, tmp_path, name)
-        data = inspect_text(checkpoint, "fever dose breach", layer=None)
+        data = inspect_text(checkpoint, "fever dose breach", layer=None).model_dump()
         model = load_model(checkpoint.folder)
         ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)("fever dose breach")["input_ids"]])
         with torch.inference_mode():
@@ -211,7 +213,7 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
 def test_a_lexical_router_shows_its_table(shared_workshop: Workshop, tmp_path: Path, output: dict[str, Any]) -> None:
     mixture = {"method": "routing", "router": {"fit": "lexical"}}
     checkpoint = open_checkpoint(borrow(shared_workshop, tmp_path).build(mixture=mixture, **output))
-    data = inspect(checkpoint, **SMALL)
+    data = inspect(checkpoint, **SMALL).model_dump()
     check_schema(data, checkpoint)
     assert list(data["evidence"]) == list(DOMAINS)
     for name, tokens in data["evidence"].items():
@@ -227,7 +229,7 @@ def test_every_mixture_is_inspected(shared_workshop: Workshop, tmp_path: Path, n
     poetry = tmp_path / "poetry.jsonl"
     poetry.write_text(json.dumps({"text": "a rose is a rose is a rose"}))
     checkpoint = built(shared_workshop, tmp_path, name, eval={"poetry": str(poetry)})
-    data = inspect(checkpoint, **SMALL)
+    data = inspect(checkpoint, **SMALL).model_dump()
     check_schema(data, checkpoint)
     assert data["domains"] == list(DOMAINS) and data["unseen"] == ["poetry"]
     total = 0.8 if name == "always base" else 1.0
@@ -255,7 +257,7 @@ def test_where_routers_stand(shared_workshop: Workshop, tmp_path: Path) -> None:
 
 def test_losses_are_those_of_eval(shared_workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = built(shared_workshop, tmp_path, "context")
-    data, results = inspect(checkpoint, **SMALL), evaluate(checkpoint, **SMALL, write=False)
+    data, results = inspect(checkpoint, **SMALL).model_dump(), evaluate(checkpoint, **SMALL, write=False)
     for name, entry in data["per_domain"].items():
         assert entry["loss"] == pytest.approx(results.row("mixture").scores[name].loss, rel=1e-5)
         assert entry["tokens"] == results.text[name]["tokens"]
@@ -266,7 +268,7 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
     checkpoint = built(shared_workshop, tmp_path, "ngram")
     plant(checkpoint, [[0.0] * 512, [500.0] * 512, [0.0] * 512])
     checkpoint = open_with_any_router(checkpoint.folder)
-    data = inspect(checkpoint, **SMALL)
+    data = inspect(checkpoint, **SMALL).model_dump()
     assert data["utilisation"] == [[0, 1, 0]]
     assert data["dead"] == [{"router": 0, "expert": "medicine"}, {"router": 0, "expert": "code"}]
     forced, domain_losses = load_model(checkpoint.folder), {}
@@ -288,7 +290,7 @@ def test_a_gate_of_zeros_weighs_all_alike(shared_workshop: Workshop, tmp_path: P
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 3, "router": RANDOM}))
     assert checkpoint.shape.plain
     plant(checkpoint, [])
-    data = inspect(checkpoint, **SMALL)
+    data = inspect(checkpoint, **SMALL).model_dump()
     for entry in data["per_domain"].values():
         for shares, chosen in zip(entry["shares"], entry["chosen"], strict=True):
             assert shares == pytest.approx([1 / 3] * 3, abs=1e-6) and chosen == [1, 1, 1]
@@ -300,7 +302,7 @@ def test_a_gate_of_zeros_weighs_all_alike(shared_workshop: Workshop, tmp_path: P
 def test_a_text_names_the_expert_it_misses_most(shared_workshop: Workshop, tmp_path: Path) -> None:
     """`named` per domain, against one pass per text."""
     checkpoint = built(shared_workshop, tmp_path, "native")
-    data, model = inspect(checkpoint, **SMALL), load_model(checkpoint.folder)
+    data, model = inspect(checkpoint, **SMALL).model_dump(), load_model(checkpoint.folder)
 
     def loss(ids: tuple[int, ...]) -> float:
         tensor = torch.tensor([ids])
@@ -327,9 +329,9 @@ def test_copies_are_alike_and_none_is_missed(shared_workshop: Workshop, tmp_path
     ]
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 4, "router": RANDOM}))
     cosines = similarity(checkpoint).experts
-    assert cosines.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert cosines == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     workshop.recipe["experts"] = workshop.recipe["experts"][:2]
-    data = inspect(open_checkpoint(workshop.build(mixture={"method": "routing", "router": RANDOM})), **SMALL)
+    data = inspect(open_checkpoint(workshop.build(mixture={"method": "routing", "router": RANDOM})), **SMALL).model_dump()
     for entry in data["per_domain"].values():
         assert all(abs(change) < 1e-5 for change in entry["without"].values())
 
@@ -351,7 +353,9 @@ def test_similarity_of_native_experts(tmp_path: Path, model_type: str, overrides
     if not base_is_there:
         (tmp_path / "base").rename(tmp_path / "gone")
     found = similarity(checkpoint)
-    torch.testing.assert_close(torch.tensor(found.experts), (expected @ expected.T).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(found.experts, dtype=torch.float64), (expected @ expected.T).double(), atol=1e-5, rtol=0
+    )
     assert ("own tensors" in found.of) == ("no longer" in " ".join(found.notes)) == (not base_is_there)
 
 
@@ -427,7 +431,7 @@ def test_similarity_of_low_rank_whole_and_unchanged_experts(
     matrix = torch.nn.functional.normalize(torch.stack([torch.cat(each) for each in changes]), dim=-1)
     expected = matrix @ matrix.T
     expected[3, 3] = 1
-    found = torch.tensor(similarity(checkpoint).experts)
+    found = torch.tensor(similarity(checkpoint).experts, dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert found[0, 4] == pytest.approx(1.0, abs=1e-9) and abs(float(found[0, 1])) > 1e-3
 
@@ -437,14 +441,14 @@ def test_padding_and_the_order_of_batches_change_nothing(
 ) -> None:
     for name in ("native", "context", "ngram", "feature"):
         checkpoint = built(shared_workshop, tmp_path, name)
-        together = inspect(checkpoint, **SMALL)
+        together = inspect(checkpoint, **SMALL).model_dump()
 
         def one_by_one(sequences: Any, *, tokens: int) -> Iterator[Any]:
             yield from reversed(list(make_batches(sequences, tokens=1)))
 
         with monkeypatch.context() as patched:
             patched.setattr(passes_module, "make_batches", one_by_one)
-            alone = inspect(checkpoint, **SMALL)
+            alone = inspect(checkpoint, **SMALL).model_dump()
         assert_alike(together, alone)
 
 
@@ -483,11 +487,18 @@ def test_a_single_expert_cannot_be_left_out(shared_workshop: Workshop, tmp_path:
     workshop = borrow(shared_workshop, tmp_path)
     workshop.recipe["experts"] = workshop.recipe["experts"][:1]
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": RANDOM}))
-    data = inspect(checkpoint, **SMALL)
+    data = inspect(checkpoint, **SMALL).model_dump()
     (entry,) = data["per_domain"].values()
     assert entry["without"] == {} and entry["named"] is None and "one expert" in data["notes"][0]
-    printing_module.print_inspection(Path("OUT"), data)
+    printing_module.print_inspection(Path("OUT"), Inspection.model_validate(data))
     printing_module.print_trace(inspect_text(checkpoint, "fever and dose"))
+
+
+def test_figures_that_are_not_finite_are_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = built(shared_workshop, tmp_path, "native")
+    with pytest.raises(CheckpointError, match="not finite") as refused, only_figures(checkpoint):
+        TokenLoss(text="a", loss=math.nan)
+    assert "modekit verify" in str(refused.value)
 
 
 # One text.
@@ -496,7 +507,7 @@ def test_a_single_expert_cannot_be_left_out(shared_workshop: Workshop, tmp_path:
 def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = built(shared_workshop, tmp_path, "native")
     text = "fever artery, breach\nof clause"
-    trace = inspect_text(checkpoint, text)
+    trace = inspect_text(checkpoint, text).model_dump()
     assert trace["text"] == text == "".join(token["text"] for token in trace["tokens"])
     model, ids = load_model(checkpoint.folder), torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)(text).input_ids])
     losses = torch.nn.functional.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:], reduction="none")
@@ -508,40 +519,40 @@ def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: 
     base = load_model(checkpoint.recipe_root / checkpoint.record.recipe.base_model)
     expected = torch.nn.functional.cross_entropy(logits_of(base, ids)[0, :-1], ids[0, 1:])
     assert trace["base_loss"] == pytest.approx(float(expected), rel=1e-5)
-    one = inspect_text(checkpoint, text, layer=1)
+    one = inspect_text(checkpoint, text, layer=1).model_dump()
     assert one["weights"] == trace["weights"][1:2] and [router["layer"] for router in one["routers"]] == [1]
 
 
 def test_words_are_the_text_between_spaces(shared_workshop: Workshop, tmp_path: Path) -> None:
-    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "fever  dose x")
-    words, more = words_of(trace, 10)
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "fever  dose x").model_dump()
+    words, more = words_of(TextTrace.model_validate(trace), 10)
     assert [word.text for word in words] == ["fever", "dose", "x"] and not more
     places = [5, 6, 7, 8, 9, 10]  # two spaces and the letters of dose
     assert words[1].loss == pytest.approx(sum(trace["tokens"][place]["loss"] for place in places), rel=1e-5)
     mean = sum(trace["weights"][router][place][1] for router in range(3) for place in places) / 18
     assert words[1].weights_E[1] == pytest.approx(mean, rel=1e-4)
-    assert words_of(trace, 2)[1] and len(words_of(trace, 2)[0]) == 2
+    assert words_of(TextTrace.model_validate(trace), 2)[1] and len(words_of(TextTrace.model_validate(trace), 2)[0]) == 2
 
 
 def test_a_text_longer_than_the_models_positions_is_read_in_windows(shared_workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = built(shared_workshop, tmp_path, "context")
     text = ("fever artery dose " * 60)[: 128 * 6 + 1]  # the last token stands alone
-    trace = inspect_text(checkpoint, text)
+    trace = inspect_text(checkpoint, text).model_dump()
     assert trace["windows"] == math.ceil(len(trace["tokens"]) / 128) > 5 and "windows of up to 128" in trace["notes"][0]
     assert [place for place, token in enumerate(trace["tokens"]) if token["loss"] is None] == list(
         range(0, len(trace["tokens"]), 128)
     )
     assert [len(router) for router in trace["weights"]] == [len(trace["tokens"])] * 3
-    alone = inspect_text(checkpoint, "".join(token["text"] for token in trace["tokens"][128:256]))
+    alone = inspect_text(checkpoint, "".join(token["text"] for token in trace["tokens"][128:256])).model_dump()
     assert trace["weights"][2][128:256] == [pytest.approx(row, abs=1e-5) for row in alone["weights"][2]]
 
 
 def test_a_very_long_text_keeps_means_only_and_prints_its_beginning(shared_workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = built(shared_workshop, tmp_path, "native")
     text = "the patient " * 600
-    trace = inspect_text(checkpoint, text)
+    trace = inspect_text(checkpoint, text).model_dump()
     assert len(trace["tokens"]) == 7200 and [len(router) for router in trace["weights"]] == [7200]
-    short = inspect_text(checkpoint, text[:128])
+    short = inspect_text(checkpoint, text[:128]).model_dump()
     means = torch.tensor(short["weights"]).mean(0)
     torch.testing.assert_close(torch.tensor(trace["weights"][0][:128]), means, atol=1e-5, rtol=0)
     shown = drawn(trace)
@@ -552,7 +563,7 @@ def drawn(trace: dict[str, Any], **options: Any) -> str:
     """What the terminal gets."""
     stream = io.StringIO()
     with patch.object(printing_module, "out", Console(file=stream, width=100, **options)):
-        printing_module.print_trace(trace)
+        printing_module.print_trace(TextTrace.model_validate(trace))
     return stream.getvalue()
 
 
@@ -560,7 +571,7 @@ HOSTILE = "fever [bold red]x[/] \x1b[31mred\x1b[0m [link=http://x]y[/link] \x07 
 
 
 def test_a_text_is_drawn_and_not_obeyed(shared_workshop: Workshop, tmp_path: Path) -> None:
-    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "abc def")
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "abc def").model_dump()
     words = HOSTILE.split(" ")
     trace["tokens"] = [{"text": f" {word}", "loss": 1.0} for word in words]
     trace["weights"] = [[[0.1, 0.9, 0.0]] * len(words)] * 3
@@ -582,7 +593,7 @@ def test_a_text_is_drawn_and_not_obeyed(shared_workshop: Workshop, tmp_path: Pat
 
 
 def test_without_colour_the_text_can_still_be_read(shared_workshop: Workshop, tmp_path: Path) -> None:
-    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "fever dose")
+    trace = inspect_text(built(shared_workshop, tmp_path, "native"), "fever dose").model_dump()
     shown = drawn(trace, force_terminal=True, color_system="truecolor", no_color=True)
     assert "48;2" not in shown and "A medicine" in shown and "Below each word" in shown
 
@@ -609,7 +620,7 @@ def test_a_text_of_no_domain_is_said_to_be_one(shared_workshop: Workshop, tmp_pa
     workshop = borrow(shared_workshop, tmp_path)
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 3, "router": RANDOM}))
     plant(checkpoint, [])
-    trace = inspect_text(checkpoint, "zzz qqq xxx")
+    trace = inspect_text(checkpoint, "zzz qqq xxx").model_dump()
     assert trace["entropy"] == pytest.approx(math.log(3), abs=1e-5)
     assert "routers are unsure" in drawn(trace)
     assert "without any expert" in drawn({**trace, "base_loss": trace["loss"]})
@@ -646,12 +657,12 @@ def test_the_command_prints_tables(shared_workshop: Workshop, tmp_path: Path) ->
 
 
 def test_a_narrow_terminal_gets_every_number(shared_workshop: Workshop, tmp_path: Path) -> None:
-    data = inspect(built(shared_workshop, tmp_path, "native"), **SMALL)
+    data = inspect(built(shared_workshop, tmp_path, "native"), **SMALL).model_dump()
     shown = []
     for width in (40, 200):
         stream = io.StringIO()
         with patch.object(printing_module, "out", Console(file=stream, width=width)):
-            printing_module.print_inspection(Path("OUT"), data)
+            printing_module.print_inspection(Path("OUT"), Inspection.model_validate(data))
         shown.append(sorted(cell for cell in stream.getvalue().replace("\n", " ").split(" ") if "0." in cell))
     assert shown[0] == shown[1] and len(shown[0]) == 48
 
@@ -697,7 +708,7 @@ def test_a_text_in_no_domains_language_is_said_to_be_so(shared_workshop: Worksho
     text = "Сегодня идёт дождь, 今日は雨です. Il était une fois"
     checkpoint = built(shared_workshop, tmp_path, "native")
     plant(checkpoint, [])
-    trace = inspect_text(open_with_any_router(checkpoint.folder), text)
+    trace = inspect_text(open_with_any_router(checkpoint.folder), text).model_dump()
     assert "The routers are unsure" in drawn(trace)
     assert {round(weight, 4) for router in trace["weights"] for row in router for weight in row} == {0.0, 0.5}
     trace["entropy"] = 0.1  # as gates that are sure would have it
@@ -707,6 +718,6 @@ def test_a_text_in_no_domains_language_is_said_to_be_so(shared_workshop: Worksho
 @pytest.mark.slow
 def test_a_hundred_thousand_words(shared_workshop: Workshop, tmp_path: Path) -> None:
     checkpoint = built(shared_workshop, tmp_path, "native")
-    trace = inspect_text(checkpoint, "a fever " * 50_000)
+    trace = inspect_text(checkpoint, "a fever " * 50_000).model_dump()
     assert len(trace["tokens"]) == 400_000 and all(len(router) == 400_000 for router in trace["weights"])
     assert len(drawn(trace)) < 8_000

@@ -201,10 +201,10 @@ def test_a_page_and_older_files_are_read(checkpoint: Checkpoint) -> None:
     page = make_page(make_content(checkpoint))
     assert 'scope="row">mixture, right label<' in page and "a label against none, mean over the domains" in page
     assert "| mixture, wrong label |" in (file.with_suffix(".md")).read_text()
-    assert make_content(checkpoint)["translation"]["rows"][-1]["kind"] == "label"
+    assert make_content(checkpoint).data["translation"]["rows"][-1]["kind"] == "label"
     data = json.loads(file.read_text())
     file.write_text(json.dumps({**data, "rows": [row for row in data["rows"] if row["kind"] != "label"]}))
-    assert make_content(checkpoint)["translation"]["rows"][-1]["name"] == "mixture"
+    assert make_content(checkpoint).data["translation"]["rows"][-1]["name"] == "mixture"
 
 
 def test_the_command_line(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_it_is_fitted_scored_and_inspected(pair_workshop: Workshop, tmp_path: Pa
         losses = token_losses(model, domain.sequences, lambda _: None)
         mean = sum(map(np.sum, losses)) / domain.scored_tokens
         assert rows["mixture"].scores[domain.name].loss == pytest.approx(mean, rel=1e-4)
-    data = inspect(checkpoint, **SMALL)
+    data = inspect(checkpoint, **SMALL).model_dump()
     positions = checkpoint.shape.positions
     for domain in domains:
         entry = data["per_domain"][domain.name]

@@ -19,7 +19,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.text import inspect_text
-from modekit.evaluation.inspection.unseen import auroc, told_apart
+from modekit.evaluation.inspection.unseen import auroc, detect_unseen
 from modekit.evaluation.inspection.words import words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -80,45 +80,45 @@ def test_auroc_of_nothing_is_nothing() -> None:
 
 
 def test_it_is_what_the_model_decides_by(mixture: Checkpoint, domains: list[Domain]) -> None:
-    told = told_apart(mixture, domains)
+    told = detect_unseen(mixture, domains)
     assert told is not None
     leads: dict[str, list[torch.Tensor]] = {}
     for name, logits in logits_of_model(mixture, domains):
         leads.setdefault(name, []).append(logits[:, :3].amax(-1) - logits[:, 3])
     for name, each in leads.items():
-        assert told["to_base"][name] == pytest.approx(float((torch.cat(each) < 0).float().mean()), abs=1e-6), name
+        assert told.to_base[name] == pytest.approx(float((torch.cat(each) < 0).float().mean()), abs=1e-6), name
     seen = [lead for name in ("medicine", "law", "code") for lead in leads[name]]
     pairs = [float(a[31] > b[31]) for a in seen if len(a) >= 32 for b in leads["music"] if len(b) >= 32]
-    assert pairs and told["auroc"]["experts over base"]["music"][0] == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
-    assert told["at"] == [32, 64, 128, 256] and told["auroc"]["energy"]["music"][3] is None
-    assert set(told["auroc"]) == {"largest probability", "entropy", "energy", "experts over base"}
+    assert pairs and told.auroc["experts over base"]["music"][0] == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert told.at == [32, 64, 128, 256] and told.auroc["energy"]["music"][3] is None
+    assert set(told.auroc) == {"largest probability", "entropy", "energy", "experts over base"}
 
 
 def test_text_that_is_far_from_all_is_told(mixture: Checkpoint, domains: list[Domain]) -> None:
-    told = told_apart(mixture, domains)
-    assert told is not None and told["auroc"]["experts over base"]["music"][0] > 0.95
-    assert told["to_base"]["music"] > 0.6 > 0.15 > max(told["to_base"][name] for name in ("medicine", "law", "code"))
+    told = detect_unseen(mixture, domains)
+    assert told is not None and told.auroc["experts over base"]["music"][0] > 0.95
+    assert told.to_base["music"] > 0.6 > 0.15 > max(told.to_base[name] for name in ("medicine", "law", "code"))
 
 
 def test_without_the_base_there_are_the_scores_that_need_none(shop: Workshop) -> None:
     experts = shop.recipe["experts"][:3]
     folder = shop.build("THREE", experts=experts, mixture={"router": {"fit": "lexical"}})
     checkpoint = open_checkpoint(folder)
-    told = told_apart(checkpoint, held_out_domains(checkpoint, **SMALL))
-    assert told is not None and told["to_base"] is None
-    assert set(told["auroc"]) == {"largest probability", "entropy", "energy"}
+    told = detect_unseen(checkpoint, held_out_domains(checkpoint, **SMALL))
+    assert told is not None and told.to_base is None
+    assert set(told.auroc) == {"largest probability", "entropy", "energy"}
 
 
 def test_a_router_that_reads_hidden_states_has_none(shop: Workshop) -> None:
     checkpoint = open_checkpoint(shop.build("HIDDEN", mixture={"router": {"fit": "random"}}))
-    assert told_apart(checkpoint, held_out_domains(checkpoint, **SMALL)) is None
-    assert "scores" not in inspect_text(checkpoint, "fever artery")
+    assert detect_unseen(checkpoint, held_out_domains(checkpoint, **SMALL)) is None
+    assert inspect_text(checkpoint, "fever artery").scores is None
 
 
 def test_inspect_and_report_show_it(mixture: Checkpoint, domains: list[Domain], tmp_path: Path) -> None:
     data = inspect(mixture, **SMALL)
-    told = told_apart(mixture, domains)
-    assert told is not None and data["told_apart"]["to_base"]["music"] == pytest.approx(told["to_base"]["music"], rel=1e-5)
+    told = detect_unseen(mixture, domains)
+    assert told is not None and data.told_apart.to_base["music"] == pytest.approx(told.to_base["music"], rel=1e-5)
     shown = run("inspect", mixture.folder, "--tokens", "400", "--sequence-length", "64")
     assert "AUROC: the domains' text against music" in shown and "Tokens on which the base leads" in shown
     write_report(mixture, page=tmp_path / "page.html")
@@ -135,11 +135,11 @@ def test_a_text_is_shown_with_its_score_word_by_word(mixture: Checkpoint) -> Non
         model(input_ids=ids)
         logits = next(iter(found))[0]
     wanted = logits[:, :3].amax(-1) - logits[:, 3]
-    torch.testing.assert_close(torch.tensor(trace["scores"]["experts over base"]), wanted, atol=1e-4, rtol=1e-4)
-    weights = torch.tensor(trace["weights"][0])
+    torch.testing.assert_close(torch.tensor(trace.scores["experts over base"]), wanted, atol=1e-4, rtol=1e-4)
+    weights = torch.tensor(trace.weights[0])
     assert torch.equal(weights[:, 3] == 1.0, wanted < 0)  # below zero it is all the base's
     words, _ = words_of(trace, 50)
-    assert words[-1].over_base == trace["scores"]["experts over base"][-1]
+    assert words[-1].over_base == trace.scores["experts over base"][-1]
     shown = run("inspect", mixture.folder, "--text", text)
     assert "below zero it is the base's" in " ".join(shown.split())
     letter = "ABCD"[words[-1].leader]
@@ -148,7 +148,7 @@ def test_a_text_is_shown_with_its_score_word_by_word(mixture: Checkpoint) -> Non
 
 def test_windows_of_a_long_text_start_anew(mixture: Checkpoint) -> None:
     trace = inspect_text(mixture, "fever artery lesion nerve " * 3, sequence_length=16)
-    scores = trace["scores"]["experts over base"]
-    assert len(scores) == len(trace["tokens"]) and trace["windows"] > 1
-    again = inspect_text(mixture, "".join(token["text"] for token in trace["tokens"][:16]), sequence_length=64)
-    assert scores[:16] == pytest.approx(again["scores"]["experts over base"][:16], abs=1e-4)
+    scores = trace.scores["experts over base"]
+    assert len(scores) == len(trace.tokens) and trace.windows > 1
+    again = inspect_text(mixture, "".join(token.text for token in trace.tokens[:16]), sequence_length=64)
+    assert scores[:16] == pytest.approx(again.scores["experts over base"][:16], abs=1e-4)

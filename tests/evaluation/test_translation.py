@@ -266,20 +266,20 @@ def test_the_page_shows_the_examples_and_runs_nothing_of_them(checkpoint: Checkp
         page = make_page(content)
         assert 'id="translation"' in page and "&lt;script&gt;alert(1)&lt;/script&gt; **x** | y" in page
         assert "<script>alert" not in page and "<img" not in page and FORMATS["points"](15.5) == "+15.5"
-        assert content["translation"]["examples"]["mail"][0]["gain"] == 15.5
+        assert content.data["translation"]["examples"]["mail"][0]["gain"] == 15.5
         file.write_text(json.dumps({**data, "checkpoint": {"recipe_digest": "0"}}))
         content = make_content(checkpoint)
-        assert content["translation"] is None and any("translate.json is of another" in line for line in content["missing"])
+        assert content.data["translation"] is None and any("translate.json is of another" in line for line in content.notes)
         for damage in ("{", "[]", json.dumps({**data, "rows": [{"name": 3}]}), json.dumps({**data, "examples": [3]})):
             file.write_text(damage)
             content = make_content(checkpoint)
-            assert content["translation"] is None and any("translate.json is damaged" in line for line in content["missing"])
+            assert content.data["translation"] is None and any("translate.json is damaged" in line for line in content.notes)
     finally:
         file.write_text(kept)
-    assert make_content(checkpoint)["translation"]["rows"][0]["name"] == "base"
+    assert make_content(checkpoint).data["translation"]["rows"][0]["name"] == "base"
     file.unlink()
     try:
-        assert "translate" not in str(make_content(checkpoint)["missing"]) and make_page(make_content(checkpoint))
+        assert "translate" not in str(make_content(checkpoint).notes) and make_page(make_content(checkpoint))
     finally:
         file.write_text(kept)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from modekit.evaluation.tasks.results import TASKS_FILE, TaskResults, kept_resul
 from modekit.members.licences import front_matter
 from modekit.report.card import make_card
 from modekit.report.content import make_content
+from modekit.report.drawing import make_pictures
 from modekit.report.page import make_page
-from modekit.report.plots import make_plots
 from modekit.report.push import pack
 from modekit.routing.counts import load_ngram_statistics
 from modekit.routing.statistics import load_statistics
@@ -153,7 +154,7 @@ def test_damaged_results_are_run_anew(checkpoint: Checkpoint) -> None:
     data = json.loads(file.read_text())
     data["rows"][0]["domains"]["law"]["loss"] = "low"
     file.write_text(json.dumps(data))
-    assert "eval.json is damaged or of another version (rows.0.domains.law.loss" in make_content(checkpoint)["missing"][0]
+    assert "eval.json is damaged or of another version (rows.0.domains.law.loss" in make_content(checkpoint).notes[0]
     assert evaluate(checkpoint, tokens_per_domain=200, sequence_length=32) == before == read_results(checkpoint)
 
 
@@ -171,7 +172,7 @@ def test_results_that_are_no_files_are_left_out(checkpoint: Checkpoint, name: st
     with in_time():
         content = make_content(checkpoint)
         kept_results(checkpoint, TaskResults({}, {}, []))
-    assert any(name in line for line in content["missing"])
+    assert any(name in line for line in content.notes)
 
 
 def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint) -> None:
@@ -192,16 +193,12 @@ def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint)
 
 
 def test_plots_of_too_many_rows_are_not_drawn(checkpoint: Checkpoint) -> None:
-    content = make_content(checkpoint)
     names = [str(number) for number in range(1_000)]
-    content["results"] = {
-        "rows": [{"name": name, "kind": "expert", "domains": {}} for name in names],
-        "domains": names,
-        "unseen": [],
-        "against_base": {name: {} for name in names},
-    }
+    rows = [Row(name, "expert", 10, 5, {}, "x") for name in names]
+    results = Results(rows, names, [], {}, [])
+    content = replace(make_content(checkpoint), results=results)
     with in_time():
-        assert make_plots(content) == {}
+        assert make_pictures(content) == {}
 
 
 def test_a_link_out_of_the_folder_is_not_pushed(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_the_table_is_in_it_when_it_is_this_mixtures(mine: Workshop) -> None:
     mixture = {"method": "routing", "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
     checkpoint = open_checkpoint(mine.build(mixture=mixture))
     _, text = card_of(checkpoint)
-    assert "not evaluated yet" in text
+    assert "there is no eval.json" in text
     results = evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     _, text = card_of(checkpoint)
     loss = results.row("mixture").scores["law"].loss
@@ -257,7 +257,7 @@ def test_the_table_is_in_it_when_it_is_this_mixtures(mine: Workshop) -> None:
     _, text = card_of(changed)
     assert "another state" in text and "| mixture |" not in text
     (changed.folder / "results" / "eval.json").write_text("[3]")
-    assert "cannot be read" in card_of(changed)[1]
+    assert "eval.json is damaged" in card_of(changed)[1]
 
 
 def test_of_a_mixture_that_translates(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_of_a_mixture_that_translates(tmp_path: Path) -> None:
     path.write_text(json.dumps(found))
     _, text = card_of(checkpoint)
     assert "translated greedily" in text and "BLEU a\\|b; chrF c" in text and "* few &lt;pairs&gt;" in text
-    assert "| mixture | 12.3 / 45.7 | - | - | 1.0 / 2.0 |" in text and "not evaluated yet" in text
+    assert "| mixture | 12.3 / 45.7 | - | - | 1.0 / 2.0 |" in text and "there is no eval.json" in text
     path.write_text(json.dumps({**found, "checkpoint": {**checkpoint.identity, "router_sha256": "0" * 64}}))
     written = write_card(checkpoint)
     assert any("translate.json is of another state" in note for note in written.notes)

@@ -15,11 +15,11 @@ from modekit.cli.distillation import TeacherOptions
 from modekit.cli.labels import LabelOptions
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
+from modekit.files.figures import bytes_of
 from modekit.run import Run
 
 

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
 from modekit.engines.settings import GgufSettings, Outtype
 from modekit.errors import ModekitError
+from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
 from modekit.run import Run
 

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,11 @@ from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
+
+if TYPE_CHECKING:
+    from modekit.evaluation.inspection.text import UserMessage
+
+_OPTIONS = ("--text", "--text-file", "--chat", "--system", "--layer")
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,24 @@ class TextOptions:
     layer: Annotated[int | None, typer.Option(min=0, help="Only the routers of this layer (with a text).")] = None
 
     def given(self) -> list[str]:
-        """Those that were given."""
-        asked = {
-            "--text": self.text,
-            "--text-file": self.text_file,
-            "--chat": self.chat or None,
-            "--system": self.system,
-            "--layer": self.layer,
-        }
-        return [option for option, value in asked.items() if value is not None]
+        """The options that were given."""
+        values = [self.text, self.text_file, self.chat or None, self.system, self.layer]
+        return [option for option, value in zip(_OPTIONS, values, strict=True) if value is not None]
+
+    def read(self) -> str | UserMessage | None:
+        """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
+        from modekit.evaluation.inspection.text import STDIN, UserMessage, read_text
+
+        if self.text is not None and self.text_file is not None:
+            raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
+        if self.system is not None and not self.chat:
+            raise ModekitError("this option needs --chat", where="--system", remedy="add --chat, or leave it out")
+        if self.text is None and self.text_file is None:
+            for option in self.given():
+                raise ModekitError("this option needs a text", where=option, remedy="add --text, or leave it out")
+            return None
+        text = read_text(self.text_file) if self.text is None or self.text == STDIN else self.text
+        return UserMessage(self.system, text) if self.chat else text
 
 
 @app.command()
@@ -51,16 +65,14 @@ def inspect(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what the routers do: weights per domain, leave one expert out, similarity, top tokens; or with a text each word."""
-    text, layer = shown.text, shown.layer
+    """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.checkpoint.pairs import refuse_pairs
     from modekit.evaluation.inspection.inspect import inspect
-    from modekit.evaluation.inspection.text import STDIN, Said, inspect_text, read_text
+    from modekit.evaluation.inspection.result import Inspection, TextTrace
+    from modekit.evaluation.inspection.text import inspect_text
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
-    if text is not None and shown.text_file is not None:
-        raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
     opened = open_checkpoint(resolved(checkpoint))
     for option in shown.given():
         refuse_pairs(
@@ -69,33 +81,17 @@ def inspect(
             option=option,
             remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
         )
-    if shown.text_file is not None or text == STDIN:
-        text = read_text(shown.text_file)
-    if layer is not None and text is None:
-        raise ModekitError("it has an effect with a text only", where="--layer", remedy="add --text, or leave it out")
-    if shown.chat and text is None:
-        raise ModekitError("there is nothing that the user says", where="--chat", remedy="add --text, or leave it out")
-    if shown.system is not None and not shown.chat:
-        raise ModekitError("it has an effect in a chat only", where="--system", remedy="add --chat, or leave it out")
+    text = shown.read()
+    found: Inspection | TextTrace
     with drawn_progress() as progress:
+        run = Run(trust_remote_code, progress)
         if text is None:
-            data = inspect(
-                opened,
-                tokens_per_domain=tokens,
-                sequence_length=sequence_length,
-                run=Run(trust_remote_code, progress),
-            )
+            found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
         else:
-            data = inspect_text(
-                opened,
-                Said(shown.system, text) if shown.chat else text,
-                layer=layer,
-                sequence_length=sequence_length,
-                run=Run(trust_remote_code, progress),
-            )
+            found = inspect_text(opened, text, layer=shown.layer, sequence_length=sequence_length, run=run)
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=2) + "\n")
-    elif text is None:
-        print_inspection(checkpoint / RESULTS_FOLDER, data)
+        sys.stdout.write(json.dumps(found.model_dump(), indent=2) + "\n")
+    elif isinstance(found, Inspection):
+        print_inspection(checkpoint / RESULTS_FOLDER, found)
     else:
-        print_trace(data)
+        print_trace(found)

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.members import print_door, print_members
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
+from modekit.files.figures import bytes_of
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_checks, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
+from modekit.files.figures import bytes_of
 from modekit.run import Run
 
 

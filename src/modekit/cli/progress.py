@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from modekit.cli.printing.console import err
-from modekit.cli.printing.figures import clock_of, time_of
+from modekit.files.figures import clock_of, time_of
 from modekit.run import DETAIL, Progress
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import typer
 from rich.text import Text
 
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.reports import print_parcel
 from modekit.cli.shell import OutFolder, Overwrite, app, resolved
+from modekit.files.figures import bytes_of
 
 
 @app.command()
@@ -20,7 +20,7 @@ def report(
     checkpoint: OutFolder,
     output: Annotated[Path | None, typer.Option("--out", help="File for the page (default OUT/results/report.html).")] = None,
 ) -> None:
-    """Write one page that shows what the mixture is and is worth, its numbers as JSON, and plots for papers."""
+    """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.write import write_report
 
@@ -32,13 +32,15 @@ def report(
 
 @app.command()
 def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
-    """Write the model card, OUT/README.md, with what the sources say of their licences."""
+    """Write the model card (OUT/README.md) with the licences of all sources."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.card import write_card
 
-    written = write_card(open_checkpoint(resolved(checkpoint)), overwrite=overwrite)
+    opened = open_checkpoint(resolved(checkpoint))
+    written = write_card(opened, overwrite=overwrite)
     print_notes(written.notes)
-    out.print(Text.assemble((", ".join(map(str, written.files)), "bold"), f": license {written.licence}"))
+    paths = ", ".join(str(opened.folder / name) for name in written.contents)
+    out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))
 
 
 @app.command()
@@ -46,9 +48,9 @@ def push(
     checkpoint: OutFolder,
     repo: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the hub; created if missing.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded and what would stay.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
 ) -> None:
-    """Upload the mixture to the hub: without the router's statistics, and without paths of this machine."""
+    """Upload the mixture to the hub, without router statistics and local paths."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.push import pack, push
 

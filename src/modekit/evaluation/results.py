@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, model_validator
 
 from modekit.evaluation.markdown import markdown_table
+from modekit.files.figures import count_of
 from modekit.files.typed import Count, Label, Number, as_kind
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
@@ -110,7 +111,7 @@ class Results:
             loss, gap = row.mean_loss(self.domains), row.mean_gap(self.domains)
             cells.append("-" if loss is None else f"{loss:.3f}")
             cells.append("-" if gap is None else f"{gap:.2f}")
-            cells.append(f"{_millions(row.total_parameters)}{between}{_millions(row.active_parameters)}")
+            cells.append(f"{count_of(row.total_parameters)}{between}{count_of(row.active_parameters)}")
             body.append(cells)
         return header, body
 
@@ -167,7 +168,3 @@ def _gap_text(score: Score | None) -> str:
 
 def _bits_text(score: Score | None) -> str:
     return "-" if score is None else f"{score.bits_per_byte:.3f}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from modekit.files.read import SMALL, read_json
 
@@ -56,6 +56,12 @@ PlainName = Annotated[str, AfterValidator(_plain_name)]
 RelativePath = Annotated[str, AfterValidator(_relative)]
 Spec = Annotated[str, StringConstraints(max_length=4_096), AfterValidator(_no_nul)]
 """A path or hub id, as somebody wrote it."""
+
+
+class Data(BaseModel):
+    """A part of a results file: frozen; keys of later versions are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 def read_as(path: Path, kind: type[_Kind], limit: int = SMALL) -> _Kind:

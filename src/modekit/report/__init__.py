@@ -1,10 +1,9 @@
 """`modekit report`: one page that shows what a mixture is and is worth.
 
 result_files.py     what lies in OUT/results and belongs to this checkpoint
-inspection_file.py  what inspect.json has to hold
 routing.py          the part of it that `modekit inspect` wrote, within a page's room
 content.py          everything the page shows, as plain data: report.json
 page.py             the page, from the data alone; its sections lie in sections/
-plots.py            the same data as PNG and SVG, for papers
+drawing.py          the pictures, in the page and as SVG files for papers
 write.py            all of it to disk
 """

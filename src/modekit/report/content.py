@@ -1,4 +1,4 @@
-"""Everything a report shows, as plain data. report.json is this; page and plots are made from it and nothing else.
+"""Everything a report shows. report.json is its plain data; page and pictures are made from it and nothing else.
 
 Losses in nats per token, shares and weights between 0 and 1, numbers to 6 significant digits.
 """
@@ -6,19 +6,20 @@ Losses in nats per token, shares and weights between 0 and 1, numbers to 6 signi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import TypeVar
 
 import yaml
+from pydantic import BaseModel, JsonValue
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.evaluation.results import Results
+from modekit.evaluation.results import Results, Row
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.report.result_files import (
-    Curve,
     Search,
     Trained,
     find_chat,
@@ -32,13 +33,48 @@ from modekit.report.result_files import (
 from modekit.report.routing import routing_of, samples_of
 from modekit.report.translation_file import Translations
 
+Points = list[list[float]]
 _Each = TypeVar("_Each")
 _VARIANTS = 12  # of a search that are shown for their loss alone
 _CHARACTERS = 400_000  # of translations that are shown as examples, all together
 _POINTS = 400  # of a curve; more are thinned
 
 
-def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LossCurves:
+    """Losses as [step, loss] points: of the training text, and held-out by domain and their mean."""
+
+    training: Points
+    mean: Points
+    domains: dict[str, Points]
+
+
+@dataclass(frozen=True)
+class SearchPoints:
+    """All variants that were scored in full, and the front among them: [active parameters, mean loss]."""
+
+    points: Points
+    front: Points
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report shows. `data` is report.json, of which the page is made; pictures are drawn from the rest.
+
+    Attributes:
+        results, curves, search: None where they are not there.
+        notes: what is missing, why, and what to run.
+    """
+
+    data: dict[str, JsonValue]
+    experts: list[str]
+    results: Results | None
+    curves: LossCurves | None
+    search: SearchPoints | None
+    notes: list[str]
+
+
+def make_content(checkpoint: Checkpoint) -> Content:
     """Read what is there about a checkpoint; what is missing is null, and `missing` says why and what to run."""
     missing: list[str] = []
     results = find_results(checkpoint, missing)
@@ -47,40 +83,48 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
     chat, search = find_chat(checkpoint, missing), find_search(checkpoint, missing)
     translation = find_translations(checkpoint, missing)
     sources = sources_of(checkpoint)
-    content: dict[str, Any] = rounded(
-        {
-            "format": 1,
-            "name": checkpoint.folder.name,
-            "modekit_version": checkpoint.record.modekit_version,
-            "mixture": _mixture(checkpoint),
-            "sizes": _sizes(checkpoint),
-            "results": _results(results) if results is not None else None,
-            "routing": routing_of(inspection) if inspection is not None else None,
-            "samples": samples_of(inspection, checkpoint.shape.family) if inspection is not None else None,
-            "training": _training(checkpoint, trained),
-            "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
-            "chat": chat.model_dump() if chat is not None and chat.rows else None,
-            "translation": _translation(translation) if translation is not None and translation.rows else None,
-            "search": _search(search) if search is not None else None,
-            "members": _members(checkpoint),
-            "provenance": _provenance(checkpoint, results),
-            "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},
-            "missing": missing,
-        }
-    )
-    return content
+    curves, points = _curves(checkpoint, trained), _points(search)
+    data = {
+        "format": 1,
+        "name": checkpoint.folder.name,
+        "modekit_version": checkpoint.record.modekit_version,
+        "mixture": _mixture(checkpoint),
+        "sizes": _sizes(checkpoint),
+        "results": _results(results),
+        "routing": routing_of(inspection) if inspection is not None else None,
+        "samples": samples_of(inspection, checkpoint.shape.family) if inspection is not None else None,
+        "training": _training(checkpoint, trained, curves),
+        "tasks": tasks if tasks is not None and tasks.tasks else None,
+        "chat": chat if chat is not None and chat.rows else None,
+        "translation": _translation(translation) if translation is not None and translation.rows else None,
+        "search": _search(search, points) if search is not None and points is not None else None,
+        "members": _members(checkpoint),
+        "provenance": _provenance(checkpoint, results),
+        "licences": {"sources": [_licence(source) for source in sources], "facts": facts(sources)},
+        "missing": missing,
+    }
+    shown = {key: rounded(value) for key, value in data.items()}
+    return Content(shown, checkpoint.names, results, curves, points, missing)
 
 
-def rounded(value: Any) -> Any:
-    """The same data with floats to 6 significant digits, and null for what is not finite."""
+def rounded(value: object) -> JsonValue:
+    """Plain data of models, dataclasses and collections: floats to 6 significant digits, null for what is not finite."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    elif is_dataclass(value):
+        value = vars(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
-def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
+def _mixture(checkpoint: Checkpoint) -> dict[str, object]:
     record, recipe = checkpoint.record, checkpoint.record.recipe
     linear = recipe.mixture.method == "linear"
     return {
@@ -113,7 +157,7 @@ def _chosen_per(checkpoint: Checkpoint) -> str:
     return "text" if whole else "token"
 
 
-def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+def _sizes(checkpoint: Checkpoint) -> dict[str, object]:
     parameters = checkpoint.parameters
     files = sorted({ref.file for ref in checkpoint.tensors.values()})
     statistics = checkpoint.folder / STATISTICS_FOLDER
@@ -133,40 +177,37 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _results(results: Results) -> dict[str, Any]:
-    """The table, and for every row means with their standard errors (domains' texts are independent)."""
-    rows = []
+def _results(results: Results | None) -> dict[str, object] | None:
+    """The table, and for every row means with their standard errors."""
+    if results is None:
+        return None
+    every, rows = [*results.domains, *results.unseen], []
     for row in results.rows:
-        scores = {
-            name: {key: value for key, value in vars(score).items() if key != "blocks"} for name, score in row.scores.items()
-        }
-        with_gap = [score for name, score in row.scores.items() if name in results.domains and score.gap_closed is not None]
+        loss = row.mean_loss(results.domains) if results.domains else None
+        gap, error = gap_of(results, row, None)
         rows.append(
             {
-                "name": row.name,
-                "kind": row.kind,
-                "domains": scores,
-                "total_parameters": row.total_parameters,
-                "active_parameters": row.active_parameters,
-                "mean": {
-                    "loss": row.mean_loss(results.domains) if results.domains else None,
-                    "gap_closed": row.mean_gap(results.domains),
-                    "gap_error": _mean_error([score.gap_error for score in with_gap]),
-                },
+                **_fields(row, "scores", "identity"),
+                "domains": {name: _fields(score, "blocks") for name, score in row.scores.items()},
+                "mean": {"loss": loss, "gap_closed": gap, "gap_error": error},
             }
         )
-    every = [*results.domains, *results.unseen]
-    lowest = {name: _best([(row.name, row.scores[name].loss) for row in results.rows if name in row.scores]) for name in every}
-    text = {name: dict(results.text[name]) for name in every if name in results.text}
     return {
-        "domains": list(results.domains),
-        "unseen": list(results.unseen),
+        "domains": results.domains,
+        "unseen": results.unseen,
         "rows": rows,
-        "text": text,
-        "lowest": lowest,
+        "text": {name: dict(results.text[name]) for name in every if name in results.text},
+        "lowest": {
+            name: _best([(row.name, row.scores[name].loss) for row in results.rows if name in row.scores]) for name in every
+        },
         "against_base": _against_base(results),
-        "notes": list(results.notes),
+        "notes": results.notes,
     }
+
+
+def _fields(value: object, *left_out: str) -> dict[str, object]:
+    """Of a dataclass, but for those left out."""
+    return {name: each for name, each in vars(value).items() if name not in left_out}
 
 
 def _against_base(results: Results) -> dict[str, dict[str, float]]:
@@ -184,23 +225,29 @@ def _best(losses: Sequence[tuple[str, float]]) -> str | None:
     return min(losses, key=lambda pair: pair[1])[0] if losses else None
 
 
-def _mean_error(errors: Sequence[float | None]) -> float | None:
-    known = [error for error in errors if error is not None]
-    return math.sqrt(sum(error * error for error in known)) / len(known) if known and len(known) == len(errors) else None
+def gap_of(results: Results, row: Row, domain: str | None) -> tuple[float | None, float | None]:
+    """The gap that a row closes on a domain, or their mean, and its standard error (domains' texts are independent)."""
+    if domain is not None:
+        score = row.scores.get(domain)
+        return (None, None) if score is None else (score.gap_closed, score.gap_error)
+    with_gap = [score for name, score in row.scores.items() if name in results.domains and score.gap_closed is not None]
+    errors = [score.gap_error for score in with_gap if score.gap_error is not None]
+    whole = errors and len(errors) == len(with_gap)
+    return row.mean_gap(results.domains), math.sqrt(sum(error * error for error in errors)) / len(errors) if whole else None
 
 
-def _translation(found: Translations) -> dict[str, Any]:
+def _translation(found: Translations) -> dict[str, object]:
     """The table, and the examples of each domain; texts are cut where there are so many that a page has no room for them."""
     room = _CHARACTERS // (5 * len(found.examples) or 1)  # of a text: an example has five
-    examples: dict[str, list[dict[str, Any]]] = {}
+    examples: dict[str, list[object]] = {}
     for example in found.examples:
         texts = {name: text if len(text) <= room else f"{text[:room]}…" for name, text in example if isinstance(text, str)}
-        examples.setdefault(example.domain, []).append({**example.model_dump(), **texts, "domain": example.domain})
+        examples.setdefault(example.domain, []).append(example.model_copy(update={**texts, "domain": example.domain}))
     return {**found.model_dump(), "examples": examples}
 
 
-def _search(search: Search) -> dict[str, Any]:
-    """The first variants of a search, the fixed ones and the front; all that were scored in full as [active, loss] points."""
+def _search(search: Search, points: SearchPoints) -> dict[str, object]:
+    """The first variants of a search, the fixed ones and the front; all that were scored in full as points."""
     keys = {"name", "description", "mean_loss", "report", "active", "native", "best", "pareto"}
     shown = [
         # What a dropped one came to is of a part of the text, and no figure to stand beside the others'.
@@ -209,19 +256,28 @@ def _search(search: Search) -> dict[str, Any]:
         if variant.status != "refused"
         and (variant.name or variant.pareto or variant.best or (variant.status == "scored" and place < _VARIANTS))
     ]
-    scored = [variant for variant in search.candidates if variant.status == "scored" and variant.mean_loss is not None]
-    front = sorted((variant for variant in scored if variant.pareto), key=lambda variant: variant.active)
     return {
         "variants": shown,
         "tried": len(search.candidates),
         "dropped": sum(variant.status == "dropped" for variant in search.candidates),
         "seconds": search.seconds,
-        "points": [[variant.active, variant.mean_loss] for variant in scored],
-        "front": [[variant.active, variant.mean_loss] for variant in front],
+        **vars(points),
     }
 
 
-def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any] | None:
+def _points(search: Search | None) -> SearchPoints | None:
+    if search is None:
+        return None
+    scored = [
+        (variant.pareto, [variant.active, variant.mean_loss])
+        for variant in search.candidates
+        if variant.status == "scored" and variant.mean_loss is not None
+    ]
+    front = sorted((point for pareto, point in scored if pareto), key=lambda point: point[0])
+    return SearchPoints([point for _, point in scored], front)
+
+
+def _training(checkpoint: Checkpoint, trained: Trained | None, curves: LossCurves | None) -> dict[str, object] | None:
     records = checkpoint.record.training
     if not records:
         return None
@@ -239,46 +295,33 @@ def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any]
             }
             for record in records
         ],
-        "results": _results(trained.results) if trained is not None and trained.results is not None else None,
-        "curve": _curve(trained.curve, list(_in_order(records[-1].select_loss, checkpoint.names)))
-        if trained is not None and trained.curve is not None
-        else None,
+        "results": _results(trained.results) if trained is not None else None,
+        "curve": curves,
     }
 
 
-def _curve(curve: Curve, domains: Sequence[str]) -> dict[str, Any]:
-    """Losses as [step, loss] points: of the training text, and held-out by domain and their mean."""
+def _curves(checkpoint: Checkpoint, trained: Trained | None) -> LossCurves | None:
+    """Of the last training."""
+    if trained is None or trained.curve is None:
+        return None
+    curve = trained.curve
 
     def points(*names: str) -> list[list[float]]:
         values = next((curve.columns[name] for name in names if name in curve.columns), [])
         found = [[step, value] for step, value in zip(curve.steps, values, strict=False) if value is not None]
         return found[:: math.ceil(len(found) / _POINTS) or 1]
 
+    domains = _in_order(checkpoint.record.training[-1].select_loss, checkpoint.names)
     held_out = {name: points(f"eval_{name}_loss", f"eval_{name}") for name in domains}
-    return {
-        "training": points("loss"),
-        "mean": points("eval_loss"),
-        "domains": {name: each for name, each in held_out.items() if each},
-    }
+    return LossCurves(points("loss"), points("eval_loss"), {name: each for name, each in held_out.items() if each})
 
 
-def _members(checkpoint: Checkpoint) -> dict[str, Any]:
-    experts = [
-        {
-            "name": member.name,
-            "kind": member.kind,
-            "since": member.since,
-            "bytes": member.nbytes,
-            "gain": member.gain,
-            "gap_closed": member.gap_closed,
-            "licence": member.licence,
-        }
-        for member in members_of(checkpoint)
-    ]
+def _members(checkpoint: Checkpoint) -> dict[str, object]:
+    experts = [{"bytes": each.nbytes, **_fields(each, "nbytes", "source")} for each in members_of(checkpoint)]
     return {"experts": experts, "history": [{"on": each.on, "said": each.said} for each in checkpoint.record.history]}
 
 
-def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, object]:
     record = checkpoint.record
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
     scored = {name: dict(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
@@ -304,19 +347,15 @@ def _in_order(texts: dict[str, _Each], names: Sequence[str]) -> dict[str, _Each]
     return {name: texts[name] for name in [*names, *sorted(texts.keys() - set(names))] if name in texts}
 
 
-def _texts(texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    keys: Sequence[tuple[str, Callable[[Any], bool]]] = (
-        ("documents", lambda value: isinstance(value, int)),
-        ("tokens", lambda value: isinstance(value, int)),
-        ("sha256", lambda value: isinstance(value, str)),
-    )
+def _texts(texts: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    kinds = {"documents": int, "tokens": int, "sha256": str}
     return {
-        name: {key: text[key] if key in text and is_kind(text[key]) else None for key, is_kind in keys}
+        name: {key: text[key] if isinstance(text.get(key), kind) else None for key, kind in kinds.items()}
         for name, text in texts.items()
     }
 
 
-def _licence(source: Source) -> dict[str, Any]:
+def _licence(source: Source) -> dict[str, object]:
     return {
         "used_as": list(source.used_as),
         "spec": source.spec,

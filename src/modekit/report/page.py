@@ -10,16 +10,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
+from pydantic import JsonValue
 
-from modekit.report.drawing import gap_bars, line_chart, scatter_chart
+from modekit.files.figures import bytes_of, count_of
+from modekit.report.content import Content
+from modekit.report.drawing import gap_bars, line_chart, scatter_chart, shade, tint
 
 
 def _signed(text: str) -> str:
@@ -44,27 +45,26 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "lift": lambda value: f"{value:.1f}\u00d7",
     "weight": lambda value: f"{value:+.2f}",
     "count": lambda value: f"{value:,}",
-    "parameters": lambda value: f"{value / 1e9:.2f}B" if value >= 1e9 else f"{value / 1e6:.2f}M",
-    "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB",
+    "parameters": lambda value: count_of(int(value)),
+    "bytes": lambda value: bytes_of(int(value)),
     "value": lambda value: f"{value:.3g}",
 }
 """How a figure is written, by what it is."""
 
 GENERATOR = '<meta name="generator" content="modekit report">'
 """By which a page is known as one of ours."""
-_NOTHING = 0.02  # of the largest difference: less has no colour
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
-def make_page(content: dict[str, Any]) -> str:
+def make_page(content: Content) -> str:
     """The HTML of a report."""
+    data = content.data
     style, script = (files("modekit.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    figures = Figures(content)
-    samples = content["samples"]
+    figures, samples = Figures(data), data["samples"]
     return (
         _template()
         .render(
-            content=content,
+            content=data,
             num=figures.number,
             style=Markup(style),
             script=Markup(script),
@@ -72,8 +72,8 @@ def make_page(content: dict[str, Any]) -> str:
             generator=Markup(GENERATOR),
             shade=shade,
             tint=tint,
-            samples_json=_json_block({"experts": content["mixture"]["experts"], **(samples or {})}),
-            gap_bars=gap_bars(content["results"], figures) if content["results"] else None,
+            samples_json=_json_block({"experts": content.experts, **(samples if isinstance(samples, dict) else {})}),
+            gap_bars=gap_bars(content.results, figures) if content.results else None,
             line_chart=line_chart,
             scatter_chart=scatter_chart,
             largest=_largest_change,
@@ -100,17 +100,15 @@ def _template() -> Template:
 class Figures:
     """Figures of the content by their place in it."""
 
-    def __init__(self, content: dict[str, Any]) -> None:
-        self._content = content
+    def __init__(self, data: JsonValue) -> None:
+        self._data = data
 
-    def value(self, *path: str | int) -> Any:
-        """What stands at a place; None when nothing does."""
-        value: Any = self._content
+    def value(self, *path: str | int) -> float | None:
+        """The figure at a place; None when there is none."""
+        value = self._data
         for part in path:
-            value = value.get(part) if isinstance(value, dict) else value[int(part)]
-            if value is None:
-                return None
-        return value
+            value = value.get(str(part)) if isinstance(value, dict) else value[int(part)] if isinstance(value, list) else None
+        return value if isinstance(value, (int, float)) else None
 
     def number(self, kind: str, *parts: str | int | Sequence[str | int]) -> Markup:
         """A figure as HTML, or a dash. Lists among the parts of its path are parts themselves."""
@@ -122,19 +120,6 @@ class Figures:
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), place, kind, FORMATS[kind](value)
         )
-
-
-def shade(value: float | None, steps: int = 10) -> str:
-    """Class of a share's colour: ten steps of one hue, dark is much."""
-    return "" if value is None else f"q{min(steps - 1, max(0, int(value * steps)))}"
-
-
-def tint(value: float | None, largest: float) -> str:
-    """Class of a difference's colour: five steps to each side of nothing."""
-    if value is None or largest <= 0:
-        return ""
-    share = min(1.0, abs(value) / largest)
-    return "d0" if share < _NOTHING else f"{'dp' if value > 0 else 'dn'}{math.ceil(share * 5 - 1e-9)}"
 
 
 def _largest_change(rows: Sequence[dict[str, float | None]]) -> float:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,6 +21,7 @@ from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.files.write import json_bytes
 from modekit.recipes.paths import name_of, with_names
 from modekit.recipes.recipe import Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, is_ours, make_card
@@ -55,7 +55,7 @@ class Parcel:
 def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
     """Everything of a checkpoint that others need. Nothing is written; `ask_hub` may look for licences there."""
     shown = _shown(checkpoint)
-    made = {RECORD_FILE: _as_json(shown.model_dump(mode="json"))}
+    made = {RECORD_FILE: json_bytes(shown.model_dump(mode="json"))}
     if (checkpoint.folder / _RECIPE_FILE).exists():
         said = shown.model_dump(mode="json")["recipe"]
         made[_RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
@@ -197,7 +197,3 @@ def _content(path: Path, private: Sequence[str], digest: str, shown_digest: str)
         return path, None
     found = next((word for word in private if word in text or json.dumps(word)[1:-1] in text), None)
     return (text.replace(digest, shown_digest).encode() if digest in text else path), found
-
-
-def _as_json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -14,14 +14,14 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import belongs_to
+from modekit.evaluation.inspection.result import INSPECT_FILE, Inspection
 from modekit.evaluation.results import MOST_CELLS, Results, results_from_data
 from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
 from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
-from modekit.files.typed import Count, Number, problem_in, shortened
-from modekit.report.inspection_file import Data, Inspection
+from modekit.files.typed import Count, Data, Number, problem_in, shortened
 from modekit.report.translation_file import Translations
 
-INSPECT_FILE, TRAIN_FILE, CURVE_FILE = "inspect.json", "train.json", "train.csv"
+TRAIN_FILE, CURVE_FILE = "train.json", "train.csv"
 TASKS_FILE, CHAT_FILE, SEARCH_FILE, TRANSLATE_FILE = "tasks.json", "chat.json", "tune.json", "translate.json"
 
 _Read = TypeVar("_Read")

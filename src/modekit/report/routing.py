@@ -6,10 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
 
+from modekit.evaluation.inspection.result import DomainTrace, Inspection
 from modekit.recipes.layers import Layer, order_of
-from modekit.report.inspection_file import Inspection, Sample
 from modekit.sources.family import Family
 
 SAMPLE_BYTES = 900_000
@@ -18,29 +17,24 @@ _HEAT_CELLS = 4_000  # more routers than that many cells hold are averaged over 
 _SHORTEST_SAMPLE = 16  # tokens
 
 
-def routing_of(inspection: Inspection) -> dict[str, Any]:
+def routing_of(inspection: Inspection) -> dict[str, object]:
     """What inspect.json says, but for the samples, with the routers gathered where they are too many to show."""
     every = [*inspection.domains, *inspection.unseen]
-    groups = _groups(inspection, len(every))
+    evidence = inspection.evidence
+    groups = _groups(inspection)
     per_domain = {}
     for name in every:
         usage = inspection.per_domain[name]
         per_domain[name] = {
-            "expert": usage.expert,
-            "documents": usage.documents,
-            "tokens": usage.tokens,
-            "loss": usage.loss,
+            **usage.model_dump(include={"expert", "documents", "tokens", "loss", "named"}),
             "shares": _gathered(usage.shares, groups),
             "mean_share": _mean_row(usage.shares),
             "agreement": _mean(usage.agreement),
             "entropy": _mean(usage.entropy),
             "without": {expert: usage.without.get(expert) for expert in inspection.experts},
-            "named": usage.named,
         }
     return {
-        "experts": inspection.experts,
-        "domains": inspection.domains,
-        "unseen": inspection.unseen,
+        **inspection.model_dump(include={"experts", "domains", "unseen", "similarity", "told_apart", "notes"}),
         "rows": [_label(inspection, group) for group in groups],
         "per_domain": per_domain,
         "utilisation": _gathered(inspection.utilisation, groups),
@@ -50,21 +44,14 @@ def routing_of(inspection: Inspection) -> dict[str, Any]:
             for dead in inspection.dead
             if 0 <= dead.router < len(inspection.routers)
         ],
-        "similarity": inspection.similarity.model_dump() if inspection.similarity is not None else None,
-        "top_tokens": {
-            name: [token.model_dump() for token in inspection.top_tokens.get(name, [])][:12] for name in inspection.experts
-        },
-        "evidence": None
-        if inspection.evidence is None
-        else {name: [token.model_dump() for token in inspection.evidence.get(name, [])][:12] for name in inspection.experts},
-        "told_apart": None if inspection.told_apart is None else inspection.told_apart.model_dump(),
-        "notes": inspection.notes,
+        "top_tokens": {name: inspection.top_tokens.get(name, [])[:12] for name in inspection.experts},
+        "evidence": evidence and {name: evidence.get(name, [])[:12] for name in inspection.experts},
     }
 
 
-def _groups(inspection: Inspection, domains: int) -> list[list[int]]:
+def _groups(inspection: Inspection) -> list[list[int]]:
     """Routers that share a row of the heat map: each its own, those of a layer, or those of neighbouring layers."""
-    most = max(8, _HEAT_CELLS // max(1, domains * len(inspection.experts)))
+    most = max(8, _HEAT_CELLS // max(1, len(inspection.per_domain) * len(inspection.experts)))
     groups = [[place] for place in range(len(inspection.routers))]
     if len(groups) > most:
         layers: dict[Layer | None, list[int]] = {}
@@ -106,16 +93,16 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def samples_of(inspection: Inspection, family: Family) -> dict[str, Any]:
+def samples_of(inspection: Inspection, family: Family) -> dict[str, object]:
     """Sample texts with their weights in thousandths: one of each domain first, as many as there is room for.
 
     Of a pair `source` says how many tokens stand before the target; of a text it is 0.
     """
-    by_domain: dict[str, list[Sample]] = {}
+    by_domain: dict[str, list[DomainTrace]] = {}
     for sample in inspection.texts:
         by_domain.setdefault(sample.domain, []).append(sample)
     order = [sample for turn in zip_longest(*by_domain.values()) for sample in turn if sample is not None]
-    kept: list[dict[str, Any]] = []
+    kept: list[dict[str, object]] = []
     room = SAMPLE_BYTES
     for place, sample in enumerate(order):
         data = _sample_within(sample, SAMPLE_BYTES // len(by_domain) if place < len(by_domain) else room, inspection)
@@ -127,7 +114,7 @@ def samples_of(inspection: Inspection, family: Family) -> dict[str, Any]:
     return {"routers": routers, "texts": kept, "left_out": len(order) - len(kept)}
 
 
-def _sample_within(sample: Sample, room: int, inspection: Inspection) -> dict[str, Any] | None:
+def _sample_within(sample: DomainTrace, room: int, inspection: Inspection) -> dict[str, object] | None:
     """The beginning of a sample that fits; None when that is too short to be worth showing."""
     most = len(sample.tokens)
     while most >= min(_SHORTEST_SAMPLE, len(sample.tokens)) and most:
@@ -139,7 +126,7 @@ def _sample_within(sample: Sample, room: int, inspection: Inspection) -> dict[st
     return None
 
 
-def _source_tokens(sample: Sample) -> int:
+def _source_tokens(sample: DomainTrace) -> int:
     """How many tokens come before the first that is predicted: of a pair those of its source."""
     return next((place for place, token in enumerate(sample.tokens) if token.loss is not None), len(sample.tokens))
 
@@ -148,7 +135,7 @@ def _size(data: object) -> int:
     return len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _sample(sample: Sample, most: int, inspection: Inspection) -> dict[str, Any]:
+def _sample(sample: DomainTrace, most: int, inspection: Inspection) -> dict[str, object]:
     tokens = [{"text": token.text, "loss": token.loss} for token in sample.tokens[:most]]
     weights = [[[round(1000 * weight) for weight in row] for row in router[:most]] for router in sample.weights]
     without = {expert: sample.without.get(expert) for expert in inspection.experts}

@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from modekit.evaluation.results import MOST_CELLS, Kind
-from modekit.files.typed import Count, Label, Number
-from modekit.report.inspection_file import Data
+from modekit.files.typed import Count, Data, Label, Number
 
 _LONGEST = 2_000  # characters of a text, of which as many are written as a page has room for
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import OutputError
@@ -17,8 +16,8 @@ from modekit.files.change import change_together
 from modekit.files.read import LARGE, UNREADABLE, read_json, read_text
 from modekit.files.write import json_bytes, make_folder
 from modekit.report.content import make_content
+from modekit.report.drawing import make_pictures
 from modekit.report.page import GENERATOR, make_page
-from modekit.report.plots import make_plots
 
 PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 _KEYS = {"format", "modekit_version", "mixture", "provenance"}
@@ -54,13 +53,8 @@ def write_report(checkpoint: Checkpoint, *, page: Path | None = None) -> Report:
     data = page.with_suffix(".json")
     plots = page.with_name(PLOTS_FOLDER if page == own else f"{page.stem}-{PLOTS_FOLDER}")
     content = make_content(checkpoint)
-    notes = list(content["missing"])
-    try:
-        pictures = make_plots(content)
-    except ImportError:
-        pictures = {}
-        notes.append("plots need matplotlib: pip install 'modekit[report]'")
-    files = {data: json_bytes(content), **{plots / name: picture for name, picture in pictures.items()}}
+    pictures = make_pictures(content)
+    files = {data: json_bytes(content.data), **{plots / name: picture for name, picture in pictures.items()}}
     files[page] = make_page(content).encode()
     if page != own:
         for path in _not_reports(page, data, plots, pictures):
@@ -68,7 +62,7 @@ def write_report(checkpoint: Checkpoint, *, page: Path | None = None) -> Report:
                 "a file that is no report of modekit's would be lost", where=str(path), remedy="give the page another name"
             )
     _write(checkpoint, page, files)
-    return Report(page, data, [plots / name for name in pictures], notes)
+    return Report(page, data, [plots / name for name in pictures], content.notes)
 
 
 def _write(checkpoint: Checkpoint, page: Path, files: dict[Path, bytes]) -> None:
@@ -93,7 +87,7 @@ def _not_reports(page: Path, data: Path, plots: Path, pictures: dict[str, bytes]
 
 def _is_report(path: Path) -> bool:
     try:
-        content: Any = read_json(path, LARGE)
+        content = read_json(path, LARGE)
     except UNREADABLE:
         return False
     return isinstance(content, dict) and content.keys() >= _KEYS

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from modekit.cli.printing.console import out, shows_bold
-from modekit.cli.printing.figures import bytes_of, count_of, three_digits
 from modekit.cli.printing.mixtures import fit_said, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
+from modekit.files.figures import bytes_of, count_of, three_digits
 
 if TYPE_CHECKING:
     from modekit.search.advise.advice import Advice

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from modekit.cli.printing.advice import print_findings
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of, three_digits
 from modekit.cli.printing.table import Table
+from modekit.files.figures import bytes_of, three_digits
 
 if TYPE_CHECKING:
     from modekit.checkpoint.record import Change

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from modekit.cli.printing.console import err, out
-from modekit.cli.printing.figures import bytes_of, count_of, range_of, three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
+from modekit.files.figures import bytes_of, count_of, range_of, three_digits, time_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from modekit.cli.printing.console import out
-from modekit.cli.printing.figures import bytes_of
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
+from modekit.files.figures import bytes_of
 
 if TYPE_CHECKING:
     from modekit.report.push import Parcel

@@ -33,7 +33,9 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class _Row:
+class TableRow:
+    """A name, the cells beside it, and the style of all of them."""
+
     name: str
     cells: Sequence[Cell]
     style: str
@@ -54,13 +56,13 @@ class Table:
     titles: Sequence[str]
     prose: bool = False
     name_style: str = ""
-    rows: list[_Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
 
     def add(self, name: str, *cells: str | Cell, style: str = "") -> None:
         """Add a row with a cell for every title."""
         if len(cells) != len(self.titles):
             raise ValueError(f"{len(cells)} cells for {len(self.titles)} titles")
-        self.rows.append(_Row(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style))
+        self.rows.append(TableRow(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw it, as wide as the console or, where lines are not wrapped, as it needs."""

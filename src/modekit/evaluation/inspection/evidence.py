@@ -6,7 +6,6 @@ Shape legend: E experts, J averages, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
+from modekit.evaluation.inspection.result import TokenWeight
 
 _SHOWN = 12
 
@@ -33,7 +33,7 @@ def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
 
 def strongest(
     table_VE: npt.NDArray[np.float32], often_V: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[TokenWeight]]:
     """Per expert the tokens, of those that text has often, that speak most for it: above the mean of the other experts."""
     found = {}
     for place, name in enumerate(names):
@@ -41,6 +41,8 @@ def strongest(
         lead_V = table_VE[often_V, place] - (others.mean(1) if others.shape[1] else 0)
         best = np.lexsort((often_V, -lead_V.round(6)))[:_SHOWN]
         found[name] = [
-            {"token": str(tokenizer.decode([int(often_V[at])])), "weight": float(lead_V[at])} for at in best if lead_V[at] > 0
+            TokenWeight(token=str(tokenizer.decode([int(often_V[at])])), weight=float(lead_V[at]))
+            for at in best
+            if lead_V[at] > 0
         ]
     return found

@@ -8,9 +8,7 @@ Shape legend: S sequence (of a router in a decoder the target), E experts, R rou
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,17 +26,24 @@ from modekit.evaluation.inspection.passes import (
     sums_of,
     traced_losses,
 )
+from modekit.evaluation.inspection.result import (
+    INSPECT_FILE,
+    Dead,
+    DomainTrace,
+    Inspection,
+    TokenLoss,
+    Usage,
+    only_figures,
+)
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, token_texts
-from modekit.evaluation.inspection.unseen import told_apart
+from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import TokenSequence
 
-INSPECT_FILE = "inspect.json"
-FORMAT = 1
 _DEAD = 1e-3  # mean weight below which an expert is dead in a router
 _SAMPLES = 3  # texts per domain that are written with the weights of every token
 _SAMPLE_TOKENS = 200
@@ -52,13 +57,22 @@ def inspect(
     sequence_length: int = 512,
     run: Run = QUIET,
     write: bool = True,
-) -> dict[str, Any]:
-    """What docs/inspect.md describes, as plain data; with `write` in OUT/results/inspect.json, too.
+) -> Inspection:
+    """What docs/inspect.md describes; with `write` in OUT/results/inspect.json, too.
 
-    Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text.
+    Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text,
+    CheckpointError for a mixture whose losses or weights are not finite.
     """
     run.begin("read the text")
     domains = held_out_domains(checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, run=run)
+    with only_figures(checkpoint):
+        found = _inspected(checkpoint, domains, run)
+    if write:
+        write_results(checkpoint, {INSPECT_FILE: found.as_json()})
+    return found
+
+
+def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> Inspection:
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     model = load_model(checkpoint.folder, run=run)
     longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(checkpoint.shape.positions) * len(checkpoint.names))))
@@ -66,42 +80,32 @@ def inspect(
     advance = counted(run, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
     top = TopTokens(_vocabulary(model), len(checkpoint.names))
     per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
-    shown = _of_samples(model, checkpoint, tokenizer, [sequence for _, sequence in samples], advance)
+    shown = _of_samples(model, checkpoint, tokenizer, samples, advance)
     alike = similarity(checkpoint, run)
     table_VE = evidence_of(checkpoint)
     own = [domain.name for domain in domains if domain.expert is not None]
-    data = {
-        "format": FORMAT,
-        "checkpoint": checkpoint.identity,
-        "experts": checkpoint.names,
-        "domains": own,
-        "unseen": [domain.name for domain in domains if domain.expert is None],
-        "routers": [vars(router) for router in checkpoint.shape.positions],
-        "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
-        "per_domain": per_domain,
-        "utilisation": np.mean([per_domain[name]["shares"] for name in own], axis=0).tolist(),
-        "dead": _dead(checkpoint.names, per_domain),
-        "similarity": {"experts": alike.experts.tolist(), "of": alike.of},
-        "top_tokens": top.by_expert(tokenizer, checkpoint.names),
-        "evidence": None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
-        "told_apart": told_apart(checkpoint, domains),
-        "texts": [{"domain": name, **text} for (name, _), text in zip(samples, shown, strict=True)],
-        "notes": [*_notes(checkpoint), *_notes_on_pairs(domains, samples), *alike.notes],
-    }
-    rounded: dict[str, Any] = six_digits(data)
-    if write:
-        text = json.dumps(rounded, sort_keys=True, ensure_ascii=False) + "\n"  # indented it would be three times as long
-        write_results(checkpoint, {INSPECT_FILE: text.encode()})
-    return rounded
+    return Inspection(
+        checkpoint=checkpoint.identity,
+        experts=checkpoint.names,
+        domains=own,
+        unseen=[domain.name for domain in domains if domain.expert is None],
+        routers=list(checkpoint.shape.positions),
+        top_k=top_k_of(checkpoint),
+        per_domain=per_domain,
+        utilisation=np.mean([per_domain[name].shares for name in own], axis=0).tolist(),
+        dead=_dead(checkpoint.names, per_domain),
+        similarity=alike,
+        top_tokens=top.by_expert(tokenizer, checkpoint.names),
+        evidence=None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
+        told_apart=detect_unseen(checkpoint, domains),
+        texts=shown,
+        notes=[*_notes(checkpoint), *_notes_on_pairs(domains, samples), *alike.notes],
+    )
 
 
-def six_digits(value: Any) -> Any:
-    """Plain data with every float rounded to six significant digits."""
-    if isinstance(value, dict):
-        return {key: six_digits(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [six_digits(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def top_k_of(checkpoint: Checkpoint) -> int | None:
+    """Experts per token; None with top_p."""
+    return checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None
 
 
 def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
@@ -123,10 +127,7 @@ def named_changes(checkpoint: Checkpoint, changes_E: Array64) -> dict[str, float
     return dict(zip(checkpoint.names[: len(changes_E)], changes_E.tolist(), strict=True))
 
 
-def _of_domain(
-    model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, top: TopTokens, advance: Advance
-) -> dict[str, Any]:
-    """The entry of a domain under `per_domain`."""
+def _of_domain(model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, top: TopTokens, advance: Advance) -> Usage:
     sequences, names = domain.sequences, checkpoint.names
     shape = (len(sequences), len(checkpoint.shape.positions))
     shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
@@ -148,18 +149,18 @@ def _of_domain(
     shares_RE = shares_NRE.sum(0) / tokens_R[:, None]
     if not _base_is_outside(checkpoint):
         shares_RE = shares_RE / shares_RE.sum(-1, keepdims=True)  # rounding
-    return {
-        "expert": None if domain.expert is None else names[domain.expert],
-        "documents": len(sequences),
-        "tokens": sum(sequence.size for sequence in sequences),
-        "loss": float(whole_N.sum()) / domain.scored_tokens,
-        "shares": shares_RE.tolist(),
-        "chosen": (chosen_NRE.sum(0) / tokens_R[:, None]).tolist(),
-        "entropy": (entropy_NR.sum(0) / tokens_R).tolist(),
-        "agreement": None if domain.expert is None else (agreement_NR.sum(0) / tokens_R).tolist(),
-        "without": named_changes(checkpoint, changes_EN.sum(1) / domain.scored_tokens),
-        "named": _named(changes_EN, domain.expert),
-    }
+    return Usage(
+        expert=None if domain.expert is None else names[domain.expert],
+        documents=len(sequences),
+        tokens=sum(sequence.size for sequence in sequences),
+        loss=float(whole_N.sum()) / domain.scored_tokens,
+        shares=shares_RE.tolist(),
+        chosen=(chosen_NRE.sum(0) / tokens_R[:, None]).tolist(),
+        entropy=(entropy_NR.sum(0) / tokens_R).tolist(),
+        agreement=None if domain.expert is None else (agreement_NR.sum(0) / tokens_R).tolist(),
+        without=named_changes(checkpoint, changes_EN.sum(1) / domain.scored_tokens),
+        named=_named(changes_EN, domain.expert),
+    )
 
 
 def _leading(weights_RSE: Array32, expert: int) -> Array64:
@@ -198,12 +199,11 @@ def _of_samples(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: Sequence[TokenSequence],
+    samples: Sequence[tuple[str, TokenSequence]],
     advance: Advance,
-) -> list[dict[str, Any]]:
-    """The entries of samples under `texts`. Of a pair they have the source, whose tokens have no loss, and behind it the
-    target; where a router does not read, its weights are 0.
-    """
+) -> list[DomainTrace]:
+    """Of texts of domains, by name."""
+    sequences = [sequence for _, sequence in samples]
     shape = len(checkpoint.shape.positions), len(checkpoint.names)
     weights = [np.zeros((shape[0], sequence.size, shape[1]), np.float32) for sequence in sequences]
 
@@ -214,18 +214,18 @@ def _of_samples(
     losses = traced_losses(model, checkpoint, sequences, consume, advance)
     changes_EN = changes_without(model, checkpoint, sequences, sums_of(losses), advance)
     found = []
-    for row, sequence in enumerate(sequences):
+    for row, (domain, sequence) in enumerate(samples):
         texts = [*token_texts(tokenizer, sequence.ids), *token_texts(tokenizer, sequence.target)]
         per_token = loss_per_token(sequence, losses[row])
-        tokens = [{"text": text, "loss": loss} for text, loss in zip(texts, per_token, strict=True)]
         found.append(
-            {
-                "text": "".join(texts),
-                "loss": float(losses[row].sum(dtype=np.float64)) / sequence.scored,
-                "tokens": tokens,
-                "weights": weights[row].tolist(),
-                "without": named_changes(checkpoint, changes_EN[:, row] / sequence.scored),
-            }
+            DomainTrace(
+                domain=domain,
+                text="".join(texts),
+                loss=float(losses[row].sum(dtype=np.float64)) / sequence.scored,
+                tokens=[TokenLoss(text=text, loss=loss) for text, loss in zip(texts, per_token, strict=True)],
+                weights=weights[row].tolist(),
+                without=named_changes(checkpoint, changes_EN[:, row] / sequence.scored),
+            )
         )
     return found
 
@@ -235,10 +235,10 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return max(int(model.config.vocab_size), int(getattr(model.config, "decoder_vocab_size", None) or 0))
 
 
-def _dead(names: Sequence[str], per_domain: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _dead(names: Sequence[str], per_domain: Mapping[str, Usage]) -> list[Dead]:
     """Experts that hardly weigh anything in any domain, by router."""
-    most_RE = np.max([entry["shares"] for entry in per_domain.values()], axis=0)
-    return [{"router": int(router), "expert": names[expert]} for router, expert in np.argwhere(most_RE < _DEAD)]
+    most_RE = np.max([usage.shares for usage in per_domain.values()], axis=0)
+    return [Dead(router=int(router), expert=names[expert]) for router, expert in np.argwhere(most_RE < _DEAD)]
 
 
 def _base_is_outside(checkpoint: Checkpoint) -> bool:

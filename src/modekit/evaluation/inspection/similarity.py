@@ -12,7 +12,7 @@ Shape legend: E experts, O and I rows and columns of a tensor, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
+from modekit.evaluation.inspection.result import Similarity
 from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
@@ -31,15 +32,6 @@ from modekit.weights.stored import Stored
 Array64 = npt.NDArray[np.float64]
 
 _BLOCK = 2**18  # elements of one expert's tensor at a time: 2 MiB in float64
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Cosines (E, E), what was compared, and what a reader has to know about it."""
-
-    experts: Array64
-    of: str
-    notes: list[str]
 
 
 def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
@@ -66,7 +58,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
         of = of if whole < len(mixed) else f"the experts' own tensors ({len(mixed)})"
         why = without_base or f"it has {whole} of these tensors in another shape"
         notes.append(f"experts were compared whole, so that even unrelated changes look alike, without the base model: {why}")
-    return Similarity(_cosines(gram), of, notes)
+    return Similarity(experts=_cosines(gram).tolist(), of=of, notes=notes)
 
 
 def _cosines(gram: Array64) -> Array64:

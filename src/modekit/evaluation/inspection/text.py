@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TextError
-from modekit.evaluation.inspection.inspect import counted, named_changes, six_digits
+from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
 from modekit.evaluation.inspection.passes import (
     Array32,
     Decided,
@@ -30,6 +30,7 @@ from modekit.evaluation.inspection.passes import (
     token_losses,
     traced_losses,
 )
+from modekit.evaluation.inspection.result import TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
@@ -59,8 +60,8 @@ def read_text(path: Path | None) -> str:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a user says in a chat, under a system prompt, or that of the template."""
+class UserMessage:
+    """A user's message in a chat; without a system prompt the template has its own."""
 
     system: str | None
     text: str
@@ -68,19 +69,17 @@ class Said:
 
 def inspect_text(
     checkpoint: Checkpoint,
-    text: str | Said,
+    text: str | UserMessage,
     *,
     layer: int | None = None,
     sequence_length: int = 512,
     run: Run = QUIET,
-) -> dict[str, Any]:
-    """A trace as those under `texts` in inspect.json, with `experts`, `routers`, `entropy`, `base_loss`, `windows`, `notes`,
-    and `scores` of a router that reads tokens (routing/unseen.py).
+) -> TextTrace:
+    """What the routers do with a text; what is said in a chat is shown in the chat template, up to where the answer begins.
 
-    What is said in a chat is shown in the chat template, up to where the answer begins; `prompt_end` has the weights there.
     `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
-    Raises TextError for a text of fewer than two tokens, without a chat template, or for a model that reads pairs, ModekitError
-    when that layer has no router.
+    Raises TextError for a text of fewer than two tokens, without a chat template, or for a model that reads pairs,
+    ModekitError when that layer has no router, CheckpointError when losses or weights are not finite.
     """
     routers = checkpoint.shape.positions
     kept = _kept_routers(routers, layer)
@@ -98,30 +97,28 @@ def inspect_text(
     base_losses = _base_losses(checkpoint, windows, run) if without_base is None else None
     per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
     scored = sum(window.scored for window in windows)
-    data = {
-        "experts": checkpoint.names,
-        "routers": [vars(routers[place]) for place in kept] if detailed else [{"name": "mean", "layer": layer, "module": ""}],
-        "top_k": checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None,
-        "text": "".join(texts),
-        "loss": float(sums_of(losses).sum()) / scored,
-        "base_loss": None if base_losses is None else float(sums_of(base_losses).sum()) / scored,
-        "entropy": float(read.entropy_T.mean()),
-        "windows": len(windows),
-        "tokens": [{"text": token, "loss": loss} for token, loss in zip(texts, per_token, strict=True)],
-        "weights": read.weights_RTE.tolist(),
-        **_scores(checkpoint, windows),
-        **({"prompt_end": read.weights_RTE[:, -1].mean(0).tolist()} if isinstance(text, Said) else {}),
-        "without": named_changes(checkpoint, changes_EN.sum(1) / scored),
-        "notes": _notes(len(windows), length, detailed, without_base),
-    }
-    rounded: dict[str, Any] = six_digits(data)
-    return rounded
+    with only_figures(checkpoint):
+        return TextTrace(
+            experts=checkpoint.names,
+            routers=[routers[place] for place in kept] if detailed else [RouterPosition("mean", layer, "")],
+            top_k=top_k_of(checkpoint),
+            text="".join(texts),
+            loss=float(sums_of(losses).sum()) / scored,
+            base_loss=None if base_losses is None else float(sums_of(base_losses).sum()) / scored,
+            entropy=float(read.entropy_T.mean()),
+            windows=len(windows),
+            tokens=[TokenLoss(text=token, loss=loss) for token, loss in zip(texts, per_token, strict=True)],
+            weights=read.weights_RTE.tolist(),
+            scores=_scores(checkpoint, windows),
+            prompt_end=read.weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
+            without=named_changes(checkpoint, changes_EN.sum(1) / scored),
+            notes=_notes(len(windows), length, detailed, without_base),
+        )
 
 
-def _scores(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> dict[str, Any]:
-    """`scores`: name -> the running score at every token, of a router that reads tokens; nothing for another."""
+def _scores(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> dict[str, list[float]] | None:
     found = scores_of(checkpoint, windows)
-    return {"scores": {name: np.concatenate([each[name] for each in found]).tolist() for name in found[0]}} if found else {}
+    return {name: np.concatenate([each[name] for each in found]).tolist() for name in found[0]} if found else None
 
 
 class _Read:
@@ -165,9 +162,9 @@ def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[
     return kept
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list[int], list[str]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:
     """Token ids, and the text that belongs to each."""
-    written = _in_template(tokenizer, text) if isinstance(text, Said) else text
+    written = _in_template(tokenizer, text) if isinstance(text, UserMessage) else text
     clean = written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
     encoded: Any = {}
     if clean.strip():
@@ -183,7 +180,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Said) -> tuple[list
     return ids, split_text(clean, encoded["offset_mapping"]) if tokenizer.is_fast else token_texts(tokenizer, ids)
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: str | Said, length: int) -> tuple[list[TokenSequence], list[str], int]:
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, text: str | UserMessage, length: int
+) -> tuple[list[TokenSequence], list[str], int]:
     """Windows as `encode` cuts a document, each with the tag that the text begins with, if it does; the text of every token of
     them; and how many one has at most.
     """
@@ -208,7 +207,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str | Said, length: int) 
     return windows, shown, length
 
 
-def _in_template(tokenizer: PreTrainedTokenizerBase, said: Said) -> str:
+def _in_template(tokenizer: PreTrainedTokenizerBase, said: UserMessage) -> str:
     above = [] if said.system is None else [message_of("system", said.system)]
     return needed_template(tokenizer, "--chat").text([*above, message_of("user", said.text)], answer=True)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
+
+from modekit.evaluation.inspection.result import TopToken
 
 _INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
 _LONGEST_WAIT = 8  # tokens for a character to become whole; a real U+FFFD never does
@@ -61,7 +62,7 @@ class TopTokens:
         """Tokens seen at least five times."""
         return np.flatnonzero(self._counts_V >= _FEWEST)
 
-    def by_expert(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    def by_expert(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> dict[str, list[TopToken]]:
         """Per expert the tokens with the largest mean weight, of those seen at least five times."""
         often_V = self.often_V
         mean_E = self._sums_VE.sum(0) / max(1, self._counts_V.sum())
@@ -70,12 +71,12 @@ class TopTokens:
         for place, name in enumerate(names):
             best = np.lexsort((often_V, -self._counts_V[often_V], -shares_VE[:, place].round(6)))[:_SHOWN]
             found[name] = [
-                {
-                    "token": str(tokenizer.decode([int(often_V[row])])),
-                    "count": int(self._counts_V[often_V[row]]),
-                    "share": float(shares_VE[row, place]),
-                    "lift": float(shares_VE[row, place] / mean_E[place]),
-                }
+                TopToken(
+                    token=str(tokenizer.decode([int(often_V[row])])),
+                    count=int(self._counts_V[often_V[row]]),
+                    share=float(shares_VE[row, place]),
+                    lift=float(shares_VE[row, place] / mean_E[place]),
+                )
                 for row in best
                 if shares_VE[row, place] > 0
             ]

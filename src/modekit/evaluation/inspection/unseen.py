@@ -6,12 +6,12 @@ Shape legend: S sequence, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain
+from modekit.evaluation.inspection.result import UnseenDetection
 from modekit.recipes.recipe import place_of_base
 from modekit.routing.running_logits import RunningLogits
 from modekit.routing.text_router import reads_tokens
@@ -30,13 +30,11 @@ def scores_of(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> lis
     return [dict(running_scores(logits(sequence.ids), base)) for sequence in sequences]
 
 
-def told_apart(checkpoint: Checkpoint, domains: Sequence[Domain]) -> dict[str, Any] | None:
+def detect_unseen(checkpoint: Checkpoint, domains: Sequence[Domain]) -> UnseenDetection | None:
     """AUROC of the domains' text against that of each unseen domain, and where the base leads; None where the router reads more
     than tokens, and of pairs, where it decides by the whole source.
 
-    `auroc`: score -> unseen domain -> one number for each of `at`, None where no text of either kind is as long. A domain whose
-    expert is the base is neither seen nor unseen. `to_base`: domain -> share of its tokens on which the base leads, None
-    where the base is no expert.
+    A domain whose expert is the base is neither seen nor unseen.
     """
     if not reads_tokens(checkpoint) or any(sequence.target for domain in domains for sequence in domain.sequences):
         return None
@@ -51,16 +49,16 @@ def told_apart(checkpoint: Checkpoint, domains: Sequence[Domain]) -> dict[str, A
     decides = place_of_base(experts) is not None
     names = SCORES if decides else [name for name in SCORES if name != DECIDES]
     unseen = [domain.name for domain in domains if domain.expert is None]
-    return {
-        "at": list(AT),
-        "auroc": {
+    return UnseenDetection(
+        at=list(AT),
+        auroc={
             name: {other: [auroc(_after(seen, name, at), _after(found[other], name, at)) for at in AT] for other in unseen}
             for name in names
         },
-        "to_base": {name: _share_below_zero([text[DECIDES] for text in texts]) for name, texts in found.items()}
+        to_base={name: _share_below_zero([text[DECIDES] for text in texts]) for name, texts in found.items()}
         if decides
         else None,
-    }
+    )
 
 
 def auroc(seen: Sequence[float], unseen: Sequence[float]) -> float | None:

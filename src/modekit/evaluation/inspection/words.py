@@ -5,13 +5,12 @@ Shape legend: T tokens, E experts, R routers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from modekit.evaluation.inspection.result import TextTrace
 from modekit.routing.unseen import DECIDES
 
 _LONGEST = 24  # characters; scripts without spaces are cut
@@ -36,26 +35,26 @@ class Word:
         return int(self.weights_E.argmax())
 
 
-def words_of(trace: Mapping[str, Any], most: int) -> tuple[list[Word], bool]:
+def words_of(trace: TextTrace, most: int) -> tuple[list[Word], bool]:
     """The first `most` words of a trace, weights as means over its routers; and whether there are more."""
     words: list[Word] = []
     start, text = 0, ""
-    tokens = trace["tokens"]
+    tokens = trace.tokens
     for place, token in enumerate(tokens):
-        ended = token["text"][:1].isspace() or text[-1:].isspace() or len(text) >= _LONGEST
+        ended = token.text[:1].isspace() or text[-1:].isspace() or len(text) >= _LONGEST
         if ended and text.strip():
             words.append(_word(trace, start, place, text))
             if len(words) == most:
                 return words, True
             start, text = place, ""
-        text += token["text"]
+        text += token.text
     if text.strip():
         words.append(_word(trace, start, len(tokens), text))
     return words, False
 
 
-def _word(trace: Mapping[str, Any], start: int, stop: int, text: str) -> Word:
-    losses = [token["loss"] for token in trace["tokens"][start:stop] if token["loss"] is not None]
-    weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace["weights"]], axis=0)
-    over_base = trace.get("scores", {}).get(DECIDES)
+def _word(trace: TextTrace, start: int, stop: int, text: str) -> Word:
+    losses = [token.loss for token in trace.tokens[start:stop] if token.loss is not None]
+    weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace.weights], axis=0)
+    over_base = (trace.scores or {}).get(DECIDES)
     return Word(text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Kind
 from modekit.evaluation.translation.examples import Compared, TranslationExample
 from modekit.evaluation.translation.scores import TranslationScore
-
-_MARKS = re.compile(r"([\\`*_{}\[\]<>()#|!~&$])")
-_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+from modekit.files.figures import count_of
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class TranslationResults:
             scores += [row.scores.get(name) for name in self.unseen]
             cells = ["-" if score is None else f"{score.bleu:.1f}{between}{score.chrf:.1f}" for score in scores]
             speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-            sizes = f"{_millions(row.total_parameters)}{between}{_millions(row.active_parameters)}"
+            sizes = f"{count_of(row.total_parameters)}{between}{count_of(row.active_parameters)}"
             body.append([row.name, *cells, speed, sizes])
         return header, body
 
@@ -121,10 +118,10 @@ class TranslationResults:
         """For translate.md: the table, what has to be said of it, and the examples, as text without markup."""
         parts = [self.said(), "", markdown_table(*self.table()), "", *(f"* {note}" for note in self.notes)]
         for domain, counted in self.differences.items():
-            parts += ["", f"## {_text(domain)}", "", said_of(counted)]
+            parts += ["", f"## {plain(domain)}", "", said_of(counted)]
             examples = [each for each in self.examples if each.domain == domain]
             if examples:
-                parts += ["", markdown_table(["", *(f"chrF {each.gain:+.1f}" for each in examples)], _lines(examples), _text)]
+                parts += ["", markdown_table(["", *(f"chrF {each.gain:+.1f}" for each in examples)], _lines(examples), plain)]
         return "\n".join(parts) + "\n"
 
 
@@ -146,13 +143,3 @@ def _lines(examples: Sequence[TranslationExample]) -> list[list[str]]:
     if any(each.own is not None for each in examples):
         lines.append(["own expert", *(each.own or "" for each in examples)])
     return [*lines, ["mixture", *(each.mixture for each in examples)]]
-
-
-def _text(text: str) -> str:
-    """Text of others as a cell: one line, no markup, nothing that cannot be seen."""
-    one_line = "".join(character for character in " ".join(text.split()) if character.isprintable())
-    return _MARKS.sub(lambda found: _ENTITIES.get(found[1], f"\\{found[1]}"), one_line)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

@@ -8,6 +8,7 @@ from typing import Any
 
 from modekit.evaluation.gaps import SMALLEST_GAP
 from modekit.evaluation.markdown import markdown_table
+from modekit.files.figures import count_of
 from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.space import label, short_backbone
@@ -103,7 +104,7 @@ class TuneResults:
                     _loss_text(candidate),
                     "-" if report is None else f"{_mean(report):.4f}",
                     "-" if gap is None else f"{gap:.3f}",
-                    f"{candidate.active / 1e6:.2f}M" if candidate.active else "-",
+                    count_of(candidate.active) if candidate.active else "-",
                     _runs_as(candidate),
                 ]
             )

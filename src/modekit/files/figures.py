@@ -1,4 +1,4 @@
-"""Figures as the command line says them: sizes, numbers of parameters, times, and small shares."""
+"""Figures as people read them: sizes, numbers of parameters, times, and small shares."""
 
 from __future__ import annotations
 
