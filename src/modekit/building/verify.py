@@ -20,7 +20,8 @@ from modekit.errors import ModekitError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
 from modekit.planning.make import make_plan
-from modekit.planning.plan import Plan, PlannedTensor
+from modekit.planning.pieces import PlannedTensor
+from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
@@ -39,12 +40,7 @@ class Check:
     detail: str
 
 
-def verify(
-    checkpoint: Checkpoint,
-    *,
-    run: Run = QUIET,
-    reload: bool = True,
-) -> list[Check]:
+def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> list[Check]:
     """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers.
 
     Raises SourceError when a weight file cannot be read to its end, or changes meanwhile: then nothing is said of it.

@@ -25,16 +25,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, evidence_digest, read_evidence
 from modekit.checkpoint.identity import identity_of
-from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord, SourceRecord
-from modekit.checkpoint.router_file import (
-    Gates,
-    changed_index,
-    looked_through,
-    read_gates,
-    read_index,
-    router_bytes,
-    sha256_of,
-)
+from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
+from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
 from modekit.files.change import Content, change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
@@ -42,10 +34,10 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.write import json_bytes
 from modekit.planning.channels import Channels
-from modekit.planning.plan import EMBEDDING_FILE, INDEX_FILE, ROUTER_FILE
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
-from modekit.planning.shapes import open_shape
-from modekit.planning.slot import RouterSlot
+from modekit.planning.pieces import EMBEDDING_FILE
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
+from modekit.planning.shapes import Shape, open_shape
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
@@ -76,7 +68,7 @@ class Checkpoint:
     """An opened checkpoint folder (or one in the making); `routed` is given where its routing is not that on disk."""
 
     folder: Path
-    record: Record
+    record: MixtureRecord
     routed: Shape | None = field(default=None, compare=False)
 
     @cached_property
@@ -260,7 +252,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise CheckpointError when another command has changed the checkpoint since this one opened it."""
         try:
-            now = as_kind(read_json(self.folder / RECORD_FILE), Record)
+            now = as_kind(read_json(self.folder / RECORD_FILE), MixtureRecord)
         except FileNotFoundError:  # in the making, for the first time
             return
         except UNREADABLE:
@@ -299,7 +291,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     try:
         mend(folder)
         finish_change(folder)
-        record = as_kind(read_json(path), Record)
+        record = as_kind(read_json(path), MixtureRecord)
     except FileNotFoundError:
         raise CheckpointError(
             "not a modekit checkpoint: modekit.json is missing",

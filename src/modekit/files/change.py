@@ -18,16 +18,7 @@ from modekit.errors import OutputError
 from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Marker, read_marker
 from modekit.files.tensors import write_all
-from modekit.files.write import (
-    FULL,
-    appearing,
-    create,
-    files_below,
-    is_temporary,
-    make_folder,
-    remove,
-    sync_folder,
-)
+from modekit.files.write import FULL, appearing, create, files_below, is_temporary, make_folder, remove, sync_folder
 
 _PATIENCE = 60.0
 """Seconds: a change takes a fraction of one."""

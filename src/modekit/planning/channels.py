@@ -17,12 +17,12 @@ Shape legend: D hidden size, P channels, E experts, J averages, H head size, G q
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modekit.errors import UnsupportedError
-from modekit.planning.pad import Entry, Measured, Pad
+from modekit.planning.pieces import Entry, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Family
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
@@ -101,9 +101,9 @@ class Channels:
         return math.sqrt(self.hidden / (self.hidden + self.spare))
 
     @property
-    def row_scale(self) -> Measured:
+    def row_scale(self) -> MeasuredColumn:
         """How r of an embedding's row is measured."""
-        return Measured(
+        return MeasuredColumn(
             self.constant,
             self.eps * CONSTANT,
             self.embedding_scale,
@@ -232,9 +232,28 @@ def channels_of(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> Cha
             remedy="choose another fit, or output: {format: modekit}",
         )
     size, heads = int(dense["head_dim"]), int(dense["num_attention_heads"])
-    group = heads // int(dense["num_key_value_heads"])
+    group, experts = heads // int(dense["num_key_value_heads"]), len(recipe.experts)
     decays, turns = _decays(recipe, native, dense)
-    experts = len(recipe.experts)
+    _check_room(experts, decays, group, size)
+    return Channels(
+        int(dense["hidden_size"]),
+        heads,
+        int(dense["num_key_value_heads"]),
+        size,
+        _spare(recipe, native.widening, 2 * len(decays) * experts + 1, group * size),
+        experts,
+        decays,
+        native.widening,
+        float(dense["rms_norm_eps"]),
+        float(dense.get("attention_multiplier") or size**-0.5),
+        float(dense.get("embedding_multiplier") or 1.0),
+        float(dense.get("residual_multiplier") or 1.0),
+        turns,
+    )
+
+
+def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:
+    """Raise UnsupportedError unless one key-value head with its queries carries all evidence."""
     if len(decays) > group:
         raise UnsupportedError(
             "more averages than the new head has queries",
@@ -251,21 +270,6 @@ def channels_of(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> Cha
             expected=f"experts times decays up to {size}, the size of a head",
             remedy="leave experts out, or output: {format: modekit}",
         )
-    return Channels(
-        int(dense["hidden_size"]),
-        heads,
-        int(dense["num_key_value_heads"]),
-        size,
-        _spare(recipe, native.widening, 2 * len(decays) * experts + 1, group * size),
-        experts,
-        decays,
-        native.widening,
-        float(dense["rms_norm_eps"]),
-        float(dense.get("attention_multiplier") or size**-0.5),
-        float(dense.get("embedding_multiplier") or 1.0),
-        float(dense.get("residual_multiplier") or 1.0),
-        turns,
-    )
 
 
 def is_carried(family: Family, config: Mapping[str, Any], experts: int) -> bool:

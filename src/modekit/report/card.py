@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import Record
+from modekit.checkpoint.record import MixtureRecord
 from modekit.errors import OutputError
 from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
@@ -77,7 +77,7 @@ class CardText:
     notes: Sequence[str]
 
 
-def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: Record | None = None) -> CardText:
+def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRecord | None = None) -> CardText:
     """The card's files. `shown` is the record as it is shown to others, by default the checkpoint's own."""
     sources = sources_of(checkpoint, ask_hub=ask_hub)
     measured = _measured(checkpoint)

@@ -7,17 +7,35 @@ changes what a tensor means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.families import CONFIG_MUST_MATCH
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.families import CONFIG_MUST_MATCH, own_family
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
+from modekit.sources.targets import check_same_target
+
+
+def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
+    """Raise SourceError for a model that is not whole, MismatchError for an expert of another architecture than the base.
+
+    `sources` are the base and then each expert's.
+    """
+    base = sources[0]
+    models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
+    for source in models:  # before anything is computed from their settings
+        check_sizes(source, own_family(source.config, family))
+    for source in models:
+        check_dtypes(source)
+        if source is not base:
+            check_same_architecture(base, source, family)
+        check_complete(source, family, family.layers(base.config))
+    if family.pair:
+        check_same_target(sources)
 
 
 def is_tied(source: ModelSource, family: Family) -> bool:
@@ -66,9 +84,7 @@ def check_dtypes(source: ModelSource) -> None:
     where = f"{source.label} ({source.spec})"
     if source.config.get("quantization_config"):
         raise SourceError(
-            "the model is quantised; its tensors cannot be mixed exactly",
-            where=where,
-            remedy="give the unquantised model",
+            "the model is quantised; its tensors cannot be mixed exactly", where=where, remedy="give the unquantised model"
         )
     for name, ref in source.tensors.items():
         if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
@@ -194,81 +210,6 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
                 expected=ours.get(key),
                 remedy="use experts fine-tuned from this base model without changing its architecture",
             )
-
-
-def check_same_target(sources: Sequence[ModelSource]) -> None:
-    """Raise MismatchError where models that write a target were made for other languages: they begin it with another token.
-
-    What a model's files leave unsaid is taken to be as the others have it.
-    """
-    said: dict[tuple[str, str], tuple[ModelSource, Any]] = {}
-    for source in dict.fromkeys(sources):
-        for (file, key), value in _target_of(source).items():
-            first, expected = said.setdefault((file, key), (source, value))
-            if value != expected:
-                raise MismatchError(
-                    "two models begin what they write with another token: they were made for other languages",
-                    where=f"{source.label} ({source.spec}): {file}: {key}",
-                    found=value,
-                    expected=f"{expected}, as {first.label} ({first.spec}) has it",
-                    remedy="use experts that write the same language, or correct the file if only it differs",
-                )
-
-
-def forced_by_one_side(base: ModelSource, experts: Mapping[str, ModelSource]) -> Iterator[str]:
-    """Notes of experts, by name, whose files force the first token of a target where the base model's do not, or the reverse.
-
-    Files may leave unsaid what whoever calls the model says, so that this is no error.
-    """
-    of_base, silent = _forced_first(base), []
-    for name, source in experts.items():
-        token = _forced_first(source)
-        if of_base is None and token is not None:
-            yield (
-                f"{name}: begins what it writes with the token {token} (forced_bos_token_id), and the base model's files name "
-                "none: the mixture begins as the base does; if that is another language, write the token into the base's files"
-            )
-        elif token is None and of_base is not None:
-            silent.append(name)
-    if silent:
-        yield (
-            f"{', '.join(silent)}: the base model begins what it writes with the token {of_base} (forced_bos_token_id), and so "
-            "does the mixture; files of these name none: see that they write the same language"
-        )
-
-
-def _forced_first(source: ModelSource) -> object:
-    said = _target_of(source)
-    return next((value for (_, key), value in said.items() if key == _FORCED), None)
-
-
-def _target_of(source: ModelSource) -> dict[tuple[str, str], Any]:
-    """File and key -> what it says of how a target begins, or where it says nothing what another file does: older models have
-    one file, and newer ones say it in another.
-    """
-    found: dict[tuple[str, str], Any] = {}
-    for files, keys in _OF_THE_TARGET.items():
-        configs = {file: _read_beside(source, file) for file in files}
-        for key in keys:
-            values = {file: config[key] for file, config in configs.items() if config.get(key) is not None}
-            found |= {(file, key): values.get(file, next(iter(values.values()))) for file in files if values}
-    return found
-
-
-_FORCED = "forced_bos_token_id"
-_OF_THE_TARGET = {
-    ("generation_config.json", "config.json"): ("decoder_start_token_id", _FORCED),
-    ("tokenizer_config.json",): ("tgt_lang", "target_lang"),
-}
-
-
-def _read_beside(source: ModelSource, file: str) -> Mapping[str, Any]:
-    """A file in a model's folder; empty where it is not there. An adapter has no config of a model."""
-    try:
-        found: Any = read_json(source.folder / file, LARGE)
-    except UNREADABLE:  # whoever uses it says so
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _plain(value: object) -> object:

@@ -52,12 +52,7 @@ _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, 
 DECODERS: tuple[Family, ...] = (
     Family(
         model_type="llama",
-        defaults={
-            **_TOKENS_OF_LLAMA,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 2048,
-            "attention_bias": False,
-        },
+        defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False},
     ),
     Family(
         model_type="mistral",

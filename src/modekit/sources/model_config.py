@@ -169,9 +169,7 @@ def refuse_adapter(folder: Path, *, where: str) -> None:
     """Raise SourceError where a folder that lacks a model holds an adapter."""
     if (folder / "adapter_config.json").exists():
         raise SourceError(
-            "this is an adapter, not a full model",
-            where=where,
-            remedy="name it as adapter: in place of model: in the recipe",
+            "this is an adapter, not a full model", where=where, remedy="name it as adapter: in place of model: in the recipe"
         ) from None
 
 

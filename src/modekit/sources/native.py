@@ -76,11 +76,7 @@ NATIVES: tuple[Native, ...] = (
     Native(
         family=_FAMILY["llama"],
         **_MIXTRAL,
-        rules=(
-            (lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"),
-            _NO_MLP_BIAS,
-            _SILU,
-        ),
+        rules=((lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"), _NO_MLP_BIAS, _SILU),
     ),
     Native(
         family=_FAMILY["llama"],
@@ -96,10 +92,7 @@ NATIVES: tuple[Native, ...] = (
     Native(
         family=_FAMILY["mistral"],
         **_MIXTRAL,
-        rules=(
-            _SILU,
-            (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike"),
-        ),
+        rules=(_SILU, (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike")),
     ),
     Native(
         family=_FAMILY["qwen2"],
@@ -138,10 +131,7 @@ NATIVES: tuple[Native, ...] = (
             "sliding_window": None,
         },
         dropped=frozenset({"layer_types", "max_window_layers"}),
-        rules=(
-            _SILU,
-            (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
-        ),
+        rules=(_SILU, (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none")),
         serves="vLLM, llama.cpp",
         serves_with_biases="vLLM",
         vllm_differs=((lambda c: bool(c.get("attention_bias")), "leaves the bias of attention's output out"),),
@@ -195,10 +185,7 @@ NATIVES: tuple[Native, ...] = (
             (lambda c: "sliding_attention" in (c.get("layer_types") or []), "attends to one token more than the window has"),
         ),
         widening="its norms subtract the mean of all channels, which channels besides the base's would change",
-        rules=(
-            _SILU,
-            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
-        ),
+        rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes")),
     ),
     Native(
         family=_FAMILY["ernie4_5"],

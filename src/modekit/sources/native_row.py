@@ -161,12 +161,4 @@ class Native:
         return native
 
 
-_NOT_ARCHITECTURE = (
-    "_name_or_path",
-    "auto_map",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "architectures",
-    "model_type",
-)
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")

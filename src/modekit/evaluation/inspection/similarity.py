@@ -20,7 +20,7 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
-from modekit.planning.mixed_tensor import MixedTensor, TensorPart
+from modekit.planning.shape import MixedTensor, TensorPart
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef, open_source
