@@ -1,7 +1,7 @@
 """Runs a plan: tensors stream from their sources to shards, then the router is set, then the folder appears.
 
-A copied tensor goes from the page cache of its source to that of the result without passing through the process. A second
-thread inspects the sources meanwhile (inspector.py).
+A copied tensor goes from the page cache of its source to that of the result without passing through the process. Other threads
+inspect the sources meanwhile (inspector.py).
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
     return Check("config.json", "proven", f"{len(found)} settings as planned")
 
 
-def _differences(planned: Mapping[str, Any], found: Mapping[str, Any], within: str = "") -> Iterator[str]:
+def _differences(planned: Mapping[str, object], found: Mapping[str, object], within: str = "") -> Iterator[str]:
     """Every setting that is another than planned, in words, whatever mapping it stands in."""
     for key in sorted(planned.keys() | found.keys()):
         ours, theirs = planned.get(key), found.get(key)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ from modekit.planning.shapes import Shape, open_shape
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
+from modekit.sources.model_config import Config, whole
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
 
@@ -85,9 +86,14 @@ class Checkpoint:
         return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config)
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """config.json."""
         return self.shape.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding."""
+        return whole(self.config, "vocab_size")
 
     @cached_property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -265,7 +271,7 @@ class Checkpoint:
     @property
     def _gate_dtype(self) -> str:
         """That of the gates that are there, else that of the model."""
-        said = {name: code for code, name in DTYPE_NAMES.items()}[self.config["dtype"]]
+        said = {name: code for code, name in DTYPE_NAMES.items()}[str(self.config["dtype"])]
         found = self.tensors[self.slots[0].name].dtype if self.slots else said
         return found if found in DTYPE_NAMES else said
 

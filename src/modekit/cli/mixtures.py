@@ -62,7 +62,7 @@ def build(
     with drawn_progress() as progress:
         checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
-    said = f"{made.config['architectures'][0]}, {made.experts} experts, top_k {made.recipe.top_k}"
+    said = f"{made.architecture}, {made.experts} experts, top_k {made.recipe.top_k}"
     out.print(Text.assemble((str(output), "bold"), f": {said}, router {checkpoint.record.router.status}, {bytes_of(size)}"))
     if new:
         out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))

@@ -139,7 +139,7 @@ def _claim(made: Mapping[str, Any], file: Path, run: Run) -> str:
 
 def _own_outtype(checkpoint: Checkpoint) -> Outtype:
     """That which stores weights as the checkpoint does."""
-    return _BY_DTYPE[checkpoint.config["dtype"]]
+    return _BY_DTYPE[str(checkpoint.config["dtype"])]
 
 
 def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any], texts: ProofTexts, run: Run) -> Loss | None:

@@ -56,7 +56,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     Raises SourceError, MismatchError or UnsupportedError unless both are unquantised models of one architecture.
     """
     # Without a row: compared with the defaults of most families.
-    family = own_family(origin.config, Family(model_type=origin.config["model_type"]))
+    family = own_family(origin.config, Family(model_type=str(origin.config["model_type"])))
     for source in (tuned, origin):
         check_dtypes(source)
         check_sizes(source, own_family(source.config, family))

@@ -26,6 +26,7 @@ from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.model_config import whole
 from modekit.sources.names import HEAD, natural_key, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native
@@ -148,7 +149,7 @@ def _check_tokenizers(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
         )
-    check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
+    check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=where)
 
 
 class _Giver:

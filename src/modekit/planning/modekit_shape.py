@@ -28,8 +28,8 @@ from modekit.planning.shape import (
 )
 from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import PARTS, Config, Family
-from modekit.sources.model_config import check_values
+from modekit.sources.family import PARTS, Family
+from modekit.sources.model_config import Config, check_values, whole
 from modekit.sources.names import split_layer
 
 _FIRST = ".experts.0."
@@ -267,7 +267,7 @@ def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTe
 def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Tensors) -> MixtureConfig:
     """The same experts under the routing of another recipe; `config` is the checkpoint's."""
     router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
-    hidden, vocabulary = family.hidden(config), int(config["vocab_size"])
+    hidden, vocabulary = family.hidden(config), whole(config, "vocab_size")
     leaders = _leaders(mixture.places, scope, family, whole=recipe.mixture.is_whole)
     changed = {}
     for module, place in mixture.places.items():

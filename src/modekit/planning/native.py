@@ -13,6 +13,7 @@ from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.model_config import whole
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native_row import Native
 
@@ -32,7 +33,7 @@ class NativeLayout:
     ) -> None:
         self._recipe, self._sources, self._family, self._native, self._code_of = recipe, sources, family, native, code_of
         self._base = sources[0]
-        self._layers = int(self._base.config["num_hidden_layers"])
+        self._layers = whole(self._base.config, "num_hidden_layers")
         self._gate = self._base.tensor(in_layer(0, family.mlp["gate"]))
         self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
         self.router_dtype = code_of(self._gate)
@@ -97,7 +98,7 @@ class NativeLayout:
         """Experts and constants."""
         yield from self._experts(self._layers)
         spare = 0 if self._channels is None else self._channels.spare
-        hidden, expert_hidden = int(self._base.config["hidden_size"]) + spare, self._gate.shape[0]
+        hidden, expert_hidden = whole(self._base.config, "hidden_size") + spare, self._gate.shape[0]
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
         for layer in range(self._layers):
             for constant in self._native.written_constants:

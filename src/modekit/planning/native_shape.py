@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from modekit.errors import CheckpointError, UnsupportedError
+from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.planning.channels import Channels, channels_of
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
@@ -23,7 +23,8 @@ from modekit.planning.shape import (
     disagreement,
 )
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family
+from modekit.sources.family import Family
+from modekit.sources.model_config import Config, whole
 from modekit.sources.names import in_layer
 from modekit.sources.native import native_of
 from modekit.sources.native_row import Native
@@ -137,7 +138,7 @@ class NativeShape:
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers: one each."""
-        rows, hidden = (1,) * self.experts, int(self.config["hidden_size"])
+        rows, hidden = (1,) * self.experts, whole(self.config, "hidden_size")
         return tuple(RouterSlot(in_layer(layer, self.native.router), hidden, rows) for layer in range(self._layers))
 
     @property
@@ -149,7 +150,7 @@ class NativeShape:
     @property
     def routing(self) -> Routing:
         """How they decide: top_k of the token's own logits; a zero gate with top_k = E where weights are fixed."""
-        top_k = int(self.config[self.native.top_k_key])
+        top_k = whole(self.config, self.native.top_k_key)
         return Routing(method="routing", averages=[Average(decay=None)], top_k=top_k, top_p=None, weights=None, always_on=None)
 
     @property
@@ -240,7 +241,7 @@ class NativeShape:
 
     @property
     def _layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return whole(self.config, "num_hidden_layers")
 
     def _apart(self, tensors: Tensors, layer: int, part: str) -> tuple[tuple[int, ...], dict[int, TensorPart]]:
         """A projection of every expert, where each is a tensor; given weights are folded into the last one."""
@@ -276,7 +277,7 @@ def _channels_said_by(config: Config, recipe: Recipe, where: str, native: Native
     try:
         channels = channels_of(recipe, native, dense)
         wide = {} if channels is None else channels.widened(config)
-    except (UnsupportedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             "modekit.json does not say a base that could carry this router",
             where=f"{where}: dense_config",

@@ -22,6 +22,7 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
 from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.model_config import whole
 from modekit.sources.names import (
     EMBEDDING,
     HEAD,
@@ -175,7 +176,7 @@ class Places:
 
     def width(self, place: PlannedPlace) -> int:
         """Width of the gate of a router at this place: of what it reads, unless its fit says another."""
-        said = self._recipe.mixture.router.gate_width(int(self._base.config["vocab_size"]))
+        said = self._recipe.mixture.router.gate_width(whole(self._base.config, "vocab_size"))
         if said is not None:
             return said
         if not any(ref.name == weight_of(place.module) for ref in place.refs):

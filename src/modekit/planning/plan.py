@@ -18,8 +18,9 @@ from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.shape import RouterSlot
 from modekit.planning.shapes import Shape
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family
+from modekit.sources.family import Family
 from modekit.sources.model import ModelSource
+from modekit.sources.model_config import Config, architecture_of, whole
 from modekit.weights.factor_size import working_bytes
 
 ROUTER_FILE = "model-router.safetensors"
@@ -72,6 +73,11 @@ class Plan:
     def config(self) -> Config:
         """config.json of the result."""
         return self.shape.config
+
+    @property
+    def architecture(self) -> str:
+        """Class of the result in transformers."""
+        return architecture_of(self.config)
 
     @cached_property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -170,7 +176,7 @@ class Plan:
         if row is not None and row.keeps is not None:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
-            activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
+            activations = 16 * router.sequence_length * (12 * self.hidden + whole(self.config, "vocab_size")) * 4
             fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         factored = (
             working_bytes(piece.ref.shape, piece.factor.rank) + 8 * tensor.numel  # one expert's; the factors of all

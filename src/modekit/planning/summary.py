@@ -100,7 +100,7 @@ def summary(plan: Plan) -> PlanSummary:
         label = "router" if tensor.role == "router" else tensor.operation
         operations[label] = operations.get(label, 0) + 1
     return PlanSummary(
-        architecture=plan.config["architectures"][0],
+        architecture=plan.architecture,
         why=plan.why,
         also_runs_in=plan.shape.also_runs_in,
         method=recipe.mixture.method,
@@ -110,7 +110,7 @@ def summary(plan: Plan) -> PlanSummary:
         experts=[ExpertSummary(name=e.name, model=e.source, text=bool(e.text or e.prompts)) for e in recipe.experts],
         mixed=plan.shape.mixed,
         layers=plan.layers,
-        dtype=plan.config["dtype"],
+        dtype=str(plan.config["dtype"]),
         tensors={"total": len(plan.tensors), **operations},
         shards=len(plan.shards) + 1,
         bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},

@@ -33,6 +33,7 @@ from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.result_files import find_translations
 from modekit.report.translation_file import Scores, Translations
+from modekit.sources.model_config import architecture_of
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 
@@ -196,7 +197,7 @@ def _what(checkpoint: Checkpoint) -> str:
     recipe = checkpoint.record.recipe
     total, active = checkpoint.parameters.total, checkpoint.parameters.active
     layout = "plain transformers opens it" if checkpoint.shape.plain else "it brings the code that opens it"
-    architecture, dtype = _plain(str(checkpoint.config["architectures"][0])), _plain(str(checkpoint.config["dtype"]))
+    architecture, dtype = _plain(architecture_of(checkpoint.config)), _plain(str(checkpoint.config["dtype"]))
     return (
         f"A Mixture of Domain Experts, made with modekit from one base model and {len(checkpoint.names)} experts "
         f"({', '.join(map(_plain, checkpoint.names))}): {_decides(checkpoint)}. Architecture {architecture} ({layout}), "

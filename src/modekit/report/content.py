@@ -31,6 +31,7 @@ from modekit.report.result_files import (
 )
 from modekit.report.routing import routing_of, samples_of
 from modekit.report.translation_file import Translations
+from modekit.sources.model_config import architecture_of
 
 _Each = TypeVar("_Each")
 _VARIANTS = 12  # of a search that are shown for their loss alone
@@ -84,7 +85,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
     record, recipe = checkpoint.record, checkpoint.record.recipe
     linear = recipe.mixture.method == "linear"
     return {
-        "architecture": str(checkpoint.config["architectures"][0]),
+        "architecture": architecture_of(checkpoint.config),
         "native": checkpoint.shape.plain,
         "experts": checkpoint.names,
         "method": recipe.mixture.method,

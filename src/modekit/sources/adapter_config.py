@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
+from modekit.sources.model_config import Config
 from modekit.sources.names import HEAD, is_looked_up
 from modekit.sources.patterns import ModulePatterns
 
@@ -181,7 +182,7 @@ def shortened(value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
+def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
     """An adapter's config as data. Raises SourceError when it is missing, not JSON, or names no peft_type."""
     try:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
@@ -207,13 +208,13 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
     return config
 
 
-def parse_settings(config: Mapping[str, Any], *, where: str) -> AdapterSettings:
+def parse_settings(config: Config, *, where: str) -> AdapterSettings:
     """The settings that shape the weights.
 
     Raises SourceError for values of the wrong kind, UnsupportedError for kinds and settings whose maths is not known here.
     """
     where = f"{where}: {CONFIG_FILE}"
-    kind = _KINDS.get(config["peft_type"])
+    kind = _KINDS.get(str(config["peft_type"]))
     if kind is None:
         raise UnsupportedError(
             "an adapter of this kind cannot be read",

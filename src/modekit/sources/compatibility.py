@@ -7,7 +7,7 @@ changes what a tensor means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from modekit.errors import MismatchError, SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
@@ -15,7 +15,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.families import CONFIG_MUST_MATCH, own_family
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.model_config import check_values
+from modekit.sources.model_config import Config, check_values, whole, words
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.targets import check_same_target
 
@@ -118,7 +118,7 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
 
 def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    said = source.config.get("layer_types") or []
+    said = words(source.config, "layer_types")
     kinds = {layer: said[place] if len(said) == len(layers) else stack_of(layer)[0] for place, layer in enumerate(layers)}
     found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
@@ -134,7 +134,7 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
             )
         if path not in family.stack_of(layer).first:
             found[layer].add(path)
-    alike: dict[str, set[str]] = {}
+    alike: dict[object, set[str]] = {}
     for layer, names in found.items():
         alike.setdefault(kinds[layer], set(family.stack_of(layer).mlp.values())).update(names)
     for layer, kind in kinds.items():
@@ -151,17 +151,17 @@ def _counted(layers: Sequence[Layer]) -> str:
 def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
     """Name -> the shape that follows from config.json."""
     hidden = family.hidden(source.config)
-    shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (int(source.config["vocab_size"]), hidden)}
+    shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (whole(source.config, "vocab_size"), hidden)}
     for layer in layers:
         stack = family.stack_of(layer)
-        expert_hidden, paths = int(source.config[stack.ffn_width]), stack.mlp
+        expert_hidden, paths = whole(source.config, stack.ffn_width), stack.mlp
         for part, path in paths.items():
             rows = expert_hidden * list(paths.values()).count(path)  # gate and up in one module
             shapes[family.in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
     if family.pair:
         return shapes
     dense = family.dense_config(source.config)
-    heads, head_dim = int(dense["num_key_value_heads"]), int(dense["head_dim"])
+    heads, head_dim = whole(dense, "num_key_value_heads"), whole(dense, "head_dim")
     for layer in layers:
         for name in (family.in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
             if name in source.tensors:
@@ -199,7 +199,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
         )
     ours, theirs = (family.meant(family.dense_config(each.config)) for each in (base, source))
     keys = [*CONFIG_MUST_MATCH, *family.must_match]
-    if not family.pair and ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
+    if not family.pair and _rope_type(ours) in {"dynamic", "longrope"}:
         keys.append("max_position_embeddings")  # these ropes depend on it
     for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):
@@ -210,6 +210,11 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
                 expected=ours.get(key),
                 remedy="use experts fine-tuned from this base model without changing its architecture",
             )
+
+
+def _rope_type(config: Config) -> object:
+    rope = config["rope_parameters"]
+    return rope.get("rope_type") if isinstance(rope, Mapping) else None
 
 
 def _plain(value: object) -> object:

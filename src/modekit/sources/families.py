@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.family import LINEAR, Config, Family, Stack
+from modekit.sources.family import LINEAR, Family, Stack
+from modekit.sources.model_config import Config, whole
 from modekit.sources.pairs import PAIRS
 
 _FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
@@ -19,14 +20,14 @@ _FUSED = {**_FUSED_GATE_UP, "q": "self_attn.qkv_proj", "k": "self_attn.qkv_proj"
 
 def _windows_after(config: Config) -> list[str]:
     """Qwen2 and Qwen3: the layers from max_window_layers on have the window, if there is one."""
-    layers, first = int(config["num_hidden_layers"]), int(config["max_window_layers"])
+    layers, first = whole(config, "num_hidden_layers"), whole(config, "max_window_layers")
     windowed = config.get("sliding_window") is not None
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
 
 
 def _alternating(config: Config) -> list[str]:
     """Gemma 2: the window in every other layer, the first has one."""
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(int(config["num_hidden_layers"]))]
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(whole(config, "num_hidden_layers"))]
 
 
 def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
@@ -41,7 +42,7 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
                 expected="a whole number of layers",
                 remedy="download or save the model again",
             )
-        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(int(config["num_hidden_layers"]))]
+        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
 
     return kinds
 

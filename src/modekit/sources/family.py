@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
+from modekit.sources.model_config import Config, whole
 from modekit.sources.names import EMBEDDING, FINAL_NORM, module_of, split_layer
 
-Config = Mapping[str, Any]
 Reads = Literal["pairs", "text"]
 """What models read: pairs of source and target, or plain text."""
 
@@ -73,7 +73,7 @@ class Stack:
 
     def size(self, config: Config) -> int:
         """How many layers config.json says there are."""
-        return int(next(config[key] for key in self.count if config.get(key) is not None))
+        return whole(config, next(key for key in self.count if config.get(key) is not None))
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Family:
 
     def hidden(self, config: Config) -> int:
         """Width of the residual stream."""
-        return int(config[self.width])
+        return whole(config, self.width)
 
     def layers(self, config: Config) -> list[Layer]:
         """All layers that config.json says there are, in the order in which they run."""
@@ -194,15 +194,15 @@ class Family:
         layer, path = split_layer(module)
         return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
-    def dense_config(self, config: Config) -> dict[str, Any]:
+    def dense_config(self, config: Config) -> dict[str, object]:
         """The dense config with every default written out and rope in one form."""
-        full: dict[str, Any] = {**self.defaults, **config}  # an explicit null is a setting, too
+        full: dict[str, object] = {**self.defaults, **config}  # an explicit null is a setting, too
         if self.pair:
             return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
         if full.get("num_key_value_heads") is None:
             full["num_key_value_heads"] = full["num_attention_heads"]
         if full.get("head_dim") is None:
-            full["head_dim"] = self.head_dim or int(full["hidden_size"]) // int(full["num_attention_heads"])
+            full["head_dim"] = self.head_dim or whole(full, "hidden_size") // whole(full, "num_attention_heads")
         if full.get("use_sliding_window") is False:
             full["sliding_window"] = None
         if self.layer_types is not None and full.get("layer_types") is None:
@@ -213,7 +213,7 @@ class Family:
         return full
 
 
-def rope_parameters(config: Config, default_theta: float | None) -> dict[str, Any]:
+def rope_parameters(config: Config, default_theta: float | None) -> dict[str, object]:
     """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
@@ -223,7 +223,7 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, An
             expected="rope_type, rope_theta, ...",
             remedy="download or save the model again",
         )
-    rope = dict(given)
+    rope: dict[str, object] = dict(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     rope.setdefault("rope_type", "default")

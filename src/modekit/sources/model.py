@@ -20,7 +20,7 @@ from typing import Any
 from modekit.errors import SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
+from modekit.sources.model_config import SAFETENSORS, Config, check_no_code, read_config, refuse_adapter, refuse_gguf
 
 ITEMSIZE = {
     "F64": 8,
@@ -198,7 +198,7 @@ class ModelSource:
     spec: str
     folder: Path
     revision: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
 
     @cached_property

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,6 +28,9 @@ _CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "
 _NO_SETTINGS = frozenset({"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision"})
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 """What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
+
+Config = Mapping[str, object]
+"""config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
 
 Size = Annotated[int, Field(ge=1, le=2**40)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
@@ -82,8 +85,8 @@ class _Values(BaseModel):
     clip_qkv: Number | None = None
     layer_types: list[Word] | None = None
     no_rope_layers: list[int] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, object] | None = None
+    rope_scaling: dict[str, object] | None = None
 
 
 class _PairValues(BaseModel):
@@ -142,13 +145,47 @@ class _Rope(BaseModel):
     rope_theta: Number | None = None
 
 
-def settings_digest(config: Mapping[str, Any]) -> str:
+def whole(config: Config, key: str) -> int:
+    """A whole number that a config gives. Raises SourceError where it gives none."""
+    value = config.get(key)
+    if type(value) is not int:
+        raise _no_usable(key, value, "a whole number")
+    return value
+
+
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A number that a config gives; `default` where it gives none, or 0. Raises SourceError for anything else."""
+    value = config.get(key)
+    value = default if default is not None and not value else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _no_usable(key, value, "a number")
+    return float(value)
+
+
+def words(config: Config, key: str) -> list[object]:
+    """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
+    value = config.get(key) or []
+    if not isinstance(value, list):
+        raise _no_usable(key, value, "a list")
+    return value
+
+
+def architecture_of(config: Config) -> str:
+    """The class of transformers that a config names first."""
+    return str(next(iter(words(config, "architectures")), ""))
+
+
+def _no_usable(key: str, found: object, expected: str) -> SourceError:
+    return SourceError(f"config.json gives no usable {key}", found=found, expected=expected, remedy=_SAVE_AGAIN)
+
+
+def settings_digest(config: Config) -> str:
     """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
     said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def read_config(folder: Path, *, where: str) -> dict[str, Any]:
+def read_config(folder: Path, *, where: str) -> dict[str, object]:
     """A model's config.json as data. Raises SourceError when it is missing, no JSON, or nested past all use."""
     try:
         config = read_json(folder / "config.json")
@@ -185,7 +222,7 @@ def refuse_gguf(folder: Path, *, where: str) -> None:
         ) from None
 
 
-def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
+def check_no_code(config: Config, *, where: str, run: Run) -> None:
     """Raise SourceError when a config brings Python of its own, or names other code or files, and the user did not accept it.
 
     For every config that reaches transformers: those of models, and of a mixture itself.
@@ -210,7 +247,7 @@ def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
             )
 
 
-def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -> None:
+def check_values(config: Config, *, where: str, pair: bool = False) -> None:
     """Raise SourceError when a setting is missing that every plan needs, or has a value of another kind than its name says.
 
     For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
@@ -222,7 +259,8 @@ def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -
     try:
         _Values.model_validate(dict(config))
         for key in ("rope_parameters", "rope_scaling"):
-            rope = config.get(key) or {}
+            rope = config.get(key)
+            rope = rope if isinstance(rope, dict) else {}
             parts = {name: each for name, each in rope.items() if isinstance(each, dict) and name not in _Rope.model_fields}
             # One for all layers, or one per kind of layer.
             for part in ({name: each for name, each in rope.items() if name not in parts}, *parts.values()):
@@ -231,7 +269,7 @@ def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -
         raise _unusable(config, error, where) from None
 
 
-def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
+def _check_pair(config: Config, *, where: str) -> None:
     try:
         _PairValues.model_validate(dict(config))
     except ValidationError as error:
@@ -249,7 +287,7 @@ def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def _unusable(config: Mapping[str, Any], error: ValidationError, where: str) -> SourceError:
+def _unusable(config: Config, error: ValidationError, where: str) -> SourceError:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     return SourceError(
@@ -268,7 +306,7 @@ def _is_plain(value: object) -> bool:
     return value is None or (isinstance(value, str) and "/" not in value)
 
 
-def _entries(data: Any) -> Iterator[tuple[str, Any]]:
+def _entries(data: object) -> Iterator[tuple[str, object]]:
     """Every key and its value in mappings, and in mappings and lists within these."""
     waiting = [data]
     while waiting:
@@ -278,7 +316,7 @@ def _entries(data: Any) -> Iterator[tuple[str, Any]]:
         waiting += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
 
 
-def _is_deep(data: Any) -> bool:
+def _is_deep(data: object) -> bool:
     """Whether containers lie within each other so deeply that no config means it, and that code which follows them fails."""
     level = [data]
     for _ in range(_DEEPEST):

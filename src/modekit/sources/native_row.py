@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from modekit.sources.family import Config, Family
+from modekit.sources.family import Family
+from modekit.sources.model_config import Config
 from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]
@@ -131,7 +131,7 @@ class Native:
         full = self.family.dense_config(config)
         return [reason for holds, reason in self.rules if not holds(full)]
 
-    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, Any]:
+    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
         """The native config.json: the dense one, renamed and completed.
 
         `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
