@@ -110,7 +110,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     for name, content in beside.items():
         make_folder((stage.folder / name).parent)
         write_file(stage.folder / name, content)
-    record = _set_router(plan, stage.out, stage, hashes, update, run).record
+    record = _set_router(plan, stage, hashes, update, run)
     write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     run.begin("write to the disk" if run.sync else "put in place")
     return record
@@ -163,29 +163,33 @@ def _content(file: Path) -> bytes:
         ) from None
 
 
-def _set_router(
-    plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], update: CheckpointUpdate | None, run: Run
-) -> Checkpoint:
+def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
+    """Fit the router over the experts as they are staged, write it beside them, and give the record."""
     remove(stage.folder / RECORD_FILE)  # of a build that was killed here: it is not what this one knows
-    # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
+    # Zero gates stand in while the fit reads the staged experts as those of a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
-    unfitted = RouterRecord.unfitted(plan.recipe, sha256)
-    checkpoint = Checkpoint(
-        stage.folder, make_record(plan, out, hashes, unfitted, update.sources if update is not None else {})
-    )
+    unfitted, known = RouterRecord.unfitted(plan.recipe, sha256), update.sources if update is not None else {}
+    checkpoint = Checkpoint(stage.folder, make_record(plan, stage.out, hashes, unfitted, known))
     if update is not None:
         checkpoint = Checkpoint(stage.folder, update.continued(checkpoint.record, checkpoint.tensors))
-    statistics, run = stage.folder / STATISTICS_FOLDER, Run(plan.trust_remote_code, run.progress)
-    stays = () if update is None else update.statistics
-    fitting = Fitting(checkpoint, plan.recipe, plan.root, statistics, run, stays)
-    fitted = None if update is None else update.renamed()
-    if update is not None and fitted is None and update.keeps_training:
-        trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
-        fitted = trained_gates(fitting, update.checkpoint, update.origins)
-    if fitted is None:
-        fitted = fit_router(fitting)
-    return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
+    stays = update.statistics if update is not None else ()
+    run = Run(plan.trust_remote_code, run.progress)
+    fitting = Fitting(checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run, stays)
+    fitted = _kept_router(fitting, update) or fit_router(fitting)
+    record, files = checkpoint.router_files(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
+    for name, content in files.items():
+        write_file(stage.folder / name, content)
+    return record
+
+
+def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRouter | None:
+    """Of a mixture that is changed the router that it has, renamed or with rows for who is new; None where a fit sets it."""
+    renamed = None if update is None else update.renamed()
+    if update is None or renamed is not None or not update.keeps_training:
+        return renamed
+    trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
+    return trained_gates(fitting, update.checkpoint, update.origins)
 
 
 def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:

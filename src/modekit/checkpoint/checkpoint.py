@@ -28,11 +28,11 @@ from modekit.checkpoint.identity import identity_of
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
-from modekit.files.change import Content, change_together, finish_change
+from modekit.files.change import change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import Count, as_kind, shortened
-from modekit.files.write import json_bytes
+from modekit.files.write import Content, json_bytes
 from modekit.planning.channels import Channels
 from modekit.planning.pieces import EMBEDDING_FILE
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
@@ -218,6 +218,17 @@ class Checkpoint:
     ) -> Checkpoint:
         """Write new gates, the routing in config.json and modekit.json, all together; nothing else is touched.
 
+        Arguments as of `router_files`. Raises as `change`.
+        """
+        record, files = self.router_files(gates, router, recipe, evidence=evidence)
+        self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
+        return Checkpoint(self.folder, record)
+
+    def router_files(
+        self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
+    ) -> tuple[MixtureRecord, dict[str, Content]]:
+        """What becomes of the record, and of the files beside it, with another router.
+
         `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
         """
         changed = self.with_recipe(recipe)
@@ -238,9 +249,7 @@ class Checkpoint:
             files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
         files["config.json"] = json_bytes(changed.config)
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest(), "trained": trained}
-        record = self.record.model_copy(update=update)
-        self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
-        return Checkpoint(self.folder, record)
+        return self.record.model_copy(update=update), files
 
     @property
     def carrier(self) -> tuple[Channels, TensorRef]:

@@ -231,6 +231,10 @@ def channels_of(recipe: Recipe, native: Native, dense: Config) -> Channels | Non
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )
+    return _channels(recipe, native, native.widening, dense)
+
+
+def _channels(recipe: Recipe, native: Native, widening: Widening, dense: Config) -> Channels:
     size, heads = whole(dense, "head_dim"), whole(dense, "num_attention_heads")
     group, experts = heads // whole(dense, "num_key_value_heads"), len(recipe.experts)
     decays, turns = _decays(recipe, native, dense)
@@ -240,10 +244,10 @@ def channels_of(recipe: Recipe, native: Native, dense: Config) -> Channels | Non
         heads,
         whole(dense, "num_key_value_heads"),
         size,
-        _spare(recipe, native.widening, 2 * len(decays) * experts + 1, group * size),
+        _spare(recipe, widening, 2 * len(decays) * experts + 1, group * size),
         experts,
         decays,
-        native.widening,
+        widening,
         number(dense, "rms_norm_eps"),
         number(dense, "attention_multiplier", size**-0.5),
         number(dense, "embedding_multiplier", 1.0),

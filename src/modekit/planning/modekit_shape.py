@@ -12,7 +12,7 @@ from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError
 from modekit.files.typed import as_kind
 from modekit.planning.mixture_config import MixtureConfig, Place, Routing, readers
-from modekit.planning.places import ATTENTION, first_to_run
+from modekit.planning.places import leaders_of
 from modekit.planning.routing_config import gate_rows, needs_base, routing_config, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
@@ -26,9 +26,8 @@ from modekit.planning.shape import (
     check_sizes,
     disagreement,
 )
-from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import PARTS, Family
+from modekit.sources.family import Family
 from modekit.sources.model_config import Config, check_values, whole
 from modekit.sources.names import split_layer
 
@@ -268,7 +267,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
     """The same experts under the routing of another recipe; `config` is the checkpoint's."""
     router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
     hidden, vocabulary = family.hidden(config), whole(config, "vocab_size")
-    leaders = _leaders(mixture.places, scope, family, whole=recipe.mixture.is_whole)
+    leaders = leaders_of(mixture.places, scope, family, whole=recipe.mixture.is_whole)
     changed = {}
     for module, place in mixture.places.items():
         said: dict[str, Any] = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
@@ -291,33 +290,6 @@ def bases_that_differ(mixture: MixtureConfig, recipe: Recipe) -> list[str]:
         for module, place in mixture.places.items()
         if place.base != needs_base(recipe, mixture.family, module, place.own)
     ]
-
-
-def _leaders(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:
-    """Place -> place of its router: the first of those that share it, in the order in which they run."""
-    if whole:
-        return dict.fromkeys(places, first_to_run([*places], family))
-    ways = {place: _way(place, family) for place in places}
-    leaders: dict[object, str] = {}
-    for place, (layer, part) in sorted(ways.items(), key=lambda item: item[1]):
-        leaders.setdefault(_sharers(place, layer, part, scope), place)
-    return {place: leaders[_sharers(place, *way, scope)] for place, way in ways.items()}
-
-
-def _way(place: str, family: Family) -> tuple[tuple[int, int], int]:
-    """(layer, number of its first part in the order in which parts run) of a place."""
-    layer, path = split_layer(place)
-    assert layer is not None, place
-    parts = family.stack_of(layer).parts
-    first = next((part for part in PARTS if parts.get(part) == path), "gate")  # a whole FFN runs where its gate would
-    return order_of(layer), PARTS.index(first)
-
-
-def _sharers(place: str, layer: tuple[int, int], part: int, scope: str) -> object:
-    """What places that share a router have in common."""
-    if scope == "layer":
-        return layer, ATTENTION.get(PARTS[part])
-    return scope if scope == "model" else place
 
 
 def _weight_shape(module: str, tensors: Tensors) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
+from modekit.files.typed import shortened
 from modekit.sources.model_config import Config
 from modekit.sources.names import HEAD, is_looked_up
 from modekit.sources.patterns import ModulePatterns
@@ -174,12 +175,6 @@ _KINDS: dict[str, type[AdapterSettings]] = {"LORA": LoraSettings, "IA3": IA3Sett
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:
     return any(module.endswith(f".{name}") for name in names)
-
-
-def shortened(value: object) -> str:
-    """A value for a message, which may be a list of hundreds of names."""
-    text = str(value)
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
-from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings, shortened
+from modekit.files.typed import shortened
+from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of

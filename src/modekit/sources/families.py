@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.sources.family import LINEAR, Family, Stack
-from modekit.sources.model_config import Config, whole
+from modekit.sources.model_config import SETTINGS, Config, whole
 from modekit.sources.pairs import PAIRS
 
 _FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
@@ -263,43 +263,8 @@ def own_family(config: Config, other: Family) -> Family:
     return next(of_type, other)
 
 
-CONFIG_MUST_MATCH = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "mlp_bias",
-    "tie_word_embeddings",
-    "sliding_window",
-    "layer_types",
-    "vocab_size",
-    "intermediate_size",
-    "use_bias",
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "attention_multiplier",
-    "logit_scale",
-    "hidden_activation",
-    "query_pre_attn_scalar",
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
-    "norm_epsilon",
-    "rope_local_base_freq",
-    "partial_rotary_factor",
-    "no_rope_layers",
-    "clip_qkv",
-)
+_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "sliding_window_pattern", "full_attention_interval"}
+_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling"}
+"""`Family.dense_config` has what they mean under other keys."""
+CONFIG_MUST_MATCH = ("model_type", *(key for key in SETTINGS if key not in _MAY_DIFFER | _SAID_OTHERWISE))
 """Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

@@ -89,6 +89,10 @@ class _Values(BaseModel):
     rope_scaling: dict[str, object] | None = None
 
 
+SETTINGS = tuple(_Values.model_fields)
+"""What anything is computed from."""
+
+
 class _PairValues(BaseModel):
     """The same of families with an encoder."""
 
