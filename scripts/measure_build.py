@@ -4,7 +4,9 @@
     python scripts/measure_build.py --check    exit code 1 when there are more files or lines than BOUNDS
 
 The mixture is what the shortest recipe gives: two whole Llama models with a text each, in a plain Mixtral with the default
-router. Whoever follows `modekit build` reads these files. What only defines things as it is imported does not count.
+router. Whoever follows `modekit build` reads these files; one of which less than a screen runs is taken at its word, and does
+not count. The bounds are of the rooms from the recipe to the checkpoint, without those that read text for the router's fit.
+What only defines things as it is imported does not count either.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ import modekit
 from modekit.files.tensors import safetensors_header
 
 PACKAGE = Path(modekit.__file__).parent
+ROOMS = ("recipes", "sources", "planning", "weights", "files", "checkpoint", "building")
+SCREEN = 30
+"""Lines of functions."""
 BOUNDS = {"files": 999, "lines": 99_999}
 """Most files, and most lines in them."""
-_LEAST_LINES = 2  # of a function that is counted as read: a property of a line is read where it is used
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 
 
@@ -38,13 +42,15 @@ def main() -> None:
     options = parser.parse_args()
     ran = files_of_a_build()
     print("| file | lines | of what ran |\n|---|---|---|")
-    for file, (lines, run) in sorted(ran.items(), key=lambda item: -item[1][0]):
+    for file, (lines, run) in sorted(ran.items(), key=lambda item: -item[1][1]):
         print(f"| {file} | {lines} | {run} |")
-    found = {"files": len(ran), "lines": sum(lines for lines, _ in ran.values())}
-    print(f"\n{found['files']} files, {found['lines']:,} lines, of which {sum(run for _, run in ran.values()):,} in what ran")
-    broken = [name for name, most in BOUNDS.items() if found[name] > most]
+    read = {file: lines for file, (lines, run) in ran.items() if file.startswith(ROOMS) and run >= SCREEN}
+    found = {"files": len(read), "lines": sum(read.values())}
+    print(f"\n{len(ran)} files with {sum(lines for lines, _ in ran.values()):,} lines in all.")
+    print(f"From the recipe to the checkpoint {found['files']} files to read, with {found['lines']:,} lines.")
+    broken = [f"{name} {found[name]}, at most {most}" for name, most in BOUNDS.items() if found[name] > most]
     if options.check and broken:
-        sys.exit(f"broken: a build passes through more {' and '.join(broken)} than {BOUNDS}")
+        sys.exit(f"broken: {'; '.join(broken)}")
 
 
 def files_of_a_build() -> dict[str, tuple[int, int]]:

@@ -40,8 +40,8 @@ from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.shapes import Shape, open_shape
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
+from modekit.sources.family import Config, whole
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
-from modekit.sources.model_config import Config, whole
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
 

@@ -27,7 +27,7 @@ from modekit.planning.modekit_shape import without_names
 from modekit.planning.pieces import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
 from modekit.sources.contents import known_blake3
-from modekit.sources.model_config import Config
+from modekit.sources.family import Config
 from modekit.sources.tokenizer import COPIED_FILES
 
 

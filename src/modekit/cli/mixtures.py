@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -100,7 +100,7 @@ class FitOptions:
         float | None, typer.Option(help="Share of a domain's tokens that may go to the base (with unseen).")
     ] = None
 
-    def changes(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, object]:
         """As a recipe's `mixture` would say them."""
         router = {"fit": self.router, **vars(self)}
         mixture = {key: router.pop(key) for key in ("method", "top_k", "router")}

@@ -26,7 +26,8 @@ from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.native_shape import NativeShape
 from modekit.run import QUIET, Run
-from modekit.sources.model_config import check_no_code, whole
+from modekit.sources.family import whole
+from modekit.sources.model_config import check_no_code
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native_row import Native
 

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from modekit.errors import UnsupportedError
 from modekit.planning.pieces import Entry, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
-from modekit.sources.model_config import Config, number, whole
+from modekit.sources.family import Config, Family, number, whole
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native, Widening

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.planning.channels import channels_of
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.notes import notes_of, twins
@@ -24,12 +23,10 @@ from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
-from modekit.sources.family import Family
+from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.model_config import whole
 from modekit.sources.names import HEAD, natural_key, weight_of
 from modekit.sources.native import choose_native
-from modekit.sources.native_row import Native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer, copied_files
 
@@ -54,13 +51,9 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     family = family_of(base.config, where=f"base_model ({base.spec})")
     check_mixable(sources, family)
     _check_tokenizers(recipe, sources)
-    native, why = _choose_architecture(recipe, base, family)
     code_of = partial(_code_of, recipe.output.dtype)
-    layout: Layout = (
-        ModekitLayout(recipe, sources, family, code_of)
-        if native is None
-        else NativeLayout(recipe, sources, family, native, code_of)
-    )
+    native, why = _native_layout(recipe, sources, family, code_of)
+    layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
     mixed = layout.mixed_names()
     tensors = [*_backbone(recipe, sources, family, layout, mixed, code_of), *layout.tensors()]
     notes = notes_of(recipe, sources, family, layout.mixes_more, mixed)
@@ -101,19 +94,21 @@ def _backbone(
             yield layout.widened(make(renamed, code_of(ref), ref))
 
 
-def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> tuple[Native | None, str]:
-    """The native row or None, and why. Raises UnsupportedError when the recipe wants native and there is no exact one."""
+def _native_layout(
+    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
+) -> tuple[NativeLayout | None, str]:
+    """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
+    base, asked = sources[0], recipe.output.format
     beyond = recipe.mixture.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
-    wanted = recipe.output.format
-    if wanted == "modekit":
+    if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
-    if wanted == "auto" and beyond:
+    if asked == "auto" and beyond:
         return None, f"only the modekit architecture says {', '.join(beyond)}"
-    if wanted == "auto" and adapters:
+    if asked == "auto" and adapters:
         return None, f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} folds them into whole experts"
     native, tried = choose_native(family, base.config)
-    if native is None and wanted == "native":
+    if native is None and asked == "native":
         raise UnsupportedError(
             f"no native architecture says a mixture of this '{family.model_type}' model exactly",
             where=f"base_model ({base.spec})",
@@ -123,12 +118,12 @@ def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> t
     if native is None:
         return None, " | ".join(tried)
     try:
-        channels_of(recipe, native, family.dense_config(base.config))
-    except UnsupportedError as error:
-        if wanted == "native" or recipe.output.channels is not None:
+        layout = NativeLayout(recipe, sources, family, native, code_of)
+    except UnsupportedError as error:  # it cannot carry the router
+        if asked == "native" or recipe.output.channels is not None:
             raise
         return None, error.what
-    return native, (
+    return layout, (
         f"a mixture of whole FFN experts of '{family.model_type}' with a linear router is said exactly by {native.native_type}"
     )
 

@@ -120,7 +120,7 @@ class ModekitLayout:
 
     def _entry(self, place: PlannedPlace) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
-        entry: dict[str, Any] = {
+        entry: dict[str, object] = {
             "ranks": place.ranks,
             "scales": place.scales,
             "own": place.own,
@@ -143,7 +143,7 @@ class ModekitLayout:
         if entry["router"] == place.module:
             entry["width"] = self._places.width(place)
             entry["rows"] = self._places.rows(place)
-        return Place(**entry)
+        return Place.model_validate(entry)
 
     def _check_router(self) -> None:
         """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""

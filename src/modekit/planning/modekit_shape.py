@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError
@@ -27,8 +27,8 @@ from modekit.planning.shape import (
     disagreement,
 )
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
-from modekit.sources.model_config import Config, check_values, whole
+from modekit.sources.family import Config, Family, whole
+from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 
 _FIRST = ".experts.0."
@@ -270,7 +270,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
     leaders = leaders_of(mixture.places, scope, family, whole=recipe.mixture.is_whole)
     changed = {}
     for module, place in mixture.places.items():
-        said: dict[str, Any] = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
+        said: dict[str, object] = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
         said["router"] = leaders[module]
         weight = _weight_shape(module, tensors)
         if scope == "feature" and recipe.mixture.fit is not None and weight is not None:
@@ -279,7 +279,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
             read = [mixture.places[name].ranks for name in readers(module, family, leaders)]
             said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else weight[-1])
             said["rows"] = gate_rows(router, [sum(ranks) for ranks in zip(*read, strict=True)])
-        changed[module] = Place(**said)
+        changed[module] = Place.model_validate(said)
     return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
 
 

@@ -11,9 +11,8 @@ from modekit.planning.native_shape import NativeShape
 from modekit.planning.pieces import CodeOf, Operation, Pad, Piece, PlannedTensor, joined, piece_of, widened
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.family import Family
+from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.model_config import whole
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native_row import Native
 

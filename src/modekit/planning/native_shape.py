@@ -23,8 +23,7 @@ from modekit.planning.shape import (
     disagreement,
 )
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
-from modekit.sources.model_config import Config, whole
+from modekit.sources.family import Config, Family, whole
 from modekit.sources.names import in_layer
 from modekit.sources.native import native_of
 from modekit.sources.native_row import Native

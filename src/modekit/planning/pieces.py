@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from modekit.sources.adapter import AdapterSource, Change, LowRank
-from modekit.sources.compatibility import matching
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 
 EMBEDDING_FILE = "model-embedding.safetensors"
@@ -208,7 +207,7 @@ def piece_of(sources: tuple[ModelSource, ...], number: int, ref: TensorRef) -> P
     """
     source = sources[number]
     if not isinstance(source, AdapterSource):
-        return Piece(number, matching(source, ref.name, ref))
+        return Piece(number, source.matching(ref))
     given = source.replaced.get(ref.name, ref)
     change = source.changes.get(ref.name)
     if change is not None:

@@ -21,9 +21,8 @@ from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
-from modekit.sources.family import PARTS, Family
+from modekit.sources.family import PARTS, Family, whole
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.model_config import whole
 from modekit.sources.names import (
     EMBEDDING,
     HEAD,

@@ -18,9 +18,8 @@ from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.shape import RouterSlot
 from modekit.planning.shapes import Shape
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
+from modekit.sources.family import Config, Family, architecture_of, whole
 from modekit.sources.model import ModelSource
-from modekit.sources.model_config import Config, architecture_of, whole
 from modekit.weights.factor_size import working_bytes
 
 ROUTER_FILE = "model-router.safetensors"

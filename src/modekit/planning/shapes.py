@@ -8,7 +8,7 @@ from __future__ import annotations
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.recipes.recipe import Recipe
-from modekit.sources.model_config import Config
+from modekit.sources.family import Config
 
 Shape = NativeShape | ModekitShape
 

@@ -31,7 +31,7 @@ from modekit.report.result_files import (
 )
 from modekit.report.routing import routing_of, samples_of
 from modekit.report.translation_file import Translations
-from modekit.sources.model_config import architecture_of
+from modekit.sources.family import architecture_of
 
 _Each = TypeVar("_Each")
 _VARIANTS = 12  # of a search that are shown for their loss alone

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
-from modekit.sources.model_config import Config
+from modekit.sources.family import Config
 from modekit.sources.names import HEAD, is_looked_up
 from modekit.sources.patterns import ModulePatterns
 

@@ -13,9 +13,9 @@ from modekit.errors import MismatchError, SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.families import CONFIG_MUST_MATCH, own_family
-from modekit.sources.family import Family
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.model_config import Config, check_values, whole, words
+from modekit.sources.family import Config, Family, whole, words
+from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.targets import check_same_target
 
@@ -42,7 +42,7 @@ def is_tied(source: ModelSource, family: Family) -> bool:
     """Whether the head is the embedding. A T5 that has a head of its own says so by its weights alone."""
     if family.shares:
         return weight_of(HEAD) not in source.tensors
-    return bool(family.dense_config(source.config).get("tie_word_embeddings"))
+    return bool(source.config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings")))
 
 
 def own_names(source: ModelSource, family: Family) -> list[str]:
@@ -224,17 +224,3 @@ def _plain(value: object) -> object:
     if isinstance(value, bool) or value is None:
         return bool(value)
     return float(value) if isinstance(value, int) else value
-
-
-def matching(source: ModelSource, name: str, ref: TensorRef) -> TensorRef:
-    """The expert's tensor of that name. Raises MismatchError when its shape is not that of `ref`, the base model's."""
-    other = source.tensor(name)
-    if other.shape != ref.shape:
-        raise MismatchError(
-            "the expert's tensor has another shape than the base model's",
-            where=f"{source.label} ({source.spec}): {name}",
-            found=list(other.shape),
-            expected=list(ref.shape),
-            remedy="use an expert fine-tuned from this base model",
-        )
-    return other

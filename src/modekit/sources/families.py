@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.family import LINEAR, Family, Stack
-from modekit.sources.model_config import SETTINGS, Config, whole
+from modekit.sources.family import LINEAR, Config, Family, Stack, whole
+from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
 _FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}

@@ -12,12 +12,14 @@ from typing import Literal
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.model_config import Config, whole
 from modekit.sources.names import EMBEDDING, FINAL_NORM, module_of, split_layer
 
+Config = Mapping[str, object]
+"""config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
 Reads = Literal["pairs", "text"]
 """What models read: pairs of source and target, or plain text."""
 
+SAVE_AGAIN = "download or save the model again"
 PARTS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down")
 """Linear parts of a layer in the order in which they run; those of the attention to an encoder's output are `cross`."""
 READ_ALIKE = ({"q", "k", "v"}, {"cross_k", "cross_v"}, {"gate", "up"})
@@ -32,6 +34,40 @@ LINEAR = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+
+
+def whole(config: Config, key: str) -> int:
+    """A whole number that a config gives. Raises SourceError where it gives none."""
+    value = config.get(key)
+    if type(value) is not int:
+        raise _no_usable(key, value, "a whole number")
+    return value
+
+
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A number that a config gives; `default` where it gives none, or 0. Raises SourceError for anything else."""
+    value = config.get(key)
+    value = default if default is not None and not value else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _no_usable(key, value, "a number")
+    return float(value)
+
+
+def words(config: Config, key: str) -> list[object]:
+    """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
+    value = config.get(key) or []
+    if not isinstance(value, list):
+        raise _no_usable(key, value, "a list")
+    return value
+
+
+def architecture_of(config: Config) -> str:
+    """The class of transformers that a config names first."""
+    return str(next(iter(words(config, "architectures")), ""))
+
+
+def _no_usable(key: str, found: object, expected: str) -> SourceError:
+    return SourceError(f"config.json gives no usable {key}", found=found, expected=expected, remedy=SAVE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -221,7 +257,7 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, ob
             "the rotary settings in config.json are not a mapping",
             found=given,
             expected="rope_type, rope_theta, ...",
-            remedy="download or save the model again",
+            remedy=SAVE_AGAIN,
         )
     rope: dict[str, object] = dict(given)
     if "type" in rope:

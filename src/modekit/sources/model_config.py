@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import Run
+from modekit.sources.family import SAVE_AGAIN, Config
 
 _DEEPEST = 32  # containers within each other
-_SAVE_AGAIN = "download or save the model again"
 SAFETENSORS = "name the folder of the model in safetensors (config.json, model*.safetensors, tokenizer)"
 _REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
 """Keys by which transformers reads other files than config.json and the weights that modekit checks."""
@@ -28,9 +28,6 @@ _CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "
 _NO_SETTINGS = frozenset({"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision"})
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 """What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
-
-Config = Mapping[str, object]
-"""config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
 
 Size = Annotated[int, Field(ge=1, le=2**40)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
@@ -149,40 +146,6 @@ class _Rope(BaseModel):
     rope_theta: Number | None = None
 
 
-def whole(config: Config, key: str) -> int:
-    """A whole number that a config gives. Raises SourceError where it gives none."""
-    value = config.get(key)
-    if type(value) is not int:
-        raise _no_usable(key, value, "a whole number")
-    return value
-
-
-def number(config: Config, key: str, default: float | None = None) -> float:
-    """A number that a config gives; `default` where it gives none, or 0. Raises SourceError for anything else."""
-    value = config.get(key)
-    value = default if default is not None and not value else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _no_usable(key, value, "a number")
-    return float(value)
-
-
-def words(config: Config, key: str) -> list[object]:
-    """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
-    value = config.get(key) or []
-    if not isinstance(value, list):
-        raise _no_usable(key, value, "a list")
-    return value
-
-
-def architecture_of(config: Config) -> str:
-    """The class of transformers that a config names first."""
-    return str(next(iter(words(config, "architectures")), ""))
-
-
-def _no_usable(key: str, found: object, expected: str) -> SourceError:
-    return SourceError(f"config.json gives no usable {key}", found=found, expected=expected, remedy=_SAVE_AGAIN)
-
-
 def settings_digest(config: Config) -> str:
     """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
     said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
@@ -200,7 +163,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
         refuse_gguf(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
-        raise SourceError("config.json cannot be read", where=where, found=error, remedy=_SAVE_AGAIN) from None
+        raise SourceError("config.json cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
     return config
@@ -281,7 +244,7 @@ def _check_pair(config: Config, *, where: str) -> None:
     kind = min(_SIZES_OF_A_PAIR, key=lambda keys: sum(config.get(key) is None for key in keys))
     lacking = next((key for key in kind if config.get(key) is None), None)
     if lacking is not None:
-        raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=_SAVE_AGAIN)
+        raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=SAVE_AGAIN)
     if config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
             "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
@@ -299,7 +262,7 @@ def _unusable(config: Config, error: ValidationError, where: str) -> SourceError
         where=f"{where}: config.json",
         found=config.get(name, first["input"]),
         expected=first["msg"],
-        remedy=_SAVE_AGAIN,
+        remedy=SAVE_AGAIN,
     )
 
 

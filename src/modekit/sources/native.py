@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from modekit.sources.families import FAMILIES
-from modekit.sources.family import Family
-from modekit.sources.model_config import Config, whole, words
+from modekit.sources.family import Config, Family, whole, words
 from modekit.sources.native_row import Constant, Native, Rule, Widening
 
 

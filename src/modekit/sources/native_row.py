@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from modekit.sources.family import Family
-from modekit.sources.model_config import Config
+from modekit.sources.family import Config, Family
 from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]

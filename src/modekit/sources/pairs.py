@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from modekit.sources.family import Family, Stack
-from modekit.sources.model_config import Config
+from modekit.sources.family import Config, Family, Stack
 
 PAIR_CLASS = "ModekitForSeq2SeqLM"
 """What config.json of a mixture of one of them calls its class."""

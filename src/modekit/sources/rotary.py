@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 from modekit.errors import SourceError
-from modekit.sources.model_config import Config, number, whole
+from modekit.sources.family import Config, number, whole
 
 _LARGEST_HEAD = 2**16
 

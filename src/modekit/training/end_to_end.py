@@ -14,7 +14,7 @@ from modekit.loaded.next_token import has_bfloat16_products
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.run import Run
-from modekit.sources.model_config import words
+from modekit.sources.family import words
 from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
 from modekit.training.ended import Ended
 from modekit.training.engine import Schedule, run_trainer

@@ -18,9 +18,8 @@ from modekit.search.advise.findings import Finding, finding_of
 from modekit.sources.adapter import AdapterSource, open_adapter
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.families import family_of, own_family
-from modekit.sources.family import Family
+from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
-from modekit.sources.model_config import whole
 from modekit.sources.open import model_folder
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 
