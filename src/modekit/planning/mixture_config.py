@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,7 +34,7 @@ _Rank = Annotated[int, Field(ge=0, le=2**40)]
 class _Said(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    def as_written(self) -> dict[str, object]:
+    def as_written(self) -> dict[str, Any]:
         """As config.json has it: only the keys that were set."""
         return self.model_dump(exclude_unset=True)
 
