@@ -30,7 +30,7 @@ PACKAGE = Path(modekit.__file__).parent
 ROOMS = ("recipes", "sources", "planning", "weights", "files", "checkpoint", "building")
 SCREEN = 30
 """Lines of functions."""
-BOUNDS = {"files": 999, "lines": 99_999}
+BOUNDS = {"files": 30, "lines": 6_400}
 """Most files, and most lines in them."""
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 
