@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     """A checkpoint's folder, or the checkpoint itself."""
 
 
-def recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+def recipe(source: str | Path | Mapping[str, object]) -> Recipe:
     """Read and check a recipe: a YAML file, or the same as a mapping.
 
     Raises RecipeError, which lists every problem with its key.
@@ -45,7 +45,7 @@ def recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     return parse_recipe(dict(source)) if isinstance(source, Mapping) else load_recipe(Path(source))
 
 
-def plan(source: Recipe | str | Path | Mapping[str, Any], *, root: str | Path | None = None, run: Run = QUIET) -> Plan:
+def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path | None = None, run: Run = QUIET) -> Plan:
     """Every tensor of the result and where it comes from, from configs and headers alone.
 
     Paths in the recipe are relative to `root`: by default the folder of the recipe's file, or the current one.
@@ -60,7 +60,7 @@ def plan(source: Recipe | str | Path | Mapping[str, Any], *, root: str | Path | 
 
 
 def build(
-    source: Plan | Recipe | str | Path | Mapping[str, Any], out: str | Path, *, overwrite: bool = False, run: Run = QUIET
+    source: Plan | Recipe | str | Path | Mapping[str, object], out: str | Path, *, overwrite: bool = False, run: Run = QUIET
 ) -> Checkpoint:
     """Write the checkpoint that a plan (or a recipe, which is planned first) describes; it appears in `out` whole.
 
@@ -72,7 +72,7 @@ def build(
     return write(source if isinstance(source, Plan) else plan(source, run=run), _real(out), overwrite=overwrite, run=run)
 
 
-def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
+def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: object) -> Checkpoint:
     """Set the router anew; the experts are not touched.
 
     `changes` are keys of the recipe's `mixture.router` (`fit="ridge"`, `temperature=0.5`) or of `mixture` itself
@@ -88,7 +88,7 @@ def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: Any) -> Checkpoint:
 
 def add(
     checkpoint: Folder,
-    expert: Mapping[str, Any],
+    expert: Mapping[str, object],
     *,
     weight: float | None = None,
     out: str | Path | None = None,
@@ -127,7 +127,7 @@ def train(
     texts: Mapping[str, Sequence[str]] | None = None,
     out: str | Path | None = None,
     run: Run = QUIET,
-    **settings: Any,
+    **settings: object,
 ) -> TrainedMixture:
     """Train a mixture by gradient and write it to `out`, by default in its own place, when that is better on held-out text.
 

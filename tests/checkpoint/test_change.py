@@ -59,7 +59,7 @@ def test_a_full_disk_changes_nothing(built: Path, tmp_path: Path, monkeypatch: p
     def full(_stream: object, _view: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modekit.files.change.write_all", full)
+    monkeypatch.setattr("modekit.files.change.write_content", full)
     with pytest.raises(OSError, match="No space left"):
         refit(open_checkpoint(out), CHANGES)
     assert tree(out) == before

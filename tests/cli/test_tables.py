@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from modekit.planning.slot import RouterPosition
 from rich.console import Console
 
 import modekit.cli.printing.advice as advice
@@ -32,7 +33,6 @@ from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Pa
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
 from modekit.files.figures import three_digits, time_of
-from modekit.planning.slot import RouterPosition
 from modekit.search.discover.choice import Tried
 from modekit.search.discover.discovery import Discovery, Group
 from modekit.search.discover.serves import Served

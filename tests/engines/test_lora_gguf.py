@@ -29,7 +29,7 @@ from modekit.engines.proof import prove
 from modekit.engines.settings import GgufSettings
 from modekit.errors import EngineError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
-from modekit.planning.mixed_tensor import LowRankPart
+from modekit.planning.shape import LowRankPart
 from modekit.sources.model import TensorRef, read_header
 from refusal import refuse
 

@@ -232,7 +232,7 @@ def test_one_after_the_other_but_planned_together(shared_workshop: Workshop, tmp
     write_change(open_checkpoint(out), removing(open_checkpoint(out), "code"), out)
     after = tree(out)
     with pytest.raises(CheckpointError, match="another command has changed"):
-        build(late.plan, out, before=late)
+        build(late.plan, out, update=late)
     assert tree(out) == after
 
 

@@ -29,15 +29,15 @@ def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[st
     summary = summarise(plan_of(workshop, mixture=mixture))
     out = workshop.build(mixture=mixture)
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert summary["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert summary.parameters["total"] == sum(p.numel() for p in model.parameters())
     ffn = 3 * 3 * 32 * 48
-    idle = len(workshop.recipe["experts"]) - summary["top_k"]
-    assert summary["parameters"]["active"] == summary["parameters"]["total"] - idle * ffn
+    idle = len(workshop.recipe["experts"]) - summary.top_k
+    assert summary.parameters["active"] == summary.parameters["total"] - idle * ffn
     headers = 0
     for file in out.glob("*.safetensors"):
         headers += 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert summary["bytes"]["written"] == sum(file.stat().st_size for file in out.glob("*.safetensors")) - headers
-    assert summary["shards"] == len(list(out.glob("*.safetensors")))
+    assert summary.bytes["written"] == sum(file.stat().st_size for file in out.glob("*.safetensors")) - headers
+    assert summary.shards == len(list(out.glob("*.safetensors")))
 
 
 def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
@@ -46,7 +46,7 @@ def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
     out = workshop.build(mixture={"router": router})
     files = list((out / "router").glob("*.safetensors"))
     data = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
-    assert summary["bytes"]["statistics"] == data
+    assert summary.bytes["statistics"] == data
 
 
 LLAMA_8B = {
@@ -109,10 +109,10 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     summary = json.loads(done.stdout)
-    assert summary["architecture"] == "MixtralForCausalLM"
-    assert 24.9e9 < summary["parameters"]["total"] < 25.1e9
-    assert summary["parameters"]["active"] < summary["parameters"]["total"] * 0.6
-    assert summary["memory"]["load"] == summary["bytes"]["written"]
+    assert summary.architecture == "MixtralForCausalLM"
+    assert 24.9e9 < summary.parameters["total"] < 25.1e9
+    assert summary.parameters["active"] < summary.parameters["total"] * 0.6
+    assert summary.memory["load"] == summary.bytes["written"]
 
 
 def test_shards_obey_the_size_and_say_whose_they_are(workshop: Workshop) -> None:

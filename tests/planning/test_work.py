@@ -14,12 +14,11 @@ import pytest
 
 import modekit.loaded.speed as speed
 from conftest import SMALL, Workshop, make_workshop
-from modekit.building.needed_time import NeededTime, needed_time
-from modekit.building.preview import fit_seconds, preview
+from modekit.building.preview import NeededTime, fit_seconds, needed_time, preview
 from modekit.cli.printing.mixtures import fit_said, time_said
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.work import fit_work
+from modekit.planning.summary import fit_work
 from modekit.recipes.read import load_recipe
 from refusal import borrow
 
@@ -45,7 +44,7 @@ def test_a_router_without_text_or_without_a_model_has_no_time(shared_workshop: W
     counted = plan_of(workshop, {"fit": "ngram"})
     work = fit_work(counted)
     assert work is not None and not work.reads and fit_seconds(counted) is None
-    assert "no model is run" in fit_said(work.as_data()) and "without text" in fit_said(None)
+    assert "no model is run" in fit_said(work) and "without text" in fit_said(None)
 
 
 def test_the_time_is_that_of_one_layer_times_layers_and_tokens(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_the_command_says_about_how_long_and_measures_a_layer_when_asked(shared_
     assert "on this machine" in said and "unknown" not in said
     data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert data["fit"]["seconds"] is None and data["fit"]["tokens"] == 49_152
-    assert preview(recipe)["fit"] == data["fit"]
+    assert preview(recipe).model_dump(mode="json")["fit"] == data["fit"]
     assert 0 < data["time"]["range"][0] < data["time"]["range"][1]
 
 
@@ -85,7 +84,7 @@ def test_a_plan_says_how_long_a_build_takes_without_torch(shared_workshop: Works
     recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
     code = (
         "import sys; from pathlib import Path; from modekit.building.preview import preview; "
-        f"assert preview(Path({str(recipe)!r}))['time']['fit'] > 0; assert 'torch' not in sys.modules"
+        f"assert preview(Path({str(recipe)!r})).time.fit > 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -110,7 +109,7 @@ def test_the_time_of_a_fit_grows_with_its_tokens_and_with_how_busy_the_machine_i
 
 def test_a_router_without_text_takes_the_time_of_the_copy(shared_workshop: Workshop, tmp_path: Path) -> None:
     found = needed(plan_of(borrow(shared_workshop, tmp_path), {"fit": "random"}), seconds=0.2, worked=0.2)
-    assert found.fit == 0 < found.write and "fit" not in time_said(found.as_data())
+    assert found.fit == 0 < found.write and "fit" not in time_said(found)
 
 
 def test_a_logistic_fit_counts_what_solving_it_costs(shared_workshop: Workshop, tmp_path: Path) -> None:

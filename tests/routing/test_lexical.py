@@ -20,7 +20,8 @@ from modekit.errors import CheckpointError, RecipeError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.planning.plan import EMBEDDING_FILE, ROUTER_FILE
+from modekit.planning.pieces import EMBEDDING_FILE
+from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.read import load_recipe
 from modekit.routing.kept import save_kept
 from modekit.routing.lexical import lean

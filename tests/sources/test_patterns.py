@@ -17,7 +17,7 @@ from modekit.errors import SourceError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.adapter_config import parse_settings
-from modekit.sources.patterns import Patterns
+from modekit.sources.patterns import ModulePatterns
 from mutations import inputs, limited
 from refusal import borrow
 
@@ -81,9 +81,9 @@ def test_what_is_accepted_means_the_same(atoms: list[str], name: str) -> None:
         theirs = re.compile(pattern)
     except re.error:
         with pytest.raises(SourceError, match="no regular expression"):
-            Patterns().fullmatch(pattern, name)
+            ModulePatterns().fullmatch(pattern, name)
         return
-    patterns = Patterns()
+    patterns = ModulePatterns()
     assert patterns.fullmatch(pattern, name) == (theirs.fullmatch(name) is not None)
     ours, match = patterns.match(pattern, name), theirs.match(name)
     assert (ours is None) == (match is None)
@@ -96,12 +96,12 @@ def test_what_is_accepted_means_the_same(atoms: list[str], name: str) -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_names_as_patterns(pattern: str, name: str) -> None:
-    assert Patterns().ends(pattern, name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None)
+    assert ModulePatterns().ends(pattern, name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None)
 
 
 @pytest.mark.parametrize("pattern", HANGS)
 def test_a_pattern_that_would_hang_is_stopped(pattern: str) -> None:
-    patterns = Patterns("law: adapter_config.json", seconds=0.5)
+    patterns = ModulePatterns("law: adapter_config.json", seconds=0.5)
     begin = time.perf_counter()
     with pytest.raises(SourceError) as caught:
         patterns.fullmatch(pattern, "a" * 70 + "-")
@@ -135,7 +135,7 @@ def test_a_pattern_that_would_hang_is_stopped(pattern: str) -> None:
 )
 def test_patterns_that_other_tools_take_otherwise_or_that_are_too_large(pattern: str) -> None:
     with limited(), pytest.raises(SourceError) as caught:
-        Patterns().fullmatch(pattern, "aaa")
+        ModulePatterns().fullmatch(pattern, "aaa")
     assert len(str(caught.value)) < 1_000
 
 
@@ -167,7 +167,7 @@ def test_no_pattern_hangs_a_plan(
     tmp_path: Path, shared_workshop: Workshop, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modekit.sources.patterns._SECONDS", 0.5)
-    monkeypatch.setattr(Patterns.__init__, "__defaults__", ("", 0.5, *Patterns.__init__.__defaults__[2:]))
+    monkeypatch.setattr(ModulePatterns.__init__, "__defaults__", ("", 0.5, *ModulePatterns.__init__.__defaults__[2:]))
     bench = borrow(shared_workshop, tmp_path)
     write_adapter(tmp_path / "law", **changes)
     bench.recipe["experts"] = [bench.recipe["experts"][0], {"name": "law", "adapter": "./law"}]

@@ -1,7 +1,7 @@
 """Runs a plan: tensors stream from their sources to shards, then the router is set, then the folder appears.
 
-A copied tensor goes from the page cache of its source to that of the result without passing through the process. A second
-thread inspects the sources meanwhile (inspector.py).
+A copied tensor goes from the page cache of its source to that of the result without passing through the process. Other threads
+inspect the sources meanwhile (inspector.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pkgutil import resolve_name
 
 import numpy as np
 
-from modekit.building.before import Before
 from modekit.building.inspector import Inspector
 from modekit.building.tensors import PieceReader, computed_blocks
+from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record, RouterRecord, make_record
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import FinishedError, SourceError
 from modekit.files.output import Replace, check_room, replaced_by
@@ -28,8 +28,9 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import link_file, make_folder, remove, write_file, write_json
-from modekit.planning.kept import Origins
-from modekit.planning.plan import ROUTER_FILE, Piece, Plan, PlannedTensor
+from modekit.planning.pieces import Piece, PlannedTensor
+from modekit.planning.plan import ROUTER_FILE, Plan
+from modekit.planning.reuse import Origins
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.run import QUIET, Run
@@ -56,10 +57,10 @@ def build(
     *,
     overwrite: bool = False,
     beside: Mapping[str, bytes] | None = None,
-    before: Before | None = None,
+    update: CheckpointUpdate | None = None,
     run: Run = QUIET,
 ) -> Checkpoint:
-    """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `before`: the
+    """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `update`: the
     mixture that it changes, whose place it may take.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
@@ -67,34 +68,34 @@ def build(
     behind then, and of a mixture that was to be changed nothing has. After a kill, the same call goes on where the journal
     ends, and ends in the same bytes.
     """
-    if before is None:  # of a mixture that is changed, what is kept does without its text
+    if update is None:  # of a mixture that is changed, what is kept does without its text
         check_texts(plan.recipe, plan.root, plan.family.reads)
     if plan.recipe.mixture.needs_text:
         run.begin("check the text")
-        _check_text(plan, before)
+        _check_text(plan, update)
     run.begin("check the models")
-    _check_copies(plan, before)
-    in_place = before is not None and before.is_of(out)
+    _check_copies(plan, update)
+    in_place = update is not None and update.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
     check_room(out, plan.disk_needed)
     try:
         with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
-            record = _write(plan, stage, beside or {}, before, run)
+            record = _write(plan, stage, beside or {}, update, run)
     except FinishedError:
         return open_checkpoint(out)
     return Checkpoint(out, record)
 
 
-def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], before: Before | None, run: Run) -> Record:
+def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
     """Everything of the checkpoint into its staged folder, the record last."""
     stage.areas = (STATISTICS_FOLDER,)
-    if before is not None:
-        before.checkpoint.check_unchanged()
-        stage.made_by = before.made_by or stage.made_by
-        before.carry_statistics(stage.folder)
-        stage.last = partial(before.carry_over, stage.folder, stage.out)
-    inspector = Inspector(plan, stage, before.hashes if before is not None else {})
+    if update is not None:
+        update.checkpoint.check_unchanged()
+        stage.made_by = update.made_by or stage.made_by
+        update.carry_statistics(stage.folder)
+        stage.last = partial(update.carry_over, stage.folder, stage.out)
+    inspector = Inspector(plan, stage, update.hashes if update is not None else {})
     try:
         _write_shards(plan, stage, run)
     except BaseException:
@@ -109,32 +110,32 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], before: Befo
     for name, content in beside.items():
         make_folder((stage.folder / name).parent)
         write_file(stage.folder / name, content)
-    record = _set_router(plan, stage.out, stage, hashes, before, run).record
+    record = _set_router(plan, stage, hashes, update, run)
     write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     run.begin("write to the disk" if run.sync else "put in place")
     return record
 
 
-def _check_text(plan: Plan, before: Before | None) -> None:
+def _check_text(plan: Plan, update: CheckpointUpdate | None) -> None:
     """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied.
 
     That of experts with kept statistics may be gone.
     """
     directions = Directions(plan.recipe.mixture.modules)
     for number, expert in enumerate(plan.recipe.experts):
-        known = before is not None and expert.name in before.statistics
+        known = update is not None and expert.name in update.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
             documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
             directions.add(documents, where=f"experts[{number}] '{expert.name}': text")
 
 
-def _check_copies(plan: Plan, before: Before | None) -> None:
+def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:
     """Raise SourceError where a file that goes along cannot be read, or a model's file holds a head, or an encoder's embedding,
     that is to be its one embedding and is not: transformers keeps both then, whatever the config says.
     """
     for file in plan.copied_files:
         _content(file)
-    known = before.sources if before is not None else {}
+    known = update.sources if update is not None else {}
     new = [each for each in dict.fromkeys(plan.sources) if each not in known and not isinstance(each, AdapterSource)]
     with OpenFiles() as opened:
         for source in new:
@@ -162,27 +163,33 @@ def _content(file: Path) -> bytes:
         ) from None
 
 
-def _set_router(plan: Plan, out: Path, stage: Staging, hashes: dict[str, str], before: Before | None, run: Run) -> Checkpoint:
+def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
+    """Fit the router over the experts as they are staged, write it beside them, and give the record."""
     remove(stage.folder / RECORD_FILE)  # of a build that was killed here: it is not what this one knows
-    # Zero gates stand in while the fit reads the staged experts through the same door as a finished checkpoint.
+    # Zero gates stand in while the fit reads the staged experts as those of a finished checkpoint.
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
-    unfitted = RouterRecord.unfitted(plan.recipe, sha256)
-    checkpoint = Checkpoint(
-        stage.folder, make_record(plan, out, hashes, unfitted, before.sources if before is not None else {})
-    )
-    if before is not None:
-        checkpoint = Checkpoint(stage.folder, before.continued(checkpoint.record, checkpoint.tensors))
-    statistics, run = stage.folder / STATISTICS_FOLDER, Run(plan.trust_remote_code, run.progress)
-    stays = () if before is None else before.statistics
-    fitting = Fitting(checkpoint, plan.recipe, plan.root, statistics, run, stays)
-    fitted = None if before is None else before.renamed()
-    if before is not None and fitted is None and before.keeps_training:
-        trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
-        fitted = trained_gates(fitting, before.checkpoint, before.origins)
-    if fitted is None:
-        fitted = fit_router(fitting)
-    return checkpoint.with_router(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
+    unfitted, known = RouterRecord.unfitted(plan.recipe, sha256), update.sources if update is not None else {}
+    checkpoint = Checkpoint(stage.folder, make_record(plan, stage.out, hashes, unfitted, known))
+    if update is not None:
+        checkpoint = Checkpoint(stage.folder, update.continued(checkpoint.record, checkpoint.tensors))
+    stays = update.statistics if update is not None else ()
+    run = Run(plan.trust_remote_code, run.progress)
+    fitting = Fitting(checkpoint, plan.recipe, plan.root, stage.folder / STATISTICS_FOLDER, run, stays)
+    fitted = _kept_router(fitting, update) or fit_router(fitting)
+    record, files = checkpoint.router_files(fitted.gates, fitted.record, plan.recipe, evidence=fitted.evidence)
+    for name, content in files.items():
+        write_file(stage.folder / name, content)
+    return record
+
+
+def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRouter | None:
+    """Of a mixture that is changed the router that it has, renamed or with rows for who is new; None where a fit sets it."""
+    renamed = None if update is None else update.renamed()
+    if update is None or renamed is not None or not update.keeps_training:
+        return renamed
+    trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
+    return trained_gates(fitting, update.checkpoint, update.origins)
 
 
 def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
@@ -191,9 +198,9 @@ def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
     with OpenFiles() as opened:
         read = PieceReader(opened)
         for shard in plan.shards:
-            if plan.kept is not None and shard.file in plan.kept.files:
+            if plan.reused is not None and shard.file in plan.reused.files:
                 if not (stage.folder / shard.file).exists():
-                    link_file(plan.kept.model.folder / shard.file, stage.folder / shard.file)
+                    link_file(plan.reused.model.folder / shard.file, stage.folder / shard.file)
                 written += shard.nbytes
                 continue
 

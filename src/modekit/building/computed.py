@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.padding import free_part
-from modekit.building.tensors import PieceReader, computed_blocks
+from modekit.building.tensors import PieceReader, computed_blocks, free_part
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.planning.plan import Plan, PlannedTensor
+from modekit.planning.pieces import PlannedTensor
+from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.weights.numeric import as_array, to_float32

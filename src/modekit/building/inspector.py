@@ -1,10 +1,11 @@
 """Reads every source file once, beside the copying and after it: its blake3 hash, and NaN or Inf in the tensors that are used.
 
-Reading, hash and check all run outside the interpreter lock, several times faster than the copy they accompany.
+Reading, hash and check all run outside the interpreter lock, on the cores that the copying leaves.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,12 @@ from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
 from modekit.sources.model import TensorRef
 
+_MOST_THREADS = 4
+"""A disk that has to be read gives no more to more."""
+
 
 class Inspector:
-    """A second thread that starts at once; `finish` helps it and gives what was found, `stop` ends it early.
+    """Threads that start at once; `finish` helps them and gives what was found, `stop` ends them early.
 
     `known`: hashes of files as they were when they were read for a mixture that is changed now. Of them only those are read
     from which something is taken again, and they must be what they were.
@@ -34,13 +38,14 @@ class Inspector:
         self._halt = threading.Event()
         self._files = deque((file, refs) for file, refs in self._used_refs().items() if refs or file not in known)
         self._hashes = {str(file): digest for file, digest in known.items()}
-        self._thread = ThreadPoolExecutor(1, "inspector")
-        self._inspection = self._thread.submit(self._run)
+        count = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1, len(self._files)))
+        self._threads = ThreadPoolExecutor(count, "inspector")
+        self._inspections = [self._threads.submit(self._run) for _ in range(count)]
 
     def stop(self) -> None:
         """End the inspection early."""
         self._halt.set()
-        self._thread.shutdown()
+        self._threads.shutdown()
 
     def finish(self) -> dict[str, str]:
         """Take a share of the files that are left, wait for the others, and give the hashes by file.
@@ -49,7 +54,8 @@ class Inspector:
         """
         try:
             self._run()
-            self._inspection.result()
+            for inspection in self._inspections:
+                inspection.result()
             return {str(file): self._hashes[str(file)] for file in self._plan.source_states}
         finally:
             self.stop()
@@ -62,7 +68,8 @@ class Inspector:
                 file, refs = self._files.popleft()
             except IndexError:
                 return
-            known = self._stage.recall(f"blake3 {file}")
+            recorded = self._stage.recall(f"blake3 {file}")
+            known = recorded if isinstance(recorded, str) else None
             if known is None:
                 opened = WeightFile(file, states[file])
                 try:

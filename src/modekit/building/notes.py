@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import Record
-from modekit.planning.twins import BASE_AGAIN, one_model
+from modekit.checkpoint.record import MixtureRecord
+from modekit.planning.notes import BASE_AGAIN, one_model
 
 _FEWEST_DOCUMENTS, _FEWEST_TOKENS = 10, 500  # from which a router learns a domain
 
@@ -17,7 +17,7 @@ def notes_of(checkpoint: Checkpoint) -> list[str]:
     return [*_of_twins(record), *_of_text(record)]
 
 
-def _of_twins(record: Record) -> Iterator[str]:
+def _of_twins(record: MixtureRecord) -> Iterator[str]:
     same: dict[tuple[str, ...], list[str]] = {_digests(record, 0): []}
     for name, place, expert in zip(record.recipe.names, record.expert_sources, record.recipe.experts, strict=True):
         if not expert.is_base:
@@ -27,11 +27,11 @@ def _of_twins(record: Record) -> Iterator[str]:
     yield from (one_model(names) for names in others if len(names) > 1)
 
 
-def _digests(record: Record, place: int) -> tuple[str, ...]:
+def _digests(record: MixtureRecord, place: int) -> tuple[str, ...]:
     return tuple(sorted(file.blake3 for file in record.sources[place].files.values()))
 
 
-def _of_text(record: Record) -> Iterator[str]:
+def _of_text(record: MixtureRecord) -> Iterator[str]:
     for name, read in record.router.text.items():
         if read["documents"] < _FEWEST_DOCUMENTS or read["tokens"] < _FEWEST_TOKENS:
             yield (

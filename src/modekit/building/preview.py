@@ -1,22 +1,69 @@
-"""What a build would do, told before it: `modekit plan`. Configs and headers alone, unless its time is asked for."""
+"""What a build would do and how long that takes here, told before it: `modekit plan`. No torch, unless its time is measured.
+
+Configs and headers alone are read, and the processor is measured, as busy as it is now, by a twentieth of a second of products.
+The speed of the disk is assumed, and so is how much of the products' speed a model's pass reaches (benchmarks/speed.md has what
+was predicted and what it took).
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from modekit.building.needed_time import needed_time
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.summary import summary
-from modekit.planning.work import fit_work
+from modekit.planning.summary import PlanSummary, fit_work, summary
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
 from modekit.text.glance import check_texts
 
+_BYTES_PER_SECOND = 600e6
+"""Copied, hashed and brought to the disk; a fast disk does twice as much, a slow one a third."""
+_SHARE_OF_PRODUCTS = 0.6
+"""What a pass of a model reaches of the speed of its products."""
+_COPY_SECONDS, _FIT_SECONDS = 0.5, 10.0
+"""Processor time of what does not grow with the work: a command that starts; libraries and models that are loaded, text that is
+tokenised, a table that is trained.
+"""
+_FACTOR = 1.6
+_MEASURED_SECONDS = 0.05
+_ROWS, _WIDTH = 256, 1_024  # of the products that are measured
+_ACCELERATOR = Path("/dev/nvidia0")
 
-def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[str, Any]:
-    """The plan of a recipe file as plain data; what `modekit plan --json` prints.
+Clock = Callable[[], float]
+
+
+class NeededTime(BaseModel):
+    """Seconds that a build needs on the processor.
+
+    Attributes:
+        write: tensors and statistics.
+        fit: of the router.
+        accelerated: there is an accelerator, on which the fit takes less.
+        range: the least and the most that it takes, as far as one can tell.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    write: float
+    fit: float
+    accelerated: bool
+    range: tuple[float, float]
+
+
+class Preview(PlanSummary):
+    """A plan, and how long a build of it takes."""
+
+    time: NeededTime
+
+
+def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> Preview:
+    """The plan of a recipe file, as `modekit plan --json` prints it.
 
     With `measure` a layer is run for a second or two to say how long the fit will take on this machine (`fit.seconds`); that
     alone imports torch. Raises what a build would raise for models, and TextError for a text as far as it is read here.
@@ -24,11 +71,9 @@ def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> dict[st
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run, headers_only=True)
     notes = check_texts(parsed, root, plan.family.reads)
-    found = {**summary(plan), "time": needed_time(plan).as_data()}
-    found["notes"] += notes
-    if measure and found["fit"] is not None:
-        found["fit"]["seconds"] = fit_seconds(plan)
-    return found
+    found = summary(plan)
+    fit = found.fit.model_copy(update={"seconds": fit_seconds(plan)}) if measure and found.fit is not None else found.fit
+    return Preview(**{**dict(found), "fit": fit, "notes": [*found.notes, *notes]}, time=needed_time(plan))
 
 
 def fit_seconds(plan: Plan) -> float | None:
@@ -51,3 +96,40 @@ def fit_seconds(plan: Plan) -> float | None:
     if plan.recipe.mixture.keeps_statistics:  # their cost grows with the square of the width
         per_token += moment_seconds(widest) * sum((slot.shape[1] / widest) ** 2 for slot in plan.slots)
     return work.tokens * per_token
+
+
+def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = time.process_time) -> NeededTime:
+    """The time that a build of a plan needs on this machine, which is measured for a moment."""
+    machine, work = measured(clock, used), fit_work(plan)
+    write = ((plan.bytes_written + plan.bytes_of_statistics) / _BYTES_PER_SECOND + _COPY_SECONDS) / machine.share
+    fit = 0.0
+    if work is not None:
+        fit = (work.flops + work.solving) / (_SHARE_OF_PRODUCTS * machine.products) + _FIT_SECONDS / machine.share
+    reaches = ((write + fit) / _FACTOR, (write + fit) * _FACTOR)
+    return NeededTime(
+        write=write, fit=fit, accelerated=work is not None and work.reads and _ACCELERATOR.exists(), range=reaches
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """As busy as it is now: floating-point operations per second of float32 matrix products, and the share of a processor
+    that a command gets.
+    """
+
+    products: float
+    share: float
+
+
+def measured(clock: Clock = time.perf_counter, used: Clock = time.process_time) -> Machine:
+    """Measure for a moment; `used` says the seconds that the processors worked for this process."""
+    left, right = np.ones((_ROWS, _WIDTH), np.float32), np.ones((_WIDTH, _WIDTH), np.float32)
+    left @ right  # the first one warms up
+    started, worked, calls = clock(), used(), 0
+    while True:
+        left @ right
+        calls += 1
+        passed = clock() - started
+        if passed >= _MEASURED_SECONDS:
+            share = min(1.0, max(0.02, (used() - worked) / passed))
+            return Machine(2.0 * _ROWS * _WIDTH * _WIDTH * calls / passed, share)

@@ -20,7 +20,8 @@ from modekit.errors import ModekitError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
 from modekit.planning.make import make_plan
-from modekit.planning.plan import Plan, PlannedTensor
+from modekit.planning.pieces import PlannedTensor
+from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
@@ -39,12 +40,7 @@ class Check:
     detail: str
 
 
-def verify(
-    checkpoint: Checkpoint,
-    *,
-    run: Run = QUIET,
-    reload: bool = True,
-) -> list[Check]:
+def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> list[Check]:
     """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers.
 
     Raises SourceError when a weight file cannot be read to its end, or changes meanwhile: then nothing is said of it.
@@ -151,7 +147,7 @@ def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
     return Check("config.json", "proven", f"{len(found)} settings as planned")
 
 
-def _differences(planned: Mapping[str, Any], found: Mapping[str, Any], within: str = "") -> Iterator[str]:
+def _differences(planned: Mapping[str, object], found: Mapping[str, object], within: str = "") -> Iterator[str]:
     """Every setting that is another than planned, in words, whatever mapping it stands in."""
     for key in sorted(planned.keys() | found.keys()):
         ours, theirs = planned.get(key), found.get(key)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,29 +25,22 @@ from pydantic import BaseModel, Field, model_validator
 
 from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, evidence_digest, read_evidence
 from modekit.checkpoint.identity import identity_of
-from modekit.checkpoint.record import RECORD_FILE, Record, RouterRecord, SourceRecord
-from modekit.checkpoint.router_file import (
-    Gates,
-    changed_index,
-    looked_through,
-    read_gates,
-    read_index,
-    router_bytes,
-    sha256_of,
-)
+from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
+from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
 from modekit.errors import CheckpointError
-from modekit.files.change import Content, change_together, finish_change
+from modekit.files.change import change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import Count, as_kind, shortened
-from modekit.files.write import json_bytes
+from modekit.files.write import Content, json_bytes
 from modekit.planning.channels import Channels
-from modekit.planning.plan import EMBEDDING_FILE, INDEX_FILE, ROUTER_FILE
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape
-from modekit.planning.shapes import open_shape
-from modekit.planning.slot import RouterSlot
+from modekit.planning.pieces import EMBEDDING_FILE
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
+from modekit.planning.shapes import Shape, open_shape
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
+from modekit.sources.family import Config, whole
 from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
@@ -76,7 +69,7 @@ class Checkpoint:
     """An opened checkpoint folder (or one in the making); `routed` is given where its routing is not that on disk."""
 
     folder: Path
-    record: Record
+    record: MixtureRecord
     routed: Shape | None = field(default=None, compare=False)
 
     @cached_property
@@ -93,9 +86,14 @@ class Checkpoint:
         return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config)
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """config.json."""
         return self.shape.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding."""
+        return whole(self.config, "vocab_size")
 
     @cached_property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -220,6 +218,17 @@ class Checkpoint:
     ) -> Checkpoint:
         """Write new gates, the routing in config.json and modekit.json, all together; nothing else is touched.
 
+        Arguments as of `router_files`. Raises as `change`.
+        """
+        record, files = self.router_files(gates, router, recipe, evidence=evidence)
+        self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
+        return Checkpoint(self.folder, record)
+
+    def router_files(
+        self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
+    ) -> tuple[MixtureRecord, dict[str, Content]]:
+        """What becomes of the record, and of the files beside it, with another router.
+
         `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
         """
         changed = self.with_recipe(recipe)
@@ -240,9 +249,7 @@ class Checkpoint:
             files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
         files["config.json"] = json_bytes(changed.config)
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest(), "trained": trained}
-        record = self.record.model_copy(update=update)
-        self.change({**files, RECORD_FILE: json_bytes(record.model_dump(mode="json"))})
-        return Checkpoint(self.folder, record)
+        return self.record.model_copy(update=update), files
 
     @property
     def carrier(self) -> tuple[Channels, TensorRef]:
@@ -260,7 +267,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise CheckpointError when another command has changed the checkpoint since this one opened it."""
         try:
-            now = as_kind(read_json(self.folder / RECORD_FILE), Record)
+            now = as_kind(read_json(self.folder / RECORD_FILE), MixtureRecord)
         except FileNotFoundError:  # in the making, for the first time
             return
         except UNREADABLE:
@@ -273,7 +280,7 @@ class Checkpoint:
     @property
     def _gate_dtype(self) -> str:
         """That of the gates that are there, else that of the model."""
-        said = {name: code for code, name in DTYPE_NAMES.items()}[self.config["dtype"]]
+        said = {name: code for code, name in DTYPE_NAMES.items()}[str(self.config["dtype"])]
         found = self.tensors[self.slots[0].name].dtype if self.slots else said
         return found if found in DTYPE_NAMES else said
 
@@ -299,7 +306,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     try:
         mend(folder)
         finish_change(folder)
-        record = as_kind(read_json(path), Record)
+        record = as_kind(read_json(path), MixtureRecord)
     except FileNotFoundError:
         raise CheckpointError(
             "not a modekit checkpoint: modekit.json is missing",

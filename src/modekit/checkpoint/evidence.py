@@ -16,7 +16,7 @@ from blake3 import blake3
 from modekit.errors import CheckpointError, RecipeError
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
-from modekit.planning.pad import Measured
+from modekit.planning.pieces import MeasuredColumn
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ITEMSIZE, TensorRef
 from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes, to_float32
@@ -25,7 +25,7 @@ FIT_ANEW = "put it back, or set the router anew with `modekit fit`"
 Writer = Callable[[io.FileIO], None]
 
 
-def row_sizes(measured: Measured, rows_VD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def row_sizes(measured: MeasuredColumn, rows_VD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """By what a row's new numbers are multiplied, so that they are themselves behind the first norm: (V,)."""
     if measured.norm_eps is None:
         return np.ones(len(rows_VD))

@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from modekit.checkpoint.record import Record
+from modekit.checkpoint.record import MixtureRecord
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
-from modekit.planning.copied_files import COPIED_FILES
 from modekit.planning.modekit_shape import without_names
-from modekit.planning.plan import EMBEDDING_FILE, ROUTER_FILE
+from modekit.planning.pieces import EMBEDDING_FILE
+from modekit.planning.plan import ROUTER_FILE
 from modekit.sources.contents import known_blake3
+from modekit.sources.family import Config
+from modekit.sources.tokenizer import COPIED_FILES
 
 
-def identity_of(record: Record, config: Mapping[str, Any], folder: Path, weights: Iterable[Path]) -> dict[str, str]:
+def identity_of(record: MixtureRecord, config: Config, folder: Path, weights: Iterable[Path]) -> dict[str, str]:
     """Of the mixture in a folder, by its record, config.json and weight files. Raises SourceError."""
     digests = {file.name: known_blake3(file) for file in sorted(weights) if file.name != ROUTER_FILE}
     made_from = [[source.digests for source in record.sources], record.expert_sources]
@@ -54,5 +55,5 @@ def _content_digest(path: Path) -> str:
         return ""
 
 
-def _digest_of(data: Any) -> str:
+def _digest_of(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

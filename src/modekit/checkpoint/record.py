@@ -60,7 +60,7 @@ class SourceRecord(_Record):
         return [self.config, *(file.blake3 for _, file in sorted(self.files.items()))]
 
 
-class Choice(BaseModel):
+class ClassifierChoice(BaseModel):
     """Which classifier a router has, of those that were fitted.
 
     Attributes:
@@ -96,7 +96,7 @@ class RouterRecord(_Record):
     @classmethod
     def _choice_can_be_shown(cls, report: dict[str, Any]) -> dict[str, Any]:
         if "classifier" in report:
-            as_kind(report, Choice)
+            as_kind(report, ClassifierChoice)
         return report
 
     @property
@@ -109,9 +109,9 @@ class RouterRecord(_Record):
         return self.model_copy(update={"report": {**self.report, "evidence_sha256": sha256}})
 
     @property
-    def choice(self) -> Choice | None:
+    def choice(self) -> ClassifierChoice | None:
         """Of a router that is a classifier."""
-        return as_kind(self.report, Choice) if "classifier" in self.report else None
+        return as_kind(self.report, ClassifierChoice) if "classifier" in self.report else None
 
     @classmethod
     def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:
@@ -192,7 +192,7 @@ class Change(_Record):
         return f"{self.expert} came: {self.source}"
 
 
-class Record(_Record):
+class MixtureRecord(_Record):
     """modekit.json.
 
     `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes. `history` has who came
@@ -215,7 +215,7 @@ class Record(_Record):
     history: list[Change] = []
 
     @model_validator(mode="after")
-    def _experts_have_sources(self) -> Record:
+    def _experts_have_sources(self) -> MixtureRecord:
         numbers = self.expert_sources
         if len(numbers) != len(self.recipe.experts) or not all(0 <= number < len(self.sources) for number in numbers):
             raise ValueError("expert_sources must name a source for every expert")
@@ -237,13 +237,13 @@ class Record(_Record):
 
 def make_record(
     plan: Plan, out: Path, hashes: Mapping[str, str], router: RouterRecord, known: Mapping[ModelSource, SourceRecord] = {}
-) -> Record:
+) -> MixtureRecord:
     """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes.
 
     `known`: records of sources that were read before, and may be gone.
     """
     unique = list(dict.fromkeys(plan.sources))
-    return Record(
+    return MixtureRecord(
         format=1,
         modekit_version=version("modekit"),
         recipe=plan.recipe,

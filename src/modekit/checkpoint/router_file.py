@@ -18,7 +18,7 @@ from modekit.files.tensors import safetensors_header
 from modekit.files.typed import PlainName, read_as
 from modekit.files.write import json_bytes, write_file, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
-from modekit.planning.slot import RouterSlot
+from modekit.planning.shape import RouterSlot
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
 from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32

@@ -66,7 +66,7 @@ def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -
     from modekit.engines.gguf import export_gguf
     from modekit.engines.lora_gguf import export_adapters_gguf
 
-    if checkpoint.shape.gguf_apart:
+    if not checkpoint.shape.plain:
         exported: Callable[..., list[Written]] = partial(export_adapters_gguf, experts=options.expert)
     else:
         refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})

@@ -189,7 +189,7 @@ def _change(
             )
     with drawn_progress() as progress:
         run = Run(write.trust_remote_code, progress, write.fsync)
-        done = build(before.plan, target, overwrite=write.overwrite, before=before, run=run)
+        done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
     out.print(Text.assemble((str(write.output or folder), "bold"), f": {said}; {bytes_of(written)} of weights written"))

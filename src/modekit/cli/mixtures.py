@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -32,11 +32,11 @@ def plan(
     """Show what a build would do, from configs and headers alone."""
     from modekit.building.preview import preview
 
-    summary = preview(recipe, measure=measure, run=Run(trust_remote_code))
+    found = preview(recipe, measure=measure, run=Run(trust_remote_code))
     if as_json:
-        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+        sys.stdout.write(json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
     else:
-        print_plan(summary)
+        print_plan(found)
 
 
 @app.command()
@@ -49,8 +49,8 @@ def build(
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
-    from modekit.building.needed_time import needed_time
     from modekit.building.notes import notes_of
+    from modekit.building.preview import needed_time
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.planning.make import make_plan
@@ -58,11 +58,11 @@ def build(
 
     made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
     new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
-    err.print(Text.assemble("0:00  takes ", time_said(needed_time(made).as_data())), soft_wrap=True)
+    err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
     with drawn_progress() as progress:
         checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
-    said = f"{made.config['architectures'][0]}, {made.experts} experts, top_k {made.recipe.top_k}"
+    said = f"{made.architecture}, {made.experts} experts, top_k {made.recipe.top_k}"
     out.print(Text.assemble((str(output), "bold"), f": {said}, router {checkpoint.record.router.status}, {bytes_of(size)}"))
     if new:
         out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
@@ -100,7 +100,7 @@ class FitOptions:
         float | None, typer.Option(help="Share of a domain's tokens that may go to the base (with unseen).")
     ] = None
 
-    def changes(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, object]:
         """As a recipe's `mixture` would say them."""
         router = {"fit": self.router, **vars(self)}
         mixture = {key: router.pop(key) for key in ("method", "top_k", "router")}

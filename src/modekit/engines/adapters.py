@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import UnsupportedError
-from modekit.planning.mixed_tensor import LowRankPart
+from modekit.planning.shape import LowRankPart
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
 from modekit.sources.names import module_of, split_layer

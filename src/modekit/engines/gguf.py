@@ -33,7 +33,7 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import remove, write_json
-from modekit.planning.shape import Shape
+from modekit.planning.shapes import Shape
 from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3
 
@@ -139,7 +139,7 @@ def _claim(made: Mapping[str, Any], file: Path, run: Run) -> str:
 
 def _own_outtype(checkpoint: Checkpoint) -> Outtype:
     """That which stores weights as the checkpoint does."""
-    return _BY_DTYPE[checkpoint.config["dtype"]]
+    return _BY_DTYPE[str(checkpoint.config["dtype"])]
 
 
 def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any], texts: ProofTexts, run: Run) -> Loss | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.recipes.layers import order_of, stack_of
-from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, matching, own_names
+from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, own_names
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
@@ -56,14 +56,14 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     Raises SourceError, MismatchError or UnsupportedError unless both are unquantised models of one architecture.
     """
     # Without a row: compared with the defaults of most families.
-    family = own_family(origin.config, Family(model_type=origin.config["model_type"]))
+    family = own_family(origin.config, Family(model_type=str(origin.config["model_type"])))
     for source in (tuned, origin):
         check_dtypes(source)
         check_sizes(source, own_family(source.config, family))
     check_same_architecture(origin, tuned, family)
     names = own_names(origin, family)
     for name in names:
-        matching(tuned, name, origin.tensors[name])
+        tuned.matching(origin.tensors[name])
         if ".experts." in name:
             raise UnsupportedError(
                 "the experts of a mixture are no linear layers in memory, so an adapter cannot reach them",

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError
 from modekit.planning.mixture_config import Place
-from modekit.planning.pieces import piece_of
-from modekit.planning.plan import Piece
+from modekit.planning.pieces import Piece, piece_of
 from modekit.run import Run
 from modekit.sources.adapter import AdapterSource, LowRank, open_adapter
 from modekit.sources.contents import OpenFiles, blake3_of

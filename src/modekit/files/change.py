@@ -10,16 +10,15 @@ when the folder is opened next. Among the files is the folder's marker, which th
 from __future__ import annotations
 
 import errno
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from modekit.errors import OutputError
 from modekit.files.lock import Lock
 from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Marker, read_marker
-from modekit.files.tensors import write_all
 from modekit.files.write import (
     FULL,
+    Content,
     appearing,
     create,
     files_below,
@@ -27,12 +26,11 @@ from modekit.files.write import (
     make_folder,
     remove,
     sync_folder,
+    write_content,
 )
 
 _PATIENCE = 60.0
 """Seconds: a change takes a fraction of one."""
-Content = bytes | Callable[[io.FileIO], None]
-"""Of a file: its bytes, or what writes them."""
 _LAST = ("modekit.json", MARKER)
 """Records go last: what they tell of is then there."""
 
@@ -117,10 +115,7 @@ def _write(staged: Path, name: str, content: Content) -> None:
     make_folder(path.parent)
     try:
         with create(path) as stream:
-            if isinstance(content, bytes):
-                write_all(stream, memoryview(content))
-            else:
-                content(stream)
+            write_content(stream, content)
     except OSError as error:
         if error.errno in FULL:
             error.filename = str(staged.parent / name)

@@ -11,8 +11,6 @@
 A killed process leaves OUT.partial. Whoever next asks for OUT mends what a kill between the two renames left: the old folder
 comes back, or, when the new one is in its place, goes. A rename never replaces a folder that holds something, so that what
 appears at OUT while modekit works is safe, too.
-
-After a power loss the journal is believed only as far as the disk had the bytes: of shards that were written whole.
 """
 
 from __future__ import annotations
@@ -20,15 +18,15 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from modekit.errors import FinishedError, InterruptError, OutputError
-from modekit.files.journal import line, on_disk, this_boot, whole_lines
+from modekit.files.journal import Journal, read_journal
 from modekit.files.lock import Lock
 from modekit.files.marker import (
     CHANGE_LOCK,
@@ -58,7 +56,6 @@ from modekit.files.output import (
     was_made_by,
     work_folder,
 )
-from modekit.files.read import read_text
 from modekit.files.tensors import Entry, safetensors_header, write_all
 from modekit.files.write import (
     FULL,
@@ -74,7 +71,6 @@ from modekit.files.write import (
     write_file,
 )
 
-_LARGEST_JOURNAL = 2**28
 _ATTEMPTS = 20
 
 
@@ -96,7 +92,6 @@ class Staging:
         """Called when nobody else can change the old folder any more, before the new one is whole; what it raises ends it."""
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self._journal_path = self.work / JOURNAL
-        self._appending = threading.Lock()
         self._made: tuple[int, int] | None = None
         self._synced: dict[Path, Future[None]] = {}
         self._disk = ThreadPoolExecutor(1, "sync")
@@ -108,21 +103,18 @@ class Staging:
                 raise FinishedError(out)
             refuse_what_is_there(out, replace)
             self._replaced = _identity(out)
-            self._done = self._open(digest)
-            self._journal = go_on_writing(self._journal_path, append=True)
+            self._journal = self._open(digest)
         except BaseException:
             self._release()
             raise
 
-    def recall(self, key: str) -> Any:
+    def recall(self, key: str) -> JsonValue:
         """What an earlier, interrupted run recorded under a key; None when nothing."""
-        return self._done.get(key)
+        return self._journal.recall(key)
 
-    def record(self, key: str, value: object) -> None:
+    def record(self, key: str, value: JsonValue) -> None:
         """Append to the journal. Call only when what it claims is already written."""
-        with self._appending:
-            write_all(self._journal, memoryview(line(key, value)))
-            self._done[key] = value
+        self._journal.record(key, value)
 
     def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, io.FileIO], None]) -> None:
         """Write one safetensors file, going on after the last tensor that the journal knows.
@@ -135,7 +127,8 @@ class Staging:
         for entry in entries:
             ends.append(ends[-1] + entry[3])
         path = self.folder / file
-        done = int(self.recall(f"shard {file}") or 0)
+        said = self.recall(f"shard {file}")
+        done = said if isinstance(said, int) else 0
         if not path.exists() or path.stat().st_size < ends[done]:
             done = 0
         if not done:
@@ -297,25 +290,19 @@ class Staging:
         if not is_work_folder(self.work, PARTIAL, self.out.name):  # whoever had it has just cleared it
             mark_work_folder(self.work, PARTIAL, self.out.name)
 
-    def _open(self, digest: str) -> dict[str, Any]:
-        begin = line(digest, this_boot())
+    def _open(self, digest: str) -> Journal:
+        """Go on with what an earlier run of the same digest has left, or begin."""
         with suppress(OSError, ValueError):
-            (known, boot), *rest = whole_lines(read_text(self._journal_path, _LARGEST_JOURNAL))
-            if known == digest and self.folder.is_dir() and not self.folder.is_symlink():
+            done = read_journal(self._journal_path, digest)
+            if self.folder.is_dir() and not self.folder.is_symlink():
                 sweep(self.folder)
                 for name in INTERNAL:  # of a change that was cut short
                     remove(self.folder / name)
-                done = dict(rest)
-                if not boot or boot != this_boot():
-                    done = on_disk(done)
-                lines = [line(*each) for each in done.items()]  # without the one that the kill cut short
-                write_file(self._journal_path, begin + b"".join(lines), sync=False)
-                return done
+                return Journal(self._journal_path, digest, done)
         for name in (NEW, JOURNAL):
             remove(self.work / name)
         make_folder(self.folder)
-        write_file(self._journal_path, begin, sync=False)
-        return {}
+        return Journal(self._journal_path, digest)
 
 
 class AppearedError(OutputError):

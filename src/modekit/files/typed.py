@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
@@ -69,7 +69,7 @@ def read_as(path: Path, kind: type[_Kind], limit: int = SMALL) -> _Kind:
     return as_kind(read_json(path, limit), kind)
 
 
-def as_kind(data: Any, kind: type[_Kind]) -> _Kind:
+def as_kind(data: object, kind: type[_Kind]) -> _Kind:
     """Plain data as a type that pydantic checks. Raises ValueError with the first thing wrong."""
     try:
         return TypeAdapter(kind).validate_python(data)

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from modekit.files.tensors import write_all
 
 _TEMPORARY = re.compile(r"\.modekit\.[0-9a-f]{16}\.tmp")
 _CHUNK = 2**20
+Content = bytes | Callable[[io.FileIO], None]
+"""Of a file: its bytes, or what writes them."""
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 """What a system says of a disk that takes no more."""
 
@@ -107,10 +109,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(code, said, str(path)) from None
 
 
-def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a small file so that it is seen whole or not at all. Raises OSError."""
+def write_file(path: Path, content: Content, *, sync: bool = True) -> None:
+    """Write a file so that it is seen whole or not at all. Raises OSError."""
     with appearing(path, sync=sync) as temporary, create(temporary) as stream:
+        write_content(stream, content)
+
+
+def write_content(stream: io.FileIO, content: Content) -> None:
+    """Write all of it to an unbuffered stream."""
+    if isinstance(content, bytes):
         write_all(stream, memoryview(content))
+    else:
+        content(stream)
 
 
 def write_json(path: Path, value: object, *, sync: bool = True) -> None:

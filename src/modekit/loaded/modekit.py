@@ -20,7 +20,7 @@ from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.passes import reads_target
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.mixture_config import MixtureConfig, leader_of
-from modekit.planning.slot import RouterSlot
+from modekit.planning.shape import RouterSlot
 from modekit.run import QUIET, Run
 
 

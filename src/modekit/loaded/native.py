@@ -26,6 +26,7 @@ from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.trace import RouterTrace
 from modekit.planning.native_shape import NativeShape
 from modekit.run import QUIET, Run
+from modekit.sources.family import whole
 from modekit.sources.model_config import check_no_code
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native_row import Native
@@ -81,7 +82,7 @@ class NativeMixture(LoadedMixture):
 
     def set_top_k(self, top_k: int | None) -> None:
         """In every module of the blocks that has a top_k."""
-        chosen = top_k or int(self.checkpoint.config[self.native.top_k_key])
+        chosen = top_k or whole(self.checkpoint.config, self.native.top_k_key)
         for layer in decoder_layers(self.model):
             for module in self.ffn(layer).modules():
                 if hasattr(module, "top_k"):

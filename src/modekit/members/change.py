@@ -17,18 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modekit.building.before import Before
 from modekit.building.build import build
+from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.members.gone import stand_in, tells_dtypes
 from modekit.members.wanted import Wanted
-from modekit.planning.copied_files import COPIED_FILES, copied_files
-from modekit.planning.kept import Origins, Taken, taking_from
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
+from modekit.planning.reuse import Origins, reusing
 from modekit.recipes.recipe import Expert
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
@@ -36,7 +35,7 @@ from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.open import Opener, label_of
-from modekit.sources.tokenizer import PAIR_FILES, gone_pair_files
+from modekit.sources.tokenizer import PAIR_FILES, copied_files, gone_pair_files
 
 
 def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run = QUIET) -> Checkpoint:
@@ -47,10 +46,10 @@ def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run 
     CheckpointError when another command changed the mixture meanwhile. Then nothing has changed.
     """
     before = before_change(checkpoint, wanted, run=run)
-    return build(before.plan, out, before=before, run=run)
+    return build(before.plan, out, update=before, run=run)
 
 
-def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -> Before:
+def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -> CheckpointUpdate:
     """The change, planned: nothing is written. Raises as `write_change`.
 
     Of experts that stay the mixture says what there is to know; their models are opened only where something is made of them
@@ -118,7 +117,7 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
 
 def _planned(
     checkpoint: Checkpoint, wanted: Wanted, old: Sequence[ModelSource], new: Mapping[int, ModelSource], run: Run
-) -> Before | None:
+) -> CheckpointUpdate | None:
     """The change over these models of the experts that were there; None where they do not give the mixture that is there."""
     root, recipe = checkpoint.recipe_root, wanted.recipe
     base, sources = old[0], [old[0]]
@@ -133,10 +132,11 @@ def _planned(
         return None
     after = plan_of(recipe, root, tuple(sources), run=run)
     _check_shape(checkpoint, after)
-    taken = taking_from(checkpoint.folder, checkpoint.tensors, before, after, wanted.origins)
-    _check_training_stays(checkpoint, taken.names, wanted.origins, before)
-    statistics = _statistics(checkpoint, wanted, taken)
-    return Before(checkpoint, taken.plan, wanted.origins, taken.names, statistics, wanted.change, wanted.refits)
+    planned = reusing(checkpoint.folder, checkpoint.tensors, before, after, wanted.origins)
+    names = {} if planned.reused is None else planned.reused.names
+    _check_training_stays(checkpoint, names, wanted.origins, before)
+    statistics = _statistics(checkpoint, wanted, planned, names)
+    return CheckpointUpdate(checkpoint, planned, wanted.origins, statistics, wanted.change, wanted.refits)
 
 
 def _is_what_is_there(checkpoint: Checkpoint, before: Plan) -> bool:
@@ -153,7 +153,7 @@ def _without(tensors: Mapping[str, Any], names: Collection[str]) -> dict[str, An
 
 def _reads_what_is_said(plan: Plan) -> bool:
     """Whether something is needed of a model that is only known by what the mixture says of it."""
-    kept = () if plan.kept is None else plan.kept.model.files
+    kept = () if plan.reused is None else plan.reused.model.files
     refs = (ref for tensor in plan.tensors for piece in tensor.pieces for ref in piece.refs)
     return any(ref.state is None and ref.file not in kept for ref in refs)
 
@@ -210,7 +210,7 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
     differs = "config.json is another" if dense != record.dense_config else ""
     if not differs and changed_weights(record.sources[0], base.folder, run):
         differs = "its weights are others"
-    copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})") if not differs else ()
+    copied = copied_files(base.folder, where=f"base_model ({base.spec})") if not differs else ()
     gone = gone_pair_files(folder, copied) if not differs else []
     differs = f"{gone[0]} is gone" if gone else differs
     for file in copied:
@@ -244,14 +244,14 @@ def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], orig
         )
 
 
-def _statistics(checkpoint: Checkpoint, wanted: Wanted, taken: Taken) -> dict[str, str]:
+def _statistics(checkpoint: Checkpoint, wanted: Wanted, plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
     """Expert of the new mixture -> expert of the checkpoint whose statistics are its own.
 
     What was read through another backbone is not of this one.
     """
     fit = wanted.recipe.mixture.fit
-    backbone = {tensor.name for tensor in taken.plan.tensors if tensor.role == "backbone"}
-    if fit is not None and fit.reads != "tokens" and not backbone <= taken.names.keys():
+    backbone = {tensor.name for tensor in plan.tensors if tensor.role == "backbone"}
+    if fit is not None and fit.reads != "tokens" and not backbone <= names.keys():
         return {}
     pairs = zip(wanted.recipe.names, wanted.origins, strict=True)
     kept = {name: checkpoint.names[origin] for name, origin in pairs if origin is not None}

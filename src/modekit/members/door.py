@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from modekit.building.before import Before
+from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import ModekitError, SourceError, TextError
@@ -76,7 +76,7 @@ class Door:
         return {**losses, "tokens": self.tokens, "drift": round(self.drift, 6), "nearest_cosine": cosine}
 
 
-def look_at(before: Before, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Door:
+def look_at(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Door:
     """Measure the new expert of a planned change. Raises TextError, and SourceError when a model cannot be loaded."""
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
     name = before.plan.recipe.names[place]
@@ -89,7 +89,7 @@ def look_at(before: Before, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) ->
     return Door(name, losses, read, drift, likeness, findings)
 
 
-def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:
+def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:
     from modekit.evaluation.loss import score_domain
     from modekit.loaded.experts import load_expert
     from modekit.loaded.load import load_model, load_tokenizer
@@ -122,7 +122,7 @@ def _losses(before: Before, place: int, tokens: int, run: Run) -> tuple[dict[str
     return found, count
 
 
-def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, ModelSource]:
+def _models_that_are_there(before: CheckpointUpdate, place: int, run: Run) -> dict[str, ModelSource]:
     """The other experts' models, as far as they can be opened and are what they were."""
     plan, opener = before.plan, Opener(before.plan.root, run)
     base, known = plan.sources[0], before.sources
@@ -139,7 +139,7 @@ def _models_that_are_there(before: Before, place: int, run: Run) -> dict[str, Mo
 
 
 def _likeness(
-    before: Before, place: int, others: Mapping[str, ModelSource], run: Run
+    before: CheckpointUpdate, place: int, others: Mapping[str, ModelSource], run: Run
 ) -> tuple[float, dict[str, tuple[float, float]]]:
     """Its drift, and cosine and distance to every expert whose model is there."""
     plan = before.plan
@@ -229,7 +229,7 @@ def _of_likeness(
         yield Finding("note", name, "it equals the base model", to_do="give --model base, which needs no tensors of its own")
 
 
-def _of_licences(before: Before, place: int) -> Iterator[Finding]:
+def _of_licences(before: CheckpointUpdate, place: int) -> Iterator[Finding]:
     """What is true of the licences with it and was not without it."""
     checkpoint, source = before.checkpoint, before.plan.sources[1 + place]
     if source is before.plan.sources[0]:

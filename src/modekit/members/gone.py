@@ -1,6 +1,6 @@
 """Experts whose models are gone, by what a mixture says of them: enough to plan with, and nothing of them can be read.
 
-A mixture that is changed takes the tensors of the experts that stay from itself (planning/kept.py); of their models it needs
+A mixture that is changed takes the tensors of the experts that stay from itself (planning/reuse.py); of their models it needs
 names and shapes. A full model has those of its base; what an adapter changes, the mixture's own tensors say.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.planning.mixed_tensor import LowRankPart, MixedTensor
+from modekit.planning.shape import LowRankPart, MixedTensor
 from modekit.recipes.recipe import Expert
 from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.model import ModelSource, TensorRef

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Change
 from modekit.errors import RecipeError
-from modekit.planning.kept import Origins
+from modekit.planning.reuse import Origins
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import locate
 from modekit.recipes.read import parse_recipe

@@ -17,14 +17,13 @@ Shape legend: D hidden size, P channels, E experts, J averages, H head size, G q
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from modekit.errors import UnsupportedError
-from modekit.planning.pad import Entry, Measured, Pad
+from modekit.planning.pieces import Entry, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
+from modekit.sources.family import Config, Family, number, whole
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native, Widening
@@ -101,16 +100,16 @@ class Channels:
         return math.sqrt(self.hidden / (self.hidden + self.spare))
 
     @property
-    def row_scale(self) -> Measured:
+    def row_scale(self) -> MeasuredColumn:
         """How r of an embedding's row is measured."""
-        return Measured(
+        return MeasuredColumn(
             self.constant,
             self.eps * CONSTANT,
             self.embedding_scale,
             norm_eps=self.norm_eps if self.widening.before_attention is not None else None,
         )
 
-    def widened(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def widened(self, config: Config) -> dict[str, object]:
         """A config, the native or the dense one, with the channels and heads."""
         wide = {
             **config,
@@ -217,7 +216,7 @@ def time_constant(decay: float) -> float | None:
     return None if decay == 1.0 else -1.0 / math.log(decay)
 
 
-def channels_of(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> Channels | None:
+def channels_of(recipe: Recipe, native: Native, dense: Config) -> Channels | None:
     """The channels of a recipe over a dense config with every default written out; None when its router needs none.
 
     Raises UnsupportedError where the architecture, the number of experts or `output.channels` do not allow them.
@@ -231,10 +230,33 @@ def channels_of(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> Cha
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )
-    size, heads = int(dense["head_dim"]), int(dense["num_attention_heads"])
-    group = heads // int(dense["num_key_value_heads"])
+    return _channels(recipe, native, native.widening, dense)
+
+
+def _channels(recipe: Recipe, native: Native, widening: Widening, dense: Config) -> Channels:
+    size, heads = whole(dense, "head_dim"), whole(dense, "num_attention_heads")
+    group, experts = heads // whole(dense, "num_key_value_heads"), len(recipe.experts)
     decays, turns = _decays(recipe, native, dense)
-    experts = len(recipe.experts)
+    _check_room(experts, decays, group, size)
+    return Channels(
+        whole(dense, "hidden_size"),
+        heads,
+        whole(dense, "num_key_value_heads"),
+        size,
+        _spare(recipe, widening, 2 * len(decays) * experts + 1, group * size),
+        experts,
+        decays,
+        widening,
+        number(dense, "rms_norm_eps"),
+        number(dense, "attention_multiplier", size**-0.5),
+        number(dense, "embedding_multiplier", 1.0),
+        number(dense, "residual_multiplier", 1.0),
+        turns,
+    )
+
+
+def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:
+    """Raise UnsupportedError unless one key-value head with its queries carries all evidence."""
     if len(decays) > group:
         raise UnsupportedError(
             "more averages than the new head has queries",
@@ -251,24 +273,9 @@ def channels_of(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> Cha
             expected=f"experts times decays up to {size}, the size of a head",
             remedy="leave experts out, or output: {format: modekit}",
         )
-    return Channels(
-        int(dense["hidden_size"]),
-        heads,
-        int(dense["num_key_value_heads"]),
-        size,
-        _spare(recipe, native.widening, 2 * len(decays) * experts + 1, group * size),
-        experts,
-        decays,
-        native.widening,
-        float(dense["rms_norm_eps"]),
-        float(dense.get("attention_multiplier") or size**-0.5),
-        float(dense.get("embedding_multiplier") or 1.0),
-        float(dense.get("residual_multiplier") or 1.0),
-        turns,
-    )
 
 
-def is_carried(family: Family, config: Mapping[str, Any], experts: int) -> bool:
+def is_carried(family: Family, config: Config, experts: int) -> bool:
     """Whether a native architecture of this base carries a lexical router of its own choosing over so many experts."""
     row, _ = choose_native(family, config)
     if not row:
@@ -281,7 +288,7 @@ def is_carried(family: Family, config: Mapping[str, Any], experts: int) -> bool:
         return False
 
 
-def _decays(recipe: Recipe, native: Native, dense: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The recipe's, else the fit's own where the architecture can say it, else that of the mean; and the rotary turns."""
     assert isinstance(native.widening, Widening)
     turns = turns_per_token(dense) if native.widening.recency else None

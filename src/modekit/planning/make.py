@@ -8,43 +8,31 @@ both share is here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
-from modekit.errors import RecipeError, SourceError, UnsupportedError
-from modekit.planning.channels import channels_of
-from modekit.planning.copied_files import COPIED_FILES, copied_files
-from modekit.planning.layout import CodeOf, Layout
-from modekit.planning.lost_changes import lost_changes, lost_of_adapters
+from modekit.errors import SourceError, UnsupportedError
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
-from modekit.planning.pieces import piece_of
-from modekit.planning.plan import Piece, Plan, PlannedTensor, joined
-from modekit.planning.shards import cut_into_shards
-from modekit.planning.twins import twins
+from modekit.planning.notes import notes_of, twins
+from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
+from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.libraries import check_library
-from modekit.recipes.recipe import Recipe, place_of_base
+from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatibility import (
-    check_complete,
-    check_dtypes,
-    check_same_architecture,
-    check_same_target,
-    check_sizes,
-    forced_by_one_side,
-    own_names,
-)
-from modekit.sources.families import family_of, own_family
-from modekit.sources.family import Family
+from modekit.sources.compatibility import check_mixable, own_names
+from modekit.sources.families import family_of
+from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, natural_key, weight_of
 from modekit.sources.native import choose_native
-from modekit.sources.native_row import Native
 from modekit.sources.open import open_recipe_sources
-from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer, copied_files
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
+Layout = NativeLayout | ModekitLayout
+"""How the experts of one recipe lie in one shape of result."""
 
 
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
@@ -61,34 +49,14 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     """The same over models that are open: the base's, then each expert's in recipe order."""
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
-    for source in dict.fromkeys(sources):
-        if not isinstance(source, AdapterSource):
-            check_sizes(source, own_family(source.config, family))
-    native, why = _choose_architecture(recipe, base, family)
-    _check(recipe, sources, family)
-
-    def code_of(ref: TensorRef) -> str:
-        return ref.dtype if recipe.output.dtype == "source" else _TO_SAFETENSORS[recipe.output.dtype]
-
-    layout: Layout = (
-        NativeLayout(recipe, sources, family, native, code_of)
-        if native is not None
-        else ModekitLayout(recipe, sources, family, code_of)
-    )
+    check_mixable(sources, family)
+    _check_tokenizers(recipe, sources)
+    code_of = partial(_code_of, recipe.output.dtype)
+    native, why = _native_layout(recipe, sources, family, code_of)
+    layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
     mixed = layout.mixed_names()
-    backbone = _backbone(recipe, sources, family, layout, mixed, code_of)
-    body = sorted([*backbone, *layout.tensors()], key=lambda tensor: natural_key(tensor.name))
-    copied = copied_files(base.folder, COPIED_FILES, where=f"base_model ({base.spec})")
-    notes = [
-        *_notes(recipe, sources, family),
-        *lost_of_adapters(recipe, sources, layout.mixes_more, mixed),
-        *_notes_of_chats(recipe, base),
-        *_notes_of_unseen(recipe, native),
-        *_notes_of_targets(recipe, sources, family),
-        *lost_changes(recipe, sources, layout.mixes_more, mixed),
-        *layout.notes(),
-        *twins(recipe, sources),
-    ]
+    tensors = [*_backbone(recipe, sources, family, layout, mixed, code_of), *layout.tensors()]
+    notes = notes_of(recipe, sources, family, layout.mixes_more, mixed)
     return Plan(
         recipe,
         root,
@@ -96,12 +64,16 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         layout.shape(str(root)),
         why,
         sources,
-        cut_into_shards(body, recipe.output.shard_size),
+        cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
-        copied,
-        tuple(notes),
+        copied_files(base.folder, where=f"base_model ({base.spec})"),
+        (*notes, *layout.notes(), *twins(recipe, sources)),
         run.trust_remote_code,
     )
+
+
+def _code_of(dtype: str, ref: TensorRef) -> str:
+    return ref.dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
 
 def _backbone(
@@ -122,19 +94,21 @@ def _backbone(
             yield layout.widened(make(renamed, code_of(ref), ref))
 
 
-def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> tuple[Native | None, str]:
-    """The native row or None, and why. Raises UnsupportedError when the recipe wants native and there is no exact one."""
+def _native_layout(
+    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
+) -> tuple[NativeLayout | None, str]:
+    """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
+    base, asked = sources[0], recipe.output.format
     beyond = recipe.mixture.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
-    wanted = recipe.output.format
-    if wanted == "modekit":
+    if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
-    if wanted == "auto" and beyond:
+    if asked == "auto" and beyond:
         return None, f"only the modekit architecture says {', '.join(beyond)}"
-    if wanted == "auto" and adapters:
+    if asked == "auto" and adapters:
         return None, f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} folds them into whole experts"
     native, tried = choose_native(family, base.config)
-    if native is None and wanted == "native":
+    if native is None and asked == "native":
         raise UnsupportedError(
             f"no native architecture says a mixture of this '{family.model_type}' model exactly",
             where=f"base_model ({base.spec})",
@@ -144,30 +118,23 @@ def _choose_architecture(recipe: Recipe, base: ModelSource, family: Family) -> t
     if native is None:
         return None, " | ".join(tried)
     try:
-        channels_of(recipe, native, family.dense_config(base.config))
-    except UnsupportedError as error:
-        if wanted == "native" or recipe.output.channels is not None:
+        layout = NativeLayout(recipe, sources, family, native, code_of)
+    except UnsupportedError as error:  # it cannot carry the router
+        if asked == "native" or recipe.output.channels is not None:
             raise
         return None, error.what
-    return native, (
+    return layout, (
         f"a mixture of whole FFN experts of '{family.model_type}' with a linear router is said exactly by {native.native_type}"
     )
 
 
-def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> None:
+def _check_tokenizers(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
+    """Raise MismatchError for experts that read text in another way, SourceError where a fit has nothing to read it with."""
     base = sources[0]
     where = f"base_model ({base.spec})"
-    models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
-    for source in models:
-        check_dtypes(source)
-        if source is not base:
-            check_same_architecture(base, source, family)
-        check_complete(source, family, family.layers(base.config))
     for source in dict.fromkeys(sources[1:]):
         if source is not base:
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
-    if family.pair:
-        check_same_target(sources)
     if recipe.mixture.fit is not None:
         check_library(recipe.mixture.fit)
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
@@ -177,7 +144,7 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
         )
-    check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
+    check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=where)
 
 
 class _Giver:
@@ -200,59 +167,3 @@ class _Giver:
     def of_base(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The base model's tensor itself."""
         return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
-
-
-def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> Iterable[str]:
-    if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
-        yield (
-            "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
-            "token two experts while it trains one"
-        )
-    if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
-        yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not family.pair:
-        yield (
-            "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
-            "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"
-        )
-    for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if isinstance(source, AdapterSource):
-            yield from (f"{expert.name}: {note}" for note in source.notes)
-
-
-def _notes_of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
-    """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
-    asked = recipe.mixture.router.chat
-    if not recipe.mixture.needs_text or asked is False:
-        return
-    if chat_template(base.folder):
-        small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
-        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
-    elif asked:
-        raise RecipeError(
-            "the router is to know chats, and the base model has no chat template",
-            where="mixture.router.chat",
-            found=str(base.folder),
-            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
-        )
-
-
-def _notes_of_unseen(recipe: Recipe, native: Native | None) -> Iterable[str]:
-    """Where text of no domain goes."""
-    place, mixture = place_of_base(recipe.experts), recipe.mixture
-    if mixture.unseen is None or place is None:
-        return
-    name = recipe.names[place]
-    yield (
-        f"text of no domain goes to the base model, as expert '{name}': where that leads; of held-out text of every other "
-        f"domain it may lead on {mixture.router.alarms:.1%} of the tokens"
-    )
-    if native is not None and recipe.top_k > 1:
-        yield f"{native.native_type} weighs the next expert in, too, where '{name}' leads: top_k: 1 leaves it out"
-
-
-def _notes_of_targets(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> Iterable[str]:
-    """Where an expert with an encoder or the base alone says with which token a target begins."""
-    named = zip(recipe.names, sources[1:], strict=True)
-    own = {name: each for name, each in named if each is not sources[0] and not isinstance(each, AdapterSource)}
-    return forced_by_one_side(sources[0], own) if family.pair else ()

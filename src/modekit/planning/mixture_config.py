@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.planning.shape import RouterPosition, RouterSlot
 from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.families import FAMILIES
@@ -53,7 +53,7 @@ class Ngram(_Said):
     buckets: int = Field(ge=2, le=2**24)
 
 
-class AlwaysOn(_Said):
+class AlwaysOnConfig(_Said):
     """What takes part in every token: an expert by its index, or the base (None), its share if that is given, and whether it
     runs apart from the others.
     """
@@ -71,7 +71,7 @@ class Routing(_Said):
     top_k: _Size | None
     top_p: float | None
     weights: Annotated[list[float], _PerExpert] | None
-    always_on: AlwaysOn | None
+    always_on: AlwaysOnConfig | None
     score: Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"] = "linear"
     jitter: float = 0.0
     noise: float = 0.0

@@ -10,12 +10,10 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
-from modekit.planning.layout import CodeOf
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.pieces import piece_of, rows_of
+from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, rows_of
 from modekit.planning.places import Places, PlannedPlace
-from modekit.planning.plan import Factor, Piece, PlannedTensor, joined
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
@@ -25,15 +23,14 @@ from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
-_CAUSAL = {
-    "AutoModel": "modeling_modekit.ModekitModel",
-    "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM",
-}
+_CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
 _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
 class ModekitLayout:
-    """The modekit shape of one recipe. Raises UnsupportedError when it cannot be said."""
+    """The modekit shape of one recipe, as native.py has the other. Raises UnsupportedError when it cannot be said."""
+
+    mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
         self._recipe, self._sources, self._family, self._code_of = recipe, sources, family, code_of
@@ -72,11 +69,6 @@ class ModekitLayout:
     def widened(self, tensor: PlannedTensor) -> PlannedTensor:
         """As it is."""
         return tensor
-
-    @property
-    def mixes_more(self) -> str:
-        """By naming it."""
-        return "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this shape."""
@@ -128,7 +120,7 @@ class ModekitLayout:
 
     def _entry(self, place: PlannedPlace) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
-        entry: dict[str, Any] = {
+        entry: dict[str, object] = {
             "ranks": place.ranks,
             "scales": place.scales,
             "own": place.own,
@@ -151,7 +143,7 @@ class ModekitLayout:
         if entry["router"] == place.module:
             entry["width"] = self._places.width(place)
             entry["rows"] = self._places.rows(place)
-        return Place(**entry)
+        return Place.model_validate(entry)
 
     def _check_router(self) -> None:
         """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""

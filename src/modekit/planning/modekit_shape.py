@@ -5,49 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import ClassVar
 
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError
 from modekit.files.typed import as_kind
-from modekit.planning.mixed_tensor import LowRankPart, MixedTensor, TensorPart
-from modekit.planning.mixture_config import MixtureConfig, Place, Routing
-from modekit.planning.reroute import bases_that_differ, rerouted
-from modekit.planning.routing_config import runs_base
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
-from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.planning.mixture_config import MixtureConfig, Place, Routing, readers
+from modekit.planning.places import leaders_of
+from modekit.planning.routing_config import gate_rows, needs_base, routing_config, runs_base
+from modekit.planning.shape import (
+    BUILD_AGAIN,
+    LowRankPart,
+    MixedTensor,
+    Parameters,
+    RouterPosition,
+    RouterSlot,
+    TensorPart,
+    Tensors,
+    check_sizes,
+    disagreement,
+)
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
+from modekit.sources.family import Config, Family, whole
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 
 _FIRST = ".experts.0."
+_GATE_KEYS = {"router", "width", "rows", "features"}
 
 
 @dataclass(frozen=True)
-class ModekitShape(Shape):
-    """A mixture in the modekit architecture; `said` is `config["modekit"]`."""
+class ModekitShape:
+    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, the rest as in native_shape.py."""
 
-    said: MixtureConfig
+    config: Config
+    recipe: Recipe
+    where: str
+    mixture: MixtureConfig
 
     plain = False
-    loads_one_expert = False
-    skips_experts = True
-    weights_in_experts = False
-    code_files = CODE_FILES
+    through_transformers = False
+    code_files: ClassVar[tuple[Path, ...]] = CODE_FILES
     native_type = None
     channels = None
-    gguf_apart = True
 
     @classmethod
-    def is_said_by(cls, native_type: str | None) -> bool:
-        """Whether the record names no native architecture."""
-        return native_type is None
-
-    @classmethod
-    def opened(
-        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
-    ) -> ModekitShape:
+    def opened(cls, config: Config, recipe: Recipe, where: str) -> ModekitShape:
         """By config.json. Raises CheckpointError when it does not say what is mixed, or of other experts."""
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
@@ -82,7 +86,7 @@ class ModekitShape(Shape):
 
     @property
     def without_gguf(self) -> str | None:
-        """Always something."""
+        """Why llama.cpp does not run it."""
         if self.mixture.family.pair:
             return "it has an encoder"
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.lora_rank is not None]
@@ -104,14 +108,19 @@ class ModekitShape(Shape):
         return self.mixture.without_vllm
 
     @property
-    def mixture(self) -> MixtureConfig:
-        """What the experts have at every place."""
-        return self.said
-
-    @property
     def mixed(self) -> list[str]:
         """Every place without its layer."""
         return sorted({split_layer(module)[1] for module in self.mixture.places})
+
+    @property
+    def left_out(self) -> set[str]:
+        """Nothing."""
+        return set()
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.recipe.experts)
 
     @property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -130,12 +139,12 @@ class ModekitShape(Shape):
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> ModekitShape:
         """With the recipe's routing, and its routers where that puts them."""
-        said = rerouted(self.said, recipe, self.config, tensors)
-        return replace(self, config={**self.config, "modekit": said.as_written()}, said=said)
+        said = rerouted(self.mixture, recipe, self.config, tensors)
+        return replace(self, config={**self.config, "modekit": said.as_written()}, mixture=said)
 
     def other_bases(self, recipe: Recipe) -> list[str]:
         """By what the recipe's routers read, and what is always on."""
-        return bases_that_differ(self.said, recipe)
+        return bases_that_differ(self.mixture, recipe)
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Nothing: this shape says all mixtures."""
@@ -254,7 +263,42 @@ def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTe
         yield MixedTensor(f"{module}.bias", (width,), own=added, holds_changes=True)
 
 
-def without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Tensors) -> MixtureConfig:
+    """The same experts under the routing of another recipe; `config` is the checkpoint's."""
+    router, family, scope = recipe.mixture.router, mixture.family, recipe.mixture.router.scope
+    hidden, vocabulary = family.hidden(config), whole(config, "vocab_size")
+    leaders = leaders_of(mixture.places, scope, family, whole=recipe.mixture.is_whole)
+    changed = {}
+    for module, place in mixture.places.items():
+        said: dict[str, object] = {key: value for key, value in place.as_written().items() if key not in _GATE_KEYS}
+        said["router"] = leaders[module]
+        weight = _weight_shape(module, tensors)
+        if scope == "feature" and recipe.mixture.fit is not None and weight is not None:
+            said["features"] = weight[0]
+        if leaders[module] == module:
+            read = [mixture.places[name].ranks for name in readers(module, family, leaders)]
+            said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else weight[-1])
+            said["rows"] = gate_rows(router, [sum(ranks) for ranks in zip(*read, strict=True)])
+        changed[module] = Place.model_validate(said)
+    return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
+
+
+def bases_that_differ(mixture: MixtureConfig, recipe: Recipe) -> list[str]:
+    """The places where a plan of the recipe has the base's module and the checkpoint has not, or the reverse."""
+    return [
+        module
+        for module, place in mixture.places.items()
+        if place.base != needs_base(recipe, mixture.family, module, place.own)
+    ]
+
+
+def _weight_shape(module: str, tensors: Tensors) -> tuple[int, ...] | None:
+    """Shape of the weight of a place's module, as the base or an expert has it; None for a whole FFN."""
+    held = tensors.get(f"{module}.base.weight") or tensors.get(f"{module}.experts.0.weight")
+    return held.shape if held is not None else None
+
+
+def without_names(config: Config) -> dict[str, object]:
     """A mixture's config without what its experts are called, which the recipe says: no result changes with it."""
     said = config.get("modekit")
     own = {key: value for key, value in said.items() if key != "experts"} if isinstance(said, Mapping) else said

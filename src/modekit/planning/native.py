@@ -7,21 +7,23 @@ from dataclasses import replace
 
 from modekit.errors import UnsupportedError
 from modekit.planning.channels import channels_of
-from modekit.planning.layout import CodeOf
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.pad import Pad
-from modekit.planning.pieces import piece_of
-from modekit.planning.plan import Operation, Piece, PlannedTensor, joined, widened
-from modekit.recipes.recipe import Recipe
+from modekit.planning.pieces import CodeOf, Operation, Pad, Piece, PlannedTensor, joined, piece_of, widened
+from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.family import Family
+from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native_row import Native
 
 
 class NativeLayout:
-    """The native shape of one recipe."""
+    """The native shape of one recipe.
+
+    Attributes:
+        unties: whether head and embedding, one tensor in the base, are two in the result.
+        mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
+    """
 
     unties = False
 
@@ -30,10 +32,13 @@ class NativeLayout:
     ) -> None:
         self._recipe, self._sources, self._family, self._native, self._code_of = recipe, sources, family, native, code_of
         self._base = sources[0]
-        self._layers = int(self._base.config["num_hidden_layers"])
+        self._layers = whole(self._base.config, "num_hidden_layers")
         self._gate = self._base.tensor(in_layer(0, family.mlp["gate"]))
         self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
         self.router_dtype = code_of(self._gate)
+        self.mixes_more = (
+            f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
+        )
         self._channels = channels_of(recipe, native, family.dense_config(self._base.config))
 
     def backbone_name(self, name: str) -> str | None:
@@ -73,13 +78,6 @@ class NativeLayout:
             return tensor
         return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._family))
 
-    @property
-    def mixes_more(self) -> str:
-        """In the other architecture."""
-        return (
-            f"{self._native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
-        )
-
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
         if self._base.config.get("sliding_window") and self._native.native_type == "mixtral":
@@ -88,6 +86,10 @@ class NativeLayout:
             yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
         if self._channels is not None:
             yield from self._channels.notes(self._recipe)
+        place = place_of_base(self._recipe.experts)
+        if self._recipe.mixture.unseen is not None and place is not None and self._recipe.top_k > 1:
+            leads = f"where '{self._recipe.names[place]}' leads"
+            yield f"{self._native.native_type} weighs the next expert in, too, {leads}: top_k: 1 leaves it out"
         if any((tensor.inner or tensor).operation == "cast" for tensor in self._experts(1)):
             yield "some experts have another dtype than the result: their tensors are cast"
 
@@ -95,7 +97,7 @@ class NativeLayout:
         """Experts and constants."""
         yield from self._experts(self._layers)
         spare = 0 if self._channels is None else self._channels.spare
-        hidden, expert_hidden = int(self._base.config["hidden_size"]) + spare, self._gate.shape[0]
+        hidden, expert_hidden = whole(self._base.config, "hidden_size") + spare, self._gate.shape[0]
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
         for layer in range(self._layers):
             for constant in self._native.written_constants:

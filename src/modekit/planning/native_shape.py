@@ -4,52 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import ClassVar
 
-from modekit.errors import CheckpointError, UnsupportedError
+from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.planning.channels import Channels, channels_of
-from modekit.planning.mixed_tensor import MixedTensor, TensorPart
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
-from modekit.planning.shape import BUILD_AGAIN, Parameters, Shape, Tensors, check_sizes, disagreement
-from modekit.planning.slot import RouterPosition, RouterSlot
+from modekit.planning.shape import (
+    BUILD_AGAIN,
+    MixedTensor,
+    Parameters,
+    RouterPosition,
+    RouterSlot,
+    TensorPart,
+    Tensors,
+    check_sizes,
+    disagreement,
+)
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Family
+from modekit.sources.family import Config, Family, whole
 from modekit.sources.names import in_layer
 from modekit.sources.native import native_of
 from modekit.sources.native_row import Native
 
 
 @dataclass(frozen=True)
-class NativeShape(Shape):
-    """A mixture in the architecture of one row of sources/native.py."""
+class NativeShape:
+    """A mixture in the architecture of one row of sources/native.py.
 
+    Attributes:
+        config: its config.json.
+        recipe: that it came from.
+        where: what messages call it.
+        channels: what carries a router's evidence to the gates besides the base's channels, where anything has to.
+        plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
+            own, and holds the weight that is given to it.
+        code_files: what is copied into the checkpoint so that it opens.
+    """
+
+    config: Config
+    recipe: Recipe
+    where: str
     native: Native
     channels: Channels | None = None
 
     plain = True
-    loads_one_expert = True
-    skips_experts = False
-    weights_in_experts = True
-    gguf_apart = False
-    code_files = ()
+    code_files: ClassVar[tuple[Path, ...]] = ()
 
     @classmethod
-    def is_said_by(cls, native_type: str | None) -> bool:
-        """Whether the record names a native architecture."""
-        return native_type is not None
-
-    @classmethod
-    def opened(
-        cls, config: Mapping[str, Any], recipe: Recipe, where: str, native_type: str | None, dense: Mapping[str, Any]
-    ) -> NativeShape:
-        """By the row that the checkpoint was written by.
+    def opened(cls, config: Config, recipe: Recipe, where: str, native_type: str, dense: Config) -> NativeShape:
+        """The shape of a finished checkpoint, by the row that it was written by.
 
         Raises CheckpointError when this version has none, or config.json has other numbers of experts or channels than there
         can be.
         """
         try:
-            native = native_of(str(native_type), str(dense.get("model_type")))
+            native = native_of(native_type, str(dense.get("model_type")))
         except StopIteration:
             raise CheckpointError(
                 "modekit.json names a family that this version of modekit does not know",
@@ -71,17 +82,17 @@ class NativeShape(Shape):
 
     @property
     def family(self) -> Family:
-        """That of which the native architecture makes mixtures."""
+        """The row of the dense family."""
         return self.native.family
 
     @property
     def native_type(self) -> str:
-        """`model_type` of the architecture."""
+        """`model_type` of the architecture, as modekit.json keeps it."""
         return self.native.native_type
 
     @property
     def also_runs_in(self) -> str:
-        """Engines that know the architecture."""
+        """Where the result runs besides transformers."""
         biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
         engines = self.native.serves_with_biases if biased else self.native.serves
         wrong = self._vllm_differs
@@ -96,7 +107,7 @@ class NativeShape(Shape):
 
     @property
     def without_vllm(self) -> str | None:
-        """It knows every row."""
+        """Why vLLM does not serve it: it knows every row."""
         return None
 
     @property
@@ -110,30 +121,35 @@ class NativeShape(Shape):
 
     @property
     def left_out(self) -> set[str]:
-        """Tensors without a number."""
+        """Tensors that transformers' class has and the result need not, as they have no number."""
         return self.native.empty_names(self._layers)
 
     @property
     def mixed(self) -> list[str]:
-        """The whole FFN."""
+        """Modules under a layer of which experts have their own: the whole FFN."""
         return ["mlp"]
 
     @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.recipe.experts)
+
+    @property
     def slots(self) -> tuple[RouterSlot, ...]:
-        """One router per layer."""
-        rows, hidden = (1,) * self.experts, int(self.config["hidden_size"])
+        """The routers in the order of the layers: one each."""
+        rows, hidden = (1,) * self.experts, whole(self.config, "hidden_size")
         return tuple(RouterSlot(in_layer(layer, self.native.router), hidden, rows) for layer in range(self._layers))
 
     @property
     def positions(self) -> tuple[RouterPosition, ...]:
-        """Before the FFN of every layer."""
+        """Where they stand: before the FFN of every layer."""
         module = self.native.family.mlp_module
         return tuple(RouterPosition(slot.name, layer, module) for layer, slot in enumerate(self.slots))
 
     @property
     def routing(self) -> Routing:
-        """top_k of the token's own logits; a zero gate with top_k = E where weights are fixed."""
-        top_k = int(self.config[self.native.top_k_key])
+        """How they decide: top_k of the token's own logits; a zero gate with top_k = E where weights are fixed."""
+        top_k = whole(self.config, self.native.top_k_key)
         return Routing(method="routing", averages=[Average(decay=None)], top_k=top_k, top_p=None, weights=None, always_on=None)
 
     @property
@@ -146,15 +162,15 @@ class NativeShape(Shape):
         )
 
     def rerouted(self, recipe: Recipe, tensors: Tensors) -> NativeShape:
-        """With the recipe's top_k."""
+        """The same experts under another recipe's routing."""
         return replace(self, config={**self.config, self.native.top_k_key: recipe.top_k})
 
     def other_bases(self, recipe: Recipe) -> list[str]:
-        """None: an expert's FFN never stands beside the base's."""
+        """Places where a recipe needs the base's module and there is none, or the reverse: an expert's FFN stands alone."""
         return []
 
     def refusals(self, recipe: Recipe) -> list[str]:
-        """What only the modekit architecture says."""
+        """Settings of a recipe's mixture that only the modekit architecture says."""
         return recipe.mixture.beyond_native()
 
     def carries(self, recipe: Recipe) -> bool:
@@ -162,11 +178,11 @@ class NativeShape(Shape):
         return _carried(recipe) == _carried(self.recipe)
 
     def pinned(self, recipe: Recipe) -> Recipe:
-        """As it is: nothing that a native router may change leads to another shape."""
+        """The recipe of which a build gives this shape, whatever its routing has become: nothing of that leads to another."""
         return recipe
 
     def check(self, tensors: Tensors) -> None:
-        """Every tensor of what is mixed must be there, in the shape that the others have."""
+        """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
         check_sizes(self.config, self.native.family, tensors, self.where)
         native, layers = self.native, range(self._layers)
         for layer in layers:
@@ -191,7 +207,7 @@ class NativeShape(Shape):
             raise disagreement(f"{self.where}: {name}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
-        """gate, up and down of every layer, without the channels besides the base's."""
+        """What each expert has of gate, up and down of every layer, without the channels besides the base's."""
         for layer in range(self._layers):
             for part, path in self.native.family.mlp.items():
                 shape, parts = self._fused(tensors, layer, part) if self.native.fused else self._apart(tensors, layer, part)
@@ -210,7 +226,7 @@ class NativeShape(Shape):
         return replace(tensor, shape=(rows, columns - self.channels.spare), own=own)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
-        """Counted from the tensors alone where they have no channels besides the base's."""
+        """How many a checkpoint with tensors of these sizes has; `dense`, the base's by its files, counts with channels."""
         native, layers = self.native, range(self._layers)
         total = sum(sizes.values())
         router = sum(sizes[slot.name] for slot in self.slots)
@@ -224,7 +240,7 @@ class NativeShape(Shape):
 
     @property
     def _layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return whole(self.config, "num_hidden_layers")
 
     def _apart(self, tensors: Tensors, layer: int, part: str) -> tuple[tuple[int, ...], dict[int, TensorPart]]:
         """A projection of every expert, where each is a tensor; given weights are folded into the last one."""
@@ -256,13 +272,11 @@ def _carried(recipe: Recipe) -> object:
     return recipe.mixture.router.decay or fit.fading, recipe.output.channels
 
 
-def _channels_said_by(
-    config: Mapping[str, Any], recipe: Recipe, where: str, native: Native, dense: Mapping[str, Any]
-) -> Channels | None:
+def _channels_said_by(config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> Channels | None:
     try:
         channels = channels_of(recipe, native, dense)
         wide = {} if channels is None else channels.widened(config)
-    except (UnsupportedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             "modekit.json does not say a base that could carry this router",
             where=f"{where}: dense_config",

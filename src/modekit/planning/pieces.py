@@ -1,14 +1,203 @@
-"""What each expert has of a tensor of the base model: its own, the base's, or the base's changed by its adapter."""
+"""Every tensor of the result and the pieces of the sources it is made of, and which file holds it.
+
+What comes and goes together lies together:
+
+    model-backbone-00001.safetensors      what does not know which experts there are
+    model-shared-00001.safetensors        what is of all experts at once: low-rank changes side by side, fused experts, and
+                                          what of the backbone leads a router's evidence to the gates
+    model-expert-00001-00001.safetensors  the first expert's own, and so on
+    model-embedding.safetensors           the embedding where it carries a router's evidence
+    model-router.safetensors              the gates
+
+An expert that comes or goes leaves the backbone's files, and those of the experts before it, byte for byte as they are
+(members/change.py).
+
+Shape legend: R rank.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from modekit.planning.plan import Piece
-from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.compatibility import matching
+from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+
+EMBEDDING_FILE = "model-embedding.safetensors"
+"""The embedding where it carries a router's evidence, which a new fit replaces."""
+
+Role = Literal["backbone", "expert", "adapter", "router", "constant"]
+Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros", "pad"]
+
+CodeOf = Callable[[TensorRef], str]
+"""The safetensors dtype of what is made from a tensor."""
+Entry = tuple[int, int, float]
+"""Row, column and value of one number in the new part of a widened tensor."""
+
+
+@dataclass(frozen=True)
+class MeasuredColumn:
+    """A column that every row e of an embedding gets by its own size: value sqrt(mean(e^2) scale^2 + norm_eps) / scale, or,
+    where no norm follows (None), value.
+    """
+
+    column: int
+    value: float
+    scale: float
+    norm_eps: float | None
+
+
+@dataclass(frozen=True)
+class Pad:
+    """A tensor of the base in a larger one: its own numbers first, zeros or `entries` behind them.
+
+    Attributes:
+        rows, columns: how many more there are. A tensor with one axis has columns only, one with three is widened matrix by
+            matrix.
+        scale: what the base's numbers are multiplied with.
+        entries: in the new part of the first matrix.
+        measured: a column that follows from the row, if there is one.
+        free: columns that the fit of a router sets later.
+    """
+
+    rows: int = 0
+    columns: int = 0
+    scale: float = 1.0
+    entries: tuple[Entry, ...] = ()
+    measured: MeasuredColumn | None = None
+    free: slice | None = None
+
+    def widened(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for a tensor of this shape."""
+        if len(shape) == 1:
+            return (shape[0] + self.columns,)
+        return (*shape[:-2], shape[-2] + self.rows, shape[-1] + self.columns)
+
+    def identity(self) -> list[object]:
+        """What distinguishes it from other pads, for a plan's digest."""
+        entries = hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()
+        measured = self.measured and [self.measured.column, self.measured.value, self.measured.scale, self.measured.norm_eps]
+        return [self.rows, self.columns, self.scale, entries, measured]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`)."""
+
+    side: Literal["A", "B"]
+    rank: int
+    expert: TensorRef
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one source gives to a tensor.
+
+    Attributes:
+        source: number of the model or adapter in `Plan.sources`; errors name it.
+        ref: a tensor of the source; with `change` or `factor`, the base model's tensor.
+        change: what an adapter does to `ref`.
+        of_bias: `ref` is a bias and `change` that of its module.
+        factor: a low-rank part of another tensor's difference to `ref`.
+        columns: from and to which of `ref`'s columns it goes; None for all.
+        expert: whose part it is, where a tensor has parts of many.
+    """
+
+    source: int
+    ref: TensorRef
+    change: Change | None = None
+    of_bias: bool = False
+    factor: Factor | None = None
+    columns: tuple[int, int] | None = None
+    expert: int | None = field(default=None, compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Elements that it gives."""
+        if self.factor is not None:
+            return self.factor.rank * self.ref.shape[1 if self.factor.side == "A" else 0]
+        rows = self.ref.shape[0]
+        return self.ref.numel if self.columns is None else rows * (self.columns[1] - self.columns[0])
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is read for it."""
+        changed = self.change.refs if self.change is not None else ()
+        return (self.ref, *changed, *((self.factor.expert,) if self.factor is not None else ()))
+
+    def identity(self) -> list[object]:
+        """What distinguishes it from other pieces, for a plan's digest."""
+        factor = None if self.factor is None else [self.factor.side, self.factor.rank]
+        where = [[str(ref.file), ref.name, ref.start] for ref in self.refs]
+        return [
+            self.source,
+            where,
+            self.of_bias,
+            factor,
+            getattr(self.change, "scale", None),
+            getattr(self.change, "rows", None),
+            *([list(self.columns)] if self.columns is not None else []),
+        ]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the result.
+
+    `expert`: whose it is alone; None for what others share.
+
+    copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
+    fold: the same, where adapters are folded in. factor: the same, of low-rank parts. columns: the pieces concatenated
+    along the second axis. scale: the piece times `factor`. merge: the backbone merge of the pieces, base first. zeros: no
+    piece. pad: another tensor, `inner`, widened.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    operation: Operation
+    pieces: tuple[Piece, ...] = ()
+    factor: float = 1.0
+    inner: PlannedTensor | None = None
+    pad: Pad | None = None
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+def joined(
+    name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...], expert: int | None = None
+) -> PlannedTensor:
+    """A tensor made of pieces one after the other, by the cheapest operation that gives it."""
+    operation: Operation = "copy" if all(piece.ref.dtype == dtype for piece in pieces) else "cast"
+    if any(piece.change is not None for piece in pieces):
+        operation = "fold"
+    elif any(piece.factor is not None for piece in pieces):
+        operation = "factor"
+    return PlannedTensor(name, dtype, shape, role, operation, pieces, expert=expert)
+
+
+def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
+    """The tensor in a larger one; itself without a pad."""
+    if pad is None:
+        return tensor
+    inner = tensor if pad.scale == 1.0 else replace(tensor, factor=tensor.factor * pad.scale)
+    if inner.operation in ("copy", "cast") and inner.factor != 1.0:
+        inner = replace(inner, operation="scale")
+    return replace(tensor, shape=pad.widened(tensor.shape), operation="pad", factor=1.0, inner=inner, pad=pad)
 
 
 def piece_of(sources: tuple[ModelSource, ...], number: int, ref: TensorRef) -> Piece:
@@ -18,7 +207,7 @@ def piece_of(sources: tuple[ModelSource, ...], number: int, ref: TensorRef) -> P
     """
     source = sources[number]
     if not isinstance(source, AdapterSource):
-        return Piece(number, matching(source, ref.name, ref))
+        return Piece(number, source.matching(ref))
     given = source.replaced.get(ref.name, ref)
     change = source.changes.get(ref.name)
     if change is not None:
@@ -55,6 +244,52 @@ def rows_of(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:
         return ref
     row = math.prod(ref.shape[1:]) * ITEMSIZE[ref.dtype]
     first, last = rows
-    return dataclasses.replace(
-        ref, shape=(last - first, *ref.shape[1:]), start=ref.start + first * row, end=ref.start + last * row
-    )
+    return replace(ref, shape=(last - first, *ref.shape[1:]), start=ref.start + first * row, end=ref.start + last * row)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result and its tensors in order."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Data bytes, without the header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def cut_into_shards(tensors: Sequence[PlannedTensor], shard_size: int) -> tuple[Shard, ...]:
+    """Files of at most `shard_size` bytes, but for larger tensors; in the order of the tensors."""
+    groups: dict[str, list[PlannedTensor]] = {"backbone": [], "shared": []}
+    for tensor in tensors:
+        groups.setdefault(_group_of(tensor), []).append(tensor)
+    embedding = groups.pop(EMBEDDING_FILE, [])
+    shards = [
+        Shard(f"model-{name}-{number:05d}.safetensors", part)
+        for name, group in sorted(groups.items())
+        for number, part in enumerate(_parts(group, shard_size), 1)
+    ]
+    return (*shards, *([Shard(EMBEDDING_FILE, tuple(embedding))] if embedding else []))
+
+
+def _group_of(tensor: PlannedTensor) -> str:
+    if tensor.pad is not None and tensor.pad.free is not None:
+        return EMBEDDING_FILE
+    if tensor.expert is not None:
+        return f"expert-{tensor.expert + 1:05d}"
+    changes_with_experts = tensor.role != "backbone" or (tensor.inner or tensor).operation == "merge"
+    return "shared" if changes_with_experts or (tensor.pad is not None and tensor.pad.entries) else "backbone"
+
+
+def _parts(tensors: Sequence[PlannedTensor], shard_size: int) -> list[tuple[PlannedTensor, ...]]:
+    parts: list[list[PlannedTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not parts or size + tensor.nbytes > shard_size:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
+    return [tuple(part) for part in parts]

@@ -17,10 +17,11 @@ from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
 from modekit.planning.pieces import low_rank, rows_of, touched
 from modekit.planning.routing_config import gate_rows, needs_base
+from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
-from modekit.sources.family import Family
+from modekit.sources.family import PARTS, Family, whole
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import (
     EMBEDDING,
@@ -31,6 +32,7 @@ from modekit.sources.names import (
     is_looked_up,
     module_of,
     natural_key,
+    split_layer,
     weight_of,
 )
 
@@ -46,13 +48,12 @@ Kind = LowRank | str | int | None
 
 @dataclass(frozen=True)
 class PlannedPlace:
-    """A module of the base, the tensors in it, and what each expert has there. Places of one group may share a router.
+    """A module of the base, the tensors in it, and what each expert has there.
 
     `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
     """
 
     module: str
-    group: str
     refs: tuple[TensorRef, ...]
     kinds: tuple[Kind, ...]
     calls: tuple[str, ...] = ()
@@ -96,6 +97,33 @@ def first_to_run(modules: Collection[str], family: Family) -> str:
     """Of the modules of whole models or whole decoders, the one that a pass reaches first."""
     ways = (*family.entrances, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts["q"]))
     return next(module for module in ways if module in modules)
+
+
+def leaders_of(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:
+    """Place -> place of its router: the first of those that share it, in the order in which they run."""
+    if whole:
+        return dict.fromkeys(places, first_to_run([*places], family))
+    ways = {place: _way(place, family) for place in places}
+    leaders: dict[object, str] = {}
+    for place, (layer, part) in sorted(ways.items(), key=lambda item: item[1]):
+        leaders.setdefault(_sharers(place, layer, part, scope), place)
+    return {place: leaders[_sharers(place, *way, scope)] for place, way in ways.items()}
+
+
+def _way(place: str, family: Family) -> tuple[tuple[int, int], int]:
+    """(layer, number of its first part in the order in which parts run) of a place."""
+    layer, path = split_layer(place)
+    assert layer is not None, place
+    parts = family.stack_of(layer).parts
+    first = next((part for part in PARTS if parts.get(part) == path), "gate")  # a whole FFN runs where its gate would
+    return order_of(layer), PARTS.index(first)
+
+
+def _sharers(place: str, layer: tuple[int, int], part: int, scope: str) -> object:
+    """What places that share a router have in common."""
+    if scope == "layer":
+        return layer, ATTENTION.get(PARTS[part])
+    return scope if scope == "model" else place
 
 
 def _check_pair(recipe: Recipe, family: Family) -> None:
@@ -154,7 +182,8 @@ class Places:
     @cached_property
     def leaders(self) -> dict[str, str]:
         """Place -> the place whose router decides for it."""
-        return {place.module: self._leader(place) for place in self}
+        scope = self._recipe.mixture.router.scope
+        return leaders_of([place.module for place in self], scope, self._family, whole=self._whole)
 
     def keeps_base(self, place: PlannedPlace) -> bool:
         """Whether the base's module stays beside what the experts have."""
@@ -175,7 +204,7 @@ class Places:
 
     def width(self, place: PlannedPlace) -> int:
         """Width of the gate of a router at this place: of what it reads, unless its fit says another."""
-        said = self._recipe.mixture.router.gate_width(int(self._base.config["vocab_size"]))
+        said = self._recipe.mixture.router.gate_width(whole(self._base.config, "vocab_size"))
         if said is not None:
             return said
         if not any(ref.name == weight_of(place.module) for ref in place.refs):
@@ -236,7 +265,7 @@ class Places:
                 module = self._family.in_layer(layer, path)
                 calls = self._family.stack_of(layer).ffn_calls if part == "mlp" else ()
                 if self._within(module):
-                    place = self._place(module, f"{layer} {ATTENTION.get(part, 'ffn')}", calls)
+                    place = self._place(module, calls)
                     if place.is_mixed:
                         yield place
 
@@ -270,7 +299,7 @@ class Places:
                     remedy="open the base model with transformers and save it again, which writes one of zeros",
                 )
 
-    def _place(self, module: str, group: str = "all", calls: tuple[str, ...] = ()) -> PlannedPlace:
+    def _place(self, module: str, calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
         refs = tuple(ref for each in modules for ref in self._within(each) if not is_ignored(ref.name))
         if module == HEAD and self.unties:
@@ -278,7 +307,7 @@ class Places:
         if module == HEAD and LOGITS_BIAS in self._base.tensors:
             refs = (*refs, self._base.tensor(LOGITS_BIAS))
         kinds = tuple(self._kind(expert, module, refs) for expert in range(self._count))
-        return PlannedPlace(module, group, refs, kinds, calls)
+        return PlannedPlace(module, refs, kinds, calls)
 
     def _within(self, module: str) -> list[TensorRef]:
         """The base's tensors whose names begin with a module's, in its order."""
@@ -291,10 +320,6 @@ class Places:
     def _sorted_names(self) -> list[tuple[str, int]]:
         """Names of the base's tensors, sorted, and the place of each in its order."""
         return sorted((name, place) for place, name in enumerate(self._base.tensors))
-
-    @cached_property
-    def _first_of_group(self) -> dict[str, str]:
-        return {place.group: place.module for place in reversed(self._all)}
 
     def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
         source, said = self._sources[1 + expert], self._recipe.experts[expert]
@@ -317,13 +342,3 @@ class Places:
         source = self._sources[1 + expert]
         change = source.changes.get(weight_of(place.module)) if isinstance(source, AdapterSource) else None
         return change if isinstance(change, LowRank) else None
-
-    def _leader(self, place: PlannedPlace) -> str:
-        per = self._recipe.mixture.router.scope
-        if self._whole:
-            return self._first
-        if per == "model":
-            return self._all[0].module
-        if per in {"projection", "feature"}:
-            return place.module
-        return self._first_of_group[place.group]

@@ -1,183 +1,53 @@
-"""What a plan is made of: every tensor of the result and the pieces of the sources it comes from.
+"""A plan: every tensor of the result and where it comes from, and what that takes.
 
-Shape legend: L layers, E experts, R rank.
+Shape legend: L layers, E experts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
 
 from modekit.files.read import FileState
-from modekit.planning.pad import Pad
-from modekit.planning.shape import Shape
-from modekit.planning.slot import RouterSlot
+from modekit.planning.pieces import PlannedTensor, Shard
+from modekit.planning.shape import RouterSlot
+from modekit.planning.shapes import Shape
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import Change
-from modekit.sources.family import Family
-from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.sources.family import Config, Family, architecture_of, whole
+from modekit.sources.model import ModelSource
 from modekit.weights.factor_size import working_bytes
 
 ROUTER_FILE = "model-router.safetensors"
-EMBEDDING_FILE = "model-embedding.safetensors"
-"""The embedding where it carries a router's evidence, which a new fit replaces."""
 INDEX_FILE = "model.safetensors.index.json"
-
-Role = Literal["backbone", "expert", "adapter", "router", "constant"]
-Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros", "pad"]
 
 _BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed, as measured (benchmarks/speed.md)
 
 
 @dataclass(frozen=True)
-class Factor:
-    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`)."""
-
-    side: Literal["A", "B"]
-    rank: int
-    expert: TensorRef
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one source gives to a tensor.
+class Reused:
+    """A mixture whose tensors a plan takes as they are (reuse.py).
 
     Attributes:
-        source: number of the model or adapter in `Plan.sources`; errors name it.
-        ref: a tensor of the source; with `change` or `factor`, the base model's tensor.
-        change: what an adapter does to `ref`.
-        of_bias: `ref` is a bias and `change` that of its module.
-        factor: a low-rank part of another tensor's difference to `ref`.
-        columns: from and to which of `ref`'s columns it goes; None for all.
-        expert: whose part it is, where a tensor has parts of many.
+        model: its tensors.
+        files: shards of the plan that are files of it.
+        names: tensor of the plan that holds something of the mixture's -> the mixture's tensor.
     """
-
-    source: int
-    ref: TensorRef
-    change: Change | None = None
-    of_bias: bool = False
-    factor: Factor | None = None
-    columns: tuple[int, int] | None = None
-    expert: int | None = field(default=None, compare=False)
-
-    @property
-    def numel(self) -> int:
-        """Elements that it gives."""
-        if self.factor is not None:
-            return self.factor.rank * self.ref.shape[1 if self.factor.side == "A" else 0]
-        rows = self.ref.shape[0]
-        return self.ref.numel if self.columns is None else rows * (self.columns[1] - self.columns[0])
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Every tensor that is read for it."""
-        changed = self.change.refs if self.change is not None else ()
-        return (self.ref, *changed, *((self.factor.expert,) if self.factor is not None else ()))
-
-    def identity(self) -> list[Any]:
-        """What distinguishes it from other pieces, for a plan's digest."""
-        factor = None if self.factor is None else [self.factor.side, self.factor.rank]
-        where = [[str(ref.file), ref.name, ref.start] for ref in self.refs]
-        return [
-            self.source,
-            where,
-            self.of_bias,
-            factor,
-            getattr(self.change, "scale", None),
-            getattr(self.change, "rows", None),
-            *([list(self.columns)] if self.columns is not None else []),
-        ]
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the result.
-
-    `expert`: whose it is alone; None for what others share.
-
-    copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
-    fold: the same, where adapters are folded in. factor: the same, of low-rank parts. columns: the pieces concatenated
-    along the second axis. scale: the piece times `factor`. merge: the backbone merge of the pieces, base first. zeros: no
-    piece. pad: another tensor, `inner`, widened.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    role: Role
-    operation: Operation
-    pieces: tuple[Piece, ...] = ()
-    factor: float = 1.0
-    inner: PlannedTensor | None = None
-    pad: Pad | None = None
-    expert: int | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * ITEMSIZE[self.dtype]
-
-
-def joined(
-    name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...], expert: int | None = None
-) -> PlannedTensor:
-    """A tensor made of pieces one after the other, by the cheapest operation that gives it."""
-    operation: Operation = "copy" if all(piece.ref.dtype == dtype for piece in pieces) else "cast"
-    if any(piece.change is not None for piece in pieces):
-        operation = "fold"
-    elif any(piece.factor is not None for piece in pieces):
-        operation = "factor"
-    return PlannedTensor(name, dtype, shape, role, operation, pieces, expert=expert)
-
-
-def widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
-    """The tensor in a larger one; itself without a pad."""
-    if pad is None:
-        return tensor
-    inner = tensor if pad.scale == 1.0 else replace(tensor, factor=tensor.factor * pad.scale)
-    if inner.operation in ("copy", "cast") and inner.factor != 1.0:
-        inner = replace(inner, operation="scale")
-    return replace(tensor, shape=pad.widened(tensor.shape), operation="pad", factor=1.0, inner=inner, pad=pad)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the result and its tensors in order."""
-
-    file: str
-    tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Data bytes, without the header."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A mixture whose tensors a plan takes as they are (kept.py); `files` are shards of the plan that are files of it."""
 
     model: ModelSource
     files: frozenset[str]
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
 
-    `shape` is that of the result; `why` says why it was chosen. `kept` is set where the plan changes a mixture that is there.
+    `shape` is that of the result; `why` says why it was chosen. `reused` is set where the plan changes a mixture that is there.
     """
 
     recipe: Recipe
@@ -191,17 +61,22 @@ class Plan:
     copied_files: tuple[Path, ...]
     notes: tuple[str, ...]
     trust_remote_code: bool = False
-    kept: Kept | None = None
+    reused: Reused | None = None
 
     @property
     def models(self) -> tuple[ModelSource, ...]:
         """All that pieces are taken from, by `Piece.source`."""
-        return self.sources if self.kept is None else (*self.sources, self.kept.model)
+        return self.sources if self.reused is None else (*self.sources, self.reused.model)
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """config.json of the result."""
         return self.shape.config
+
+    @property
+    def architecture(self) -> str:
+        """Class of the result in transformers."""
+        return architecture_of(self.config)
 
     @cached_property
     def slots(self) -> tuple[RouterSlot, ...]:
@@ -246,14 +121,18 @@ class Plan:
     @property
     def bytes_linked(self) -> int:
         """Of those, in files that are taken as they are from a mixture that is there."""
-        kept = frozenset() if self.kept is None else self.kept.files
-        return sum(shard.nbytes for shard in self.shards if shard.file in kept)
+        files = frozenset() if self.reused is None else self.reused.files
+        return sum(shard.nbytes for shard in self.shards if shard.file in files)
 
     @property
     def disk_needed(self) -> int:
         """Bytes that a build writes: weights that are in no file which is there, and the statistics that it keeps."""
-        statistics = self.statistics_bytes(in_memory=False) if self.recipe.mixture.keeps_statistics else 0
-        return self.bytes_written - self.bytes_linked + statistics
+        return self.bytes_written - self.bytes_linked + self.bytes_of_statistics
+
+    @property
+    def bytes_of_statistics(self) -> int:
+        """Of those that are kept beside the weights."""
+        return self.statistics_bytes(in_memory=False) if self.recipe.mixture.keeps_statistics else 0
 
     @property
     def bytes_read(self) -> int:
@@ -295,8 +174,8 @@ class Plan:
         fit = 0
         if row is not None and row.keeps is not None:
             itemsize = 4 if router.compute_dtype == "float32" else 2
-            one = parameters["backbone"] + parameters["per_expert"] if self.shape.loads_one_expert else parameters["total"]
-            activations = 16 * router.sequence_length * (12 * self.hidden + int(self.config["vocab_size"])) * 4
+            one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
+            activations = 16 * router.sequence_length * (12 * self.hidden + whole(self.config, "vocab_size")) * 4
             fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         factored = (
             working_bytes(piece.ref.shape, piece.factor.rank) + 8 * tensor.numel  # one expert's; the factors of all
@@ -318,13 +197,13 @@ class Plan:
             ],
             "files": [
                 [str(file), state and [state.inode, state.size, state.modified_ns]]
-                for file, state in {**self.source_states, **({} if self.kept is None else self.kept.model.states)}.items()
+                for file, state in {**self.source_states, **({} if self.reused is None else self.reused.model.states)}.items()
             ],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _padding(tensor: PlannedTensor) -> list[Any]:
+def _padding(tensor: PlannedTensor) -> list[object]:
     if tensor.inner is None or tensor.pad is None:
         return []
     return [tensor.inner.operation, tensor.inner.factor, tensor.pad.identity()]

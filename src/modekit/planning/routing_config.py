@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modekit.errors import UnsupportedError
-from modekit.planning.mixture_config import AlwaysOn, Average, Ngram, Routing
+from modekit.planning.mixture_config import AlwaysOnConfig, Average, Ngram, Routing
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
@@ -20,7 +20,7 @@ def routing_config(recipe: Recipe) -> Routing:
     if mixture.always_on is not None:
         index = recipe.names.index(mixture.always_on.expert) if mixture.always_on.expert in recipe.names else None
         apart = {"apart": True} if mixture.always_on.apart else {}
-        always_on = AlwaysOn(expert=index, weight=mixture.always_on.weight, **apart)
+        always_on = AlwaysOnConfig(expert=index, weight=mixture.always_on.weight, **apart)
     weights = None
     if mixture.method == "linear":
         given = mixture.weights or dict.fromkeys(recipe.names, 1.0)

@@ -1,15 +1,86 @@
-"""A plan in a few numbers and words: what `modekit plan` shows before anything is written."""
+"""What a plan comes to, in numbers and words: what `modekit plan` shows before anything is written. No time is measured."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from modekit.planning.plan import Plan
-from modekit.planning.work import fit_work
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
+from modekit.sources.names import split_layer
+
+_TRAINED = 3  # a pass forward and back costs about three forward
+_SOLVED = "modekit.routing.closed_form:logistic"
+_EVALUATIONS = 500  # passes over the kept tokens that a logistic fit makes of a router, forward and back, at most
+_FEWEST_EXPERTS = 8  # a product with fewer columns takes no less: reading the tokens is what takes time
+_TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class FitWork(_Figures):
+    """What a fit does at most; texts may be shorter.
+
+    Attributes:
+        reads: whether a model reads the text; an n-gram router is counted, which takes seconds.
+        tokens: read by the model, of all domains together.
+        flops: floating-point operations of that and of the statistics that it keeps.
+        passes: how many passes forward a token costs.
+        solving: floating-point operations of making gates from what was kept, as if all of them were those of a model.
+        seconds: that it takes, where somebody measured that.
+    """
+
+    reads: bool
+    tokens: int
+    flops: int
+    passes: int = 1
+    solving: int = 0
+    seconds: float | None = None
+
+
+class ExpertSummary(_Figures):
+    """An expert, the model or adapter that it is, and whether it has text."""
+
+    name: str
+    model: str
+    text: bool
+
+
+class PlanSummary(_Figures):
+    """A plan; `disk` is that of the recipe's folder, sizes are in bytes.
+
+    Attributes:
+        tensors: their number in all, and by the operation that makes them.
+        bytes: read, written, and of statistics.
+        parameters, memory: as `Plan` has them.
+        disk: needed and free.
+        fit: None where the router is set without text.
+    """
+
+    architecture: str
+    why: str
+    also_runs_in: str
+    method: str
+    top_k: int
+    router: str
+    backbone: str
+    experts: list[ExpertSummary]
+    mixed: list[str]
+    layers: int
+    dtype: str
+    tensors: dict[str, int]
+    shards: int
+    bytes: dict[str, int]
+    parameters: dict[str, int]
+    disk: dict[str, int]
+    memory: dict[str, int]
+    fit: FitWork | None
+    notes: list[str]
 
 
 def backbone_label(recipe: Recipe) -> str:
@@ -22,36 +93,61 @@ def backbone_label(recipe: Recipe) -> str:
     return BASE
 
 
-def summary(plan: Plan) -> dict[str, Any]:
-    """A plan as plain data: what `modekit plan --json` prints. The disk is that of the recipe's folder."""
-    recipe = plan.recipe
-    statistics = plan.statistics_bytes(in_memory=False) if recipe.mixture.keeps_statistics else 0
-    work = fit_work(plan)
-    operations: dict[str, int] = {}
+def summary(plan: Plan) -> PlanSummary:
+    """What `modekit plan` shows of a plan."""
+    recipe, operations = plan.recipe, dict[str, int]()
     for tensor in plan.tensors:
         label = "router" if tensor.role == "router" else tensor.operation
         operations[label] = operations.get(label, 0) + 1
-    return {
-        "architecture": plan.config["architectures"][0],
-        "why": plan.why,
-        "also_runs_in": plan.shape.also_runs_in,
-        "method": recipe.mixture.method,
-        "top_k": recipe.top_k,
-        "router": "none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
-        "backbone": backbone_label(recipe),
-        "experts": [
-            {"name": expert.name, "model": expert.source, "text": bool(expert.text or expert.prompts)}
-            for expert in recipe.experts
-        ],
-        "mixed": plan.shape.mixed,
-        "layers": plan.layers,
-        "dtype": plan.config["dtype"],
-        "tensors": {"total": len(plan.tensors), **operations},
-        "shards": len(plan.shards) + 1,
-        "bytes": {"read": plan.bytes_read, "written": plan.bytes_written, "statistics": statistics},
-        "parameters": plan.parameters(),
-        "disk": {"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
-        "memory": plan.memory(),
-        "fit": work.as_data() if work is not None else None,
-        "notes": list(plan.notes),
-    }
+    return PlanSummary(
+        architecture=plan.architecture,
+        why=plan.why,
+        also_runs_in=plan.shape.also_runs_in,
+        method=recipe.mixture.method,
+        top_k=recipe.top_k,
+        router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
+        backbone=backbone_label(recipe),
+        experts=[ExpertSummary(name=e.name, model=e.source, text=bool(e.text or e.prompts)) for e in recipe.experts],
+        mixed=plan.shape.mixed,
+        layers=plan.layers,
+        dtype=str(plan.config["dtype"]),
+        tensors={"total": len(plan.tensors), **operations},
+        shards=len(plan.shards) + 1,
+        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
+        parameters=plan.parameters(),
+        disk={"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
+        memory=plan.memory(),
+        fit=fit_work(plan),
+        notes=list(plan.notes),
+    )
+
+
+def fit_work(plan: Plan) -> FitWork | None:
+    """The work of setting the plan's router from text; None when it is set without."""
+    mixture, router = plan.recipe.mixture, plan.recipe.mixture.router
+    if not mixture.needs_text:
+        return None
+    if router.row.reads == "tokens":
+        return FitWork(reads=False, tokens=0, flops=0)
+    trained = router.row.reads == "training"
+    per_domain = (router.steps or 100) * _TRAINED_TOKENS // 100 if trained else router.tokens_per_domain
+    passes, tokens = _TRAINED if trained else 1, per_domain * plan.experts
+    statistics = 0 if trained else sum(2 * slot.shape[1] ** 2 for slot in plan.slots)
+    kept = min(router.keep_tokens, per_domain) * plan.experts if router.row.rule == _SOLVED else 0
+    solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
+    flops = tokens * (2 * passes * _weights(plan) + statistics)
+    return FitWork(reads=True, tokens=tokens, flops=flops, passes=passes, solving=solving)
+
+
+def _weights(plan: Plan) -> int:
+    """Weights of the layers that a token passes with one expert active, which stands for the base where that is one."""
+    parameters = plan.parameters()
+    own = {tensor.name.partition(".experts.")[0] for tensor in plan.tensors if tensor.role == "expert"}
+    backbone = sum(
+        tensor.numel
+        for tensor in plan.tensors
+        if tensor.role == "backbone"
+        and split_layer(tensor.name)[0] is not None
+        and tensor.name.partition(".base.")[0] not in own
+    )
+    return backbone + parameters["per_expert"] + parameters["adapters"] // plan.experts

@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import Record, TrainingRecord
+from modekit.checkpoint.record import MixtureRecord, TrainingRecord
 from modekit.errors import OutputError
 from modekit.evaluation.markdown import markdown_table, plain
 from modekit.files.change import change_together
@@ -65,7 +65,7 @@ def write_card(checkpoint: Checkpoint, *, overwrite: bool = False, ask_hub: bool
     return made
 
 
-def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: Record | None = None) -> Card:
+def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRecord | None = None) -> Card:
     """The card's files. `shown` is the record as it is shown to others, by default the checkpoint's own."""
     sources = sources_of(checkpoint, ask_hub=ask_hub)
     data = _metadata(checkpoint, sources)
@@ -163,7 +163,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     taught = zip(checkpoint.names, teachers_of(checkpoint), strict=True)
     of_others = {
         "title": checkpoint.folder.name,
-        "architecture": str(checkpoint.config["architectures"][0]),
+        "architecture": architecture_of(checkpoint.config),
         "dtype": str(checkpoint.config["dtype"]),
         "backbone": _backbone(backbone_label(recipe)),
         "version": record.modekit_version,

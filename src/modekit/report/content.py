@@ -32,6 +32,7 @@ from modekit.report.result_files import (
 )
 from modekit.report.routing import routing_of, samples_of
 from modekit.report.translation_file import Translations
+from modekit.sources.family import architecture_of
 
 Points = list[list[float]]
 _Each = TypeVar("_Each")
@@ -128,7 +129,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, object]:
     record, recipe = checkpoint.record, checkpoint.record.recipe
     linear = recipe.mixture.method == "linear"
     return {
-        "architecture": str(checkpoint.config["architectures"][0]),
+        "architecture": architecture_of(checkpoint.config),
         "native": checkpoint.shape.plain,
         "experts": checkpoint.names,
         "method": recipe.mixture.method,

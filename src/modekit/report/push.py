@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord
 from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
@@ -142,7 +142,7 @@ def _explained(repo: str) -> Iterator[None]:
         ) from None
 
 
-def _shown(checkpoint: Checkpoint) -> Record:
+def _shown(checkpoint: Checkpoint) -> MixtureRecord:
     """The record with names where it has paths of this machine."""
     record, root = checkpoint.record, checkpoint.recipe_root
     recipe = Recipe.model_validate(with_names(record.model_dump(mode="json")["recipe"], root))

@@ -37,7 +37,7 @@ def classifier_gates(fitting: Fitting) -> FittedRouter:
     check_library(fitting.settings.row)
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = read_token_texts(fitting, tokenizer)
-    terms = Terms(fitting.settings, int(fitting.checkpoint.config["vocab_size"]))
+    terms = Terms(fitting.settings, fitting.checkpoint.vocabulary)
     fitting.run.begin("fit classifiers")
     gate, said = fitted_table(texts, terms, fitting.settings, sorted(set(tokenizer.all_special_ids)))
     (slot,) = fitting.checkpoint.slots

@@ -18,8 +18,8 @@ import torch
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
-from modekit.planning.kept import Origins
-from modekit.planning.slot import RouterSlot
+from modekit.planning.reuse import Origins
+from modekit.planning.shape import RouterSlot
 from modekit.recipes.fits import SUMS
 from modekit.routing.closed_form import logistic_beside
 from modekit.routing.fitting import FittedRouter, Fitting

@@ -37,11 +37,11 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     texts = read_token_texts(fitting, tokenizer)
     fitting.run.begin("prepare the examples")
     averaging = averaging_of(fitting)
-    table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
+    table = Table(settings, fitting.checkpoint.vocabulary)
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
     examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe, template)
     if recipe.mixture.unseen is not None and room is not None:
-        made = made_texts(texts, room.base, special, int(fitting.checkpoint.config["vocab_size"]), settings.seed)
+        made = made_texts(texts, room.base, special, fitting.checkpoint.vocabulary, settings.seed)
         examples[room.base] += [Example(table.rows(ids)) for ids in made]
     trained = train_table(
         examples,

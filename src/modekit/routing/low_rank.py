@@ -22,7 +22,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.planning.mixture_config import leader_of
 from modekit.planning.routing_config import whole_module_unscored
-from modekit.planning.slot import RouterSlot
+from modekit.planning.shape import RouterSlot
 from modekit.routing.fitting import FittedRouter, Fitting
 
 Rule = Callable[[torch.Tensor, torch.Tensor], None]

@@ -74,7 +74,7 @@ def _other_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     for key in ("backbone", "modules", "layers"):
         if getattr(before, key) != getattr(after, key):
             yield key
-    if checkpoint.shape.weights_in_experts and before.weights != after.weights:
+    if checkpoint.shape.plain and before.weights != after.weights:
         yield "weights"
     if checkpoint.shape.other_bases(recipe):
         yield _why_another_base(before, after)

@@ -148,7 +148,7 @@ class Choosing:
 
 def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, choosing: Choosing) -> TokenText:
     path, settings = fitting.folder / f"{expert.name}.safetensors", fitting.settings
-    kept, how = load_token_text(path, int(fitting.checkpoint.config["vocab_size"])), _how(tokenizer, expert, settings)
+    kept, how = load_token_text(path, fitting.checkpoint.vocabulary), _how(tokenizer, expert, settings)
     if kept is not None and choosing.needed and not kept.chooses:
         kept = None
     known = kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict)

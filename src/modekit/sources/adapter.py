@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.files.typed import shortened
 from modekit.sources.adapter_config import (
     CONFIG_FILE,
     SAVE_AGAIN,
@@ -21,7 +22,6 @@ from modekit.sources.adapter_config import (
     LoraSettings,
     parse_settings,
     read_adapter_config,
-    shortened,
 )
 from modekit.sources.adapter_resolve import Resolution
 from modekit.sources.model import ModelSource, TensorRef, read_header

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
+from modekit.files.typed import shortened
+from modekit.sources.family import Config
 from modekit.sources.names import HEAD, is_looked_up
-from modekit.sources.patterns import Patterns
+from modekit.sources.patterns import ModulePatterns
 
 CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
@@ -49,13 +51,13 @@ _NO_EFFECT = frozenset(
         "lora_ga_config",
     }
 )
-"""Settings that say nothing about what the saved weights do."""
+"""AdapterSettings that say nothing about what the saved weights do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 """Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
 
 
-class Settings(BaseModel):
-    """Settings that LoRA and IA3 share, with PEFT's defaults."""
+class AdapterSettings(BaseModel):
+    """AdapterSettings that LoRA and IA3 share, with PEFT's defaults."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -63,7 +65,7 @@ class Settings(BaseModel):
     exclude_modules: str | _Names | None = None
     modules_to_save: _Names | None = None
     fan_in_fan_out: bool = False
-    _patterns: Patterns = PrivateAttr(default_factory=Patterns)
+    _patterns: ModulePatterns = PrivateAttr(default_factory=ModulePatterns)
 
     @property
     def takes_all_linear(self) -> bool:
@@ -105,8 +107,8 @@ class Settings(BaseModel):
         return True
 
 
-class LoraSettings(Settings):
-    """Settings of LoRA, rsLoRA and DoRA."""
+class LoraSettings(AdapterSettings):
+    """AdapterSettings of LoRA, rsLoRA and DoRA."""
 
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
@@ -156,8 +158,8 @@ class LoraSettings(Settings):
         return first is not None and len(first["layer"]) < 10 and int(first["layer"]) in wanted
 
 
-class IA3Settings(Settings):
-    """Settings of IA3."""
+class IA3Settings(AdapterSettings):
+    """AdapterSettings of IA3."""
 
     feedforward_modules: str | _Names
 
@@ -168,20 +170,14 @@ class IA3Settings(Settings):
         return module.endswith(tuple(self.feedforward_modules))
 
 
-_KINDS: dict[str, type[Settings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
+_KINDS: dict[str, type[AdapterSettings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
 
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:
     return any(module.endswith(f".{name}") for name in names)
 
 
-def shortened(value: object) -> str:
-    """A value for a message, which may be a list of hundreds of names."""
-    text = str(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
+def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
     """An adapter's config as data. Raises SourceError when it is missing, not JSON, or names no peft_type."""
     try:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
@@ -207,13 +203,13 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, Any]:
     return config
 
 
-def parse_settings(config: Mapping[str, Any], *, where: str) -> Settings:
+def parse_settings(config: Config, *, where: str) -> AdapterSettings:
     """The settings that shape the weights.
 
     Raises SourceError for values of the wrong kind, UnsupportedError for kinds and settings whose maths is not known here.
     """
     where = f"{where}: {CONFIG_FILE}"
-    kind = _KINDS.get(config["peft_type"])
+    kind = _KINDS.get(str(config["peft_type"]))
     if kind is None:
         raise UnsupportedError(
             "an adapter of this kind cannot be read",

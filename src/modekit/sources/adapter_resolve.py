@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
-from modekit.sources.adapter_config import (
-    CONFIG_FILE,
-    SAVE_AGAIN,
-    IA3Settings,
-    Settings,
-    shortened,
-)
+from modekit.files.typed import shortened
+from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
@@ -28,10 +23,7 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|ia3_l)"
 )
-_FUSED: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+_FUSED: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Fused projection -> the projections whose rows it stacks, in order (Phi3's layout)."""
 
 
@@ -43,7 +35,7 @@ class Resolution:
     """
 
     where: str
-    settings: Settings
+    settings: AdapterSettings
     base: ModelSource
     tensors: Mapping[str, TensorRef]
 

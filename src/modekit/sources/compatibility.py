@@ -7,24 +7,42 @@ changes what a tensor means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.families import CONFIG_MUST_MATCH
-from modekit.sources.family import Family
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.families import CONFIG_MUST_MATCH, own_family
+from modekit.sources.family import Config, Family, whole, words
+from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
+from modekit.sources.targets import check_same_target
+
+
+def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
+    """Raise SourceError for a model that is not whole, MismatchError for an expert of another architecture than the base.
+
+    `sources` are the base and then each expert's.
+    """
+    base = sources[0]
+    models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
+    for source in models:  # before anything is computed from their settings
+        check_sizes(source, own_family(source.config, family))
+    for source in models:
+        check_dtypes(source)
+        if source is not base:
+            check_same_architecture(base, source, family)
+        check_complete(source, family, family.layers(base.config))
+    if family.pair:
+        check_same_target(sources)
 
 
 def is_tied(source: ModelSource, family: Family) -> bool:
     """Whether the head is the embedding. A T5 that has a head of its own says so by its weights alone."""
     if family.shares:
         return weight_of(HEAD) not in source.tensors
-    return bool(family.dense_config(source.config).get("tie_word_embeddings"))
+    return bool(source.config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings")))
 
 
 def own_names(source: ModelSource, family: Family) -> list[str]:
@@ -66,9 +84,7 @@ def check_dtypes(source: ModelSource) -> None:
     where = f"{source.label} ({source.spec})"
     if source.config.get("quantization_config"):
         raise SourceError(
-            "the model is quantised; its tensors cannot be mixed exactly",
-            where=where,
-            remedy="give the unquantised model",
+            "the model is quantised; its tensors cannot be mixed exactly", where=where, remedy="give the unquantised model"
         )
     for name, ref in source.tensors.items():
         if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
@@ -102,7 +118,7 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
 
 def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    said = source.config.get("layer_types") or []
+    said = words(source.config, "layer_types")
     kinds = {layer: said[place] if len(said) == len(layers) else stack_of(layer)[0] for place, layer in enumerate(layers)}
     found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
@@ -118,7 +134,7 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
             )
         if path not in family.stack_of(layer).first:
             found[layer].add(path)
-    alike: dict[str, set[str]] = {}
+    alike: dict[object, set[str]] = {}
     for layer, names in found.items():
         alike.setdefault(kinds[layer], set(family.stack_of(layer).mlp.values())).update(names)
     for layer, kind in kinds.items():
@@ -135,17 +151,17 @@ def _counted(layers: Sequence[Layer]) -> str:
 def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
     """Name -> the shape that follows from config.json."""
     hidden = family.hidden(source.config)
-    shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (int(source.config["vocab_size"]), hidden)}
+    shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (whole(source.config, "vocab_size"), hidden)}
     for layer in layers:
         stack = family.stack_of(layer)
-        expert_hidden, paths = int(source.config[stack.ffn_width]), stack.mlp
+        expert_hidden, paths = whole(source.config, stack.ffn_width), stack.mlp
         for part, path in paths.items():
             rows = expert_hidden * list(paths.values()).count(path)  # gate and up in one module
             shapes[family.in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
     if family.pair:
         return shapes
     dense = family.dense_config(source.config)
-    heads, head_dim = int(dense["num_key_value_heads"]), int(dense["head_dim"])
+    heads, head_dim = whole(dense, "num_key_value_heads"), whole(dense, "head_dim")
     for layer in layers:
         for name in (family.in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
             if name in source.tensors:
@@ -183,7 +199,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
         )
     ours, theirs = (family.meant(family.dense_config(each.config)) for each in (base, source))
     keys = [*CONFIG_MUST_MATCH, *family.must_match]
-    if not family.pair and ours["rope_parameters"]["rope_type"] in {"dynamic", "longrope"}:
+    if not family.pair and _rope_type(ours) in {"dynamic", "longrope"}:
         keys.append("max_position_embeddings")  # these ropes depend on it
     for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):
@@ -196,79 +212,9 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             )
 
 
-def check_same_target(sources: Sequence[ModelSource]) -> None:
-    """Raise MismatchError where models that write a target were made for other languages: they begin it with another token.
-
-    What a model's files leave unsaid is taken to be as the others have it.
-    """
-    said: dict[tuple[str, str], tuple[ModelSource, Any]] = {}
-    for source in dict.fromkeys(sources):
-        for (file, key), value in _target_of(source).items():
-            first, expected = said.setdefault((file, key), (source, value))
-            if value != expected:
-                raise MismatchError(
-                    "two models begin what they write with another token: they were made for other languages",
-                    where=f"{source.label} ({source.spec}): {file}: {key}",
-                    found=value,
-                    expected=f"{expected}, as {first.label} ({first.spec}) has it",
-                    remedy="use experts that write the same language, or correct the file if only it differs",
-                )
-
-
-def forced_by_one_side(base: ModelSource, experts: Mapping[str, ModelSource]) -> Iterator[str]:
-    """Notes of experts, by name, whose files force the first token of a target where the base model's do not, or the reverse.
-
-    Files may leave unsaid what whoever calls the model says, so that this is no error.
-    """
-    of_base, silent = _forced_first(base), []
-    for name, source in experts.items():
-        token = _forced_first(source)
-        if of_base is None and token is not None:
-            yield (
-                f"{name}: begins what it writes with the token {token} (forced_bos_token_id), and the base model's files name "
-                "none: the mixture begins as the base does; if that is another language, write the token into the base's files"
-            )
-        elif token is None and of_base is not None:
-            silent.append(name)
-    if silent:
-        yield (
-            f"{', '.join(silent)}: the base model begins what it writes with the token {of_base} (forced_bos_token_id), and so "
-            "does the mixture; files of these name none: see that they write the same language"
-        )
-
-
-def _forced_first(source: ModelSource) -> object:
-    said = _target_of(source)
-    return next((value for (_, key), value in said.items() if key == _FORCED), None)
-
-
-def _target_of(source: ModelSource) -> dict[tuple[str, str], Any]:
-    """File and key -> what it says of how a target begins, or where it says nothing what another file does: older models have
-    one file, and newer ones say it in another.
-    """
-    found: dict[tuple[str, str], Any] = {}
-    for files, keys in _OF_THE_TARGET.items():
-        configs = {file: _read_beside(source, file) for file in files}
-        for key in keys:
-            values = {file: config[key] for file, config in configs.items() if config.get(key) is not None}
-            found |= {(file, key): values.get(file, next(iter(values.values()))) for file in files if values}
-    return found
-
-
-_FORCED = "forced_bos_token_id"
-_OF_THE_TARGET = {
-    ("generation_config.json", "config.json"): ("decoder_start_token_id", _FORCED),
-    ("tokenizer_config.json",): ("tgt_lang", "target_lang"),
-}
-
-
-def _read_beside(source: ModelSource, file: str) -> Mapping[str, Any]:
-    """A file in a model's folder; empty where it is not there. An adapter has no config of a model."""
-    try:
-        found: Any = read_json(source.folder / file, LARGE)
-    except UNREADABLE:  # whoever uses it says so
-        return {}
-    return found if isinstance(found, Mapping) else {}
+def _rope_type(config: Config) -> object:
+    rope = config["rope_parameters"]
+    return rope.get("rope_type") if isinstance(rope, Mapping) else None
 
 
 def _plain(value: object) -> object:
@@ -278,17 +224,3 @@ def _plain(value: object) -> object:
     if isinstance(value, bool) or value is None:
         return bool(value)
     return float(value) if isinstance(value, int) else value
-
-
-def matching(source: ModelSource, name: str, ref: TensorRef) -> TensorRef:
-    """The expert's tensor of that name. Raises MismatchError when its shape is not that of `ref`, the base model's."""
-    other = source.tensor(name)
-    if other.shape != ref.shape:
-        raise MismatchError(
-            "the expert's tensor has another shape than the base model's",
-            where=f"{source.label} ({source.spec}): {name}",
-            found=list(other.shape),
-            expected=list(ref.shape),
-            remedy="use an expert fine-tuned from this base model",
-        )
-    return other

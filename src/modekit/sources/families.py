@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.family import LINEAR, Config, Family, Stack
+from modekit.sources.family import LINEAR, Config, Family, Stack, whole
+from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
 _FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
@@ -19,14 +20,14 @@ _FUSED = {**_FUSED_GATE_UP, "q": "self_attn.qkv_proj", "k": "self_attn.qkv_proj"
 
 def _windows_after(config: Config) -> list[str]:
     """Qwen2 and Qwen3: the layers from max_window_layers on have the window, if there is one."""
-    layers, first = int(config["num_hidden_layers"]), int(config["max_window_layers"])
+    layers, first = whole(config, "num_hidden_layers"), whole(config, "max_window_layers")
     windowed = config.get("sliding_window") is not None
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
 
 
 def _alternating(config: Config) -> list[str]:
     """Gemma 2: the window in every other layer, the first has one."""
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(int(config["num_hidden_layers"]))]
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(whole(config, "num_hidden_layers"))]
 
 
 def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
@@ -41,7 +42,7 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
                 expected="a whole number of layers",
                 remedy="download or save the model again",
             )
-        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(int(config["num_hidden_layers"]))]
+        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
 
     return kinds
 
@@ -52,12 +53,7 @@ _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, 
 DECODERS: tuple[Family, ...] = (
     Family(
         model_type="llama",
-        defaults={
-            **_TOKENS_OF_LLAMA,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 2048,
-            "attention_bias": False,
-        },
+        defaults={**_TOKENS_OF_LLAMA, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False},
     ),
     Family(
         model_type="mistral",
@@ -267,43 +263,8 @@ def own_family(config: Config, other: Family) -> Family:
     return next(of_type, other)
 
 
-CONFIG_MUST_MATCH = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "mlp_bias",
-    "tie_word_embeddings",
-    "sliding_window",
-    "layer_types",
-    "vocab_size",
-    "intermediate_size",
-    "use_bias",
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "attention_multiplier",
-    "logit_scale",
-    "hidden_activation",
-    "query_pre_attn_scalar",
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
-    "norm_epsilon",
-    "rope_local_base_freq",
-    "partial_rotary_factor",
-    "no_rope_layers",
-    "clip_qkv",
-)
+_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "sliding_window_pattern", "full_attention_interval"}
+_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling"}
+"""`Family.dense_config` has what they mean under other keys."""
+CONFIG_MUST_MATCH = ("model_type", *(key for key in SETTINGS if key not in _MAY_DIFFER | _SAID_OTHERWISE))
 """Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

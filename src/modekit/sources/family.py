@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.names import EMBEDDING, FINAL_NORM, module_of, split_layer
 
-Config = Mapping[str, Any]
+Config = Mapping[str, object]
+"""config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
 Reads = Literal["pairs", "text"]
 """What models read: pairs of source and target, or plain text."""
 
+SAVE_AGAIN = "download or save the model again"
 PARTS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down")
 """Linear parts of a layer in the order in which they run; those of the attention to an encoder's output are `cross`."""
 READ_ALIKE = ({"q", "k", "v"}, {"cross_k", "cross_v"}, {"gate", "up"})
@@ -32,6 +34,40 @@ LINEAR = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+
+
+def whole(config: Config, key: str) -> int:
+    """A whole number that a config gives. Raises SourceError where it gives none."""
+    value = config.get(key)
+    if type(value) is not int:
+        raise _no_usable(key, value, "a whole number")
+    return value
+
+
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A number that a config gives; `default` where it gives none, or 0. Raises SourceError for anything else."""
+    value = config.get(key)
+    value = default if default is not None and not value else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _no_usable(key, value, "a number")
+    return float(value)
+
+
+def words(config: Config, key: str) -> list[object]:
+    """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
+    value = config.get(key) or []
+    if not isinstance(value, list):
+        raise _no_usable(key, value, "a list")
+    return value
+
+
+def architecture_of(config: Config) -> str:
+    """The class of transformers that a config names first."""
+    return str(next(iter(words(config, "architectures")), ""))
+
+
+def _no_usable(key: str, found: object, expected: str) -> SourceError:
+    return SourceError(f"config.json gives no usable {key}", found=found, expected=expected, remedy=SAVE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -73,7 +109,7 @@ class Stack:
 
     def size(self, config: Config) -> int:
         """How many layers config.json says there are."""
-        return int(next(config[key] for key in self.count if config.get(key) is not None))
+        return whole(config, next(key for key in self.count if config.get(key) is not None))
 
 
 @dataclass(frozen=True)
@@ -170,7 +206,7 @@ class Family:
 
     def hidden(self, config: Config) -> int:
         """Width of the residual stream."""
-        return int(config[self.width])
+        return whole(config, self.width)
 
     def layers(self, config: Config) -> list[Layer]:
         """All layers that config.json says there are, in the order in which they run."""
@@ -194,15 +230,15 @@ class Family:
         layer, path = split_layer(module)
         return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
-    def dense_config(self, config: Config) -> dict[str, Any]:
+    def dense_config(self, config: Config) -> dict[str, object]:
         """The dense config with every default written out and rope in one form."""
-        full: dict[str, Any] = {**self.defaults, **config}  # an explicit null is a setting, too
+        full: dict[str, object] = {**self.defaults, **config}  # an explicit null is a setting, too
         if self.pair:
             return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
         if full.get("num_key_value_heads") is None:
             full["num_key_value_heads"] = full["num_attention_heads"]
         if full.get("head_dim") is None:
-            full["head_dim"] = self.head_dim or int(full["hidden_size"]) // int(full["num_attention_heads"])
+            full["head_dim"] = self.head_dim or whole(full, "hidden_size") // whole(full, "num_attention_heads")
         if full.get("use_sliding_window") is False:
             full["sliding_window"] = None
         if self.layer_types is not None and full.get("layer_types") is None:
@@ -213,7 +249,7 @@ class Family:
         return full
 
 
-def rope_parameters(config: Config, default_theta: float | None) -> dict[str, Any]:
+def rope_parameters(config: Config, default_theta: float | None) -> dict[str, object]:
     """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
@@ -221,9 +257,9 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, An
             "the rotary settings in config.json are not a mapping",
             found=given,
             expected="rope_type, rope_theta, ...",
-            remedy="download or save the model again",
+            remedy=SAVE_AGAIN,
         )
-    rope = dict(given)
+    rope: dict[str, object] = dict(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     rope.setdefault("rope_type", "default")

@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modekit.errors import SourceError
+from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
+from modekit.sources.family import Config
 from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
 
 ITEMSIZE = {
@@ -198,7 +199,7 @@ class ModelSource:
     spec: str
     folder: Path
     revision: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -222,6 +223,19 @@ class ModelSource:
                 found=f"{len(self.tensors)} other tensors in {self.spec}",
                 remedy="check that the download is complete and the model is of the base model's family",
             ) from None
+
+    def matching(self, ref: TensorRef) -> TensorRef:
+        """Its tensor for one of the base model's. Raises SourceError without one, MismatchError when it has another shape."""
+        other = self.tensor(ref.name)
+        if other.shape != ref.shape:
+            raise MismatchError(
+                "the expert's tensor has another shape than the base model's",
+                where=f"{self.label} ({self.spec}): {ref.name}",
+                found=list(other.shape),
+                expected=list(ref.shape),
+                remedy="use an expert fine-tuned from this base model",
+            )
+        return other
 
 
 NO_FOLDER = "model folder does not exist"

@@ -10,16 +10,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import Run
+from modekit.sources.family import SAVE_AGAIN, Config
 
 _DEEPEST = 32  # containers within each other
-_SAVE_AGAIN = "download or save the model again"
 SAFETENSORS = "name the folder of the model in safetensors (config.json, model*.safetensors, tokenizer)"
 _REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
 """Keys by which transformers reads other files than config.json and the weights that modekit checks."""
@@ -82,8 +82,12 @@ class _Values(BaseModel):
     clip_qkv: Number | None = None
     layer_types: list[Word] | None = None
     no_rope_layers: list[int] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, object] | None = None
+    rope_scaling: dict[str, object] | None = None
+
+
+SETTINGS = tuple(_Values.model_fields)
+"""What anything is computed from."""
 
 
 class _PairValues(BaseModel):
@@ -142,13 +146,13 @@ class _Rope(BaseModel):
     rope_theta: Number | None = None
 
 
-def settings_digest(config: Mapping[str, Any]) -> str:
+def settings_digest(config: Config) -> str:
     """Changes with what a model's or adapter's config makes of its weights; who saved it, and where, does not count."""
     said = {key: value for key, value in config.items() if key not in _NO_SETTINGS}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def read_config(folder: Path, *, where: str) -> dict[str, Any]:
+def read_config(folder: Path, *, where: str) -> dict[str, object]:
     """A model's config.json as data. Raises SourceError when it is missing, no JSON, or nested past all use."""
     try:
         config = read_json(folder / "config.json")
@@ -159,7 +163,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, Any]:
         refuse_gguf(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
-        raise SourceError("config.json cannot be read", where=where, found=error, remedy=_SAVE_AGAIN) from None
+        raise SourceError("config.json cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
     return config
@@ -169,9 +173,7 @@ def refuse_adapter(folder: Path, *, where: str) -> None:
     """Raise SourceError where a folder that lacks a model holds an adapter."""
     if (folder / "adapter_config.json").exists():
         raise SourceError(
-            "this is an adapter, not a full model",
-            where=where,
-            remedy="name it as adapter: in place of model: in the recipe",
+            "this is an adapter, not a full model", where=where, remedy="name it as adapter: in place of model: in the recipe"
         ) from None
 
 
@@ -187,7 +189,7 @@ def refuse_gguf(folder: Path, *, where: str) -> None:
         ) from None
 
 
-def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
+def check_no_code(config: Config, *, where: str, run: Run) -> None:
     """Raise SourceError when a config brings Python of its own, or names other code or files, and the user did not accept it.
 
     For every config that reaches transformers: those of models, and of a mixture itself.
@@ -212,7 +214,7 @@ def check_no_code(config: Mapping[str, Any], *, where: str, run: Run) -> None:
             )
 
 
-def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -> None:
+def check_values(config: Config, *, where: str, pair: bool = False) -> None:
     """Raise SourceError when a setting is missing that every plan needs, or has a value of another kind than its name says.
 
     For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
@@ -224,7 +226,8 @@ def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -
     try:
         _Values.model_validate(dict(config))
         for key in ("rope_parameters", "rope_scaling"):
-            rope = config.get(key) or {}
+            rope = config.get(key)
+            rope = rope if isinstance(rope, dict) else {}
             parts = {name: each for name, each in rope.items() if isinstance(each, dict) and name not in _Rope.model_fields}
             # One for all layers, or one per kind of layer.
             for part in ({name: each for name, each in rope.items() if name not in parts}, *parts.values()):
@@ -233,7 +236,7 @@ def check_values(config: Mapping[str, Any], *, where: str, pair: bool = False) -
         raise _unusable(config, error, where) from None
 
 
-def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
+def _check_pair(config: Config, *, where: str) -> None:
     try:
         _PairValues.model_validate(dict(config))
     except ValidationError as error:
@@ -241,7 +244,7 @@ def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
     kind = min(_SIZES_OF_A_PAIR, key=lambda keys: sum(config.get(key) is None for key in keys))
     lacking = next((key for key in kind if config.get(key) is None), None)
     if lacking is not None:
-        raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=_SAVE_AGAIN)
+        raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=SAVE_AGAIN)
     if config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
             "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
@@ -251,7 +254,7 @@ def _check_pair(config: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def _unusable(config: Mapping[str, Any], error: ValidationError, where: str) -> SourceError:
+def _unusable(config: Config, error: ValidationError, where: str) -> SourceError:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     return SourceError(
@@ -259,7 +262,7 @@ def _unusable(config: Mapping[str, Any], error: ValidationError, where: str) -> 
         where=f"{where}: config.json",
         found=config.get(name, first["input"]),
         expected=first["msg"],
-        remedy=_SAVE_AGAIN,
+        remedy=SAVE_AGAIN,
     )
 
 
@@ -270,7 +273,7 @@ def _is_plain(value: object) -> bool:
     return value is None or (isinstance(value, str) and "/" not in value)
 
 
-def _entries(data: Any) -> Iterator[tuple[str, Any]]:
+def _entries(data: object) -> Iterator[tuple[str, object]]:
     """Every key and its value in mappings, and in mappings and lists within these."""
     waiting = [data]
     while waiting:
@@ -280,7 +283,7 @@ def _entries(data: Any) -> Iterator[tuple[str, Any]]:
         waiting += each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
 
 
-def _is_deep(data: Any) -> bool:
+def _is_deep(data: object) -> bool:
     """Whether containers lie within each other so deeply that no config means it, and that code which follows them fails."""
     level = [data]
     for _ in range(_DEEPEST):

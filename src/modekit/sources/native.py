@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from modekit.sources.families import FAMILIES
-from modekit.sources.family import Config, Family
+from modekit.sources.family import Config, Family, whole, words
 from modekit.sources.native_row import Constant, Native, Rule, Widening
 
 
@@ -23,17 +23,17 @@ def _silu(config: Config) -> bool:
 
 
 def _whole_heads(config: Config) -> bool:
-    heads = int(config["num_attention_heads"])
+    heads = whole(config, "num_attention_heads")
     head_dim = config.get("head_dim")
-    return int(config["hidden_size"]) % heads == 0 and head_dim in {None, int(config["hidden_size"]) // heads}
+    return whole(config, "hidden_size") % heads == 0 and head_dim in {None, whole(config, "hidden_size") // heads}
 
 
 def _one_attention_kind(config: Config) -> bool:
-    return len(set(config.get("layer_types") or [])) < 2
+    return len(set(words(config, "layer_types"))) < 2
 
 
 def _no_window(config: Config) -> bool:
-    return "sliding_attention" not in (config.get("layer_types") or [])
+    return "sliding_attention" not in words(config, "layer_types")
 
 
 _NO_MLP_BIAS: Rule = (lambda c: not c.get("mlp_bias"), "the FFN has biases (mlp_bias), the native experts have none")
@@ -76,17 +76,13 @@ NATIVES: tuple[Native, ...] = (
     Native(
         family=_FAMILY["llama"],
         **_MIXTRAL,
-        rules=(
-            (lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"),
-            _NO_MLP_BIAS,
-            _SILU,
-        ),
+        rules=((lambda c: not c.get("attention_bias"), "attention has biases, Mixtral's has none"), _NO_MLP_BIAS, _SILU),
     ),
     Native(
         family=_FAMILY["llama"],
         **_GRANITE_MOE,
         fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
-        computed={"attention_multiplier": lambda c: (c["hidden_size"] // c["num_attention_heads"]) ** -0.5},
+        computed={"attention_multiplier": lambda c: (whole(c, "hidden_size") // whole(c, "num_attention_heads")) ** -0.5},
         rules=(
             _NO_MLP_BIAS,
             _SILU,
@@ -96,10 +92,7 @@ NATIVES: tuple[Native, ...] = (
     Native(
         family=_FAMILY["mistral"],
         **_MIXTRAL,
-        rules=(
-            _SILU,
-            (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike"),
-        ),
+        rules=(_SILU, (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike")),
     ),
     Native(
         family=_FAMILY["qwen2"],
@@ -138,10 +131,7 @@ NATIVES: tuple[Native, ...] = (
             "sliding_window": None,
         },
         dropped=frozenset({"layer_types", "max_window_layers"}),
-        rules=(
-            _SILU,
-            (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none"),
-        ),
+        rules=(_SILU, (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none")),
         serves="vLLM, llama.cpp",
         serves_with_biases="vLLM",
         vllm_differs=((lambda c: bool(c.get("attention_bias")), "leaves the bias of attention's output out"),),
@@ -192,13 +182,10 @@ NATIVES: tuple[Native, ...] = (
         fixed={"num_shared_experts": 0, "expert_selection_fn": "softmax", "output_router_logits": False},
         serves="vLLM, llama.cpp",
         vllm_differs=(
-            (lambda c: "sliding_attention" in (c.get("layer_types") or []), "attends to one token more than the window has"),
+            (lambda c: "sliding_attention" in words(c, "layer_types"), "attends to one token more than the window has"),
         ),
         widening="its norms subtract the mean of all channels, which channels besides the base's would change",
-        rules=(
-            _SILU,
-            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
-        ),
+        rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes")),
     ),
     Native(
         family=_FAMILY["ernie4_5"],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from modekit.sources.family import Config, Family
 from modekit.sources.names import in_layer
@@ -131,7 +130,7 @@ class Native:
         full = self.family.dense_config(config)
         return [reason for holds, reason in self.rules if not holds(full)]
 
-    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, Any]:
+    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
         """The native config.json: the dense one, renamed and completed.
 
         `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
@@ -161,12 +160,4 @@ class Native:
         return native
 
 
-_NOT_ARCHITECTURE = (
-    "_name_or_path",
-    "auto_map",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "architectures",
-    "model_type",
-)
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")

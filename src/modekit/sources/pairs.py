@@ -7,7 +7,6 @@ activation and `fc2` itself, so that a mixture of whole FFNs puts all three into
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from modekit.sources.family import Config, Family, Stack
 
@@ -37,7 +36,7 @@ _LEARNED = "embed_positions.weight"
 _SINUSOIDS = tuple(f"model.{stack}coder.embed_positions.{name}" for stack in ("en", "de") for name in ("weight", "weights"))
 
 
-def _bart(model_type: str, *outside: str, **says: Any) -> Family:
+def _bart(model_type: str, *outside: str, **says: object) -> Family:
     """A family whose layers are Bart's. `outside`: what encoder and decoder have besides them; `says`: other defaults."""
     stacks = tuple(
         Stack(
@@ -145,7 +144,7 @@ def _t5_meant(config: Config) -> Config:
     """T5 scales what its head reads unless embedding and head are two, which transformers 5 says by a key of its own, and then
     calls them one whatever they are; the activation is the last part of `feed_forward_proj`, or a key of its own.
     """
-    kind: Any = config.get("feed_forward_proj") or "relu"
+    kind = config.get("feed_forward_proj") or "relu"
     act = "gelu_new" if kind == "gated-gelu" else str(kind).rpartition("-")[2]
     scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     return {
@@ -162,7 +161,7 @@ def _m2m_meant(config: Config) -> Config:
 
 
 def _is_gated(config: Config) -> bool:
-    kind: Any = config.get("feed_forward_proj") or "relu"
+    kind = config.get("feed_forward_proj") or "relu"
     return str(kind).startswith("gated")
 
 

@@ -26,7 +26,7 @@ _REMEDY = "name the modules in full in place of a pattern, or download or save t
 
 
 @dataclass
-class Patterns:
+class ModulePatterns:
     """The patterns of one adapter; `where` is its config in messages, `seconds` what is left for matching them."""
 
     where: str = "adapter_config.json"

@@ -6,9 +6,10 @@ Shape legend: H head size.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
-from modekit.sources.family import Config
+from modekit.errors import SourceError
+from modekit.sources.family import Config, number, whole
 
 _LARGEST_HEAD = 2**16
 
@@ -20,34 +21,35 @@ def turns_per_token(config: Config) -> list[float] | None:
     `config` is a family's dense config with every default written out. default and linear: theta^(-2 i / H), by the factor;
     llama3: long waves by the factor, short ones not, those between in between (arXiv:2407.21783).
     """
-    rope: Any = config["rope_parameters"]
+    rope = config["rope_parameters"]
+    assert isinstance(rope, Mapping)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         return None
     try:
-        turns = _turns(rope, int(config["head_dim"]))
-    except (ArithmeticError, LookupError, TypeError, ValueError):
+        turns = _turns(rope, whole(config, "head_dim"))
+    except (ArithmeticError, LookupError, SourceError, TypeError, ValueError):
         return None
     usable = turns is not None and len(turns) > 1 and all(math.isfinite(turn) and turn > 0 for turn in turns)
     return turns if usable else None
 
 
-def _turns(rope: Any, size: int) -> list[float] | None:
-    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+def _turns(rope: Config, size: int) -> list[float] | None:
+    kind, theta = rope.get("rope_type", "default"), number(rope, "rope_theta")
     if not (0 < size <= _LARGEST_HEAD and 0 < theta < math.inf):
         return None
     plain = [theta ** (-2 * pair / size) for pair in range(size // 2)]
     if kind == "default":
         return plain
     if kind == "linear":
-        return [angle / float(rope["factor"]) for angle in plain]
+        return [angle / number(rope, "factor") for angle in plain]
     if kind == "llama3":
         return [_llama3(angle, rope) for angle in plain]
     return None
 
 
-def _llama3(angle: float, rope: Any) -> float:
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    waves = float(rope["original_max_position_embeddings"]) * angle / (2 * math.pi)
+def _llama3(angle: float, rope: Config) -> float:
+    factor, low, high = (number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    waves = number(rope, "original_max_position_embeddings") * angle / (2 * math.pi)
     if waves < low:
         return angle / factor
     if waves > high:

@@ -14,6 +14,7 @@ from modekit.loaded.next_token import has_bfloat16_products
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.run import Run
+from modekit.sources.family import words
 from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
 from modekit.training.ended import Ended
 from modekit.training.engine import Schedule, run_trainer
@@ -116,7 +117,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
 def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     """Whether rows hold several documents. Raises TrainingError where they must not."""
     averaging = checkpoint.shape.routing.reads_averages
-    running = any("linear" in kind or "conv" in kind for kind in checkpoint.config.get("layer_types") or [])
+    running = any("linear" in str(kind) or "conv" in str(kind) for kind in words(checkpoint.config, "layer_types"))
     pair = checkpoint.shape.family.pair
     if settings.pack and (averaging or running or pair):
         what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"

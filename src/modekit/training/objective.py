@@ -67,7 +67,7 @@ class Objective(TrainedModule):
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
-        self.skips_parameters: bool = (checkpoint.shape.skips_experts and own) or settings.losses.keys() <= OF_ROUTERS
+        self.skips_parameters: bool = (not checkpoint.shape.plain and own) or settings.losses.keys() <= OF_ROUTERS
         mixture_of(mixture, checkpoint).set_top_k(train_top_k)
         sources = checkpoint.record.expert_sources
         self._base = sources.index(0) if 0 in sources else None

@@ -17,7 +17,7 @@ import torch
 from blake3 import blake3
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Record, TrainingRecord
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, TrainingRecord
 from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
@@ -121,7 +121,7 @@ def _bytes_of(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> memory
 
 def _record(
     checkpoint: Checkpoint, out: Path, moved: set[str], content: Mapping[str, memoryview], training: TrainingRecord
-) -> Record:
+) -> MixtureRecord:
     """modekit.json after the training; what it says of the router is still to be set."""
     old = checkpoint.record
     return old.model_copy(
@@ -137,7 +137,7 @@ def _record(
     )
 
 
-def _rest(record: Record, router_sha256: str, files: Mapping[str, str]) -> dict[str, bytes]:
+def _rest(record: MixtureRecord, router_sha256: str, files: Mapping[str, str]) -> dict[str, bytes]:
     """What is written last: the lists of documents, then the record."""
     router = record.router.model_copy(update={"sha256": router_sha256})
     said = record.model_copy(update={"router": router}).model_dump(mode="json")

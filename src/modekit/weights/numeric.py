@@ -6,7 +6,6 @@ numpy has no bfloat16; ml_dtypes supplies it. Blocks keep memory flat whatever t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +53,7 @@ def to_float32(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def to_bytes(array: npt.NDArray[Any], dtype: str) -> memoryview:
+def to_bytes(array: npt.NDArray[np.generic], dtype: str) -> memoryview:
     """Values rounded (to nearest, ties to even) to the named dtype, as bytes."""
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))

@@ -14,8 +14,10 @@ from modekit.files.figures import bytes_of, count_of, range_of, three_digits, ti
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from modekit.building.preview import NeededTime, Preview
     from modekit.building.verify import Check
     from modekit.evaluation.results import Results
+    from modekit.planning.summary import FitWork
     from modekit.search.tune.results import TuneResults
     from modekit.training.finish import TrainedMixture
 
@@ -157,21 +159,18 @@ def _share(value: float | None) -> str:
     return "-" if value is None else three_digits(value)
 
 
-def print_plan(summary: dict[str, Any]) -> None:
+def print_plan(plan: Preview) -> None:
     """Draw what a build would do."""
     table = Table("", [""], prose=True, name_style="bold")
-    parameters, sizes, memory, disk = summary["parameters"], summary["bytes"], summary["memory"], summary["disk"]
-    operations = ", ".join(f"{count} {name}" for name, count in summary["tensors"].items() if name != "total")
+    parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
+    operations = ", ".join(f"{count} {name}" for name, count in plan.tensors.items() if name != "total")
     rows = [
-        ("architecture", f"{summary['architecture']} (also runs in {summary['also_runs_in']})"),
-        ("why", summary["why"]),
-        ("experts", ", ".join(f"{expert['name']} ({expert['model']})" for expert in summary["experts"])),
-        (
-            "mixing",
-            f"{summary['method']}, top_k {summary['top_k']}, router {summary['router']}, backbone {summary['backbone']}",
-        ),
+        ("architecture", f"{plan.architecture} (also runs in {plan.also_runs_in})"),
+        ("why", plan.why),
+        ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
+        ("mixing", f"{plan.method}, top_k {plan.top_k}, router {plan.router}, backbone {plan.backbone}"),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
-        ("tensors", f"{summary['tensors']['total']} ({operations}) in {summary['shards']} files, {summary['dtype']}"),
+        ("tensors", f"{plan.tensors['total']} ({operations}) in {plan.shards} files, {plan.dtype}"),
         (
             "bytes",
             f"{bytes_of(sizes['read'])} read, {bytes_of(sizes['written'])} written, {bytes_of(sizes['statistics'])} statistics",
@@ -181,9 +180,9 @@ def print_plan(summary: dict[str, Any]) -> None:
             "memory",
             f"{bytes_of(memory['build'])} to build, {bytes_of(memory['fit'])} to fit, {bytes_of(memory['load'])} to load",
         ),
-        ("fit", fit_said(summary["fit"])),
-        ("time", time_said(summary["time"])),
-        *(("note", note) for note in summary["notes"]),
+        ("fit", fit_said(plan.fit)),
+        ("time", time_said(plan.time)),
+        *(("note", note) for note in plan.notes),
     ]
     for name, value in rows:
         table.add(name, value)
@@ -192,19 +191,18 @@ def print_plan(summary: dict[str, Any]) -> None:
         err.print(Text("the disk has too little free space for this build", style="yellow"))
 
 
-def time_said(needed: Mapping[str, Any]) -> str:
+def time_said(needed: NeededTime) -> str:
     """How long a build takes, in a line."""
-    write = f"{time_of(needed['write'])} to write"
-    parts = [write, *([f"{time_of(needed['fit'])} to fit the router"] if needed["fit"] else [])]
-    faster = "; less on the accelerator" if needed["accelerated"] else ""
-    return f"{range_of(*needed['range'])} on this machine as busy as it is now ({', '.join(parts)}){faster}"
+    parts = [f"{time_of(needed.write)} to write", *([f"{time_of(needed.fit)} to fit the router"] if needed.fit else [])]
+    faster = "; less on the accelerator" if needed.accelerated else ""
+    return f"{range_of(*needed.range)} on this machine as busy as it is now ({', '.join(parts)}){faster}"
 
 
-def fit_said(work: Mapping[str, Any] | None) -> str:
+def fit_said(work: FitWork | None) -> str:
     """How much the fit of the router has to do, and how long that takes."""
     if work is None:
         return "nothing to read: the router is set without text"
-    if not work["reads"]:
+    if not work.reads:
         return "reads tokens alone: no model is run, seconds"
-    much = f"at most {work['tokens']:,} tokens, {work['flops']:.1e} floating-point operations"
-    return much if work["seconds"] is None else f"{much}; {time_of(work['seconds'])} on this machine"
+    much = f"at most {work.tokens:,} tokens, {work.flops:.1e} floating-point operations"
+    return much if work.seconds is None else f"{much}; {time_of(work.seconds)} on this machine"

@@ -28,7 +28,7 @@ def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
         return None
     (gate_GN,) = checkpoint.gates()
     gate_EN = gate_GN[:experts, : gate_GN.shape[1] - mixture.fit.beside_the_gate]
-    return np.asarray(gate_EN.reshape(experts, -1, int(checkpoint.config["vocab_size"])).sum(1).T)
+    return np.asarray(gate_EN.reshape(experts, -1, checkpoint.vocabulary).sum(1).T)
 
 
 def strongest(

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, PlainSerializer, ValidationError, mo
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import CheckpointError
 from modekit.files.typed import Count, Data, Number, problem_in
-from modekit.planning.slot import RouterPosition
+from modekit.planning.shape import RouterPosition
 from modekit.recipes.layers import Layer
 
 INSPECT_FILE = "inspect.json"

@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
 from modekit.evaluation.inspection.result import Similarity
-from modekit.planning.mixed_tensor import MixedTensor, TensorPart
+from modekit.planning.shape import MixedTensor, TensorPart
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef, open_source

@@ -37,7 +37,7 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import has_encoder
-from modekit.planning.slot import RouterPosition
+from modekit.planning.shape import RouterPosition
 from modekit.run import QUIET, Run
 from modekit.text.chat import message_of, needed_template
 from modekit.text.plain import decode

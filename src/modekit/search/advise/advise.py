@@ -61,7 +61,7 @@ def advise(
     full = [index for index, is_own in kept.items() if is_own and not examined.is_low_rank(index)]
     findings += of_unmixed(recipe, drift, full, choices[0].mixture, facts)
     data = _advised(raw, kept, measured, choices, native)
-    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
+    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run)).model_dump(mode="json")
     if planned["fit"] is not None and planned["fit"]["reads"] and measured.speed is not None:
         planned["fit"]["seconds"] = planned["fit"]["flops"] / measured.speed
     return Advice(recipe, root, drift, usable, measured, findings, facts, choices, data, planned)

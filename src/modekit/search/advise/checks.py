@@ -18,7 +18,7 @@ from modekit.search.advise.findings import Finding, finding_of
 from modekit.sources.adapter import AdapterSource, open_adapter
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.families import family_of, own_family
-from modekit.sources.family import Family
+from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
 from modekit.sources.open import model_folder
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
@@ -47,7 +47,7 @@ def open_models(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Models:
     check_sizes(base, family)
     check_dtypes(base)
     check_complete(base, family, family.layers(base.config))
-    check_ids_fit(base.folder, int(base.config["vocab_size"]), where=where)
+    check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=where)
     experts: dict[int, ModelSource] = {}
     findings: list[Finding] = []
     for index, expert in enumerate(recipe.experts):

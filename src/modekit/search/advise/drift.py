@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.building.tensors import PieceReader
-from modekit.planning.pieces import piece_of, touched
-from modekit.planning.plan import Piece
+from modekit.planning.pieces import Piece, piece_of, touched
 from modekit.run import QUIET, Run
 from modekit.search.advise.groups import GROUPS, Group
 from modekit.sources.contents import OpenFiles

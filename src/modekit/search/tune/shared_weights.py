@@ -27,7 +27,8 @@ from modekit.files.lock import waiting
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.files.write import appearing, copy_file, create, link_file, make_folder, remove, write_json
 from modekit.planning.make import make_plan
-from modekit.planning.plan import ROUTER_FILE, Plan, PlannedTensor, Shard
+from modekit.planning.pieces import PlannedTensor, Shard
+from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Output, Recipe

@@ -1,4 +1,4 @@
-"""The mixture that a build changes: who in the new one was in it, and what goes over beside the weights (planning/kept.py).
+"""A mixture that a build changes: who in the new one was in it, and what goes over beside the weights (planning/reuse.py).
 
 Statistics of a fit go with the experts that stay, whose text is not needed again; so do the record of a training, the tensors
 that it moved, and its rows of the gates. In place, everything else that lies there stays, too; elsewhere, the lists of text
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, Record, SourceRecord
+from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, MixtureRecord, SourceRecord
 from modekit.files.marker import INTERNAL
 from modekit.files.write import carry_over, link_file, make_folder
-from modekit.planning.kept import Origins
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
+from modekit.planning.reuse import Origins
 from modekit.routing.fitting import FittedRouter
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource, TensorRef
@@ -25,14 +25,13 @@ from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 
 @dataclass(frozen=True)
-class Before:
+class CheckpointUpdate:
     """What is changed, and how.
 
     Attributes:
         checkpoint: the mixture as it is.
         plan: of the mixture as it is to be, which takes what it can from the checkpoint.
         origins: per expert of that its number in the checkpoint; None for a new one.
-        names: tensor of the new mixture that holds something of the checkpoint's -> the checkpoint's.
         statistics: expert of the new mixture -> whose kept statistics are its own.
         change: what the history will say.
         refits: the router is set anew even where it was trained.
@@ -42,7 +41,6 @@ class Before:
     checkpoint: Checkpoint
     plan: Plan
     origins: Origins
-    names: Mapping[str, str]
     statistics: Mapping[str, str]
     change: Change
     refits: bool = False
@@ -63,7 +61,7 @@ class Before:
         text = {names.get(name, name): said for name, said in router.text.items()}
         return FittedRouter(self.checkpoint.gates(), router.model_copy(update={"text": text}))
 
-    def measured(self, numbers: Mapping[str, float | None]) -> Before:
+    def measured(self, numbers: Mapping[str, float | None]) -> CheckpointUpdate:
         """The same, and the history will say what was measured of who comes."""
         return replace(self, change=self.change.model_copy(update={"door": dict(numbers)}))
 
@@ -120,10 +118,11 @@ class Before:
             if (old / name).is_file():
                 link_file(old / name, folder / name)
 
-    def continued(self, record: Record, tensors: Mapping[str, TensorRef]) -> Record:
+    def continued(self, record: MixtureRecord, tensors: Mapping[str, TensorRef]) -> MixtureRecord:
         """The record of the new mixture, whose tensors these are, with what was trained and who came and went."""
         old = self.checkpoint.record
-        trained = [name for name, was in self.names.items() if was in old.trained]
+        assert self.plan.reused is not None
+        trained = [name for name, was in self.plan.reused.names.items() if was in old.trained]
         with OpenFiles() as opened:
             digests = {name: opened.blake3(tensors[name]) for name in sorted(trained)}
         update = {"trained": digests, "training": old.training, "history": [*old.history, self.change]}

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from modekit.planning.plan import Kept, Piece, Plan, PlannedTensor, Shard, joined
+from modekit.planning.pieces import Piece, PlannedTensor, Shard, joined
+from modekit.planning.plan import Plan, Reused
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 
 Origins = Sequence[int | None]
@@ -23,20 +23,7 @@ _NUMBER = re.compile(r"\.experts\.\d+\.")
 _JOINED = {"copy", "cast", "fold", "factor", "columns"}
 
 
-@dataclass(frozen=True)
-class Taken:
-    """A plan that takes what it can from a checkpoint.
-
-    Attributes:
-        plan: of the new mixture.
-        names: tensor of it that holds something of the checkpoint's -> the checkpoint's tensor.
-    """
-
-    plan: Plan
-    names: Mapping[str, str]
-
-
-def taking_from(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Taken:
+def reusing(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Plan:
     """The plan `after` that takes what `before` has made, which are the tensors of a checkpoint in `folder`."""
     model = ModelSource("the mixture", str(folder), folder, None, {}, tensors)
     finder = _Finder(model, before, origins, number=len(after.sources))
@@ -49,8 +36,8 @@ def taking_from(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, af
     files: dict[Path, list[TensorRef]] = {}
     for ref in sorted(tensors.values(), key=lambda ref: ref.start):
         files.setdefault(ref.file, []).append(ref)
-    kept = Kept(model, frozenset(shard.file for shard in shards if _is_there(shard, files.get(folder / shard.file, []))))
-    return Taken(replace(after, shards=tuple(shards), kept=kept), names)
+    there = frozenset(shard.file for shard in shards if _is_there(shard, files.get(folder / shard.file, [])))
+    return replace(after, shards=tuple(shards), reused=Reused(model, there, names))
 
 
 def _is_there(shard: Shard, there: Sequence[TensorRef]) -> bool:
@@ -125,7 +112,7 @@ def _is_plain(tensor: PlannedTensor) -> bool:
     return tensor.operation in _JOINED and tensor.factor == 1.0 and tensor.inner is None
 
 
-def _made(tensor: PlannedTensor, sources: Sequence[int | None]) -> list[Any]:
+def _made(tensor: PlannedTensor, sources: Sequence[int | None]) -> list[object]:
     """How it is made, by the sources' numbers in the old mixture."""
     inner = None if tensor.inner is None else _made(tensor.inner, sources)
     pieces = [_made_piece(piece, sources[piece.source]) for piece in tensor.pieces]

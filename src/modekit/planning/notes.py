@@ -1,0 +1,166 @@
+"""What a user should know of a plan: what experts lose, who is one model, what the router is fitted on.
+
+A plan reads headers only, so that of full models it says that something may be lost, not how much; `modekit advise` measures
+that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from modekit.errors import RecipeError, UnsupportedError
+from modekit.files.read import UNREADABLE, read_json
+from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.recipe import Recipe, place_of_base
+from modekit.recipes.strict import BASE
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.family import Family
+from modekit.sources.model import SPECIALIST_FILE, ModelSource
+from modekit.sources.names import is_ignored
+from modekit.sources.targets import forced_by_one_side
+from modekit.sources.tokenizer import chat_template
+
+BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
+
+
+def notes_of(recipe: Recipe, sources: Sequence[ModelSource], family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:
+    """Those of either shape. `way_out`: how a recipe mixes more; `mixed`: the base's tensors of which experts have their own.
+
+    Raises UnsupportedError when an adapter changes nothing that is mixed, and RecipeError for chats without a template.
+    """
+    yield from _of_routing(recipe, sources, family)
+    yield from _lost_of_adapters(recipe, sources, way_out, mixed)
+    yield from _of_chats(recipe, sources[0])
+    yield from _of_unseen(recipe)
+    yield from _of_targets(recipe, sources, family)
+    yield from _lost_of_models(recipe, sources, way_out, mixed)
+
+
+def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterator[str]:
+    if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
+        yield (
+            "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
+            "token two experts while it trains one"
+        )
+    if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
+        yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
+    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not family.pair:
+        yield (
+            "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
+            "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"
+        )
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if isinstance(source, AdapterSource):
+            yield from (f"{expert.name}: {note}" for note in source.notes)
+
+
+def _of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
+    """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
+    asked = recipe.mixture.router.chat
+    if not recipe.mixture.needs_text or asked is False:
+        return
+    if chat_template(base.folder):
+        small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
+        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
+    elif asked:
+        raise RecipeError(
+            "the router is to know chats, and the base model has no chat template",
+            where="mixture.router.chat",
+            found=str(base.folder),
+            remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
+        )
+
+
+def _of_unseen(recipe: Recipe) -> Iterable[str]:
+    """Where text of no domain goes."""
+    place, mixture = place_of_base(recipe.experts), recipe.mixture
+    if mixture.unseen is None or place is None:
+        return
+    name = recipe.names[place]
+    yield (
+        f"text of no domain goes to the base model, as expert '{name}': where that leads; of held-out text of every other "
+        f"domain it may lead on {mixture.router.alarms:.1%} of the tokens"
+    )
+
+
+def _of_targets(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterable[str]:
+    """Where an expert with an encoder or the base alone says with which token a target begins."""
+    named = zip(recipe.names, sources[1:], strict=True)
+    own = {name: each for name, each in named if each is not sources[0] and not isinstance(each, AdapterSource)}
+    return forced_by_one_side(sources[0], own) if family.pair else ()
+
+
+def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
+    """A note that names the full models of a recipe that may lose something; none on another backbone, or when all is mixed."""
+    outside = [name for name in sources[0].tensors if name not in mixed and not is_ignored(name)]
+    if recipe.mixture.backbone != BASE or not outside:
+        return
+    names = [
+        expert.name
+        for expert, source in zip(recipe.experts, sources[1:], strict=True)
+        if not (expert.is_base or expert.lora_rank is not None or isinstance(source, AdapterSource))
+        and not (_mixes_every_ffn(recipe) and _changed_ffn_alone(source))
+    ]
+    if names:
+        yield (
+            f"{', '.join(names)}: whatever a full model changed outside of what is mixed is lost on the base model's backbone "
+            f"(`modekit advise` measures how much); {way_out}, or merge the backbone (mixture.backbone: average)"
+        )
+
+
+def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
+    """A note for each adapter of which something is lost. Raises UnsupportedError when that is all."""
+    merged, backbone = recipe.mixture.merge is not None, recipe.mixture.backbone
+    kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if not isinstance(source, AdapterSource):
+            continue
+        changed = {*source.changes, *source.bias_changes, *source.replaced}
+        if not changed & mixed:
+            raise UnsupportedError(
+                "the adapter changes nothing that this recipe mixes",
+                where=f"{source.label} ({source.spec})",
+                found=f"it changes {_kinds(changed)}",
+                remedy=f"{way_out}, or remove the expert",
+            )
+        outside = changed - mixed
+        if outside and not merged and kept != expert.name:
+            yield (
+                f"{expert.name}: its adapter also changes {_kinds(outside)} ({len(outside)} tensors), which is not mixed here: "
+                f"on this backbone that is lost; {way_out}, or merge the backbone (mixture.backbone: average)"
+            )
+
+
+def _kinds(names: set[str]) -> str:
+    """The distinct last parts of tensor names, for a message."""
+    return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
+
+
+def _mixes_every_ffn(recipe: Recipe) -> bool:
+    modules = recipe.mixture.modules
+    return recipe.mixture.layers is None and (not isinstance(modules, list) or "mlp" in modules)
+
+
+def _changed_ffn_alone(source: ModelSource) -> bool:
+    """Whether `modekit specialize` says that it trained nothing but the FFNs."""
+    try:
+        record = read_json(source.folder / SPECIALIST_FILE)
+    except UNREADABLE:
+        return False
+    return isinstance(record, dict) and record.get("specialist") == "mlp"
+
+
+def one_model(names: Sequence[str]) -> str:
+    """What to say of experts that are one model."""
+    return f"{' and '.join(names)} are one model: no router can choose between them; keep one, or correct the paths"
+
+
+def twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
+    """Experts that were read from one folder, and those read from the base's; `sources` begin with the base."""
+    base = sources[0].folder.resolve()
+    same: dict[object, list[str]] = {}
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if not expert.is_base:
+            same.setdefault(source.folder.resolve(), []).append(expert.name)
+    yield from (f"{name}: {BASE_AGAIN}" for name in same.pop(base, []))
+    yield from (one_model(names) for names in same.values() if len(names) > 1)
