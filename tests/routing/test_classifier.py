@@ -269,7 +269,7 @@ def test_native_architectures_cannot_say_it(shop: Workshop) -> None:
 
 
 def test_without_scikit_learn_the_plan_says_so(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.recipes.libraries.find_spec", lambda name: None)
+    monkeypatch.setattr("modekit.recipes.fits.find_spec", lambda name: None)
     path = shop.write(mixture={"method": "routing", "router": {"fit": "classifier"}})
     with pytest.raises(RecipeError, match="not installed"):
         make_plan(load_recipe(path), shop.root)

@@ -22,7 +22,6 @@ from modekit.planning.plan import Piece, Plan, PlannedTensor, joined
 from modekit.planning.shards import cut_into_shards
 from modekit.planning.twins import twins
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.libraries import check_library
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -169,7 +168,7 @@ def _check(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> No
     if family.pair:
         check_same_target(sources)
     if recipe.mixture.fit is not None:
-        check_library(recipe.mixture.fit)
+        recipe.mixture.fit.check_library()
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer",
@@ -210,7 +209,7 @@ def _notes(recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> 
         )
     if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not family.pair:
+    if recipe.mixture.fit is not None and recipe.mixture.fit.reads.tokens and not family.pair:
         yield (
             "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
             "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"

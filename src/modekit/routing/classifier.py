@@ -14,9 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.libraries import check_library
 from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens
 from modekit.routing.fitting import FittedRouter, Fitting
@@ -30,11 +28,7 @@ _SHORT = 4
 
 
 def classifier_gates(fitting: Fitting) -> FittedRouter:
-    """The table of the classifier that was asked for, or of the best on held-out text.
-
-    Raises TextError, and RecipeError without scikit-learn.
-    """
-    check_library(fitting.settings.row)
+    """The table of the classifier that was asked for, or of the best on held-out text. Raises TextError."""
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = read_token_texts(fitting, tokenizer)
     terms = Terms(fitting.settings, int(fitting.checkpoint.config["vocab_size"]))
@@ -42,10 +36,8 @@ def classifier_gates(fitting: Fitting) -> FittedRouter:
     gate, said = fitted_table(texts, terms, fitting.settings, sorted(set(tokenizer.all_special_ids)))
     (slot,) = fitting.checkpoint.slots
     assert gate.shape == slot.shape
-    names = fitting.recipe.names
-    text = {name: dict(each.source["text"]) for name, each in zip(names, texts, strict=True)}
     report = {"tokens": [len(each.ids_N) for each in texts], **said}
-    return FittedRouter([gate], RouterRecord(status="fitted", settings=fitting.settings, sha256="", text=text, report=report))
+    return fitting.fitted([gate], [each.source["text"] for each in texts], report)
 
 
 class Terms:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags, issparse, vstack
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfTransformer
@@ -22,12 +23,15 @@ from sklearn.metrics import f1_score
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.preprocessing import normalize
 
+from modekit.errors import RecipeError
+from modekit.recipes.router import Router
+
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-24, 25)]
 _C = 30.0
 """Of logistic regression, the inverse of its regularisation; benchmarks/classifiers.md."""
 
-
-Texts = Any
+_ASIDE = 10  # one kept input of so many is for comparing classifiers of router inputs
+Texts: TypeAlias = "csr_matrix | np.ndarray"
 """Texts as vectors (N, V): a scipy matrix, or an array."""
 
 
@@ -43,7 +47,7 @@ class Linear:
     weights_EV: np.ndarray
     bias_E: np.ndarray
 
-    def scores(self, x_NV: Any) -> np.ndarray:
+    def scores(self, x_NV: Texts) -> np.ndarray:
         """Of texts, dense or sparse (N, E), float64."""
         scores_NE: np.ndarray = np.asarray(x_NV @ self.weights_EV.T) + self.bias_E
         return scores_NE
@@ -92,7 +96,7 @@ def rareness(domains: Sequence[csr_matrix], silent: Sequence[int]) -> np.ndarray
     return idf_V
 
 
-def vectors(counts_NV: csr_matrix, idf_V: np.ndarray) -> Any:
+def vectors(counts_NV: csr_matrix, idf_V: np.ndarray) -> csr_matrix:
     """Counts times rareness at length 1, (N, V) sparse; a text without a term that counts stays zero."""
     weighed_NV = counts_NV @ diags(idf_V)
     return normalize(weighed_NV, copy=False) if weighed_NV.shape[0] else weighed_NV
@@ -103,7 +107,7 @@ def choose(names: Sequence[str], own: Sequence[Texts], held: Sequence[Texts], se
 
     `own` and `held` are the texts (N, V) of every domain to learn from, and to choose by: sparse, or hidden states (N, D).
     """
-    task = _Task(*_together(own), len(own), seed)
+    task = _LabelledTexts(*_together(own), len(own), seed)
     if not all(texts.shape[0] for texts in held):
         return Chosen(names[0], CLASSIFIERS[names[0]](task), 1.0, {})
     held_NV, labels_N = _together(held)
@@ -122,6 +126,29 @@ def report_of(chosen: Chosen, held: Sequence[Texts]) -> dict[str, object]:
         "chosen_on": [int(texts.shape[0]) for texts in held],
         "calibrated": chosen.temperature,
     }
+
+
+def hidden_gate(kept: Sequence[np.ndarray], settings: Router) -> tuple[npt.NDArray[np.float32], dict[str, object]]:
+    """The gate (E, D) of a classifier of kept router inputs, (N, D) float64 of every domain, and what the record says of it.
+
+    It is linear and has no intercept, as all gates that read hidden states. Classifiers are compared on the last tenth of every
+    domain's inputs, and the temperature is chosen there: those are of the last documents of the fit split, since the select
+    split is not run through the models. Raises RecipeError without kept inputs.
+    """
+    if not all(map(len, kept)):
+        raise RecipeError(
+            "the classifier needs kept inputs and there are none",
+            where="mixture.router.keep_tokens",
+            expected="at least 1",
+            remedy="fit again with keep_tokens > 0",
+        )
+    scale = np.sqrt(np.mean([np.square(each).mean() for each in kept])) or 1.0
+    split = [max(1, len(each) - len(each) // _ASIDE) for each in kept]
+    held = [each[at:] / scale for each, at in zip(kept, split, strict=True)]
+    own = [each[:at] / scale for each, at in zip(kept, split, strict=True)]
+    chosen = choose(settings.classifiers(CLASSIFIERS), own, held, settings.seed)
+    gate_ED = chosen.linear.weights_EV / (scale * settings.temperature)
+    return gate_ED.astype(np.float32), report_of(chosen, held)
 
 
 def _together(domains: Sequence[Texts]) -> tuple[Texts, np.ndarray]:
@@ -158,7 +185,7 @@ def _temperature(scores_NE: np.ndarray, labels_N: np.ndarray, domains: int) -> f
 
 
 @dataclass(frozen=True)
-class _Task:
+class _LabelledTexts:
     """Texts (N, V) to learn from, and their domains (N,)."""
 
     x_NV: Texts
@@ -172,12 +199,12 @@ class _Task:
         return bool(issparse(self.x_NV))
 
 
-def _logistic(task: _Task) -> Linear:
+def _logistic(task: _LabelledTexts) -> Linear:
     """Multinomial logistic regression; the texts of every domain together weigh the same."""
     return _two_sided(LogisticRegression(C=_C, class_weight="balanced", max_iter=100, fit_intercept=task.intercept), task)
 
 
-def _sgd(task: _Task) -> Linear:
+def _sgd(task: _LabelledTexts) -> Linear:
     """Each domain against the others, with the modified Huber loss, by stochastic gradient descent."""
     model = SGDClassifier(
         loss="modified_huber", alpha=1e-5, class_weight="balanced", random_state=task.seed, fit_intercept=task.intercept
@@ -185,7 +212,7 @@ def _sgd(task: _Task) -> Linear:
     return _two_sided(model, task)
 
 
-def _two_sided(model: Any, task: _Task) -> Linear:
+def _two_sided(model: Any, task: _LabelledTexts) -> Linear:
     """Of two domains scikit-learn has one row, that of the second; of one none."""
     if task.domains == 1:
         return Linear(np.zeros((1, task.x_NV.shape[1])), np.zeros(1))
@@ -201,20 +228,20 @@ def _two_sided(model: Any, task: _Task) -> Linear:
     return Linear(weights, bias)
 
 
-def _naive_bayes(task: _Task) -> Linear:
+def _naive_bayes(task: _LabelledTexts) -> Linear:
     """Multinomial naive Bayes on tf-idf, all domains as likely beforehand: log p(term | domain), less its mean over domains."""
     model = MultinomialNB(alpha=0.1, fit_prior=False).fit(task.x_NV, task.labels_N)
     logs_EV = np.asarray(model.feature_log_prob_, np.float64)
     return Linear(logs_EV - logs_EV.mean(0), np.zeros(task.domains))
 
 
-def _centroid(task: _Task) -> Linear:
+def _centroid(task: _LabelledTexts) -> Linear:
     """The cosine to the mean of a domain's texts, times a text's length, which is 1 where terms are counted."""
     means = [np.asarray(task.x_NV[task.labels_N == domain].mean(0)).ravel() for domain in range(task.domains)]
     return Linear(normalize(np.stack(means)), np.zeros(task.domains))
 
 
-CLASSIFIERS: Mapping[str, Callable[[_Task], Linear]] = {
+CLASSIFIERS: Mapping[str, Callable[[_LabelledTexts], Linear]] = {
     "logistic": _logistic,
     "sgd": _sgd,
     "naive_bayes": _naive_bayes,

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, Field
+from transformers import PreTrainedTokenizerBase
 
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.files.typed import Count, as_kind
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import SHARE, chats_of, read_chats
-from modekit.routing.kept import Get, checked, load_kept, save_kept
+from modekit.routing.kept import Get, Source, checked, load_kept, save_kept
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import digest_of, text_record
 
@@ -43,7 +44,7 @@ class NgramStatistics:
     sample_N: torch.Tensor
     lengths: tuple[int, ...]
     tokens: int
-    source: dict[str, Any]
+    source: Source
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -56,24 +57,30 @@ def load_ngram_statistics(path: Path) -> NgramStatistics | None:
     return load_kept(path, _statistics)
 
 
-def _statistics(get: Get, about: dict[str, Any]) -> NgramStatistics | None:
+def _statistics(get: Get, about: Source) -> NgramStatistics | None:
     if not about.get("ngram"):
         return None
-    said = as_kind(about, _About)
+    said = as_kind(about, _CountsHeader)
     counts_H, sample_N = checked(get("counts"), (None,)), checked(get("sample"), (sum(said.lengths),))
     if len(sample_N) and not 0 <= int(sample_N.min()) <= int(sample_N.max()) < len(counts_H):
         raise ValueError("the sample has n-grams of other buckets")
     return NgramStatistics(counts_H, sample_N, said.lengths, said.tokens, said.source)
 
 
-class _About(BaseModel):
+class _CountsHeader(BaseModel):
     lengths: tuple[Annotated[Count, Field(ge=1)], ...]
     tokens: Annotated[Count, Field(ge=1)]
-    source: dict[str, Any]
+    source: Source
 
 
 def count_domain(
-    tokenizer: Any, documents: Sequence[str], expert: Expert, settings: Router, source: dict[str, Any], *, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    expert: Expert,
+    settings: Router,
+    source: Source,
+    *,
+    where: str,
 ) -> NgramStatistics:
     """Count a domain's n-grams. Raises TextError when the text has none."""
     counts_H = torch.zeros(settings.buckets)
@@ -94,7 +101,9 @@ def count_domain(
     return NgramStatistics(counts_H, rows_N, tuple(len(rows) for rows in sample), tokens, source)
 
 
-def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: Router) -> Iterator[Sequence[TokenSequence]]:
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router
+) -> Iterator[Sequence[TokenSequence]]:
     """The sequences of every document, and every chat."""
     found = tokens = 0
     for document in documents:
@@ -106,7 +115,7 @@ def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: R
         yield [chat]
 
 
-def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: Any) -> dict[str, Any]:
+def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: PreTrainedTokenizerBase) -> Source:
     """What counts are made from: text and settings."""
     include = {"sequence_length", "keep_tokens", "order", "buckets"}
     how = {**settings.model_dump(mode="json", include=include), **chats_of(tokenizer, expert, settings)}

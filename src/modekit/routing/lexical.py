@@ -14,11 +14,10 @@ from itertools import chain, zip_longest
 import torch
 
 from modekit.architecture.modekit_router import ngram_rows
-from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, Example, Room, train_table
+from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.on_channels import gates_on_channels
@@ -37,12 +36,12 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     texts = read_token_texts(fitting, tokenizer)
     fitting.run.begin("prepare the examples")
     averaging = averaging_of(fitting)
-    table = Table(settings, int(fitting.checkpoint.config["vocab_size"]))
+    table = LexicalTable(settings, int(fitting.checkpoint.config["vocab_size"]))
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
     examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe, template)
     if recipe.mixture.unseen is not None and room is not None:
         made = made_texts(texts, room.base, special, int(fitting.checkpoint.config["vocab_size"]), settings.seed)
-        examples[room.base] += [Example(table.rows(ids)) for ids in made]
+        examples[room.base] += [TokenRows(table.rows(ids)) for ids in made]
     trained = train_table(
         examples,
         table.height,
@@ -55,18 +54,22 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     toward = trained.room - (0.0 if recipe.mixture.unseen is None else _LEAN)  # what it leans by is in what it may take
     leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
     table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
-    report: dict[str, object] = {"kept_aside": [trained.before, trained.after], "steps": trained.steps}
+    report: dict[str, object] = {
+        "tokens": [len(each.ids_N) for each in texts],
+        "kept_aside": [trained.before, trained.after],
+        "steps": trained.steps,
+    }
     if template is not None:
         report |= {"chats": [int((text.starts > 0).sum()) for text in texts]}
     if room is not None or template is not None:
         report |= {"toward_base": trained.room}
-    record = _record(fitting, texts, report)
+    fitted = fitting.fitted([table_EJV.flatten(1).numpy()], [each.source["text"] for each in texts], report)
     if fitting.checkpoint.shape.channels is not None:
-        return gates_on_channels(fitting, texts, table_EJV, averaging, record)
-    return FittedRouter([table_EJV.flatten(1).numpy()], record)
+        return gates_on_channels(fitting, texts, table_EJV, averaging, fitted.record)
+    return fitted
 
 
-class Table:
+class LexicalTable:
     """The rows of a lexical router's tables, one table for every order of n-grams, below one another."""
 
     def __init__(self, settings: Router, vocabulary: int) -> None:
@@ -94,20 +97,23 @@ class Table:
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
 
 
-def _room(recipe: Recipe, template: ChatTemplate | None) -> Room | None:
+def _room(recipe: Recipe, template: ChatTemplate | None) -> BaseRoom | None:
     """What the base may take of the domains, where it is an expert that takes what is no domain's."""
     base = place_of_base(recipe.experts)
     if base is not None and recipe.mixture.unseen is not None:
-        return Room(base, recipe.mixture.router.alarms, of_all=True)
-    return None if base is None or template is None else Room(base)
+        return BaseRoom(base, recipe.mixture.router.alarms, of_all=True)
+    return None if base is None or template is None else BaseRoom(base)
 
 
-def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None, longest: int) -> list[list[Example]]:
+def _examples(
+    texts: Sequence[TokenText], table: LexicalTable, template: ChatTemplate | None, longest: int
+) -> list[list[TokenRows]]:
     """What the tokens of every domain's sequences choose, and of changes of domain in chats."""
     sequences = [text.sequences() for text in texts]
     changes = [] if template is None else changes_of_domain(template, sequences, longest)
     return [
-        [Example(table.rows(ids), start) for ids, start in chain(*own)] for own in zip_longest(sequences, changes, fillvalue=())
+        [TokenRows(table.rows(ids), start) for ids, start in chain(*own)]
+        for own in zip_longest(sequences, changes, fillvalue=())
     ]
 
 
@@ -130,10 +136,3 @@ def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:
     if base is not None:
         logits[base] += room
     return logits
-
-
-def _record(fitting: Fitting, texts: Sequence[TokenText], training: dict[str, object]) -> RouterRecord:
-    names = fitting.recipe.names
-    text = {name: dict(each.source["text"]) for name, each in zip(names, texts, strict=True)}
-    report = {"tokens": [len(each.ids_N) for each in texts], **training}
-    return RouterRecord(status="fitted", settings=fitting.settings, sha256="", text=text, report=report)

@@ -13,21 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.checkpoint.record import RouterRecord
-from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.recipe import Expert, place_of_base
+from modekit.recipes.recipe import place_of_base
 from modekit.recipes.router import Router
 from modekit.routing.counts import NgramStatistics, count_domain, load_ngram_statistics, source_of
-from modekit.routing.examples import without_text
 from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.kept import documents_to_read
 from modekit.routing.unseen import over_base, room_of, with_unknown
-from modekit.text.held_out import fit_documents
 
 _TEMPERATURES = [2.0 ** (step / 2) for step in range(-4, 17)]
 _UNCALIBRATED_TEMPERATURE = 8.0  # without a kept document to choose it on
@@ -39,47 +36,39 @@ def count_gate(fitting: Fitting) -> FittedRouter:
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     domains = []
     fitting.run.begin("count n-grams", len(experts))
-    for place, expert in enumerate(experts):
-        domains.append(_counted(fitting, tokenizer, place, expert))
+    for place in range(len(experts)):
+        domains.append(_counted(fitting, tokenizer, place))
         fitting.run.progress("count n-grams", place + 1, len(experts))
     (slot,) = fitting.checkpoint.slots
     unseen = None if fitting.recipe.mixture.unseen is None else place_of_base(experts)
-    counted = Counted(domains, settings, unseen)
-    gate = ngram_gate(counted)
+    odds = NgramOdds(domains, settings, unseen)
+    gate = ngram_gate(odds)
     assert gate.shape == slot.shape
-    report: dict[str, Any] = {"tokens": [domain.tokens for domain in domains]}
-    text = {e.name: {**domain.source["text"], "tokens": domain.tokens} for e, domain in zip(experts, domains, strict=True)}
+    report: dict[str, object] = {"tokens": [domain.tokens for domain in domains]}
     if unseen is not None:
-        report["toward_base"] = counted.toward_base
-    record = RouterRecord(status="fitted", settings=settings, sha256="", text=text, report=report)
-    return FittedRouter([gate.numpy()], record)
+        report["toward_base"] = odds.toward_base
+    return fitting.fitted([gate.numpy()], [{**each.source["text"], "tokens": each.tokens} for each in domains], report)
 
 
-def _counted(fitting: Fitting, tokenizer: Any, place: int, expert: Expert) -> NgramStatistics:
+def _counted(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int) -> NgramStatistics:
     """A domain's counts, kept or made."""
-    path = fitting.folder / f"{expert.name}.safetensors"
+    expert, settings = fitting.recipe.experts[place], fitting.settings
+    path = fitting.statistics_file(expert.name)
     kept = load_ngram_statistics(path)
-    if kept is not None and len(kept.counts_H) != fitting.settings.buckets:
+    if kept is not None and len(kept.counts_H) != settings.buckets:
         kept = None
-    asked = source_of([], expert, fitting.settings, tokenizer)["how"]
-    known = kept is not None and kept.source.get("how") == asked and isinstance(kept.source.get("text"), dict)
-    if kept is not None and known and expert.name in fitting.stays:
+    how = source_of([], expert, settings, tokenizer)["how"]
+    documents = documents_to_read(fitting, place, None if kept is None else kept.source, how)
+    source = None if documents is None else source_of(documents, expert, settings, tokenizer)
+    if documents is None or source is None or (kept is not None and kept.source == source):
+        assert kept is not None
         return kept
-    try:
-        documents = fit_documents(expert, fitting.root, place, reads=fitting.reads)
-    except TextError as error:
-        if kept is None or not known:
-            raise without_text(error, kept and kept.source.get("how"), asked) from None
-        return kept  # the text is gone, and its counts are what they would be
-    source = source_of(documents, expert, fitting.settings, tokenizer)
-    if kept is None or kept.source != source:
-        where = f"experts[{place}] '{expert.name}'"
-        kept = count_domain(tokenizer, documents, expert, fitting.settings, source, where=where)
-        kept.save(path)
-    return kept
+    made = count_domain(tokenizer, documents, expert, settings, source, where=f"experts[{place}] '{expert.name}'")
+    made.save(path)
+    return made
 
 
-class Counted:
+class NgramOdds:
     """The log-probabilities (E, H) of domains, and what they say of kept documents, each scored with its own counts taken out.
 
     `unseen`: place of the base, which then stands for n-grams that nobody has seen, too.
@@ -96,7 +85,7 @@ class Counted:
 
     def sums(self, place: int) -> Iterator[torch.Tensor]:
         """Evidence at every token of each kept document of a domain (N, E), older tokens fading."""
-        domain, decay = self.domains[place], self.settings.averages[0]["decay"]
+        domain, decay = self.domains[place], self.settings.decays[0]
         for rows in torch.split(domain.sample_N.long(), list(domain.lengths)):
             scores_EN = self.logs_EH[:, rows].clone()
             unique, inverse = torch.unique(rows, return_inverse=True)
@@ -111,7 +100,7 @@ class Counted:
         unseen = self.unseen
         if unseen is None:
             return 0.0
-        decay, leads = self.settings.averages[0]["decay"], []
+        decay, leads = self.settings.decays[0], []
         for place in (place for place in range(len(self.domains)) if place != unseen):
             said = [over_base(sums_NE, unseen) for sums_NE in self.sums(place)]
             counted = [
@@ -122,24 +111,24 @@ class Counted:
         return room_of(leads, self.settings.alarms)
 
 
-def ngram_gate(counted: Counted) -> torch.Tensor:
+def ngram_gate(odds: NgramOdds) -> torch.Tensor:
     """The table (E, H) in float32: log p(bucket | domain), less its mean over domains, by the temperature."""
-    gate_EH = counted.logs_EH - counted.logs_EH.mean(0)
-    if counted.unseen is not None:
-        gate_EH[counted.unseen] += counted.toward_base
-    return gate_EH / (_temperature(counted) * counted.settings.temperature)
+    gate_EH = odds.logs_EH - odds.logs_EH.mean(0)
+    if odds.unseen is not None:
+        gate_EH[odds.unseen] += odds.toward_base
+    return gate_EH / (_temperature(odds) * odds.settings.temperature)
 
 
-def _temperature(counted: Counted) -> float:
+def _temperature(odds: NgramOdds) -> float:
     """The temperature that gives the domains of kept documents the largest likelihood, each without its own counts.
 
     Domains count equally. N-grams of one document are no independent evidence, which is why naive Bayes is too sure.
     """
-    if any(not domain.lengths for domain in counted.domains):
+    if any(not domain.lengths for domain in odds.domains):
         return _UNCALIBRATED_TEMPERATURE
     losses = torch.zeros(len(_TEMPERATURES), dtype=torch.float64)
-    for place, domain in enumerate(counted.domains):
-        for sums_NE in counted.sums(place):
+    for place, domain in enumerate(odds.domains):
+        for sums_NE in odds.sums(place):
             labels = torch.full((len(sums_NE),), place)
             share = 1.0 / sum(domain.lengths)
             losses += share * torch.tensor(
