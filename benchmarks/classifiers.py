@@ -27,10 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.classifier import Terms, fitted_table
-from modekit.routing.counts import count_domain
 from modekit.routing.evidence import Averaging, TokenRows, train_table
 from modekit.routing.last_token import LastToken
-from modekit.routing.ngram import NgramOdds, ngram_gate
+from modekit.routing.ngram import NgramOdds, count_domain, ngram_gate
 from modekit.routing.token_text import TokenText
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode

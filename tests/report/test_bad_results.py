@@ -25,7 +25,7 @@ from modekit.report.content import make_content
 from modekit.report.page import make_page
 from modekit.report.plots import make_plots
 from modekit.report.push import pack
-from modekit.routing.counts import load_ngram_statistics
+from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.statistics import load_statistics
 from refusal import borrow, refuse
 

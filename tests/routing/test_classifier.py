@@ -28,8 +28,7 @@ from modekit.recipes.read import load_recipe
 from modekit.routing.classifier import Terms
 from modekit.routing.kept import save_kept
 from modekit.routing.refit import refit
-from modekit.routing.running_logits import RunningLogits
-from modekit.routing.text_router import TextRouter
+from modekit.routing.text_router import RunningLogits, TextRouter
 from modekit.routing.token_text import load_token_text
 
 LETTERS = {"medicine": "abcdefgh", "law": "ijklmnop", "code": "qrstuvwx"}

@@ -16,7 +16,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
-from modekit.engines.settings import EngineName, GgufSettings, Outtype, ServeSettings
+from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
 
 _Host = Annotated[str, typer.Option(help="Address to listen on (default: this machine only).")]
@@ -24,6 +24,11 @@ _Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 
 _NoKey = Annotated[
     bool, typer.Option("--no-key", help="Serve other machines without a key (--host), if MODEKIT_API_KEY is not set.")
 ]
+
+
+def _read_by(option: str) -> str:
+    """The engines that read an option."""
+    return ", ".join(name for name, engine in ENGINES.items() if option in engine.options)
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,25 @@ class ServeOptions:
         int | None, typer.Option(min=64, help="Longest conversation in tokens (default: the model's maximum).")
     ] = None
     parallel: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Conversations answered at once (llama, vllm; default: 4).")
+        int | None,
+        typer.Option(min=1, max=256, help=f"Conversations answered at once ({_read_by('parallel')}; default: 4)."),
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=1_024, help="CPU threads (llama, transformers; default: OMP_NUM_THREADS, or the idle cores)."),
+        typer.Option(
+            min=1, max=1_024, help=f"CPU threads ({_read_by('threads')}; default: OMP_NUM_THREADS, or the idle cores)."
+        ),
     ] = None
-    outtype: Annotated[Outtype | None, typer.Option(help="Type of the weights (llama; default: as in the checkpoint).")] = None
+    outtype: Annotated[
+        Outtype | None, typer.Option(help=f"Type of the weights ({_read_by('outtype')}; default: as in the checkpoint).")
+    ] = None
     pre_tokenizer: Annotated[
-        str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (llama; default: detected).")
+        str | None,
+        typer.Option(help=f"llama.cpp's name for the pre-tokenizer ({_read_by('pre_tokenizer')}; default: detected)."),
     ] = None
-    accept: Annotated[bool, typer.Option("--accept", help="Serve a file that lost more than allowed (llama).")] = False
+    accept: Annotated[
+        bool, typer.Option("--accept", help=f"Serve a file that lost more than allowed ({_read_by('accept')}).")
+    ] = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
 
@@ -68,7 +81,7 @@ class ServeOptions:
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.serve import ENGINES, choose_engine, serving
+    from modekit.engines.serve import choose_engine, serving
 
     opened = open_checkpoint(resolved(checkpoint))
     engine, _ = choose_engine(opened, options.engine)

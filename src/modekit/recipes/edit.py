@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with, row_of
+from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, row_of
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import READ_AT
+from modekit.recipes.router import without_effect
 from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
 _METHODS = {
@@ -69,8 +69,7 @@ def unseen_with_effect(mixture: RecipePart, asked: Collection[str] = ()) -> Reci
 
 def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> RecipeData:
     """A router's settings without those that its fit does not read; those that are `asked` for stay."""
-    row = _row(router)
-    dead = _dead_of_router(router, row)
+    dead = {key for key, _ in without_effect(router, _row(router))}
     return {key: value for key, value in router.items() if key in asked or key not in dead}
 
 
@@ -88,27 +87,6 @@ def _dead_of_mixture(mixture: RecipePart, changes: RecipePart, method: str) -> s
     always_on = mixture.get("always_on") or {}
     if method == "gating" and always_on.get("weight") is None:
         dead.add("always_on")
-    return dead
-
-
-def _dead_of_router(router: RecipePart, row: Fit) -> set[str]:
-    """Keys of a router without an effect under its fit, or against it."""
-    dead = {key for key in router if fits_with(key) and key not in row.settings}
-    granularity = router.get("granularity", "token")
-    if row.reads.tokens or row.decides.once:
-        dead.add("granularity")
-        granularity = "token"
-    dead |= {key for key, reads_it in READ_AT.items() if granularity != reads_it}
-    if row.decides.fading is not None and (len(router.get("decay") or []) == 1 or not row.score.adds_up):
-        dead.discard("decay")
-    if row.decides.once:
-        dead.discard("prefix")
-    if row.decides.for_model and router.get("per") != "model":
-        dead.add("per")
-    if row.reads.low_rank and router.get("per") == "feature":
-        dead.add("per")
-    if row.reads.sample and router.get("keep_tokens") == 0:
-        dead.add("keep_tokens")
     return dead
 
 

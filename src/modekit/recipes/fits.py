@@ -102,7 +102,7 @@ ROUTER_INPUTS = FitInput("router inputs", _SUMS)
 """Sums of x and of x x^T, and a sample (routing/statistics.py)."""
 SAMPLE = FitInput("router inputs", _SUMS, sample=True)
 NGRAMS = FitInput("tokens", _COUNTS)
-"""Counts of n-grams, and documents on which the temperature is chosen (routing/counts.py)."""
+"""Counts of n-grams, and documents on which the temperature is chosen (routing/ngram.py)."""
 TOKENS = FitInput("tokens", _TOKEN_IDS)
 """Token ids of the text, at most MOST_TOKENS of a domain (routing/token_text.py)."""
 

@@ -43,7 +43,7 @@ def _random(fitting: Fitting) -> FittedRouter:
 
 
 def _solved(fitting: Fitting) -> FittedRouter:
-    from modekit.routing.solve import solve_gates
+    from modekit.routing.closed_form import solve_gates
 
     return solve_gates(fitting)
 

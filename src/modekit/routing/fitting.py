@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
@@ -53,10 +53,16 @@ class Fitting:
         """Where the statistics of an expert's domain are kept."""
         return self.folder / f"{expert}.safetensors"
 
-    def fitted(self, gates: Gates, text: Sequence[TextRecord], report: Mapping[str, object]) -> FittedRouter:
+    def fitted(
+        self,
+        gates: Gates,
+        text: Sequence[TextRecord],
+        report: Mapping[str, object],
+        status: Literal["fitted", "trained"] = "fitted",
+    ) -> FittedRouter:
         """Gates that were set from text; `text`: what the record remembers of each expert's, in their order."""
         of_experts = dict(zip(self.recipe.names, text, strict=True)) if text else {}
-        record = RouterRecord(status="fitted", settings=self.settings, sha256="", text=of_experts, report=dict(report))
+        record = RouterRecord(status=status, settings=self.settings, sha256="", text=of_experts, report=dict(report))
         return FittedRouter(gates, record)
 
     def unfitted(self, gates: Gates = ()) -> FittedRouter:

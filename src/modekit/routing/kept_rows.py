@@ -20,9 +20,8 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
 from modekit.planning.kept import Origins
 from modekit.planning.slot import RouterSlot
-from modekit.routing.closed_form import logistic_beside
+from modekit.routing.closed_form import logistic_beside, read_domains
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.routing.solve import read_domains
 
 _Gate = npt.NDArray[np.float32]
 

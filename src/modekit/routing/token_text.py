@@ -116,7 +116,7 @@ def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> li
     Raises TextError.
     """
     experts = fitting.recipe.experts
-    texts, choosing = [], Choosing(fitting, tokenizer)
+    texts, choosing = [], SelectTexts(fitting, tokenizer)
     fitting.run.begin("read tokens", len(experts))
     for place in range(len(experts)):
         texts.append(_read(fitting, tokenizer, place, choosing))
@@ -124,7 +124,7 @@ def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> li
     return texts
 
 
-class Choosing:
+class SelectTexts:
     """Where a fit chooses between variants: the tokens of the documents that it may choose by."""
 
     def __init__(self, fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,7 +149,7 @@ class Choosing:
         return documents, text_record(documents, 0)
 
 
-def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choosing: Choosing) -> TokenText:
+def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choosing: SelectTexts) -> TokenText:
     expert, settings = fitting.recipe.experts[place], fitting.settings
     path = fitting.statistics_file(expert.name)
     kept, how = load_token_text(path, int(fitting.checkpoint.config["vocab_size"])), _how(tokenizer, expert, settings)

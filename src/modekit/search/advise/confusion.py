@@ -19,8 +19,7 @@ from modekit.architecture.modekit_router import causal_average, ngram_rows
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.counts import count_domain
-from modekit.routing.ngram import NgramOdds, ngram_gate
+from modekit.routing.ngram import NgramOdds, count_domain, ngram_gate
 from modekit.search.advise.texts import Text
 
 ROUTER = Router(fit="ngram", chat=False)
