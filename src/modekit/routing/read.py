@@ -21,7 +21,7 @@ from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.examples import chats_of, examples_of
 from modekit.routing.fitting import Fitting
-from modekit.routing.kept import Source, documents_to_read
+from modekit.routing.kept import Provenance, documents_to_read
 from modekit.routing.statistics import DomainStatistics, load_statistics
 from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence, encode
@@ -59,7 +59,7 @@ class DomainToRead:
     known: bool = False
     sequences: Sequence[TokenSequence] = ()
     negatives: Sequence[TokenSequence] = ()
-    source: Source = field(default_factory=dict)
+    source: Provenance = field(default_factory=dict)
 
 
 class StatisticsReader:
@@ -121,13 +121,11 @@ class StatisticsReader:
         domains = [domain for _, domain in others]
         first = domains[0]
         total = self._total or sum(sequence.size for sequence in first.sequences)
-        done = self._done if self._total else 0
+        self._done = self._done if self._total else 0
 
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self._done = done
-            self._fitting.run.progress(f"read {first.name}", done, total)
+            self._done += count
+            self._fitting.run.progress(f"read {first.name}", self._done, total)
 
         found = capture_domain(
             self._view_of(first.place),
@@ -142,10 +140,10 @@ class StatisticsReader:
             for domain, statistics in zip(domains, found, strict=True):
                 statistics.save(domain.path)
 
-    def _how(self, expert: Expert) -> Source:
+    def _how(self, expert: Expert) -> dict[str, object]:
         """What but the text decides a domain's statistics."""
         checkpoint, settings = self._fitting.checkpoint, self._settings
-        how = {
+        how: dict[str, object] = {
             "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
             **settings.model_dump(
                 mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}

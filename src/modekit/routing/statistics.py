@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from modekit.files.typed import Count, as_kind
-from modekit.routing.kept import Get, Source, checked, load_kept, save_kept
+from modekit.routing.kept import Get, Header, Provenance, checked, load_kept, save_kept
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DomainStatistics:
 
     tokens: int
     slots: tuple[SlotStatistics, ...]
-    source: Source
+    source: Provenance
     counts: tuple[int, ...] = ()
 
     def is_of(self, widths: Sequence[int]) -> bool:
@@ -83,7 +83,7 @@ def load_statistics(path: Path) -> DomainStatistics | None:
     return load_kept(path, _statistics)
 
 
-def _statistics(get: Get, about: Source) -> DomainStatistics | None:
+def _statistics(get: Get, about: Header) -> DomainStatistics | None:
     if "slots" not in about:  # of an n-gram router
         return None
     said = as_kind(about, _SumsHeader)
@@ -106,5 +106,5 @@ def _statistics(get: Get, about: Source) -> DomainStatistics | None:
 class _SumsHeader(BaseModel):
     tokens: Annotated[Count, Field(ge=1)]
     slots: Count
-    source: Source
+    source: Provenance
     counts: tuple[Annotated[Count, Field(ge=1)], ...] = ()

@@ -21,8 +21,8 @@ from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens, chats_of, read_examples
-from modekit.routing.fitting import Fitting
-from modekit.routing.kept import Get, Source, checked, documents_to_read, load_kept, save_kept
+from modekit.routing.fitting import Fitting, TextRecord
+from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import text_record
@@ -43,7 +43,7 @@ class TokenText:
     ids_N: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
-    source: Source
+    source: Provenance
     held_N: torch.Tensor | None = None
     held_lengths: torch.Tensor | None = None
 
@@ -75,7 +75,7 @@ class TokenText:
 def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
     """Read a domain's tokens; None when there are none, or only what another fit keeps. Raises CheckpointError when damaged."""
 
-    def make(get: Get, about: Source) -> TokenText | None:
+    def make(get: Get, about: Header) -> TokenText | None:
         if not about.get("token_text"):
             return None
         said = as_kind(about, _TokensHeader)
@@ -95,7 +95,7 @@ _NONE_HELD: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
 
 class _TokensHeader(BaseModel):
-    source: Source
+    source: Provenance
     held_out: bool = False
 
 
@@ -138,12 +138,12 @@ class SelectTexts:
         """Whether a domain's kept tokens have those documents, too, if they are needed."""
         return not self.needed or (kept.chooses and kept.source.get("held_out") == self._said(place)[1])
 
-    def of(self, place: int) -> tuple[list[TokenSequence], Source]:
+    def of(self, place: int) -> tuple[list[TokenSequence], TextRecord]:
         """Sequences of a domain's documents, none where it has none, and what the kept tokens say of their source."""
         documents, said = self._said(place)
         return encode(self._tokenizer, documents, max_tokens=MOST_TOKENS // 8, sequence_length=self._length), said
 
-    def _said(self, place: int) -> tuple[list[str], Source]:
+    def _said(self, place: int) -> tuple[list[str], TextRecord]:
         own = self._texts.own(place)
         documents = [] if own is None else self._texts.select_of(own)
         return documents, text_record(documents, 0)
@@ -183,5 +183,5 @@ def _joined(sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Ten
     return torch.tensor(ids, dtype=torch.int32), torch.tensor([len(each.ids) for each in sequences], dtype=torch.int32)
 
 
-def _how(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> Source:
+def _how(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> dict[str, object]:
     return {**settings.model_dump(mode="json", include={"sequence_length"}), **chats_of(tokenizer, expert, settings)}
