@@ -27,10 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.classifier import Terms, fitted_table
-from modekit.routing.counts import count_domain
-from modekit.routing.evidence import Averaging, Example, train_table
+from modekit.routing.evidence import Averaging, TokenRows, train_table
 from modekit.routing.last_token import LastToken
-from modekit.routing.ngram import Counted, ngram_gate
+from modekit.routing.ngram import NgramOdds, count_domain, ngram_gate
 from modekit.routing.token_text import TokenText
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
@@ -113,7 +112,7 @@ def classifier(settings: Router, texts: Sequence[TokenText], vocabulary: int) ->
 def lexical(texts: Sequence[TokenText], vocabulary: int) -> LastToken:
     """The table of evidence per token, at its defaults."""
     settings = Router(fit="lexical")
-    examples = [[Example(ids, start) for ids, start in text.sequences()] for text in texts]
+    examples = [[TokenRows(ids, start) for ids, start in text.sequences()] for text in texts]
     table_EJV = train_table(examples, vocabulary, Averaging(tuple(settings.decays))).table
     return LastToken({"averages": settings.averages}, table_EJV.flatten(1).numpy())
 
@@ -125,7 +124,7 @@ def ngram(fit: Documents, tokenizer: Any) -> LastToken:
         count_domain(tokenizer, own, Expert(name=name, model="./none"), settings, {}, where=name) for name, own in fit.items()
     ]
     routing = {"averages": settings.averages, "ngram": {"order": settings.order, "buckets": settings.buckets}}
-    return LastToken(routing, ngram_gate(Counted(counted, settings)).numpy())
+    return LastToken(routing, ngram_gate(NgramOdds(counted, settings)).numpy())
 
 
 def routers(fit: Documents, chosen: Documents, tokenizer: Any) -> dict[str, tuple[LastToken, str, float]]:

@@ -20,7 +20,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.engines.converter import Conversion, convert
 from modekit.engines.gguf import export_gguf
 from modekit.engines.llama import Llama
-from modekit.engines.settings import GgufSettings
+from modekit.engines.registry import GgufSettings
 
 WRITTEN, READ = 128, 512
 TEXT = "The heart moves blood through the body, and the court hears the parties. "

@@ -36,8 +36,8 @@ from modekit.demo.models import make_tokenizer
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
 from modekit.recipes.fits import FITS
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, Example, train_table
-from modekit.routing.lexical import Table
+from modekit.routing.evidence import Averaging, TokenRows, train_table
+from modekit.routing.lexical import LexicalTable
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 from other_styles import source_of_a_library
@@ -130,13 +130,13 @@ class Measured:
 
 
 def measure(
-    fit: Mapping[str, Sequence[torch.Tensor]], held: Mapping[str, Sequence[torch.Tensor]], table: Table, seed: int
+    fit: Mapping[str, Sequence[torch.Tensor]], held: Mapping[str, Sequence[torch.Tensor]], table: LexicalTable, seed: int
 ) -> Measured:
     """Train a table and read it."""
     names = list(fit)
-    averaging = Averaging((FITS["lexical"].fading or 1.0,))
+    averaging = Averaging((FITS["lexical"].decides.fading or 1.0,))
     started = time.perf_counter()
-    examples = [[Example(table.rows(ids)) for ids in fit[name]] for name in names]
+    examples = [[TokenRows(table.rows(ids)) for ids in fit[name]] for name in names]
     trained = train_table(examples, table.height, averaging, seed=seed)
     found = Measured(time.perf_counter() - started)
     table_HE = trained.table[:, 0].T.contiguous()
@@ -177,7 +177,7 @@ def main() -> None:
     print(json.dumps(sizes), flush=True)
     titles = ["domains", *(f"right after {at} tokens" for at in AT), "up to twins", "least", "taken for another", "seconds"]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-    table = Table(Router(fit="lexical", orders=args.orders), len(tokenizer))
+    table = LexicalTable(Router(fit="lexical", orders=args.orders), len(tokenizer))
     for count in args.counts:
         some = ORDER[:count]
         runs = [

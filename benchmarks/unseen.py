@@ -29,7 +29,7 @@ from chat import documents as documents_of_wheel
 from modekit.architecture.modekit_router import causal_average, ngram_rows
 from modekit.demo.models import SEQUENCE_LENGTH, VOCABULARY, make_tokenizer
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
-from modekit.routing.evidence import Averaging, Example, train_table
+from modekit.routing.evidence import Averaging, TokenRows, train_table
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 from other_styles import source_of_a_library
@@ -119,7 +119,7 @@ def running(table_EH: torch.Tensor, rows: Callable[[torch.Tensor], torch.Tensor]
 
 
 def trained(domains: Sequence[Sequence[torch.Tensor]], seed: int) -> torch.Tensor:
-    examples = [[Example(ids.int()) for ids in texts] for texts in domains]
+    examples = [[TokenRows(ids.int()) for ids in texts] for texts in domains]
     return train_table(examples, VOCABULARY, Averaging((DECAY,)), seed=seed, silent=range(SPECIAL)).table[:, 0]
 
 

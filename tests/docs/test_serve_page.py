@@ -22,7 +22,8 @@ from chatting import TEMPLATE
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.engines.child import Child
 from modekit.engines.converter import Conversion, convert
-from modekit.engines.serve import ENGINES, free_port
+from modekit.engines.listening import free_port
+from modekit.engines.registry import ENGINES
 from modekit.engines.vllm_process import SERVER
 from waiting import until
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from modekit.engines.adapter_folder import Version
+from modekit.engines.workers import Version
 
 
 def test_every_version_has_a_spelling_of_its_own(tmp_path: Path) -> None:

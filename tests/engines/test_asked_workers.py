@@ -14,7 +14,7 @@ from aiohttp import web
 from modekit.engines import workers as module
 from modekit.engines.front import Front
 from modekit.engines.guard import BrokenOffError
-from modekit.engines.workers import Workers
+from modekit.engines.workers import WorkerPool
 from modekit.routing.text_router import TextRouter
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -43,7 +43,7 @@ async def server(answer: Handler, models: Handler | None = None) -> AsyncIterato
         await runner.cleanup()
 
 
-async def asked(workers: Workers) -> tuple[int, bytes] | None:
+async def asked(workers: WorkerPool) -> tuple[int, bytes] | None:
     """Status and body of an answer, and None where there is none."""
     async with workers.asked("law", PATH, b"{}") as answer:
         if answer is None:
@@ -52,13 +52,13 @@ async def asked(workers: Workers) -> tuple[int, bytes] | None:
         return answer.status, body
 
 
-def with_workers(*handlers: Handler, then: Callable[[Workers], Awaitable[Any]], timeout_s: float = 5, **more: Any) -> Any:
+def with_workers(*handlers: Handler, then: Callable[[WorkerPool], Awaitable[Any]], timeout_s: float = 5, **more: Any) -> Any:
     """What `then` makes of servers that answer so."""
 
     async def run() -> Any:
         async with AsyncExitStack() as stack:
             urls = [await stack.enter_async_context(server(each, **more)) for each in handlers]
-            workers = Workers(urls, "secret", timeout_s)
+            workers = WorkerPool(urls, "secret", timeout_s)
             await stack.enter_async_context(workers.connected())
             await workers.look()
             return await then(workers)
@@ -111,7 +111,7 @@ async def hanging(_request: web.Request) -> web.Response:
     ids=["short", "in pieces", "long"],
 )
 def test_short_answers_are_taken_whole(handler: Handler, whole: bool, expected: bytes) -> None:
-    async def then(workers: Workers) -> None:
+    async def then(workers: WorkerPool) -> None:
         async with workers.asked("law", PATH, b"{}") as answer:
             assert answer is not None and (answer.body is not None) == whole
         assert await asked(workers) == (200, expected)
@@ -150,7 +150,7 @@ def test_a_kept_connection_that_was_closed_costs_nothing() -> None:
         asyncio.get_running_loop().call_later(0.05, transport.abort)
         return web.Response(body=SAID)
 
-    async def then(workers: Workers) -> None:
+    async def then(workers: WorkerPool) -> None:
         for _ in range(3):
             assert await asked(workers) == (200, SAID)
             await asyncio.sleep(0.1)
@@ -175,7 +175,7 @@ def test_nobody_is_sent_elsewhere() -> None:
                 return web.Response(status=307, headers={"Location": other + PATH, "Set-Cookie": "a=b"})
 
             async with server(redirecting) as url:
-                workers = Workers([url], "secret")
+                workers = WorkerPool([url], "secret")
                 async with workers.connected():
                     await workers.look()
                     await asked(workers)
@@ -191,7 +191,7 @@ def test_one_that_says_nonsense_serves_nothing(said: str) -> None:
     async def nonsense(_request: web.Request) -> web.Response:
         return web.Response(text=said)
 
-    async def then(workers: Workers) -> set[str]:
+    async def then(workers: WorkerPool) -> set[str]:
         return workers.models
 
     assert with_workers(good, then=then, models=nonsense) == set()
@@ -214,7 +214,7 @@ def streaming(*parts: bytes, kind: str = "text/event-stream", pause_s: float = 0
     return handler
 
 
-async def passed_on(workers: Workers) -> bytes:
+async def passed_on(workers: WorkerPool) -> bytes:
     """What a front before the workers sends a client, to the end."""
     content, sent = json.dumps({"model": "law", "prompt": "x"}).encode(), bytearray()
     front = Front(TextRouter.__new__(TextRouter), workers)  # a model that is named is not asked about

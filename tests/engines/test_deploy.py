@@ -22,7 +22,7 @@ from modekit.engines.guard import MOST_AT_ONCE, Guard
 from modekit.engines.listening import KEY
 from modekit.engines.ray_front import FrontArguments
 from modekit.engines.run_front import WORKERS_KEY, FrontSettings
-from modekit.engines.workers import Workers
+from modekit.engines.workers import WorkerPool
 from modekit.errors import EngineError
 from modekit.run import Run
 
@@ -149,7 +149,7 @@ def test_ports_and_names_agree_in_kubernetes() -> None:
 
 
 def test_probes_ask_for_routes_of_the_front() -> None:
-    guard = Front(None, Workers([])).app()  # type: ignore[arg-type]
+    guard = Front(None, WorkerPool([])).app()  # type: ignore[arg-type]
     assert isinstance(guard, Guard) and guard._paths == set(PATHS) and "/health" in guard._open
 
 
@@ -207,7 +207,7 @@ def test_ray_serve_hands_all_of_it_to_the_front(monkeypatch: pytest.MonkeyPatch)
 
     def front_of(checkpoint: Path, settings: FrontSettings, *, run: Run) -> Front:
         taken.extend((checkpoint, settings, run.trust_remote_code))
-        return Front(None, Workers([]))  # type: ignore[arg-type]
+        return Front(None, WorkerPool([]))  # type: ignore[arg-type]
 
     monkeypatch.setattr(ray_front, "open_checkpoint", lambda folder: folder)
     monkeypatch.setattr(ray_front, "front_of", front_of)

@@ -17,14 +17,13 @@ from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines import converter, proof_result
-from modekit.engines.converter import Conversion, convert, converter_folder
+from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
-from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
-from modekit.engines.proof import prove
+from modekit.engines.proof import compare
 from modekit.engines.proof_result import Loss, Proof
 from modekit.engines.proof_texts import MOST_TOKENS, shipped_texts, texts_of
-from modekit.engines.settings import GgufSettings
+from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.loaded.load import load_tokenizer
@@ -139,7 +138,7 @@ def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
     file = tmp_path / "coarse.gguf"
     convert(checkpoint.folder, file, Conversion("q8_0", guess="gpt-2"))
     try:
-        coarse = prove(checkpoint.folder, file, "q8_0", texts=texts_of(checkpoint)).typical
+        coarse = compare(checkpoint.folder, file, "q8_0", texts=texts_of(checkpoint)).judged(file).typical
     except EngineError as error:
         assert "not as good" in str(error)
         coarse = 1.0
@@ -151,11 +150,11 @@ def test_another_model_is_no_proof(mixtral: Checkpoint, tmp_path: Path) -> None:
     other = mixture(tmp_path, "llama", {"rms_norm_eps": 1e-2})
     file = tmp_path / "x.gguf"
     convert(other.folder, file, Conversion("f32", guess="gpt-2"))
-    assert prove(other.folder, file, "f32").same
+    assert compare(other.folder, file, "f32").judged(file).same
     with pytest.raises(EngineError, match="another model"):
-        prove(mixtral.folder, file, "f32")
+        compare(mixtral.folder, file, "f32").judged(file)
     with pytest.raises(EngineError, match="not as good"):
-        prove(mixtral.folder, file, "q8_0")
+        compare(mixtral.folder, file, "q8_0").judged(file)
 
 
 def _lossy(share: float, error: float, base: Loss | None = None, typical: float = 0.05) -> Proof:
@@ -300,11 +299,11 @@ def test_chats_and_beginnings_that_differ_are_named(tmp_path: Path) -> None:
     (checkpoint.folder / "chat_template.jinja").write_text(template)
     file = tmp_path / "x.gguf"
     convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
-    assert prove(checkpoint.folder, file, "f32").notes == ()
+    assert compare(checkpoint.folder, file, "f32").judged(file).notes == ()
     config = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
     (checkpoint.folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
     convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
-    begins, chat = prove(checkpoint.folder, file, "f32").notes
+    begins, chat = compare(checkpoint.folder, file, "f32").judged(file).notes
     assert f"begins a text with the ids [{tokenizer.bos_token_id}" in begins and "chat otherwise" in chat
 
 

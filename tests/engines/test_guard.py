@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatting import TEMPLATE, word_tokenizer
-from modekit.engines.guard import BODY, LARGEST_BODY, MOST_MESSAGES, MOST_VALUES, App, Guard, RefusedError, values_in
+from modekit.engines.guard import BODY, LARGEST_BODY, MOST_MESSAGES, MOST_VALUES, App, Guard, RefusedError, sizes_of
 from modekit.engines.request_template import RequestTemplate
 from modekit.text import template_process
 
@@ -93,7 +93,7 @@ def counted(value: object) -> int:
 @given(_VALUES, st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_strings_hide_nothing_from_the_count_and_add_nothing_to_it(value: object, ascii: bool) -> None:
-    assert values_in(json.dumps(value, ensure_ascii=ascii)) == counted(value)
+    assert sizes_of(json.dumps(value, ensure_ascii=ascii))[0] == counted(value)
 
 
 def test_a_large_request_leaves_the_event_loop_its_turn() -> None:
@@ -130,7 +130,7 @@ def test_a_large_request_leaves_the_event_loop_its_turn() -> None:
 
 
 def template_guard(source: str | None, app: App = echo) -> Guard:
-    return Guard(app, None, fitted=RequestTemplate(word_tokenizer(source)).checked)
+    return Guard(app, None, rewrite=RequestTemplate(word_tokenizer(source)).checked)
 
 
 def test_what_the_template_cannot_do_never_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

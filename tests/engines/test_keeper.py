@@ -23,11 +23,11 @@ import pytest
 
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines import keeper as module
+from modekit.engines import supervisor as module
 from modekit.engines.child import Child
-from modekit.engines.keeper import Keeper
-from modekit.engines.serve import Served, serving
-from modekit.engines.settings import GgufSettings, ServeSettings
+from modekit.engines.registry import GgufSettings, ServeSettings
+from modekit.engines.serve import ServedMixture, serving
+from modekit.engines.supervisor import Supervisor
 from modekit.errors import EngineError
 from waiting import until
 
@@ -48,13 +48,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture
-def served(mixture: Checkpoint) -> Iterator[Served]:
+def served(mixture: Checkpoint) -> Iterator[ServedMixture]:
     with serving(mixture, SETTINGS) as running:
         yield running
 
 
-def engine_of(served: Served) -> psutil.Process:
-    child = served.keeper._child
+def engine_of(served: ServedMixture) -> psutil.Process:
+    child = served.supervisor._child
     assert child is not None
     return psutil.Process(child._process.pid)
 
@@ -69,12 +69,12 @@ def asked(address: str, body: object, path: str = "/v1/completions", **headers: 
         return error.code, dict(error.headers), error.read().decode()
 
 
-def healthy(served: Served) -> bool:
+def healthy(served: ServedMixture) -> bool:
     with urllib.request.urlopen(f"{served.address}/health", timeout=60) as answer:
         return bool(answer.status == 200)
 
 
-def test_every_request_is_answered_where_the_engine_is_killed(served: Served) -> None:
+def test_every_request_is_answered_where_the_engine_is_killed(served: ServedMixture) -> None:
     """Those that it was at by an error that clients understand, those that come after by the engine that is started again."""
     before = engine_of(served)
     lines: list[bytes] = []
@@ -102,9 +102,9 @@ def test_every_request_is_answered_where_the_engine_is_killed(served: Served) ->
     assert engine_of(served).pid != before.pid and healthy(served)
 
 
-def busy(served: Served) -> int:
+def busy(served: ServedMixture) -> int:
     """Connections to the engine."""
-    port = int(str(served.keeper.address).rpartition(":")[2])
+    port = int(str(served.supervisor.address).rpartition(":")[2])
     return sum(
         each.status == psutil.CONN_ESTABLISHED and each.raddr.port == port for each in psutil.Process().net_connections("tcp")
     )
@@ -145,7 +145,7 @@ def test_an_interrupt_from_the_terminal_ends_it_well(mixture: Checkpoint) -> Non
     assert "started again" not in said and "Traceback" not in said
 
 
-def test_failures_of_long_ago_are_forgotten(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_long_ago_are_forgotten(served: ServedMixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WITHIN_S", 0.0)
     for _ in range(4):
         engine_of(served).kill()
@@ -163,13 +163,13 @@ def test_an_engine_that_does_not_come_back_ends_it(tmp_path: Path) -> None:
         "print(json.dumps({'address': 'http://127.0.0.1:1'}), flush=True)\n"
     )
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    with Keeper("once", lambda: Child("once", {"mark": str(tmp_path / "mark")}, path)) as keeper:
+    with Supervisor("once", lambda: Child("once", {"mark": str(tmp_path / "mark")}, path)) as keeper:
         with pytest.raises(EngineError, match="the engine failed 3 times in 60 seconds") as error:
             keeper.wait()
         assert "no room for the model" in str(error.value) and keeper.address is None
 
 
-def test_requests_that_end_an_engine_do_not_reach_it(served: Served) -> None:
+def test_requests_that_end_an_engine_do_not_reach_it(served: ServedMixture) -> None:
     before = engine_of(served)
     assert asked(served.address, {"prompt": "the", "grammar": BRACKETS})[0] == 400
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -183,39 +183,39 @@ def test_requests_that_end_an_engine_do_not_reach_it(served: Served) -> None:
     assert engine_of(served).pid == before.pid
     key = {"Authorization": f"Bearer {inner_key(served)}"}
     with suppress(OSError):  # asked itself, without bounds, the engine ends
-        asked(str(served.keeper.address), {"prompt": "the", "grammar": BRACKETS}, **key)
+        asked(str(served.supervisor.address), {"prompt": "the", "grammar": BRACKETS}, **key)
     before.wait(60)
     assert asked(served.address, {"prompt": "the", "max_tokens": 1})[0] == 200
 
 
-def inner_key(served: Served) -> str:
+def inner_key(served: ServedMixture) -> str:
     return str(engine_of(served).environ()["MODEKIT_API_KEY"])
 
 
-def test_the_engine_itself_needs_a_key(served: Served) -> None:
-    assert asked(str(served.keeper.address), {"prompt": "the", "max_tokens": 1})[0] == 401
+def test_the_engine_itself_needs_a_key(served: ServedMixture) -> None:
+    assert asked(str(served.supervisor.address), {"prompt": "the", "max_tokens": 1})[0] == 401
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
-def test_a_request_that_takes_memory_ends_with_an_error(served: Served) -> None:
+def test_a_request_that_takes_memory_ends_with_an_error(served: ServedMixture) -> None:
     """What no bound foresaw: the engine grows no further than its cache and two gigabytes."""
     limit, _ = resource.prlimit(engine_of(served).pid, resource.RLIMIT_DATA)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 2**31 < limit < 2**32 + min(2**33, memory // 8)
     key = {"Authorization": f"Bearer {inner_key(served)}"}
     greedy = {"prompt": "the", "max_tokens": 1, "dry_multiplier": 1, "dry_penalty_last_n": 2**31 - 1}  # 8 GiB
-    status, _, said = asked(str(served.keeper.address), greedy, **key)
+    status, _, said = asked(str(served.supervisor.address), greedy, **key)
     assert status == 400 and "bad_alloc" in said
     assert asked(served.address, {"prompt": "the", "max_tokens": 1})[0] == 200
 
 
 @contextmanager
-def client(served: Served) -> Iterator[openai.OpenAI]:
+def client(served: ServedMixture) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(api_key="none", base_url=f"{served.address}/v1", max_retries=0, timeout=120) as found:
         yield found
 
 
-def test_openais_client(served: Served, mixture: Checkpoint) -> None:
+def test_openais_client(served: ServedMixture, mixture: Checkpoint) -> None:
     name, chat = mixture.folder.name, [{"role": "user", "content": "hi"}]
     with client(served) as ai:
         assert [each.id for each in ai.models.list()] == [name] == [ai.models.retrieve(name).id]
@@ -246,7 +246,7 @@ def test_openais_client(served: Served, mixture: Checkpoint) -> None:
         assert ai.completions.create(model=name, prompt="the", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_hints_name_no_flags_of_other_programs(served: Served) -> None:
+def test_hints_name_no_flags_of_other_programs(served: ServedMixture) -> None:
     status, _, said = asked(served.address, {"prompt": "the " * 3 * LONG, "max_tokens": 1})
     assert status == 400 and "exceeds the available context size" in said and "try" not in said
 

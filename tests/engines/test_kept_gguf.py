@@ -18,7 +18,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import gguf
 from modekit.engines.converter import converter_folder, is_installed
 from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of
-from modekit.engines.settings import GgufSettings
+from modekit.engines.registry import GgufSettings
 from modekit.files.marker import marker_of
 from modekit.members.change import write_change
 from modekit.members.wanted import NewExpert, replacing

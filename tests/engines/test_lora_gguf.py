@@ -21,12 +21,12 @@ from domain_mixtures import built
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines import converter
 from modekit.engines.adapters import Adapter, backbone_names, chosen_adapters
+from modekit.engines.convert_process import place_of
 from modekit.engines.gguf import EXPORT_FILE
 from modekit.engines.llama import Llama
-from modekit.engines.lora_gguf import Written, export_adapters_gguf
-from modekit.engines.lora_writer import place_of
-from modekit.engines.proof import prove
-from modekit.engines.settings import GgufSettings
+from modekit.engines.lora_gguf import GgufFile, export_adapters_gguf
+from modekit.engines.proof import compare
+from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.planning.shape import LowRankPart
@@ -81,19 +81,19 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def written(lora: Checkpoint) -> list[Written]:
+def written(lora: Checkpoint) -> list[GgufFile]:
     """Its files."""
     return export_adapters_gguf(lora, lora.folder.with_name("GGUF"), EXACT)
 
 
-def assert_exact(written: list[Written]) -> None:
+def assert_exact(written: list[GgufFile]) -> None:
     """All that was proven agrees as two float32 engines can."""
     for each in written:
         assert each.proof.same == each.proof.written == 96, each
         assert each.proof.difference < 1e-4, each
 
 
-def test_llama_cpp_computes_every_adapter(written: list[Written]) -> None:
+def test_llama_cpp_computes_every_adapter(written: list[GgufFile]) -> None:
     assert_exact(written)
     folder = written[0].file.parent
     assert [each.file.name for each in written] == ["base-f32.gguf", "patterns.lora.gguf", "rslora.lora.gguf"]
@@ -106,12 +106,12 @@ def test_llama_cpp_computes_every_adapter(written: list[Written]) -> None:
     assert any("3 of 21 modules is folded into B" in note for note in written[1].notes) and written[2].notes == ()
 
 
-def test_the_base_is_that_of_the_source(lora: Checkpoint, written: list[Written]) -> None:
-    proof = prove(lora.folder.with_name("base"), written[0].file, "f32")
+def test_the_base_is_that_of_the_source(lora: Checkpoint, written: list[GgufFile]) -> None:
+    proof = compare(lora.folder.with_name("base"), written[0].file, "f32").judged(written[0].file)
     assert proof.same == proof.written and proof.difference < 1e-4
 
 
-def test_peft_computes_the_same(lora: Checkpoint, written: list[Written]) -> None:
+def test_peft_computes_the_same(lora: Checkpoint, written: list[GgufFile]) -> None:
     """In any order, with one text going on from another's cache: what is asked for is what computes."""
     ids = [5, 40, 77, 200, 118, 31, 9, 260]
     with Llama(written[0].file, context=64, threads=1, adapters=[each.file for each in written[1:]]) as llama, quiet():

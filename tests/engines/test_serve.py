@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -24,12 +25,12 @@ import torch
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import listening, threads
-from modekit.engines import serve as module
+from modekit.engines import converter, listening, threads
+from modekit.engines import registry as module
 from modekit.engines.guard import LARGEST_BODY
 from modekit.engines.listening import KEY, refuse_other_machines
-from modekit.engines.serve import ENGINES, Served, choose_engine, serving
-from modekit.engines.settings import GgufSettings, ServeSettings
+from modekit.engines.registry import ENGINES, EngineName, GgufSettings, ServeSettings
+from modekit.engines.serve import ServedMixture, choose_engine, serving
 from modekit.errors import EngineError, UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from waiting import until
@@ -70,7 +71,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
     scope="module",
     params=[pytest.param(case, id="-".join(case), marks=[IN_VLLM] if case[1] == "vllm" else []) for case in CASES],
 )
-def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> Iterator[tuple[Served, Checkpoint]]:
+def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> Iterator[tuple[ServedMixture, Checkpoint]]:
     shape, engine = request.param
     settings = ServeSettings(engine, port=0, parallel=4, context=64, gguf=GgufSettings("f32"))
     with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +80,7 @@ def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> 
             yield served, mixtures[shape]
 
 
-def asked(served: Served, path: str, body: object = None, *, key: str = "secret") -> tuple[int, Any]:
+def asked(served: ServedMixture, path: str, body: object = None, *, key: str = "secret") -> tuple[int, Any]:
     """Status and answer."""
     data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -91,7 +92,7 @@ def asked(served: Served, path: str, body: object = None, *, key: str = "secret"
         return error.code, error.read().decode()
 
 
-def streamed(served: Served, name: str, prompt: str) -> str:
+def streamed(served: ServedMixture, name: str, prompt: str) -> str:
     """What the model writes, as it comes."""
     body = {"model": name, "prompt": prompt, "max_tokens": COUNT, "temperature": 0, "stream": True}
     headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
@@ -120,7 +121,7 @@ def plain(text: str) -> str:
     return "".join(character for character in text if character.isascii())
 
 
-def test_it_writes_what_transformers_writes(running: tuple[Served, Checkpoint]) -> None:
+def test_it_writes_what_transformers_writes(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     assert served.address.startswith("http://127.0.0.1:")
     body = {"model": checkpoint.folder.name, "prompt": PROMPTS[0], "max_tokens": COUNT, "temperature": 0}
@@ -130,7 +131,7 @@ def test_it_writes_what_transformers_writes(running: tuple[Served, Checkpoint]) 
     assert plain(answer["choices"][0]["text"]) == plain(expected) and len(plain(expected)) > 3
 
 
-def test_eight_at_once_get_what_each_gets_alone(running: tuple[Served, Checkpoint]) -> None:
+def test_eight_at_once_get_what_each_gets_alone(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     alone = [streamed(served, checkpoint.folder.name, prompt) for prompt in PROMPTS]
     with ThreadPoolExecutor(8) as pool:
@@ -138,14 +139,14 @@ def test_eight_at_once_get_what_each_gets_alone(running: tuple[Served, Checkpoin
     assert together == alone and len(set(alone)) > 1
 
 
-def test_it_chats(running: tuple[Served, Checkpoint]) -> None:
+def test_it_chats(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     body = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
     status, answer = asked(served, "/v1/chat/completions", body)
     assert status == 200 and answer["choices"][0]["message"]["role"] == "assistant"
 
 
-def test_a_chat_is_what_the_template_writes(running: tuple[Served, Checkpoint]) -> None:
+def test_a_chat_is_what_the_template_writes(running: tuple[ServedMixture, Checkpoint]) -> None:
     """And not what the engine's own tokenizer would: that has another template, which writes what the guard has written."""
     served, checkpoint = running
     if served.engine != "transformers":
@@ -183,7 +184,7 @@ def test_a_template_without_end_stops_nobody_else(mixtures: dict[str, Checkpoint
         assert asked(served, "/v1/completions", {"model": "native", "prompt": "the", "max_tokens": 2})[0] == 200
 
 
-def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[Served, Checkpoint]) -> None:
+def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     good = {"model": checkpoint.folder.name, "prompt": "the", "max_tokens": 2, "temperature": 0}
     chat = {"model": checkpoint.folder.name, "max_tokens": 2}
@@ -208,7 +209,7 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[Served, C
     assert asked(served, "/health")[0] == 200
 
 
-def test_an_answer_ends_where_the_context_does(running: tuple[Served, Checkpoint]) -> None:
+def test_an_answer_ends_where_the_context_does(running: tuple[ServedMixture, Checkpoint]) -> None:
     """Whatever a request says of it: transformers by itself would write on."""
     served, checkpoint = running
     good = {"model": checkpoint.folder.name, "prompt": "the heart moves", "temperature": 0}
@@ -226,25 +227,25 @@ def test_an_answer_ends_where_the_context_does(running: tuple[Served, Checkpoint
         assert served.engine == "llama" or 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64
 
 
-def test_no_answer_tells_where_the_model_lies(running: tuple[Served, Checkpoint]) -> None:
+def test_no_answer_tells_where_the_model_lies(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     for path in ("/props", "/v1/models", "/slots", "/health"):
         assert str(checkpoint.folder.parent) not in str(asked(served, path)[1])
 
 
-def test_an_engine_that_dies_is_started_again(running: tuple[Served, Checkpoint]) -> None:
+def test_an_engine_that_dies_is_started_again(running: tuple[ServedMixture, Checkpoint]) -> None:
     """Whichever it is; tests/engines/test_keeper.py has what becomes of requests."""
     served, checkpoint = running
-    assert served.keeper._child is not None
-    before = psutil.Process(served.keeper._child._process.pid)
+    assert served.supervisor._child is not None
+    before = psutil.Process(served.supervisor._child._process.pid)
     before.kill()
     before.wait(60)
     body = {"model": checkpoint.folder.name, "prompt": PROMPTS[0], "max_tokens": 2, "temperature": 0}
     until(lambda: asked(served, "/v1/completions", body)[0] == 200)
-    assert served.keeper._child._process.pid != before.pid and asked(served, "/health")[0] == 200
+    assert served.supervisor._child._process.pid != before.pid and asked(served, "/health")[0] == 200
 
 
-def test_a_model_is_found_by_its_name(running: tuple[Served, Checkpoint]) -> None:
+def test_a_model_is_found_by_its_name(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
     name = checkpoint.folder.name
     status, models = asked(served, "/v1/models")
@@ -262,7 +263,7 @@ def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypa
     for engine in ("llama", "vllm"):
         with pytest.raises(UnsupportedError, match="cannot serve the mixture"):
             choose_engine(mixtures["adapters"], engine)
-    monkeypatch.setattr(module, "is_installed", lambda: False)
+    monkeypatch.setattr(converter, "is_installed", lambda: False)
     name, why = choose_engine(mixtures["native"], "auto")
     assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
 
@@ -286,8 +287,8 @@ def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], m
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
         settings = ServeSettings("llama", port=0, context=64, threads=asked_for, gguf=GgufSettings("f32"))
         with serving(mixtures["native"], settings) as served:
-            assert served.threads == expected and served.keeper._child is not None
-            environment = psutil.Process(served.keeper._child._process.pid).environ()
+            assert served.threads == expected and served.supervisor._child is not None
+            environment = psutil.Process(served.supervisor._child._process.pid).environ()
             assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == (str(expected), "passive")
             assert asked(served, "/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
 
@@ -371,6 +372,11 @@ def test_an_option_that_the_engine_does_not_read_is_refused(mixtures: dict[str, 
         said = " ".join(stderr.split())
         assert code == 2 and "the setting has no effect" in said and words[0] in said and "transformers" in said
     assert ENGINES["vllm"].options == {"parallel"} and ENGINES["llama"].options >= {"outtype", "pre_tokenizer", "parallel"}
+
+
+def test_every_engine_has_a_name_and_a_process() -> None:
+    assert get_args(EngineName) == ("auto", *ENGINES)
+    assert all(find_spec(f"modekit.engines.{name}_process") for name in ENGINES)
 
 
 def test_a_missing_package_is_said_with_its_extra(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from domain_mixtures import adapter_experts, built, model_experts
 from engines.test_gguf import REFUSED as NOT_IN_LLAMA
 from engines.test_gguf import RUNS as IN_LLAMA
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.serve import ENGINES
+from modekit.engines.registry import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.sources.families import DECODERS
 from modekit.sources.family import Family

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from modekit.engines import convert_process, lora_writer
+from modekit.engines import convert_process
 
-known = lora_writer.place_of
+known = convert_process.place_of
 
 
 def in_our_order(model: Any, name: str, shape: tuple[int, int]) -> tuple[str, Any]:
@@ -15,5 +15,5 @@ def in_our_order(model: Any, name: str, shape: tuple[int, int]) -> tuple[str, An
 
 
 if __name__ == "__main__":
-    lora_writer.place_of = in_our_order
+    convert_process.place_of = in_our_order
     convert_process.main()

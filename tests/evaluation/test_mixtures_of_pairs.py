@@ -68,10 +68,10 @@ def test_what_is_captured_times_a_gate_is_what_the_router_says(
     assert {True, False} == set(sides) or name == "source"
     taken: dict[int, dict[int, torch.Tensor]] = {}
 
-    def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
+    def consume(_way: int, slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
         taken.setdefault(slot, {}).update(zip(places_T.tolist(), x_TD @ gates[slot].T, strict=True))
 
-    run_with_inputs(view, sequences, router.averages, router.prefix_tokens, consume, lambda _: None)
+    run_with_inputs(view, sequences, [GateInput(router.averages, router.prefix_tokens, {})], consume, lambda _: None)
     starts = [0, 0]
     for sequence in sequences:
         with torch.inference_mode(), mixture.traced() as trace:

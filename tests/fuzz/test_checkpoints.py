@@ -38,7 +38,7 @@ from modekit.report.card import make_card, write_card
 from modekit.report.content import make_content
 from modekit.report.page import make_page
 from modekit.report.push import pack
-from modekit.routing.counts import load_ngram_statistics
+from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.routing.statistics import load_statistics
 from modekit.routing.text_router import TextRouter

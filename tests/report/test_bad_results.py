@@ -26,7 +26,7 @@ from modekit.report.content import make_content
 from modekit.report.drawing import make_pictures
 from modekit.report.page import make_page
 from modekit.report.push import pack
-from modekit.routing.counts import load_ngram_statistics
+from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.statistics import load_statistics
 from refusal import borrow, refuse
 

@@ -28,8 +28,7 @@ from modekit.recipes.read import load_recipe
 from modekit.routing.classifier import Terms
 from modekit.routing.kept import save_kept
 from modekit.routing.refit import refit
-from modekit.routing.running_logits import RunningLogits
-from modekit.routing.text_router import TextRouter
+from modekit.routing.text_router import RunningLogits, TextRouter
 from modekit.routing.token_text import load_token_text
 
 LETTERS = {"medicine": "abcdefgh", "law": "ijklmnop", "code": "qrstuvwx"}
@@ -269,7 +268,7 @@ def test_native_architectures_cannot_say_it(shop: Workshop) -> None:
 
 
 def test_without_scikit_learn_the_plan_says_so(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.recipes.libraries.find_spec", lambda name: None)
+    monkeypatch.setattr("modekit.recipes.fits.find_spec", lambda name: None)
     path = shop.write(mixture={"method": "routing", "router": {"fit": "classifier"}})
     with pytest.raises(RecipeError, match="not installed"):
         make_plan(load_recipe(path), shop.root)

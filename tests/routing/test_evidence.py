@@ -7,17 +7,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.routing.evidence import Averaging, Example, Room, Schedule, train_table
+from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, train_table
 
 HEIGHT = 12
 
 
-def texts(seed: int, favourites: list[int], count: int = 60, length: int = 10) -> list[Example]:
+def texts(seed: int, favourites: list[int], count: int = 60, length: int = 10) -> list[TokenRows]:
     """Sequences in which some tokens are frequent."""
     weights = torch.ones(HEIGHT)
     weights[favourites] = 6.0
     draw = torch.Generator().manual_seed(seed)
-    return [Example(torch.multinomial(weights, length, replacement=True, generator=draw).int()) for _ in range(count)]
+    return [TokenRows(torch.multinomial(weights, length, replacement=True, generator=draw).int()) for _ in range(count)]
 
 
 DOMAINS = [texts(1, [2, 3]), texts(2, [4, 5]), texts(3, [3, 6])]
@@ -32,7 +32,7 @@ def test_weights_are_those_of_the_architecture(decays: tuple[float, ...], adds_u
 
 
 def test_without_steps_it_is_naive_bayes_at_the_best_scale() -> None:
-    trained = train_table(DOMAINS, HEIGHT, Averaging((1.0,)), schedule=Schedule(steps=0, aside=1))
+    trained = train_table(DOMAINS, HEIGHT, Averaging((1.0,)), schedule=TableSchedule(steps=0, aside=1))
     counts = torch.stack(
         [torch.bincount(torch.cat([each.rows for each in domain]).long(), minlength=HEIGHT).double() for domain in DOMAINS]
     )
@@ -46,7 +46,9 @@ def test_without_steps_it_is_naive_bayes_at_the_best_scale() -> None:
 def test_training_descends_below_naive_bayes_towards_the_optimum() -> None:
     """The problem is convex: another optimiser on all of the text can tell how low it goes."""
     averaging = Averaging((0.9,))
-    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=Schedule(aside=1, steps=400, patience=50, learning_rate=0.05))
+    trained = train_table(
+        DOMAINS, HEIGHT, averaging, schedule=TableSchedule(aside=1, steps=400, patience=50, learning_rate=0.05)
+    )
     matrix = averaging.matrices(10)[0]
     rows = torch.stack([torch.stack([each.rows for each in domain]) for domain in DOMAINS]).long()
     labels = torch.arange(3)[:, None, None].expand(3, 60, 10)
@@ -66,18 +68,21 @@ def test_training_descends_below_naive_bayes_towards_the_optimum() -> None:
 
     optimizer.step(closure)
     optimum, ours = float(loss_of(best)), float(loss_of(trained.table[:, 0]))
-    start = float(loss_of(train_table(DOMAINS, HEIGHT, averaging, schedule=Schedule(steps=0, aside=1)).table[:, 0]))
+    start = float(loss_of(train_table(DOMAINS, HEIGHT, averaging, schedule=TableSchedule(steps=0, aside=1)).table[:, 0]))
     assert optimum - 1e-5 <= ours < optimum + 0.25 * (start - optimum)
 
 
 def test_domains_count_equally_and_the_seed_decides() -> None:
-    few = Schedule(aside=1, steps=20, learning_rate=0.02, tokens=300)
+    few = TableSchedule(aside=1, steps=20, learning_rate=0.02, tokens=300)
     one, other = (train_table(DOMAINS, HEIGHT, Averaging((0.9,)), seed=seed, schedule=few) for seed in (3, 4))
     assert one.steps and not torch.equal(one.table, other.table)
     assert torch.equal(one.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), seed=3, schedule=few).table)
-    twice = train_table([DOMAINS[0] * 2, *DOMAINS[1:]], HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0))
+    twice = train_table([DOMAINS[0] * 2, *DOMAINS[1:]], HEIGHT, Averaging((0.9,)), schedule=TableSchedule(steps=0))
     torch.testing.assert_close(
-        twice.table, train_table(DOMAINS, HEIGHT, Averaging((0.9,)), schedule=Schedule(steps=0)).table, atol=0.05, rtol=0.05
+        twice.table,
+        train_table(DOMAINS, HEIGHT, Averaging((0.9,)), schedule=TableSchedule(steps=0)).table,
+        atol=0.05,
+        rtol=0.05,
     )
 
 
@@ -95,13 +100,13 @@ def test_a_single_sequence_per_domain_is_enough() -> None:
 def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
     """The same tokens before the texts of all domains: they weigh in the averages, and no row of theirs is learned."""
     opening = torch.full((6,), 11, dtype=torch.int32)
-    plain = [[Example(each.rows.clamp(max=10)) for each in domain] for domain in DOMAINS]
-    behind = [[Example(torch.cat([opening, each.rows]), len(opening)) for each in domain] for domain in plain]
-    few = Schedule(steps=0, aside=1)
+    plain = [[TokenRows(each.rows.clamp(max=10)) for each in domain] for domain in DOMAINS]
+    behind = [[TokenRows(torch.cat([opening, each.rows]), len(opening)) for each in domain] for domain in plain]
+    few = TableSchedule(steps=0, aside=1)
     start = train_table(behind, HEIGHT, Averaging((1.0,)), schedule=few).table
     assert float(start[:, 0, 11].abs().max()) < 1e-6  # naive Bayes has counted none of them
     scored = train_table(
-        [[Example(each.rows) for each in domain] for domain in behind], HEIGHT, Averaging((1.0,)), schedule=few
+        [[TokenRows(each.rows) for each in domain] for domain in behind], HEIGHT, Averaging((1.0,)), schedule=few
     )
     assert (
         scored.before > train_table(behind, HEIGHT, Averaging((1.0,)), schedule=few).before
@@ -109,8 +114,8 @@ def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
 
 
 def test_the_base_may_be_raised_until_a_domain_loses_one_token_in_fifty() -> None:
-    averaging, schedule = Averaging((0.9,)), Schedule(aside=1)
-    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=schedule, room=Room(0))
+    averaging, schedule = Averaging((0.9,)), TableSchedule(aside=1)
+    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=schedule, room=BaseRoom(0))
     assert trained.room > 0 and train_table(DOMAINS, HEIGHT, averaging, schedule=schedule).room == 0
     matrix = averaging.matrices(10)[0]
     lost = []

@@ -13,8 +13,8 @@ from modekit.architecture.modekit_router import ngram_rows
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.counts import count_domain
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
+from modekit.routing.ngram import count_domain
 from modekit.text.chat import ChatTemplate, Conversation
 from modekit.text.pairs import Pair
 from modekit.text.sequences import encode

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from conftest import Workshop
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.fits import FITS, Fit
+from modekit.recipes.fits import FITS, RECIPE, Fit
 from modekit.recipes.read import load_recipe, parse_recipe, schema_text
+from modekit.routing.closed_form import RULES
+from modekit.routing.fit import SETTERS
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.refit import refit
 
@@ -32,16 +32,16 @@ def favour(fitting: Fitting) -> FittedRouter:
     gates = [np.zeros(slot.shape, np.float32) for slot in fitting.checkpoint.slots]
     for gate in gates:
         gate[-1] = 1 / fitting.settings.temperature
-    record = RouterRecord(status="fitted", settings=fitting.settings, sha256="", text={}, report={})
-    return FittedRouter(gates, record)
+    return fitting.fitted(gates, [], {})
 
 
-FAVOUR = Fit("favour", "one row of ones", f"{__name__}:favour", "nothing", settings=("temperature",), native=True)
+FAVOUR = Fit("favour", "one row of ones", RECIPE, settings=("temperature",))
 
 
 @pytest.fixture(autouse=True)
 def new_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FITS, FAVOUR.name, FAVOUR)
+    monkeypatch.setitem(SETTERS, FAVOUR.name, favour)
 
 
 @pytest.mark.parametrize("form", ["native", "modekit"])
@@ -79,11 +79,9 @@ def test_the_recipe_and_its_schema_know_it(workshop: Workshop) -> None:
     assert "'l2' has no effect with fit: favour" in refused(fit="favour", l2=0.5)
 
 
-def test_every_row_names_what_there_is() -> None:
-    for row in FITS.values():
-        assert callable(resolve_name(row.function)), row.name
-        assert not row.rule or callable(resolve_name(row.rule)), row.name
-        assert bool(row.rule) == (row.reads == "router inputs")
+def test_every_fit_has_a_function() -> None:
+    assert list(SETTERS) == list(FITS)
+    assert {row.name for row in FITS.values() if row.reads.hidden} == set(RULES)
 
 
 def test_nobody_asks_which_fit_it_is() -> None:

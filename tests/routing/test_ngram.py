@@ -20,7 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
-from modekit.routing.counts import load_ngram_statistics
+from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode

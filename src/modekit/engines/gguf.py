@@ -11,26 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
-from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert
-from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
+from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
 from modekit.engines.proof import compare
 from modekit.engines.proof_result import EXACT, Loss, Proof
 from modekit.engines.proof_texts import ProofTexts, texts_of
-from modekit.engines.settings import GgufSettings, Outtype
+from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.files.libraries import library_writes
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, is_there
 from modekit.files.read import UNREADABLE, read_json
-from modekit.files.staging import staging
+from modekit.files.staging import Staging, staging
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import remove, write_json
 from modekit.planning.shapes import Shape
@@ -47,8 +47,18 @@ _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 _KEEPS_WINDOW = {"cohere2_moe", "mellum"}
 
 
+class Made(TypedDict, total=False):
+    """What decides what an export holds, as export.json says it; `experts` where they are files of their own."""
+
+    identity: dict[str, str]
+    outtype: Outtype
+    pre_tokenizer: str | None
+    engines: dict[str, str]
+    experts: list[str]
+
+
 @dataclass(frozen=True)
-class Written:
+class GgufFile:
     """One file, the proof that llama.cpp computes what it holds, and what to know of both.
 
     Attributes:
@@ -60,7 +70,7 @@ class Written:
     notes: tuple[str, ...]
     expert: str | None = None
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """For export.json."""
         expert = {} if self.expert is None else {"expert": self.expert}
         return {**expert, "file": self.file.name, "notes": self.notes, "proof": self.proof.as_data()}
@@ -68,7 +78,7 @@ class Written:
 
 def export_gguf(
     checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, replace: Replace = "nothing", run: Run = QUIET
-) -> list[Written]:
+) -> list[GgufFile]:
     """Write a folder with the mixture as GGUF, proven in llama.cpp; returns its one file.
 
     Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
@@ -86,25 +96,41 @@ def export_gguf(
     check_installed()
     made = made_of(checkpoint, settings)
     name = _name(checkpoint, made)
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
-        if not stage.recall("converted"):
-            run.begin("convert")
-            finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
-            guess = guessed_pre_tokenizer(checkpoint.folder)
-            how = Conversion(made["outtype"], settings.pre_tokenizer, guess, finer)
-            with library_writes(stage.folder) as folder:
-                convert(checkpoint.folder, folder / name, how)
-            stage.record("converted", True)
+    with staged_export(checkpoint, out, made, replace, run) as stage:
+        finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
+        guess = guessed_pre_tokenizer(checkpoint.folder)
+        convert_into(stage, checkpoint, name, Conversion(made["outtype"], settings.pre_tokenizer, guess, finer), run)
         file, texts = stage.folder / name, texts_of(checkpoint)
         proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
         if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
             proof = proof.beside(_loss_of_base(checkpoint, stage.folder, made, texts, run))
         proof = proof.judged(file, accept=settings.accept)
-        written = Written(out / name, proof, (*_notes(shape), *proof.notes))
-        write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **written.as_data()})
+        written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
+        write_record(stage, made, written.as_data())
     keep_proven(_claim(made, written.file, run))
     return [written]
+
+
+@contextmanager
+def staged_export(checkpoint: Checkpoint, out: Path, made: Made, replace: Replace, run: Run) -> Iterator[Staging]:
+    """The folder of an export in the making. Raises OutputError."""
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
+        yield stage
+
+
+def convert_into(stage: Staging, checkpoint: Checkpoint, name: str, how: Conversion, run: Run) -> None:
+    """Write the mixture's GGUF files, unless an earlier, interrupted run has. Raises EngineError."""
+    if not stage.recall("converted"):
+        run.begin("convert")
+        with library_writes(stage.folder) as folder:
+            convert(checkpoint.folder, folder / name, how)
+        stage.record("converted", True)
+
+
+def write_record(stage: Staging, made: Made, said: Mapping[str, object]) -> None:
+    """Write export.json."""
+    write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **said})
 
 
 def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: Run = QUIET) -> Path:
@@ -125,14 +151,14 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
     return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0].file
 
 
-def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> dict[str, Any]:
+def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> Made:
     """What decides what the file holds."""
     outtype = settings.outtype or _own_outtype(checkpoint)
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
     return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
 
 
-def _claim(made: Mapping[str, Any], file: Path, run: Run) -> str:
+def _claim(made: Made, file: Path, run: Run) -> str:
     """That a file, by its bytes, is the mixture. Raises SourceError where it cannot be read."""
     return json.dumps([made, known_blake3(file, partial(run.progress, f"look at {file.name}"))], sort_keys=True)
 
@@ -142,7 +168,7 @@ def _own_outtype(checkpoint: Checkpoint) -> Outtype:
     return _BY_DTYPE[str(checkpoint.config["dtype"])]
 
 
-def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any], texts: ProofTexts, run: Run) -> Loss | None:
+def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Made, texts: ProofTexts, run: Run) -> Loss | None:
     """What the dense base model loses when it is stored alike; None where it is gone, or does not run in llama.cpp.
 
     Its file is written into `folder` and removed.
@@ -160,7 +186,7 @@ def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Mapping[str, Any],
         remove(file)
 
 
-def _name(checkpoint: Checkpoint, made: Mapping[str, Any]) -> str:
+def _name(checkpoint: Checkpoint, made: Made) -> str:
     return f"{checkpoint.folder.name}-{made['outtype']}.gguf"
 
 

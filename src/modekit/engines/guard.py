@@ -12,16 +12,16 @@ import hmac
 import json
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Any, Any, Any], Awaitable[None]]
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+App = ASGIApp
 Body = dict[str, Any]
-"""A request's JSON."""
-Fitted = Callable[[Body], Awaitable[Body]]
+"""A request's JSON object, whose values anybody may have made of any kind."""
+Rewrite = Callable[[Body], Awaitable[Body]]
 _T = TypeVar("_T")
 _LOG = logging.getLogger("modekit.guard")
 
@@ -55,7 +55,7 @@ class BrokenOffError(Exception):
     """An answer of which some was sent cannot be ended well: the connection is closed."""
 
 
-def error_of(status: int, why: str) -> dict[str, Any]:
+def error_of(status: int, why: str) -> dict[str, dict[str, str | int]]:
     """An error as OpenAI's API says it."""
     return {"error": {"message": why, "type": "invalid_request_error", "code": status}}
 
@@ -63,7 +63,7 @@ def error_of(status: int, why: str) -> dict[str, Any]:
 class Guard:
     """Lets through what is asked for at `paths` with the key; of `open_paths` nobody needs the key.
 
-    `fitted` may give another body in place of a request's, or refuse it (RefusedError).
+    `rewrite` may give another body in place of a request's, or refuse it (RefusedError).
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Guard:
         paths: Collection[str] = ANSWERS,
         *,
         open_paths: Collection[str] = ("/health",),
-        fitted: Fitted | None = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
-        self._app, self._key, self._paths, self._open, self._fitted = app, key, paths, open_paths, fitted
+        self._app, self._key, self._paths, self._open, self._rewrite = app, key, paths, open_paths, rewrite
         self._at_once = 0
-        self._aside = Aside()
+        self._aside = SideThread()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, and its answer to the last byte."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
@@ -89,7 +89,7 @@ class Guard:
             try:
                 await self._let_through(scope, receive, send)
             except RefusedError as error:
-                await _refuse(send, error)
+                await _refusal(error)(scope, receive, send)
             except BrokenOffError:
                 raise
             except Exception as fault:  # of any kind, for the log; the server closes the connection
@@ -98,7 +98,7 @@ class Guard:
             finally:
                 self._at_once -= counted
 
-    async def _let_through(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _let_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = self._checked(scope)
         scope = {**scope, "headers": list(headers.items())}
         if scope["method"] == "POST":
@@ -107,8 +107,8 @@ class Guard:
             except (TimeoutError, asyncio.TimeoutError):
                 raise RefusedError(408, "the request did not come") from None
             body = await self._aside(len(content), body_of, content)
-            if self._fitted is not None:
-                body = await self._fitted(body)
+            if self._rewrite is not None:
+                body = await self._rewrite(body)
                 content = await self._aside(len(content), _written, body)
             headers.pop(b"transfer-encoding", None)
             headers[b"content-length"] = str(len(content)).encode()
@@ -116,7 +116,7 @@ class Guard:
             scope |= {"headers": list(headers.items()), BODY: body}
         await self._app(scope, receive, send)
 
-    def _checked(self, scope: Message) -> dict[bytes, bytes]:
+    def _checked(self, scope: Scope) -> dict[bytes, bytes]:
         """The head of a request, by its fields. Raises RefusedError."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
@@ -135,7 +135,7 @@ class Guard:
         return headers
 
 
-class Aside:
+class SideThread:
     """Does what is large in another thread, one at a time, so that the event loop has its turn in between."""
 
     def __init__(self) -> None:
@@ -167,9 +167,10 @@ def body_of(content: bytes) -> Body:
     """A request's JSON. Raises RefusedError."""
     try:
         text = content.decode()
-        if values_in(text) > MOST_VALUES:
+        values, keys = sizes_of(text)
+        if values > MOST_VALUES:
             raise RefusedError(413, f"the request has too many values; it may have at most {MOST_VALUES:,}")
-        if _outside_strings(text).count(":") > _MOST_KEYS:
+        if keys > _MOST_KEYS:
             raise RefusedError(413, f"the request has too many keys; it may have at most {_MOST_KEYS:,}")
         body = json.loads(text, parse_constant=no_constant, parse_int=_short_integer)
     except (ValueError, RecursionError):
@@ -196,25 +197,17 @@ def no_constant(name: str) -> float:
     raise ValueError(name)
 
 
-def values_in(text: str) -> int:
-    """Entries of all lists and objects of a JSON text, and these, by the commas and brackets outside strings.
+def sizes_of(text: str) -> tuple[int, int]:
+    """Entries of all lists and objects of a JSON text with these themselves, and keys, by the signs outside strings.
 
-    Beyond MOST_VALUES it may be another number beyond it.
+    Beyond MOST_VALUES entries they may be another number beyond it, and keys are not counted.
     """
-    entries = _bare(text).count('"') // 4  # which have a key and a string at most
+    bare = text.replace("\\\\", "").replace('\\"', "")  # every quote begins or ends a string
+    entries = bare.count('"') // 4  # which have a key and a string at most
     if entries > MOST_VALUES:
-        return entries
-    outside = _outside_strings(text)
-    return outside.count(",") + outside.count("[") + outside.count("{")
-
-
-def _bare(text: str) -> str:
-    """A JSON text in which every quote begins or ends a string."""
-    return text.replace("\\\\", "").replace('\\"', "")
-
-
-def _outside_strings(text: str) -> str:
-    return "".join(_bare(text).split('"')[::2])
+        return entries, 0
+    outside = "".join(bare.split('"')[::2])
+    return outside.count(",") + outside.count("[") + outside.count("{"), outside.count(":")
 
 
 def _written(body: Body) -> bytes:
@@ -246,10 +239,6 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _refuse(send: Send, error: RefusedError) -> None:
-    body = json.dumps(error_of(error.status, error.why)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-    if error.status == 429:
-        headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _refusal(error: RefusedError) -> JSONResponse:
+    retry = {"retry-after": "1"} if error.status == 429 else {}
+    return JSONResponse(error_of(error.status, error.why), error.status, {"connection": "close", **retry})

@@ -11,15 +11,16 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from modekit.engines.guard import App
+from modekit.engines.registry import INSTALL
 from modekit.errors import EngineError
 
 if TYPE_CHECKING:
     import uvicorn
 
+    from modekit.engines.guard import App
+
 KEY = "MODEKIT_API_KEY"
 """The environment variable with the key that clients must send."""
-INSTALL = "pip install 'modekit[serve]'"
 _BACKLOG = 1_024
 _GRACE_S = 5  # in which answers may end
 _HEAD = 2**16  # bytes of a request's head
@@ -87,3 +88,35 @@ def answering(app: App, listener: socket.socket) -> Iterator[None]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """One that is bound to an address; port 0: any that is free. Raises EngineError when it cannot be."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        raise EngineError(
+            "the address cannot be listened on",
+            where=f"{host}:{port}",
+            found=getattr(error, "strerror", None) or str(error),
+            remedy="choose another --port (0: any that is free) or --host",
+        ) from None
+    return bound
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or for 0 one that nobody listens on now. Raises EngineError when it cannot be listened on."""
+    with bound_socket(host, port) as bound:
+        return int(bound.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """Of an address that is listened on."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

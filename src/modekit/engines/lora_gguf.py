@@ -11,11 +11,8 @@ transformers that always takes this expert.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,17 +21,13 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
-from modekit.engines.converter import Conversion, check_installed, convert
-from modekit.engines.gguf import EXPORT_FILE, Written, made_of
-from modekit.engines.pre_tokenizer import guessed_pre_tokenizer
+from modekit.engines.converter import Conversion, check_installed, guessed_pre_tokenizer
+from modekit.engines.gguf import GgufFile, Made, convert_into, made_of, staged_export, write_record
 from modekit.engines.proof import in_both
 from modekit.engines.proof_result import EXACT, Proof
 from modekit.engines.proof_texts import texts_of
-from modekit.engines.settings import GgufSettings
-from modekit.files.libraries import library_writes
+from modekit.engines.registry import GgufSettings
 from modekit.files.output import Replace
-from modekit.files.staging import staging
-from modekit.files.write import write_json
 from modekit.loaded.modekit import flow_of
 from modekit.recipes.paths import name_of
 from modekit.recipes.strict import BASE
@@ -49,7 +42,7 @@ def export_adapters_gguf(
     experts: Sequence[str] | None = None,
     replace: Replace = "nothing",
     run: Run = QUIET,
-) -> list[Written]:
+) -> list[GgufFile]:
     """Write a folder with the backbone and adapters as GGUF, proven in llama.cpp; returns the backbone's file and theirs.
 
     `experts`: those that are written; None: all. Raises UnsupportedError, before anything is written, when one of them has no
@@ -58,30 +51,23 @@ def export_adapters_gguf(
     refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
     adapters = chosen_adapters(checkpoint, experts)
     check_installed()
-    made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
-        names = [_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters)]
-        files = [stage.folder / name for name in names]
-        if not stage.recall("converted"):
-            run.begin("convert")
-            guess = guessed_pre_tokenizer(checkpoint.folder)
-            with library_writes(stage.folder) as folder:
-                theirs = {adapter.expert: folder / name for adapter, name in zip(adapters, names[1:], strict=True)}
-                how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
-                convert(checkpoint.folder, folder / names[0], how)
-            stage.record("converted", True)
+    made: Made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
+    names = [_base_file(checkpoint, made["outtype"]), *map(_file_of, adapters)]
+    with staged_export(checkpoint, out, made, replace, run) as stage:
+        files, guess = [stage.folder / name for name in names], guessed_pre_tokenizer(checkpoint.folder)
+        theirs = [(adapter.expert, name) for adapter, name in zip(adapters, names[1:], strict=True)]
+        how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
+        convert_into(stage, checkpoint, names[0], how, run)
         base, *proofs = prove_adapters(
             checkpoint, files, adapters, GgufSettings(made["outtype"], accept=settings.accept), run=run
         )
-        written = [Written(out / files[0].name, base, (*_notes(checkpoint), *base.notes))]
+        written = [GgufFile(out / files[0].name, base, (*_notes(checkpoint), *base.notes))]
         for adapter, proof in zip(adapters, proofs, strict=True):
             written.append(
-                Written(out / _file_of(adapter), proof, (*_notes_of(adapter, checkpoint), *proof.notes), adapter.name)
+                GgufFile(out / _file_of(adapter), proof, (*_notes_of(adapter, checkpoint), *proof.notes), adapter.name)
             )
         said = [each.as_data() for each in written]
-        record = {**made, "transformers": version("transformers"), "base": said[0], "adapters": said[1:]}
-        write_json(stage.folder / EXPORT_FILE, record)
+        write_record(stage, made, {"base": said[0], "adapters": said[1:]})
     return written
 
 

@@ -48,23 +48,18 @@ _Compared = tuple[list[float], list[float]]
 """Log-probabilities of the tokens of one text, by transformers and by llama.cpp."""
 
 
-def prove(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
-    """Compare a GGUF file, whose weights are stored as `outtype`, with the model folder that it was made of.
-
-    `texts`: what it is compared on where that is not float32; None: text that comes with modekit. Raises EngineError where they
-    are not the same model, or it lost too much.
-    """
-    return compare(folder, file, outtype, texts=texts, run=run).judged(file)
-
-
 def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
-    """The same, but not judged. Raises EngineError as `in_both`."""
+    """Compare a GGUF file, whose weights are stored as `outtype`, with the model folder that it was made of; not judged yet.
+
+    `texts`: what it is compared on where that is not float32; None: text that comes with modekit. Raises EngineError as
+    `in_both`.
+    """
     with in_both(folder, file, run=run) as both:
         return both.proof(file, outtype, texts=texts, run=run)
 
 
 @dataclass(frozen=True)
-class InBoth:
+class BothEngines:
     """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked.
 
     Attributes:
@@ -81,7 +76,7 @@ class InBoth:
     notes: tuple[str, ...]
 
     def proof(self, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
-        """Compare the two as they are now, without a judgement; `file` is what messages name. `texts` as `prove`."""
+        """Compare the two as they are now, without a judgement; `file` is what messages name. `texts` as `compare`."""
         written = [(_greedy(self.model, ids), self.llama.greedy(ids, GREEDY_TOKENS)) for ids in self._begun]
         if outtype == EXACT:
             goes_on = [ids + ours for ids, (ours, _) in zip(self._begun, written, strict=True)]
@@ -127,7 +122,7 @@ class InBoth:
 
 
 @contextmanager
-def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run = QUIET) -> Iterator[InBoth]:
+def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run = QUIET) -> Iterator[BothEngines]:
     """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts.
 
     Raises EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
@@ -140,7 +135,7 @@ def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run
     context = max(LONGEST, *map(len, texts)) + GREEDY_TOKENS + 1
     with Llama(file, context=context, threads=default_threads(), adapters=adapters) as llama:
         _check_tokens(llama, texts, folder)
-        yield InBoth(model, llama, tokenizer, texts, most - 1, tuple(_other_readings(llama, tokenizer)))
+        yield BothEngines(model, llama, tokenizer, texts, most - 1, tuple(_other_readings(llama, tokenizer)))
 
 
 def _check_tokens(llama: Llama, texts: Sequence[Sequence[int]], folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from modekit.errors import EngineError
 
@@ -86,7 +85,7 @@ class Proof:
             f"over {self.tokens:,} tokens of {self.texts:,} texts ({self.text})"
         )
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """For a record."""
         return {name: value for name, value in asdict(self).items() if name != "notes"}
 

@@ -13,32 +13,29 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from modekit.engines.bounds import check_chat, check_request
-from modekit.engines.guard import ANSWERS, BODY, App, Body, Guard, RefusedError, error_of
-from modekit.engines.keeper import Keeper
-from modekit.engines.passing import GoneError, unless_gone, whole_events
+from modekit.engines.gateway import AGAIN, CHATS, COMPLETIONS, PassedOn, answering_with, is_stream, unless_disconnected
+from modekit.engines.guard import ANSWERS, BODY, App, Body, Guard, RefusedError
+from modekit.engines.registry import Engine
 from modekit.engines.request_template import RequestTemplate
+from modekit.engines.supervisor import Supervisor
 
-_CHATS = "/v1/chat/completions"
 _BACK_S = 15.0  # that a request waits for an engine that is started again
 _LOOK_S = 0.1
 _SHOWN = 60
-_AGAIN: Mapping[str, str] = {"retry-after": "2"}
 _ENDED = "the engine ended while it was answering, and is started again; send the request once more"
 _HINT = re.compile(r"( - hint:|,? (?:please )?try (?:increasing|using|setting)|\.? [Ss]tart it with ).*", re.DOTALL)
 """What engines advise their own users to do, who have other options."""
 _JSON: Mapping[str, str] = {"content-type": "application/json"}
-_WITHOUT_SCORES = {"llama", "transformers"}
 _NOT_DONE: Mapping[str, str] = {
     "echo": "add the prompt to the answer yourself",
     "best_of": "ask for several answers by n",
@@ -53,14 +50,16 @@ class Proxy:
     """What is known of the engine.
 
     Attributes:
-        keeper: keeps it running.
+        supervisor: keeps it running.
+        engine: what it can do.
         model: the name under which it serves the mixture.
         inner_key: what the engine wants to see.
         template: the mixture's chat template, for an engine that runs it without limits; None where the engine sees to it.
         born: seconds of the epoch, for the list of models.
     """
 
-    keeper: Keeper
+    supervisor: Supervisor
+    engine: Engine
     model: str
     inner_key: str
     template: RequestTemplate | None
@@ -70,13 +69,12 @@ class Proxy:
     def app(self, key: str | None) -> App:
         """As an ASGI application for clients with a key, if any."""
         routes = [
-            Route(_CHATS, self._complete, methods=["POST"]),
-            Route("/v1/completions", self._complete, methods=["POST"]),
+            *(Route(path, answering_with(self._complete), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
         ]
-        metrics = {"/metrics"} if self.keeper.engine == "vllm" else set()
+        metrics = {"/metrics"} if self.engine.metrics else set()
         routes += [Route(path, self._metrics) for path in metrics]
         paths = ANSWERS | metrics | {f"/v1/models/{self.model}"}
         return Guard(Starlette(routes=routes, lifespan=self._lifespan), key, paths, open_paths={"/health"} | metrics)
@@ -90,18 +88,13 @@ class Proxy:
         async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limit) as self._client:
             yield
 
-    async def _complete(self, request: Request) -> Response:
-        try:
-            path, body = request.url.path, request.scope[BODY]
-            # A thread of its own, so that a long request does not hold up the others' answers.
-            content = await asyncio.to_thread(self._checked, path, body)
-            if self.template is not None and path == _CHATS:
-                await self.template.checked(body)
-            return await self._answer(request, content)
-        except RefusedError as error:
-            return JSONResponse(error_of(error.status, error.why), error.status, _AGAIN if error.status == 503 else None)
-        except (ClientDisconnect, GoneError):
-            return Response(status_code=499)
+    async def _complete(self, request: Request, held: AsyncExitStack) -> Response:
+        path, body = request.url.path, request.scope[BODY]
+        # A thread of its own, so that a long request does not hold up the others' answers.
+        content = await asyncio.to_thread(self._checked, path, body)
+        if self.template is not None and path == CHATS:
+            await self.template.checked(body)
+        return await self._answer(request, content, held)
 
     def _checked(self, path: str, body: Body) -> bytes:
         """A request as the engine gets it. Raises RefusedError."""
@@ -110,31 +103,30 @@ class Proxy:
         model = asked["model"]
         if model != self.model:
             raise RefusedError(404, f"there is no model {str(model)[:_SHOWN]!r}; there is {self.model!r}")
-        if path == _CHATS:
+        if path == CHATS:
             check_chat(asked)
-        elif self.keeper.engine in _WITHOUT_SCORES:
+        elif not self.engine.full_completions:
             for key, advice in _NOT_DONE.items():
                 if asked.get(key) not in (None, False, 1 if key == "best_of" else None):
-                    raise RefusedError(400, f"{key}: {self.keeper.engine} does not do this; {advice}")
+                    raise RefusedError(400, f"{key}: {self.supervisor.engine} does not do this; {advice}")
         return json.dumps(asked).encode()
 
-    async def _answer(self, request: Request, body: bytes) -> Response:
-        """What the engine answers, as it comes where it is a stream. Raises RefusedError and GoneError."""
-        answer = await unless_gone(request, self._sent(request.url.path, body))
+    async def _answer(self, request: Request, body: bytes, held: AsyncExitStack) -> Response:
+        """What the engine answers, as it comes where it is a stream. Raises RefusedError and DisconnectedError."""
+        answer = await held.enter_async_context(await unless_disconnected(request, self._sent(request.url.path, body)))
         kind = answer.headers.get("content-type", "application/json")
-        if kind.startswith("text/event-stream"):
-            return _Stream(answer, kind)
-        async with answer:
-            try:
-                content = await unless_gone(request, answer.read())
-            except aiohttp.ClientError:
-                raise RefusedError(503, _ENDED) from None
+        if is_stream(kind):
+            return PassedOn(answer.content.iter_any(), answer.status, kind, held.pop_all(), _ENDED)
+        try:
+            content = await unless_disconnected(request, answer.read())
+        except aiohttp.ClientError:
+            raise RefusedError(503, _ENDED) from None
         return Response(_without_hint(content) if answer.status >= 400 else content, answer.status, media_type=kind)
 
     async def _sent(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         """The head of the engine's answer. Raises RefusedError where it ends, or is not back in time."""
         end = time.monotonic() + _BACK_S
-        while time.monotonic() < end and (address := await self.keeper.address_within(end - time.monotonic())) is not None:
+        while time.monotonic() < end and (address := await self.supervisor.address_within(end - time.monotonic())) is not None:
             try:
                 return await self._client.post(address + path, data=body, headers=_JSON, allow_redirects=False)
             except aiohttp.ClientConnectorError:  # it has just ended, and got nothing of the request
@@ -153,28 +145,16 @@ class Proxy:
         return {"id": self.model, "object": "model", "created": self.born, "owned_by": "modekit"}
 
     async def _health(self, _request: Request) -> Response:
-        if self.keeper.address is None:
-            return JSONResponse({"status": "starting"}, 503, _AGAIN)
+        if self.supervisor.address is None:
+            return JSONResponse({"status": "starting"}, 503, AGAIN)
         return JSONResponse({"status": "ok"})
 
     async def _metrics(self, _request: Request) -> Response:
         try:
-            async with self._client.get(f"{self.keeper.address}/metrics", allow_redirects=False) as answer:
+            async with self._client.get(f"{self.supervisor.address}/metrics", allow_redirects=False) as answer:
                 return Response(await answer.read(), answer.status, media_type=answer.headers.get("content-type"))
         except (aiohttp.ClientError, ValueError):
-            return JSONResponse({"status": "starting"}, 503, _AGAIN)
-
-
-class _Stream(StreamingResponse):
-    """An engine's stream; whatever becomes of the client, the connection to the engine is closed afterwards."""
-
-    def __init__(self, answer: aiohttp.ClientResponse, kind: str) -> None:
-        super().__init__(whole_events(answer.content.iter_any(), _ENDED), answer.status, media_type=kind)
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._answer:
-            await super().__call__(scope, receive, send)
+            return JSONResponse({"status": "starting"}, 503, AGAIN)
 
 
 def _without_hint(content: bytes) -> bytes:

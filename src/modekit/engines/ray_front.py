@@ -36,7 +36,7 @@ class FrontArguments(FrontSettings):
         return front_of(open_checkpoint(Path(self.checkpoint)), self, run=Run(self.trust_remote_code)).app()
 
 
-def application(said: Mapping[str, Any]) -> Any:
+def application(said: Mapping[str, object]) -> object:
     """The front as Ray Serve wants it, to be made in each replica. Raises EngineError for arguments that are none."""
     serve: Any = import_module("ray.serve")
     try:

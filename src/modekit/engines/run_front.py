@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.listening import KEY, check_packages, key_in, refuse_other_machines, server_of
-from modekit.engines.serve import bound_socket, url_of
+from modekit.engines.listening import KEY, bound_socket, check_packages, key_in, refuse_other_machines, server_of, url_of
 from modekit.errors import EngineError
 from modekit.recipes.strict import BASE, Strict
 from modekit.run import QUIET, Run
@@ -78,9 +77,8 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, host: str = _EVERY
     key, workers_key = key_in(KEY), key_in(WORKERS_KEY)
     if key is None and not settings.no_key:
         refuse_other_machines(host)
-    from modekit.engines.adapter_folder import AdapterFolder
     from modekit.engines.front import Front
-    from modekit.engines.workers import Workers
+    from modekit.engines.workers import AdapterFolder, WorkerPool
     from modekit.routing.text_router import TextRouter
 
     names = checked_names(checkpoint, settings.names)
@@ -91,7 +89,7 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, host: str = _EVERY
     _check_urls(settings.workers)
     router = TextRouter(checkpoint, run=run)
     adapters = None if settings.adapters is None else AdapterFolder(settings.adapters, checkpoint.names, names)
-    workers = Workers(settings.workers, workers_key, settings.timeout, adapters)
+    workers = WorkerPool(settings.workers, workers_key, settings.timeout, adapters)
     return Front(router, workers, names, key)
 
 

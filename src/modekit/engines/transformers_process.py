@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from modekit.engines.child import answer_caller, settings_of_caller
 from modekit.engines.guard import Body, Guard, RefusedError
+from modekit.engines.listening import url_of
 from modekit.engines.request_template import RequestTemplate
-from modekit.engines.serve import url_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ _AS_WRITTEN = "{{ messages[0]['content'] }}"
 """The chat template of the engine, which gets conversations as the mixture's own template wrote them."""
 
 
-class Fitted:
+class RequestWriter:
     """Makes of a request one that the engine can answer: its messages written, and an answer that ends where the context does.
 
     `context` is the most tokens that there may be, the answer included. The chat template and the tokenizer run here, in other
@@ -93,7 +93,7 @@ def main() -> None:
 
     transformers.ModekitForCausalLM = ModekitForCausalLM
     folder = Path(settings["model"])
-    fitted = Fitted(load_tokenizer(folder), settings["context"])
+    rewrite = RequestWriter(load_tokenizer(folder), settings["context"])
     os.chdir(folder.parent)  # so that the model is known by its name, and no answer tells where it lies
 
     class Guarded(Serve):  # type: ignore[misc]
@@ -102,7 +102,7 @@ def main() -> None:
         def start_server(self) -> None:
             for loaded in self._model_manager.loaded_models.values():
                 loaded.processor.chat_template = _AS_WRITTEN
-            self.server.config.app = Guard(self.server.config.app, settings["key"], fitted=fitted)
+            self.server.config.app = Guard(self.server.config.app, settings["key"], rewrite=rewrite)
             super().start_server()
 
     served = Guarded(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.config import VllmConfig
@@ -55,8 +55,17 @@ def _first_attention(model: torch.nn.Module) -> Any:
     return next(module for module in model.modules() if isinstance(module, Attention))
 
 
+class PassMetadata(Protocol):
+    """What an attention backend knows of a pass."""
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+
+
 @dataclass(frozen=True)
-class Row:
+class PassLayout:
     """Where the tokens of a pass belong.
 
     Attributes:
@@ -69,7 +78,7 @@ class Row:
     slots: torch.Tensor
 
 
-def row_of(metadata: Any, block_size: int) -> Row:
+def layout_of(metadata: PassMetadata, block_size: int) -> PassLayout:
     """Where tokens belong, from what an attention backend knows of a pass.
 
     Raises RuntimeError where its blocks are not numbered as here.
@@ -90,7 +99,7 @@ def row_of(metadata: Any, block_size: int) -> Row:
         if count:
             places = starts[members][:, None] + torch.arange(count, device=starts.device)
             groups.append((places, before[members]))
-    return Row(groups, slots)
+    return PassLayout(groups, slots)
 
 
 def _levels(first: torch.Tensor, before: torch.Tensor, starts: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -114,12 +123,12 @@ def _slots_at(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> 
 
 
 class Slots:
-    """Remembers for routers what each sequence's tokens told them, slot by slot (a `Keeper`)."""
+    """Remembers for routers what each sequence's tokens told them, slot by slot (modekit_flow's `Keeper`)."""
 
     def __init__(self, layer: str, vllm_config: VllmConfig) -> None:
         self._layer, self._cache = layer, vllm_config.cache_config
         self._states: dict[str, torch.Tensor] = {}
-        self._seen: tuple[Any, Row] | None = None
+        self._seen: tuple[Any, PassLayout] | None = None
 
     def sums(self, key: str, values_BSG: torch.Tensor, decay: float, prefix: int | None) -> torch.Tensor:
         """State of each sequence after each of its tokens, (1, T, G + 2)."""
@@ -149,14 +158,14 @@ class Slots:
             results[0, places_BS] = result
         return step(values, None)[0] if results is None else results
 
-    def _row(self) -> Row | None:
+    def _row(self) -> PassLayout | None:
         """Of the running pass; looked at once for all routers."""
         metadata = get_forward_context().attn_metadata
         if not metadata:
             return None
         metadata = metadata[self._layer]
         if self._seen is None or self._seen[0] is not metadata:
-            self._seen = metadata, row_of(metadata, self._cache.block_size)
+            self._seen = metadata, layout_of(metadata, self._cache.block_size)
         return self._seen[1]
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:

@@ -14,50 +14,39 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 
-from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.engines.child import ProcessSettings, answer_caller, settings_of_caller
 from modekit.engines.guard import ANSWERS, App, Guard
-from modekit.engines.listening import KEY
-from modekit.engines.serve import free_port, url_of
+from modekit.engines.listening import KEY, free_port, url_of
 
 SERVER = "vllm.entrypoints.openai.api_server"
 _LOOK_S = 0.5
 _ANSWER_S = 5.0
 
 
-class Before(Guard):
+class VllmGuard(Guard):
     """The guard, as vLLM makes it from its name."""
 
     def __init__(self, app: App) -> None:
         super().__init__(app, os.environ.get(KEY), ANSWERS | {"/metrics"}, open_paths=("/health", "/metrics"))
 
 
-def arguments_of(settings: Mapping[str, object]) -> list[str]:
+def arguments_of(settings: ProcessSettings) -> list[str]:
     """The words of vLLM's command line."""
-    folder = Path(str(settings["model"]))
-    words = [
-        "--model",
-        f"./{folder.name}",
-        "--served-model-name",
-        str(settings["name"]),
-        "--host",
-        str(settings["host"]),
-        "--port",
-        str(settings["port"]),
-        "--dtype",
-        str(settings["dtype"]),
-        "--max-model-len",
-        str(settings["context"]),
-        "--max-num-seqs",
-        str(settings["parallel"]),
-        "--middleware",
-        f"modekit.engines.vllm_process.{Before.__name__}",
-        "--disable-uvicorn-access-log",
-    ]
-    words += ["--trust-remote-code"] if settings["trust_remote_code"] else []
-    return words + (["--model-impl", "transformers"] if settings["through_transformers"] else [])
+    options = {
+        "model": f"./{Path(settings['model']).name}",
+        "served-model-name": settings["name"],
+        "host": settings["host"],
+        "port": settings["port"],
+        "dtype": settings["dtype"],
+        "max-model-len": settings["context"],
+        "max-num-seqs": settings["parallel"],
+        "middleware": f"modekit.engines.vllm_process.{VllmGuard.__name__}",
+        **({"model-impl": "transformers"} if settings["through_transformers"] else {}),
+    }
+    flags = ["--disable-uvicorn-access-log", *(["--trust-remote-code"] if settings["trust_remote_code"] else [])]
+    return [*(word for name, value in options.items() for word in (f"--{name}", str(value))), *flags]
 
 
 def main() -> None:

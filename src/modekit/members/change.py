@@ -251,7 +251,7 @@ def _statistics(checkpoint: Checkpoint, wanted: Wanted, plan: Plan, names: Mappi
     """
     fit = wanted.recipe.mixture.fit
     backbone = {tensor.name for tensor in plan.tensors if tensor.role == "backbone"}
-    if fit is not None and fit.reads != "tokens" and not backbone <= names.keys():
+    if fit is not None and not fit.reads.tokens and not backbone <= names.keys():
         return {}
     pairs = zip(wanted.recipe.names, wanted.origins, strict=True)
     kept = {name: checkpoint.names[origin] for name, origin in pairs if origin is not None}

@@ -134,7 +134,7 @@ def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
     labels = dict.fromkeys([*(old.get("labels") or ()), *(said.pop("labels", None) or ())])
     data["experts"][number] = {**kept, **said, **({"labels": list(labels)} if labels else {})}
     fit = checkpoint.record.recipe.mixture.fit
-    keeps_text = [name] if fit is not None and fit.reads == "tokens" and "text" not in said else []
+    keeps_text = [name] if fit is not None and fit.reads.tokens and "text" not in said else []
     origins = [None if other == number else other for other in range(len(checkpoint.names))]
     change = _change("replace", name, was=_source(old), source=_source(said))
     return Wanted(_parsed(data, checkpoint), origins, change, keeps_text)

@@ -18,7 +18,6 @@ from modekit.planning.notes import notes_of, twins
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.libraries import check_library
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.compatibility import check_mixable, own_names
@@ -136,7 +135,7 @@ def _check_tokenizers(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
         if source is not base:
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
     if recipe.mixture.fit is not None:
-        check_library(recipe.mixture.fit)
+        recipe.mixture.fit.check_library()
     if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer",

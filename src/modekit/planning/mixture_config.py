@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.planning.shape import RouterPosition, RouterSlot
+from modekit.recipes.fits import ScoreKind
 from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.families import FAMILIES
@@ -72,7 +73,7 @@ class Routing(_Said):
     top_p: float | None
     weights: Annotated[list[float], _PerExpert] | None
     always_on: AlwaysOnConfig | None
-    score: Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"] = "linear"
+    score: ScoreKind = "linear"
     jitter: float = 0.0
     noise: float = 0.0
     prefix: _Size | None = None

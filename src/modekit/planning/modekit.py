@@ -15,6 +15,7 @@ from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, rows_of
 from modekit.planning.places import Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
+from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
@@ -148,7 +149,7 @@ class ModekitLayout:
     def _check_router(self) -> None:
         """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""
         mixture = self._recipe.mixture
-        if mixture.fit is None or mixture.fit.reads != "changes":
+        if mixture.fit is None or mixture.fit.reads is not CHANGES:
             return
         for leader in self._places:
             for place in self._places.read_by(leader) if self._places.leaders[leader.module] == leader.module else ():

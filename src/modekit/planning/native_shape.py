@@ -269,7 +269,7 @@ def _carried(recipe: Recipe) -> object:
     fit = recipe.mixture.fit
     if fit is None or not fit.carried:
         return None
-    return recipe.mixture.router.decay or fit.fading, recipe.output.channels
+    return recipe.mixture.router.decay or fit.decides.fading, recipe.output.channels
 
 
 def _channels_said_by(config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> Channels | None:

@@ -44,7 +44,7 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
         )
     if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    if recipe.mixture.fit is not None and recipe.mixture.fit.reads == "tokens" and not family.pair:
+    if recipe.mixture.fit is not None and recipe.mixture.fit.reads.tokens and not family.pair:
         yield (
             "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
             "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"

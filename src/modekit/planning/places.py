@@ -139,7 +139,7 @@ def _check_pair(recipe: Recipe, family: Family) -> None:
             expected="all: experts are whole models; auto, or a list of parts",
             remedy="write modules: all, or layers: [decoder] with modules: auto",
         )
-    router, once = mixture.router, mixture.fit is not None and mixture.fit.decides_once
+    router, once = mixture.router, mixture.fit is not None and mixture.fit.decides.for_model
     if mixture.method != "linear" and not once and (router.granularity == "sequence") != (router.scope == "model"):
         raise UnsupportedError(
             "in a model with an encoder one router serves all layers where it decides once per source, and only there",
@@ -240,7 +240,7 @@ class Places:
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
         mixture = self._recipe.mixture
-        once = mixture.fit is not None and mixture.router.scope == "model" and mixture.router.row.reads != "tokens"
+        once = mixture.fit is not None and mixture.router.scope == "model" and not mixture.router.row.reads.tokens
         if self._family.pair and once and in_decoder(first):
             raise UnsupportedError(
                 "one router for all layers decides by the source, and must stand in the encoder",

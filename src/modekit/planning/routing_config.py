@@ -28,7 +28,7 @@ def routing_config(recipe: Recipe) -> Routing:
         weights = [given[name] / total for name in recipe.names]
     read: dict[str, Any] = {}
     if mixture.method != "linear":
-        read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise}
+        read = {"score": router.row.score.kind, "jitter": router.jitter, "noise": router.noise}
         read["prefix"] = router.prefix_tokens
         if mixture.unseen is not None:
             read["unseen"] = place_of_base(recipe.experts)
@@ -44,13 +44,13 @@ def routing_config(recipe: Recipe) -> Routing:
         weights=weights,
         always_on=always_on,
         **read,
-        averages=[Average(**average) for average in router.averages],
+        averages=[Average.model_validate(average) for average in router.averages],
     )
 
 
 def gate_rows(router: Router, ranks: list[int]) -> list[int]:
     """Rows of a gate per expert, for adapters of these ranks."""
-    return [router.row.rows(rank) for rank in ranks]
+    return [router.row.score.rows(rank) for rank in ranks]
 
 
 def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:
@@ -62,7 +62,7 @@ def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
     """Whether the base's module at a place runs for every token, whichever experts are chosen."""
     mixture = recipe.mixture
     # The router reads the base's embedding, unless it reads the tokens themselves.
-    reads_it = module in family.entrances and mixture.fit is not None and mixture.fit.reads != "tokens"
+    reads_it = module in family.entrances and mixture.fit is not None and not mixture.fit.reads.tokens
     outside = mixture.always_on is not None and mixture.always_on.expert == BASE
     return outside or reads_it
 

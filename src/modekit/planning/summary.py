@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict
 
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.fits import TRAINING
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.names import split_layer
 
 _TRAINED = 3  # a pass forward and back costs about three forward
-_SOLVED = "modekit.routing.closed_form:logistic"
 _EVALUATIONS = 500  # passes over the kept tokens that a logistic fit makes of a router, forward and back, at most
 _FEWEST_EXPERTS = 8  # a product with fewer columns takes no less: reading the tokens is what takes time
 _TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
@@ -127,13 +127,14 @@ def fit_work(plan: Plan) -> FitWork | None:
     mixture, router = plan.recipe.mixture, plan.recipe.mixture.router
     if not mixture.needs_text:
         return None
-    if router.row.reads == "tokens":
+    if router.row.reads.tokens:
         return FitWork(reads=False, tokens=0, flops=0)
-    trained = router.row.reads == "training"
+    trained = router.row.reads is TRAINING
     per_domain = (router.steps or 100) * _TRAINED_TOKENS // 100 if trained else router.tokens_per_domain
     passes, tokens = _TRAINED if trained else 1, per_domain * plan.experts
+    solved = router.row.reads.sample and not router.row.decides.for_model  # by a search, where others have a closed form
     statistics = 0 if trained else sum(2 * slot.shape[1] ** 2 for slot in plan.slots)
-    kept = min(router.keep_tokens, per_domain) * plan.experts if router.row.rule == _SOLVED else 0
+    kept = min(router.keep_tokens, per_domain) * plan.experts if solved else 0
     solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
     flops = tokens * (2 * passes * _weights(plan) + statistics)
     return FitWork(reads=True, tokens=tokens, flops=flops, passes=passes, solving=solving)

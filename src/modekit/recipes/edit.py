@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
-from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, fits_with, row_of
+from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, row_of
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import READ_AT
-from modekit.recipes.strict import BASE
+from modekit.recipes.router import without_effect
+from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
 _METHODS = {
     "top_k": {"routing"},
@@ -22,24 +21,24 @@ _BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
 """What a router that reads text as it runs needs where whole models are mixed."""
 
 
-def as_written(recipe: Recipe) -> dict[str, Any]:
+def as_written(recipe: Recipe) -> RecipeData:
     """The recipe as plain data, with what was set and nothing else."""
     return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
 
-def with_mixture(recipe: Mapping[str, Any], mixture: Mapping[str, Any]) -> dict[str, Any]:
+def with_mixture(recipe: RecipePart, mixture: RecipePart) -> RecipeData:
     """The recipe under another mixture, without negative prompts where the new one does not read them.
 
     Takes unchecked data as it is.
     """
     experts = recipe.get("experts")
-    if _fit_of(mixture).takes_negatives or not isinstance(experts, list):
+    if "negative_prompts" in _fit_of(mixture).settings or not isinstance(experts, list):
         return {**recipe, "mixture": dict(mixture)}
     plain = [_omit(expert, "negative_prompts") if isinstance(expert, Mapping) else expert for expert in experts]
     return {**recipe, "experts": plain, "mixture": dict(mixture)}
 
 
-def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     """A mixture under `changes` (a nested `router` is merged). What only the old mixture needed is dropped in silence; what is
     asked for now stays, and is checked like any recipe.
     """
@@ -50,12 +49,12 @@ def changed_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any]) -> d
     router = _changed_router(mixture.get("router", {}), asked)
     if method == "linear":
         router = dict(asked)
-    elif changed.get("modules") in ("all", "decoder") and not _row(router).decides_once:
+    elif changed.get("modules") in ("all", "decoder") and not _row(router).decides.for_model:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 
 
-def unseen_with_effect(mixture: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:
+def unseen_with_effect(mixture: RecipePart, asked: Collection[str] = ()) -> RecipeData:
     """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
     stays.
     """
@@ -68,21 +67,20 @@ def unseen_with_effect(mixture: Mapping[str, Any], asked: Collection[str] = ()) 
     return {**left, "router": router} if router else _omit(left, "router")
 
 
-def settings_with_effect(router: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, Any]:
+def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> RecipeData:
     """A router's settings without those that its fit does not read; those that are `asked` for stay."""
-    row = _row(router)
-    dead = _dead_of_router(router, row)
+    dead = {key for key, _ in without_effect(router, _row(router))}
     return {key: value for key, value in router.items() if key in asked or key not in dead}
 
 
-def _changed_router(router: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
     changed = {**router, **asked}
-    if _row(router).fading != _row(changed).fading:  # a decay of averages is none of evidence
+    if _row(router).decides.fading != _row(changed).decides.fading:  # a decay of averages is none of evidence
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 
 
-def _dead_of_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any], method: str) -> set[str]:
+def _dead_of_mixture(mixture: RecipePart, changes: RecipePart, method: str) -> set[str]:
     """Keys of the old mixture without an effect under the new method and choice of experts."""
     dead = {key for key, methods in _METHODS.items() if method not in methods}
     dead |= {"top_p"} if changes.get("top_k") is not None else {"top_k"} if changes.get("top_p") is not None else set()
@@ -92,36 +90,15 @@ def _dead_of_mixture(mixture: Mapping[str, Any], changes: Mapping[str, Any], met
     return dead
 
 
-def _dead_of_router(router: Mapping[str, Any], row: Fit) -> set[str]:
-    """Keys of a router without an effect under its fit, or against it."""
-    dead = {key for key in router if fits_with(key) and key not in row.settings}
-    granularity = router.get("granularity", "token")
-    if row.reads == "tokens" or row.stays:
-        dead.add("granularity")
-        granularity = "token"
-    dead |= {key for key, reads_it in READ_AT.items() if granularity != reads_it}
-    if row.fading is not None and (len(router.get("decay") or []) == 1 or not row.adds_up):
-        dead.discard("decay")
-    if row.stays:
-        dead.discard("prefix")
-    if row.decides_once and router.get("per") != "model":
-        dead.add("per")
-    if row.low_rank and router.get("per") == "feature":
-        dead.add("per")
-    if row.needs_sample and router.get("keep_tokens") == 0:
-        dead.add("keep_tokens")
-    return dead
-
-
-def _fit_of(mixture: Mapping[str, Any]) -> Fit:
+def _fit_of(mixture: RecipePart) -> Fit:
     return _row(mixture.get("router", {}))
 
 
-def _row(router: Mapping[str, Any]) -> Fit:
+def _row(router: RecipePart) -> Fit:
     """The row of a router's fit; of the default when it names none, or none that there is, which the check will say."""
     fit, features = router.get("fit", DEFAULT_FIT), router.get("features")
     return row_of(fit if fit in FITS else DEFAULT_FIT, features if isinstance(features, str) else None)
 
 
-def _omit(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+def _omit(mapping: RecipePart, *keys: str) -> RecipeData:
     return {key: value for key, value in mapping.items() if key not in keys}

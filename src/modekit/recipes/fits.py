@@ -1,30 +1,32 @@
-"""How a router can be set: `FITS` has one row per fit that says all of it.
+"""How a router can be set: `FITS` describes every fit by what it reads, how its routers score and when they decide.
 
-Whoever has to know something of a fit asks its row, never its name, so that a new fit is a row here and the function that the
-row names. This room stands below torch: a row names its functions by import path, and routing/fit.py calls them.
+Code asks these three parts and never the name, so that a new fit is a row here and a function in routing/fit.py. This room
+stands below torch and knows no function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-Reads = Literal["nothing", "changes", "tokens", "router inputs", "training"]
-"""nothing: the gate follows from the recipe; changes: the experts' low-rank changes; tokens: ids of text, no model is run;
-router inputs: what routers read while a text runs through its own expert; training: the gate is trained on text.
-"""
-Score = Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"]
-"""What a router makes of its input and gate; see architecture/modekit_router.py."""
+from modekit.errors import RecipeError
+from modekit.recipes.strict import RecipeData
+
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
+ScoreKind = Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"]
+"""What a router makes of its input and gate; see architecture/modekit_router.py."""
+MOST_TOKENS = 2**20
+"""Tokens of a domain that a table of evidence is made from: more hardly change it."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptStatistics:
     """A kind of statistics that a fit keeps of every domain.
 
     Attributes:
@@ -45,24 +47,127 @@ def _sums_bytes(width: int, tokens: int, in_memory: bool) -> int:
     return width * ((8 * width if in_memory else 2 * (width + 1)) + 16 + 2 * tokens)
 
 
-def _counts_bytes(width: int, tokens: int, _in_memory: bool) -> int:
-    """Counts, and documents on which the temperature is chosen."""
-    return 4 * (width + 2 * tokens)
-
-
-MOST_TOKENS = 2**20
-"""Tokens of a domain that a table of evidence is made from: more hardly change it."""
-SUMS = Kept(shared=True, nbytes=_sums_bytes, memory=lambda statistics, model: model + statistics)
-"""Of what routers read: sums of x and of x x^T, and a sample (routing/statistics.py)."""
-COUNTS = Kept(shared=False, nbytes=_counts_bytes, memory=lambda statistics, _model: 4 * statistics)
-"""Of n-grams (routing/counts.py)."""
-TOKENS = Kept(
+_SUMS = KeptStatistics(shared=True, nbytes=_sums_bytes, memory=lambda statistics, model: model + statistics)
+_COUNTS = KeptStatistics(
+    shared=False,
+    nbytes=lambda width, tokens, _in_memory: 4 * (width + 2 * tokens),
+    memory=lambda statistics, _model: 4 * statistics,
+)
+_TOKEN_IDS = KeptStatistics(
     shared=False,
     nbytes=lambda _width, _tokens, _in_memory: 4 * MOST_TOKENS,
     memory=lambda kept, model: model + 4 * kept,
     per_router=False,
 )
+
+
+@dataclass(frozen=True)
+class FitInput:
+    """What a fit is made from.
+
+    Attributes:
+        kind: recipe: nothing else; changes: the experts' low-rank changes; tokens: ids of text, no model is run; router
+            inputs: what routers read while a text runs through its own expert; training: the gate is trained on text.
+        keeps: the statistics that it keeps of every domain, or None.
+        sample: whether the kept sample of router inputs is all that it is made from.
+    """
+
+    kind: Literal["recipe", "changes", "tokens", "router inputs", "training"]
+    keeps: KeptStatistics | None = None
+    sample: bool = False
+
+    @property
+    def text(self) -> bool:
+        """Whether every domain must have text."""
+        return self.kind not in {"recipe", "changes"}
+
+    @property
+    def tokens(self) -> bool:
+        """Whether token ids are all that it reads, and its routers."""
+        return self.kind == "tokens"
+
+    @property
+    def hidden(self) -> bool:
+        """Whether text runs through the models, and sums of what routers read there are kept."""
+        return self.kind == "router inputs"
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether experts must be low-rank changes of the base, which are scored, or whose gates are trained."""
+        return self.kind in {"changes", "training"}
+
+
+RECIPE = FitInput("recipe")
+CHANGES = FitInput("changes")
+TRAINING = FitInput("training")
+ROUTER_INPUTS = FitInput("router inputs", _SUMS)
+"""Sums of x and of x x^T, and a sample (routing/statistics.py)."""
+SAMPLE = FitInput("router inputs", _SUMS, sample=True)
+NGRAMS = FitInput("tokens", _COUNTS)
+"""Counts of n-grams, and documents on which the temperature is chosen (routing/ngram.py)."""
+TOKENS = FitInput("tokens", _TOKEN_IDS)
 """Token ids of the text, at most MOST_TOKENS of a domain (routing/token_text.py)."""
+
+
+@dataclass(frozen=True)
+class FitScore:
+    """How a router scores experts.
+
+    Attributes:
+        kind: as the architecture's config says it.
+        rows: rank of an expert's changes to what a router reads -> rows of the gate for that expert.
+        adds_up: that evidence of a text is a sum; else an average, of which several may stand side by side.
+        by_token: that its table has a row for every token, unless a setting makes n-grams of them.
+        besides: columns of the gate besides those that tokens choose, and rows besides the experts'.
+        native: how native architectures say it: as their router's gate, or as that of a router that reads channels which
+            the checkpoint has besides the base's (planning/channels.py); None: not at all.
+    """
+
+    kind: ScoreKind
+    rows: Callable[[int], int] = lambda _rank: 1
+    adds_up: bool = False
+    by_token: bool = False
+    besides: int = 0
+    native: Literal["gate", "channels"] | None = None
+
+
+LINEAR = FitScore("linear", native="gate")
+NORM = FitScore("norm")
+NORM_OF_ALL = FitScore("norm", rows=lambda rank: max(1, rank))
+"""All of B A; one row of zeros for an expert that changes nothing."""
+STANDARDISED = FitScore("standardised")
+EVIDENCE_SUM = FitScore("ngram", adds_up=True)
+EVIDENCE_AVERAGE = FitScore("lexical", by_token=True, native="channels")
+TFIDF = FitScore("tfidf", by_token=True, besides=1)
+
+
+@dataclass(frozen=True)
+class FitTiming:
+    """When a router decides.
+
+    Attributes:
+        by: granularity: every router for itself, as `granularity` and `per` say; text: one router for the model, before its
+            first layer, anew with every token; prefix: the same, but the decision on the first `prefix` tokens stays.
+        fading: the decay, unless a recipe says another, of evidence over a text; None: there is none.
+    """
+
+    by: Literal["granularity", "text", "prefix"]
+    fading: float | None = None
+
+    @property
+    def for_model(self) -> bool:
+        """Whether one router decides for the whole model, before its first layer runs."""
+        return self.by != "granularity"
+
+    @property
+    def once(self) -> bool:
+        """Whether the decision is of the first `prefix` tokens and stays, whatever `granularity` says."""
+        return self.by == "prefix"
+
+
+BY_GRANULARITY = FitTiming("granularity")
+RUNNING = FitTiming("text", fading=0.98)
+ONCE = FitTiming("prefix")
 
 
 @dataclass(frozen=True)
@@ -72,70 +177,49 @@ class Fit:
     Attributes:
         name: as `mixture.router.fit` says it.
         about: one sentence for the recipe's schema.
-        function: import path `module:name` of what sets the gates, `Fitting -> FittedRouter` (routing/fitting.py).
-        rule: of a fit that is solved router by router from SUMS, import path of what solves one (routing/closed_form.py).
-        reads: what it is made from.
-        settings: of a router, those that this fit takes and some other does not.
-        keeps: its statistics, or None.
-        score: how its routers score.
-        rows: rank of an expert's changes to what a router reads -> rows of the gate for that expert.
-        fading: the decay, unless a recipe says another, of evidence over a text; None: the gate reads what `granularity` says.
-        adds_up: that evidence is a sum, else an average, of which several may stand side by side.
-        decides_once: one router decides for the whole model, before its first layer runs.
-        stays: the decision is of the first `prefix` tokens and stays after them, whatever `granularity` says.
-        chooses: the select split of every domain's text is kept, too, and chooses between variants of the router.
-        of_tokens: every token has a row in its table, unless a setting makes n-grams of them: it says what a token is worth.
+        reads, score, decides: its three parts.
+        settings: of a router or an expert, those that this fit takes and some other does not.
         kinds: value of the setting `features` -> the row that holds under it; without one, this row.
         kind: of such a row, that value.
         library: which it is fitted by, besides what modekit always has; not needed afterwards.
-        low_rank: experts must be low-rank changes of the base: their changes are scored, or gates trained on them.
-        needs_sample: it is solved on the kept tokens alone.
-        takes_negatives: `negative_prompts` have an effect.
-        native: whether a plain linear gate says it, which is all that native architectures have.
-        carried: what a plain gate reads is carried to it in channels that native checkpoints have besides the base's
-            (planning/channels.py).
         title: what tables call it, when that is another word.
     """
 
     name: str
     about: str
-    function: str
-    reads: Reads
-    rule: str = ""
+    reads: FitInput
+    score: FitScore = LINEAR
+    decides: FitTiming = BY_GRANULARITY
     settings: tuple[str, ...] = ()
-    keeps: Kept | None = None
-    score: Score = "linear"
-    rows: Callable[[int], int] = lambda _rank: 1
-    fading: float | None = None
-    adds_up: bool = False
-    decides_once: bool = False
-    stays: bool = False
-    chooses: bool = False
-    of_tokens: bool = False
     kinds: Mapping[str, Fit] = field(default_factory=dict)
     kind: str = ""
     library: str = ""
-    low_rank: bool = False
-    needs_sample: bool = False
-    takes_negatives: bool = False
-    native: bool = False
-    carried: bool = False
     title: str = ""
 
     @property
-    def reads_text(self) -> bool:
-        """Whether every domain must have text."""
-        return self.reads not in {"nothing", "changes"}
+    def chooses(self) -> bool:
+        """Whether the select split of every domain's text is kept, too, and chooses between variants of the router."""
+        return self.reads.tokens and "classifier" in self.settings
 
     @property
-    def beside_the_gate(self) -> int:
-        """Columns of the gate besides those that tokens choose, and rows besides the experts'."""
-        return 1 if self.score == "tfidf" else 0
+    def by_token(self) -> bool:
+        """Whether a row of its table says what one token is worth."""
+        return self.score.by_token and "order" not in self.settings
+
+    @property
+    def carried(self) -> bool:
+        """Whether what a native router reads is carried to it in channels."""
+        return self.score.native == "channels"
+
+    @property
+    def native(self) -> bool:
+        """Whether native architectures can say it."""
+        return self.carried or (self.score.native == "gate" and not self.decides.for_model)
 
     @property
     def tells_unseen(self) -> bool:
         """Whether it can tell text of no domain on the tokens so far."""
-        return self.reads == "tokens" and self.fading is not None
+        return self.reads.tokens and self.decides.fading is not None
 
     @property
     def said(self) -> str:
@@ -147,179 +231,67 @@ class Fit:
         """What a table calls it."""
         return self.title or self.name
 
+    def check_library(self) -> None:
+        """Raise RecipeError where the library that it needs is not installed. Imports nothing."""
+        if self.library and find_spec(self.library) is None:
+            raise RecipeError(
+                f"fit: {self.name} is fitted by a library that is not installed",
+                where="mixture.router.fit",
+                found=f"no {self.library}",
+                remedy="pip install 'modekit[classifier]', or choose fit: lexical",
+            )
 
-_SOLVE = "modekit.routing.solve:solve_gates"
-_SUMS_SETTINGS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
-_REGULAR = (*_SUMS_SETTINGS, "l2")
+
+_OF_SUMS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
+_REGULAR = (*_OF_SUMS, "l2")
 _SCORED = ("temperature", "jitter")
+_EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms")
 _OF_CLASSIFIERS = ("temperature", "sequence_length", "seed", "features", "classifier", "chat")
-_CLASSIFIERS = {
-    "ngrams": Fit(
-        "classifier",
-        "",
-        "modekit.routing.classifier:classifier_gates",
-        "tokens",
-        settings=(*_OF_CLASSIFIERS, "order", "buckets"),
-        keeps=TOKENS,
-        score="tfidf",
-        decides_once=True,
-        stays=True,
-        chooses=True,
-        kind="ngrams",
-        library="sklearn",
-    ),
-    "hidden": Fit(
-        "classifier",
-        "",
-        "modekit.routing.hidden:hidden_gates",
-        "router inputs",
-        settings=(*_SUMS_SETTINGS, "seed", "features", "classifier"),
-        keeps=SUMS,
-        decides_once=True,
-        stays=True,
-        needs_sample=True,
-        kind="hidden",
-        library="sklearn",
-    ),
+_FIRST_TOKENS = "one decision for a text, by a scikit-learn classifier of its first tokens"
+_TRAINED = ("tokens_per_domain", "sequence_length", "seed", "steps", "jitter", "chat")
+"""Without a temperature: gates of PHATGOOSE are standardised."""
+
+
+def _classifier(kind: str, reads: FitInput, score: FitScore, settings: tuple[str, ...]) -> Fit:
+    return Fit("classifier", _FIRST_TOKENS, reads, score, ONCE, settings, kind=kind, library="sklearn")
+
+
+_KINDS = {
+    "ngrams": _classifier("ngrams", TOKENS, TFIDF, (*_OF_CLASSIFIERS, "order", "buckets")),
+    "hidden": _classifier("hidden", SAMPLE, LINEAR, (*_OF_SUMS, "seed", "features", "classifier")),
 }
-
-
-def _one_per_rank(rank: int) -> int:
-    """All of B A; one row of zeros for an expert that changes nothing."""
-    return max(1, rank)
-
-
 _ROWS = (
-    Fit(
-        "random",
-        "the paper's noisy router",
-        "modekit.routing.constant:random_gates",
-        "nothing",
-        settings=("temperature", "jitter", "seed"),
-        native=True,
-        title="noisy",
-    ),
+    Fit("random", "the paper's noisy router", RECIPE, settings=(*_SCORED, "seed"), title="noisy"),
     Fit(
         "centroid",
         "the mean of what a router reads in a domain",
-        _SOLVE,
-        "router inputs",
-        rule="modekit.routing.closed_form:centroid",
-        settings=_SUMS_SETTINGS,
-        keeps=SUMS,
-        takes_negatives=True,
-        native=True,
+        ROUTER_INPUTS,
+        settings=(*_OF_SUMS, "negative_prompts"),
     ),
-    Fit(
-        "lda",
-        "linear discriminants of the domains",
-        _SOLVE,
-        "router inputs",
-        rule="modekit.routing.closed_form:lda",
-        settings=_REGULAR,
-        keeps=SUMS,
-        native=True,
-    ),
-    Fit(
-        "logistic",
-        "logistic regression on kept tokens",
-        _SOLVE,
-        "router inputs",
-        rule="modekit.routing.closed_form:logistic",
-        settings=_REGULAR,
-        keeps=SUMS,
-        needs_sample=True,
-        native=True,
-    ),
-    Fit(
-        "ridge",
-        "least squares on the domains",
-        _SOLVE,
-        "router inputs",
-        rule="modekit.routing.closed_form:ridge",
-        settings=_REGULAR,
-        keeps=SUMS,
-        native=True,
-    ),
+    Fit("lda", "linear discriminants of the domains", ROUTER_INPUTS, settings=_REGULAR),
+    Fit("logistic", "logistic regression on kept tokens", SAMPLE, settings=_REGULAR),
+    Fit("ridge", "least squares on the domains", ROUTER_INPUTS, settings=_REGULAR),
     Fit(
         "ngram",
         "naive Bayes on the tokens so far",
-        "modekit.routing.ngram:count_gate",
-        "tokens",
-        settings=("temperature", "sequence_length", "keep_tokens", "order", "buckets", "smoothing", "chat", "false_alarms"),
-        keeps=COUNTS,
-        score="ngram",
-        decides_once=True,
-        fading=0.98,
-        adds_up=True,
+        NGRAMS,
+        EVIDENCE_SUM,
+        RUNNING,
+        (*_EVIDENCE, "keep_tokens", "order", "smoothing"),
     ),
     Fit(
         "lexical",
         "a table of what every token says of its domain, averaged over the text so far",
-        "modekit.routing.lexical:lexical_gates",
-        "tokens",
-        settings=("temperature", "sequence_length", "seed", "orders", "buckets", "chat", "false_alarms"),
-        keeps=TOKENS,
-        score="lexical",
-        decides_once=True,
-        fading=0.98,
-        of_tokens=True,
-        native=True,
-        carried=True,
+        TOKENS,
+        EVIDENCE_AVERAGE,
+        RUNNING,
+        (*_EVIDENCE, "seed", "orders"),
     ),
-    Fit(
-        "classifier",
-        "one decision for a text, by a scikit-learn classifier of its first tokens",
-        "modekit.routing.classifier:classifier_gates",
-        "tokens",
-        settings=_OF_CLASSIFIERS,
-        keeps=TOKENS,
-        score="tfidf",
-        decides_once=True,
-        stays=True,
-        chooses=True,
-        of_tokens=True,
-        kinds=_CLASSIFIERS,
-        library="sklearn",
-    ),
-    Fit(
-        "arrow",
-        "the direction that an adapter amplifies most, without text",
-        "modekit.routing.low_rank:arrow",
-        "changes",
-        settings=_SCORED,
-        score="norm",
-        low_rank=True,
-    ),
-    Fit(
-        "spectr",
-        "the length of what an adapter makes of x, without text",
-        "modekit.routing.low_rank:spectr",
-        "changes",
-        settings=_SCORED,
-        score="norm",
-        rows=_one_per_rank,
-        low_rank=True,
-    ),
-    Fit(
-        "seqr",
-        "that length for adapters of equal size, without text",
-        "modekit.routing.low_rank:seqr",
-        "changes",
-        settings=_SCORED,
-        score="norm",
-        rows=_one_per_rank,
-        low_rank=True,
-    ),
-    Fit(
-        "phatgoose",
-        "a gate trained for each adapter alone, on its own text",
-        "modekit.routing.phatgoose:learned_gates",
-        "training",
-        settings=("tokens_per_domain", "sequence_length", "seed", "steps", "jitter", "chat"),
-        score="standardised",
-        low_rank=True,
-    ),  # no temperature: its gates are standardised
+    replace(_classifier("", TOKENS, TFIDF, _OF_CLASSIFIERS), kinds=_KINDS),
+    Fit("arrow", "the direction that an adapter amplifies most, without text", CHANGES, NORM, settings=_SCORED),
+    Fit("spectr", "the length of what an adapter makes of x, without text", CHANGES, NORM_OF_ALL, settings=_SCORED),
+    Fit("seqr", "that length for adapters of equal size, without text", CHANGES, NORM_OF_ALL, settings=_SCORED),
+    Fit("phatgoose", "a gate trained for each adapter alone, on its own text", TRAINING, STANDARDISED, settings=_TRAINED),
 )
 FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
 """Name -> row."""
@@ -328,7 +300,7 @@ DEFAULT_FIT = "logistic"
 
 
 def fits_with(setting: str) -> list[str]:
-    """Names of the fits that take a setting of a router; none when all do."""
+    """Names of the fits that take a setting of a router or an expert; none when all do."""
     return [row.said for row in _every_row() if setting in row.settings]
 
 
@@ -352,7 +324,7 @@ def known_fit(value: object) -> object:
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"})
 
 
-def say_fits(schema: dict[str, Any]) -> None:
+def say_fits(schema: RecipeData) -> None:
     """Put the names of the fits, and what each is, into the JSON schema of a key."""
     schema["enum"] = list(FITS)
     schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in FITS.values()) + "."

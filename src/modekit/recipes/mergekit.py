@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import count
-from typing import Any
 
 import yaml
 
 from modekit.errors import RecipeError
-from modekit.recipes.strict import BASE, LONGEST_NAME, TAKEN
+from modekit.recipes.strict import BASE, LONGEST_NAME, TAKEN, RecipeData
 
 _KEYS = ("merge_method", "gate_mode", "experts_per_token")
 _EXPERT_KEYS = ("source_model", "positive_prompts")
@@ -20,7 +19,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _MOST = 64  # experts of a recipe that is shown
 
 
-def check_not_mergekit(raw: Mapping[str, Any], check: Callable[[dict[str, Any]], object], where: str) -> None:
+def check_not_mergekit(raw: RecipeData, check: Callable[[RecipeData], object], where: str) -> None:
     """Raise RecipeError where the keys are mergekit's; it shows the recipe that they become, if that passes the `check`."""
     experts = _mappings(raw.get("experts"))
     if not (any(key in raw for key in _KEYS) or any(key in expert for expert in experts for key in _EXPERT_KEYS)):
@@ -36,7 +35,7 @@ def check_not_mergekit(raw: Mapping[str, Any], check: Callable[[dict[str, Any]],
     raise RecipeError("this is a recipe of mergekit", where=where, found=", ".join(map(str, raw))[:200], remedy=remedy)
 
 
-def _of_moe(raw: Mapping[str, Any], experts: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _of_moe(raw: RecipeData, experts: list[RecipeData]) -> RecipeData:
     """A mixture whose router is set from prompts."""
     fit = _FITS.get(str(raw.get("gate_mode", "hidden")), "random")
     read = {"centroid": ("prompts", "negative_prompts"), "lexical": ("prompts",)}.get(fit, ())
@@ -50,14 +49,14 @@ def _of_moe(raw: Mapping[str, Any], experts: list[Mapping[str, Any]]) -> dict[st
     return {"base_model": base, "experts": found, "mixture": {**top_k, "router": {"fit": fit}}}
 
 
-def _of_merge(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _of_merge(raw: RecipeData) -> RecipeData:
     """Of a merge of weights: fixed weights of experts are what is nearest."""
     models = _mappings(raw.get("models"))
     base, names = raw.get("base_model") or next((model.get("model") for model in models), None), _Names()
     models = [model for model in models if model.get("model") != base]
     experts = [names.expert(model.get("model"), base) for model in models]
     weights = [parameters.get("weight") for model in models for parameters in _mappings([model.get("parameters")])]
-    mixture: dict[str, Any] = {"method": "linear"}
+    mixture: RecipeData = {"method": "linear"}
     if len(weights) == len(models) and all(isinstance(weight, int | float) for weight in weights):
         mixture["weights"] = {expert["name"]: weight for expert, weight in zip(experts, weights, strict=True)}
     if raw.get("merge_method") in _BACKBONES:
@@ -71,7 +70,7 @@ class _Names:
     def __init__(self) -> None:
         self._seen = set(TAKEN)
 
-    def expert(self, model: object, base: object) -> dict[str, Any]:
+    def expert(self, model: object, base: object) -> RecipeData:
         """Name and model of an expert."""
         last = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(model).rstrip("/").rpartition("/")[2]).lstrip("_.-") or "expert"
         names = (f"{last[: LONGEST_NAME - 4]}{f'-{number}' if number > 1 else ''}" for number in count(1))
@@ -80,5 +79,5 @@ class _Names:
         return {"name": name, "model": BASE if model == base else model}
 
 
-def _mappings(value: object) -> list[Mapping[str, Any]]:
-    return [each for each in value[:_MOST] if isinstance(each, Mapping)] if isinstance(value, list) else []
+def _mappings(value: object) -> list[RecipeData]:
+    return [each for each in value[:_MOST] if isinstance(each, dict)] if isinstance(value, list) else []

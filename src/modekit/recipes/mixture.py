@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
-from modekit.recipes.fits import Fit
+from modekit.recipes.fits import CHANGES, Fit
 from modekit.recipes.layers import Layer, check_layers, named_layers
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
@@ -123,7 +123,7 @@ class Mixture(Strict):
                 f"'unseen' is decided anew on the tokens so far, which fit '{self.router.fit}' does not do; "
                 "set router: {fit: lexical} or {fit: ngram}, or remove it"
             )
-        elif self.router.row.adds_up and self.router.keep_tokens == 0:
+        elif self.router.row.score.adds_up and self.router.keep_tokens == 0:
             yield "'unseen' is set on kept tokens: keep_tokens must be at least 1"
         if self.backbone != BASE:
             yield "'unseen' sends text to the base model, which needs backbone: base; remove one of them"
@@ -141,12 +141,12 @@ class Mixture(Strict):
     def _problems_of_whole_models(self) -> Iterator[str]:
         fit = self.fit
         before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
-        if fit is not None and not before_first_layer and not fit.decides_once:
+        if fit is not None and not before_first_layer and not fit.decides.for_model:
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must stand before the first layer: set "
                 "router: {fit: ngram}, or router: {granularity: sequence, per: model}"
             )
-        if fit is not None and fit.reads == "changes":
+        if fit is not None and fit.reads is CHANGES:
             yield (
                 f"with modules: {self.modules} the router reads the embedding, where fit '{fit.name}' has no change to score: "
                 "name the parts under modules, or choose another fit"
@@ -177,12 +177,12 @@ class Mixture(Strict):
     @property
     def needs_text(self) -> bool:
         """Whether the router is set from text."""
-        return self.fit is not None and self.fit.reads_text
+        return self.fit is not None and self.fit.reads.text
 
     @property
     def keeps_statistics(self) -> bool:
         """Whether the router is fitted on statistics of text, which are kept."""
-        return self.fit is not None and self.fit.keeps is not None
+        return self.fit is not None and self.fit.reads.keeps is not None
 
     def mixed_layers(self, sizes: Mapping[str, int]) -> list[Layer]:
         """The layers that are mixed, of a model whose stacks have so many. Raises RecipeError for one that does not exist."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from modekit.recipes.strict import BASE
+from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
 
 def locate(spec: str, root: Path) -> Path | None:
@@ -33,7 +32,7 @@ def sides_of(spec: str, root: Path) -> tuple[str, str] | None:
     return None
 
 
-def from_folder(recipe: Mapping[str, Any], root: Path, folder: Path) -> dict[str, Any]:
+def from_folder(recipe: RecipePart, root: Path, folder: Path) -> RecipeData:
     """The recipe with every path on disk, relative to `root`, said relative to another folder. Hub ids stay as they are."""
 
     def moved(spec: str) -> str:
@@ -46,7 +45,7 @@ def from_folder(recipe: Mapping[str, Any], root: Path, folder: Path) -> dict[str
     return with_specs(recipe, _each_side(moved, root))
 
 
-def with_names(recipe: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def with_names(recipe: RecipePart, root: Path) -> RecipeData:
     """The recipe with every path, relative to `root`, cut to its last name: ./medicine. Hub ids stay as they are."""
     return with_specs(recipe, _each_side(lambda spec: name_of(spec, root), root))
 
@@ -69,13 +68,13 @@ def _each_side(moved: Callable[[str], str], root: Path) -> Callable[[str], str]:
     return moved_sides
 
 
-def with_specs(recipe: Mapping[str, Any], moved: Callable[[str], str]) -> dict[str, Any]:
+def with_specs(recipe: RecipePart, moved: Callable[[str], str]) -> RecipeData:
     """The recipe with every model and text said as `moved` says it."""
 
     def moved_texts(texts: str | Sequence[str]) -> str | list[str]:
         return moved(texts) if isinstance(texts, str) else [moved(text) for text in texts]
 
-    def moved_expert(expert: Mapping[str, Any]) -> dict[str, Any]:
+    def moved_expert(expert: RecipePart) -> RecipeData:
         paths = {key: moved(expert[key]) for key in ("model", "adapter") if expert.get(key) not in (None, BASE)}
         return {**expert, **paths, **({"text": moved_texts(expert["text"])} if expert.get("text") else {})}
 

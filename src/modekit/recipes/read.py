@@ -9,7 +9,6 @@ import json
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,7 +18,7 @@ from modekit.recipes.mergekit import check_not_mergekit
 from modekit.recipes.mixture import AlwaysOn, Mixture
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
-from modekit.recipes.strict import NAME_RULE, breaks_name_rule, did_you_mean
+from modekit.recipes.strict import NAME_RULE, RecipeData, breaks_name_rule, did_you_mean
 from modekit.recipes.strict_yaml import read_yaml
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
@@ -46,7 +45,7 @@ def load_recipe(path: Path) -> Recipe:
     return parse_recipe(raw, where=str(path))
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> RecipeData:
     """The mapping that a YAML file holds, unchecked. Raises RecipeError."""
     if path.is_dir():
         raise _folder(path)
@@ -79,7 +78,7 @@ def _folder(path: Path) -> RecipeError:
     return RecipeError("this is a folder, not a recipe", where=str(path), remedy="give the path of a recipe.yaml")
 
 
-def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
     """Check a recipe given as plain data. Raises RecipeError with every problem."""
     try:
         return Recipe.model_validate(raw)
@@ -96,7 +95,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(head + "".join(f"\n  - {line}" for line in shown), where=where) from None
 
 
-def _explain(problem: dict[str, Any]) -> list[str]:
+def _explain(problem: RecipeData) -> list[str]:
     place = ""
     for part in problem["loc"]:
         if isinstance(part, int):
@@ -114,7 +113,7 @@ def _explain(problem: dict[str, Any]) -> list[str]:
     return [f"{place}: {line}{tail}" if place else line for line in message.split("\n")]
 
 
-def _message(problem: dict[str, Any]) -> str:
+def _message(problem: RecipeData) -> str:
     """What pydantic found, in the words of who writes recipes."""
     context, found = problem.get("ctx") or {}, problem.get("input")
     if breaks_name_rule(problem["type"], context):

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from modekit.recipes.backbone import BackboneExpert
-from modekit.recipes.fits import FITS
+from modekit.recipes.fits import fits_with
 from modekit.recipes.mixture import Mixture
 from modekit.recipes.strict import BASE, TAKEN, Name, Strict, checked
 
@@ -201,7 +201,7 @@ class Recipe(Strict):
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole = [expert.name for expert in self.experts if expert.is_whole]
-        if whole and self.mixture.fit is not None and self.mixture.fit.low_rank:
+        if whole and self.mixture.fit is not None and self.mixture.fit.reads.low_rank:
             yield (
                 f"router fit '{self.mixture.fit.name}' scores low-rank changes, and these experts are full models: "
                 f"{', '.join(whole)} (add as: lora, or choose another fit)"
@@ -226,8 +226,11 @@ class Recipe(Strict):
                 "(add experts[].text, or a few short texts as experts[].prompts; without any, adapters can take "
                 "router: {fit: arrow}, and all others router: {fit: random}, which leaves the choice to chance)"
             )
-        if any(expert.negative_prompts for expert in self.experts) and not self.mixture.router.row.takes_negatives:
-            fits = " or ".join(row.name for row in FITS.values() if row.takes_negatives)
+        if (
+            any(expert.negative_prompts for expert in self.experts)
+            and "negative_prompts" not in self.mixture.router.row.settings
+        ):
+            fits = " or ".join(fits_with("negative_prompts"))
             yield f"'negative_prompts' have no effect without router: {{fit: {fits}}}; remove them"
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modekit.recipes.fits import DEFAULT_FIT, Fit, FitName, Scope, fits_with, row_of, say_fits
-from modekit.recipes.strict import Strict, checked
+from modekit.recipes.fits import DEFAULT_FIT, TFIDF, Fit, FitName, Scope, fits_with, row_of, say_fits
+from modekit.recipes.strict import RecipePart, Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
@@ -89,44 +89,18 @@ class Router(Strict):
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Router:
-        problems = [*self._problems_of_the_decision(), *self._problems_of_averages(), *self._problems_of_the_fit()]
-        return checked(self, problems)
+        fields = type(self).model_fields.items()
+        given = {key: getattr(self, key) for key, field in fields if getattr(self, key) != field.default}
+        return checked(self, [*dict.fromkeys(why for _, why in without_effect(given, self.row)), *self._other_problems()])
 
-    def _problems_of_the_decision(self) -> Iterator[str]:
-        row = self.row
-        if self.per == "feature" and row.low_rank:
-            yield f"fit '{self.fit}' makes one decision per module, not one per output feature; choose another"
-        if row.needs_sample and self.keep_tokens == 0:
-            yield f"the {self.fit} fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge"
-        if row.stays and self.granularity != "token":
-            yield f"fit '{self.fit}' decides for the text by itself: 'granularity' has no effect; remove it"
-        elif row.reads == "tokens" and self.granularity != "token":
-            yield f"fit '{self.fit}' reads the tokens so far by itself: 'granularity' has no effect; remove it"
-        if row.decides_once and self.per not in {"layer", "model"}:
-            yield f"fit '{self.fit}' makes one decision for the whole model; remove 'per', or write per: model"
-
-    def _problems_of_averages(self) -> Iterator[str]:
-        fades = self.row.fading is not None
-        if self.row.adds_up and self.decay is not None and len(self.decay) != 1:
-            yield f"fit '{self.fit}' has one decay"
-        for key, granularity in READ_AT.items():
-            if (key == "decay" and fades) or (key == "prefix" and self.row.stays):
-                continue
-            if getattr(self, key) is not None and self.granularity != granularity:
-                yield f"'{key}' has no effect without granularity: {granularity}; remove it"
+    def _other_problems(self) -> Iterator[str]:
         if self.decay is not None and not all(0 <= decay <= 1 for decay in self.decay):
             yield "'decay' must lie between 0 and 1"
-
-    def _problems_of_the_fit(self) -> Iterator[str]:
         if self.orders is not None and len(set(self.orders)) < len(self.orders):
             yield "'orders' names an order twice"
-        for key, field in type(self).model_fields.items():
-            fits = fits_with(key)
-            if fits and key not in self.row.settings and getattr(self, key) != field.default:
-                yield f"'{key}' has no effect with fit: {self.row.said} (only with {', '.join(fits)}); remove it"
         if self.classifier == COUNTS_ALONE and self.row.kind == "hidden":
             yield "naive Bayes counts tokens, which features: hidden has none of; choose logistic, sgd or centroid"
-        if self.row.score == "tfidf" and (self.prefix or 0) > MOST_PREFIX:
+        if self.row.score is TFIDF and (self.prefix or 0) > MOST_PREFIX:
             yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.row.said}, whose tokens are compared pairwise"
 
     @property
@@ -151,10 +125,10 @@ class Router(Strict):
 
     def gate_width(self, vocabulary: int) -> int | None:
         """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
-        if self.row.reads != "tokens":
+        if not self.row.reads.tokens:
             return None
         hashed = self.hashes or "order" in self.row.settings
-        return (self.buckets if hashed else vocabulary) + self.row.beside_the_gate
+        return (self.buckets if hashed else vocabulary) + self.row.score.besides
 
     @property
     def hashes(self) -> bool:
@@ -164,7 +138,7 @@ class Router(Strict):
     @property
     def prefix_tokens(self) -> int | None:
         """Tokens after which the decision stays; None when it never does."""
-        return (self.prefix or PREFIX) if self.granularity == "sequence" or self.row.stays else None
+        return (self.prefix or PREFIX) if self.granularity == "sequence" or self.row.decides.once else None
 
     @property
     def alarms(self) -> float:
@@ -174,21 +148,45 @@ class Router(Strict):
     @property
     def scope(self) -> Scope:
         """What shares a router: as `per` says, the model where one decision is all there can be."""
-        return "model" if self.row.decides_once else self.per
+        return "model" if self.row.decides.for_model else self.per
 
     @property
     def decays(self) -> list[float]:
         """Of evidence that fades; none for a fit without any."""
-        return [] if self.row.fading is None else self.decay or [self.row.fading]
+        return [] if self.row.decides.fading is None else self.decay or [self.row.decides.fading]
 
     @property
-    def averages(self) -> list[dict[str, Any]]:
+    def averages(self) -> list[dict[str, float | None]]:
         """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
-        if self.row.fading is not None:
-            adds_up = {"sum": True} if self.row.adds_up else {}
+        if self.row.decides.fading is not None:
+            adds_up: dict[str, float | None] = {"sum": True} if self.row.score.adds_up else {}
             return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decays]
-        if self.granularity == "sequence" or (self.row.stays and self.row.reads != "tokens"):
+        if self.granularity == "sequence" or (self.row.decides.once and not self.row.reads.tokens):
             return [{"decay": 1.0}]
         if self.granularity == "token":
             return [{"decay": None}]
         return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]
+
+
+def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
+    """Of the settings that a router has, those without an effect under its fit, or against it; and what is wrong with each."""
+    by_itself, granularity = row.decides.once or row.reads.tokens, router.get("granularity", "token")
+    if by_itself and "granularity" in router:
+        does = "decides for the text" if row.decides.once else "reads the tokens so far"
+        yield "granularity", f"fit '{row.name}' {does} by itself: 'granularity' has no effect; remove it"
+        granularity = "token"
+    for key, reads_it in READ_AT.items():
+        read_anyway = row.decides.once if key == "prefix" else row.decides.fading is not None
+        if key in router and granularity != reads_it and not read_anyway:
+            yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
+    if "decay" in router and row.score.adds_up and len(router["decay"] or []) != 1:
+        yield "decay", f"fit '{row.name}' has one decay"
+    if row.reads.low_rank and router.get("per") == "feature":
+        yield "per", f"fit '{row.name}' makes one decision per module, not one per output feature; choose another"
+    if row.decides.for_model and router.get("per", "model") != "model":
+        yield "per", f"fit '{row.name}' makes one decision for the whole model; remove 'per', or write per: model"
+    if row.reads.sample and router.get("keep_tokens") == 0:
+        yield "keep_tokens", f"the {row.name} fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge"
+    for key, fits in ((key, fits_with(key)) for key in router):
+        if fits and key not in row.settings:
+            yield key, f"'{key}' has no effect with fit: {row.said} (only with {', '.join(fits)}); remove it"

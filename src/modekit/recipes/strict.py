@@ -27,6 +27,10 @@ NAME_RULE = "letters, digits, '_', '.' and '-', 64 at most, a letter or digit fi
 
 TAKEN = (BASE, "oracle", "mixture")
 """What no expert can be named: rows of the evaluation."""
+RecipeData = dict[str, Any]
+"""A recipe, or a part of one, as plain data, checked or not."""
+RecipePart = Mapping[str, Any]
+"""The same, to be read alone."""
 _Model = TypeVar("_Model", bound=BaseModel)
 _LARGEST_NUMBER = 10**100  # far past all use; products of three of them still fit a float
 
@@ -36,7 +40,7 @@ def is_name(found: str) -> bool:
     return len(found) <= LONGEST_NAME and re.fullmatch(_NAME, found) is not None
 
 
-def breaks_name_rule(problem: str, context: Mapping[str, Any]) -> bool:
+def breaks_name_rule(problem: str, context: Mapping[str, object]) -> bool:
     """Whether pydantic's problem of this type is that of a `Name`, whose pattern nobody should have to read."""
     return context.get("pattern") == _NAME or (problem == "string_too_long" and context.get("max_length") == LONGEST_NAME)
 
@@ -55,13 +59,13 @@ class Strict(BaseModel):
     """Keys that older versions did not know: unset, they are not written, so that digests of what said nothing stay."""
 
     @model_serializer(mode="wrap")
-    def _without_later(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        said: dict[str, Any] = write(self)
+    def _without_later(self, write: SerializerFunctionWrapHandler) -> RecipeData:
+        said: RecipeData = write(self)
         return {key: value for key, value in said.items() if value is not None or key not in self.later}
 
     @model_validator(mode="before")
     @classmethod
-    def _no_endless_number(cls, values: Any) -> Any:
+    def _no_endless_number(cls, values: object) -> object:
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
                 raise ValueError(f"'{str(key)[:64]}' is a number of more than 100 digits")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,7 +21,7 @@ class StrictLoader(yaml.SafeLoader):
 
     _nodes = _depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """The next node. Raises YAMLError as soon as there are too many, or they nest too deeply."""
         self._nodes, self._depth = self._nodes + 1, self._depth + 1
         if self._nodes > _MOST_NODES or self._depth > _DEEPEST:
@@ -39,7 +38,7 @@ class StrictLoader(yaml.SafeLoader):
             _check_size(node, {})
         return node
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         """The value of a node. Raises YAMLError where it is none of its kind: 2001-99-99, !!int x, half of a character."""
         try:
             value = super().construct_object(node, deep)
@@ -51,7 +50,7 @@ class StrictLoader(yaml.SafeLoader):
             raise _problem("a number of more than 100 digits", node)
         return value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """Build a dict from a YAML mapping."""
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -62,7 +61,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> Any:
+def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> object:
     """What a YAML file holds, unchecked. Raises OSError, and ValueError that says what is wrong where."""
     text = read_text(path, LARGEST)
     try:

@@ -31,6 +31,7 @@ from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.result_files import find_results, find_translations
 from modekit.report.translation_file import Scores
+from modekit.sources.family import architecture_of
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 

@@ -152,8 +152,8 @@ def _chosen_per(checkpoint: Checkpoint) -> str:
     mixture, pair = checkpoint.record.recipe.mixture, checkpoint.shape.family.pair
     if mixture.fit is None:
         return "none"
-    whole = mixture.router.granularity == "sequence" or mixture.fit.stays
-    if pair and (whole or mixture.fit.decides_once):
+    whole = mixture.router.granularity == "sequence" or mixture.fit.decides.once
+    if pair and (whole or mixture.fit.decides.for_model):
         return "source"
     return "text" if whole else "token"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from modekit.architecture.modekit_router import causal_average
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.processes import ALONE, Processes, processes
+from modekit.routing.kept import Provenance
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 from modekit.text.sequences import TokenSequence, make_batches
 
@@ -30,9 +30,11 @@ def to_float16(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
 
 
-Consume = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""(slot, x (T, D), places (T,)): the real tokens of a batch, and their places in the order of the sequences, of the sources'
-tokens alone, or the targets'.
+Averages = Sequence[Mapping[str, float | None]]
+"""As `modekit.routing` of a config says them (planning/mixture_config.py)."""
+Consume = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+"""(place of the way to read, slot, x (T, D), places (T,)): the real tokens of a batch, and their places in the order of the
+sequences, of the sources' tokens alone, or the targets'.
 """
 
 
@@ -69,9 +71,9 @@ class GateInput:
     (architecture/modekit_router.py). `source` is what the statistics will say of themselves.
     """
 
-    averages: Sequence[Mapping[str, Any]]
+    averages: Averages
     prefix: int | None
-    source: Mapping[str, Any]
+    source: Provenance
 
 
 def capture_domain(
@@ -100,7 +102,7 @@ def capture_domain(
             sums[number][slot] = _Sums(x_TD.shape[1], kept[sides[slot]])
         sums[number][slot].add(x_TD, places_T)
 
-    _run_with_inputs(view, sequences, reads, consume, advance, shared)
+    run_with_inputs(view, sequences, reads, consume, advance, shared)
     for found in sums:
         for slot, width in enumerate(shared.agree([len(found[slot].sum_D) for slot in sorted(found)])):
             found.setdefault(slot, _Sums(width, kept[sides[slot]])).add_up(shared)  # a process may have had no sequence
@@ -111,7 +113,7 @@ def capture_domain(
         def consume_negative(number: int, slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
             negative[number][slot] += x_TD.sum(0, dtype=torch.float64).cpu() / counts[sides[slot]]
 
-        _run_with_inputs(view, negatives, reads, consume_negative, lambda _: None)
+        run_with_inputs(view, negatives, reads, consume_negative, lambda _: None)
     return [
         DomainStatistics(
             sum(totals),
@@ -141,25 +143,12 @@ def _evenly(total: int, most: int) -> torch.Tensor:
 def run_with_inputs(
     view: ExpertView,
     sequences: Sequence[TokenSequence],
-    averages: Sequence[Mapping[str, Any]],
-    prefix: int | None,
-    consume: Consume,
-    advance: Callable[[int], None],
-) -> None:
-    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens."""
-    read = GateInput(averages, prefix, {})
-    _run_with_inputs(view, sequences, [read], lambda _number, *taken: consume(*taken), advance)
-
-
-def _run_with_inputs(
-    view: ExpertView,
-    sequences: Sequence[TokenSequence],
     reads: Sequence[GateInput],
-    consume: Callable[[int, int, torch.Tensor, torch.Tensor], None],
+    consume: Consume,
     advance: Callable[[int], None],
     shared: Processes = ALONE,
 ) -> None:
-    """The same for several ways to read; `consume` is told which."""
+    """Forward passes over all sequences; `consume` gets what every router's gate takes of each batch's real tokens."""
     # By length, so that the shares cost the same.
     mine = sorted(range(len(sequences)), key=lambda row: (-sequences[row].size, row))[shared.rank :: shared.count]
     starts = [torch.tensor([0, *sizes]).cumsum(0) for sizes in _sizes(sequences)]
@@ -217,7 +206,7 @@ def _sizes(sequences: Sequence[TokenSequence]) -> tuple[list[int], list[int]]:
 def averaged(
     x_BSD: torch.Tensor,
     mask_BS: torch.Tensor,
-    averages: Sequence[Mapping[str, Any]],
+    averages: Averages,
     prefix: int | None,
     *,
     at_once: bool = False,

@@ -1,41 +1,40 @@
 """Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem).
 
 Every fit ends in one bias-free linear gate per router, because that is what native architectures hold; the temperature
-is folded into it. Domains count equally, however much text each had. A fit's row in recipes/fits.py names its rule.
+is folded into it. Domains count equally, however much text each had.
 
 Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pkgutil import resolve_name
 
 import torch
 
 from modekit.errors import RecipeError
+from modekit.processes import processes
 from modekit.recipes.router import Router
+from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.read import StatisticsReader
 from modekit.routing.statistics import DomainStatistics
+from modekit.run import QUIET, Run
 
-Rule = Callable[[int, Sequence[DomainStatistics], Router], torch.Tensor]
-"""(slot, domains in the order of the experts, settings) -> gate (E, D) at temperature 1, float64."""
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
 _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
 
-def fit_gates(
-    settings: Router, domains: Sequence[DomainStatistics], advance: Callable[[int], None] = lambda _: None
-) -> list[torch.Tensor]:
+def fit_gates(settings: Router, domains: Sequence[DomainStatistics], run: Run = QUIET) -> list[torch.Tensor]:
     """One gate (E, D) in float32 per router, for domains in the order of the experts.
 
-    `advance` is called with 1 after each router. Raises RecipeError when logistic has no kept tokens to fit on.
+    Raises RecipeError when logistic has no kept tokens to fit on.
     """
-    rule: Rule = resolve_name(settings.row.rule)
-    gates = []
+    rule, gates = RULES[settings.fit], []
+    run.begin(f"solve {settings.fit}", len(domains[0].slots))
     for slot in range(len(domains[0].slots)):
         gates.append((rule(slot, domains, settings) / settings.temperature).float())
-        advance(1)
+        run.progress(f"solve {settings.fit}", slot + 1, len(domains[0].slots))
     return gates
 
 
@@ -171,3 +170,42 @@ def _minimise(loss: Callable[[], torch.Tensor], weights: torch.Tensor) -> None:
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
+
+
+RULES: Mapping[str, Callable[[int, Sequence[DomainStatistics], Router], torch.Tensor]] = {
+    "centroid": centroid,
+    "lda": lda,
+    "logistic": logistic,
+    "ridge": ridge,
+}
+"""Name of a fit -> (slot, domains in the order of the experts, settings) -> gate (E, D) at temperature 1, float64."""
+
+
+def solve_gates(fitting: Fitting) -> FittedRouter:
+    """Read what is not kept, and solve in the main process; the others' gates are empty. Raises TextError and RecipeError."""
+    domains, settings = read_domains(fitting), fitting.settings
+    if not processes().is_main:
+        return fitting.unfitted()
+    text, report = [domain.source["text"] for domain in domains], {"tokens": [domain.tokens for domain in domains]}
+    if settings.row.library:
+        from modekit.routing.classifier import hidden_gate
+
+        fitting.run.begin("fit classifiers")
+        gate_ED, choice = hidden_gate([domain.slots[0].sample_ND.double().numpy() for domain in domains], settings)
+        return fitting.fitted([gate_ED], text, {**report, **choice})
+    solved = zip(fit_gates(settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
+    # A gate with one decision per output feature starts as one decision for all of them.
+    return fitting.fitted([gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in solved], text, report)
+
+
+def read_domains(fitting: Fitting) -> list[DomainStatistics]:
+    """Statistics of every expert's domain, kept or read now; of all of them in the main process only. Raises TextError."""
+    reader = StatisticsReader(fitting)
+    # All text is looked at before any is read through the model: what is wrong with the last shows at once.
+    looked_at = []
+    for place, expert in enumerate(fitting.recipe.experts):
+        fitting.run.begin(f"tokenise {expert.name}")
+        looked_at.append(reader.look_at(place, expert))
+    reader.expect(looked_at)
+    domains = [reader.read(domain) for domain in looked_at]
+    return [domain for domain in domains if domain is not None]

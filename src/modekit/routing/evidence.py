@@ -26,7 +26,7 @@ from modekit.routing.unseen import over_base, room_of
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenRows:
     """A sequence of a domain: the rows of the table that its tokens choose, int (S,), or (S, K) where each chooses several,
     which are added; and how many of its first tokens are of no domain, and not learned from.
     """
@@ -35,7 +35,7 @@ class Example:
     start: int = 0
 
 
-Examples = Sequence[Example]
+Examples = Sequence[TokenRows]
 """Of one domain."""
 
 
@@ -59,7 +59,7 @@ class Averaging:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TableSchedule:
     """How a table is trained; measured in benchmarks/lexical.md."""
 
     tokens: int = 16_384
@@ -72,7 +72,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Room:
+class BaseRoom:
     """What an expert that is the base may take of the domains by a raise of its logit.
 
     Attributes:
@@ -88,7 +88,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTable:
     """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken.
 
     `room`: by how much the logit of the base, where it is an expert, may be raised for all texts.
@@ -108,10 +108,10 @@ def train_table(
     *,
     seed: int = 0,
     silent: Sequence[int] = (),
-    room: Room | None = None,
-    schedule: Schedule = Schedule(),
+    room: BaseRoom | None = None,
+    schedule: TableSchedule = TableSchedule(),
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Trained:
+) -> TrainedTable:
     """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `room`: the base's.
 
     `advance` is told the steps done and the most there can be.
@@ -147,16 +147,16 @@ def train_table(
             if waited >= schedule.patience:
                 break
     table = state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous()
-    return Trained(table, before, best, taken, 0.0 if room is None else _room(held, state, averaging, len(domains), room))
+    return TrainedTable(table, before, best, taken, 0.0 if room is None else _room(held, state, averaging, len(domains), room))
 
 
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
 
 
-def _split(examples: Examples, aside: int) -> tuple[list[Example], list[Example]]:
+def _split(examples: Examples, aside: int) -> tuple[list[TokenRows], list[TokenRows]]:
     """Sequences to learn from, and those kept aside by their hash; one of each at least, the same one if there is no other."""
-    own: list[Example] = []
-    other: list[Example] = []
+    own: list[TokenRows] = []
+    other: list[TokenRows] = []
     for each in examples:
         place = int.from_bytes(hashlib.sha256(each.rows.to(torch.int64).numpy().tobytes()).digest()[:4], "big")
         (other if place % aside == 0 else own).append(each)
@@ -212,7 +212,7 @@ class _Draw:
     def next(self) -> Iterator[_Batch]:
         """One batch of each domain."""
         for place, examples in enumerate(self._domains):
-            taken: list[Example] = []
+            taken: list[TokenRows] = []
             length = 0
             while length < self._tokens and len(taken) < len(examples):
                 if not self._left[place]:
@@ -246,7 +246,7 @@ def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging
 
 
 @torch.no_grad()
-def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int, room: Room) -> float:
+def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int, room: BaseRoom) -> float:
     """By how much the base's logit may be raised until some domain loses as many of its tokens as it may."""
     leads: list[list[torch.Tensor]] = [[] for _ in range(experts)]
     for batch in held:

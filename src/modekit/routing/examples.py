@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -103,25 +102,13 @@ def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTe
     return template
 
 
-def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> dict[str, Any]:
+def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> dict[str, str]:
     """What but text and other settings decides the chats of a domain; nothing where there are none. Raises TextError."""
     template = template_for(tokenizer, settings)
     if template is None:
         return {}
     parts = [template.source, *SYSTEM_PROMPTS, *(SMALL_TALK if expert.is_base else ())]
     return {"chat": hashlib.sha256("\0".join(parts).encode()).hexdigest()}
-
-
-def without_text(error: TextError, kept: object, how: dict[str, Any]) -> TextError:
-    """The error of text that is gone: where what is kept of it would do but for chats, it says how to do without them."""
-    if kept == how or not isinstance(kept, dict) or kept != {key: value for key, value in how.items() if key != "chat"}:
-        return error
-    return TextError(
-        f"{error.what}, and what is kept of it knows no chats",
-        where=error.where,
-        found=error.found,
-        remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT --no-chat`",
-    )
 
 
 def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int) -> Iterator[TokenSequence]:

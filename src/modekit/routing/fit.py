@@ -1,17 +1,18 @@
-"""Set a checkpoint's gates by the function that the fit's row names (recipes/fits.py).
+"""The function of every fit: it sets the gates of a checkpoint.
 
-Needs no torch itself: a fit that reads no text costs no more than the copy.
+What needs torch is imported only where it runs: a fit that reads no text costs no more than the copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pkgutil import resolve_name
 
-from modekit.checkpoint.record import RouterRecord
+import numpy as np
+
 from modekit.processes import processes
-from modekit.routing.constant import zero_gates
 from modekit.routing.fitting import FittedRouter, Fitting
+
+_RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)
 
 
 def fit_router(fitting: Fitting) -> FittedRouter:
@@ -21,11 +22,72 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     written there. Under a launcher the processes share the text, and the main one solves: the others' gates are empty. Raises
     TextError.
     """
-    recipe = fitting.recipe
-    fit = recipe.mixture.fit
-    if not processes().is_main and (fit is None or fit.keeps is None or not fit.keeps.shared):
-        return FittedRouter([], RouterRecord.unfitted(recipe))
-    if fit is None:
-        return zero_gates(fitting)
-    set_gates: Callable[[Fitting], FittedRouter] = resolve_name(fit.function)
-    return set_gates(fitting)
+    fit = fitting.recipe.mixture.fit
+    keeps = None if fit is None else fit.reads.keeps
+    if not processes().is_main and (keeps is None or not keeps.shared):
+        return fitting.unfitted()
+    return _zero(fitting) if fit is None else SETTERS[fit.name](fitting)
+
+
+def _zero(fitting: Fitting) -> FittedRouter:
+    """For fixed weights: with top_k = E every expert of a native mixture weighs 1/E."""
+    return fitting.unfitted([np.zeros(slot.shape, np.float32) for slot in fitting.checkpoint.slots])
+
+
+def _random(fitting: Fitting) -> FittedRouter:
+    """N(0, 0.02), by the temperature, from the seed."""
+    settings = fitting.settings
+    draw = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal
+    scale = np.float32(_RANDOM_STD / settings.temperature)
+    return fitting.unfitted([draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots])
+
+
+def _solved(fitting: Fitting) -> FittedRouter:
+    from modekit.routing.closed_form import solve_gates
+
+    return solve_gates(fitting)
+
+
+def _counted(fitting: Fitting) -> FittedRouter:
+    from modekit.routing.ngram import count_gate
+
+    return count_gate(fitting)
+
+
+def _lexical(fitting: Fitting) -> FittedRouter:
+    from modekit.routing.lexical import lexical_gates
+
+    return lexical_gates(fitting)
+
+
+def _classified(fitting: Fitting) -> FittedRouter:
+    fitting.settings.row.check_library()
+    if fitting.settings.row.reads.hidden:
+        return _solved(fitting)
+    from modekit.routing.classifier import classifier_gates
+
+    return classifier_gates(fitting)
+
+
+def _from_changes(fitting: Fitting) -> FittedRouter:
+    from modekit.routing.low_rank import low_rank_gates
+
+    return low_rank_gates(fitting)
+
+
+def _trained(fitting: Fitting) -> FittedRouter:
+    from modekit.routing.phatgoose import learned_gates
+
+    return learned_gates(fitting)
+
+
+SETTERS: dict[str, Callable[[Fitting], FittedRouter]] = {
+    "random": _random,
+    **dict.fromkeys(("centroid", "lda", "logistic", "ridge"), _solved),
+    "ngram": _counted,
+    "lexical": _lexical,
+    "classifier": _classified,
+    **dict.fromkeys(("arrow", "spectr", "seqr"), _from_changes),
+    "phatgoose": _trained,
+}
+"""By the name of the fit (recipes/fits.py)."""

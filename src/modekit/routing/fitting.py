@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
@@ -13,6 +14,9 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
 from modekit.run import QUIET, Run
 from modekit.sources.family import Reads
+
+TextRecord = dict[str, Any]
+"""What is remembered of a text (text/splits.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,26 @@ class Fitting:
     def reads(self) -> Reads:
         """What the mixture's models read."""
         return self.checkpoint.shape.family.reads
+
+    def statistics_file(self, expert: str) -> Path:
+        """Where the statistics of an expert's domain are kept."""
+        return self.folder / f"{expert}.safetensors"
+
+    def fitted(
+        self,
+        gates: Gates,
+        text: Sequence[TextRecord],
+        report: Mapping[str, object],
+        status: Literal["fitted", "trained"] = "fitted",
+    ) -> FittedRouter:
+        """Gates that were set from text; `text`: what the record remembers of each expert's, in their order."""
+        of_experts = dict(zip(self.recipe.names, text, strict=True)) if text else {}
+        record = RouterRecord(status=status, settings=self.settings, sha256="", text=of_experts, report=dict(report))
+        return FittedRouter(gates, record)
+
+    def unfitted(self, gates: Gates = ()) -> FittedRouter:
+        """Gates that the recipe alone gives; without any in a process that is not the main one."""
+        return FittedRouter(gates, RouterRecord.unfitted(self.recipe))
 
 
 @dataclass(frozen=True)

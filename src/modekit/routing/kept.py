@@ -1,4 +1,4 @@
-"""Files of kept statistics: tensors of one domain, and under one metadata key what they are of."""
+"""Kept statistics of a domain: files of tensors, and under one metadata key what they are of; and whether they still hold."""
 
 from __future__ import annotations
 
@@ -11,17 +11,53 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, TextError
 from modekit.files.read import open_regular, parse_json
 from modekit.files.typed import shortened
 from modekit.files.write import appearing, disk_errors, make_folder, remove_if_empty
+from modekit.routing.fitting import Fitting
+from modekit.text.held_out import fit_documents
 
 _Statistics = TypeVar("_Statistics")
 Get = Callable[[str], torch.Tensor]
 """Name -> tensor of a file."""
+Header = dict[str, Any]
+"""What a file's metadata says of it; each kind of statistics checks its own."""
+Provenance = dict[str, Any]
+"""What statistics were made from: `text`, a record of the text (text/splits.py); `how`, the settings that decide them."""
 
 
-def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+def documents_to_read(fitting: Fitting, place: int, kept: Provenance | None, how: Mapping[str, object]) -> list[str] | None:
+    """The text of the expert at `place`; None where what is kept of it holds without: of an expert that stays, or whose text
+    is gone.
+
+    `kept`: what the kept statistics were made from, None without any; `how`: the settings of now. Raises TextError.
+    """
+    expert = fitting.recipe.experts[place]
+    holds = kept is not None and kept.get("how") == how and isinstance(kept.get("text"), dict)
+    if holds and expert.name in fitting.stays:
+        return None
+    try:
+        return fit_documents(expert, fitting.root, place, reads=fitting.reads)
+    except TextError as error:
+        if holds:
+            return None
+        raise _without_text(error, kept and kept.get("how"), how) from None
+
+
+def _without_text(error: TextError, kept: object, how: Mapping[str, object]) -> TextError:
+    """The error of text that is gone: where what is kept of it would do but for chats, it says how to do without them."""
+    if kept == how or not isinstance(kept, dict) or kept != {key: value for key, value in how.items() if key != "chat"}:
+        return error
+    return TextError(
+        f"{error.what}, and what is kept of it knows no chats",
+        where=error.where,
+        found=error.found,
+        remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT --no-chat`",
+    )
+
+
+def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
     """Write atomically. Raises OSError, also where safetensors says it in its own way (a full disk)."""
     make_folder(path.parent)
     # One metadata key: safetensors writes several in an order that differs from run to run.
@@ -42,7 +78,7 @@ def checked(tensor: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
     return tensor
 
 
-def load_kept(path: Path, make: Callable[[Get, dict[str, Any]], _Statistics | None]) -> _Statistics | None:
+def load_kept(path: Path, make: Callable[[Get, Header], _Statistics | None]) -> _Statistics | None:
     """What `make` takes from a file's tensors and what they are of; None when there is no file.
 
     Raises CheckpointError when the file is damaged.

@@ -20,10 +20,8 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
 from modekit.planning.reuse import Origins
 from modekit.planning.shape import RouterSlot
-from modekit.recipes.fits import SUMS
-from modekit.routing.closed_form import logistic_beside
+from modekit.routing.closed_form import logistic_beside, read_domains
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.routing.solve import read_domains
 
 _Gate = npt.NDArray[np.float32]
 
@@ -55,7 +53,7 @@ def _check(fitting: Fitting, before: Checkpoint, origins: Origins) -> None:
     alone = fitting.checkpoint.shape.channels is None and [slot.name for slot in fitting.checkpoint.slots] == names
     alone = alone and not any(slot.features for slot in before.slots)
     one_row = all(set(slot.rows) == {1} for slot in fitting.checkpoint.slots)
-    if alone and (None not in origins or (fit is not None and fit.keeps is SUMS and one_row)):
+    if alone and (None not in origins or (fit is not None and fit.reads.hidden and one_row)):
         return
     found = f"fit: {fit.name}" if alone and fit is not None else "a router that is set as a whole"
     raise RecipeError(

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+RoutingData = Mapping[str, Any]
+"""The config's `modekit.routing` (planning/mixture_config.py) as plain data."""
 _PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Evidence:
     """One of the J things that are averaged.
 
     Attributes:
@@ -65,19 +67,19 @@ class _Classifier:
 class LastToken:
     """A router with its gate."""
 
-    def __init__(self, routing: Mapping[str, Any], gate_EG: np.ndarray) -> None:
+    def __init__(self, routing: RoutingData, gate_EG: np.ndarray) -> None:
         """`routing` is the config's `modekit.routing` (see `Router`) of a router that reads tokens."""
         averages, ngram = routing["averages"], routing.get("ngram")
         orders: Sequence[int | None] = [None if ngram is None else ngram["order"]] * len(averages)
         if ngram is not None and routing.get("orders"):
             orders = routing["orders"]
         self._prefix = routing.get("prefix")
-        self._tables: list[_Table] | list[_Classifier]
+        self._tables: list[_Evidence] | list[_Classifier]
         if routing.get("score") == "tfidf":
             self._tables = [_Classifier(np.ascontiguousarray(gate_EG.T, dtype=np.float32), orders[0])]
             return
         self._tables = [
-            _Table(np.ascontiguousarray(part_EV.T, dtype=np.float32), order, average["decay"], average.get("sum", False))
+            _Evidence(np.ascontiguousarray(part_EV.T, dtype=np.float32), order, average["decay"], average.get("sum", False))
             for part_EV, order, average in zip(np.split(gate_EG, len(averages), axis=1), orders, averages, strict=True)
         ]
 

@@ -1,30 +1,38 @@
 """Lexical routers: what does every token say of the domain, averaged over the text so far?
 
 The table is trained without a model (evidence.py). In the modekit architecture it is the gate of one router before the first
-layer; a native checkpoint carries it in channels besides the base's (on_channels.py).
+layer; a native checkpoint carries it in channels besides the base's: evidence in the embedding, gates that read its average.
+The channels of the average pass a norm before each gate, which divides them by the size of the stream there. By how much is
+measured on a little text: the gate of a layer multiplies with the median, over tokens, of what the average is over what
+arrives. docs/lexical.md has the equations.
 
-Shape legend: E experts, J averages, V vocabulary.
+Shape legend: B batch, S sequence, E experts, J averages, V vocabulary, N = J E channels, D width of what a router reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 
+import numpy as np
 import torch
+from torch import nn
 
-from modekit.architecture.modekit_router import ngram_rows
+from modekit.architecture.modekit_router import causal_average, ngram_rows
+from modekit.checkpoint.evidence import evidence_columns, evidence_values
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
+from modekit.loaded.shapes import expert_view
+from modekit.planning.channels import Channels
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, Example, Room, train_table
+from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.routing.on_channels import gates_on_channels
 from modekit.routing.token_text import TokenText, read_token_texts
 from modekit.routing.unseen import made_texts
 from modekit.text.chat import ChatTemplate
+from modekit.text.sequences import TokenSequence, make_batches
 
 _LEAN = 0.01
 """Logits between the first expert and the last where nothing speaks for any: every engine then takes the same."""
@@ -36,13 +44,14 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
     texts = read_token_texts(fitting, tokenizer)
     fitting.run.begin("prepare the examples")
-    averaging = averaging_of(fitting)
-    table = Table(settings, fitting.checkpoint.vocabulary)
+    channels = fitting.checkpoint.shape.channels  # of a native architecture, which may not let evidence fade
+    averaging = Averaging(tuple(settings.decays) if channels is None else channels.decays)
+    table = LexicalTable(settings, fitting.checkpoint.vocabulary)
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
     examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe, template)
     if recipe.mixture.unseen is not None and room is not None:
         made = made_texts(texts, room.base, special, fitting.checkpoint.vocabulary, settings.seed)
-        examples[room.base] += [Example(table.rows(ids)) for ids in made]
+        examples[room.base] += [TokenRows(table.rows(ids)) for ids in made]
     trained = train_table(
         examples,
         table.height,
@@ -55,18 +64,22 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     toward = trained.room - (0.0 if recipe.mixture.unseen is None else _LEAN)  # what it leans by is in what it may take
     leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
     table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
-    report: dict[str, object] = {"kept_aside": [trained.before, trained.after], "steps": trained.steps}
+    report: dict[str, object] = {
+        "tokens": [len(each.ids_N) for each in texts],
+        "kept_aside": [trained.before, trained.after],
+        "steps": trained.steps,
+    }
     if template is not None:
         report |= {"chats": [int((text.starts > 0).sum()) for text in texts]}
     if room is not None or template is not None:
         report |= {"toward_base": trained.room}
-    record = _record(fitting, texts, report)
-    if fitting.checkpoint.shape.channels is not None:
-        return gates_on_channels(fitting, texts, table_EJV, averaging, record)
-    return FittedRouter([table_EJV.flatten(1).numpy()], record)
+    fitted = fitting.fitted([table_EJV.flatten(1).numpy()], [each.source["text"] for each in texts], report)
+    if channels is not None:
+        return gates_on_channels(fitting, texts, table_EJV, averaging, fitted.record)
+    return fitted
 
 
-class Table:
+class LexicalTable:
     """The rows of a lexical router's tables, one table for every order of n-grams, below one another."""
 
     def __init__(self, settings: Router, vocabulary: int) -> None:
@@ -94,27 +107,24 @@ class Table:
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
 
 
-def _room(recipe: Recipe, template: ChatTemplate | None) -> Room | None:
+def _room(recipe: Recipe, template: ChatTemplate | None) -> BaseRoom | None:
     """What the base may take of the domains, where it is an expert that takes what is no domain's."""
     base = place_of_base(recipe.experts)
     if base is not None and recipe.mixture.unseen is not None:
-        return Room(base, recipe.mixture.router.alarms, of_all=True)
-    return None if base is None or template is None else Room(base)
+        return BaseRoom(base, recipe.mixture.router.alarms, of_all=True)
+    return None if base is None or template is None else BaseRoom(base)
 
 
-def _examples(texts: Sequence[TokenText], table: Table, template: ChatTemplate | None, longest: int) -> list[list[Example]]:
+def _examples(
+    texts: Sequence[TokenText], table: LexicalTable, template: ChatTemplate | None, longest: int
+) -> list[list[TokenRows]]:
     """What the tokens of every domain's sequences choose, and of changes of domain in chats."""
     sequences = [text.sequences() for text in texts]
     changes = [] if template is None else changes_of_domain(template, sequences, longest)
     return [
-        [Example(table.rows(ids), start) for ids, start in chain(*own)] for own in zip_longest(sequences, changes, fillvalue=())
+        [TokenRows(table.rows(ids), start) for ids, start in chain(*own)]
+        for own in zip_longest(sequences, changes, fillvalue=())
     ]
-
-
-def averaging_of(fitting: Fitting) -> Averaging:
-    """As the architecture averages: a native one may not let evidence fade."""
-    channels = fitting.checkpoint.shape.channels
-    return Averaging(channels.decays if channels is not None else tuple(fitting.settings.decays))
 
 
 def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:
@@ -132,8 +142,88 @@ def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:
     return logits
 
 
-def _record(fitting: Fitting, texts: Sequence[TokenText], training: dict[str, object]) -> RouterRecord:
-    names = fitting.recipe.names
-    text = {name: dict(each.source["text"]) for name, each in zip(names, texts, strict=True)}
-    report = {"tokens": [len(each.ids_N) for each in texts], **training}
-    return RouterRecord(status="fitted", settings=fitting.settings, sha256="", text=text, report=report)
+_MEASURED_TOKENS = 1_024
+"""Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
+
+
+def gates_on_channels(
+    fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.Tensor, averaging: Averaging, record: RouterRecord
+) -> FittedRouter:
+    """Gates and evidence of a native checkpoint that has channels for them."""
+    channels, embedding = fitting.checkpoint.carrier
+    table_VN = table_EJV.permute(2, 1, 0).flatten(1).contiguous().numpy()
+    columns = evidence_columns(channels, embedding, table_VN)
+    factors = _factors(fitting, channels, texts, table_VN, evidence_values(columns, embedding), averaging)
+    gates = []
+    for slot, factor in zip(fitting.checkpoint.slots, factors, strict=True):
+        gate_ED = np.zeros(slot.shape, np.float32)
+        for number in range(table_VN.shape[1]):
+            gate_ED[number % channels.experts, channels.context.start + number] = factor
+        gates.append(gate_ED)
+    return FittedRouter(gates, record, columns)
+
+
+def _factors(
+    fitting: Fitting,
+    channels: Channels,
+    texts: Sequence[TokenText],
+    table_VN: np.ndarray,
+    evidence_VN: np.ndarray,
+    averaging: Averaging,
+) -> list[float]:
+    """Per router, by what the channels that reach it must be multiplied to be the average of the table."""
+    view = expert_view(fitting.checkpoint, run=fitting.run)
+    fitting.run.begin("measure the stream", len(texts))
+    routers = view.router_inputs()
+    weight: torch.Tensor = view.model.get_input_embeddings().weight
+    weight.data[:, channels.evidence] = torch.from_numpy(evidence_VN).to(weight)
+    table = torch.from_numpy(table_VN)
+    found: list[list[torch.Tensor]] = [[] for _ in routers]
+    wanted_BSN: torch.Tensor | None = None
+    mask_BS: torch.Tensor | None = None
+
+    def hook(slot: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            assert wanted_BSN is not None and mask_BS is not None
+            arrived_BSN = args[0].reshape(*wanted_BSN.shape[:2], -1)[..., channels.context].float().cpu()
+            size = (wanted_BSN * wanted_BSN).sum(-1)
+            ratio = size / (arrived_BSN * wanted_BSN).sum(-1)
+            found[slot].append(ratio[mask_BS & (size > 0) & ratio.isfinite()])
+
+        return read
+
+    handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(routers)]
+    try:
+        with torch.inference_mode():
+            for place, text in enumerate(texts):
+                view.use_expert(place)
+                for batch in make_batches(_beginning(text, max(16, _MEASURED_TOKENS // len(texts)))):
+                    mask_BS = batch.mask
+                    wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
+                    view.model.model(
+                        input_ids=batch.input_ids.to(view.model.device),
+                        attention_mask=batch.mask.long().to(view.model.device),
+                        use_cache=False,
+                    )
+                fitting.run.progress("measure the stream", place + 1, len(texts))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [float(torch.cat(each).median()) for each in found]
+
+
+def _averages(values_BSN: torch.Tensor, mask_BS: torch.Tensor, averaging: Averaging, experts: int) -> torch.Tensor:
+    parts = torch.split(values_BSN, experts, dim=-1)
+    said = [causal_average(part, mask_BS.float(), decay, None)[0] for part, decay in zip(parts, averaging.decays, strict=True)]
+    return torch.cat(said, dim=-1)
+
+
+def _beginning(text: TokenText, most: int) -> list[TokenSequence]:
+    taken: list[TokenSequence] = []
+    tokens = 0
+    for ids, _ in text.sequences():
+        if tokens >= most:
+            break
+        taken.append(TokenSequence(tuple(ids[: most - tokens].tolist()), 0))
+        tokens += len(taken[-1].ids)
+    return taken

@@ -13,35 +13,25 @@ Shape legend: D width of what is read, R rank, O output, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from safetensors import safe_open
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import RouterRecord
 from modekit.planning.mixture_config import leader_of
 from modekit.planning.routing_config import whole_module_unscored
 from modekit.planning.shape import RouterSlot
 from modekit.routing.fitting import FittedRouter, Fitting
 
-Rule = Callable[[torch.Tensor, torch.Tensor], None]
-"""(the change (R, D), R = 0 for the base; the expert's rows of the gate, zero): fills the rows. Both float64."""
 
+def low_rank_gates(fitting: Fitting) -> FittedRouter:
+    """One gate per router slot, float32. The base scores 0 everywhere.
 
-def spectr(fitting: Fitting) -> FittedRouter:
-    """All of the change. Raises UnsupportedError when an expert's part is no low-rank change; so do the others."""
-    return _gates(fitting, _whole)
-
-
-def seqr(fitting: Fitting) -> FittedRouter:
-    """All of the change, at length 1."""
-    return _gates(fitting, _whole_of_length_one)
-
-
-def arrow(fitting: Fitting) -> FittedRouter:
-    """The direction that the change amplifies most."""
-    return _gates(fitting, _first_direction)
+    Raises UnsupportedError when an expert's part is no low-rank change.
+    """
+    rule = _RULES[fitting.settings.fit]
+    return fitting.fitted([_gate(fitting, slot, rule).numpy() for slot in fitting.checkpoint.slots], [], {})
 
 
 def _whole(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
@@ -59,14 +49,12 @@ def _first_direction(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
         rows_RD[0] = directions[0]
 
 
-def _gates(fitting: Fitting, rule: Rule) -> FittedRouter:
-    """One gate per router slot, float32. The base scores 0 everywhere."""
-    gates = [_gate(fitting, slot, rule).numpy() for slot in fitting.checkpoint.slots]
-    record = RouterRecord(status="fitted", settings=fitting.settings, sha256="", text={}, report={})
-    return FittedRouter(gates, record)
+_Rule = Callable[[torch.Tensor, torch.Tensor], None]
+"""(the change (R, D), R = 0 for the base; the expert's rows of the gate, zero): fills the rows. Both float64."""
+_RULES: Mapping[str, _Rule] = {"spectr": _whole, "seqr": _whole_of_length_one, "arrow": _first_direction}
 
 
-def _gate(fitting: Fitting, slot: RouterSlot, rule: Rule) -> torch.Tensor:
+def _gate(fitting: Fitting, slot: RouterSlot, rule: _Rule) -> torch.Tensor:
     gates = []
     for expert, count in enumerate(slot.rows):
         rows_RD = torch.zeros((count, slot.width), dtype=torch.float64)

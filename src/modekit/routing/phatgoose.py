@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.modekit import flow_of, place_routers
 from modekit.loaded.next_token import Training, train_language_model
@@ -38,9 +37,8 @@ def learned_gates(fitting: Fitting) -> FittedRouter:
     ]
     counts = [sum(sequence.size for sequence in own) for own in sequences]
     gates = _train_gates(fitting, sequences)
-    text = {name: text_record(documents, count) for name, documents, count in zip(recipe.names, texts, counts, strict=True)}
-    record = RouterRecord(status="trained", settings=settings, sha256="", text=text, report={"tokens": counts})
-    return FittedRouter(gates, record)
+    text = [text_record(documents, count) for documents, count in zip(texts, counts, strict=True)]
+    return fitting.fitted(gates, text, {"tokens": counts}, "trained")
 
 
 def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.shapes import expert_view
@@ -21,11 +19,11 @@ from modekit.processes import processes
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
-from modekit.routing.examples import chats_of, examples_of, without_text
+from modekit.routing.examples import chats_of, examples_of
 from modekit.routing.fitting import Fitting
+from modekit.routing.kept import Provenance, documents_to_read
 from modekit.routing.statistics import DomainStatistics, load_statistics
 from modekit.run import QUIET, Run
-from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, text_record
 
@@ -40,7 +38,7 @@ def read_statistics(
     readers = []
     for folder, settings in routers.items():
         one = recipe.model_copy(update={"mixture": recipe.mixture.model_copy(update={"router": settings})})
-        readers.append(Reader(Fitting(checkpoint, one, root, folder, run)))
+        readers.append(StatisticsReader(Fitting(checkpoint, one, root, folder, run)))
     for place, expert in enumerate(recipe.experts):
         domains = [(reader, reader.look_at(place, expert)) for reader in readers]
         missing = [(reader, domain) for reader, domain in domains if not domain.known]
@@ -61,10 +59,10 @@ class DomainToRead:
     known: bool = False
     sequences: Sequence[TokenSequence] = ()
     negatives: Sequence[TokenSequence] = ()
-    source: Mapping[str, Any] = field(default_factory=dict)
+    source: Provenance = field(default_factory=dict)
 
 
-class Reader:
+class StatisticsReader:
     """Reads the domains of one fit.
 
     The model is loaded when the first domain has to be read, and not at all when none has.
@@ -86,19 +84,13 @@ class Reader:
 
         Text that is gone is not needed when its statistics fit the settings. Raises TextError.
         """
-        path = self._fitting.folder / f"{expert.name}.safetensors"
+        path = self._fitting.statistics_file(expert.name)
         kept, how = load_statistics(path), self._how(expert)
         if kept is not None and not kept.is_of([slot.shape[1] for slot in self._fitting.checkpoint.slots]):
             kept = None
-        known = kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict)
-        if known and expert.name in self._fitting.stays:
+        documents = documents_to_read(self._fitting, place, None if kept is None else kept.source, how)
+        if documents is None:
             return DomainToRead(place, expert.name, path, kept, processes().agree(True))
-        try:
-            documents = fit_documents(expert, self._fitting.root, place, reads=self._fitting.reads)
-        except TextError as error:
-            if known:
-                return DomainToRead(place, expert.name, path, kept, processes().agree(True))
-            raise without_text(error, kept and kept.source.get("how"), how) from None
         sequences = examples_of(self._tokenizer, documents, (place, expert), self._settings)
         source = {"text": text_record(documents, sum(sequence.size for sequence in sequences)), "how": how}
         domain = DomainToRead(place, expert.name, path, kept, known=True)
@@ -124,18 +116,16 @@ class Reader:
         # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
         return load_statistics(domain.path) if processes().is_main else None
 
-    def read_together(self, others: Sequence[tuple[Reader, DomainToRead]]) -> None:
+    def read_together(self, others: Sequence[tuple[StatisticsReader, DomainToRead]]) -> None:
         """Read one domain's text once for readers that differ in how they average, and keep what each of them wants."""
         domains = [domain for _, domain in others]
         first = domains[0]
         total = self._total or sum(sequence.size for sequence in first.sequences)
-        done = self._done if self._total else 0
+        self._done = self._done if self._total else 0
 
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self._done = done
-            self._fitting.run.progress(f"read {first.name}", done, total)
+            self._done += count
+            self._fitting.run.progress(f"read {first.name}", self._done, total)
 
         found = capture_domain(
             self._view_of(first.place),
@@ -150,10 +140,10 @@ class Reader:
             for domain, statistics in zip(domains, found, strict=True):
                 statistics.save(domain.path)
 
-    def _how(self, expert: Expert) -> dict[str, Any]:
+    def _how(self, expert: Expert) -> dict[str, object]:
         """What but the text decides a domain's statistics."""
         checkpoint, settings = self._fitting.checkpoint, self._settings
-        how = {
+        how: dict[str, object] = {
             "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
             **settings.model_dump(
                 mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}

@@ -6,8 +6,7 @@ that would need other tensors than the gates is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
@@ -17,6 +16,7 @@ from modekit.recipes.edit import as_written, changed_mixture, with_mixture
 from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import RecipePart
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
@@ -24,7 +24,7 @@ from modekit.run import QUIET, Run
 
 def refit(
     checkpoint: Checkpoint,
-    changes: Mapping[str, Any],
+    changes: RecipePart,
     *,
     run: Run = QUIET,
 ) -> Checkpoint:
@@ -41,7 +41,7 @@ def refit(
     return checkpoint.with_router(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
 
 
-def _changed_recipe(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Recipe:
+def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
     """The checkpoint's recipe with changes. Raises RecipeError."""
     old = as_written(checkpoint.record.recipe)
     changed = with_mixture(old, changed_mixture(old.get("mixture", {}), changes))

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, Field
 
 from modekit.files.typed import Count, as_kind
-from modekit.routing.kept import Get, checked, load_kept, save_kept
+from modekit.routing.kept import Get, Header, Provenance, checked, load_kept, save_kept
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DomainStatistics:
 
     tokens: int
     slots: tuple[SlotStatistics, ...]
-    source: dict[str, Any]
+    source: Provenance
     counts: tuple[int, ...] = ()
 
     def is_of(self, widths: Sequence[int]) -> bool:
@@ -83,10 +83,10 @@ def load_statistics(path: Path) -> DomainStatistics | None:
     return load_kept(path, _statistics)
 
 
-def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
+def _statistics(get: Get, about: Header) -> DomainStatistics | None:
     if "slots" not in about:  # of an n-gram router
         return None
-    said = as_kind(about, _About)
+    said = as_kind(about, _SumsHeader)
     if said.counts and len(said.counts) != said.slots:
         raise ValueError("counts of other routers")
     slots = []
@@ -103,8 +103,8 @@ def _statistics(get: Get, about: dict[str, Any]) -> DomainStatistics | None:
     return DomainStatistics(said.tokens, tuple(slots), said.source, said.counts)
 
 
-class _About(BaseModel):
+class _SumsHeader(BaseModel):
     tokens: Annotated[Count, Field(ge=1)]
     slots: Count
-    source: dict[str, Any]
+    source: Provenance
     counts: tuple[Annotated[Count, Field(ge=1)], ...] = ()

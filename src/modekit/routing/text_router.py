@@ -3,7 +3,7 @@
 Routers that read tokens (n-gram, lexical, classifiers) need nothing else to decide. A front before engines that serve the
 experts asks one which of them takes a request (engines/front.py), and so may anybody.
 
-Shape legend: E experts, V vocabulary.
+Shape legend: S sequence, E experts, V vocabulary, G columns of the gate.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from modekit.architecture.modekit_flow import Flow
+from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import place_of_base
 from modekit.recipes.strict import BASE
-from modekit.routing.last_token import LastToken
+from modekit.routing.last_token import LastToken, RoutingData
 from modekit.run import QUIET, Run
 from modekit.text.chat import Message, chat_template_of
 
@@ -50,7 +53,7 @@ class Decision:
 def reads_tokens(checkpoint: Checkpoint) -> bool:
     """Whether the router decides on token ids alone, and is set."""
     settings = checkpoint.record.router.settings
-    return settings is not None and settings.row.reads == "tokens" and checkpoint.record.router.status != "unfitted"
+    return settings is not None and settings.row.reads.tokens and checkpoint.record.router.status != "unfitted"
 
 
 class TextRouter:
@@ -73,7 +76,7 @@ class TextRouter:
         self._unknown = BASE if base is None else self._names[base]
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer) if settings.chat else None
-        self._router = _router_of(checkpoint)
+        self._router = LastToken(*_routing_and_gate(checkpoint))
 
     @staticmethod
     def is_quick(said: str | Sequence[Message]) -> bool:
@@ -148,10 +151,28 @@ def _softmax(logits_E: np.ndarray) -> np.ndarray:
     return probabilities_E
 
 
-def _router_of(checkpoint: Checkpoint) -> LastToken:
+class RunningLogits:
+    """What a mixture's router that reads tokens says after each token of a text, without any model."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._flow = Flow()
+        routing, gate_EG = _routing_and_gate(checkpoint)
+        experts, width = len(checkpoint.names), gate_EG.shape[1] // len(routing["averages"])
+        self._router = Router("text", self._flow, width, experts, routing, [1] * experts, 0).eval()
+        self._router.gate = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(gate_EG)), requires_grad=False)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits (S, E), float32."""
+        self._flow.ids_BS = torch.tensor([ids])
+        return self._router.logits(torch.zeros(1, len(ids), 1))[0]
+
+
+def _routing_and_gate(checkpoint: Checkpoint) -> tuple[RoutingData, np.ndarray]:
+    """How a router that reads tokens decides, and its gate (E, G); also where channels of the embedding carry it."""
     if checkpoint.shape.channels is None:
-        return LastToken(checkpoint.shape.routing.model_dump(mode="json"), checkpoint.gates()[0])
+        return checkpoint.shape.routing.model_dump(mode="json"), checkpoint.gates()[0]
     channels, embedding = checkpoint.carrier
     tables = np.split(read_table(channels, embedding), len(channels.decays), axis=1)
-    averages = [{"decay": decay} for decay in channels.decays]
-    return LastToken({"averages": averages}, np.concatenate([table_VE.T for table_VE in tables], axis=1))
+    routing = {"method": "gating", "score": "lexical", "averages": [{"decay": decay} for decay in channels.decays]}
+    return routing, np.concatenate([table_VE.T for table_VE in tables], axis=1)

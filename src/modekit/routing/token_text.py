@@ -8,22 +8,22 @@ Shape legend: N tokens of all sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
-from modekit.errors import TextError
 from modekit.files.typed import as_kind
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.examples import Tokens, chats_of, read_examples, without_text
-from modekit.routing.fitting import Fitting
-from modekit.routing.kept import Get, checked, load_kept, save_kept
-from modekit.text.held_out import RecipeTexts, fit_documents
+from modekit.routing.examples import Tokens, chats_of, read_examples
+from modekit.routing.fitting import Fitting, TextRecord
+from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
+from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import text_record
 
@@ -43,7 +43,7 @@ class TokenText:
     ids_N: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
-    source: dict[str, Any]
+    source: Provenance
     held_N: torch.Tensor | None = None
     held_lengths: torch.Tensor | None = None
 
@@ -75,14 +75,14 @@ class TokenText:
 def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
     """Read a domain's tokens; None when there are none, or only what another fit keeps. Raises CheckpointError when damaged."""
 
-    def make(get: Get, about: dict[str, Any]) -> TokenText | None:
+    def make(get: Get, about: Header) -> TokenText | None:
         if not about.get("token_text"):
             return None
-        said = as_kind(about, _About)
+        said = as_kind(about, _TokensHeader)
         ids_N, lengths = _tokens(get("ids"), get("lengths"), vocabulary)
         if not len(lengths):
             raise ValueError("there are no tokens")
-        held = _tokens(get("held_ids"), get("held_lengths"), vocabulary) if said.held_out else (None, None)
+        held = _tokens(get("held_ids"), get("held_lengths"), vocabulary) if said.held_out else _NONE_HELD
         starts = checked(get("starts"), (len(lengths),)) if "chat" in said.source.get("how", {}) else torch.zeros_like(lengths)
         if int(starts.min()) < 0 or not bool((starts < lengths).all()):
             raise ValueError("texts that start behind their end")
@@ -91,8 +91,11 @@ def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
     return load_kept(path, make)
 
 
-class _About(BaseModel):
-    source: dict[str, Any]
+_NONE_HELD: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+
+class _TokensHeader(BaseModel):
+    source: Provenance
     held_out: bool = False
 
 
@@ -107,24 +110,24 @@ def _tokens(ids_N: torch.Tensor, lengths: torch.Tensor, vocabulary: int) -> tupl
     return ids_N.int(), lengths.int()
 
 
-def read_token_texts(fitting: Fitting, tokenizer: Any) -> list[TokenText]:
+def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> list[TokenText]:
     """The tokens of every expert's text in the order of the experts, kept where text and settings are still the same.
 
     Raises TextError.
     """
     experts = fitting.recipe.experts
-    texts, choosing = [], Choosing(fitting, tokenizer)
+    texts, choosing = [], SelectTexts(fitting, tokenizer)
     fitting.run.begin("read tokens", len(experts))
-    for place, expert in enumerate(experts):
-        texts.append(_read(fitting, tokenizer, place, expert, choosing))
+    for place in range(len(experts)):
+        texts.append(_read(fitting, tokenizer, place, choosing))
         fitting.run.progress("read tokens", place + 1, len(experts))
     return texts
 
 
-class Choosing:
+class SelectTexts:
     """Where a fit chooses between variants: the tokens of the documents that it may choose by."""
 
-    def __init__(self, fitting: Fitting, tokenizer: Any) -> None:
+    def __init__(self, fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> None:
         checkpoint = fitting.checkpoint
         models = [checkpoint.folder / source.folder for source in checkpoint.record.sources]
         self.needed = fitting.settings.row.chooses
@@ -135,31 +138,27 @@ class Choosing:
         """Whether a domain's kept tokens have those documents, too, if they are needed."""
         return not self.needed or (kept.chooses and kept.source.get("held_out") == self._said(place)[1])
 
-    def of(self, place: int) -> tuple[list[TokenSequence], dict[str, Any]]:
+    def of(self, place: int) -> tuple[list[TokenSequence], TextRecord]:
         """Sequences of a domain's documents, none where it has none, and what the kept tokens say of their source."""
         documents, said = self._said(place)
         return encode(self._tokenizer, documents, max_tokens=MOST_TOKENS // 8, sequence_length=self._length), said
 
-    def _said(self, place: int) -> tuple[list[str], dict[str, Any]]:
+    def _said(self, place: int) -> tuple[list[str], TextRecord]:
         own = self._texts.own(place)
         documents = [] if own is None else self._texts.select_of(own)
         return documents, text_record(documents, 0)
 
 
-def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, choosing: Choosing) -> TokenText:
-    path, settings = fitting.folder / f"{expert.name}.safetensors", fitting.settings
+def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choosing: SelectTexts) -> TokenText:
+    expert, settings = fitting.recipe.experts[place], fitting.settings
+    path = fitting.statistics_file(expert.name)
     kept, how = load_token_text(path, fitting.checkpoint.vocabulary), _how(tokenizer, expert, settings)
     if kept is not None and choosing.needed and not kept.chooses:
         kept = None
-    known = kept is not None and kept.source.get("how") == how and isinstance(kept.source.get("text"), dict)
-    if kept is not None and known and expert.name in fitting.stays:
+    documents = documents_to_read(fitting, place, None if kept is None else kept.source, how)
+    if documents is None:
+        assert kept is not None
         return kept
-    try:
-        documents = fit_documents(expert, fitting.root, place, reads=fitting.reads)
-    except TextError as error:
-        if kept is None or not known:
-            raise without_text(error, kept and kept.source.get("how"), how) from None
-        return kept  # the text is gone, and its tokens are what they would be
     record = text_record(documents, 0)
     said = {"sha256": record["sha256"], "how": how}
     if kept is not None and {key: kept.source.get(key) for key in said} == said and choosing.serves(kept, place):
@@ -167,20 +166,22 @@ def _read(fitting: Fitting, tokenizer: Any, place: int, expert: Expert, choosing
     sequences = read_examples(tokenizer, documents, expert, settings, most=MOST_TOKENS)
     if not sequences:
         raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'")
-    lengths = torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32)
-    ids_N = torch.tensor([each for sequence in sequences for each in sequence.ids], dtype=torch.int32)
+    ids_N, lengths = _joined(sequences)
     starts = torch.tensor([sequence.start for sequence in sequences], dtype=torch.int32)
-    source = {"text": {**record, "tokens": len(ids_N)}, **said}
-    if not choosing.needed:
-        made = TokenText(ids_N, lengths, starts, source)
-    else:
-        held, of_held = choosing.of(place)
-        held_N = torch.tensor([each for sequence in held for each in sequence.ids], dtype=torch.int32)
-        held_lengths = torch.tensor([len(sequence.ids) for sequence in held], dtype=torch.int32)
-        made = TokenText(ids_N, lengths, starts, {**source, "held_out": of_held}, held_N, held_lengths)
+    source, held = {"text": {**record, "tokens": len(ids_N)}, **said}, _NONE_HELD
+    if choosing.needed:
+        chosen, source["held_out"] = choosing.of(place)
+        held = _joined(chosen)
+    made = TokenText(ids_N, lengths, starts, source, *held)
     made.save(path)
     return made
 
 
-def _how(tokenizer: Any, expert: Expert, settings: Router) -> dict[str, Any]:
+def _joined(sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of sequences, one after the other, and the tokens of each, int32."""
+    ids = [each for sequence in sequences for each in sequence.ids]
+    return torch.tensor(ids, dtype=torch.int32), torch.tensor([len(each.ids) for each in sequences], dtype=torch.int32)
+
+
+def _how(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> dict[str, object]:
     return {**settings.model_dump(mode="json", include={"sequence_length"}), **chats_of(tokenizer, expert, settings)}

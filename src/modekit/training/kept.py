@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from modekit.loaded.mixture import ExpertView
-from modekit.routing.capture import run_with_inputs, to_float16
+from modekit.routing.capture import GateInput, run_with_inputs, to_float16
 from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 
@@ -48,7 +48,7 @@ class Keeper:
         for expert, sequences in texts.items():
             domain = _Domain(sum(len(sequence.ids) for sequence in sequences), self.share)
             self.view.use_expert(expert)
-            run_with_inputs(self.view, sequences, self.averages, self.prefix, domain.consume, advance)
+            run_with_inputs(self.view, sequences, [GateInput(self.averages, self.prefix, {})], domain.consume, advance)
             for slot in range(self.slots):
                 parts[slot].append(Kept(domain.kept[slot], torch.full((domain.count,), expert)))
         return [Kept(torch.cat([part.x_ND for part in each]), torch.cat([part.labels_N for part in each])) for each in parts]
@@ -63,7 +63,7 @@ class _Domain:
         self._row_of = torch.full((tokens,), -1)
         self._row_of[torch.linspace(0, tokens - 1, self.count, dtype=torch.float64).round().long()] = torch.arange(self.count)
 
-    def consume(self, slot: int, x_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
+    def consume(self, _way: int, slot: int, x_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
         """Take what one gate took of a batch's tokens, which stand at these positions of the domain's text."""
         rows = self._row_of[positions_T]
         wanted = rows >= 0

@@ -13,8 +13,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.result import UnseenDetection
 from modekit.recipes.recipe import place_of_base
-from modekit.routing.running_logits import RunningLogits
-from modekit.routing.text_router import reads_tokens
+from modekit.routing.text_router import RunningLogits, reads_tokens
 from modekit.routing.unseen import DECIDES, SCORES, running_scores
 from modekit.text.sequences import TokenSequence
 

@@ -19,8 +19,7 @@ from modekit.architecture.modekit_router import causal_average, ngram_rows
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.counts import count_domain
-from modekit.routing.ngram import Counted, ngram_gate
+from modekit.routing.ngram import NgramOdds, count_domain, ngram_gate
 from modekit.search.advise.texts import Text
 
 ROUTER = Router(fit="ngram", chat=False)
@@ -60,8 +59,8 @@ def measure_confusion(tokenizer: Any, experts: Sequence[Expert], texts: Mapping[
     if len(statistics) < 2:
         return None
     domains = tuple(statistics)
-    gate_EH = ngram_gate(Counted([*statistics.values()], ROUTER))
-    decay = ROUTER.averages[0]["decay"]
+    gate_EH = ngram_gate(NgramOdds([*statistics.values()], ROUTER))
+    decay = ROUTER.decays[0]
     named = np.zeros((len(domains), len(domains)))
     for row, index in enumerate(domains):
         for sequence in texts[index].sequences:

