@@ -16,7 +16,7 @@ from modekit.demo.text import unpack_text
 from modekit.errors import TextError
 from modekit.experts.distill.texts import read_texts as read_for_a_student
 from modekit.experts.labelled import Generic, Labelled, Reading, read_material
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.held_out import read_text
 from modekit.text.pairs import Pair

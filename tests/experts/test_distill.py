@@ -22,7 +22,7 @@ from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import Lesson, Text, kl_to_teacher
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.text.held_out import read_text
 from modekit.text.sequences import encode

@@ -22,7 +22,7 @@ from modekit.experts.distill.kept_file import FromDisk, Header, keep
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.texts import read_texts
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import add_tags, tagged

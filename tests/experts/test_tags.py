@@ -26,7 +26,7 @@ from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_an
 from modekit.experts.specialize import specialize
 from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training, _Batches
+from modekit.loaded.text_training import TextBatches, Training
 from modekit.run import Run
 from modekit.text.pairs import Pair
 from modekit.text.records import data_of
@@ -458,7 +458,8 @@ def test_drawing_changes_no_order(shop: Path, by_length: bool) -> None:
 
 def rows_read(sequences: Sequence[TokenSequence], training: Training) -> list[list[tuple[int, ...]]]:
     """The rows of every step of a training."""
-    batches = itertools.islice(_Batches(sequences, training).forever(), training.steps)
+    planned = TextBatches(sequences, training)
+    batches = [planned[step]["batch"] for step in range(len(planned))]
     return [[tuple(row[real].tolist()) for row, real in zip(each.input_ids, each.mask, strict=True)] for each in batches]
 
 

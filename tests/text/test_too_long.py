@@ -14,7 +14,7 @@ from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_domains
 from modekit.experts.distill.texts import read_texts as read_for_a_student
 from modekit.experts.labelled import Reading, read_material
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.search.tune.selection import read_selection
 from modekit.text.pairs import Pair

@@ -18,9 +18,9 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TextError, TrainingError
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
 from modekit.loaded.passes import losses_of
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches, plan_parts

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from modekit.experts.distill.settings import DistillSettings
     from modekit.experts.distill.texts import Mix
     from modekit.experts.moving import What
-    from modekit.loaded.next_token import Training
+    from modekit.loaded.text_training import Training
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def specialize(
         run = Run(options.trust_remote_code, progress, options.fsync)
         run.begin(LIBRARIES)
         from modekit.experts.specialize import checked_choice, specialize
-        from modekit.loaded.next_token import Training
+        from modekit.loaded.text_training import Training
 
         train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
         training = Training(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH
 from modekit.demo.pairs import PAIRED, UNSEEN_PAIRED
 from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 
 Experts = Literal["mlp", "full", "lora"]
 """What is trained of an expert."""

@@ -38,7 +38,7 @@ from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import write_file
 from modekit.loaded.load import without_bars
-from modekit.loaded.next_token import Training, training_sequences
+from modekit.loaded.text_training import Training, training_sequences
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run

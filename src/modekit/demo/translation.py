@@ -27,7 +27,7 @@ from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
-from modekit.loaded.next_token import Training, train_language_model, training_sequences
+from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.report.result_files import find_translations
 from modekit.report.translation_file import Translations
 from modekit.report.write import write_report
@@ -87,7 +87,7 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
     )
     with staging(out, f"demo base of pairs {seed} {steps}", "model") as stage:
         sequences = training_sequences(tokenizer, mixed, training)
-        train_language_model(model, list(model.parameters()), sequences, training, run=run.about("base"))
+        train_on_text(model, sequences, training, run=run.about("base"))
         model.config.dropout = ARCHITECTURE["dropout"]
         with without_bars(), library_writes(stage.folder) as folder:
             model.save_pretrained(folder)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
-from modekit.loaded.next_token import Passes, Training, training_sequences
+from modekit.loaded.text_training import Passes, Training, training_sequences
 from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode

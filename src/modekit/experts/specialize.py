@@ -22,7 +22,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
 from modekit.experts.moving import Trainable, What, adapter, weights
-from modekit.experts.specialist_folder import KeptStates, SpecialistFolder, digest_of_source
+from modekit.experts.specialist_folder import SpecialistFolder, digest_of_source
 from modekit.experts.tag_rows import add_rows, with_rows
 from modekit.files.libraries import library_writes
 from modekit.files.marker import Kind
@@ -31,7 +31,7 @@ from modekit.files.staging import staging
 from modekit.files.typed import as_kind
 from modekit.files.write import write_file, write_json
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.next_token import Training, train_language_model
+from modekit.loaded.text_training import Training, train_on_text
 from modekit.run import QUIET, Run
 from modekit.sources.model import SPECIALIST_FILE, ModelSource, open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
@@ -102,9 +102,9 @@ def specialize(
         return made
     with folder.held(request, digest_of_source(source)):
         model = load_model(base, run=run)
-        parameters, save = _trainable(model, source, (train, rank), new)
+        _, save = _trainable(model, source, (train, rank), new)
         before = _before(model, material, folder, run)
-        losses = train_language_model(model, parameters, sequences, asked.training, states=KeptStates(folder), run=run)
+        losses = train_on_text(model, sequences, asked.training, folder=folder.path, run=run)
         record = asked.record(material, losses, _held_out(before, held_out_losses(model, material.held_out, "after", run)))
         run.begin("write")
         kind: Kind = "adapter" if train == "lora" else "model"

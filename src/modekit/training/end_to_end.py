@@ -9,14 +9,15 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
+from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import has_bfloat16_products
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import has_bfloat16_products
 from modekit.processes import processes
 from modekit.run import Run
 from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
 from modekit.training.ended import Ended
-from modekit.training.engine import Schedule, run_trainer
+from modekit.training.engine import run_trainer
 from modekit.training.low_rank import Trainable, make_trainable
 from modekit.training.moving import moving_of
 from modekit.training.objective import Objective
@@ -59,7 +60,7 @@ def train_end_to_end(
         objective,
         Batches(corpora, parts, pad_id=0),
         [text.held_out for text in request.texts],
-        Schedule(steps, accumulate, in_bfloat16(settings, mixture.device)),
+        LoopSettings(steps, accumulate, settings.warmup, settings.clip, settings.seed, in_bfloat16(settings, mixture.device)),
         folder,
         run,
     )

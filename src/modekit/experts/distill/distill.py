@@ -36,13 +36,13 @@ from modekit.files.libraries import library_writes
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import write_file
+from modekit.loaded.engine import LoopSettings, run_all_steps
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
 from modekit.text.splits import text_record
 from modekit.training.batches import Batches, Part, steps_of_one_pass
 from modekit.training.end_to_end import in_bfloat16
-from modekit.training.engine import Schedule, run_all_steps
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.states_folder import StatesFolder, digest_of_data
@@ -166,7 +166,7 @@ def _teach(asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings,
     history = run_all_steps(
         module,
         Batches([texts.corpus], parts, pad_id=0),
-        Schedule(steps, 1, in_bfloat16(engine, student.device)),
+        LoopSettings(steps, 1, engine.warmup, engine.clip, engine.seed, in_bfloat16(engine, student.device)),
         folder.path,
         run,
     )

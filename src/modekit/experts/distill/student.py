@@ -5,20 +5,21 @@ Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.experts.distill.says import Teacher, predicted_in
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.weight import CrossEntropyWeight
+from modekit.loaded.engine import BETAS, TrainedModule
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.training.losses import divergence, forward_kl, language_model
 from modekit.training.settings import TrainSettings
-from modekit.training.trained_module import TrainedModule
 
 CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
 """What the log calls both losses per predicted token, and what cross-entropy counted in the step."""
@@ -37,15 +38,13 @@ class Student(TrainedModule):
     """`student` with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
     prefix = "student"
-    skips_parameters = False
 
     def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
-        self.settings = settings
         self.moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-        self.gate_names = []
+        self._settings = settings
         self._lesson = lesson
         self._weight = CrossEntropyWeight(lesson.settings, steps)
         self._sums = {CROSS_ENTROPY: 0.0, DISTILLATION: 0.0}
@@ -72,6 +71,12 @@ class Student(TrainedModule):
         student, teacher = said.beside(logits_NV[:, : self._lesson.vocabulary], settings.temperature)
         losses = [weight * divergence(name, student, teacher, settings.temperature) for name, weight in settings.losses.items()]
         return torch.stack(losses).sum()
+
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """AdamW, at the backbone's rate."""
+        moving = [parameter for _, parameter in named if parameter.requires_grad]
+        rate, decay = self._settings.backbone_learning_rate, self._settings.weight_decay
+        return torch.optim.AdamW(moving, rate, betas=BETAS, weight_decay=decay)
 
     def drain(self) -> dict[str, float]:
         """Both losses of the step that has just ended, and what cross-entropy counted in it."""

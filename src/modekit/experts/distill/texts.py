@@ -16,7 +16,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from modekit.experts.labelled import Reading, read_domain
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Corpus, Draw, Part, plan_parts
 from modekit.training.settings import TrainSettings
