@@ -206,7 +206,7 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         """Trainer's; where torch's generators are to be left as they are, it draws from one of its own."""
         loader = super().get_train_dataloader()
         if self._loop.seed is None:
-            loader.generator = torch.Generator()
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         return loader
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
