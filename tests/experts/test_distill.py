@@ -17,9 +17,9 @@ from command_line import modekit
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.errors import MismatchError, OutputError, TrainingError
 from modekit.experts.distill.distill import Distillation, distill
-from modekit.experts.distill.says import BesideStudent
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.student import Lesson, Text, kl_to_teacher
+from modekit.experts.distill.student import HeldOutText, Lesson, kl_to_teacher
+from modekit.experts.distill.teacher import LoadedTeacher
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import Training
@@ -64,7 +64,7 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
     held_out = encode(
         tokenizer, read_text(["./text/law.jsonl"], root=shop.root, where="t").report(), max_tokens=4_000, sequence_length=32
     )
-    lesson = Lesson(BesideStudent(teacher, 96), 96, DistillSettings())
+    lesson = Lesson(LoadedTeacher(teacher, 96), 96, DistillSettings())
     long, distances = TRAINING.with_(steps=80), {}
     for name, settings in {
         "plain": DistillSettings(weights=0.999_999),
@@ -74,7 +74,7 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
     }.items():
         record = distill(asked(shop, train="full", settings=settings, training=long), shop.root / name)
         distances[name] = record["held_out_kl"]["after"]
-    measured = kl_to_teacher(load_model(shop.root / "forward_kl"), lesson, Text(held_out, 0))
+    measured = kl_to_teacher(load_model(shop.root / "forward_kl"), lesson, HeldOutText(held_out, 0))
     assert measured == pytest.approx(distances["forward_kl"], rel=1e-3)
     plain = distances.pop("plain")
     assert all(value < 0.9 * plain for value in distances.values()), (plain, distances)

@@ -18,9 +18,9 @@ from modekit.evaluation.loss import score_domain
 from modekit.experts.distill import distill as distill_module
 from modekit.experts.distill import kept_file
 from modekit.experts.distill.distill import Distillation, distill
-from modekit.experts.distill.kept_file import FromDisk, Header, keep
+from modekit.experts.distill.inputs import read_texts
+from modekit.experts.distill.kept_logits import Header, KeptTeacher, keep
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.texts import read_texts
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
@@ -66,7 +66,7 @@ def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(kept_file, "_BLOCK", 64)
     model = tiny_model(seed=3)
     keep(tmp_path / "KEPT", header_of(top_k), model, SEQUENCES, run=QUIET)
-    teacher = FromDisk(tmp_path / "KEPT", header_of(top_k), SEQUENCES)
+    teacher = KeptTeacher(tmp_path / "KEPT", header_of(top_k), SEQUENCES)
     starts = torch.tensor([0, *(len(each.ids) for each in SEQUENCES)]).cumsum(0)
     rows = [31, 2, 3, 39, 0]
     width = max(len(SEQUENCES[row].ids) for row in rows)
@@ -79,7 +79,7 @@ def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, monkeypatch: pyte
     predicted = real[:, :-1] & real[:, 1:]
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1][predicted]
-    said = teacher.says(item, predicted)
+    said = teacher.output_of(item, predicted)
     for temperature in (1.0, 2.0):
         _, found = said.beside(torch.zeros_like(logits), temperature)
         wanted = (logits / temperature).softmax(-1)

@@ -23,8 +23,8 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
+from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
-from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import TextBatches, Training
 from modekit.run import Run

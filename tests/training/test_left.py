@@ -12,8 +12,7 @@ from damage import in_time, no_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results import results_from_data
 from modekit.files.marker import claim_work_folder
-from modekit.training.ended import Ended, Trained
-from modekit.training.folder import TrainingFolder
+from modekit.training.folder import JudgedSteps, TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
 
 
@@ -26,14 +25,14 @@ def folder(tmp_path: Path) -> TrainingFolder:
     return made
 
 
-def ended(folder: TrainingFolder, **changes: Any) -> Ended:
+def ended(folder: TrainingFolder, **changes: Any) -> TrainingOutcome:
     best = folder.path / "checkpoint-2" / "model.safetensors"
-    trained = Trained(3, 2, {"law": 3.0}, {"law": float("nan")}, None, TrainingError("no", where="x", found=3.0), best)
-    return Ended(trained, ["a"], 5, 6)
+    trained = JudgedSteps(3, 2, {"law": 3.0}, {"law": float("nan")}, None, TrainingError("no", where="x", found=3.0), best)
+    return TrainingOutcome(trained, ["a"], 5, 6)
 
 
-def recalled(folder: TrainingFolder) -> Ended | None:
-    return folder.recall("trained", lambda data: Ended.from_data(data, folder.path))
+def recalled(folder: TrainingFolder) -> TrainingOutcome | None:
+    return folder.recall("trained", lambda data: TrainingOutcome.from_data(data, folder.path))
 
 
 def test_how_it_ended_comes_back(folder: TrainingFolder) -> None:

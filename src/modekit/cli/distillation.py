@@ -13,8 +13,8 @@ from modekit.errors import ModekitError
 
 if TYPE_CHECKING:
     from modekit.experts.distill.distill import Distillation
+    from modekit.experts.distill.inputs import Mix
     from modekit.experts.distill.settings import DistillSettings
-    from modekit.experts.distill.texts import Mix
     from modekit.experts.moving import What
     from modekit.loaded.text_training import Training
 

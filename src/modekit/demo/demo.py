@@ -23,9 +23,8 @@ from typing import Any
 
 from modekit.demo.kinds import PAIRS, QUICK, QUICK_PAIRS, REAL, SMALL, Kind, Size, What
 from modekit.demo.modular import BRIEF, TEXTS, WHOLE, Budget, run_modular_seed
-from modekit.demo.pairs import unpack_pairs
 from modekit.demo.seed import folder_of_mixture, run_seed
-from modekit.demo.text import unpack_text
+from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import TranslatedTable, translated_table
 from modekit.errors import OutputError
 from modekit.evaluation.gaps import gaps_of, with_gaps

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH
-from modekit.demo.pairs import PAIRED, UNSEEN_PAIRED
-from modekit.demo.text import DOMAINS, UNSEEN
+from modekit.demo.text import DOMAINS, PAIRED, UNSEEN, UNSEEN_PAIRED
 from modekit.loaded.text_training import Training
 
 Experts = Literal["mlp", "full", "lora"]

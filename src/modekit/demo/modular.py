@@ -30,8 +30,8 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.experts.distill.distill import Distillation, distill
+from modekit.experts.distill.inputs import Mix
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.texts import Mix
 from modekit.experts.moving import What
 from modekit.files.libraries import library_writes
 from modekit.files.output import is_there

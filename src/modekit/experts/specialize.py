@@ -21,9 +21,8 @@ from modekit.errors import ModekitError, SourceError, TrainingError, Unsupported
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
-from modekit.experts.moving import Trainable, What, adapter, weights
+from modekit.experts.moving import Trainable, What, adapter, add_rows, weights, with_rows
 from modekit.experts.specialist_folder import SpecialistFolder, digest_of_source
-from modekit.experts.tag_rows import add_rows, with_rows
 from modekit.files.libraries import library_writes
 from modekit.files.marker import Kind
 from modekit.files.output import refuse_existing, replaced_by

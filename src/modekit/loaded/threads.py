@@ -54,11 +54,11 @@ class Threads:
             for whole, each in zip(first[1], more, strict=True):
                 whole += each
         total = torch.tensor(first[0] + sum(loss for loss, _ in others))
-        found: torch.Tensor = _Known.apply(total, first[1], *parameters)
+        found: torch.Tensor = _KnownGradients.apply(total, first[1], *parameters)
         return found
 
 
-class _Known(torch.autograd.Function):
+class _KnownGradients(torch.autograd.Function):
     """A loss whose gradients are known."""
 
     @staticmethod

@@ -2,23 +2,28 @@
 
     OUT.training/checkpoint-N/    a state (loaded/states.py)
     OUT.training/log.csv          loss, its parts, learning rate and held-out losses by step
+    OUT.training/tensorboard/     the same for TensorBoard, where it is installed
 
 A state is worth what the held-out loss says: the mean over domains on the select split.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.files.write import write_file
 from modekit.loaded.engine import (
     LoopSettings,
     ModuleTrainer,
@@ -31,14 +36,13 @@ from modekit.loaded.states import STATE_FILE, state_to_resume
 from modekit.run import Run
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
-from modekit.training.ended import Trained
-from modekit.training.log import log_writers
+from modekit.training.folder import JudgedSteps
 from modekit.training.objective import Objective
 
 
 def run_trainer(
     objective: Objective, batches: Batches, select: Sequence[Domain], loop: LoopSettings, folder: Path, run: Run
-) -> Trained:
+) -> JudgedSteps:
     """Train until the steps are done or the held-out loss stops falling, from the last whole state in `folder` on.
 
     Raises TrainingError when that state is damaged.
@@ -122,7 +126,7 @@ class _JudgingTrainer(ModuleTrainer):
         return total / text.scored_tokens
 
 
-def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path) -> Trained:
+def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path) -> JudgedSteps:
     """What Trainer's state says. Raises `failed` when not even the start could be judged."""
     before = _held_out(state, 0)
     if before is None:
@@ -131,11 +135,11 @@ def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path)
     best = state.best_metric if state.best_metric is not None else math.inf
     stopped = None if state.global_step >= steps else "the held-out loss no longer fell"
     if not best < sum(before.values()) / len(before):
-        return Trained(state.global_step, 0, before, before, stopped, failed)
+        return JudgedSteps(state.global_step, 0, before, before, stopped, failed)
     after = _held_out(state, state.best_global_step)
     assert after is not None
     file = folder / f"checkpoint-{int(state.best_global_step)}" / STATE_FILE
-    return Trained(state.global_step, int(state.best_global_step), before, after, stopped, failed, file)
+    return JudgedSteps(state.global_step, int(state.best_global_step), before, after, stopped, failed, file)
 
 
 def _held_out(state: Any, step: int) -> dict[str, float] | None:
@@ -148,3 +152,40 @@ def _held_out(state: Any, step: int) -> dict[str, float] | None:
                 if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss"
             }
     return None
+
+
+LOG_FILE = "log.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def log_writers(folder: Path) -> list[TrainerCallback]:
+    """Callbacks that write into `folder`."""
+    if find_spec("tensorboard") is None:
+        return [_LogFile()]
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(folder / TENSORBOARD_FOLDER)  # whatever the environment says: they go to OUT/results
+    return [callback, _LogFile()]
+
+
+class _LogFile(TrainerCallback):  # type: ignore[misc]
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+
+
+def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """One row per step that was logged; a column per figure."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "loss" in entry or "eval_loss" in entry:
+            rows.setdefault(int(entry["step"]), {}).update(entry)
+    skipped = {"epoch", "step", "eval_runtime"}
+    named = sorted({key for row in rows.values() for key in row} - skipped)  # a state that was read back has another order
+    columns = ["step", *sorted(named, key=lambda key: (key.startswith("eval_"), not key.startswith("loss")))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "step": step} for step, row in sorted(rows.items()))
+    write_file(path, text.getvalue().encode())

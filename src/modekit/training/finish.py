@@ -25,11 +25,9 @@ from modekit.files.write import files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.run import Run
-from modekit.training.ended import Ended
-from modekit.training.folder import TrainingFolder
-from modekit.training.log import LOG_FILE, TENSORBOARD_FOLDER
-from modekit.training.low_rank import make_trainable
-from modekit.training.moving import moving_of
+from modekit.training.engine import LOG_FILE, TENSORBOARD_FOLDER
+from modekit.training.folder import TrainingFolder, TrainingOutcome
+from modekit.training.moving import make_trainable, moving_of
 from modekit.training.request import Request
 from modekit.training.write import write_trained
 
@@ -52,7 +50,7 @@ class TrainedMixture:
 
 def finish(
     request: Request,
-    ended: Ended,
+    ended: TrainingOutcome,
     folder: TrainingFolder | None,
     run: Run,
 ) -> TrainedMixture:
@@ -83,7 +81,7 @@ def finish(
     return TrainedMixture(written, improved, record, results, trained.failed)
 
 
-def _record(request: Request, ended: Ended) -> TrainingRecord:
+def _record(request: Request, ended: TrainingOutcome) -> TrainingRecord:
     trained = ended.trained
     return TrainingRecord(
         settings=request.settings.model_dump(mode="json"),
@@ -98,7 +96,7 @@ def _record(request: Request, ended: Ended) -> TrainingRecord:
 
 def _write(
     request: Request,
-    ended: Ended,
+    ended: TrainingOutcome,
     record: TrainingRecord,
     before: Results | None,
     folder: TrainingFolder | None,
@@ -113,7 +111,7 @@ def _write(
     return write_trained(request, moved, record, run)
 
 
-def _moved(request: Request, ended: Ended, kept: TrainingFolder | None, run: Run) -> dict[str, torch.Tensor]:
+def _moved(request: Request, ended: TrainingOutcome, kept: TrainingFolder | None, run: Run) -> dict[str, torch.Tensor]:
     """What moved, as it was in the best state, under its names on disk.
 
     The mixture is loaded anew: whatever shards and wrappers it was trained in, what is written is what a state says.

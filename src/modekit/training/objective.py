@@ -30,7 +30,7 @@ from modekit.training.losses import (
     z_loss,
 )
 from modekit.training.settings import OF_ROUTERS, TrainSettings
-from modekit.training.teachers import Teacher
+from modekit.training.teachers import DomainTeacher
 
 
 class Objective(TrainedModule):
@@ -48,7 +48,7 @@ class Objective(TrainedModule):
         checkpoint: Checkpoint,
         settings: TrainSettings,
         *,
-        teachers: Sequence[Teacher | None],
+        teachers: Sequence[DomainTeacher | None],
         train_top_k: int | None,
         packed: bool,
     ) -> None:

@@ -23,9 +23,8 @@ from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
-from modekit.training.ended import Ended
 from modekit.training.finish import TrainedMixture, finish
-from modekit.training.folder import TrainingFolder
+from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.request import Request, memory_errors
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import read_texts
@@ -102,9 +101,9 @@ def _go_on(
     request: Request,
     folder: TrainingFolder,
     run: Run,
-) -> Ended:
+) -> TrainingOutcome:
     """How the training ended: as it is kept, when a kill came after that; else it is trained, from the last state that is."""
-    kept = folder.recall("trained", lambda data: Ended.from_data(data, folder.path))
+    kept = folder.recall("trained", lambda data: TrainingOutcome.from_data(data, folder.path))
     if kept is not None:
         return kept
     try:

@@ -23,12 +23,11 @@ from transformers import PreTrainedModel
 
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
-from modekit.experts.distill.kept_file import FromDisk, Header, check_kept, keep, read_kept
-from modekit.experts.distill.pair import Pair, digest_of_sequences, open_pair
-from modekit.experts.distill.says import BesideStudent, Teacher
+from modekit.experts.distill.inputs import Mix, StudentAndTeacher, Texts, digest_of_sequences, open_pair, read_texts
+from modekit.experts.distill.kept_logits import Header, KeptTeacher, check_kept, keep, read_kept
 from modekit.experts.distill.settings import TOP_K, DistillSettings
-from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, Text, kl_to_teacher
-from modekit.experts.distill.texts import Mix, Texts, read_texts
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, HeldOutText, Lesson, Student, kl_to_teacher
+from modekit.experts.distill.teacher import LoadedTeacher, Teacher
 from modekit.experts.moving import Trainable, What, adapter, weights
 from modekit.experts.specialist_folder import SpecialistFolder
 from modekit.experts.specialize import RANK, held_out_losses, write_specialist
@@ -41,7 +40,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
 from modekit.text.splits import text_record
-from modekit.training.batches import Batches, Part, steps_of_one_pass
+from modekit.training.batches import Batches, BatchPart, steps_of_one_pass
 from modekit.training.end_to_end import in_bfloat16
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
@@ -124,7 +123,7 @@ def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
         raise TrainingError(error.what, where=error.where, found=error.found, remedy="correct them") from None
 
 
-def _digests(asked: Distillation, pair: Pair, texts: Texts) -> tuple[str, str]:
+def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tuple[str, str]:
     """Of what is asked for, and of what it starts from."""
     what = [
         asked.train,
@@ -151,14 +150,16 @@ class _Taught:
     tokens: int
 
 
-def _teach(asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run) -> _Taught:
+def _teach(
+    asked: Distillation, pair: StudentAndTeacher, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
+) -> _Taught:
     teacher = _teacher(asked, pair, texts, run)
     student = load_model(asked.student, run=run)
     with torch.random.fork_rng():
         torch.manual_seed(engine.seed)  # a new adapter's first weights
         trainable = _trainable(asked, student, pair)
     lesson = Lesson(teacher, pair.vocabulary, asked.settings)
-    held_out = Text(texts.held_out, texts.corpus.tokens)
+    held_out = HeldOutText(texts.held_out, texts.corpus.tokens)
     before = _measured(student, lesson, held_out, "before", run)
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
     parts = texts.parts(engine, steps)
@@ -177,7 +178,7 @@ def _teach(asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings,
 
 
 def _measured(
-    student: PreTrainedModel, lesson: Lesson, held_out: Text, when: str, run: Run
+    student: PreTrainedModel, lesson: Lesson, held_out: HeldOutText, when: str, run: Run
 ) -> tuple[float | None, float | None]:
     """Loss of held-out text, and how far the student is from its teacher there; None of each without such text."""
     domain = Domain("held-out", None, list(held_out.sequences), {})
@@ -186,16 +187,16 @@ def _measured(
     return loss, kl_to_teacher(student, lesson, held_out)
 
 
-def _trainable(asked: Distillation, student: PreTrainedModel, pair: Pair) -> Trainable:
+def _trainable(asked: Distillation, student: PreTrainedModel, pair: StudentAndTeacher) -> Trainable:
     if asked.train == "lora":
         return adapter(student, asked.student, asked.rank)
     return weights(student, asked.train, pair.student)
 
 
-def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher:
+def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Run) -> Teacher:
     """The teacher beside the student, or its kept word, which is made first where there is none."""
     if asked.keep is None:
-        return BesideStudent(load_model(asked.teacher, run=run), pair.vocabulary)
+        return LoadedTeacher(load_model(asked.teacher, run=run), pair.vocabulary)
     header = Header(
         teacher=pair.teacher.spec,
         teacher_digest=pair.teacher_digest,
@@ -211,10 +212,10 @@ def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher
         keep(asked.keep, header, load_model(asked.teacher, run=run), texts.all, run=run)
         found = header
     check_kept(asked.keep, found, header)
-    return FromDisk(asked.keep, found, texts.all)
+    return KeptTeacher(asked.keep, found, texts.all)
 
 
-def _tokens_in(parts: Sequence[Part], texts: Texts) -> int:
+def _tokens_in(parts: Sequence[BatchPart], texts: Texts) -> int:
     return sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
 
 
@@ -228,7 +229,9 @@ class _Place:
     folder: SpecialistFolder
 
 
-def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place: _Place, run: Run) -> dict[str, Any]:
+def _write(
+    asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught, place: _Place, run: Run
+) -> dict[str, Any]:
     """The student in its place; what it says of itself is announced first, so that a kill after it costs nothing."""
     record = _record(asked, pair, texts, taught)
     _, save = taught.trainable
@@ -252,7 +255,7 @@ def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place
     return record
 
 
-def _record(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught) -> dict[str, Any]:
+def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> dict[str, Any]:
     steps = _steps(taught.history)
     settings = asked.settings
     return {
