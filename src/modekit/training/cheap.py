@@ -25,7 +25,7 @@ from modekit.routing.capture import run_with_inputs, to_float16
 from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import DomainSequences, shares
-from modekit.training.folder import JudgedSteps, TrainingOutcome
+from modekit.training.folder import TrainingOutcome
 from modekit.training.request import Request
 from modekit.training.settings import TrainSettings
 
@@ -49,8 +49,8 @@ class CheapResult:
 def train_gates(
     request: Request,
     run: Run,
-) -> TrainingOutcome:
-    """Train gates on kept activations, and take them when the mixture's held-out loss falls.
+) -> tuple[TrainingOutcome, dict[str, torch.Tensor]]:
+    """Train gates on kept activations: how that went, and the gates, to be taken when held-out loss falls.
 
     Raises TrainingError where a router's score is not linear in what its gate reads.
     """
@@ -74,8 +74,16 @@ def train_gates(
     pairs = ", ".join(f"{old:.3f} -> {new:.3f}" for old, new in zip(result.before, result.after, strict=True))
     notes.append(f"cross-entropy of the domains per router on held-out text: {pairs}")
     named = {slot.name: gate for slot, gate in zip(checkpoint.slots, result.gates, strict=True)}
-    trained = JudgedSteps(result.steps, result.steps if better else 0, before, after if better else before, None)
-    return TrainingOutcome(trained, notes, sum(gate.numel() for gate in gates), result.tokens, named if better else None)
+    outcome = TrainingOutcome(
+        steps=result.steps,
+        best_step=result.steps if better else 0,
+        before=before,
+        after=after if better else before,
+        notes=notes,
+        parameters=sum(gate.numel() for gate in gates),
+        tokens=result.tokens,
+    )
+    return outcome, named
 
 
 def train_cheap(

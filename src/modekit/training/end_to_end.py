@@ -65,11 +65,10 @@ def train_end_to_end(
     )
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
-    if done.best is None:
+    if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
-    return TrainingOutcome(
-        done, notes, sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
-    )
+    moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
+    return done.model_copy(update={"notes": notes, "parameters": moving, "tokens": tokens})
 
 
 def _trainable(request: Request, run: Run) -> TrainableMixture:

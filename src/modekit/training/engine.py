@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.files.write import write_file
@@ -32,17 +31,17 @@ from modekit.loaded.engine import (
     arguments_of,
     quiet_trainer,
 )
-from modekit.loaded.states import STATE_FILE, state_to_resume
+from modekit.loaded.states import state_to_resume
 from modekit.run import Run
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
-from modekit.training.folder import JudgedSteps
+from modekit.training.folder import TrainingOutcome
 from modekit.training.objective import Objective
 
 
 def run_trainer(
     objective: Objective, batches: Batches, select: Sequence[Domain], loop: LoopSettings, folder: Path, run: Run
-) -> JudgedSteps:
+) -> TrainingOutcome:
     """Train until the steps are done or the held-out loss stops falling, from the last whole state in `folder` on.
 
     Raises TrainingError when that state is damaged.
@@ -62,15 +61,13 @@ def run_trainer(
             greater_is_better=False,
             eval_on_start=last is None,
         )
-        failed: TrainingError | None = None
+        failed: NotFiniteError | None = None
         trainer = _JudgingTrainer(objective, batches, select, loop, arguments, folder, run)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NotFiniteError as error:
-            failed = error.as_training_error(
-                "lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept"
-            )
-        return _trained(trainer.state, loop.steps, failed, folder)
+            failed = error
+        return _outcome(trainer.state, loop.steps, failed)
 
 
 class _JudgingTrainer(ModuleTrainer):
@@ -126,20 +123,25 @@ class _JudgingTrainer(ModuleTrainer):
         return total / text.scored_tokens
 
 
-def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path) -> JudgedSteps:
-    """What Trainer's state says. Raises `failed` when not even the start could be judged."""
+def _outcome(state: Any, steps: int, failed: NotFiniteError | None) -> TrainingOutcome:
+    """What Trainer's state says. Raises TrainingError when not even the start could be judged."""
+    error = None if failed is None else failed.as_training_error("lower the learning rate, or leave this text out")
     before = _held_out(state, 0)
     if before is None:
-        assert failed is not None
-        raise failed
+        assert error is not None
+        raise error
     best = state.best_metric if state.best_metric is not None else math.inf
-    stopped = None if state.global_step >= steps else "the held-out loss no longer fell"
-    if not best < sum(before.values()) / len(before):
-        return JudgedSteps(state.global_step, 0, before, before, stopped, failed)
-    after = _held_out(state, state.best_global_step)
+    best_step = int(state.best_global_step) if best < sum(before.values()) / len(before) else 0
+    after = _held_out(state, best_step)
     assert after is not None
-    file = folder / f"checkpoint-{int(state.best_global_step)}" / STATE_FILE
-    return JudgedSteps(state.global_step, int(state.best_global_step), before, after, stopped, failed, file)
+    return TrainingOutcome(
+        steps=state.global_step,
+        best_step=best_step,
+        before=before,
+        after=after,
+        stopped=None if state.global_step >= steps else "the held-out loss no longer fell",
+        failed=None if error is None else (error.what, error.where, str(error.found)),
+    )
 
 
 def _held_out(state: Any, step: int) -> dict[str, float] | None:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-import torch
-from pydantic import BaseModel, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
-from modekit.files.typed import Count, Number, as_kind
+from modekit.files.typed import Count, as_kind
+from modekit.loaded.states import STATE_FILE
 from modekit.training.settings import TrainSettings
 from modekit.training.states_folder import StatesFolder, digest_of_data
 from modekit.training.texts import TrainingText
@@ -45,6 +44,16 @@ class TrainingFolder(StatesFolder):
         """Say, before it is written, which trainings the record of the trained mixture will tell of."""
         self.announce_digest(_digest_of(trainings))
 
+    def outcome(self) -> TrainingOutcome | None:
+        """How the training ended, if it has. Raises TrainingError where what is kept of that is damaged, or leads elsewhere."""
+
+        def read(data: object) -> TrainingOutcome:
+            outcome = as_kind(data, TrainingOutcome)
+            outcome.best_state(self.path)
+            return outcome
+
+        return self.recall("trained", read)
+
     def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[TrainingText]) -> None:
         """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
         self.take(digest_of_request(settings, texts), _state(checkpoint))
@@ -64,96 +73,66 @@ def _digest_of(trainings: Sequence[TrainingRecord]) -> str:
     return digest_of_data([training.model_dump(mode="json") for training in trainings])
 
 
-@dataclass(frozen=True)
-class JudgedSteps:
-    """How a training ended: held-out losses at its start and at its best state.
+Loss = Annotated[
+    float,
+    BeforeValidator(lambda loss: math.nan if loss is None else loss),
+    PlainSerializer(lambda loss: loss if math.isfinite(loss) else None),
+]
+"""Nats per token; null in JSON where it is not finite."""
 
-    `best` is the file with what moved as it was in the best state, by its names in the model; None when no state was better
-    than the start. `stopped` says why it ended before its last step, if it did; `failed` holds the error that the user should
-    see.
+
+class TrainingOutcome(BaseModel):
+    """How a training ended, before anything of it is written: trained.json, so that a kill costs no step.
+
+    Attributes:
+        steps: how many were taken.
+        best_step: after which the held-out loss was lowest; 0 where no state was better than the start.
+        before, after: held-out losses by domain, at the start and at the best state.
+        stopped: why it ended before its last step, if it did.
+        failed: the error that ended it: what, where, found.
+        notes: what is to be said of it.
+        parameters: how many moved.
+        tokens: how many were read.
     """
 
-    steps: int
-    best_step: int
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    stopped: str | None
-    failed: TrainingError | None = None
-    best: Path | None = None
+    model_config = ConfigDict(frozen=True)
 
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """A training that has ended and is not written yet; `gates` are those of a cheap one."""
-
-    trained: JudgedSteps
-    notes: list[str]
-    parameters: int
-    tokens: int
-    gates: dict[str, torch.Tensor] | None = None
-
-    def as_data(self, folder: Path) -> dict[str, Any]:
-        """Plain data for JSON, `best` by its name in the training's folder; gates are not kept."""
-        trained = self.trained
-        failed = None if trained.failed is None else [trained.failed.what, trained.failed.where, str(trained.failed.found)]
-        return {
-            "steps": trained.steps,
-            "best_step": trained.best_step,
-            "before": _without_nan(trained.before),
-            "after": _without_nan(trained.after),
-            "stopped": trained.stopped,
-            "failed": failed,
-            "best": None if trained.best is None else trained.best.relative_to(folder).as_posix(),
-            "notes": self.notes,
-            "parameters": self.parameters,
-            "tokens": self.tokens,
-        }
-
-    @classmethod
-    def from_data(cls, data: Any, folder: Path) -> TrainingOutcome:
-        """From what `as_data` gave. Raises ValueError for anything else, and where `best` leads out of `folder`."""
-        kept = as_kind(data, _Kept)
-        failed = None
-        if kept.failed:
-            what, where, found = kept.failed
-            failed = TrainingError(what, where=where, found=found)
-        best = None if kept.best is None else folder / kept.best
-        if best is not None and not _lies_in(folder, best):
-            raise ValueError(f"best: {kept.best} leads out of the folder")
-        before, after = ({name: math.nan if loss is None else loss for name, loss in each.items()} for each in kept.losses)
-        trained = JudgedSteps(kept.steps, kept.best_step, before, after, kept.stopped, failed, best)
-        return cls(trained, kept.notes, kept.parameters, kept.tokens)
-
-
-class _Kept(BaseModel):
     steps: Count
     best_step: Count
-    before: dict[str, Number | None]
-    after: dict[str, Number | None]
-    stopped: str | None
-    failed: tuple[str, str | None, str | None] | None
-    best: Annotated[str, StringConstraints(pattern=r"^checkpoint-[0-9]{1,18}/[a-z]+\.safetensors$")] | None
-    notes: list[str]
-    parameters: Count
-    tokens: Count
-
-    @property
-    def losses(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
-        return self.before, self.after
+    before: dict[str, Loss]
+    after: dict[str, Loss]
+    stopped: str | None = None
+    failed: tuple[str, str | None, str | None] | None = None
+    notes: list[str] = []
+    parameters: Count = 0
+    tokens: Count = 0
 
     @model_validator(mode="after")
-    def _fits_together(self) -> _Kept:
+    def _of_the_same_domains(self) -> TrainingOutcome:
         if self.before.keys() != self.after.keys():
             raise ValueError("before and after are of other domains")
-        if (self.best is None) != (self.best_step == 0):
-            raise ValueError("best and best_step do not go together")
         return self
 
+    @property
+    def improved(self) -> bool:
+        """Whether a state was better than the start."""
+        return self.best_step > 0
 
-def _without_nan(losses: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+    @property
+    def error(self) -> TrainingError | None:
+        """What the user should see once all is written."""
+        if self.failed is None:
+            return None
+        what, where, found = self.failed
+        remedy = "lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far was taken"
+        return TrainingError(what, where=where, found=found, remedy=remedy)
 
+    def best_state(self, folder: Path) -> Path:
+        """The file with what moved as it was in the best state, by its names in the model; it may be gone when all is written.
 
-def _lies_in(folder: Path, file: Path) -> bool:
-    """Whether a file is in a folder, and not by a link to somewhere else; it may be gone when all is written."""
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+        Raises ValueError where a link leads out of `folder`.
+        """
+        file = folder / f"checkpoint-{self.best_step}" / STATE_FILE
+        if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{file.parent.name} leads out of the folder")
+        return file

@@ -61,8 +61,8 @@ def train(
     request.check()
     if settings.speed == "cheap":
         with memory_errors():
-            ended = train_gates(request, run)
-        return finish(request, ended, None, run)
+            outcome, gates = train_gates(request, run)
+        return finish(request, outcome, gates, run)
     try:
         folder.claim(checkpoint, settings, read)
         return finish(request, _go_on(request, folder, run), folder, run)
@@ -103,16 +103,16 @@ def _go_on(
     run: Run,
 ) -> TrainingOutcome:
     """How the training ended: as it is kept, when a kill came after that; else it is trained, from the last state that is."""
-    kept = folder.recall("trained", lambda data: TrainingOutcome.from_data(data, folder.path))
+    kept = folder.outcome()
     if kept is not None:
         return kept
     try:
         with memory_errors():
-            ended = train_end_to_end(request, folder.path, run)
+            outcome = train_end_to_end(request, folder.path, run)
     except BaseException:
         if processes().is_main and not folder.has_states:
             folder.remove()
         raise
     if processes().is_main:
-        folder.keep("trained", ended.as_data(folder.path))
-    return ended
+        folder.keep("trained", outcome.model_dump(mode="json"))
+    return outcome
