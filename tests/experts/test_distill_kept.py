@@ -97,15 +97,17 @@ def test_a_second_student_reads_what_the_first_had_kept_and_the_teacher_is_not_a
     loaded: list[Path] = []
     real: Callable[..., Any] = distill_module.load_model
     monkeypatch.setattr(distill_module, "load_model", lambda folder, **rest: loaded.append(folder) or real(folder, **rest))
-    record = distill(asked(shop, train="lora", settings=DistillSettings(losses={"total_variation": 1.0})), shop.root / "two")
+    record = distill(
+        asked(shop, train="lora", settings=DistillSettings(losses={"total_variation": 1.0})), shop.root / "two"
+    ).as_data()
     distill(asked(shop, settings=DistillSettings(temperature=1.0)), shop.root / "at one")  # which is kept besides 2
     assert shop.root / "teacher" not in loaded and tree(shop.root / "KEPT") == before
     assert record["held_out_kl"]["over"] == "the teacher's top 8 and the rest"
 
 
 def test_all_tokens_kept_teach_what_the_teacher_itself_teaches(shop: Workshop) -> None:
-    beside = distill(asked(shop, keep=None), shop.root / "beside")
-    kept = distill(asked(shop, top_k=1_000), shop.root / "kept")
+    beside = distill(asked(shop, keep=None), shop.root / "beside").as_data()
+    kept = distill(asked(shop, top_k=1_000), shop.root / "kept").as_data()
     assert kept["held_out_kl"]["over"] == beside["held_out_kl"]["over"] == "the whole vocabulary"
     assert kept["held_out_kl"]["after"] == pytest.approx(beside["held_out_kl"]["after"], rel=1e-3)
     assert kept["distillation_loss"]["last"] == pytest.approx(beside["distillation_loss"]["last"], rel=1e-3)

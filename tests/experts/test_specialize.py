@@ -17,6 +17,7 @@ import modekit.loaded.engine as engine_module
 import modekit.loaded.text_training as training_module
 from conftest import Workshop, save, tiny_model
 from modekit.errors import InterruptError, TrainingError
+from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
@@ -32,7 +33,11 @@ from rounding import assert_close
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 
 
-def run(workshop: Workshop, name: str, **kwargs: Any) -> dict[str, Any]:
+def fell(loss: BeforeAfter | None) -> bool:
+    return loss is not None and loss.before is not None and loss.after is not None and loss.after < loss.before
+
+
+def run(workshop: Workshop, name: str, **kwargs: Any) -> SpecialistRecord:
     return specialize(
         workshop.root / "base", workshop.root / name, ["./text/law.jsonl"], root=workshop.root, training=TRAINING, **kwargs
     )
@@ -44,8 +49,8 @@ def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop)
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
-    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
-    assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record
+    assert fell(record.held_out_loss)
+    assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record.as_data()
 
 
 @pytest.mark.parametrize(("model_type", "key"), [("llama", "mlp_bias"), ("starcoder2", "use_bias")])
@@ -158,7 +163,7 @@ def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Wo
     changes = dict(changes)
     training = TRAINING.with_(muon_learning_rate=1e-3, shares=2) if changes.pop("muon", False) else TRAINING
 
-    def make(name: str, run: Run = QUIET) -> dict[str, Any]:
+    def make(name: str, run: Run = QUIET) -> SpecialistRecord:
         torch.manual_seed(0)  # as in a new process: an adapter's first weights
         texts = ["./text/law.jsonl"]
         return specialize(

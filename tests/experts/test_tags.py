@@ -22,7 +22,7 @@ from modekit.errors import MismatchError, SourceError, TextError, TrainingError,
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
+from modekit.experts.labelled import Generic, Labelled, Reading, RelabelledPasses, drawn_anew, generic_share, read_material
 from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
@@ -53,7 +53,7 @@ def labelled(root: Path, *labels: str, **drawn: Any) -> Labelled:
 
 
 def run(root: Path, base: str, out: Path, texts: Labelled, **options: Any) -> dict[str, Any]:
-    return specialize(root / base, out, texts, root=root, **{"training": TRAINING, **options})
+    return specialize(root / base, out, texts, root=root, **{"training": TRAINING, **options}).as_data()
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -315,7 +315,8 @@ def test_models_with_an_encoder_get_rows_too(tmp_path: Path, family: str) -> Non
     texts = write_pairs(tmp_path, 60)
     pair_model(family).save_pretrained(tmp_path / "base")
     pair_tokenizer().save_pretrained(tmp_path / "base")
-    record = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, training=TRAINING)
+    made = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, training=TRAINING)
+    record = made.as_data()
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     old, new = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name) for name in ("base", "OUT"))
     rows = new.get_input_embeddings().weight
@@ -348,7 +349,9 @@ def test_a_tag_decides_how_a_source_is_translated(tmp_path: Path) -> None:
     AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes)).save_pretrained(tmp_path / "base")
     pair_tokenizer().save_pretrained(tmp_path / "base")
     training = Training(steps=50, batch_tokens=512, sequence_length=16, learning_rate=1e-2)
-    record = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, train="full", training=training)
+    record = specialize(
+        tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, train="full", training=training
+    ).as_data()
     model, tokenizer = load_model(tmp_path / "OUT"), AutoTokenizer.from_pretrained(tmp_path / "OUT")
     held_out = read_material(Labelled(texts), None, Reading(tokenizer, tmp_path, training)).held_out
     ids = dict(zip(("loud", "numbered"), tag_ids(tokenizer, ("loud", "numbered")), strict=True))
@@ -390,7 +393,7 @@ def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None
     add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
     documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
     sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
-    drawn = Drawn(sequences, tokenizer, Labelled({}, 0.25, to), 3)
+    drawn = RelabelledPasses(sequences, tokenizer, Labelled({}, 0.25, to), 3)
     own = [number % 2 for number in range(500)] * 100
     labels = [label for number in range(100) for label in drawn.labels(number)]
     assert len(drawn) == 500 and len(labels) == 50_000
@@ -483,12 +486,12 @@ def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None
     add_tags(tokenizer, ["law"], where="test")
     material = read_material(labelled(shop, "law"), generic, Reading(tokenizer, shop, TRAINING))
     without = sum(each.size for each in material.sequences if each.tag is None)
-    assert without / material.tokens == pytest.approx(0.4, abs=0.01) == material.record["generic"]["share"]
+    assert without / material.tokens == pytest.approx(0.4, abs=0.01) == material.as_data()["generic"]["share"]
     record = run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), generic=generic)
-    assert record["generic"] == material.record["generic"] and record["text"]["documents"] == len(material.fit)
+    assert record["generic"] == material.as_data()["generic"] and record["text"]["documents"] == len(material.fit)
     plain = specialize(
         shop / "tied", tmp_path / "plain", [str(shop / "text" / "law.jsonl")], root=shop, training=TRAINING, generic=generic
-    )
+    ).as_data()
     assert plain["generic"]["share"] == pytest.approx(0.4, abs=0.01) and "labels" not in plain
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
+from modekit.experts.specialist import TagsUsed, TextUsed
 from modekit.loaded.text_training import Passes, Training, training_sequences
 from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
@@ -66,14 +67,20 @@ class Material:
         sequences: what is read in training, as often as it stands here.
         held_out: what the loss is shown on, per label; one domain of no name without labels.
         tokens: of `sequences`, each once.
-        record: what specialist.json says of labels and generic text.
+        labels, generic: what specialist.json says of tags, and of generic text.
     """
 
     fit: list[str]
     sequences: Sequence[TokenSequence]
     held_out: list[Domain]
     tokens: int
-    record: dict[str, Any] = field(default_factory=dict)
+    labels: TagsUsed | None = None
+    generic: TextUsed | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """What specialist.json says of labels and generic text, where there are any."""
+        found = {"labels": self.labels, "generic": self.generic}
+        return {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}
 
 
 def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
@@ -91,19 +98,19 @@ def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, read
         fit += documents
         sequences += of_these
         held_out.append(domain)
-    record: dict[str, Any] = {}
+    labels = of_generic = None
     if isinstance(texts, Labelled):
         drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
-        record["labels"] = {"tags": list(texts.texts), **drawn}
+        labels = TagsUsed.model_validate({"tags": list(texts.texts), **drawn})
     if generic is not None:
         documents, of_these, _ = read_domain(None, generic.texts, reading, where="--generic", tags=isinstance(texts, Labelled))
         added = generic_share(sequences, of_these, generic.share, reading.training.seed)
         tokens = sum(sequence.size for sequence in added)
         share = tokens / (tokens + sum(sequence.size for sequence in sequences))
-        record["generic"] = {**text_record(documents, tokens), "share": share}
+        of_generic = TextUsed(**text_record(documents, tokens), share=share)
         fit, sequences = fit + documents, sequences + added
     tokens = sum(sequence.size for sequence in sequences)
-    return Material(fit, sequences, held_out, tokens, record)
+    return Material(fit, sequences, held_out, tokens, labels, of_generic)
 
 
 def read_domain(
@@ -156,7 +163,7 @@ def generic_share(
         tokens += following.size
 
 
-class Drawn(Passes):
+class RelabelledPasses(Passes):
     """Sequences with their tags, each of which every pass reads under a label that is drawn for it."""
 
     def __init__(
@@ -207,4 +214,4 @@ def drawn_anew(sequences: Sequence[TokenSequence], asked: Labelled, reading: Rea
             found=f"{asked.randomise_to}, and one label",
             remedy="write generic",
         )
-    return Drawn(sequences, reading.tokenizer, asked, reading.training.seed)
+    return RelabelledPasses(sequences, reading.tokenizer, asked, reading.training.seed)

@@ -25,17 +25,25 @@ from modekit.sources.model import DTYPE_NAMES, ModelSource
 
 What = Literal["mlp", "lora", "full"]
 """See specialize.py."""
-Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]
-"""The parameters that move, and how to save what came of it."""
+Save = Callable[[Path], object]
+"""Writes what came of a training into a folder."""
 
 
-def weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainable:
+def make_trainable(model: PreTrainedModel, source: ModelSource, train: What, rank: int, new: Sequence[int] = ()) -> Save:
+    """Freeze what does not move, give an adapter its rank, and `new` token ids their rows."""
+    if train == "lora":
+        return _adapter(model, source.folder, rank)
+    if new:
+        add_rows(model, new)
+    save = _weights(model, train, source)
+    return _with_rows(model, save, new) if new else save
+
+
+def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
     """The model's own weights; they are saved in the dtypes that they have in `source`."""
-    parameters = trainable_parameters(model, train)
+    moving = {id(parameter) for parameter in trainable_parameters(model, train)}
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(id(parameter) in moving)
 
     def save(folder: Path) -> None:
         for name, parameter in model.named_parameters():
@@ -45,10 +53,10 @@ def weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainab
         with without_bars():
             model.save_pretrained(folder)
 
-    return parameters, save
+    return save
 
 
-def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
+def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
     """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
     from peft import LoraConfig, get_peft_model
 
@@ -59,13 +67,12 @@ def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def save(folder: Path) -> None:
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
         remove(folder / "README.md")  # PEFT's empty model card, with the base's path on this machine
 
-    return moving, save
+    return save
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
@@ -105,15 +112,14 @@ def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
             rows[old:] = mean
 
 
-def with_rows(model: PreTrainedModel, moving: Trainable, ids: Sequence[int]) -> Trainable:
+def _with_rows(model: PreTrainedModel, save: Save, ids: Sequence[int]) -> Save:
     """The same, and the embedding's rows of some tokens besides; its other rows are saved as they are now, bit for bit.
 
     The gradient of the others is zero, which AdamW makes nothing of unless weights decay.
     """
-    parameters, save = moving
     embedding: torch.nn.Parameter = model.get_input_embeddings().weight
-    if any(each is embedding for each in parameters):
-        return moving
+    if embedding.requires_grad:
+        return save
     before = embedding.detach().cpu().clone()
     moves = torch.zeros(len(embedding), 1)
     moves[list(ids)] = 1.0
@@ -126,4 +132,4 @@ def with_rows(model: PreTrainedModel, moving: Trainable, ids: Sequence[int]) -> 
             embedding[kept.to(embedding.device)] = before[kept].to(embedding)
         return save(folder)
 
-    return [*parameters, embedding], with_old_rows
+    return with_old_rows

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import MismatchError
 from modekit.experts.labelled import Reading, read_domain
-from modekit.experts.specialist_folder import digest_of_source
+from modekit.experts.specialist import digest_of_source
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
