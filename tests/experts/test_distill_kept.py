@@ -16,7 +16,7 @@ from modekit.errors import MismatchError, SourceError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.distill import distill as distill_module
-from modekit.experts.distill import kept_file
+from modekit.experts.distill import kept_logits
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.inputs import read_texts
 from modekit.experts.distill.kept_logits import Header, KeptTeacher, keep
@@ -63,7 +63,7 @@ def header_of(top_k: int) -> Header:
 @pytest.mark.parametrize("top_k", [5, 96])
 def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
     """Over several blocks, in an order of its own, and with a pad in between."""
-    monkeypatch.setattr(kept_file, "_BLOCK", 64)
+    monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     model = tiny_model(seed=3)
     keep(tmp_path / "KEPT", header_of(top_k), model, SEQUENCES, run=QUIET)
     teacher = KeptTeacher(tmp_path / "KEPT", header_of(top_k), SEQUENCES)
@@ -157,27 +157,27 @@ def test_what_is_kept_of_something_else_is_refused_and_stays(shop: Workshop, cha
 
 
 def test_a_pass_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_file, "_BLOCK", 64)
+    monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     model = tiny_model(seed=3, num_hidden_layers=1)
     keep(tmp_path / "WHOLE", header_of(5), model, SEQUENCES, run=QUIET)
 
     asked_again: list[int] = []
-    passes = kept_file._Passes._compute
+    passes = kept_logits._Passes._compute
 
     def counted(self: Any, block: Any) -> Any:
         asked_again.append(len(block))
         return passes(self, block)
 
-    blocks = len(kept_file._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
+    blocks = len(kept_logits._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
     below = tmp_path / "below"
     below.mkdir()
     moment = 1
     while dies(lambda: keep(below / "KEPT", header_of(5), model, SEQUENCES, run=QUIET), below, moment):
         if list((below / "KEPT.partial").glob("new/*")) and not (below / "KEPT").exists():
             asked_again.clear()
-            monkeypatch.setattr(kept_file._Passes, "_compute", counted)
+            monkeypatch.setattr(kept_logits._Passes, "_compute", counted)
             keep(below / "KEPT", header_of(5), model, SEQUENCES, run=QUIET)
-            monkeypatch.setattr(kept_file._Passes, "_compute", passes)
+            monkeypatch.setattr(kept_logits._Passes, "_compute", passes)
             assert len(asked_again) <= blocks
             assert tree(below / "KEPT") == tree(tmp_path / "WHOLE")
             assert not (below / "KEPT.partial").exists()
@@ -226,15 +226,15 @@ def test_a_folder_that_is_no_kept_teacher_is_refused(shop: Workshop) -> None:
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than a block is held at once, however many there are."""
-    monkeypatch.setattr(kept_file, "_BLOCK", 64)
+    monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     held: list[int] = []
-    passes = kept_file._Passes._compute
+    passes = kept_logits._Passes._compute
 
     def watched(self: Any, block: Any) -> Any:
         found = passes(self, block)
         held.append(sum(array.nbytes for array in found.values()))
         return found
 
-    monkeypatch.setattr(kept_file._Passes, "_compute", watched)
+    monkeypatch.setattr(kept_logits._Passes, "_compute", watched)
     keep(tmp_path / "KEPT", header_of(5), tiny_model(num_hidden_layers=1), SEQUENCES * 3, run=QUIET)
     assert len(held) > 12 and max(held) <= 64 * (5 * 4 + 5 * 4 + 2 * 4)
