@@ -125,7 +125,7 @@ def test_text_with_tags_of_its_own_is_learned_alike_from_what_is_kept(tmp_path: 
     shop, read = Workshop(tmp_path), read_texts(["./law.jsonl"], tmp_path, tokenizer, TRAINING, None)
     once = TRAINING.with_(steps=1, batch_tokens=read.corpus.tokens)
     beside, kept = (
-        distill(asked(shop, texts=["./law.jsonl"], training=once, top_k=97, keep=place), tmp_path / name)
+        distill(asked(shop, texts=["./law.jsonl"], training=once, top_k=97, keep=place), tmp_path / name).as_data()
         for name, place in (("beside", None), ("kept", tmp_path / "KEPT"))
     )
     for said in ("held_out_kl", "distillation_loss", "training_loss", "held_out_loss"):

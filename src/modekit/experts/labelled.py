@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.experts.specialist import TagsUsed, TextUsed
-from modekit.loaded.text_training import Passes, Training, training_sequences
+from modekit.loaded.text_training import Training, training_sequences
 from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
@@ -163,29 +163,24 @@ def generic_share(
         tokens += following.size
 
 
-class RelabelledPasses(Passes):
+class RelabelledPasses:
     """Sequences with their tags, each of which every pass reads under a label that is drawn for it."""
 
-    def __init__(
-        self, sequences: Sequence[TokenSequence], tokenizer: PreTrainedTokenizerBase, asked: Labelled, seed: int
-    ) -> None:
-        self._sequences = sequences
-        self._asked = asked
-        self._tags = tag_ids(tokenizer, labels_of(tokenizer))
+    def __init__(self, sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> None:
+        """Raises TextError where there is no other label."""
+        self._sequences, self._asked = sequences, asked
+        self._tags = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
+        if asked.randomise_to in ("all", "others") and len(self._tags) == 1:
+            raise TextError(
+                "there is no other label",
+                where="--randomise-to",
+                found=f"{asked.randomise_to}, and one label",
+                remedy="write generic",
+            )
         places = {tag: place for place, tag in enumerate(self._tags)}
         self._own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(reading.training.seed)
         self._drawn: list[list[int]] = []
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    @overload
-    def __getitem__(self, place: int) -> TokenSequence: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[TokenSequence]: ...
-    def __getitem__(self, place: int | slice) -> TokenSequence | Sequence[TokenSequence]:
-        return self._sequences[place]
 
     def labels(self, number: int) -> list[int]:
         """Labels of all sequences in a pass: places among those that the tokenizer has tags for, GENERIC for none."""
@@ -194,24 +189,9 @@ class RelabelledPasses(Passes):
             self._drawn.append([drawn_label(each, randomise, to, len(self._tags), self._generator) for each in self._own])
         return self._drawn[number]
 
-    def of_pass(self, number: int, place: int) -> TokenSequence:
+    def read(self, number: int, place: int) -> TokenSequence:
         """A sequence with the tag of the label that it has in a pass, or without one."""
         sequence, label = self._sequences[place], self.labels(number)[place]
         if sequence.tag is None or (label != GENERIC and self._tags[label] == sequence.ids[sequence.tag]):
             return sequence
         return sequence.with_tag(None if label == GENERIC else self._tags[label])
-
-
-def drawn_anew(sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> Sequence[TokenSequence]:
-    """What is read where labels are drawn anew: the same sequences in the same order, every pass with labels of its own.
-
-    Raises TextError where there is no other label.
-    """
-    if asked.randomise_to in ("all", "others") and len(labels_of(reading.tokenizer)) == 1:
-        raise TextError(
-            "there is no other label",
-            where="--randomise-to",
-            found=f"{asked.randomise_to}, and one label",
-            remedy="write generic",
-        )
-    return RelabelledPasses(sequences, reading.tokenizer, asked, reading.training.seed)

@@ -16,17 +16,16 @@ from typing import Any, cast, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
-from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
+from modekit.experts.labelled import Generic, Labelled, Material, Reading, RelabelledPasses, read_material
 from modekit.experts.moving import What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.typed import as_kind
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.text_training import Training, train_on_text
+from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
 from modekit.sources.model import open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
-from modekit.text.sequences import TokenSequence
 from modekit.text.splits import text_record
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
 from modekit.training.states_folder import digest_of_data
@@ -83,9 +82,9 @@ def specialize(
     reading = Reading(load_tokenizer(base, run=run), root, training)
     new = _new_tags(texts, reading, train, source.config)
     material = read_material(texts, generic, reading)
-    sequences: Sequence[TokenSequence] = material.sequences
+    read: ReadInPass | None = None
     if isinstance(texts, Labelled) and texts.randomise:
-        sequences = drawn_anew(sequences, texts, reading)
+        read = RelabelledPasses(material.sequences, texts, reading).read
     # Of all that decides what comes out, but for the base's weights.
     of_text = text_record(material.fit, material.tokens)
     request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, material.as_data()], list(new)])
@@ -97,7 +96,7 @@ def specialize(
         model = load_model(base, run=run)
         save = make_trainable(model, source, train, rank, new)
         before = _before(model, material, folder, run)
-        losses = train_on_text(model, sequences, training, folder=folder.path, run=run)
+        losses = train_on_text(model, material.sequences, training, read=read, folder=folder.path, run=run)
         after = held_out_losses(model, material.held_out, "after", run)
         record = SpecialistRecord.model_validate(
             {

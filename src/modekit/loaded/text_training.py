@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,12 +74,8 @@ class Training:
         return dataclasses.replace(self, **changes)
 
 
-class Passes(Sequence[TokenSequence]):
-    """Sequences that are read in another form in every pass."""
-
-    @abstractmethod
-    def of_pass(self, number: int, place: int) -> TokenSequence:
-        """The one at a place as a pass reads it; passes are counted from 0."""
+ReadInPass = Callable[[int, int], TokenSequence]
+"""The sequence at a place as a pass reads it; passes are counted from 0."""
 
 
 def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
@@ -99,16 +94,19 @@ def train_on_text(
     sequences: Sequence[TokenSequence],
     training: Training,
     *,
+    read: ReadInPass | None = None,
     folder: Path | None = None,
     run: Run = QUIET,
 ) -> list[float]:
     """Train what of a model has gradients on `sequences`; documents are never joined, pads never count. The loss of each step.
 
+    `read`: how sequences are read, where that is another in every pass.
+
     It goes on from the last state in `folder`, and ends as if it had never been killed. Raises TextError where text is not of
     the kind that the model reads, TrainingError when the loss stops being finite, and for a state that is damaged.
     """
     check_text(model, sequences)
-    batches = TextBatches(sequences, training)
+    batches = TextBatches(sequences, training, read)
     loop = LoopSettings(len(batches), 1, training.warmup, training.clip, seed=None, least=_LEAST_RATE)
     with Threads(training.shares if model.device.type == "cpu" else 1) as threads:
         history = run_all_steps(TextLoss(model, training, threads), batches, loop, folder, run)
@@ -202,8 +200,9 @@ def _is_intel() -> bool:
 class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
     """One padded batch per step, in a seeded order that is drawn anew for every pass."""
 
-    def __init__(self, sequences: Sequence[TokenSequence], training: Training) -> None:
+    def __init__(self, sequences: Sequence[TokenSequence], training: Training, read: ReadInPass | None = None) -> None:
         self._sequences = sequences
+        self._read = read or (lambda _, place: sequences[place])
         longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
         self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
         self._generator = torch.Generator().manual_seed(training.seed)
@@ -214,7 +213,7 @@ class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
         return len(self._steps)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        (batch,) = make_batches([self._read(row) for row in self._steps[step]], tokens=2**31)
+        (batch,) = make_batches([self._read(*divmod(row, len(self._sequences))) for row in self._steps[step]], tokens=2**31)
         return {"batch": batch}
 
     def describe(self, number: int) -> str:
@@ -237,10 +236,6 @@ class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
                 rows = sorted(rows, key=lambda row: self._sequences[row % count].size)
                 starts = [starts[place] for place in self._permutation(len(starts))]
             yield from (rows[start : start + self.rows] for start in starts)
-
-    def _read(self, row: int) -> TokenSequence:
-        number, place = divmod(row, len(self._sequences))
-        return self._sequences.of_pass(number, place) if isinstance(self._sequences, Passes) else self._sequences[place]
 
     def _permutation(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self._generator).tolist()

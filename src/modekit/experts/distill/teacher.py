@@ -1,6 +1,6 @@
 """What a teacher says of every token, and how far a student is from it.
 
-Beside the student, batch by batch, over the whole vocabulary; or kept (kept_file.py), over the teacher's top_k tokens at each
+Beside the student, batch by batch, over the whole vocabulary; or kept (kept_logits.py), over the teacher's top_k tokens at each
 place and all others as one class. Divergences over such classes are at most those over the vocabulary, and the same where the
 student shares out what is left as the teacher does.
 
