@@ -9,7 +9,7 @@ OUT/<TRAINED_FILE>            marks of the documents that it was made of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import InterruptError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
-from modekit.experts.moving import What
+from modekit.experts.moving import Save, What
 from modekit.files.libraries import library_writes
+from modekit.files.marker import Kind
 from modekit.files.output import replaced_by, settle, was_made_by
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.staging import staging
@@ -140,7 +141,8 @@ class SpecialistRecord(_Figures):
 class NewSpecialist:
     """Where an expert goes, and by which request (a digest of all that decides what comes out).
 
-    `verb` and `sources` say what makes it, and of which folders; `overwrite`, whether another result may go.
+    `verb` and `sources` say what makes it, and of which folders; `overwrite`, whether another result may go; `documents`, what
+    it is trained on; a whole model gets the `tokenizer`.
     """
 
     folder: SpecialistFolder
@@ -148,6 +150,8 @@ class NewSpecialist:
     request: str
     sources: tuple[Path, ...]
     overwrite: bool
+    tokenizer: PreTrainedTokenizerBase
+    documents: Sequence[str]
 
     @property
     def made_by(self) -> str:
@@ -163,32 +167,24 @@ class NewSpecialist:
         settle(out)
         return read_as(out / SPECIALIST_FILE, SpecialistRecord, SMALL)
 
-    def write(
-        self,
-        record: SpecialistRecord,
-        save: Callable[[Path], object],
-        tokenizer: PreTrainedTokenizerBase,
-        documents: Sequence[str],
-        beside: Mapping[str, bytes],
-        run: Run,
-    ) -> None:
-        """Put it in its place: weights by `save`, the tokenizer of a whole model, the record, and files `beside`.
+    def write(self, record: SpecialistRecord, save: Save, run: Run, **beside: bytes) -> None:
+        """Put it in its place: weights by `save`, the record, and CSV files `beside`.
 
         The record is announced first, so that a kill after it costs nothing. Raises OutputError.
         """
         run.begin("write")
         is_adapter, replace = record.specialist == "lora", replaced_by(self.overwrite)
-        kind = "adapter" if is_adapter else "model"
+        kind: Kind = "adapter" if is_adapter else "model"
         with staging(self.folder.out, self.made_by, kind, sources=self.sources, replace=replace, sync=run.sync) as stage:
             stage.settles = False
             with library_writes(stage.folder) as written:
                 save(written)
                 if not is_adapter:
-                    tokenizer.save_pretrained(written)
+                    self.tokenizer.save_pretrained(written)
             for name, content in beside.items():
-                write_file(stage.folder / name, content)
+                write_file(stage.folder / f"{name}.csv", content)
             self.folder.announce_digest(hashlib.sha256(json_bytes(record.as_data())).hexdigest())
-            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in documents).encode())
+            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in self.documents).encode())
             write_json(stage.folder / SPECIALIST_FILE, record.as_data())
 
 

@@ -88,7 +88,7 @@ def specialize(
     # Of all that decides what comes out, but for the base's weights.
     of_text = text_record(material.fit, material.tokens)
     request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, material.as_data()], list(new)])
-    wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite)
+    wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
     made = wanted.finished()
     if made is not None:
         return made
@@ -110,7 +110,7 @@ def specialize(
                 **_held_out(before, after),
             }
         )
-        wanted.write(record, save, reading.tokenizer, material.fit, {}, run)
+        wanted.write(record, save, run)
     return record
 
 

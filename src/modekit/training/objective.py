@@ -186,7 +186,9 @@ class Objective(TrainedModule):
     def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """AdamW with a rate of their own for routers, whose weights do not decay."""
         gates = {f"{self.prefix}.{name}" for name in self.gate_names}
-        settings, routers, others = self.settings, [], []
+        settings = self.settings
+        routers: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in named:
             if parameter.requires_grad:
                 (routers if name in gates else others).append(parameter)

@@ -42,7 +42,6 @@ from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.states_folder import StatesFolder, digest_of_data
 
-LOSSES_FILE = "distill.csv"
 _MOST_ROWS = 1_000
 
 
@@ -90,7 +89,7 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     texts = read_texts(asked.texts, asked.root, pair.tokenizer, asked.training, asked.mix)
     engine = _engine_settings(asked.training, asked.mix)
     request, state = _digests(asked, pair, texts)
-    wanted = NewSpecialist(folder, "distill", request, (asked.student, asked.teacher), overwrite)
+    wanted = NewSpecialist(folder, "distill", request, (asked.student, asked.teacher), overwrite, pair.tokenizer, texts.fit)
     made = wanted.finished()
     if made is not None:
         return made
@@ -98,7 +97,7 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
         with memory_errors():
             taught = _teach(asked, pair, texts, engine, folder, run)
         record = _record(asked, pair, texts, taught)
-        wanted.write(record, taught.save, pair.tokenizer, texts.fit, {LOSSES_FILE: _table(taught.history)}, run)
+        wanted.write(record, taught.save, run, distill=_table(taught.history))
     return record
 
 
