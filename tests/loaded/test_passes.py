@@ -83,7 +83,7 @@ def test_training_learns_pairs_and_shares_have_the_gradients_of_the_whole(family
         with Threads(count) as threads:
             loss = TextLoss(model, Training(by_length=True), threads)(batch)["loss"]
             loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append([torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in parameters])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for first, second in zip(*gradients, strict=True):
