@@ -62,7 +62,7 @@ def run_trainer(
             eval_on_start=last is None,
         )
         failed: NotFiniteError | None = None
-        trainer = _JudgingTrainer(objective, batches, select, loop, arguments, folder, run)
+        trainer = _JudgingTrainer(objective, batches, select, loop, arguments, run)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NotFiniteError as error:
@@ -80,11 +80,16 @@ class _JudgingTrainer(ModuleTrainer):
         select: Sequence[Domain],
         loop: LoopSettings,
         arguments: TrainingArguments,
-        folder: Path,
         run: Run,
     ) -> None:
         patience = EarlyStoppingCallback(objective.settings.patience)
-        super().__init__(objective, batches, loop, arguments, [patience, *log_writers(folder), StepReport(objective, run)])
+        super().__init__(
+            objective,
+            batches,
+            loop,
+            arguments,
+            [patience, *log_writers(Path(arguments.output_dir)), StepReport(objective, run)],
+        )
         self._select = select
         self._run = run
 
